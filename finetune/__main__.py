@@ -1,0 +1,165 @@
+"""From the command line to an exit code: ``python -m finetune [verb] [overrides]``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from finetune.config import CONF, RunConfig, compose_config, explain_all, load, make, register
+from finetune.errors import ConfigError, FinetuneError, Interrupted
+
+STAGE_VERBS = ("train", "merge", "eval", "export", "report")
+"""One stage of a run that exists."""
+
+LOOK_VERBS = {"data": "data", "rehearse": "rehearse"}
+"""Verbs that stop early and work in a folder of their own, so that the run's name stays free."""
+
+VERBS = ("run", "plan", "bench", *LOOK_VERBS, *STAGE_VERBS)
+DONE, OURS, YOURS, INTERRUPTED = 0, 1, 2, 75
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        0 done; 2 the user can mend it; 1 our fault or the machine's (with a traceback); 75 stopped by a signal, saved.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    verb = arguments.pop(0) if arguments and arguments[0] in VERBS else "run"
+    try:
+        if any(argument.startswith("-") for argument in arguments):
+            return with_hydra(verb, arguments)
+        return dispatch(verb, arguments)
+    except FinetuneError as error:
+        print(f"finetune: {error}", file=sys.stderr)
+        return YOURS
+    except Interrupted as stop:
+        print(f"finetune: {stop}", file=sys.stderr)
+        return INTERRUPTED
+    except KeyboardInterrupt:
+        print("finetune: stopped; go on with run.if_exists=resume", file=sys.stderr)
+        return INTERRUPTED
+
+
+def dispatch(verb: str, arguments: list[str]) -> int:
+    """A command without Hydra's own flags."""
+    if verb == "bench":
+        from finetune.bench import bench
+
+        return bench(arguments)
+    own, overrides = split_own(verb, arguments)
+    if verb == "report" or (verb == "data" and "why" in own):
+        return look_back(verb, own, overrides)
+    if verb in STAGE_VERBS:
+        overrides = [*recorded(overrides), *overrides]
+    return execute(verb, load(with_experiment(overrides)), overrides=with_experiment(overrides), own=own)
+
+
+def execute(verb: str, config: RunConfig, *, overrides: list[str], own: dict[str, str]) -> int:
+    """A composed command."""
+    if verb == "plan":
+        from finetune.hardware import probe
+        from finetune.plan import plan, show
+
+        show(plan(config, probe(config.hardware)))
+        return DONE
+    from finetune.pipeline import run
+
+    if verb in LOOK_VERBS:
+        config.run.name, config.run.until, config.run.if_exists = f"{config.run.name}-{verb}", LOOK_VERBS[verb], "overwrite"
+    if verb in STAGE_VERBS:
+        config.run.if_exists = "resume"
+    run(config, overrides=overrides, again=frozenset({verb}) if verb in STAGE_VERBS else frozenset())
+    return DONE
+
+
+def look_back(verb: str, own: dict[str, str], overrides: list[str]) -> int:
+    """Verbs that only read a run folder."""
+    config = load(with_experiment([*recorded(overrides), *overrides]))
+    folder = Path(config.run.root) / config.run.name
+    if verb == "report":
+        from finetune.report import report
+
+        report(folder)
+        return DONE
+    from finetune import model
+    from finetune.data import explain
+
+    found = next((path / "data" for path in (folder, folder.with_name(f"{folder.name}-data")) if (path / "data").is_dir()), None)
+    if found is None:
+        raise ConfigError(f"run.name: {folder} holds no prepared data; run `finetune data` with the same settings first")
+    explain(found, own["why"], tokenizer=model.load_tokenizer(model.fetch(config.model)))
+    return DONE
+
+
+def split_own(verb: str, arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Settings of a verb itself, like ``data why=train.jsonl:3``, apart from the overrides."""
+    names = {"data": ("why",)}.get(verb, ())
+    own = {name: argument.split("=", 1)[1] for argument in arguments for name in names if argument.startswith(f"{name}=")}
+    return own, [argument for argument in arguments if argument.split("=", 1)[0] not in names]
+
+
+def with_experiment(overrides: list[str]) -> list[str]:
+    """Without an experiment, the quickstart."""
+    named = any(override.lstrip("+").startswith("experiment=") for override in overrides)
+    return overrides if named else ["+experiment=quickstart", *overrides]
+
+
+def recorded(overrides: list[str]) -> list[str]:
+    """What the named run was started with, so that a later verb composes the same."""
+    settings = dict(override.split("=", 1) for override in overrides if "=" in override)
+    name = settings.get("run.name")
+    if name is None:
+        return []
+    file = Path(settings.get("run.root", "outputs")) / name / "overrides.json"
+    if not file.is_file():
+        raise ConfigError(f"run.name={name}: {file.parent} holds no run; start one first, or give the name of one that exists")
+    return [str(override) for override in json.loads(file.read_text(encoding="utf-8")) if not override.startswith("run.if_exists=")]
+
+
+def with_hydra(verb: str, arguments: list[str]) -> int:
+    """A command with Hydra's own flags: ``--cfg``, ``--help``, ``--info``, ``--multirun``, ``--config-dir``, completion."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+
+    register()
+    overrides = [argument for argument in arguments if not argument.startswith("-") and "=" in argument]
+    added = with_experiment(overrides)[: len(with_experiment(overrides)) - len(overrides)]
+    results: list[int] = []
+
+    @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
+    def task(config: DictConfig) -> None:
+        settings = HydraConfig.get()
+        made = make(config)
+        if settings.mode is not None and settings.mode.name == "MULTIRUN":
+            made.run.name = f"{made.run.name}-{settings.job.num}"
+        results.append(execute(verb, made, overrides=list(settings.overrides.task), own={}))
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    before, sys.argv = sys.argv, ["finetune", *arguments, *added]
+    try:
+        task()
+    except (HydraException, OmegaConfBaseException) as error:
+        compose_config([*added, *overrides])
+        raise ConfigError(*explain_all(error)) from error
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    finally:
+        sys.argv = before
+    return max(results, default=DONE)
+
+
+def _entry() -> Any:
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    _entry()

@@ -1,0 +1,30 @@
+"""What is made once and used by every run: under ``FINETUNE_CACHE`` or the user's cache folder."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+
+def cache_folder(name: str) -> Path:
+    """The folder of one kind of cached things, made if it is not there."""
+    root = os.environ.get("FINETUNE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune"
+    folder = Path(root) / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def file_sha256(file: Path) -> str:
+    """SHA-256 of a file's bytes, remembered by path, size and time of change so that large files are read once."""
+    resolved = file.resolve()
+    status = resolved.stat()
+    key = hashlib.sha256(f"{resolved}:{status.st_size}:{status.st_mtime_ns}".encode()).hexdigest()
+    memo = cache_folder("hashes") / f"{key}.json"
+    if memo.is_file():
+        return str(json.loads(memo.read_text())["sha256"])
+    with open(resolved, "rb") as handle:
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    partial = memo.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps({"file": str(resolved), "sha256": digest}))
+    os.replace(partial, memo)
+    return digest

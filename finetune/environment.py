@@ -1,0 +1,47 @@
+"""What a run was made with: versions, commit, machine, placement. No environment variables: they may hold secrets."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import finetune
+from finetune.hardware import Machine, Placement
+from finetune.run import plain
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers", "hydra-core", "wandb", "numpy")
+
+
+def environment(machine: Machine, placement: Placement) -> dict[str, Any]:
+    """The content of environment.json."""
+    return {
+        "finetune": finetune.__version__,
+        "commit": commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "executable": sys.executable,
+        "versions": {package: _version(package) for package in PACKAGES},
+        "machine": plain(machine),
+        "placement": plain(placement),
+    }
+
+
+def commit() -> str | None:
+    """This checkout's commit, marked ``-dirty`` where files differ; None outside a checkout."""
+    root = Path(finetune.__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    return answer.stdout.strip() or None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

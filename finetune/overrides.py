@@ -1,0 +1,115 @@
+"""What the user typed, and what was wrong with it, in one sentence each."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+OVERLAYS = ("experiment", "debug")
+
+
+def misplaced(overrides: Sequence[str]) -> list[str]:
+    """Overlays win by position: ``+debug`` before ``+experiment`` would be overwritten by it without a word."""
+    order = [key.lstrip("+") for override in overrides if (key := override.split("=")[0]).lstrip("+") in OVERLAYS]
+    problems = [
+        f"{override}: {override.split('=')[0]} is an overlay and needs a plus: write +{override}"
+        for override in overrides
+        if override.split("=")[0] in OVERLAYS
+    ]
+    if "experiment" in order and "debug" in order and order.index("debug") < order.index("experiment"):
+        problems.append("+debug stands before +experiment, so the experiment would undo it; write +experiment=... +debug=...")
+    return problems
+
+
+def unknown_additions(config: DictConfig, schema: type) -> list[str]:
+    """Keys that the schema does not have: Hydra lets ``+lora.rnak=3`` add anything."""
+    known = set(paths(schema))
+    return [_unknown(key, known) for key in _keys(config, schema)]
+
+
+def paths(schema: Any, prefix: str = "") -> Iterator[str]:
+    """Every setting of a dataclass tree, dotted."""
+    hints = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        kind = _dataclass_of(hints[field.name])
+        if kind:
+            yield from paths(kind, f"{prefix}{field.name}.")
+        yield f"{prefix}{field.name}"
+
+
+def explain(error: Exception, override: str | None, schema: type, conf: Path) -> str:
+    """Hydra's or OmegaConf's error as where, rule, value, remedy."""
+    text = str(error).strip()
+    where = override.split("=", 1)[0].lstrip("+~") if override else ""
+    value = override.split("=", 1)[1] if override and "=" in override else ""
+    known = set(paths(schema))
+    missing_option = re.search(r"Could not find '([\w/]+)/([^']+)'|In '.*': Could not find '([^']+)'", text)
+    if missing_option or "Could not override" in text and (conf / where).is_dir():
+        found = missing_option.groups() if missing_option else (where, value, None)
+        group, option = (found[0], found[1]) if found[0] else (found[2] or where).rpartition("/")[::2]
+        return _no_option(group.rsplit("/", 1)[-1] or where, option, conf)
+    if "is not in struct" in text or "Could not override" in text or re.search(r"Key '[^']*' not in", text):
+        named = re.search(r"Key '([^']+)'", text)
+        full = re.search(r"full_key: (\S+)", text)
+        return _unknown(where or (full.group(1) if full else named.group(1) if named else text), known)
+    wrong = re.search(r"Value '(.*?)'.* (?:could not be converted to|is not a valid|of type '.*' could not be converted to) (\w+)", text)
+    full = re.search(r"full_key: (\S+)", text)
+    if wrong:
+        return f"{full.group(1) if full else where}: must be {_kind_word(wrong.group(2))}; got {wrong.group(1)!r}"
+    if "mismatched input" in text or "no viable alternative" in text or "extraneous input" in text or "token recognition" in text:
+        return f"{override or text}: cannot be read as an override; write key=value, and quote values that hold spaces, commas or braces"
+    first = " ".join(line.strip() for line in text.splitlines() if line.strip() and "object_type" not in line and "full_key" not in line)
+    return f"{(full.group(1) if full else where) or 'configuration'}: {first}"
+
+
+def _keys(config: DictConfig, schema: Any, prefix: str = "") -> Iterator[str]:
+    hints = typing.get_type_hints(schema)
+    names = {field.name for field in dataclasses.fields(schema)}
+    for key in config:
+        name = str(key)
+        if name not in names:
+            yield f"{prefix}{name}"
+            continue
+        kind = _dataclass_of(hints[name])
+        if config._is_missing(key) or config._get_node(key)._is_none():  # type: ignore[union-attr]
+            continue
+        node = config[name]
+        if kind and isinstance(node, DictConfig) and typing.get_origin(hints[name]) is not dict:
+            yield from _keys(node, kind, f"{prefix}{name}.")
+        elif kind and isinstance(node, DictConfig):
+            for option in node:
+                yield from _keys(node[option], kind, f"{prefix}{name}.{option}.")
+
+
+def _dataclass_of(hint: Any) -> Any:
+    """The dataclass inside ``X``, ``X | None`` or ``dict[str, X]``; None where there is none."""
+    if dataclasses.is_dataclass(hint):
+        return hint
+    if typing.get_origin(hint) in (typing.Union, types.UnionType, dict):
+        return next((kind for kind in typing.get_args(hint) if dataclasses.is_dataclass(kind)), None)
+    return None
+
+
+def _unknown(key: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]}?" if near else "`finetune --cfg job` prints every setting"
+    return f"{key}: there is no such setting; {hint}"
+
+
+def _no_option(group: str, option: str, conf: Path) -> str:
+    options = sorted(file.stem for file in (conf / group).glob("*.yaml") if not file.stem.startswith("_")) if group else []
+    near = difflib.get_close_matches(option, options, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"{group}={option}: there is no such option; choose one of {', '.join(options) or '(none)'}{hint}"
+
+
+def _kind_word(kind: str) -> str:
+    return {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false", "String": "text"}.get(kind, kind)

@@ -1,0 +1,73 @@
+"""bitsandbytes: 4-bit (NF4, FP4) and LLM.int8."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from finetune.quantization.config import QuantizationConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+HEADS = ("lm_head",)
+
+
+def loader_arguments(config: QuantizationConfig, *, dtype: str) -> dict[str, Any]:
+    """Keyword arguments for ``from_pretrained``, empty where nothing is quantized.
+
+    Args:
+        config: The quantization group.
+        dtype: The computation's numbers, e.g. ``bfloat16``.
+    """
+    silence()
+    if config.method == "none":
+        return {}
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if config.method == "int8":
+        return {
+            "quantization_config": BitsAndBytesConfig(
+                load_in_8bit=True, llm_int8_threshold=config.threshold, llm_int8_skip_modules=[*HEADS, *config.skip]
+            )
+        }
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=config.method,
+            bnb_4bit_use_double_quant=config.double,
+            bnb_4bit_compute_dtype=getattr(torch, dtype),
+            llm_int8_skip_modules=[*HEADS, *config.skip],
+        )
+    }
+
+
+def protect(model: nn.Module) -> int:
+    """Keeps 4-bit weights as they are through evaluation; returns how many layers that concerned.
+
+    On a CPU with AVX512-BF16, bitsandbytes 0.50.2 repacks a layer's weight in place at its first evaluation. The
+    packed kernel has no backward pass, so training goes on with gradients cut off and no error, and saving or
+    dequantizing gives noise. Whatever is trained, saved or merged must pass through here first.
+    """
+    layers = [layer for layer in quantized_layers(model).values() if hasattr(layer, "support_avx512bf16_for_cpu")]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
+    return len(layers)
+
+
+def quantized_layers(model: nn.Module) -> dict[str, Any]:
+    """The model's bitsandbytes layers by name."""
+    import bitsandbytes
+
+    kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def silence() -> None:
+    """Quiets two harmless messages: a hub kernel that is not there, and int8's note for each layer and pass."""
+    for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    import warnings
+
+    warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")

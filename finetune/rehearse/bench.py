@@ -1,0 +1,117 @@
+"""What the proofs work on: the adapted model and its first rows, with ways to take a loss, gradients and logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import load_from_disk
+
+if TYPE_CHECKING:
+    from finetune.data import PreparedData
+    from finetune.hardware import Placement
+
+NUDGE = 1e-3
+"""Standard deviation of the noise that stands in for B, whose zeros hide A's gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """A workbench for the proofs.
+
+    Attributes:
+        model: The adapted model; every method leaves it as it was.
+        tokenizer: Its tokenizer.
+        documents: First training documents, ``input_ids`` and ``labels`` each, cut out of their packs.
+        packed: The first pack as it would be trained, or None where rows are not packed.
+        autocast: Numbers of the computation.
+        seed: Seeds dropout and the nudge.
+    """
+
+    model: Any
+    tokenizer: Any
+    documents: list[dict[str, list[int]]]
+    packed: bool
+    device: str
+    autocast: torch.dtype
+    seed: int
+
+    @classmethod
+    def build(cls, model: Any, *, tokenizer: Any, data: PreparedData, packing: bool, placement: Placement, rows: int, seed: int) -> Bench:
+        documents: list[dict[str, list[int]]] = []
+        for pack in load_from_disk(str(data.folder / "train")):
+            start = 0
+            for length in pack["seq_lengths"]:
+                documents.append({key: pack[key][start : start + length] for key in ("input_ids", "labels")})
+                start += length
+            if len(documents) >= rows:
+                break
+        return cls(
+            model=model, tokenizer=tokenizer, documents=documents[:rows], packed=packing, device=str(model.device),
+            autocast=getattr(torch, placement.dtype), seed=seed,
+        )  # fmt: skip
+
+    def trained_text(self) -> list[str]:
+        """What each document teaches, decoded from its labels."""
+        return [self.tokenizer.decode([token for token in row["labels"] if token != -100]) for row in self.documents]
+
+    def trained_tokens(self) -> int:
+        return sum(label != -100 for row in self.documents for label in row["labels"][1:])
+
+    def loss(self, rows: list[dict[str, list[int]]], *, packed: bool) -> torch.Tensor:
+        """Summed loss of rows in nats: flattened into one row with restarting positions, or one by one."""
+        if packed:
+            ids = torch.tensor([[token for row in rows for token in row["input_ids"]]], device=self.device)
+            labels = torch.tensor([[label if i else -100 for row in rows for i, label in enumerate(row["labels"])]], device=self.device)
+            positions = torch.tensor([[i for row in rows for i in range(len(row["input_ids"]))]], device=self.device)
+            return self._summed(self._forward(ids, position_ids=positions), labels)
+        losses = []
+        for row in rows:
+            ids, labels = (torch.tensor([row[key]], device=self.device) for key in ("input_ids", "labels"))
+            losses.append(self._summed(self._forward(ids), labels))
+        return torch.stack(losses).sum()
+
+    def gradients(self, *, packed: bool = False) -> dict[str, torch.Tensor]:
+        """Gradient of the mean loss for every parameter that got one, by name, in training mode."""
+        self.model.train()
+        self.model.zero_grad(set_to_none=True)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            (self.loss(self.documents, packed=packed) / self.trained_tokens()).backward()
+        found = {name: p.grad.detach().clone() for name, p in self.model.named_parameters() if p.grad is not None}
+        self.model.zero_grad(set_to_none=True)
+        return found
+
+    def logits(self, *, adapter: bool) -> torch.Tensor:
+        """Logits of the first document in evaluation mode, shape (T, vocabulary), float32."""
+        self.model.eval()
+        ids = torch.tensor([self.documents[0]["input_ids"]], device=self.device)
+        with torch.no_grad():
+            if adapter:
+                return self._forward(ids)[0].float()
+            with self.model.disable_adapter():
+                return self._forward(ids)[0].float()
+
+    @contextmanager
+    def nudged(self) -> Iterator[None]:
+        """B filled with small noise, so that A gets a gradient too; zero again afterwards."""
+        matrices = [(name, p) for name, p in self.model.named_parameters() if "lora_B" in name]
+        before = [p.detach().clone() for _, p in matrices]
+        generator = torch.Generator().manual_seed(self.seed)
+        try:
+            for _, p in matrices:
+                p.data.copy_(torch.randn(p.shape, generator=generator) * NUDGE)
+            yield
+        finally:
+            for (_, p), old in zip(matrices, before, strict=True):
+                p.data.copy_(old)
+
+    def _forward(self, ids: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(self.device.split(":")[0], dtype=self.autocast, enabled=self.autocast != torch.float32):
+            return self.model(input_ids=ids, use_cache=False, **inputs).logits
+
+    def _summed(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(logits[0, :-1].float(), labels[0, 1:], ignore_index=-100, reduction="sum")

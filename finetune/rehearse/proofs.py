@@ -1,0 +1,114 @@
+"""Each proof takes the bench and returns its figure, its bound and the likely cause of a failure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from finetune.rehearse.bench import Bench
+
+PACKED_TOLERANCE = 0.01
+"""Relative difference allowed between packed and single documents: bfloat16 keeps 8 bits, and sums differ in order."""
+
+
+def trained_text_ends(bench: Bench) -> dict[str, Any]:
+    """Every document trains an answer, and the answer's end."""
+    ends = {bench.tokenizer.eos_token_id}
+    generation = getattr(bench.model, "generation_config", None)
+    declared = getattr(generation, "eos_token_id", None)
+    ends |= set(declared) if isinstance(declared, list) else {declared}
+    vocabulary = bench.tokenizer.get_vocab()
+    ends |= {vocabulary[token] for token in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>") if token in vocabulary}
+    last = [next((label for label in reversed(row["labels"]) if label != -100), None) for row in bench.documents]
+    tail = [[label for label in row["labels"] if label != -100][-2:] for row in bench.documents]
+    good = sum(bool(set(tokens) & ends) for tokens in tail)
+    first = bench.trained_text()[0]
+    return _proof(
+        "trained_text",
+        passed=good == len(last),
+        figure=f"{good} of {len(last)} rows; the first trains {first[:60]!r}",
+        bound="all rows",
+        sentence="every row trains an answer and the token that ends it",
+        cause="the template's end of turn is masked out, or the answer was cut off at data.max_tokens",
+    )
+
+
+def adapter_starts_as_identity(bench: Bench) -> dict[str, Any]:
+    """With B at zero the adapted model is the base."""
+    difference = float((bench.logits(adapter=True) - bench.logits(adapter=False)).abs().max())
+    return _proof(
+        "identity",
+        passed=difference == 0.0,
+        figure=f"largest logit difference {difference:g}",
+        bound="0",
+        sentence="at step 0 the adapter changes nothing",
+        cause="B does not start at zero, or the adapter was loaded from elsewhere",
+    )
+
+
+def gradient_reaches_adapter_only(bench: Bench) -> dict[str, Any]:
+    """Every A and B gets a gradient that is not zero, and nothing else gets one."""
+    with bench.nudged():
+        gradients = bench.gradients()
+    adapter = [name for name, p in bench.model.named_parameters() if p.requires_grad]
+    dead = [name for name in adapter if name not in gradients or not gradients[name].any()]
+    stray = [name for name in gradients if "lora_" not in name]
+    figure = f"{len(adapter) - len(dead)} of {len(adapter)} matrices, {len(stray)} base weights"
+    return _proof(
+        "gradients",
+        passed=not dead and not stray,
+        figure=figure + (f"; without: {', '.join((dead + stray)[:3])}" if dead or stray else ""),
+        bound="all matrices, 0 base weights",
+        sentence="a gradient reaches every adapter matrix and no base weight",
+        cause="gradient checkpointing without input gradients, a frozen adapter, or a kernel without a backward pass",
+    )
+
+
+def evaluation_leaves_gradients(bench: Bench) -> dict[str, Any]:
+    """bitsandbytes 0.50.2 repacks 4-bit weights at the first evaluation on AVX512-BF16 CPUs and cuts gradients off."""
+    with bench.nudged():
+        before = bench.gradients()
+        bench.logits(adapter=True)
+        after = bench.gradients()
+    difference = max((float((before[name] - after[name]).abs().max()) for name in before if name in after), default=float("nan"))
+    same = before.keys() == after.keys() and difference == 0.0
+    return _proof(
+        "evaluation",
+        passed=same,
+        figure=f"largest gradient difference {difference:g}",
+        bound="0",
+        sentence="an evaluation in between leaves gradients as they are",
+        cause="a quantized layer repacked its weights for inference; it needs finetune.quantization.protect",
+    )
+
+
+def packing_keeps_documents_apart(bench: Bench) -> dict[str, Any]:
+    """The loss of documents side by side in one row equals the sum of their own losses."""
+    bench.model.eval()
+    with torch.no_grad():
+        single = float(bench.loss(bench.documents, packed=False))
+        together = float(bench.loss(bench.documents, packed=True))
+    difference = abs(together - single) / max(single, 1e-9)
+    return _proof(
+        "packing",
+        passed=not bench.packed or difference <= PACKED_TOLERANCE,
+        figure=f"relative difference {difference:.2g}" + ("" if bench.packed else ", rows are not packed"),
+        bound=f"{PACKED_TOLERANCE:g}",
+        sentence="packed documents do not read each other",
+        cause="this attention implementation ignores position_ids; use model.attention=sdpa or data.packing=false",
+    )
+
+
+def _proof(name: str, *, passed: bool, figure: str, bound: str, sentence: str, cause: str) -> dict[str, Any]:
+    return {"name": name, "passed": passed, "figure": figure, "bound": bound, "sentence": sentence, "cause": cause}
+
+
+QUICK: tuple[Callable[[Bench], dict[str, Any]], ...] = (
+    trained_text_ends,
+    adapter_starts_as_identity,
+    gradient_reaches_adapter_only,
+    evaluation_leaves_gradients,
+    packing_keeps_documents_apart,
+)

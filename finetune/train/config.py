@@ -1,0 +1,110 @@
+"""The train group, and what training leaves behind."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+CHECKPOINTING = ("none", "full")
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """How long, in which portions, and what is kept on the way."""
+
+    epochs: float
+    """Times over the data; not used where ``steps`` is set."""
+
+    steps: int | None
+    """Optimizer steps; None trains for ``epochs``."""
+
+    micro_batch: int
+    """Rows (or packs) that go through the model at once. Costs memory."""
+
+    tokens_per_step: int | None
+    """Tokens that one optimizer step reads, about; micro-batches are accumulated up to it. None: ``rows_per_step``."""
+
+    rows_per_step: int | None
+    """Rows (or packs) that one optimizer step reads, where ``tokens_per_step`` is None."""
+
+    checkpointing: str
+    """Activations: ``none`` keeps them (fast), ``full`` computes them again in the backward pass (small)."""
+
+    evaluations: int
+    """How often the held-out loss is taken during training, evenly spread; 0 for never."""
+
+    evaluation_rows: int
+    """Held-out rows used for it."""
+
+    checkpoints: int
+    """How often a checkpoint is written during training, evenly spread; 0 for never."""
+
+    keep_checkpoints: int
+    """Older checkpoints than these many are deleted."""
+
+    log_steps: int
+    """Steps between two lines of the loss curve."""
+
+    deterministic: bool
+    """Insists on kernels that give the same bits twice; slower on some GPUs."""
+
+    def problems(self) -> Iterator[str]:
+        if self.steps is None and self.epochs <= 0:
+            yield f"train.epochs must be positive, or train.steps set; got {self.epochs}"
+        if self.steps is not None and self.steps < 1:
+            yield f"train.steps must be at least 1; got {self.steps}"
+        for key in ("micro_batch", "log_steps", "keep_checkpoints", "evaluation_rows"):
+            if getattr(self, key) < 1:
+                yield f"train.{key} must be at least 1; got {getattr(self, key)}"
+        if (self.tokens_per_step is None) == (self.rows_per_step is None):
+            yield (
+                "train.tokens_per_step and train.rows_per_step both say how much one step reads: set one and leave the other null; "
+                f"got {self.tokens_per_step} and {self.rows_per_step}"
+            )
+        for key in ("tokens_per_step", "rows_per_step"):
+            if (value := getattr(self, key)) is not None and value < 1:
+                yield f"train.{key} must be at least 1; got {value}"
+        for key in ("evaluations", "checkpoints"):
+            if getattr(self, key) < 0:
+                yield f"train.{key} must be 0 (never) or more; got {getattr(self, key)}"
+        if self.checkpointing not in CHECKPOINTING:
+            yield f"train.checkpointing must be one of {', '.join(CHECKPOINTING)}; got {self.checkpointing!r}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedAdapter:
+    """A plain peft adapter in ``folder/adapter``, and how it came about.
+
+    Attributes:
+        folder: Holds adapter/, checkpoints/ and metrics.jsonl.
+        steps: Optimizer steps taken.
+        seconds: Time in the training loop, evaluations and checkpoints included.
+        tokens: Tokens read, padding left out.
+        trained_tokens: Tokens that made loss.
+        first_loss: Loss of the first logged step, in nats per trained token.
+        final_loss: Mean loss of the last tenth of the logged steps.
+        optimizer: What was asked for, what was used, why, and the bytes of its states.
+        adapter_sha256: Hash of adapter_model.safetensors.
+        resumed_from: The step that this training went on from, 0 for a fresh start.
+    """
+
+    folder: Path
+    steps: int
+    seconds: float
+    tokens: int
+    trained_tokens: int
+    tokens_per_second: float
+    trained_tokens_per_second: float
+    first_loss: float
+    final_loss: float
+    optimizer: dict[str, Any]
+    trainable_parameters: int
+    adapter_sha256: str
+    adapter_dtype: str
+    resumed_from: int = 0
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def adapter(self) -> Path:
+        """The peft folder."""
+        return self.folder / "adapter"

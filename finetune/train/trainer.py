@@ -1,0 +1,173 @@
+"""TRL's SFTTrainer, told everything and left no room to decide. The only importer of trl."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datasets import load_from_disk
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from finetune.console import say
+from finetune.launch.config import process_count
+from finetune.lora import cast_adapter
+from finetune.measure import mean_loss, row_losses
+from finetune.optim import SCHEDULES
+from finetune.train.callbacks import Divergence, Progress, Record, SaveOnSignal
+
+if TYPE_CHECKING:
+    from finetune.data import PreparedData
+    from finetune.hardware import Placement
+    from finetune.lora import LoraConfig
+    from finetune.optim import OptimConfig
+    from finetune.tracking import Trackers
+    from finetune.train.config import TrainConfig
+
+EVALUATION_BATCH_TOKENS = 2048
+
+
+@dataclass(slots=True)
+class Counts:
+    """Tokens that went through training.
+
+    Attributes:
+        tokens: Read, padding left out.
+        trained: Those that made loss.
+    """
+
+    tokens: int = 0
+    trained: int = 0
+
+
+class Trainer(SFTTrainer):  # type: ignore[misc]
+    """Counts tokens, and takes the held-out loss by token as every other stage does."""
+
+    counts: Counts
+    held_out: list[dict[str, Any]]
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *arguments: Any, **keywords: Any) -> Any:
+        labels = inputs["labels"]
+        mask = inputs.get("attention_mask")
+        self.counts.tokens += int(mask.sum()) if mask is not None else labels.numel()
+        self.counts.trained += int((labels != -100).sum())
+        return super().training_step(model, inputs, *arguments, **keywords)
+
+    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
+        """Nats per trained token over the held-out rows: transformers' own mean weighs batches, not tokens."""
+        model = self.accelerator.unwrap_model(self.model)
+        model.eval()
+        losses = row_losses(model, self.held_out, batch_tokens=EVALUATION_BATCH_TOKENS)
+        model.train()
+        metrics = {f"{metric_key_prefix}_loss": mean_loss(losses)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """The export room writes the card, with figures in it."""
+
+
+def make_trainer(
+    config: TrainConfig,
+    *,
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    data: PreparedData,
+    lora: LoraConfig,
+    optim: OptimConfig,
+    placement: Placement,
+    upcast: str,
+    packing: bool,
+    seed: int,
+    trackers: Trackers,
+) -> Trainer:
+    """The trainer, ready for ``train()``."""
+    rows = load_from_disk(str(data.folder / "train"))
+    held_out = [dict(row) for row in load_from_disk(str(data.folder / "heldout"))][: config.evaluation_rows]
+    accumulate = accumulation(config, data)
+    steps = step_count(config, rows=len(rows), accumulate=accumulate)
+    per_step = accumulate * config.micro_batch * process_count()
+    what = "packs" if packing else "rows"
+    say("train", f"{steps} steps of {per_step} {what} ({config.micro_batch} at once, {accumulate} accumulated), about "
+        f"{round(data.tokens / len(rows) * per_step):,} tokens each")  # fmt: skip
+    autocast = placement.dtype if lora.dtype != placement.dtype or upcast != "none" else None
+    arguments = SFTConfig(
+        output_dir=str(folder / "checkpoints"),
+        max_steps=steps,
+        per_device_train_batch_size=config.micro_batch,
+        gradient_accumulation_steps=accumulate,
+        learning_rate=optim.learning_rate,
+        lr_scheduler_type=SCHEDULES[optim.schedule],
+        warmup_steps=math.ceil(steps * optim.warmup),
+        optim=placement.optimizer,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.beta1,
+        adam_beta2=optim.beta2,
+        max_grad_norm=optim.max_grad_norm,
+        bf16=autocast == "bfloat16",
+        fp16=autocast == "float16",
+        use_cpu=placement.device == "cpu",
+        gradient_checkpointing=config.checkpointing == "full",
+        gradient_checkpointing_kwargs={"use_reentrant": False} if config.checkpointing == "full" else None,
+        eval_strategy="steps" if config.evaluations and held_out else "no",
+        eval_steps=every(steps, config.evaluations),
+        save_strategy="steps" if config.checkpoints else "no",
+        save_steps=every(steps, config.checkpoints),
+        save_total_limit=config.keep_checkpoints,
+        logging_steps=config.log_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        seed=seed,
+        data_seed=seed,
+        full_determinism=config.deterministic,
+        report_to="none",
+        disable_tqdm=True,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        dataloader_pin_memory=placement.device == "cuda",
+    )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=rows.select([0]),  # only so that evaluation is switched on; `evaluate` reads held_out
+        processing_class=tokenizer,
+        data_collator=DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id, padding_free=packing),
+    )
+    trainer.counts = Counts()
+    trainer.held_out = held_out
+    changed = cast_adapter(model, lora.dtype)
+    if changed:
+        say("train", f"adapter in {lora.dtype}: {changed} tensors are cast back, since TRL puts a quantized model's adapter into bfloat16")
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    record = Record(folder / "metrics.jsonl", counts=trainer.counts, trackers=trackers)
+    for callback in (record, Divergence(), SaveOnSignal(), Progress(trainer.counts)):
+        trainer.add_callback(callback)
+    return trainer
+
+
+def accumulation(config: TrainConfig, data: PreparedData) -> int:
+    """Micro-batches per step: as many as come nearest to ``tokens_per_step`` or make up ``rows_per_step``."""
+    if config.rows_per_step is not None:
+        return max(1, round(config.rows_per_step / (config.micro_batch * process_count())))
+    assert config.tokens_per_step is not None
+    return max(1, round(config.tokens_per_step / (data.tokens / data.packed_rows * config.micro_batch * process_count())))
+
+
+def step_count(config: TrainConfig, *, rows: int, accumulate: int) -> int:
+    """Optimizer steps in all; a last, smaller step of an epoch counts as one."""
+    if config.steps is not None:
+        return config.steps
+    batches = math.ceil(rows / (config.micro_batch * process_count()))
+    return max(1, math.ceil(math.ceil(batches / accumulate) * config.epochs))
+
+
+def every(steps: int, times: int) -> int:
+    """The distance that puts so many events evenly over the steps, the last one at the end."""
+    return max(1, math.ceil(steps / times)) if times else steps

@@ -1,0 +1,65 @@
+"""Placement is a pure function, so machines that nobody here has can be tried."""
+
+import types
+from typing import Any
+
+import pytest
+
+from finetune.errors import HardwareError
+from finetune.hardware import Gpu, Machine, place
+
+GIB = 1024**3
+CPU = Machine(cores=2, ram_bytes=24 * GIB, disk_free_bytes=100 * GIB, features=("avx512_bf16",))
+RTX4090 = Machine(cores=16, ram_bytes=64 * GIB, disk_free_bytes=100 * GIB, gpus=(Gpu(name="RTX 4090", memory_bytes=24 * GIB, capability="8.9"),))
+T4 = Machine(cores=4, ram_bytes=16 * GIB, disk_free_bytes=100 * GIB, gpus=(Gpu(name="T4", memory_bytes=15 * GIB, capability="7.5"),))
+MAC = Machine(cores=8, ram_bytes=16 * GIB, disk_free_bytes=100 * GIB, metal=True)
+
+
+def config(*, device: str = "auto", dtype: str = "auto", attention: str = "auto", optimizer: str = "paged_adamw_8bit", method: str = "nf4") -> Any:
+    space = types.SimpleNamespace
+    return space(
+        hardware=space(device=device, threads=0),
+        model=space(dtype=dtype, attention=attention),
+        optim=space(name=optimizer),
+        quantization=space(method=method),
+    )
+
+
+@pytest.mark.parametrize(
+    ("machine", "device", "dtype", "optimizer"),
+    [
+        (CPU, "cpu", "bfloat16", "adamw_8bit"),
+        (RTX4090, "cuda", "bfloat16", "paged_adamw_8bit"),
+        (T4, "cuda", "float16", "paged_adamw_8bit"),
+        (MAC, "cpu", "bfloat16", "adamw_8bit"),
+    ],
+)
+def test_auto_takes_what_the_machine_has(machine: Machine, device: str, dtype: str, optimizer: str) -> None:
+    chosen = place(machine, config())
+    assert (chosen.device, chosen.dtype, chosen.optimizer) == (device, dtype, optimizer)
+    assert len(chosen.reasons) == 5
+
+
+def test_optimizer_without_paging_says_why() -> None:
+    assert place(CPU, config()).optimizer_why == (
+        "paged_adamw_8bit was asked for; cpu has no unified memory to page to, and this is the same optimizer without paging"
+    )
+
+
+def test_dense_models_may_use_an_apple_gpu() -> None:
+    assert place(MAC, config(method="none")).device == "mps"
+
+
+@pytest.mark.parametrize(
+    ("machine", "changes", "message"),
+    [
+        (CPU, {"device": "cuda"}, "no NVIDIA GPU is visible"),
+        (CPU, {"device": "mps"}, "this is no Apple GPU"),
+        (MAC, {"device": "mps"}, "quantization.method=nf4 does not run on mps; choose one of none, or hardware.device=cpu"),
+        (T4, {"dtype": "bfloat16"}, "T4 has 7.5; use model.dtype=float16"),
+        (CPU, {"attention": "flash_attention_2"}, "needs a CUDA GPU and this run is on cpu; use model.attention=sdpa"),
+    ],
+)
+def test_impossible_wish_names_the_alternative(machine: Machine, changes: dict[str, str], message: str) -> None:
+    with pytest.raises(HardwareError, match=message):
+        place(machine, config(**changes))

@@ -1,0 +1,125 @@
+"""The run folder: manifests last, nothing done twice, nothing written over."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from finetune.errors import ConfigError
+from finetune.run import RunFolder, RunSettings, write_json
+
+
+@dataclass(kw_only=True, slots=True)
+class StageConfig:
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thing:
+    folder: Path
+    size: int
+
+
+def make(config: StageConfig, *, folder: Path, calls: list[int]) -> Thing:
+    calls.append(config.size)
+    (folder / "thing.txt").write_text(str(config.size))
+    return Thing(folder=folder, size=config.size)
+
+
+def fail(config: StageConfig, *, folder: Path) -> Thing:
+    (folder / "half.txt").write_text("half")
+    raise RuntimeError("stopped half way")
+
+
+make.__module__ = fail.__module__ = "finetune.thing.make"
+
+
+def settings(root: Path, if_exists: str = "fail") -> RunSettings:
+    return RunSettings(name="r", root=str(root), seed=1, if_exists=if_exists)
+
+
+def test_stage_runs_once_and_is_read_back_from_its_manifest(tmp_path: Path) -> None:
+    folder, calls = RunFolder.open(settings(tmp_path)), []
+    first = folder.once(make, StageConfig(size=3), calls=calls)
+    second = folder.once(make, StageConfig(size=3), calls=calls)
+    assert first == second == Thing(folder=tmp_path / "r" / "thing", size=3)
+    assert calls == [3]
+    manifest = json.loads((tmp_path / "r" / "thing" / "manifest.json").read_text())
+    assert manifest["product"] == {"size": 3}
+    assert manifest["peak_rss_bytes"] > 0
+
+
+def test_stage_that_failed_leaves_no_manifest_and_runs_again(tmp_path: Path) -> None:
+    folder, calls = RunFolder.open(settings(tmp_path)), []
+    with pytest.raises(RuntimeError):
+        folder.once(fail, StageConfig(size=3))
+    assert folder.manifest("thing") is None
+    folder.once(make, StageConfig(size=3), calls=calls)
+    assert calls == [3]
+
+
+def test_changed_settings_are_refused_with_the_difference(tmp_path: Path) -> None:
+    folder = RunFolder.open(settings(tmp_path))
+    folder.once(make, StageConfig(size=3), calls=[])
+    with pytest.raises(ConfigError, match=r"thing.size was 3 and is 4"):
+        folder.once(make, StageConfig(size=4), calls=[])
+
+
+def test_stage_asked_for_again_replaces_the_old_one_only_when_done(tmp_path: Path) -> None:
+    RunFolder.open(settings(tmp_path)).once(make, StageConfig(size=3), calls=[])
+    again = RunFolder.open(settings(tmp_path, "resume"), again=frozenset({"thing"}))
+    with pytest.raises(RuntimeError):
+        again.once(fail, StageConfig(size=4))
+    assert (tmp_path / "r" / "thing" / "thing.txt").read_text() == "3"
+    assert again.once(make, StageConfig(size=4), calls=[]).size == 4
+    assert (tmp_path / "r" / "thing" / "thing.txt").read_text() == "4"
+    assert sorted(path.name for path in (tmp_path / "r").iterdir()) == ["memory.jsonl", "thing"]
+
+
+def test_existing_run_is_not_written_over_unless_asked(tmp_path: Path) -> None:
+    RunFolder.open(settings(tmp_path)).once(make, StageConfig(size=3), calls=[])
+    with pytest.raises(ConfigError, match="holds a run already and nothing is written over it"):
+        RunFolder.open(settings(tmp_path))
+    assert RunFolder.open(settings(tmp_path, "resume")).manifest("thing") is not None
+    assert RunFolder.open(settings(tmp_path, "overwrite")).manifest("thing") is None
+
+
+def test_full_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 100, 5))  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="has 5 B left and a run needs at least"):
+        RunFolder.open(settings(tmp_path))
+
+
+def hold(path: Path) -> None:
+    with RunFolder(path).lock():
+        (path / "held").touch()
+        time.sleep(60)
+
+
+def test_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: Path) -> None:
+    folder = RunFolder.open(settings(tmp_path))
+    holder = multiprocessing.get_context("spawn").Process(target=hold, args=(folder.path,))
+    holder.start()
+    while not (folder.path / "held").exists():
+        time.sleep(0.05)
+    with pytest.raises(ConfigError, match="another process works in"), folder.lock():
+        pass
+    assert holder.pid is not None
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.join()
+    with folder.lock():
+        assert True
+
+
+def test_json_is_replaced_in_one_move(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"a": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
