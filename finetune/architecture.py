@@ -10,7 +10,7 @@ from finetune.errors import ModelError
 
 # Names of (q, k, v, fused qkv, o, gate, up, fused gate_up, down) in the modelling code of transformers 5.23.
 _LLAMA_NAMES = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
-_BLOOM_NAMES = ("", "", "", "query_key_value", "dense", "", "dense_h_to_4h", "", "dense_4h_to_h")
+_BLOOM_NAMES = ("q_proj", "k_proj", "v_proj", "query_key_value", "dense", "", "dense_h_to_4h", "", "dense_4h_to_h")
 _NAMES = {
     "phi": ("q_proj", "k_proj", "v_proj", "", "dense", "", "fc1", "", "fc2"),
     "falcon": _BLOOM_NAMES,

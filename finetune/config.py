@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class RunConfig:
     quantization: QuantizationConfig
     lora: LoraConfig
     data: DataConfig
-    plan: PlanConfig
+    plan: PlanConfig = field(default_factory=PlanConfig)
     rehearse: RehearseConfig
     train: TrainConfig
     optim: OptimConfig
@@ -72,7 +72,7 @@ class RunConfig:
 
 def register() -> None:
     """Makes the schema and the ``shipped:`` resolver known to Hydra."""
-    ConfigStore.instance().store(group="schema", name="run", node=RunConfig)
+    ConfigStore.instance().store(group="schema", name="run", node=RunConfig, package="_global_")
     OmegaConf.register_new_resolver("shipped", lambda name: str(SHIPPED / name), replace=True)
 
 

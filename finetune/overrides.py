@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 OVERLAYS = ("experiment", "debug")
 
@@ -79,9 +79,7 @@ def _keys(config: DictConfig, schema: Any, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}"
             continue
         kind = _dataclass_of(hints[name])
-        if config._is_missing(key) or config._get_node(key)._is_none():  # type: ignore[union-attr]
-            continue
-        node = config[name]
+        node = None if OmegaConf.is_missing(config, name) else config[name]
         if kind and isinstance(node, DictConfig) and typing.get_origin(hints[name]) is not dict:
             yield from _keys(node, kind, f"{prefix}{name}.")
         elif kind and isinstance(node, DictConfig):

@@ -56,7 +56,8 @@ def test_softcapped_logits_are_capped(tokenizer: Any) -> None:
 
     torch.manual_seed(0)
     gemma = Gemma2ForCausalLM(Gemma2Config(
-        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=16,
         final_logit_softcapping=0.5, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )).eval()  # fmt: skip
     gemma.model.embed_tokens.weight.data.mul_(20)

@@ -1,0 +1,214 @@
+"""Files as rows: each with its line, so that every later message can point at it."""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from finetune.data.jsonarray import ArrayReader
+from finetune.errors import DataError
+
+Raw = tuple[int, Any]
+"""Line (or number within the file) and the row: bytes of JSON where parsing can wait, else a dict."""
+
+COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".text", ".md")
+BOMS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+BATCH_ROWS = 1000
+
+
+def kind_of(path: Path) -> str:
+    """The suffix that decides how a file is read, without its compression's."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    while suffixes and suffixes[-1] in COMPRESSED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def rows(path: Path, *, text_unit: str) -> Iterator[Raw]:
+    """Streams one file.
+
+    Raises:
+        DataError: The file is missing, empty, unreadable, damaged, or of no known kind.
+    """
+    kind = kind_of(path)
+    if kind not in SUFFIXES:
+        raise DataError(f"{path}: files of this kind are not known; known are {', '.join(SUFFIXES)}, each also as .gz, .bz2, .xz")
+    seen = False
+    try:
+        for raw in _of_kind(path, kind, text_unit):
+            seen = True
+            yield raw
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 at byte {error.start} of a block ({error.reason}); save the file as UTF-8") from error
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: the compressed file is damaged or cut off ({error}); fetch it again") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}; check the name and the rights") from error
+    if not seen:
+        raise DataError(f"{path}: holds no rows; remove it from data.path or fill it")
+
+
+def _of_kind(path: Path, kind: str, text_unit: str) -> Iterator[Raw]:
+    if kind == ".parquet":
+        return _parquet(path)
+    if kind == ".arrow":
+        return _arrow(path)
+    if kind in (".csv", ".tsv"):
+        return _csv(path, "\t" if kind == ".tsv" else ",")
+    if kind in (".txt", ".text", ".md"):
+        return _text(path, text_unit)
+    if kind == ".json":
+        return _json(path)
+    return _jsonl(path)
+
+
+def open_bytes(path: Path) -> IO[bytes]:
+    """Opens a file, decompressed, after a look at its first bytes."""
+    opener = COMPRESSED.get(path.suffix.lower(), open)
+    handle: IO[bytes] = opener(path, "rb")  # type: ignore[operator]
+    start = handle.read(4)
+    if start[:2] in BOMS:
+        handle.close()
+        raise DataError(f"{path}: is {BOMS[start[:2]]}; save the file as UTF-8")
+    if start[:2] == b"\x1f\x8b":
+        handle.close()
+        raise DataError(f"{path}: is compressed with gzip but not named so; rename it to {path.name}.gz")
+    handle.seek(3 if start[:3] == b"\xef\xbb\xbf" else 0)
+    return handle
+
+
+def _jsonl(path: Path) -> Iterator[Raw]:
+    with open_bytes(path) as handle:
+        for line, raw in enumerate(handle, 1):
+            if not raw.isspace():
+                yield line, raw
+
+
+def _json(path: Path) -> Iterator[Raw]:
+    """An array, JSON lines under another name, or one object that holds the array."""
+    with open_bytes(path) as handle:
+        start = handle.tell()
+        first = handle.readline()
+        while first.isspace():
+            first = handle.readline()
+        handle.seek(start)
+        if not first.lstrip().startswith(b"{"):
+            yield from ArrayReader(path, io.TextIOWrapper(handle, encoding="utf-8")).elements()
+            return
+        if _whole(first):
+            yield from ((line, raw) for line, raw in enumerate(handle, 1) if not raw.isspace())
+            return
+        yield from _wrapped(path, handle.read())
+
+
+def _whole(line: bytes) -> bool:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return False
+    lists = [item for item in value.values() if isinstance(item, list) and item and isinstance(item[0], dict)]
+    return not (len(value) == 1 and len(lists) == 1 and "messages" not in value and "conversations" not in value)
+
+
+def _wrapped(path: Path, content: bytes) -> Iterator[Raw]:
+    try:
+        value = json.loads(content)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg}, column {error.colno}; mend the file") from error
+    lists = {name: item for name, item in value.items() if isinstance(item, list)}
+    if len(lists) != 1:
+        inside = ", ".join(value) or "nothing in it"
+        raise DataError(f"{path}: is one object with {inside}, not a list of rows; write a JSON array or JSON lines")
+    yield from enumerate(next(iter(lists.values())), 1)
+
+
+def _csv(path: Path, delimiter: str) -> Iterator[Raw]:
+    csv.field_size_limit(1 << 30)
+    with io.TextIOWrapper(open_bytes(path), encoding="utf-8", newline="") as handle:
+        reader = csv.reader(handle, delimiter=delimiter, strict=True)
+        try:
+            header = next(reader, None)
+            if header is None:
+                return
+            _check_header(path, header, delimiter)
+            for cells in reader:
+                if cells:
+                    yield reader.line_num, dict(zip(header, cells, strict=True)) if len(cells) == len(header) else (len(cells), len(header))
+        except csv.Error as error:
+            raise DataError(f"{path}:{reader.line_num}: not valid CSV: {error}; quotes inside a cell are written twice") from error
+
+
+def _check_header(path: Path, header: list[str], delimiter: str) -> None:
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        raise DataError(f"{path}:1: the column {twice[0]!r} stands twice; give each column its own name")
+    if len(header) == 1 and delimiter == "," and any(mark in header[0] for mark in ";\t|"):
+        raise DataError(f"{path}:1: one column named {header[0]!r}: the cells are not divided by commas; save the file with commas")
+
+
+def _text(path: Path, unit: str) -> Iterator[Raw]:
+    with io.TextIOWrapper(open_bytes(path), encoding="utf-8") as handle:
+        if unit == "file":
+            content = handle.read()
+            if content.strip():
+                yield 1, {"text": content}
+            return
+        start, gathered = 1, list[str]()
+        for line, text in enumerate(handle, 1):
+            if unit == "line":
+                if text.strip():
+                    yield line, {"text": text.rstrip("\n")}
+            elif text.strip():
+                start = start if gathered else line
+                gathered.append(text)
+            elif gathered:
+                yield start, {"text": "".join(gathered).rstrip("\n")}
+                gathered = []
+        if gathered:
+            yield start, {"text": "".join(gathered).rstrip("\n")}
+
+
+def _parquet(path: Path) -> Iterator[Raw]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        line = 0
+        for batch in file.iter_batches(batch_size=BATCH_ROWS):
+            for row in batch.to_pylist():
+                line += 1
+                yield line, row
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: cannot be read as Parquet: {_first_line(error)}; write it again") from error
+
+
+def _arrow(path: Path) -> Iterator[Raw]:
+    import pyarrow
+
+    try:
+        with pyarrow.memory_map(str(path)) as source:
+            try:
+                batches = iter(pyarrow.ipc.open_stream(source))
+            except pyarrow.ArrowInvalid:
+                source.seek(0)
+                reader = pyarrow.ipc.open_file(source)
+                batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
+            line = 0
+            for batch in batches:
+                for row in batch.to_pylist():
+                    line += 1
+                    yield line, row
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: cannot be read as Arrow: {_first_line(error)}; write it again") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,118 @@
+"""The tokenizer's chat template, looked at before it is trusted."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.console import say
+from finetune.data.conversation import BadRow, Message
+from finetune.errors import DataError
+
+PROBE_QUESTION = "Which way is up"
+PROBE_ANSWER = "Away from the ground"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """A chat template with what was learnt about it.
+
+    Attributes:
+        source: The Jinja text.
+        special: What the template may name: ``bos_token``, ``eos_token``, ...
+        end_of_turn: The token that ends an assistant's turn.
+        control: Matches every control token of the tokenizer.
+    """
+
+    source: str
+    special: dict[str, str]
+    end_of_turn: str
+    control: re.Pattern[str]
+
+    def render(self, messages: list[Message], *, tools: list[Any] | None = None, prompt: bool = False) -> str:
+        """Messages as text; ``prompt`` adds what stands before an assistant's turn.
+
+        Raises:
+            BadRow: The template refuses the messages.
+        """
+        return _render(self.source, self.special, messages, tools=tools, prompt=prompt)
+
+
+def shipped(name: str) -> Path:
+    """Where ``conf/data/template/<name>.jinja`` lies, in a checkout or in an installed wheel."""
+    package = Path(__file__).parent.parent
+    folders = [folder for folder in (package / "conf", package.parent / "conf") if folder.is_dir()]
+    return (folders[0] if folders else package) / "data" / "template" / f"{name}.jinja"
+
+
+def choose(name: str | None, tokenizer: Any) -> None:
+    """Gives the tokenizer the template that the user named. What the tokenizer brings is only replaced on that wish.
+
+    Raises:
+        DataError: There is no template of that name, or none at all.
+    """
+    if name is None:
+        if not getattr(tokenizer, "chat_template", None):
+            names = ", ".join(sorted(file.stem for file in shipped("x").parent.glob("*.jinja")))
+            raise DataError(f"data.template: the tokenizer brings no chat template and none is assumed; choose one of {names}, or a file")
+        return
+    file = Path(name) if name.endswith((".jinja", ".j2")) else shipped(name)
+    if not file.is_file():
+        names = ", ".join(sorted(other.stem for other in shipped("x").parent.glob("*.jinja")))
+        raise DataError(f"data.template: there is no template {name!r} ({file} is no file); choose one of {names}, or a .jinja file")
+    text = file.read_text(encoding="utf-8").rstrip("\n")
+    if getattr(tokenizer, "chat_template", None) not in (None, text):
+        say("data", f"the tokenizer's own chat template is replaced because data.template={name} was asked for")
+    tokenizer.chat_template = text
+
+
+def probe(tokenizer: Any) -> Template:
+    """Learns how the tokenizer's template ends a turn, and that it can be trained on at all.
+
+    Raises:
+        DataError: The template cannot be rendered, has no end of turn, or writes two BOS.
+    """
+    source = tokenizer.chat_template
+    if isinstance(source, dict):
+        source = source["default"] if "default" in source else next(iter(source.values()))
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    controls = sorted({str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}, key=len, reverse=True)
+    if not controls:
+        raise DataError("data.template: the tokenizer has no control tokens, so nothing could end a turn; choose another tokenizer")
+    control = re.compile("|".join(map(re.escape, controls)))
+    question, answer = {"role": "user", "content": PROBE_QUESTION}, {"role": "assistant", "content": PROBE_ANSWER}
+    try:
+        text = _render(source, special, [question, answer])
+    except BadRow as error:
+        raise DataError(f"data.template: the chat template cannot render a question and its answer: {error}; choose another") from error
+    bos = special.get("bos_token")
+    if bos and text.startswith(bos + bos):
+        raise DataError(
+            f"data.template: the chat template writes {bos} twice, where one at most may begin a conversation; mend the template"
+        )
+    return Template(source=source, special=special, end_of_turn=_end_of_turn(text, control), control=control)
+
+
+def _end_of_turn(text: str, control: re.Pattern[str]) -> str:
+    at = text.find(PROBE_ANSWER)
+    if at < 0:
+        raise DataError("data.template: the chat template does not write the assistant's words; choose another with data.template=...")
+    tail = text[at + len(PROBE_ANSWER) :]
+    match = control.match(tail.lstrip())
+    if not match:
+        raise DataError(
+            f"data.template: the chat template ends an assistant's turn with {tail[:30]!r}, which begins with no control token of the "
+            "tokenizer, so the model would never learn to stop; choose another with data.template=..."
+        )
+    return match.group()
+
+
+def _render(source: str, special: Any, messages: list[Message], *, tools: list[Any] | None = None, prompt: bool = False) -> str:
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        rendered: Any = render_jinja_template([messages], tools=tools, chat_template=source, add_generation_prompt=prompt, **special)[0]
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise BadRow("the chat template refuses the turns", str(error)) from error
+    return rendered[0]

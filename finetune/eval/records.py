@@ -1,0 +1,65 @@
+"""What one artifact did on each row, kept on disk while it is measured, so that an interrupted stage goes on."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.measure.generation import Answer
+from finetune.measure.losses import RowLoss
+
+
+@dataclass(slots=True)
+class Record:
+    """Losses and answers of one artifact, by row number in the evaluation."""
+
+    losses: list[RowLoss]
+    answers: dict[int, Answer]
+
+
+class RecordFile:
+    """Lines of JSON: first what they hold for, then the losses, then one answer each.
+
+    Args:
+        file: Read if it is there and holds for the same key; else begun anew.
+        key: Names the artifact, the settings and the rows.
+    """
+
+    def __init__(self, file: Path, *, key: str) -> None:
+        self.file = file
+        self.record = Record(losses=[], answers={})
+        lines = _whole_lines(file)
+        if lines and lines[0] == {"key": key}:
+            for line in lines[1:]:
+                self._take(line)
+        else:
+            file.write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
+
+    def add_losses(self, losses: list[RowLoss]) -> None:
+        self._append({"losses": [[row.loss, row.tokens, row.correct] for row in losses]})
+        self.record.losses = losses
+
+    def add_answer(self, number: int, answer: Answer) -> None:
+        self._append({"row": number, "tokens": answer.tokens, "stopped": answer.stopped})
+        self.record.answers[number] = answer
+
+    def _take(self, line: dict[str, Any]) -> None:
+        if "losses" in line:
+            self.record.losses = [RowLoss(loss=loss, tokens=tokens, correct=correct) for loss, tokens, correct in line["losses"]]
+        else:
+            self.record.answers[line["row"]] = Answer(tokens=line["tokens"], stopped=line["stopped"])
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with open(self.file, "a", encoding="utf-8") as handle:
+            handle.write(json.dumps(line) + "\n")
+
+
+def _whole_lines(file: Path) -> list[dict[str, Any]]:
+    """The lines that were written whole: a process that was killed may have left half of one, which is cut off."""
+    if not file.is_file():
+        return []
+    text = file.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        file.write_text(whole, encoding="utf-8")
+    return [json.loads(line) for line in whole.splitlines()]

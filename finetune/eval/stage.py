@@ -1,0 +1,240 @@
+"""The eval stage: four artifacts, one in memory at a time, on the same rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.console import say, table
+from finetune.errors import EvalError
+from finetune.eval.config import ARTIFACTS, EvalConfig
+from finetune.hardware import Placement
+from finetune.measure.stage import StageProduct
+from finetune.model import Base, ModelConfig
+from finetune.quantization import QuantizationConfig
+from finetune.run import plain
+
+if TYPE_CHECKING:
+    from finetune.eval.figures import Table
+    from finetune.eval.records import Record
+    from finetune.measure import Chat
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """How good each artifact is.
+
+    Attributes:
+        folder: Holds ``samples.jsonl``: each row's prompt, reference and all answers with their scores.
+        artifacts: ``base``, ``base_quantized``, ``adapter``, ``merged``: ``{"loss", "loss_low", "loss_high",
+            "perplexity", "tokens", "token_accuracy", "metrics": {name: {"value", "low", "high"}}, "stop_rate",
+            "mean_tokens", "repetition"}``; the last three only where answers were written.
+        changes: ``quantization``, ``tuning``, ``merge``, ``total``: ``{figure: {"difference", "low", "high"}}``,
+            paired by row, 95 %.
+        rows: Rows that answers were written for.
+        loss_rows: Rows that the loss was taken on.
+        missed: One sentence for each threshold of ``eval.gate`` that was not met.
+    """
+
+    folder: Path
+    artifacts: dict[str, dict[str, Any]]
+    changes: dict[str, dict[str, dict[str, float]]]
+    rows: int
+    loss_rows: int
+    missed: list[str]
+
+
+def score(
+    config: EvalConfig,
+    *,
+    folder: Path,
+    base: Base,
+    model: ModelConfig,
+    quantization: QuantizationConfig,
+    placement: Placement,
+    adapter: StageProduct,
+    merged: StageProduct,
+    data: StageProduct,
+    seed: int,
+) -> Scores:
+    """Measures base, quantized base, adapter and merged model on the same held-out rows.
+
+    Args:
+        config: The eval group.
+        folder: The stage's folder.
+        base, model, quantization, placement: As they were for training.
+        adapter: Its plain peft folder is ``adapter.folder/adapter``.
+        merged: Its plain transformers folder is ``merged.folder/model``.
+        data: Its held-out rows are in ``data.folder/heldout``.
+        seed: Of the bootstrap.
+
+    Raises:
+        EvalError: No held-out row, or none that trains a token.
+    """
+    from finetune.eval.figures import changes, levels, missed_gates, tabulate
+    from finetune.measure import chat_of, read_rows, trained_tokens
+
+    heldout = read_rows(data.folder / "heldout", limit=max(config.rows, config.loss_rows))
+    loss_rows, rows = heldout[: config.loss_rows], heldout[: config.rows]
+    if not any(trained_tokens(row) for row in loss_rows):
+        raise EvalError(f"none of the first {len(loss_rows)} held-out rows has a trained token; look at the ledger in {data.folder}")
+    for asked, got, name in ((config.rows, len(rows), "rows"), (config.loss_rows, len(loss_rows), "loss_rows")):
+        if got < asked:
+            say("eval", f"eval.{name}={asked}, and the held-out split has {got} rows: all of them are used")
+    chat = chat_of(base, data.folder, trust_remote_code=model.trust_remote_code)
+    tokenizer = chat.tokenizer
+    models = _Models(base, model, quantization, placement, adapter=adapter.folder / "adapter", merged=merged.folder / "model")
+    line = _Line(config=config, folder=folder, chat=chat, loss_rows=loss_rows, rows=rows)
+    records = line.measure_all(models)
+    found = tabulate(
+        records, references=[row["reference"] for row in rows], metrics=config.metrics, decode=lambda ids: _text(tokenizer, ids)
+    )  # fmt: skip
+    artifacts, changed = levels(found, records, config=config, seed=seed), changes(found, config=config, seed=seed)
+    _write_samples(folder / "samples.jsonl", rows=rows, table=found, tokenizer=tokenizer, metrics=config.metrics)
+    _show(artifacts, changed, config.metrics if rows else [])
+    missed = missed_gates(config.gate, artifacts, changed)
+    say("eval", *missed)
+    return Scores(folder=folder, artifacts=artifacts, changes=changed, rows=len(rows), loss_rows=len(loss_rows), missed=missed)
+
+
+@dataclass(frozen=True)
+class _Models:
+    """Loads the artifacts in turn; whoever iterates holds one model at a time."""
+
+    base: Base
+    model: ModelConfig
+    quantization: QuantizationConfig
+    placement: Placement
+    adapter: Path
+    merged: Path
+
+    def load(self, name: str) -> Any:
+        from finetune.measure import check_adapter, trained_graph
+        from finetune.model import load
+
+        if name == "adapter":
+            check_adapter(self.adapter)
+            return trained_graph(self.base, self.model, quantization=self.quantization, placement=self.placement, adapter=self.adapter)
+        dense = dataclasses.replace(self.quantization, method="none", double=False)
+        source = dataclasses.replace(self.base, folder=self.merged) if name == "merged" else self.base
+        return load(source, self.model, quantization=self.quantization if name == "base_quantized" else dense, placement=self.placement)
+
+    def key(self, name: str) -> str:
+        """Names the artifact's content: what must be the same for an earlier measurement to hold."""
+        from finetune.model import weights_sha256
+
+        parts: list[Any] = [
+            name,
+            self.base.sha256,
+            plain(self.model),
+            plain(self.quantization),
+            self.placement.dtype,
+            self.placement.device,
+        ]
+        if name == "adapter":
+            parts.append(weights_sha256(self.adapter))
+        if name == "merged":
+            parts.append(weights_sha256(self.merged))
+        return json.dumps(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Line:
+    """The rows and settings that are the same for every artifact."""
+
+    config: EvalConfig
+    folder: Path
+    chat: Chat
+    loss_rows: list[dict[str, Any]]
+    rows: list[dict[str, Any]]
+
+    def measure_all(self, models: _Models) -> dict[str, Record]:
+        records: dict[str, Record] = {}
+        for name in ARTIFACTS:
+            if name == "base_quantized" and models.quantization.method == "none":
+                say("eval", "base_quantized is the base itself, since quantization.method=none; it is not measured twice")
+                records[name] = records["base"]
+            else:
+                records[name] = self.measure(name, models)
+        return records
+
+    def measure(self, name: str, models: _Models) -> Record:
+        """One artifact; what an interrupted stage had measured of it already is used."""
+        from finetune.eval.records import RecordFile
+        from finetune.measure import free, generations, row_losses
+
+        kept = RecordFile(self.folder / f"{name}.rows.jsonl", key=self._key(models.key(name)))
+        open_rows = [number for number in range(len(self.rows)) if number not in kept.record.answers]
+        if kept.record.losses and not open_rows:
+            say("eval", f"{name}: measured before, and nothing about it changed")
+            return kept.record
+        loaded = models.load(name)
+        if not kept.record.losses:
+            kept.add_losses(row_losses(loaded, self.loss_rows, batch_tokens=self.config.batch_tokens, progress=f"{name}: loss"))
+        for place, answer in generations(
+            loaded, self.chat.tokenizer, [self.rows[number]["prompt_ids"] for number in open_rows],
+            max_new_tokens=self.config.max_new_tokens, batch_rows=self.config.batch_rows, ends=self.chat.ends,
+            progress=f"{name}: answers" if open_rows else None,
+        ):  # fmt: skip
+            kept.add_answer(open_rows[place], answer)
+        del loaded
+        free()
+        return kept.record
+
+    def _key(self, artifact: str) -> str:
+        digest = hashlib.sha256(artifact.encode())
+        for row in self.loss_rows:
+            digest.update(json.dumps([row["input_ids"], row["labels"]]).encode())
+        for row in self.rows:
+            digest.update(json.dumps(row["prompt_ids"]).encode())
+        digest.update(json.dumps([self.config.max_new_tokens, self.chat.ends]).encode())
+        return digest.hexdigest()
+
+
+def _text(tokenizer: Any, ids: list[int]) -> str:
+    text: str = tokenizer.decode(ids, skip_special_tokens=True)
+    return text
+
+
+def _write_samples(file: Path, *, rows: list[dict[str, Any]], table: Table, tokenizer: Any, metrics: list[str]) -> None:
+    partial = file.with_name(file.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as handle:
+        for number, row in enumerate(rows):
+            sample = {
+                "row": int(row["row"]),
+                "prompt": tokenizer.decode(row["prompt_ids"], skip_special_tokens=False),
+                "reference": row["reference"],
+                **{name: table.texts[name][number] for name in ARTIFACTS},
+                "scores": {name: dict(_row_scores(table, name, metrics, number)) for name in ARTIFACTS},
+            }
+            handle.write(json.dumps(sample, ensure_ascii=False) + "\n")
+    partial.replace(file)
+
+
+def _row_scores(table: Table, name: str, metrics: list[str], number: int) -> Iterator[tuple[str, float]]:
+    for metric in metrics:
+        yield metric, float(table.answers[name][metric].totals[number])
+
+
+def _show(artifacts: dict[str, dict[str, Any]], changed: dict[str, dict[str, dict[str, float]]], metrics: list[str]) -> None:
+    rows = []
+    for name, figures in artifacts.items():
+        stops = [f"{figures['stop_rate']:.2f}"] if metrics else []
+        rows.append(
+            [name, f"{figures['loss']:.4f}", f"{figures['perplexity']:.2f}", *[_interval(figures["metrics"][m]) for m in metrics], *stops]
+        )
+    table("eval", ["artifact", "loss", "perplexity", *metrics, *(["stops"] if metrics else [])], rows)
+    differences = []
+    for name, figures in changed.items():
+        shown = [f"{figures[m]['difference']:+.3f} [{figures[m]['low']:+.3f}, {figures[m]['high']:+.3f}]" for m in ["loss", *metrics]]
+        differences.append([name, *shown])
+    table("eval", ["change", "loss", *metrics], differences)
+
+
+def _interval(level: dict[str, float]) -> str:
+    return f"{level['value']:.3f} [{level['low']:.3f}, {level['high']:.3f}]"

@@ -1,0 +1,216 @@
+"""The model card: what it is, what it was made from, how good it is, and how to load it, in Markdown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from finetune.console import human_bytes
+from finetune.measure.stage import StageProduct
+from finetune.model import Base
+from finetune.quantization import QuantizationConfig, spec
+
+WORDS = {
+    "base": "base", "base_quantized": "base, quantized", "adapter": "adapter on the quantized base", "merged": "merged model",
+    "quantization": "cost of quantization", "tuning": "gain of tuning", "merge": "cost of the merge", "total": "base to merged",
+}  # fmt: skip
+
+
+class TrainedFacts(StageProduct, Protocol):
+    """What the card says about the training."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def trained_tokens(self) -> int: ...
+    @property
+    def trainable_parameters(self) -> int: ...
+    @property
+    def optimizer(self) -> dict[str, Any]: ...
+
+
+class DataFacts(StageProduct, Protocol):
+    """What the card says about the data."""
+
+    @property
+    def train_rows(self) -> int: ...
+    @property
+    def heldout_rows(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def trained_tokens(self) -> int: ...
+    @property
+    def fingerprint(self) -> str: ...
+
+
+class MergedFacts(StageProduct, Protocol):
+    """What the card says about the merge."""
+
+    @property
+    def chosen(self) -> str: ...
+    @property
+    def rule(self) -> str: ...
+    @property
+    def reference(self) -> dict[str, Any]: ...
+    @property
+    def candidates(self) -> list[dict[str, Any]]: ...
+
+
+class ScoreFacts(StageProduct, Protocol):
+    """What the card says about quality."""
+
+    @property
+    def artifacts(self) -> dict[str, dict[str, Any]]: ...
+    @property
+    def changes(self) -> dict[str, dict[str, dict[str, float]]]: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def loss_rows(self) -> int: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """All that a card is written from."""
+
+    base: Base
+    quantization: QuantizationConfig
+    data: DataFacts
+    adapter: TrainedFacts
+    merged: MergedFacts
+    scores: ScoreFacts
+    exports: Sequence[Mapping[str, Any]]
+    snippets: Mapping[str, str]
+
+
+def write_card(facts: CardFacts) -> str:
+    """The card as Markdown, with the front matter that model hubs read."""
+    name = short_name(facts.base)
+    sections = [
+        "\n".join(_front_matter(facts)),
+        f"# {name}, tuned",
+        f"A LoRA adapter for `{facts.base.name}`, trained on a frozen {_quantized(facts.quantization)} base, "
+        "and the model that the two merge into.",
+        "\n".join(_made_from(facts)),
+        "\n".join(_quality(facts.scores)),
+        "\n".join(_merge(facts.merged)),
+        "\n".join(_files(facts.exports)),
+        "\n".join(_loading(facts.snippets)),
+        "\n".join(_licence(facts.base)),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def short_name(base: Base) -> str:
+    return Path(base.name.removeprefix("package:")).name.removesuffix(".gguf")
+
+
+def _quantized(config: QuantizationConfig) -> str:
+    kinds = {"none": "unquantized", "nf4": "4-bit NF4", "fp4": "4-bit FP4", "int8": "8-bit LLM.int8"}
+    return kinds[config.method] + (" (double quantization)" if config.double else "")
+
+
+def _front_matter(facts: CardFacts) -> Iterator[str]:
+    yield "---"
+    if facts.base.source == "hub":
+        yield f"base_model: {facts.base.name}"
+    licence = licence_of(facts.base.folder)
+    if licence:
+        yield f"license: {licence}"
+    yield from ("library_name: peft", "pipeline_tag: text-generation", "tags: [lora, qlora, finetune]", "---")
+
+
+def _made_from(facts: CardFacts) -> Iterator[str]:
+    base, data, adapter = facts.base, facts.data, facts.adapter
+    yield "## Made from\n"
+    yield f"- Base: `{base.name}`" + (f" at revision `{base.revision}`" if base.revision else "") + f", weights SHA-256 `{base.sha256}`"
+    settings = ", ".join(f"{key} {value}" for key, value in spec(facts.quantization).items())
+    yield f"- Quantization while training: {settings}"
+    learnt = f"{data.tokens:,} tokens of which {data.trained_tokens:,} are learnt"
+    yield f"- Data: {data.train_rows:,} rows trained on, {data.heldout_rows:,} held out; {learnt}; fingerprint `{data.fingerprint}`"
+    sizes = f"{adapter.trained_tokens:,} trained tokens, {adapter.trainable_parameters:,} trainable parameters"
+    yield f"- Training: {adapter.steps:,} steps with {adapter.optimizer['used']}, {sizes}"
+
+
+def _quality(scores: ScoreFacts) -> Iterator[str]:
+    metrics = list(next(iter(scores.artifacts.values()))["metrics"])
+    yield "## How good it is\n"
+    yield f"On held-out rows: the loss on {scores.loss_rows}, answers on {scores.rows}. Brackets are 95 % bootstrap intervals over rows.\n"
+    yield from _table(
+        ["Model", "Loss", "Perplexity", *metrics],
+        [[WORDS[name], _level(one, "loss"), f"{one['perplexity']:.3f}", *[_interval(one["metrics"][metric]) for metric in metrics]]
+         for name, one in scores.artifacts.items()],
+    )  # fmt: skip
+    yield "\nWhat each step changed, paired by row:\n"
+    shown = ["loss", *metrics]
+    yield from _table(
+        ["Step", *shown], [[WORDS[name], *[_change(one[figure]) for figure in shown]] for name, one in scores.changes.items()]
+    )
+
+
+def _merge(merged: MergedFacts) -> Iterator[str]:
+    yield "## Merge\n"
+    tokens = f"{merged.reference['tokens']:,} held-out tokens"
+    yield f"Kept: `{merged.chosen}`, {merged.rule}. KL and top-1 compare with the graph that was trained, on {tokens}.\n"
+    rows = [["trained graph", "0", "1.000", f"{merged.reference['loss']:.4f}", f"{merged.reference['perplexity']:.3f}"]]
+    for one in merged.candidates:
+        rows.append([one["name"], f"{one['kl']:.5f}", f"{one['top1_agreement']:.3f}", f"{one['loss']:.4f}", f"{one['perplexity']:.3f}"])
+    yield from _table(["Candidate", "KL", "Top-1", "Loss", "Perplexity"], rows)
+
+
+def _files(exports: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    yield "## Files\n"
+    rows = []
+    for one in exports:
+        parity = one["parity"]
+        proof = f"logits within {parity['max_logit_difference']:.4g}, KL {parity['kl']:.2g}, in {parity['runtime']}" if parity else ""
+        rows.append([f"`{Path(one['path']).name}`", one["format"], human_bytes(one["bytes"]), f"`{one['sha256'][:16]}`", proof])
+    yield from _table(["Path", "Format", "Size", "SHA-256", "Opened again and compared"], rows)
+
+
+def _loading(snippets: Mapping[str, str]) -> Iterator[str]:
+    yield "## How to load\n"
+    yield "Paths are seen from the folder that holds the files above."
+    for title, code in snippets.items():
+        yield f"\n### {title}\n\n```python\n{code}\n```"
+
+
+def _licence(base: Base) -> Iterator[str]:
+    licence = licence_of(base.folder)
+    yield "## Licence\n"
+    if licence:
+        yield f"The base states `{licence}`, and weights derived from it are bound by that. The data may add terms of their own."
+    else:
+        yield f"The files of the base state no licence; look where `{base.name}` was published. The data may add terms of their own."
+
+
+def licence_of(folder: Path) -> str | None:
+    """The licence in the front matter of the base's own card, if it has one."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    found = re.search(r"\A---\n.*?^license:\s*(\S+)\s*$.*?^---$", card.read_text(encoding="utf-8"), flags=re.M | re.S)
+    return found.group(1) if found else None
+
+
+def _table(header: list[str], rows: list[list[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(header)} |"
+    yield f"|{'|'.join(['---'] * len(header))}|"
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
+
+
+def _level(artifact: dict[str, Any], figure: str) -> str:
+    return f"{artifact[figure]:.4f} [{artifact[f'{figure}_low']:.4f}, {artifact[f'{figure}_high']:.4f}]"
+
+
+def _interval(level: dict[str, float]) -> str:
+    return f"{level['value']:.3f} [{level['low']:.3f}, {level['high']:.3f}]"
+
+
+def _change(change: dict[str, float]) -> str:
+    return f"{change['difference']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]"

@@ -1,0 +1,39 @@
+"""The export group: one entry per thing that is written."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+FORMATS = ("adapter", "safetensors", "card")
+
+
+@dataclass(kw_only=True, slots=True)
+class ExportConfig:
+    """One export: what is written, and how near it must be to the model that it was made from."""
+
+    format: str
+    """``adapter`` (plain peft), ``safetensors`` (the merged model) or ``card`` (README.md for all of them)."""
+
+    golden_rows: int
+    """Held-out prompts to compare logits on, besides the golden chats."""
+
+    max_logit_difference: float
+    """Largest difference of a logit, anywhere in the compared distributions, before the export fails."""
+
+    max_kl: float
+    """Largest mean KL(model || export), in nats per compared position."""
+
+    max_new_tokens: int
+    """Length within which the export must end its answer, where the model did."""
+
+    def problems(self) -> Iterator[str]:
+        if self.format not in FORMATS:
+            yield f"export.*.format must be one of {', '.join(FORMATS)}; got {self.format!r}"
+        for key, number in (
+            ("golden_rows", self.golden_rows),
+            ("max_logit_difference", self.max_logit_difference),
+            ("max_kl", self.max_kl),
+        ):
+            if number < 0:
+                yield f"export.{self.format}.{key} must not be negative; got {number}"
+        if self.max_new_tokens < 1:
+            yield f"export.{self.format}.max_new_tokens must be at least 1; got {self.max_new_tokens}"

@@ -1,0 +1,119 @@
+"""The loader of what was exported: rebuilds exactly the graph that was trained, or the merged model, and refuses on any mismatch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.errors import ModelError
+from finetune.hardware import Placement
+from finetune.model import ModelConfig
+from finetune.quantization import QuantizationConfig
+
+if TYPE_CHECKING:
+    from finetune.model import Base
+
+FILE = "finetune.json"
+PLACES = ("", "export/adapter", "adapter", "export/safetensors", "safetensors")
+"""Where the record is looked for, seen from the folder that was named."""
+
+
+def load(run_or_folder: str | Path, *, device: str | None = None) -> tuple[Any, Any]:
+    """Loads a run or one of its exports as it was trained.
+
+    Args:
+        run_or_folder: A run folder, its ``export`` folder, or an exported adapter or merged model.
+        device: ``cpu``, ``cuda`` or ``mps``; None takes a GPU where there is one.
+
+    Returns:
+        Model (in evaluation mode, without gradients) and tokenizer.
+
+    Raises:
+        ModelError: No record, or base, weights, template or tokens are other than they were.
+    """
+    folder = find(Path(run_or_folder))
+    record: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    _check_weights(folder, record)
+    tokenizer = _tokenizer(folder, record)
+    placement = _placement(record, device=device)
+    config = ModelConfig(**record["model"], architecture=None)
+    if record["kind"] == "merged":
+        return _merged(folder, config, placement=placement, sha256=record["weights_sha256"]), tokenizer
+    from finetune.measure import trained_graph
+
+    quantization = QuantizationConfig(**record["quantization"]["settings"])
+    base = _base(config, record)
+    return trained_graph(base, config, quantization=quantization, placement=placement, adapter=folder), tokenizer
+
+
+def find(folder: Path) -> Path:
+    """The folder that holds the record.
+
+    Raises:
+        ModelError: There is none.
+    """
+    for place in PLACES:
+        if (folder / place / FILE).is_file():
+            return folder / place
+    raise ModelError(
+        f"{folder} holds no {FILE}; name a run folder whose export stage is done, or one of its exports. "
+        "A bare peft folder does not say which base it was trained on: open it with PeftModel.from_pretrained"
+    )
+
+
+def _check_weights(folder: Path, record: dict[str, Any]) -> None:
+    from finetune.model import weights_sha256
+
+    found = weights_sha256(folder)
+    if found != record["weights_sha256"]:
+        raise ModelError(
+            f"{folder}: its weights are not those that were exported (hash {found[:12]}, recorded {record['weights_sha256'][:12]})"
+        )
+
+
+def _tokenizer(folder: Path, record: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    from finetune.export.travel import template_sha256
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    kept = record["tokenizer"]
+    now = {"template_sha256": template_sha256(tokenizer), "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
+    then = {"template_sha256": kept["template_sha256"], "eos": kept["eos"]["id"], "pad": kept["pad"]["id"]}
+    changed = [name for name in now if now[name] != then[name]]
+    if changed:
+        raise ModelError(f"{folder}: the tokenizer is not the one of the training, its {' and '.join(changed)} changed; restore the export")
+    return tokenizer
+
+
+def _base(config: ModelConfig, record: dict[str, Any]) -> Base:
+    from finetune.model import fetch
+
+    base = fetch(config)
+    if base.sha256 != record["base"]["sha256"]:
+        raise ModelError(
+            f"the base {config.name} is not the one that the adapter was trained on: its weights have hash {base.sha256[:12]} and training "
+            f"used {record['base']['sha256'][:12]} (revision {record['base']['revision']}); put that one in its place"
+        )
+    return base
+
+
+def _placement(record: dict[str, Any], *, device: str | None) -> Placement:
+    import torch
+
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    computation = record["computation"]
+    return Placement(
+        device=chosen, dtype=computation["dtype"], attention=computation["attention"], optimizer="none", optimizer_why="nothing is trained",
+        threads=torch.get_num_threads(), reasons=(f"device {chosen}", "dtype and attention as they were for training"),
+    )  # fmt: skip
+
+
+def _merged(folder: Path, config: ModelConfig, *, placement: Placement, sha256: str) -> Any:
+    from finetune.model import Base
+    from finetune.model import load as load_base
+
+    base = Base(folder=folder, name=str(folder), revision=None, sha256=sha256, source="folder")
+    dense = QuantizationConfig(method="none", double=False, skip=[], threshold=0.0)
+    return load_base(base, config, quantization=dense, placement=placement)

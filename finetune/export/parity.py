@@ -1,0 +1,169 @@
+"""Is the export the model? The same chats as token ids, the same prompts as logits, and an answer that ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from finetune.errors import ExportError
+from finetune.export.config import ExportConfig
+
+if TYPE_CHECKING:
+    from finetune.measure import Chat
+
+POSITIONS = 8
+"""Compared at the end of each prompt: there the next token is an answer's, and a file of logits stays small."""
+
+GOLDEN_CHATS: list[list[dict[str, str]]] = [
+    [{"role": "user", "content": "What is the capital of France?"}],
+    [{"role": "system", "content": "Answer in one word."}, {"role": "user", "content": "Is water wet?"}],
+    [
+        {"role": "user", "content": "Say a number."},
+        {"role": "assistant", "content": "Seven."},
+        {"role": "user", "content": "  Say it again,\n\n\tlouder.  "},
+    ],
+    [{"role": "user", "content": 'Ünïcode – 你好 🙂 – and {"json": [1, 2.5, null]}, plus `code()` & <html>.'}],
+]
+"""Turns, a system message, white space, and text that tokenizers treat in many ways."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the model itself gives.
+
+    Attributes:
+        chats: Golden chats that its template can write.
+        chat_tokens: Their token ids, generation prompt included.
+        prompts: Token ids of every compared prompt: the chats, then held-out ones.
+        logits: Per prompt, float32, shape (up to 8 last positions, vocabulary).
+        stopped: Whether the greedy answer to the last prompt ended within the limit.
+    """
+
+    chats: list[list[dict[str, str]]]
+    chat_tokens: list[list[int]]
+    prompts: list[list[int]]
+    logits: list[np.ndarray]
+    stopped: bool
+
+
+def expected(model: Any, chat: Chat, *, heldout: Sequence[Sequence[int]], max_new_tokens: int) -> Expected:
+    """Asks the model in this process.
+
+    Args:
+        model: The trained graph, or the merged model.
+        chat: Its tokenizer and end tokens.
+        heldout: Held-out prompts.
+        max_new_tokens: Limit of the answer.
+    """
+    from finetune.measure import generate
+
+    chats = [messages for messages in GOLDEN_CHATS if _writes(chat.tokenizer, messages)]
+    tokens = [chat_tokens(chat.tokenizer, messages) for messages in chats]
+    prompts = [*tokens, *[list(prompt) for prompt in heldout]]
+    if not prompts:
+        raise ExportError("there is nothing to compare an export on: no golden chat can be written and no held-out prompt is asked for")
+    answer = generate(model, chat.tokenizer, prompts[-1:], max_new_tokens=max_new_tokens, batch_rows=1, ends=chat.ends)[0]
+    logits = [last_logits(model, prompt) for prompt in prompts]
+    return Expected(chats=chats, chat_tokens=tokens, prompts=prompts, logits=logits, stopped=answer.stopped)
+
+
+def chat_tokens(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    """Token ids of a chat, ready for an answer."""
+    tokens: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    return list(tokens)
+
+
+def last_logits(model: Any, prompt: Sequence[int]) -> np.ndarray:
+    """float32 logits at the last positions, shape (up to 8, vocabulary), by the model's plain forward pass."""
+    import torch
+
+    ids = torch.tensor([list(prompt)], device=next(model.parameters()).device)
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    found: np.ndarray = logits[0, -POSITIONS:].float().cpu().numpy()
+    return found
+
+
+def _writes(tokenizer: Any, messages: list[dict[str, str]]) -> bool:
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        return False
+    try:
+        chat_tokens(tokenizer, messages)
+    except TemplateError:  # some templates refuse a system message
+        return False
+    return True
+
+
+def compare(name: str, wanted: Expected, got: dict[str, Any], logits: Path, *, config: ExportConfig) -> dict[str, Any]:
+    """Holds what the export's own runtime gave against what the model gives.
+
+    Args:
+        name: The export's, for messages.
+        wanted: From the model.
+        got: ``chat_tokens``, ``stopped`` and ``runtime`` from the other process.
+        logits: Its logits, one array ``prompt_<n>`` each.
+        config: The bounds.
+
+    Returns:
+        ``{"passed", "runtime", "chats", "prompts", "max_logit_difference", "kl", "top1_agreement", "stops"}``.
+
+    Raises:
+        ExportError: Token ids differ, a bound is broken, or the answer does not end.
+    """
+    if got["chat_tokens"] != wanted.chat_tokens:
+        number = next(n for n, (one, other) in enumerate(zip(got["chat_tokens"], wanted.chat_tokens, strict=True)) if one != other)
+        raise ExportError(
+            f"export.{name}: its tokenizer writes the chat {wanted.chats[number]} as {len(got['chat_tokens'][number])} tokens and training "
+            f"wrote {len(wanted.chat_tokens[number])}: {got['chat_tokens'][number][:20]}... for {wanted.chat_tokens[number][:20]}..."
+        )
+    with np.load(logits) as arrays:
+        pairs = [(want, arrays[f"prompt_{number}"]) for number, want in enumerate(wanted.logits)]
+    difference, kl, top1 = _distances(pairs)
+    found = {
+        "passed": True,
+        "runtime": got["runtime"],
+        "chats": len(wanted.chats),
+        "prompts": len(wanted.prompts),
+        "max_logit_difference": round(difference, 6),
+        "bound": config.max_logit_difference,
+        "kl": round(kl, 8),
+        "top1_agreement": round(top1, 4),
+        "stops": bool(got["stopped"]),
+    }
+    if not difference <= config.max_logit_difference or not kl <= config.max_kl:
+        raise ExportError(
+            f"export.{name} differs from the model that it was made from: logits by up to {difference:.4f} (bound "
+            f"export.{name}.max_logit_difference={config.max_logit_difference}), KL {kl:.6f} (bound {config.max_kl}), over "
+            f"{len(wanted.prompts)} prompts in {got['runtime']}; it is not kept"
+        )
+    if wanted.stopped and not got["stopped"]:
+        raise ExportError(
+            f"export.{name} talks on after {config.max_new_tokens} tokens where the model ends its answer: its end tokens are lost"
+        )
+    return found
+
+
+def _distances(pairs: list[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float, float]:
+    """Largest difference of a logit, mean KL(first || second), share of positions with the same first token."""
+    difference, divergence, same, positions = 0.0, 0.0, 0, 0
+    for want, got in pairs:
+        shared = min(want.shape[1], got.shape[1])
+        one, other = want[:, :shared].astype(np.float64), got[:, :shared].astype(np.float64)
+        difference = max(difference, float(np.abs(one - other).max()))
+        p, q = _log_softmax(one), _log_softmax(other)
+        divergence += float((np.exp(p) * (p - q)).sum())
+        same += int((one.argmax(1) == other.argmax(1)).sum())
+        positions += len(want)
+    return difference, max(divergence / positions, 0.0), same / positions
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    result: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return result

@@ -1,0 +1,46 @@
+"""Run as ``python -m finetune.export.runtime``: opens an export as its card says, and writes down what it gives."""
+
+import importlib.metadata
+import os
+import runpy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune.export.parity import chat_tokens, last_logits
+from finetune.measure import answer
+
+
+def ask(request: dict[str, Any]) -> dict[str, Any]:
+    """Runs the card's snippet in the folder of the exports and asks the model that it made.
+
+    Returns:
+        ``chat_tokens``, ``stopped`` and ``runtime``; the logits go into a file.
+    """
+    import torch
+
+    torch.set_num_threads(request["threads"])
+    os.chdir(request["folder"])
+    names = runpy.run_path(request["snippet"])
+    model, tokenizer = names["model"], names["tokenizer"]
+    with torch.no_grad():
+        logits = {f"prompt_{number}": last_logits(model, prompt) for number, prompt in enumerate(request["prompts"])}
+        np.savez(Path(request["logits"]), **logits)  # type: ignore[arg-type]
+        ids = torch.tensor([request["prompts"][-1]], device=model.device)
+        settings = {"eos_token_id": request["ends"]} if request["ends"] else {}
+        written = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=request["max_new_tokens"], do_sample=False, **settings
+        )  # fmt: skip
+    configured = model.generation_config.eos_token_id
+    ends = request["ends"] or (configured if isinstance(configured, list) else [configured])
+    versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in request["packages"])
+    return {
+        "chat_tokens": [chat_tokens(tokenizer, messages) for messages in request["chats"]],
+        "stopped": bool(set(written[0, ids.shape[1] :].tolist()) & set(ends)),
+        "runtime": versions,
+    }
+
+
+if __name__ == "__main__":
+    answer(ask)

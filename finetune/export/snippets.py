@@ -1,0 +1,80 @@
+"""How to load each export, as code: printed in the card, and run as it stands by the parity check."""
+
+from finetune.model import Base, ModelConfig
+from finetune.quantization import QuantizationConfig
+
+SKIPPED_HEAD = "lm_head"
+
+
+def adapter_snippet(
+    folder: str, *, base: Base, model: ModelConfig, quantization: QuantizationConfig, dtype: str, ends: list[int]
+) -> str:  # fmt: skip
+    """Plain peft on the base as it was quantized for training.
+
+    Args:
+        folder: The adapter's, as seen from where the code runs.
+        base, model, quantization: As they were for training.
+        dtype: Numbers of the computation.
+        ends: Tokens that end an answer.
+    """
+    source = [repr(base.name), f"revision={base.revision!r}"] if base.source == "hub" else [repr(str(base.folder.resolve()))]
+    arguments = [*source, f"dtype=torch.{dtype}", 'device_map="auto"', *_trust(model), *_quantization(quantization, dtype=dtype)]
+    classes = ["AutoModelForCausalLM", "AutoTokenizer"] + (["BitsAndBytesConfig"] if quantization.method != "none" else [])
+    return "\n".join([
+        "import torch",
+        "from peft import PeftModel",
+        f"from transformers import {', '.join(classes)}",
+        "",
+        f"tokenizer = AutoTokenizer.from_pretrained({folder!r})",
+        "base = AutoModelForCausalLM.from_pretrained(",
+        *[f"    {argument}," for argument in arguments],
+        ")",
+        f"model = PeftModel.from_pretrained(base, {folder!r}).eval()",
+        "",
+        *_answer(ends),
+    ])  # fmt: skip
+
+
+def merged_snippet(folder: str, *, model: ModelConfig, dtype: str) -> str:
+    """Plain transformers; the folder needs nothing else."""
+    arguments = ", ".join([repr(folder), f"dtype=torch.{dtype}", 'device_map="auto"', *_trust(model)])
+    return "\n".join([
+        "import torch",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f"tokenizer = AutoTokenizer.from_pretrained({folder!r})",
+        f"model = AutoModelForCausalLM.from_pretrained({arguments}).eval()",
+        "",
+        *_answer([]),
+    ])  # fmt: skip
+
+
+def finetune_snippet(folder: str) -> str:
+    """This project's own loader, which refuses another base."""
+    return "\n".join(["from finetune.export import load", "", f"model, tokenizer = load({folder!r})"])
+
+
+def _trust(model: ModelConfig) -> list[str]:
+    return ["trust_remote_code=True"] if model.trust_remote_code else []
+
+
+def _quantization(config: QuantizationConfig, *, dtype: str) -> list[str]:
+    skip = [f"llm_int8_skip_modules={[SKIPPED_HEAD, *config.skip]!r}"]
+    if config.method == "none":
+        return []
+    if config.method == "int8":
+        settings = ["load_in_8bit=True", f"llm_int8_threshold={config.threshold}", *skip]
+    else:
+        settings = ["load_in_4bit=True", f'bnb_4bit_quant_type="{config.method}"', f"bnb_4bit_use_double_quant={config.double}",
+                    f"bnb_4bit_compute_dtype=torch.{dtype}", *skip]  # fmt: skip
+    return ["quantization_config=BitsAndBytesConfig(\n" + "".join(f"        {setting},\n" for setting in settings) + "    )"]
+
+
+def _answer(ends: list[int]) -> list[str]:
+    stop = f", eos_token_id={ends}" if ends else ""
+    return [
+        'messages = [{"role": "user", "content": "Hello!"}]',
+        'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)',
+        f"output = model.generate(**inputs.to(model.device), max_new_tokens=32, do_sample=False{stop})",
+        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+    ]

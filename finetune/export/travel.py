@@ -1,0 +1,83 @@
+"""What travels with an export, in ``finetune.json``: all that a loader needs to rebuild the very graph, or to refuse."""
+
+import hashlib
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+from finetune.cache import file_sha256
+from finetune.hardware import Placement
+from finetune.measure.chat import Chat
+from finetune.model import Base, ModelConfig, weights_sha256
+from finetune.quantization import QuantizationConfig, spec
+from finetune.run import plain, write_json
+
+FILE = "finetune.json"
+SCHEMA = 1
+PACKAGES = ("finetune", "torch", "transformers", "peft", "bitsandbytes")
+
+
+def write_record(
+    folder: Path, kind: str, *, base: Base, model: ModelConfig, quantization: QuantizationConfig, placement: Placement, chat: Chat
+) -> dict[str, Any]:  # fmt: skip
+    """Writes the record into an export's folder, after its weights and its tokenizer.
+
+    Args:
+        folder: Holds the weights already.
+        kind: ``adapter`` or ``merged``.
+        base, model, quantization, placement: As they were for training.
+        chat: Tokenizer and end tokens.
+    """
+    settings = {**plain(model), "name": _lasting_name(base), "revision": base.revision}
+    settings.pop("architecture")
+    record = {
+        "schema": SCHEMA,
+        "kind": kind,
+        "weights_sha256": weights_sha256(folder),
+        "base": {
+            "name": base.name, "revision": base.revision, "source": base.source, "sha256": base.sha256,
+            "files": {file.name: file_sha256(file) for file in sorted(base.folder.glob("*.safetensors"))},
+        },
+        "model": settings,
+        "quantization": {"settings": plain(quantization), "spec": spec(quantization)},
+        "computation": {"dtype": placement.dtype, "attention": placement.attention},
+        "tokenizer": tokenizer_record(chat),
+        "versions": {package: _version(package) for package in PACKAGES},
+    }  # fmt: skip
+    write_json(folder / FILE, record)
+    return record
+
+
+def _lasting_name(base: Base) -> str:
+    """The base's name as it is found from any working directory."""
+    local = base.source == "folder" or (base.source == "gguf" and not base.name.startswith("package:"))
+    return str(Path(base.name).expanduser().resolve()) if local else base.name
+
+
+def tokenizer_record(chat: Chat) -> dict[str, Any]:
+    """Template, special tokens, and what is done about beginning, end and padding."""
+    tokenizer = chat.tokenizer
+    adds_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    return {
+        "template_sha256": template_sha256(tokenizer),
+        "special_tokens": {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items()) if isinstance(token, str)},
+        "bos": {"id": tokenizer.bos_token_id, "added_by_tokenizer": adds_bos},
+        "eos": {"id": tokenizer.eos_token_id, "ends_an_answer": chat.ends},
+        "pad": {"id": tokenizer.pad_token_id, "is_an_end_token": tokenizer.pad_token_id in chat.ends, "training_side": "right"},
+        "system": chat.system,
+        "vocabulary": len(tokenizer),
+    }
+
+
+def template_sha256(tokenizer: Any) -> str | None:
+    """Hash of the chat template's text; None where there is none."""
+    template = tokenizer.chat_template
+    return hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest() if template else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,178 @@
+"""Safetensors read and written piece by piece: no shard is ever whole in memory, and no page stays mapped.
+
+Source: the file format in https://github.com/huggingface/safetensors (8 bytes of header length, JSON, then raw data).
+"""
+
+import json
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finetune.errors import MergeError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PIECE_BYTES = 32 * 1024**2
+"""Bytes that are read at once. A choice: large enough to run at the disk's speed, small beside any model."""
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One tensor on disk.
+
+    Attributes:
+        file: The safetensors file.
+        dtype: Its numbers.
+        shape: Its shape; empty for a single number.
+        start: Offset of its first byte in the file.
+    """
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def row_bytes(self) -> int:
+        return int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+
+    def pieces(self) -> Iterator[tuple[int, Tensor]]:
+        """Yields (first row, rows) in order, each of about 32 MiB; a tensor of one number comes as it is."""
+        rows = self.shape[0] if self.shape else 1
+        row_bytes = max(self.row_bytes, 1)
+        step = max(1, PIECE_BYTES // row_bytes)
+        with open(self.file, "rb") as handle:
+            handle.seek(self.start)
+            for first in range(0, rows, step):
+                count = min(step, rows - first)
+                buffer = np.fromfile(handle, dtype=np.uint8, count=count * row_bytes)
+                shape = (count, *self.shape[1:]) if self.shape else ()
+                yield first, torch.from_numpy(buffer).view(self.dtype).reshape(shape)
+
+
+def read_checkpoint(folder: Path) -> dict[str, list[tuple[str, Stored]]]:
+    """The tensors of a model folder by file, in the order of their data.
+
+    Returns:
+        ``{file name: [(tensor name, where it is)]}``.
+
+    Raises:
+        MergeError: No safetensors, an incomplete set of shards, or numbers that a merge cannot add to.
+    """
+    files: dict[str, list[tuple[str, Stored]]] = {}
+    for name in _weight_files(folder):
+        if not (folder / name).is_file():
+            raise MergeError(f"{folder} is incomplete: its index names {name}, which is missing; fetch the base again")
+        files[name] = read_header(folder / name)
+    return files
+
+
+def read_header(file: Path) -> list[tuple[str, Stored]]:
+    """Where each tensor of one file is.
+
+    Raises:
+        MergeError: The file is cut off, or holds numbers of a kind that a merge cannot add to.
+    """
+    with open(file, "rb") as handle:
+        (length,) = struct.unpack("<Q", handle.read(8))
+        header: dict[str, Any] = json.loads(handle.read(length))
+    header.pop("__metadata__", None)
+    size, begin = file.stat().st_size, 8 + length
+    tensors = []
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        if begin + entry["data_offsets"][1] > size:
+            raise MergeError(
+                f"{file} is cut off: it has {size} bytes and {name} ends at {begin + entry['data_offsets'][1]}; fetch the base again"
+            )
+        if entry["dtype"] not in DTYPES:
+            raise MergeError(
+                f"{file}: {name} is stored as {entry['dtype']}; a merge needs one of {', '.join(DTYPES)}: use the unquantized base"
+            )
+        stored = Stored(file=file, dtype=DTYPES[entry["dtype"]], shape=tuple(entry["shape"]), start=begin + entry["data_offsets"][0])
+        tensors.append((name, stored))
+    return tensors
+
+
+def _weight_files(folder: Path) -> list[str]:
+    if (folder / INDEX).is_file():
+        return sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    if (folder / SINGLE).is_file():
+        return [SINGLE]
+    found = sorted(file.name for file in folder.glob("*.safetensors"))
+    if len(found) == 1:
+        return found
+    raise MergeError(f"{folder} holds {len(found)} safetensors files and no {INDEX}, so it is unclear which belong together; save it again")
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """One tensor to be written: its name, numbers and shape, all known before the first byte."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+class ShardWriter:
+    """Writes one safetensors file, tensor after tensor in the planned order, each in as many pieces as come."""
+
+    def __init__(self, file: Path, planned: list[Planned]) -> None:
+        self.file = file
+        self.expected = sum(tensor.size for tensor in planned)
+        self.written = 0
+        self._handle: BinaryIO = open(file, "wb")  # noqa: SIM115  # closed by __exit__
+        self._handle.write(_header(planned))
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is None:
+            self._handle.flush()
+            os.fsync(self._handle.fileno())
+        self._handle.close()
+        if kind is None and self.written != self.expected:
+            raise MergeError(f"{self.file}: {self.written} bytes were written and {self.expected} planned")
+
+    def write(self, piece: Tensor) -> None:
+        data = piece.contiguous().reshape(-1).view(torch.uint8).numpy()
+        self._handle.write(data.data)
+        self.written += data.nbytes
+
+
+def _header(planned: list[Planned]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in planned:
+        entries[tensor.name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + tensor.size]}
+        offset += tensor.size
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_index(folder: Path, files: dict[str, list[Planned]]) -> None:
+    """Writes the index that transformers needs where there is more than one file."""
+    if list(files) == [SINGLE]:
+        return
+    weights = {tensor.name: name for name, planned in files.items() for tensor in planned}
+    total = sum(tensor.size for planned in files.values() for tensor in planned)
+    content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))}
+    (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n")

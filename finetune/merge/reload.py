@@ -1,0 +1,29 @@
+"""Run as ``python -m finetune.merge.reload``: opens a merged folder with plain transformers and measures it again."""
+
+from pathlib import Path
+from typing import Any
+
+from finetune.measure import Agreement, Reference, agreement, answer, read_rows
+
+
+def remeasure(request: dict[str, Any]) -> Agreement:
+    """Agreement of the model in a folder with the reference that an earlier process recorded."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.set_num_threads(request["threads"])
+    AutoTokenizer.from_pretrained(request["folder"])
+    model = AutoModelForCausalLM.from_pretrained(
+        request["folder"],
+        dtype=getattr(torch, request["dtype"]),
+        attn_implementation=request["attention"],
+        device_map={"": request["device"]},
+        trust_remote_code=request["trust_remote_code"],
+    )
+    heldout = read_rows(Path(request["heldout"]))
+    reference = Reference(**{**request["reference"], "file": Path(request["reference"]["file"])})
+    return agreement(model, [heldout[number] for number in request["rows"]], reference, batch_tokens=request["batch_tokens"])
+
+
+if __name__ == "__main__":
+    answer(remeasure)

@@ -1,0 +1,186 @@
+"""What memory depends on, as plain numbers, so that the closed form needs neither Hydra nor torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune.architecture import ArchitectureConfig, Linear, from_config_json, linear_layers
+
+if TYPE_CHECKING:
+    from finetune.config import RunConfig
+    from finetune.hardware import Machine
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """How an implementation of the training step spends memory; the defaults are this project's.
+
+    Attributes:
+        logits_bytes: Bytes alive per vocabulary entry and token when the loss is at its peak; 0 where the loss is tiled.
+        logits_held_bytes: How many of them stay alive until the whole backward pass is done.
+        loss_tile: Tokens and vocabulary entries of one tile of a tiled loss.
+        norm_bytes: Bytes that a normalisation keeps per element: RMSNorm computes in float32 and keeps that copy.
+        keeps_inputs: A frozen 4-bit layer keeps its input, although it needs none: bitsandbytes before 0.43.2, pull request 1270.
+        keeps_last_graph: Share of the step before whose kept inputs are still alive, because the loop names its loss until
+            the next one is there, and those inputs hang on the graph's nodes.
+        keeps_qkv: Query, key and value are views of one projection, which therefore stays alive whole.
+        one_qkv_branch: Query, key and value share one LoRA branch, whose output is kept where it is scattered into theirs.
+        repeats_kv: Key and value heads are copied up to the number of query heads before attention.
+        quantizes_head: The output head is quantized too.
+        unties: Embedding and head are stored apart even where the model ties them.
+        embedding_gradient: The embedding is left trainable by mistake, so its whole gradient is made.
+        reduced_input_copies: Every LoRA branch casts its own copy of the input (autocast with float32 adapters).
+    """
+
+    logits_bytes: int = 0
+    logits_held_bytes: int = 0
+    loss_tile: tuple[int, int] = (4096, 32768)
+    norm_bytes: int = 4
+    keeps_inputs: bool = False
+    keeps_last_graph: float = 0
+    keeps_qkv: bool = False
+    one_qkv_branch: bool = False
+    repeats_kv: bool = False
+    quantizes_head: bool = False
+    unties: bool = False
+    embedding_gradient: bool = False
+    reduced_input_copies: bool = True
+
+
+OURS = Trainer()
+"""TRL 1.16 with its fused head: trl/kernels/chunked_logprob.py (4,096 tokens) and trl/trainer/utils.py (32,768 entries)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanInputs:
+    """One training set-up.
+
+    Attributes:
+        architecture: The model's dimensions.
+        method: ``none``, ``nf4``, ``fp4`` or ``int8``.
+        double: Whether the 4-bit constants are quantized too.
+        skip: Last name segments of linear layers that stay unquantized.
+        rank: LoRA rank; 0 trains every weight instead (full fine-tuning).
+        targets: Last name segments of adapted layers, or ``all-linear``; ``head`` for the output head.
+        adapter_bytes: Bytes per element of the adapter.
+        dropout: Whether LoRA drops inputs, which keeps a mask and a copy for each branch.
+        compute_bytes: Bytes per element of the computation.
+        stored_bytes: Bytes per element of unquantized weights at rest; 4 where they are float32 and cast for each product.
+        cast_copy: A 16-bit copy of float32 weights stays through a step (autocast).
+        upcast: Frozen parts held in float32: ``none``, ``norms`` or ``all``.
+        rows: Micro-batch per process, in rows or packs.
+        tokens: Tokens per row, padding included.
+        step_rows: Rows that one optimizer step reads over all processes: no micro-batch is larger.
+        checkpointing: Whether activations are computed again in the backward pass.
+        attention: ``fused`` (no score matrix is kept) or ``eager``.
+        optimizer: transformers' name.
+        strategy: ``single``, ``ddp``, ``fsdp`` or ``zero3``.
+        processes: Processes in all, one for each GPU.
+        offload: Shards wait in host memory.
+        accumulates: Gradients of earlier micro-batches are alive while a later one is computed.
+        device: ``cuda`` or ``cpu``.
+        answer_rows: Answers that the eval stage writes at a time.
+        answer_tokens: Tokens of an answer at most.
+        measured_tokens: Padded tokens per forward pass of the eval and merge stages.
+        trainer: How the implementation spends memory.
+    """
+
+    architecture: ArchitectureConfig
+    method: str
+    double: bool = False
+    skip: tuple[str, ...] = ()
+    rank: int
+    targets: tuple[str, ...] = (ALL_LINEAR,)
+    adapter_bytes: int = 4
+    dropout: bool = False
+    compute_bytes: int = 2
+    stored_bytes: int = 2
+    cast_copy: bool = False
+    upcast: str = "none"
+    rows: int
+    tokens: int
+    step_rows: int = 64
+    checkpointing: bool
+    attention: str = "fused"
+    optimizer: str = "paged_adamw_8bit"
+    strategy: str = "single"
+    processes: int = 1
+    offload: bool = False
+    accumulates: bool = True
+    device: str = "cuda"
+    answer_rows: int = 0
+    answer_tokens: int = 0
+    measured_tokens: int = 4096
+    trainer: Trainer = OURS
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens that one process puts through the model at once."""
+        return self.rows * self.tokens
+
+    @property
+    def shards(self) -> int:
+        """Parts that weights, gradients and states are cut into."""
+        return self.processes if self.strategy in ("fsdp", "zero3") else 1
+
+    @property
+    def head_adapted(self) -> bool:
+        return "head" in self.targets
+
+    def adapts(self, linear: Linear) -> bool:
+        return self.rank > 0 and (ALL_LINEAR in self.targets or linear.name in self.targets)
+
+    def adapted_layers(self) -> list[Linear]:
+        """The linear layers with an adapter, the head included where it has one."""
+        a = self.architecture
+        head = [Linear(name="head", in_features=a.hidden_size, out_features=a.vocab_size, count=1)] if self.head_adapted else []
+        return [linear for linear in linear_layers(a) if self.adapts(linear)] + (head if self.rank else [])
+
+
+def from_config(config: RunConfig, machine: Machine) -> PlanInputs:
+    """The plain numbers of a composed configuration.
+
+    Raises:
+        ModelError: ``model.architecture`` is null and the model is no local folder whose config.json tells it.
+    """
+    device = _device(config, machine)
+    autocast = config.lora.dtype != "bfloat16" or config.model.upcast != "none"
+    element = 4 if config.model.dtype == "float32" else 2
+    tokens = config.data.pack_tokens if config.data.packing and config.data.pack_tokens else config.data.max_tokens
+    return PlanInputs(
+        architecture=config.model.architecture or from_config_json(Path(config.model.name).expanduser()),
+        method=config.quantization.method,
+        double=config.quantization.double,
+        skip=tuple(config.quantization.skip),
+        rank=config.lora.rank,
+        targets=tuple(config.lora.targets),
+        adapter_bytes=4 if config.lora.dtype == "float32" else 2,
+        dropout=config.lora.dropout > 0,
+        compute_bytes=element,
+        stored_bytes=element,
+        upcast=config.model.upcast,
+        rows=config.train.micro_batch,
+        tokens=tokens,
+        step_rows=config.train.rows_per_step or (config.train.tokens_per_step or tokens) // tokens,
+        checkpointing=config.train.checkpointing != "none",
+        attention="eager" if config.model.attention == "eager" else "fused",
+        optimizer=config.optim.name,
+        strategy=config.launch.strategy,
+        processes=config.launch.processes,
+        offload=config.launch.offload,
+        device=device,
+        answer_rows=config.eval.batch_rows if config.eval.rows else 0,
+        answer_tokens=config.eval.max_new_tokens,
+        measured_tokens=max(config.eval.batch_tokens, config.merge.batch_tokens),
+        trainer=Trainer(reduced_input_copies=autocast),
+    )
+
+
+def _device(config: RunConfig, machine: Machine) -> str:
+    if config.hardware.device in ("cpu", "cuda"):
+        return config.hardware.device
+    return "cuda" if machine.gpus else "cpu"

@@ -1,0 +1,199 @@
+"""Bytes per phase: what is alive on one device, in the host and on disk while a run loads, steps, evaluates, saves, merges."""
+
+from __future__ import annotations
+
+from finetune.architecture import embedding_parameters, head_parameters, linear_layers
+from finetune.plan import weights
+from finetune.plan.activations import (
+    activations,
+    forward_bytes,
+    kv_cache_bytes,
+    largest_block_bytes,
+)
+from finetune.plan.inputs import PlanInputs
+
+GIB = 1024**3
+
+CUDA_CONTEXT_BYTES = GIB // 2
+"""CUDA context and loaded kernels of one process. With lazy loading, the default since CUDA 12.2, 0.4 to 0.6 GiB;
+before that 1.3 GB. Source: transformers docs, "Model training anatomy"; CUDA programming guide, lazy loading."""
+
+USABLE_SHARE = 0.985
+"""Of a GPU's memory as it is sold, what a process can allocate: torch reports 23.69 GiB on a 24 GiB RTX 3090 and 79.15
+on an 80 GiB A100. Source: "total capacity" in torch's out-of-memory messages, which issue trackers quote."""
+
+NCCL_BYTES = GIB // 4
+"""Buffers of one communicator: 4 MiB for each of two directions of up to 32 channels. Source: NCCL docs, NCCL_BUFFSIZE."""
+
+CUBLAS_WORKSPACE_BYTES = 8519680
+"""torch's cuBLAS workspace, ``:4096:2:16:8``. Source: torch docs, CUBLAS_WORKSPACE_CONFIG."""
+
+PROCESS_BYTES = GIB * 9 // 10
+"""A Python process with torch, transformers, peft, trl and datasets imported: resident size seen with torch 2.13 on
+Linux, 0.85 to 0.95 GiB."""
+
+GATHERED_LAYERS = 2
+"""FSDP holds the layer at work whole, and the next one, which it fetches meanwhile. Source: torch docs, FSDP ``backward_prefetch``."""
+
+AFTER_TRAINING = ("eval", "merge")
+"""Phases that need the dense model, can be done on another machine, and so do not decide whether training fits."""
+
+Terms = dict[str, float]
+
+
+def device_phases(inputs: PlanInputs) -> dict[str, Terms]:
+    """Bytes by term on one device for each phase; terms that are 0 are left out."""
+    resident = _resident(inputs)
+    base = {name: resident[name] for name in ("weights", "constants", "unquantized", "gathered", "framework")}
+    trained = base | {"adapter": resident["adapter"]}
+    states = {"optimizer": resident["optimizer"]}
+    step = step_terms(inputs, resident) | {"allocator": allocator_bytes(inputs)}
+    phases = {
+        "load": base | {"workspace": largest_dense_bytes(inputs)},
+        "first_step": {**trained, **step},
+        "step": {**trained, **states, **step},
+        "save": {**trained, **states},
+        "eval": _evaluation(inputs),
+        "merge": _merge(inputs),
+    }
+    return {phase: {name: size for name, size in terms.items() if size > 0} for phase, terms in phases.items()}
+
+
+def step_terms(inputs: PlanInputs, resident: Terms) -> Terms:
+    """What a training step adds at its peak: either the activations or, for many trained weights, the optimizer's step."""
+    kept = activations(inputs)
+    gradients = resident["gradients"]
+    workspace = weights.workspace_bytes(inputs) + (CUBLAS_WORKSPACE_BYTES if inputs.device == "cuda" else 0)
+    earlier = gradients if inputs.accumulates else 0
+    at_loss = kept.logits > kept.layer + kept.logits_held
+    live = kept.peak + earlier + workspace
+    update = weights.optimizer_peak_bytes(inputs) / inputs.shards
+    if gradients + update > live:
+        return {"gradients": gradients, "workspace": update}
+    return {
+        "gradients": earlier,
+        "activations": kept.stored + (0 if at_loss else kept.layer),
+        "loss": kept.logits if at_loss else kept.logits_held,
+        "workspace": workspace,
+    }
+
+
+def _resident(inputs: PlanInputs) -> Terms:
+    """Bytes per device that stay through training."""
+    a, shards = inputs.architecture, inputs.shards
+    frozen = weights.weight_bytes(inputs)
+    adapter, gradients, states = weights.adapter_bytes(inputs), weights.gradient_bytes(inputs), weights.optimizer_bytes(inputs)
+    gathered = 0.0
+    if shards > 1:
+        gathered = GATHERED_LAYERS * (frozen.codes + adapter) / a.layers
+        gathered += (embedding_parameters(a) + head_parameters(a)) * inputs.compute_bytes
+    away = inputs.offload
+    if inputs.strategy == "ddp":
+        gradients *= 2  # the reducer's buckets are a second copy. Source: torch docs, DDP gradient_as_bucket_view
+    return {
+        "weights": 0 if away else frozen.codes / shards,
+        "constants": frozen.constants,
+        "unquantized": 0 if away else frozen.unquantized / shards,
+        "gathered": gathered,
+        "adapter": 0 if away else adapter / shards,
+        "gradients": 0 if away else gradients / shards,
+        "optimizer": 0 if away else states / shards,
+        "framework": framework_bytes(inputs),
+    }
+
+
+def framework_bytes(inputs: PlanInputs) -> float:
+    """What is there before the first tensor."""
+    if inputs.device == "cpu":
+        return PROCESS_BYTES
+    return CUDA_CONTEXT_BYTES + (NCCL_BYTES if inputs.processes > 1 else 0)
+
+
+def allocator_bytes(inputs: PlanInputs) -> float:
+    """What torch's caching allocator holds without using it: room for one more of the largest tensor, since a free
+    stretch that smaller tensors have nibbled at cannot take it. Source: torch docs, CUDA memory management, fragmentation.
+    """
+    return largest_block_bytes(inputs) if inputs.device == "cuda" else 0
+
+
+def largest_dense_bytes(inputs: PlanInputs) -> float:
+    """The largest tensor on its way in: it arrives dense and is quantized on the device."""
+    a = inputs.architecture
+    linear = max(linear.in_features * linear.out_features for linear in linear_layers(a))
+    return max(linear if inputs.method != "none" else 0, embedding_parameters(a)) * inputs.compute_bytes
+
+
+def _evaluation(inputs: PlanInputs) -> Terms:
+    """The dense base is among the artifacts: the largest of them, with the keys and values of the answers being written."""
+    a = inputs.architecture
+    tokens = min(inputs.tokens + inputs.answer_tokens, a.max_positions)
+    cache = kv_cache_bytes(a, rows=inputs.answer_rows, tokens=tokens, element_bytes=inputs.compute_bytes)
+    forward = forward_bytes(inputs, tokens=inputs.measured_tokens)
+    return {
+        "weights": float(weights.dense_bytes(inputs)),
+        "cache": cache if cache > forward else 0.0,
+        "activations": forward if forward >= cache else 0.0,
+        "framework": single_process_bytes(inputs),
+    }
+
+
+def _merge(inputs: PlanInputs) -> Terms:
+    """The merged model, dense, measured against the trained graph."""
+    return {
+        "weights": float(weights.dense_bytes(inputs)),
+        "activations": forward_bytes(inputs, tokens=inputs.measured_tokens),
+        "framework": single_process_bytes(inputs),
+    }
+
+
+def single_process_bytes(inputs: PlanInputs) -> float:
+    return PROCESS_BYTES if inputs.device == "cpu" else CUDA_CONTEXT_BYTES
+
+
+def host_bytes(inputs: PlanInputs) -> dict[str, float]:
+    """Host memory per phase for all processes of one machine, besides what a CPU run counts as its device."""
+    if inputs.device == "cpu":
+        return {}
+    start = PROCESS_BYTES * inputs.processes
+    frozen = weights.weight_bytes(inputs)
+    trained = weights.adapter_bytes(inputs) + weights.gradient_bytes(inputs) + weights.optimizer_bytes(inputs)
+    away = frozen.codes + frozen.unquantized + trained if inputs.offload else 0
+    saved = weights.adapter_bytes(inputs) + weights.optimizer_bytes(inputs)
+    return {
+        "load": start + largest_dense_bytes(inputs) + away,
+        "step": start + away,
+        "save": start + away + saved,
+        "merge": start + weights.dense_bytes(inputs) / inputs.architecture.layers,
+    }
+
+
+def disk_bytes(inputs: PlanInputs, *, checkpoints: int) -> dict[str, float]:
+    """Disk that a run fills: the base once, checkpoints, adapter, merged model."""
+    adapter = weights.adapter_bytes(inputs)
+    return {
+        "base": float(weights.dense_bytes(inputs)),
+        "checkpoints": checkpoints * (adapter + weights.optimizer_bytes(inputs)),
+        "adapter": adapter,
+        "merged": float(weights.dense_bytes(inputs)),
+    }
+
+
+def total(terms: Terms) -> float:
+    return sum(terms.values())
+
+
+def peak(inputs: PlanInputs) -> float:
+    """Bytes on one device at the worst moment from loading to saving."""
+    return max(total(terms) for phase, terms in device_phases(inputs).items() if phase not in AFTER_TRAINING)
+
+
+def needed(inputs: PlanInputs) -> float:
+    """Bytes that must be there for the run not to fail: the allocator's idle blocks are left out, since torch hands them
+    back and tries again before it gives up. Source: torch docs, CUDA memory management, ``release_cached_blocks``."""
+    return peak(inputs) - allocator_bytes(inputs)
+
+
+def step_peak(inputs: PlanInputs) -> float:
+    """Bytes on one device at the worst moment of training."""
+    by_phase = device_phases(inputs)
+    return max(total(by_phase["first_step"]), total(by_phase["step"]))

@@ -1,0 +1,151 @@
+"""Bytes of what does not depend on the batch: weights, adapter, gradients, optimizer states."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from finetune.architecture import (
+    embedding_parameters,
+    expert_parameters,
+    head_parameters,
+    linear_layers,
+    norm_parameters,
+    parameters,
+)
+from finetune.plan.inputs import PlanInputs
+
+BLOCK = 64
+"""Weights that share one constant in bitsandbytes' 4-bit forms. Source: QLoRA paper, section 3; bitsandbytes' default."""
+
+DOUBLE_BLOCK = 256
+"""Constants that share one second-level constant. Source: QLoRA paper, section 3."""
+
+STATE_BLOCK = 256
+"""Elements that share one constant in bitsandbytes' 8-bit optimizers. Source: bitsandbytes/optim/optimizer.py."""
+
+SMALLEST_8BIT_ELEMENTS = 4096
+"""Smaller tensors keep float32 states. Source: ``min_8bit_size`` of bitsandbytes' optimizers."""
+
+FLOAT = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Bytes of the frozen model.
+
+    Attributes:
+        codes: Quantized (or dense) weights of the block's linear layers.
+        constants: Their quantization constants; never cut into shards.
+        unquantized: Embedding, head, norms, biases, experts.
+    """
+
+    codes: float
+    constants: float
+    unquantized: float
+
+    @property
+    def total(self) -> float:
+        return self.codes + self.constants + self.unquantized
+
+
+def weight_bytes(inputs: PlanInputs) -> Weights:
+    """The frozen model as it lies in memory."""
+    a = inputs.architecture
+    inside = [linear for linear in linear_layers(a) if linear.name not in inputs.skip]
+    skipped = sum(linear.weights for linear in linear_layers(a) if linear.name in inputs.skip)
+    quantized = sum(linear.weights for linear in inside)
+    rows = sum(linear.out_features * linear.count for linear in inside)
+    head = head_parameters(a) or (embedding_parameters(a) if inputs.trainer.unties else 0)
+    if inputs.trainer.quantizes_head and inputs.method != "none":
+        quantized, rows, head = quantized + head, rows + a.vocab_size, 0
+    codes, constants = _quantized_bytes(inputs, quantized, rows)
+    wide = FLOAT if inputs.upcast == "all" else inputs.stored_bytes
+    norms = norm_parameters(a) * (FLOAT if inputs.upcast != "none" else inputs.stored_bytes)
+    biases = sum(linear.biases for linear in linear_layers(a))
+    other = (embedding_parameters(a) + head) * wide + (biases + skipped + expert_parameters(a)) * inputs.stored_bytes
+    copy = parameters(a) * inputs.compute_bytes if inputs.cast_copy else 0
+    return Weights(codes=codes, constants=constants, unquantized=norms + other + copy)
+
+
+def _quantized_bytes(inputs: PlanInputs, elements: int, rows: int) -> tuple[float, float]:
+    if inputs.method == "none":
+        return elements * inputs.stored_bytes, 0
+    if inputs.method == "int8":
+        return elements, rows * FLOAT
+    constants = elements / BLOCK
+    return elements / 2, constants * (1 + FLOAT / DOUBLE_BLOCK) if inputs.double else constants * FLOAT
+
+
+def dense_bytes(inputs: PlanInputs) -> int:
+    """The model in 16 bit, as it is downloaded and as a merge writes it."""
+    return 2 * parameters(inputs.architecture)
+
+
+def trainable_parameters(inputs: PlanInputs) -> int:
+    """Elements of the adapter, or of the whole model where there is none."""
+    if not inputs.rank:
+        return parameters(inputs.architecture)
+    return sum(inputs.rank * (linear.in_features + linear.out_features) * linear.count for linear in inputs.adapted_layers())
+
+
+def element_bytes(inputs: PlanInputs) -> int:
+    """Bytes per trained element."""
+    return inputs.adapter_bytes if inputs.rank else inputs.stored_bytes
+
+
+def adapter_bytes(inputs: PlanInputs) -> float:
+    """LoRA's A and B; 0 for full fine-tuning, whose weights are counted with the model."""
+    return trainable_parameters(inputs) * inputs.adapter_bytes if inputs.rank else 0
+
+
+def gradient_bytes(inputs: PlanInputs) -> float:
+    """A gradient has its parameter's dtype."""
+    own = trainable_parameters(inputs) * element_bytes(inputs)
+    frozen = embedding_parameters(inputs.architecture) * inputs.compute_bytes if inputs.trainer.embedding_gradient else 0
+    return own + frozen
+
+
+def optimizer_bytes(inputs: PlanInputs) -> float:
+    """States that stay between steps. torch's AdamW keeps them in the parameter's dtype, bitsandbytes in its own."""
+    count = trainable_parameters(inputs)
+    own = element_bytes(inputs)
+    name = inputs.optimizer.removeprefix("paged_")
+    states = 1 if name.startswith("lion") else 2
+    if name == "sgd":
+        return 0
+    if name.endswith("_8bit"):
+        small = _small_elements(inputs)
+        return states * ((count - small) * (1 + FLOAT / STATE_BLOCK) + small * FLOAT)
+    if name.endswith("_32bit"):
+        return states * count * FLOAT
+    return states * count * own
+
+
+def optimizer_peak_bytes(inputs: PlanInputs) -> float:
+    """What a step of the optimizer needs besides: torch's foreach AdamW makes one temporary of every parameter's size.
+
+    Source: torch/optim/adamw.py, ``_multi_tensor_adamw``, ``exp_avg_sq_sqrt``. Fused and bitsandbytes
+    optimizers update in place.
+    """
+    if "bit" in inputs.optimizer or "fused" in inputs.optimizer:
+        return 0
+    return trainable_parameters(inputs) * element_bytes(inputs)
+
+
+def _small_elements(inputs: PlanInputs) -> int:
+    """Elements of adapter matrices too small for 8-bit states."""
+    if not inputs.rank:
+        return 0
+    sides = [(side * inputs.rank, linear.count) for linear in inputs.adapted_layers() for side in (linear.in_features, linear.out_features)]
+    return sum(size * count for size, count in sides if size < SMALLEST_8BIT_ELEMENTS)
+
+
+def workspace_bytes(inputs: PlanInputs) -> float:
+    """The largest 4-bit matrix, dense: bitsandbytes dequantizes a whole matrix for each product."""
+    if inputs.method not in ("nf4", "fp4"):
+        return 0
+    a = inputs.architecture
+    largest = max(linear.in_features * linear.out_features for linear in linear_layers(a))
+    if inputs.trainer.quantizes_head:
+        largest = max(largest, embedding_parameters(a))
+    return largest * inputs.compute_bytes

@@ -1,0 +1,116 @@
+"""What came out: the scores of the four artifacts, the merge, the exports."""
+
+from finetune.report.facts import Fields
+from finetune.report.intervals import agreement_picture, artifact_picture, change_picture
+from finetune.report.markup import Html, figure, joined, mark, section, table, tag
+from finetune.report.summary import headline_metric
+from finetune.report.words import ARTIFACTS, CHANGES, MISSING, count, is_share, metric_title, number, percent, signed, size
+
+
+def scores(report: Fields) -> Html:
+    """The four artifacts on the same rows, metric by metric, and where the differences come from."""
+    scored = report["eval"]
+    if scored is None:
+        return Html("")
+    artifacts, changes = scored["artifacts"], scored.get("changes") or {}
+    blocks = []
+    headline = headline_metric(scored)
+    for name in sorted(metric_names(artifacts), key=lambda name: name != headline):
+        share = is_share([item["metrics"][name]["value"] for item in artifacts.values() if name in (item.get("metrics") or {})])
+        unit = ", in points" if share else ""
+        blocks.append(figure(artifact_picture(artifacts, name), "", title=metric_title(name)))
+        blocks.append(figure(change_picture(changes, name, share=share), "", title=f"{metric_title(name)}: what each step changed{unit}"))
+    text = (
+        f"Each artifact answered the same {count(scored.get('rows'))} held-out rows, which no training step has seen. The dot is the score "
+        "and the bar its 95 % interval. The picture beside it shows paired differences: where a bar crosses zero, it may be chance."
+    )
+    return section(
+        "scores",
+        "Did it learn the task?",
+        tag("p", text),
+        tag("div", joined(blocks), kind="pairs"),
+        _loss_table(artifacts),
+        _loss_words(changes),
+    )
+
+
+def metric_names(artifacts: Fields) -> list[str]:
+    """The task's metrics, in the order in which they were asked for."""
+    return list(next((item["metrics"] for item in artifacts.values() if item.get("metrics")), {}))
+
+
+def _loss_table(artifacts: Fields) -> Html:
+    """Loss and how the answers ended: figures without a picture."""
+    rows = [
+        [ARTIFACTS[name], number(item.get("loss")), number(item.get("perplexity")), percent(item.get("token_accuracy")),
+         percent(item.get("stop_rate"), digits=0), number(item.get("mean_tokens"))]
+        for name in ARTIFACTS if (item := artifacts.get(name))
+    ]  # fmt: skip
+    header = ["Artifact", "Loss, nats a token", "Perplexity", "Next token right", "Answers that ended", "Tokens an answer"]
+    return table(header, rows)
+
+
+def _loss_words(changes: Fields) -> Html:
+    words = "Perplexity is the number of tokens among which the model hesitates when it reads the right answers; 1 would be certainty."
+    found = [f"{CHANGES[name].lower()} {signed(changes[name]['perplexity']['difference'], share=False)}" for name in CHANGES
+             if "perplexity" in changes.get(name, {})]  # fmt: skip
+    return tag("p", f"{words} Change of it: {', '.join(found)}." if found else words, kind="caption")
+
+
+def merged(report: Fields) -> Html:
+    """The candidates, measured against the graph that was trained, and which one was written."""
+    merge = report["merge"]
+    if merge is None:
+        return Html("")
+    candidates, reference = merge["candidates"] or [], merge.get("reference") or {}
+    rows = [_candidate("as trained", {"kl": 0, "top1_agreement": 1, **reference})] if reference else []
+    rows += [_candidate(f"{item['name'].replace('_', ' ')} + adapter", item) for item in candidates]
+    kept = [index + bool(reference) for index, item in enumerate(candidates) if item["name"] == merge["chosen"]]
+    text = (
+        "The adapter is added into the weights, so that the result needs no adapter any more. It can be added to the original weights or "
+        "to the quantized ones that it was trained on. Each way is measured against the model as trained; KL is how far the two "
+        "disagree on the next token."
+    )
+    reloaded = merge.get("reloaded") or {}
+    again = ", ".join(f"{shown} {number(reloaded[name])}" for name, shown in (("kl", "KL"), ("loss", "loss")) if name in reloaded)
+    return section(
+        "merge",
+        "Merge",
+        tag("p", text),
+        figure(agreement_picture(candidates, merge["chosen"]), "KL to the model as trained, on powers of ten; further left is closer."),
+        table(["Weights", "KL", "Same top token", "Loss", "Perplexity", "Size"], rows, strong=frozenset(kept)),
+        tag("p", f"Kept: {merge['chosen']} + adapter" + (f", by this rule: {merge['rule']}." if merge.get("rule") else ".")),
+        tag("p", f"Opened again from disk by a fresh process: {again}.") if again else "",
+    )
+
+
+def _candidate(name: str, item: Fields) -> list[str]:
+    figures = [number(item.get("kl")), percent(item.get("top1_agreement")), number(item.get("loss")), number(item.get("perplexity"))]
+    return [name, *figures, size(item.get("bytes"))]
+
+
+def exported(report: Fields) -> Html:
+    """Each format that was written, and what its own runtime answered."""
+    rows = [
+        [
+            item["format"],
+            tag("code", item["path"]),
+            size(item.get("bytes")),
+            _parity(item.get("parity")),
+            tag("code", (item.get("sha256") or "")[:12]),
+        ]
+        for item in report["export"]
+    ]
+    text = "Each export was opened again by the program that it is meant for and compared with the model it was made from."
+    listed = table(["Format", "Path", "Size", "Compared", "SHA-256"], rows, text_columns=5)
+    return section("exports", "Exports", tag("p", text), listed) if rows else Html("")
+
+
+def _parity(parity: Fields | None) -> Html:
+    if not parity:
+        return Html(MISSING)
+    figures = [f"{name.replace('_', ' ')} {value if isinstance(value, str) else number(value)}" for name, value in parity.items()
+               if isinstance(value, int | float | str) and not isinstance(value, bool)]  # fmt: skip
+    passed = parity.get("passed")
+    sign = [mark(passed, "same" if passed else "differs"), Html("<br>")] if isinstance(passed, bool) else []
+    return joined([*sign, ", ".join(figures)])

@@ -1,0 +1,41 @@
+"""The tracking group: ``tracking=[wandb]``, ``tracking=[]``, ``tracking=[wandb,tensorboard]``."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+KINDS = ("wandb", "tensorboard")
+MODES = ("auto", "online", "offline")
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackerConfig:
+    """One service that receives config, metrics, report and adapter."""
+
+    kind: str
+    """``wandb`` or ``tensorboard``."""
+
+    project: str
+    """The service's folder of runs."""
+
+    mode: str
+    """``auto`` goes online where there is a key; ``offline`` writes beside the run; ``online`` asks for the key."""
+
+    entity: str | None = None
+    """User or team that owns the project; None takes the key's own."""
+
+    group: str | None = None
+    """Runs of one group are shown together."""
+
+    tags: list[str] = field(default_factory=list)
+    """Words to find the run by."""
+
+    artifacts: bool = True
+    """Sends the report and the adapter too, not figures alone."""
+
+    def problems(self) -> Iterator[str]:
+        if self.kind not in KINDS:
+            yield f"tracking.{self.kind}.kind must be one of {', '.join(KINDS)}; got {self.kind!r}"
+        if self.mode not in MODES:
+            yield f"tracking.{self.kind}.mode must be one of {', '.join(MODES)}; got {self.mode!r}"
+        if not self.project.strip():
+            yield f"tracking.{self.kind}.project is empty; name one, e.g. finetune"

@@ -1,0 +1,85 @@
+"""Compares the plan's closed form with published memory figures: python scripts/check_plan.py FILE [--rows]
+
+FILE holds {"rows": [...]}. Prints each source's median and 90th-percentile error, and ends with one line of JSON.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from finetune.architecture import ArchitectureConfig
+from finetune.plan.reference import Comparison, compare
+
+MODELS = Path(__file__).parents[1] / "conf" / "model"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--rows", action="store_true", help="print every row")
+    arguments = parser.parse_args()
+    rows = json.loads(arguments.file.read_text())["rows"]
+    known = architectures()
+    compared = [compare(row, known) for row in rows]
+    if arguments.rows:
+        for row, comparison in zip(rows, compared, strict=True):
+            print(line(row["model"], row["method"], comparison))
+    for source in sorted({comparison.source for comparison in compared}):
+        print(summary(source, [c for c in compared if c.source == source]))
+    print(summary("every condition known", [c for c in compared if c.known]))
+    print(summary("all", compared))
+    print(json.dumps(verdict(compared)))
+
+
+def architectures() -> dict[str, ArchitectureConfig]:
+    """Every shipped model's dimensions by option name."""
+    found = {}
+    for file in sorted(MODELS.glob("*.yaml")):
+        option = OmegaConf.to_container(OmegaConf.load(file))
+        assert isinstance(option, dict)
+        if option.get("architecture"):
+            found[file.stem] = ArchitectureConfig(**option["architecture"])
+    return found
+
+
+def errors(compared: Sequence[Comparison]) -> list[float]:
+    return sorted(c.error for c in compared if c.error is not None)
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Nearest rank, so that the figure is one of the rows'."""
+    return values[min(len(values) - 1, int(share * len(values)))]
+
+
+def summary(name: str, compared: Sequence[Comparison]) -> str:
+    found = errors(compared)
+    verdicts = [c.fits == c.planned_fits for c in compared if c.fits is not None]
+    figures = f"median {statistics.median(found):6.1%}  p90 {percentile(found, 0.9):6.1%}" if found else f"{'':27}"
+    right = f"  fits right {sum(verdicts)}/{len(verdicts)}" if verdicts else ""
+    return f"{name:<55}{len(compared):>4} rows  {figures}{right}"
+
+
+def line(model: str, method: str, c: Comparison) -> str:
+    reported = f"{c.reported_bytes / 1e9:8.2f}" if c.reported_bytes else " " * 8
+    signed = f"{c.planned_bytes / c.reported_bytes - 1:+7.1%}" if c.reported_bytes else " " * 7
+    fits = f"  fits {c.fits} planned {c.planned_fits}" if c.fits is not None else ""
+    return f"{c.row:>4} {model:<24}{method:<24}{reported} {c.planned_bytes / 1e9:8.2f} GB {signed}{fits}"
+
+
+def verdict(compared: Sequence[Comparison]) -> dict[str, float | int]:
+    found = errors(compared)
+    verdicts = [c.fits == c.planned_fits for c in compared if c.fits is not None]
+    return {
+        "rows": len(compared),
+        "median_error": round(statistics.median(found), 4),
+        "p90_error": round(percentile(found, 0.9), 4),
+        "fit_verdicts_right": round(sum(verdicts) / len(verdicts), 4) if verdicts else 1.0,
+    }
+
+
+if __name__ == "__main__":
+    main()

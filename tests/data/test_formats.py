@@ -1,0 +1,152 @@
+"""Every format becomes the same conversation, and says what it found."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from finetune.data import PreparedData
+from finetune.data.formats import READERS, detect
+from finetune.errors import DataError
+from tests.data.helpers import learnt, ledger, pair, split
+
+TOOL = {"type": "function", "function": {"name": "lookup", "parameters": {"type": "object"}}}
+ASK = [{"role": "user", "content": "q"}]
+SAME = {
+    "alpaca": {"instruction": "q", "input": "", "output": "a"},
+    "messages": {"messages": [*ASK, {"role": "assistant", "content": "a"}]},
+    "prompt_completion": pair("q", "a"),
+    "sharegpt": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+    "guanaco": {"text": "### Human: q\n### Assistant: a"},
+    "preference": {"prompt": "q", "chosen": "a", "rejected": "b"},
+    "unpaired": {**pair("q", "a"), "label": True},
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_format_is_detected_from_its_columns(name: str) -> None:
+    assert detect([SAME[name]])[0] == name
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_every_format_becomes_the_same_turns(name: str) -> None:
+    messages = READERS[name](SAME[name]).messages
+    assert [(message["role"], message["content"]) for message in messages] == [("user", "q"), ("assistant", "a")]
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_every_format_trains_the_answer_and_its_end(name: str, run: Callable[..., PreparedData], tokenizer: Any) -> None:
+    product = run([SAME[name]])
+    assert learnt(split(product, "train")[0], tokenizer) == "a<|im_end|>"
+
+
+@pytest.mark.parametrize(("prompt", "completion"), [("question", "answer"), ("instruction", "response"), ("input", "output")])
+def test_usual_names_of_pairs_are_mapped(prompt: str, completion: str) -> None:
+    assert detect([{prompt: "q", completion: "a"}]) == ("prompt_completion", {"prompt": prompt, "completion": completion})
+
+
+def test_columns_are_mapped_by_the_users_names(run: Callable[..., PreparedData], tokenizer: Any) -> None:
+    product = run([{"ask": "q", "say": "a"}], columns={"prompt": "ask", "completion": "say"})
+    assert learnt(split(product, "train")[0], tokenizer) == "a<|im_end|>"
+
+
+def test_unknown_name_in_the_mapping_is_refused(run: Callable[..., PreparedData]) -> None:
+    with pytest.raises(DataError, match=r"data\.columns\.pompt: the format prompt_completion has no such column"):
+        run([pair()], format="prompt_completion", columns={"pompt": "prompt"})
+
+
+def test_alpaca_puts_system_and_history_first() -> None:
+    row = {"instruction": "i", "input": "x", "output": "o", "system": "s", "history": [["q", "a"]]}
+    assert [message["content"] for message in READERS["alpaca"](row).messages] == ["s", "q", "a", "i\n\nx", "o"]
+
+
+def test_tool_calls_of_sharegpt_become_openais() -> None:
+    row = {
+        "conversations": [
+            {"from": "human", "value": "q"},
+            {"from": "function_call", "value": '{"name": "lookup", "arguments": {"a": 1}}'},
+            {"from": "observation", "value": "r"},
+            {"from": "gpt", "value": "a"},
+        ],
+        "tools": '[{"name": "lookup"}]',
+    }
+    conversation = READERS["sharegpt"](row)
+    assert [message["role"] for message in conversation.messages] == ["user", "assistant", "tool", "assistant"]
+    assert conversation.messages[1]["tool_calls"][0]["function"] == {"name": "lookup", "arguments": {"a": 1}}
+    assert conversation.tools == [{"type": "function", "function": {"name": "lookup"}}]
+
+
+def test_tools_are_spelt_out_for_templates_without_them(run: Callable[..., PreparedData], tokenizer: Any) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "lookup", "arguments": '{"a": 1}'}}]}
+    product = run([{"messages": [*ASK, call], "tools": [TOOL]}], tools="text", max_tokens=2048)
+    row = split(product, "train")[0]
+    assert learnt(row, tokenizer) == '<tool_call>\n{"name": "lookup", "arguments": {"a": 1}}\n</tool_call><|im_end|>'
+    assert '{"name": "lookup", "parameters"' in tokenizer.decode(row["input_ids"])
+
+
+def test_messages_that_say_no_are_not_trained(run: Callable[..., PreparedData], tokenizer: Any) -> None:
+    turns = [*ASK, {"role": "assistant", "content": "bad", "train": False}, *ASK, {"role": "assistant", "content": "good"}]
+    product = run([{"messages": turns}])
+    assert learnt(split(product, "train")[0], tokenizer) == "good<|im_end|>"
+
+
+def test_every_assistant_turn_is_trained_with_its_end(run: Callable[..., PreparedData], tokenizer: Any) -> None:
+    turns = [*ASK, {"role": "assistant", "content": "one"}, *ASK, {"role": "assistant", "content": "two"}]
+    product = run([{"messages": turns}])
+    assert learnt(split(product, "train")[0], tokenizer) == "one<|im_end|>two<|im_end|>"
+
+
+def test_answer_that_begins_with_a_newline_is_tokenised_apart_from_its_prompt(run: Callable[..., PreparedData], tokenizer: Any) -> None:
+    product = run([pair("q", "\n\n a")])
+    row = split(product, "train")[0]
+    asked = tokenizer.apply_chat_template(ASK, add_generation_prompt=True, tokenize=False)
+    prompt = tokenizer(asked, add_special_tokens=False).input_ids
+    assert row["input_ids"][: len(prompt)] == prompt
+    assert learnt(row, tokenizer) == "\n\n a<|im_end|>"
+
+
+def test_system_message_is_added_where_a_row_has_none(run: Callable[..., PreparedData], tokenizer: Any) -> None:
+    mine = {"messages": [{"role": "system", "content": "mine"}, *ASK, {"role": "assistant", "content": "a"}]}
+    product = run([SAME["messages"], mine], system="yours")
+    first, second = (tokenizer.decode(row["input_ids"], skip_special_tokens=False) for row in split(product, "train"))
+    assert first.startswith("<|im_start|>system\nyours<|im_end|>")
+    assert second.startswith("<|im_start|>system\nmine<|im_end|>")
+
+
+def test_raw_text_is_learnt_but_for_its_first_token(run: Callable[..., PreparedData], tokenizer: Any) -> None:
+    row = split(run([{"text": "The capital of France is Paris."}]), "train")[0]
+    assert row["labels"] == [-100, *row["input_ids"][1:]]
+    assert row["input_ids"][-1] == tokenizer.eos_token_id
+
+
+def test_completion_learns_what_follows_the_prompt(run: Callable[..., PreparedData], tokenizer: Any) -> None:
+    row = split(run([pair("2+2=", "4")], format="completion"), "train")[0]
+    assert tokenizer.decode(row["input_ids"]) == "2+2=4<|im_end|>"
+    assert learnt(row, tokenizer) == "4<|im_end|>"
+
+
+def test_supervised_training_leaves_undesirable_answers_out(run: Callable[..., PreparedData]) -> None:
+    product = run([SAME["unpaired"], {**pair("q", "bad"), "label": False}])
+    assert product.rows["dropped"] == {"marked undesirable": 1}
+
+
+def test_preference_row_that_is_cut_keeps_both_answers_its_own(run: Callable[..., PreparedData], tokenizer: Any) -> None:
+    product = run(
+        [{"prompt": "word " * 90, "chosen": "good", "rejected": "bad"}], objective="preference", max_tokens=64, too_long="truncate_prompt"
+    )
+    row = split(product, "train")[0]
+    assert learnt(row, tokenizer) == "good<|im_end|>"
+    assert learnt({"labels": row["rejected_labels"]}, tokenizer) == "bad<|im_end|>"
+
+
+def test_preference_rows_keep_both_answers_for_a_preference_objective(run: Callable[..., PreparedData], tokenizer: Any) -> None:
+    row = split(run([SAME["preference"]], objective="preference", packing=True), "train")[0]
+    assert learnt(row, tokenizer) == "a<|im_end|>"
+    assert learnt({"labels": row["rejected_labels"]}, tokenizer) == "b<|im_end|>"
+
+
+@pytest.mark.parametrize("unit", ["line", "paragraph", "file"])
+def test_text_files_are_rows_by_line_paragraph_or_whole(unit: str, run: Callable[..., PreparedData], tmp_path: Any) -> None:
+    (tmp_path / "a.txt").write_text("one\ntwo\n\nthree\n")
+    product = run(path=str(tmp_path / "a.txt"), text_unit=unit)
+    assert [row["line"] for row in ledger(product)] == {"line": [1, 2, 4], "paragraph": [1, 4], "file": [1]}[unit]

@@ -1,0 +1,201 @@
+"""Golden renderings of the shipped templates: text, token ids and masks.
+
+The texts were written by hand after each model family's published format; learnt stretches stand between the marks. The
+tokenizers have one token per byte and one per control token, so the ids follow from the text without running ours.
+"""
+
+import re
+from typing import Any
+
+import pytest
+
+from finetune.data import template
+from finetune.data.conversation import Conversation
+from finetune.data.generation import cross_check
+from finetune.data.render import Renderer
+from finetune.data.tokens import Encoded, Encoder
+from finetune.errors import DataError
+
+CONTROL = {
+    "llama2": ["<s>", "</s>"],
+    "llama3": ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+    "mistral": ["<s>", "</s>", "[INST]", "[/INST]"],
+    "qwen": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+    "gemma": ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"],
+    "phi3": ["<s>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
+    "chatml": ["<|im_start|>", "<|im_end|>"],
+    "smollm2": ["<|im_start|>", "<|im_end|>"],
+}
+EOS = {"qwen": "<|im_end|>"}
+TURNS = [("user", "Hi"), ("assistant", "Yo é"), ("user", "Bye"), ("assistant", "Ciao.\nSoon")]
+GOLDEN = {
+    "llama2": "<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nHi [/INST]⟪ Yo é </s>⟫<s>[INST] Bye [/INST]⟪ Ciao.\nSoon </s>⟫",
+    "llama3": (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe kind.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n⟪Yo é<|eot_id|>⟫"
+        "<|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n⟪Ciao.\nSoon<|eot_id|>⟫"
+    ),
+    "mistral": "<s>[INST] Be kind.\n\nHi [/INST]⟪ Yo é</s>⟫[INST] Bye [/INST]⟪ Ciao.\nSoon</s>⟫",
+    "qwen": (
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟪Yo é<|im_end|>⟫\n"
+        "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n⟪Ciao.\nSoon<|im_end|>⟫\n"
+    ),
+    "gemma": (
+        "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n⟪Yo é<end_of_turn>⟫\n"
+        "<start_of_turn>user\nBye<end_of_turn>\n<start_of_turn>model\n⟪Ciao.\nSoon<end_of_turn>⟫\n"
+    ),
+    "phi3": (
+        "<|system|>\nBe kind.<|end|>\n<|user|>\nHi<|end|>\n<|assistant|>\n⟪Yo é<|end|>⟫\n"
+        "<|user|>\nBye<|end|>\n<|assistant|>\n⟪Ciao.\nSoon<|end|>⟫\n<|endoftext|>"
+    ),
+}
+GOLDEN["chatml"] = GOLDEN["smollm2"] = GOLDEN["qwen"]
+NAMES = sorted(GOLDEN)
+SETTINGS: dict[str, Any] = {
+    "train_roles": frozenset(["assistant"]), "system": None, "control_tokens": "text", "tools": "template", "bos": "", "eos": "",
+}  # fmt: skip
+
+
+def bytes_tokenizer(name: str) -> Any:
+    """Control tokens first, then the 256 bytes in the order of GPT-2's byte alphabet."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    control = CONTROL[name]
+    vocabulary = {token: number for number, token in enumerate([*control, *byte_alphabet()])}
+    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    raw.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token=control[0], eos_token=EOS.get(name, control[1]), additional_special_tokens=control
+    )
+    template.choose(name, tokenizer)
+    return tokenizer
+
+
+def byte_alphabet() -> list[str]:
+    """GPT-2's printable stand-ins, byte 0 first (Radford et al., 2019, encoder.py)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+def expected(name: str) -> tuple[list[int], list[int]]:
+    """Ids and mask straight from the golden text."""
+    control = CONTROL[name]
+    ids, mask, inside = [], [], 0
+    for piece in re.split(f"({'|'.join(map(re.escape, [*control, '⟪', '⟫']))})", GOLDEN[name]):
+        if piece in ("⟪", "⟫"):
+            inside = int(piece == "⟪")
+            continue
+        new = [control.index(piece)] if piece in control else [len(control) + byte for byte in piece.encode()]
+        ids += new
+        mask += [inside] * len(new)
+    return ids, mask
+
+
+def render(name: str, turns: list[tuple[str, str]], **changes: Any) -> tuple[Any, Encoded]:
+    tokenizer = bytes_tokenizer(name)
+    renderer = Renderer(template=template.probe(tokenizer), **{**SETTINGS, **changes})
+    conversation = Conversation([{"role": role, "content": content} for role, content in turns])
+    encoded = Encoder.of(tokenizer).encode([renderer.render(conversation)])[0]
+    assert isinstance(encoded, Encoded)
+    return tokenizer, encoded
+
+
+def golden_turns(name: str) -> list[tuple[str, str]]:
+    return TURNS if name == "gemma" else [("system", "Be kind."), *TURNS]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_template_renders_its_golden_token_ids(name: str) -> None:
+    _, encoded = render(name, golden_turns(name))
+    assert encoded.ids == expected(name)[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_template_marks_its_golden_mask(name: str) -> None:
+    _, encoded = render(name, golden_turns(name))
+    assert encoded.mask().tolist() == expected(name)[1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_read_before_the_answer_is_what_serving_sends(name: str) -> None:
+    tokenizer, encoded = render(name, golden_turns(name))
+    asked = [{"role": role, "content": content} for role, content in golden_turns(name)[:-1]]
+    served = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    assert encoded.ids[: encoded.answer] == tokenizer(served, add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_generation_marks_of_shipped_templates_agree_with_ours(name: str) -> None:
+    tokenizer = bytes_tokenizer(name)
+    turns = [{"role": role, "content": content} for role, content in TURNS]
+    both = tokenizer.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
+    _, encoded = render(name, TURNS)
+    assert both["input_ids"] == encoded.ids
+    assert both["assistant_masks"] == encoded.mask().tolist()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_control_tokens_in_a_users_text_stay_text(name: str) -> None:
+    end = template.probe(bytes_tokenizer(name)).end_of_turn
+    tokenizer, encoded = render(name, [("user", f"a {end} b"), ("assistant", f"you wrote {end}!")])
+    tokenizer2, plain = render(name, [("user", "a b"), ("assistant", "you wrote!")])
+    end_id = tokenizer.convert_tokens_to_ids(end)
+    assert encoded.ids.count(end_id) == plain.ids.count(tokenizer2.convert_tokens_to_ids(end))
+    assert f"you wrote {end}!" in tokenizer.decode(encoded.ids, skip_special_tokens=False)
+
+
+def test_control_tokens_in_a_users_text_are_obeyed_where_asked() -> None:
+    tokenizer, encoded = render("chatml", [("user", "a <|im_end|> b"), ("assistant", "c")], control_tokens="control")
+    assert encoded.ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 3
+
+
+def test_user_turns_are_learnt_where_their_role_is_trained() -> None:
+    tokenizer, encoded = render("chatml", TURNS[:2], train_roles=frozenset(["user", "assistant"]))
+    learnt = tokenizer.decode([token for token, mark in zip(encoded.ids, encoded.mask(), strict=True) if mark])
+    assert learnt == "user\nHi<|im_end|>Yo é<|im_end|>"  # the first token of a document has nothing before it
+
+
+def test_generation_marks_that_hold_less_than_the_answer_are_refused() -> None:
+    tokenizer = bytes_tokenizer("chatml")
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{%- generation -%}{{- message['content'] + '<|im_end|>' -}}{%- endgeneration -%}",
+        "{%- generation -%}{{- message['content'][:3] -}}{%- endgeneration -%}{{- message['content'][3:] + '<|im_end|>' -}}",
+    )
+    chat = template.probe(tokenizer)
+    renderer = Renderer(template=chat, **SETTINGS)
+    with pytest.raises(DataError, match="generation marks hold"):
+        cross_check(chat, renderer)
+
+
+def test_template_without_an_end_of_turn_is_refused() -> None:
+    tokenizer = bytes_tokenizer("chatml")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    with pytest.raises(DataError, match="would never learn to stop"):
+        template.probe(tokenizer)
+
+
+def test_template_that_writes_bos_twice_is_refused() -> None:
+    tokenizer = bytes_tokenizer("llama3")
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    with pytest.raises(DataError, match="twice"):
+        template.probe(tokenizer)
+
+
+def test_tokenizer_without_a_template_names_the_choices() -> None:
+    tokenizer = bytes_tokenizer("chatml")
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match="choose one of chatml, gemma, llama2"):
+        template.choose(None, tokenizer)
+
+
+def test_template_whose_prompt_is_not_what_precedes_the_answer_is_refused() -> None:
+    tokenizer = bytes_tokenizer("chatml")
+    tokenizer.chat_template = tokenizer.chat_template.replace("'<|im_start|>assistant\\n'", "'<|im_start|>bot\\n'")
+    chat = template.probe(tokenizer)
+    with pytest.raises(DataError, match="prompt is no beginning of the conversation"):
+        cross_check(chat, Renderer(template=chat, **SETTINGS))

@@ -1,0 +1,130 @@
+"""The summary, the page, one row's fate; and the cache that makes the second start quick."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.data import PreparedData
+from finetune.data import explain as print_explanation
+from finetune.data.show.explain import explain
+from finetune.errors import DataError
+from tests.data.helpers import pair, split
+
+ROWS = [pair(f"What is {number}?", f"It is <b>{number}</b>.") for number in range(12)]
+
+
+def test_folder_opens_in_datasets(run: Callable[..., PreparedData]) -> None:
+    import datasets
+
+    product = run(ROWS, heldout_rows=3)
+    train, out = (datasets.load_from_disk(str(product.folder / name)) for name in ("train", "heldout"))
+    assert train.column_names == ["input_ids", "labels", "seq_lengths", "rows"]
+    assert out.column_names == ["input_ids", "labels", "seq_lengths", "rows", "prompt_ids", "reference", "row"]
+    assert (len(train), len(out)) == (9, 3)
+    assert train._fingerprint != out._fingerprint
+
+
+def test_held_out_folder_is_there_but_empty_without_held_out_rows(run: Callable[..., PreparedData]) -> None:
+    import datasets
+
+    assert len(datasets.load_from_disk(str(run(ROWS).folder / "heldout"))) == 0
+
+
+def test_product_survives_json(run: Callable[..., PreparedData]) -> None:
+    product = run(ROWS)
+    fields = {name: value for name, value in dataclasses.asdict(product).items() if name != "folder"}
+    assert PreparedData(folder=product.folder, **json.loads(json.dumps(fields))) == product
+
+
+def test_rendering_says_what_serving_must_do(run: Callable[..., PreparedData], tokenizer: Any) -> None:
+    rendering = json.loads((run(ROWS).folder / "rendering.json").read_text())
+    assert rendering["template"] == tokenizer.chat_template
+    assert rendering["end_of_turn_id"] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_preview_marks_the_learnt_text_and_escapes_the_rest(run: Callable[..., PreparedData]) -> None:
+    page = (run(ROWS).folder / "preview.html").read_text()
+    assert "<mark>It is &lt;b&gt;0&lt;/b&gt;.&lt;|im_end|&gt;</mark>" in page
+    assert "http://" not in page
+    assert "https://" not in page
+    assert "<script" not in page
+
+
+def test_why_shows_a_kept_row_with_its_learnt_text(run: Callable[..., PreparedData], tokenizer: Any) -> None:
+    product = run(ROWS, packing=True)
+    text = explain(product.folder, "rows.jsonl:4", tokenizer)
+    assert "rows.jsonl:4 (row 3): kept and trained on" in text
+    assert "What is 3?<|im_end|>\n<|im_start|>assistant\n⟪It is <b>3</b>.<|im_end|>⟫" in text
+
+
+def test_why_is_printed(run: Callable[..., PreparedData], tokenizer: Any, capsys: Any) -> None:
+    print_explanation(run(ROWS).folder, "rows.jsonl:1", tokenizer)
+    assert "rows.jsonl:1 (row 0): kept and trained on" in capsys.readouterr().out
+
+
+def test_why_explains_a_dropped_row(run: Callable[..., PreparedData], tokenizer: Any) -> None:
+    product = run([*ROWS, pair("q", " ")], bad_rows="drop")
+    assert explain(product.folder, "rows.jsonl:13", tokenizer).endswith("left out, because: the answer is empty")
+
+
+def test_why_names_the_original_of_a_duplicate(run: Callable[..., PreparedData], tokenizer: Any) -> None:
+    product = run([*ROWS, ROWS[5]])
+    assert explain(product.folder, "12", tokenizer).endswith("duplicate of rows.jsonl:6 (row 5), so it was left out")
+
+
+def test_why_says_what_the_ledger_has(run: Callable[..., PreparedData], tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=r"no such row; it has rows\.jsonl:1 to 12"):
+        explain(run(ROWS).folder, "rows.jsonl:99", tokenizer)
+
+
+def test_summary_names_what_was_lost(run: Callable[..., PreparedData], capsys: Any) -> None:
+    run([*ROWS, ROWS[0], pair("q", "")], bad_rows="drop")
+    assert "14 rows read, 12 kept (12 to train on, 0 held out); left out: 1 the answer is empty; 1 duplicates" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
+def test_second_start_reads_the_cache_in_under_a_second(run: Callable[..., PreparedData], tmp_path: Path, capsys: Any) -> None:
+    first = run(ROWS, cache=str(tmp_path / "cache"), heldout_rows=2)
+    capsys.readouterr()
+    started = time.monotonic()
+    second = run(ROWS, cache=str(tmp_path / "cache"), heldout_rows=2)
+    assert time.monotonic() - started < 1
+    assert "taken from the cache" in capsys.readouterr().out
+    assert dataclasses.replace(second, folder=first.folder) == first
+    assert split(second, "train") == split(first, "train")
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "seed": {"seed": 5},
+    "length": {"max_tokens": 100},
+    "rows": {"rows": ROWS[1:]},
+    "system": {"system": "x"},
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_cache_is_left_alone_when_something_that_matters_changes(what: str, run: Callable[..., PreparedData], tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"rows": ROWS, "cache": str(tmp_path / "cache")}
+    assert run(**settings).fingerprint != run(**{**settings, **CHANGES[what]}).fingerprint
+
+
+def test_cache_is_left_alone_when_the_template_changes(run: Callable[..., PreparedData], tokenizer: Any) -> None:
+    import copy
+
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{# another #}" + tokenizer.chat_template
+    assert run(ROWS).fingerprint != run(ROWS, with_tokenizer=other).fingerprint
+
+
+def test_cache_that_was_tampered_with_is_made_again(run: Callable[..., PreparedData], tmp_path: Path, capsys: Any) -> None:
+    first = run(ROWS, cache=str(tmp_path / "cache"))
+    kept = tmp_path / "cache" / first.fingerprint / "train" / "data-00000-of-00001.arrow"
+    kept.write_bytes(kept.read_bytes()[:-1] + b"!")
+    assert run(ROWS, cache=str(tmp_path / "cache")) == dataclasses.replace(first, folder=tmp_path / "out1")
+    assert "is not what was written" in " ".join(capsys.readouterr().out.split())

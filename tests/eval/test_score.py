@@ -1,0 +1,116 @@
+"""Four artifacts on the same rows: figures, differences, samples, gates, and going on where it stopped."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from artifacts import Line, Made
+
+from finetune.errors import EvalError
+from finetune.eval import EvalConfig, Scores, score
+from finetune.measure import mean_loss, read_rows, row_losses
+from finetune.merge.candidates import build
+from finetune.merge.changes import read_changes
+
+CONFIG: dict[str, Any] = {
+    "rows": 4, "loss_rows": 8, "max_new_tokens": 6, "batch_rows": 3, "batch_tokens": 256, "metrics": ["exact_match", "token_f1"],
+    "bootstrap_samples": 50,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def merged(loud_base: Path, adapter: Made, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    folder = tmp_path_factory.mktemp("merged")
+    build(loud_base, read_changes(adapter.folder / "adapter"), folder / "model", dtype=torch.bfloat16)
+    return Made(folder=folder)
+
+
+@pytest.fixture(scope="module")
+def run(line: Callable[..., Line], adapter: Made, merged: Made) -> Callable[..., Scores]:
+    def run(folder: Path, parts: Line | None = None, **settings: Any) -> Scores:
+        parts = parts or line()
+        return score(
+            EvalConfig(**{**CONFIG, **settings}), folder=folder, base=parts.base, model=parts.model, quantization=parts.quantization,
+            placement=parts.placement, adapter=adapter, merged=merged, data=parts.data, seed=1,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def scores(run: Callable[..., Scores], tmp_path_factory: pytest.TempPathFactory) -> Scores:
+    return run(tmp_path_factory.mktemp("eval"))
+
+
+def test_loss_of_the_base_is_that_of_plain_transformers(scores: Scores, line: Callable[..., Line]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    parts = line()
+    plain = AutoModelForCausalLM.from_pretrained(parts.base.folder, dtype=torch.bfloat16)
+    rows = read_rows(parts.data.folder / "heldout", limit=8)
+    assert scores.artifacts["base"]["loss"] == pytest.approx(mean_loss(row_losses(plain, rows, batch_tokens=256)), abs=1e-4)
+
+
+def test_changes_are_differences_of_the_levels(scores: Scores) -> None:
+    for change, (before, after) in {"quantization": ("base", "base_quantized"), "merge": ("adapter", "merged")}.items():
+        expected = scores.artifacts[after]["loss"] - scores.artifacts[before]["loss"]
+        assert scores.changes[change]["loss"]["difference"] == pytest.approx(expected, abs=1e-9)
+    parts = sum(scores.changes[name]["loss"]["difference"] for name in ("quantization", "tuning", "merge"))
+    assert scores.changes["total"]["loss"]["difference"] == pytest.approx(parts, abs=1e-9)
+
+
+def test_each_sample_has_the_answer_of_every_artifact(scores: Scores) -> None:
+    samples = [json.loads(text) for text in (scores.folder / "samples.jsonl").read_text().splitlines()]
+    assert [sample["row"] for sample in samples] == [0, 1, 2, 3]
+    assert set(samples[0]) == {"row", "prompt", "reference", "base", "base_quantized", "adapter", "merged", "scores"}
+    assert set(samples[0]["scores"]["merged"]) == {"exact_match", "token_f1"}
+
+
+def test_product_survives_json(scores: Scores) -> None:
+    content = json.loads(json.dumps({"artifacts": scores.artifacts, "changes": scores.changes, "missed": scores.missed}))
+    assert content["artifacts"]["adapter"]["metrics"]["exact_match"].keys() == {"value", "low", "high"}
+
+
+def test_interrupted_stage_goes_on_without_measuring_again(scores: Scores, run: Callable[..., Scores], tmp_path: Path, capsys: Any) -> None:
+    for name in ("base", "base_quantized", "adapter"):
+        (tmp_path / f"{name}.rows.jsonl").write_bytes((scores.folder / f"{name}.rows.jsonl").read_bytes())
+    half = (scores.folder / "merged.rows.jsonl").read_text()
+    (tmp_path / "merged.rows.jsonl").write_text(half[:-20])
+    again = run(tmp_path)
+    assert capsys.readouterr().out.count("measured before") == 3
+    assert again.artifacts == scores.artifacts
+
+
+def test_other_limit_on_answers_measures_again(scores: Scores, run: Callable[..., Scores], tmp_path: Path, capsys: Any) -> None:
+    for name in ("base", "base_quantized", "adapter", "merged"):
+        (tmp_path / f"{name}.rows.jsonl").write_bytes((scores.folder / f"{name}.rows.jsonl").read_bytes())
+    run(tmp_path, max_new_tokens=3)
+    assert "measured before" not in capsys.readouterr().out
+
+
+def test_missed_gate_is_named_with_its_figure(run: Callable[..., Scores], scores: Scores, tmp_path: Path) -> None:
+    for file in scores.folder.glob("*.rows.jsonl"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    gated = run(tmp_path, gate={"adapter.loss": 0.5, "merged.exact_match": 0.0, "tuning.perplexity": -1e9})
+    assert [sentence.split(" is ")[0] for sentence in gated.missed] == ["eval.gate: adapter.loss", "eval.gate: tuning.perplexity"]
+
+
+def test_unquantized_base_is_measured_once(run: Callable[..., Scores], line: Callable[..., Line], tmp_path: Path) -> None:
+    scores = run(tmp_path, line("none"), rows=0, metrics=[])
+    assert scores.artifacts["base"] == scores.artifacts["base_quantized"]
+    assert scores.changes["quantization"]["loss"]["difference"] == 0
+
+
+def test_missing_heldout_split_is_said(run: Callable[..., Scores], line: Callable[..., Line], tmp_path: Path) -> None:
+    import dataclasses
+
+    with pytest.raises(EvalError, match="nothing to measure on"):
+        run(tmp_path, dataclasses.replace(line(), data=Made(folder=tmp_path)))
+
+
+def test_wishes_that_cannot_be_are_named_at_once() -> None:
+    config = EvalConfig(**{**CONFIG, "metrics": ["bleurt"], "loss_rows": 0, "gate": {"adaptor.loss": 1.0, "adapter.los": 1.0}})
+    assert len(list(config.problems())) == 4

@@ -1,0 +1,209 @@
+"""Every export is opened by its own runtime and compared; what differs is not kept."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from artifacts import Line, Made
+from safetensors.torch import load_file, save_file
+
+from finetune.errors import ExportError, ModelError
+from finetune.export import ExportConfig, Exports, export, load
+from finetune.export.parity import Expected, compare, last_logits
+from finetune.measure import trained_graph
+from finetune.merge.candidates import build, write_chat
+from finetune.merge.changes import read_changes
+
+BOUNDS: dict[str, Any] = {"golden_rows": 2, "max_logit_difference": 0.5, "max_kl": 0.01, "max_new_tokens": 6}
+LEVEL = {"value": 0.5, "low": 0.4, "high": 0.6}
+CHANGE = {"difference": 0.5, "low": 0.4, "high": 0.6}
+ARTIFACT = {"loss": 1.0, "loss_low": 0.9, "loss_high": 1.1, "perplexity": 2.7, "metrics": {"exact_match": LEVEL}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """The products of the stages before, as far as a card reads them."""
+
+    folder: Path
+    steps: int = 3
+    trained_tokens: int = 100
+    trainable_parameters: int = 50
+    optimizer: dict[str, Any] = field(default_factory=lambda: {"used": "adamw_8bit"})
+    train_rows: int = 90
+    heldout_rows: int = 10
+    tokens: int = 1000
+    fingerprint: str = "f00d"
+    chosen: str = "dequantized"
+    rule: str = "nearest to the trained graph"
+    reference: dict[str, Any] = field(default_factory=lambda: {"loss": 1.0, "perplexity": 2.7, "tokens": 100})
+    candidates: list[dict[str, Any]] = field(
+        default_factory=lambda: [{"name": "dequantized", "kl": 1e-4, "top1_agreement": 1.0, "loss": 1.0, "perplexity": 2.7}]
+    )
+    artifacts: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(("base", "base_quantized", "adapter", "merged"), ARTIFACT))
+    changes: dict[str, Any] = field(
+        default_factory=lambda: {name: {"loss": CHANGE, "exact_match": CHANGE} for name in ("quantization", "tuning", "merge", "total")}
+    )
+    rows: int = 10
+    loss_rows: int = 10
+
+
+@pytest.fixture(scope="module")
+def merged(loud_base: Path, adapter: Made, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Facts:
+    from finetune.measure import Chat
+
+    folder = tmp_path_factory.mktemp("merged")
+    build(loud_base, read_changes(adapter.folder / "adapter"), folder / "model", dtype=torch.bfloat16)
+    write_chat(folder / "model", Chat(tokenizer=tokenizer, ends=[2], system=None))
+    return Facts(folder=folder)
+
+
+@pytest.fixture(scope="module")
+def run(line: Callable[..., Line], adapter: Made, merged: Facts) -> Callable[..., Exports]:
+    def run(folder: Path, *formats: str, from_merged: Facts = merged, from_adapter: Path = adapter.folder, **bounds: Any) -> Exports:
+        parts = line()
+        config = {name: ExportConfig(**{**BOUNDS, **bounds, "format": name}) for name in formats}
+        return export(
+            config, folder=folder, base=parts.base, model=parts.model, quantization=parts.quantization, placement=parts.placement,
+            adapter=Facts(folder=from_adapter), merged=from_merged, scores=Facts(folder=folder), data=Facts(folder=parts.data.folder),
+            seed=1,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def exports(run: Callable[..., Exports], tmp_path_factory: pytest.TempPathFactory) -> Exports:
+    return run(tmp_path_factory.mktemp("run") / "export", "card", "adapter", "safetensors")
+
+
+def test_each_export_passed_in_its_own_runtime(exports: Exports) -> None:
+    assert [one["format"] for one in exports.exports] == ["adapter", "safetensors", "card"]
+    adapter, merged, _ = exports.exports
+    assert "peft" in adapter["parity"]["runtime"]
+    assert "peft" not in merged["parity"]["runtime"]
+    assert merged["parity"]["max_logit_difference"] < 1e-3
+    assert all(one["parity"]["chats"] == 4 and one["parity"]["passed"] for one in (adapter, merged))
+    assert {file.name for file in exports.folder.iterdir()} == {"adapter", "safetensors", "README.md"}
+
+
+def test_every_snippet_of_the_card_runs(exports: Exports) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (exports.folder / "README.md").read_text(), flags=re.S)
+    assert len(blocks) == 3
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    for code in blocks[1:2]:  # the parity check has run the other two as they stand
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=exports.folder, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_card_states_base_quantization_metrics_and_merge(exports: Exports) -> None:
+    card = (exports.folder / "adapter" / "README.md").read_text()
+    for text in ("4-bit NF4 (double quantization)", "0.500 [0.400, 0.600]", "| dequantized | 0.00010 |", "Licence", "library_name: peft"):
+        assert text in card
+
+
+def test_adapter_folder_says_all_that_a_loader_needs(exports: Exports) -> None:
+    record = json.loads((exports.folder / "adapter" / "finetune.json").read_text())
+    assert record["quantization"]["spec"] == {"method": "nf4", "double": True, "blocksize": 64, "skip": []}
+    assert record["base"]["files"].keys() == {"model.safetensors"}
+    assert record["tokenizer"]["eos"] == {"id": 2, "ends_an_answer": [2]}
+    assert record["tokenizer"]["pad"]["is_an_end_token"] is False
+    assert len(record["tokenizer"]["template_sha256"]) == 64
+
+
+def test_loader_rebuilds_the_very_graph(exports: Exports, line: Callable[..., Line], adapter: Made) -> None:
+    parts = line()
+    folder = adapter.folder / "adapter"
+    trained = trained_graph(parts.base, parts.model, quantization=parts.quantization, placement=parts.placement, adapter=folder)
+    loaded, tokenizer = load(exports.folder.parent)
+    prompt = [1, 40, 50, 60]
+    assert (last_logits(loaded, prompt) == last_logits(trained, prompt)).all()
+    assert tokenizer.chat_template
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapter_arrives_in_the_numbers_it_was_saved_in(line: Callable[..., Line], adapter: Made, tmp_path: Path, dtype: torch.dtype) -> None:
+    parts = line()
+    shutil.copytree(adapter.folder / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    saved = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
+    save_file(saved, file)
+    graph = trained_graph(
+        parts.base, parts.model, quantization=parts.quantization, placement=parts.placement, adapter=tmp_path / "adapter"
+    )  # fmt: skip
+    arrived = {name.replace(".default", ""): parameter for name, parameter in graph.named_parameters() if "lora_" in name}
+    assert arrived.keys() == saved.keys()
+    assert all(arrived[name].dtype == dtype and torch.equal(arrived[name], tensor) for name, tensor in saved.items())
+
+
+def test_loader_opens_the_merged_model(exports: Exports, merged: Facts) -> None:
+    from transformers import AutoModelForCausalLM
+
+    loaded, _ = load(exports.folder / "safetensors")
+    plain = AutoModelForCausalLM.from_pretrained(merged.folder / "model", dtype=torch.bfloat16)
+    assert (last_logits(loaded, [1, 40, 50]) == last_logits(plain, [1, 40, 50])).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda record: record["base"].update(sha256="0" * 64), "is not the one that the adapter was trained on"),
+        (lambda record: record.update(weights_sha256="0" * 64), "weights are not those that were exported"),
+        (lambda record: record["tokenizer"].update(template_sha256="0" * 64), "its template_sha256 changed"),
+    ],
+)
+def test_loader_refuses_what_does_not_match(exports: Exports, tmp_path: Path, change: Callable[[Any], None], message: str) -> None:
+    shutil.copytree(exports.folder / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "finetune.json"
+    record = json.loads(file.read_text())
+    change(record)
+    file.write_text(json.dumps(record))
+    with pytest.raises(ModelError, match=message):
+        load(tmp_path)
+
+
+def test_loader_of_a_bare_folder_says_what_is_missing(adapter: Made) -> None:
+    with pytest.raises(ModelError, match=r"holds no finetune.json"):
+        load(adapter.folder / "adapter")
+
+
+def test_merged_model_with_another_template_is_not_kept(run: Callable[..., Exports], merged: Facts, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(merged.folder, other)
+    template = other / "model" / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_end|>", "<|im_end|> "))
+    (tmp_path / "export" / "safetensors").mkdir(parents=True)
+    (tmp_path / "export" / "safetensors" / "good").write_text("an earlier export")
+    with pytest.raises(ExportError, match="its tokenizer writes the chat"):
+        run(tmp_path / "export", "safetensors", from_merged=Facts(folder=other))
+    assert (tmp_path / "export" / "safetensors" / "good").is_file()
+
+
+def test_export_beyond_its_bound_is_refused(tmp_path: Path) -> None:
+    import numpy as np
+
+    wanted = Expected(chats=[], chat_tokens=[], prompts=[[1]], logits=[np.zeros((1, 4), dtype=np.float32)], stopped=False)
+    file = tmp_path / "logits.npz"
+    np.savez(file, prompt_0=np.array([[0, 0, 0, 1.0]], dtype=np.float32))
+    got = {"chat_tokens": [], "stopped": True, "runtime": "test"}
+    with pytest.raises(ExportError, match=r"logits by up to 1.0000"):
+        compare("gguf", wanted, got, file, config=ExportConfig(**{**BOUNDS, "format": "safetensors"}))
+    wide = ExportConfig(**{**BOUNDS, "format": "safetensors", "max_logit_difference": 2, "max_kl": 1})
+    found = compare("gguf", wanted, got, file, config=wide)
+    p = np.exp([0, 0, 0, 1.0]) / np.exp([0, 0, 0, 1.0]).sum()
+    assert found["kl"] == pytest.approx(float((0.25 * np.log(0.25 / p)).sum()), abs=1e-6)
+
+
+def test_wishes_that_cannot_be_are_named_at_once() -> None:
+    config = ExportConfig(format="pickle", golden_rows=-1, max_logit_difference=0.1, max_kl=-1.0, max_new_tokens=0)
+    assert len(list(config.problems())) == 4

@@ -1,0 +1,85 @@
+"""Each kind of adapter, merged, computes what peft computes with it unmerged."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from artifacts import make_adapter
+
+from finetune.errors import MergeError
+from finetune.merge.candidates import build
+from finetune.merge.changes import read_changes
+
+IDS = torch.tensor([[1, 40, 50, 60, 70, 80, 90, 2]])
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.mlp.up_proj": 32, "k_proj": 3}},
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "whole_norm": {"modules_to_save": ["norm"]},
+    "whole_embedding": {"modules_to_save": ["embed_tokens"]},
+    "token_rows": {"trainable_token_indices": {"embed_tokens": [3, 40, 50]}},
+}
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(input_ids=IDS).logits
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore")
+def test_merged_logits_equal_the_adapters(loud_base: Path, tmp_path: Path, kind: str) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    adapter = make_adapter(loud_base, tmp_path, **KINDS[kind]).folder / "adapter"
+    built = build(loud_base, read_changes(adapter), tmp_path / "merged", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(loud_base, dtype=torch.float32)
+    plain = logits(base)
+    expected = logits(PeftModel.from_pretrained(base, str(adapter)))
+    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
+    assert (expected - plain).abs().max() > 0.1
+    assert (found - expected).abs().max() < 2e-3 * expected.abs().max()
+    assert built.changed > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"lora_bias": True}, "lora_bias"), ({"target_modules": [], "target_parameters": ["mlp.up_proj.weight"]}, "target_parameters")],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_adapter_that_is_no_change_of_weights_is_refused(loud_base: Path, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    adapter = make_adapter(loud_base, tmp_path, **settings).folder / "adapter"
+    with pytest.raises(MergeError, match=message):
+        read_changes(adapter)
+
+
+def test_other_kind_of_adapter_is_refused(loud_base: Path, tmp_path: Path) -> None:
+    from peft import IA3Config, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(loud_base), IA3Config(task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(MergeError, match="IA3 adapter; merging knows LORA"):
+        read_changes(tmp_path)
+
+
+def test_weights_in_pieces_equal_weights_at_once(loud_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = make_adapter(loud_base, tmp_path, use_dora=True).folder / "adapter"
+    build(loud_base, read_changes(adapter), tmp_path / "whole", dtype=torch.bfloat16)
+    monkeypatch.setattr("finetune.merge.checkpoint.PIECE_BYTES", 1000)
+    build(loud_base, read_changes(adapter), tmp_path / "pieces", dtype=torch.bfloat16)
+    assert (tmp_path / "whole" / "model.safetensors").read_bytes() == (tmp_path / "pieces" / "model.safetensors").read_bytes()
+
+
+def test_base_that_is_cut_off_is_refused(loud_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((loud_base / "config.json").read_text())
+    whole = (loud_base / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(MergeError, match="is cut off"):
+        build(tmp_path, {}, tmp_path / "out", dtype=torch.bfloat16)

@@ -1,0 +1,81 @@
+"""The hand count of saved tensors against what autograd really saves."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from finetune.architecture import ArchitectureConfig
+from finetune.plan.activations import activations, saved_in_layer
+from finetune.plan.inputs import PlanInputs, Trainer
+
+TINY = ArchitectureConfig(
+    family="llama", hidden_size=128, intermediate_size=384, layers=6, heads=8, kv_heads=4, head_dim=16, vocab_size=512,
+    tied_embeddings=False, max_positions=256,
+)  # fmt: skip
+INPUTS = PlanInputs(architecture=TINY, method="none", rank=8, adapter_bytes=4, rows=2, tokens=50, checkpointing=False, device="cpu")
+
+
+def saved_bytes(*, adapter_dtype: Any, autocast: bool) -> int:
+    """Bytes that autograd keeps for the decoder layers of a tiny Llama with LoRA on every linear layer."""
+    import peft
+    import torch
+    from transformers import LlamaConfig, LlamaModel
+
+    config = LlamaConfig(
+        hidden_size=TINY.hidden_size, intermediate_size=TINY.intermediate_size, num_hidden_layers=TINY.layers,
+        num_attention_heads=TINY.heads, num_key_value_heads=TINY.kv_heads, vocab_size=TINY.vocab_size, head_dim=TINY.head_dim,
+    )  # fmt: skip
+    model = peft.get_peft_model(LlamaModel(config).to(torch.bfloat16), peft.LoraConfig(r=8, target_modules="all-linear"))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(adapter_dtype)
+    model.enable_input_require_grads()
+    # Autocast's own copies of the adapter are not the batch's, and are as many as there are weights.
+    shapes = {tuple(p.shape) for p in model.parameters()} | {tuple(p.t().shape) for p in model.parameters() if p.dim() == 2}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, Any] = {}
+
+    def pack(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights and tuple(tensor.shape) not in shapes:
+            kept[storage.data_ptr()] = tensor
+        return tensor
+
+    tokens = torch.randint(0, TINY.vocab_size, (INPUTS.rows, INPUTS.tokens))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        model(tokens, use_cache=False)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("adapter_bytes", [2, 4])
+def test_closed_form_counts_what_autograd_saves(adapter_bytes: int) -> None:
+    import torch
+
+    found = saved_bytes(adapter_dtype=torch.bfloat16 if adapter_bytes == 2 else torch.float32, autocast=adapter_bytes == 4)
+    inputs = dataclasses.replace(INPUTS, adapter_bytes=adapter_bytes, trainer=Trainer(reduced_input_copies=adapter_bytes == 4))
+    assert saved_in_layer(inputs) * inputs.step_tokens * TINY.layers == pytest.approx(found, rel=0.05)
+
+
+def test_checkpointing_keeps_one_tensor_a_layer() -> None:
+    with_it = activations(dataclasses.replace(INPUTS, checkpointing=True))
+    assert with_it.stored == pytest.approx(INPUTS.step_tokens * 128 * (6 * 2 + 4 + 2))
+    assert with_it.peak < activations(INPUTS).peak
+
+
+def test_eager_attention_grows_with_the_square_of_the_length() -> None:
+    eager = dataclasses.replace(INPUTS, attention="eager")
+    longer = dataclasses.replace(eager, tokens=100)
+    assert saved_in_layer(longer) - saved_in_layer(eager) == 8 * 50 * (4 + 2)
+
+
+def test_dropout_keeps_a_mask_and_a_copy_for_each_branch() -> None:
+    plain = dataclasses.replace(INPUTS, adapter_bytes=2, targets=("q_proj", "v_proj"), trainer=Trainer(reduced_input_copies=False))
+    more = saved_in_layer(dataclasses.replace(plain, dropout=True)) - saved_in_layer(plain)
+    assert more == 2 * 3 * 128 - 2 * 128
+
+
+def test_old_bitsandbytes_keeps_inputs_of_frozen_layers() -> None:
+    new = dataclasses.replace(INPUTS, method="nf4", targets=("q_proj",), adapter_bytes=2)
+    old = dataclasses.replace(new, trainer=Trainer(keeps_inputs=True))
+    assert saved_in_layer(old) - saved_in_layer(new) == 2 * (128 + 384)

@@ -1,0 +1,100 @@
+import xml.etree.ElementTree as ElementTree
+from typing import Any
+
+import pytest
+
+from finetune.report.answers import last_request
+from finetune.report.curves import loss_picture, memory_picture, series
+from finetune.report.intervals import agreement_picture, artifact_picture, change_picture, length_picture
+from finetune.report.svg import Scale, ticks
+from finetune.report.words import duration, interval, number, signed
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0, 2.6, [0, 1, 2, 3]), (0, 130, [0, 50, 100, 150]), (-0.2, 0.9, [-0.5, 0, 0.5, 1]), (0, 0, [0, 1])],
+)
+def test_ticks_are_round_and_enclose_the_values(low: float, high: float, expected: list[float]) -> None:
+    found = ticks(low, high, wanted=3)
+    assert found[0] <= low
+    assert found[-1] >= high
+    if high > low:
+        assert found == expected
+
+
+def test_log_scale_spaces_decades_evenly() -> None:
+    scale = Scale(low=1e-4, high=1, start=0, end=400, log=True)
+    assert [scale(value) for value in (1e-4, 1e-3, 1e-2, 1)] == [0, 100, 200, 400]
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        loss_picture([{"step": 1, "train/loss": 2.0}, {"step": 2, "train/loss": 1.0}, {"step": 2, "eval/loss": 1.5}]),
+        loss_picture([{"step": 1, "train/loss": 2.0}]),
+        loss_picture([{"step": step, "train/loss": 5.0 - step / 100} for step in range(300)]),
+        memory_picture([{"time": t, "stage": "train", "rss_bytes": 10**9 + t, "device_bytes": 10**8} for t in range(1000)]),
+        artifact_picture({"base": {"metrics": {"f": {"value": 1.5, "low": 1.0, "high": 2.0}}}}, "f"),
+        artifact_picture({"base": {"metrics": {"f": {"value": 0.0, "low": 0.0, "high": 0.0}}}}, "f"),
+        change_picture({"tuning": {"f": {"difference": 0.0, "low": 0.0, "high": 0.0}}}, "f", share=True),
+        length_picture([0, 10, 20], [3, 1], limit=16),
+        agreement_picture([{"name": "a", "kl": 0.0}, {"name": "b", "kl": 0.3}], "a"),
+        agreement_picture([{"name": "a", "kl": 0.0}, {"name": "b", "kl": 0.0}], "a"),
+    ],
+)
+def test_pictures_are_well_formed_and_stay_inside_their_box(picture: str) -> None:
+    svg = next(ElementTree.fromstring(picture).iter("svg"))
+    width, height = float(svg.attrib["width"]), float(svg.attrib["height"])
+    for element in svg.iter():
+        for key, bound in (("x", width), ("cx", width), ("x1", width), ("x2", width), ("y", height), ("cy", height)):
+            if key in element.attrib:
+                assert -1 <= float(element.attrib[key]) <= bound + 1, ElementTree.tostring(element)
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [loss_picture([]), memory_picture([]), length_picture([], [], limit=None), artifact_picture({}, "f"), agreement_picture([], "a")],
+)
+def test_nothing_measured_is_no_picture(picture: str) -> None:
+    assert picture == ""
+
+
+def test_of_a_step_that_was_repeated_the_later_value_counts() -> None:
+    lines: list[dict[str, Any]] = [{"step": 1, "train/loss": 3.0}, {"step": 2, "train/loss": 9.0}, {"step": 2, "train/loss": 2.0}]
+    assert series([*lines, {"step": 3, "train/loss": float("nan")}], "train/loss") == [(1, 3.0), (2, 2.0)]
+
+
+def test_time_between_a_stop_and_its_resumption_is_cut_out() -> None:
+    day = 86_400
+    memory = [{"time": time, "stage": "train", "rss_bytes": 1} for time in (0, 10, day, day + 10)]
+    assert "0.5" not in memory_picture(memory)
+    assert "seconds of work" in memory_picture(memory)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(13.63, "13.6"), (0, "0"), (207_000_000.4, "207,000,000"), (0.000081, "0.000081"), (3e-9, "3.0e-09"), (0.0412, "0.0412"), (None, "–")],
+)
+def test_numbers_keep_three_digits(value: float | None, text: str) -> None:
+    assert number(value) == text
+
+
+def test_durations_and_differences_read_as_words() -> None:
+    assert [duration(seconds) for seconds in (3.21, 45, 252, 7380)] == ["3.2 s", "45 s", "4 min 12 s", "2 h 3 min"]
+    assert signed(-0.006, share=True) == "−0.6 points"
+    assert interval({"low": 0.541, "high": 0.706}, share=True) == "54.1 to 70.6 %"
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nDial Felix.<|im_end|>\n<|im_start|>assistant\n",
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nDial Felix.<|eot_id|>",
+        "<s>[INST] Dial Felix. [/INST]",
+        "<bos><start_of_turn>user\nDial Felix.<end_of_turn>\n<start_of_turn>model\n",
+        "<|user|>\nDial Felix.<|end|>\n<|assistant|>\n",
+        "Dial Felix.",
+    ],
+)
+def test_the_request_is_found_in_the_prompt_of_any_template(prompt: str) -> None:
+    assert last_request(prompt) == "Dial Felix."

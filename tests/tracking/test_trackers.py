@@ -1,0 +1,101 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.tracking import TrackerConfig, Trackers, figures, open_trackers
+from finetune.tracking.trackers import TrackerError
+
+
+class Broken:
+    """A service that takes the start and then is gone."""
+
+    name = "broken"
+
+    def start(self, **_: Any) -> None:
+        return
+
+    def log(self, step: int, metrics: Any) -> None:
+        raise TrackerError("gone")
+
+    summary = artifact = log  # type: ignore[assignment]
+
+    def finish(self) -> None:
+        return
+
+
+def _lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "tracking" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_json_lines_are_written_with_no_tracker_chosen(tmp_path: Path) -> None:
+    trackers = open_trackers({}, run_name="a", folder=tmp_path, run_config={})
+    trackers.log(1, {"train/loss": 2.0})
+    trackers.summary({"eval/base/loss": 3.0})
+    (tmp_path / "report.html").write_text("")
+    trackers.artifact(tmp_path / "report.html", name="report", kind="report")
+    trackers.finish()
+    assert _lines(tmp_path) == [
+        {"step": 1, "train/loss": 2.0},
+        {"summary": {"eval/base/loss": 3.0}},
+        {"artifact": "report", "kind": "report", "path": "report.html"},
+    ]
+
+
+def test_tracker_that_fails_is_said_once_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    trackers = Trackers([Broken()])  # type: ignore[list-item]
+    for step in range(3):
+        trackers.log(step, {"train/loss": 1.0})
+    trackers.finish()
+    trackers.finish()
+    said = capsys.readouterr().out
+    assert said.count("the run goes on without it") == 1
+    assert said.count("3 calls did not arrive") == 1
+    assert trackers.missed == {"broken": 3}
+
+
+def test_of_several_processes_only_the_first_tracks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    trackers = open_trackers({}, run_name="a", folder=tmp_path, run_config={})
+    trackers.log(1, {"train/loss": 2.0})
+    trackers.finish()
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_tensorboard_package_does_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = TrackerConfig(kind="tensorboard", project="finetune", mode="offline")
+    trackers = open_trackers({"tensorboard": config}, run_name="a", folder=tmp_path, run_config={})
+    trackers.log(1, {"train/loss": 2.0})
+    trackers.finish()
+    assert _lines(tmp_path) == [{"step": 1, "train/loss": 2.0}]
+    assert "tensorboard" in capsys.readouterr().out
+
+
+def test_scores_are_filed_by_artifact_and_metric() -> None:
+    product = {
+        "artifacts": {"merged": {"loss": 0.1, "metrics": {"json_exact": {"value": 0.6, "low": 0.5, "high": 0.7}}}},
+        "changes": {"tuning": {"loss": {"difference": -2.0, "low": -2.1, "high": -1.9}}},
+        "rows": 160,
+        "missed": [],
+    }
+    assert figures("eval", product) == {
+        "eval/merged/loss": 0.1,
+        "eval/merged/json_exact": 0.6,
+        "eval/merged/json_exact_low": 0.5,
+        "eval/merged/json_exact_high": 0.7,
+        "eval/changes/tuning/loss": -2.0,
+        "eval/changes/tuning/loss_low": -2.1,
+        "eval/changes/tuning/loss_high": -1.9,
+        "eval/rows": 160.0,
+    }
+
+
+def test_merge_candidates_are_filed_by_name() -> None:
+    product = {"chosen": "original", "candidates": [{"name": "original", "kl": 0.2}, {"name": "dequantized", "kl": 0.0}]}
+    assert figures("merge", product) == {"merge/original/kl": 0.2, "merge/dequantized/kl": 0.0}
+
+
+def test_every_problem_of_a_tracker_is_named() -> None:
+    problems = list(TrackerConfig(kind="mlflow", project=" ", mode="sometimes").problems())
+    assert [problem.split()[0] for problem in problems] == ["tracking.mlflow.kind", "tracking.mlflow.mode", "tracking.mlflow.project"]
