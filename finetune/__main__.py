@@ -22,6 +22,9 @@ STAGE_VERBS = ("train", "merge", "eval", "export", "report")
 LOOK_VERBS = {"data": "data", "rehearse": "rehearse"}
 """Verbs that stop early and work in a folder of their own, so that the run's name stays free."""
 
+OWN = {"data": ("why",)}
+"""Settings of a verb itself."""
+
 VERBS = ("run", "plan", "bench", *LOOK_VERBS, *STAGE_VERBS)
 DONE, OURS, YOURS, INTERRUPTED = 0, 1, 2, 75
 
@@ -32,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 done; 2 the user can mend it; 1 our fault or the machine's (with a traceback); 75 stopped by a signal, saved.
     """
+    # Threads that wait without spinning: beside another busy process, spinning made a step here ten times slower.
+    # OpenMP reads this when torch is imported, which is later.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = arguments.pop(0) if arguments and arguments[0] in VERBS else "run"
     try:
@@ -54,7 +60,8 @@ def dispatch(verb: str, arguments: list[str]) -> int:
     if verb == "bench":
         from finetune.bench import bench
 
-        return bench(arguments)
+        bench(arguments)
+        return DONE
     own, overrides = split_own(verb, arguments)
     if verb == "report" or (verb == "data" and "why" in own):
         return look_back(verb, own, overrides)
@@ -102,7 +109,7 @@ def look_back(verb: str, own: dict[str, str], overrides: list[str]) -> int:
 
 def split_own(verb: str, arguments: list[str]) -> tuple[dict[str, str], list[str]]:
     """Settings of a verb itself, like ``data why=train.jsonl:3``, apart from the overrides."""
-    names = {"data": ("why",)}.get(verb, ())
+    names = OWN.get(verb, ())
     own = {name: argument.split("=", 1)[1] for argument in arguments for name in names if argument.startswith(f"{name}=")}
     return own, [argument for argument in arguments if argument.split("=", 1)[0] not in names]
 

@@ -14,6 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from finetune.data import DataConfig
 from finetune.errors import ConfigError
@@ -54,8 +55,8 @@ class RunConfig:
     optim: OptimConfig
     merge: MergeConfig
     eval: EvalConfig
-    export: dict[str, ExportConfig]
-    tracking: dict[str, TrackerConfig]
+    export: dict[str, ExportConfig] = field(default_factory=dict)
+    tracking: dict[str, TrackerConfig] = field(default_factory=dict)
     hardware: HardwareConfig
     launch: LaunchConfig
 
@@ -64,6 +65,9 @@ class RunConfig:
             value = getattr(self, field.name)
             for part in value.values() if isinstance(value, dict) else [value]:
                 yield from part.problems()
+        shipped = str(SHIPPED)
+        if self.data.path and (self.data.heldout_path or "").startswith(shipped) and not self.data.path.startswith(shipped):
+            yield f"data.path={self.data.path} would be measured on the quickstart's held-out rows; choose data=custom, or set data.heldout_path"
         if self.quantization.method == "int8" and self.launch.strategy == "fsdp":
             yield "quantization.method=int8 cannot be cut into shards: launch.strategy=fsdp needs quantization=nf4_double, or choose launch=ddp"
         if self.quantization.method == "none" and self.optim.name.startswith("paged_") and self.model.dtype == "float16":
@@ -100,6 +104,8 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
             config = compose("config", overrides=list(overrides))
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(*_every_problem(overrides, error)) from error
+        except YAMLError as error:
+            raise ConfigError(f"a file of the configuration is no YAML: {' '.join(str(error).split())}") from error
     unknown = unknown_additions(config, RunConfig)
     if unknown:
         raise ConfigError(*unknown)

@@ -20,7 +20,7 @@ from finetune.quantization import spec
 from finetune.rehearse import rehearse
 from finetune.report import report
 from finetune.run import RunFolder, write_json
-from finetune.tracking import Trackers, open_trackers
+from finetune.tracking import Trackers, figures, open_trackers
 from finetune.train import fit
 
 if TYPE_CHECKING:
@@ -90,9 +90,11 @@ def line(config: RunConfig, *, folder: RunFolder, machine: Machine, placement: P
     yield "train"
 
     merged = folder.once(merge, config.merge, adapter=adapter, data=data, seed=seed, **base_inputs)
+    trackers.summary(figures("merge", merged))
     yield "merge"
 
     scores = folder.once(score, config.eval, adapter=adapter, merged=merged, data=data, seed=seed, **base_inputs)
+    trackers.summary(figures("eval", scores))
     yield "eval"
 
     folder.once(export, config.export, adapter=adapter, merged=merged, scores=scores, data=data, seed=seed, **base_inputs)

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import time
-import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -152,7 +151,7 @@ class RunFolder:
             ConfigError: The stage was done with other settings or inputs.
         """
         stage = verb.__module__.split(".")[1]
-        product_type = typing.get_type_hints(verb)["return"]
+        product_type = product_of(verb)
         key = fingerprint(config, inputs)
         done = self.manifest(stage)
         if done is not None and stage not in self.again:
@@ -183,6 +182,12 @@ class RunFolder:
         if redo:
             _swap(work, final)
         return dataclasses.replace(product, folder=final)  # type: ignore[type-var]
+
+
+def product_of(verb: Callable[..., Product]) -> type[Product]:
+    """The class that a verb's annotation promises. Only that one is looked up: the others may not be importable here."""
+    promised = verb.__annotations__["return"]
+    return verb.__globals__[promised] if isinstance(promised, str) else promised  # type: ignore[attr-defined]
 
 
 def fingerprint(config: Any, inputs: dict[str, Any]) -> str:

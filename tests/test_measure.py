@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from finetune.errors import EvalError
-from finetune.measure import agreement, first_rows, generate, mean_loss, reference_logprobs, row_losses
+from finetune.measure import agreement, generate, mean_loss, pick_rows, reference_logprobs, row_losses, trained_tokens
 from finetune.measure.rows import batches
 
 ROWS = [
@@ -143,6 +143,10 @@ def test_batches_keep_within_tokens_and_cover_every_row() -> None:
     assert all(len(batch) * max(lengths[i] for i in batch) <= 14 for batch in found[1:])
 
 
-def test_first_rows_stay_within_the_budget_of_trained_tokens() -> None:
-    assert len(first_rows(ROWS, tokens=6)) == 3
-    assert len(first_rows(ROWS, tokens=1)) == 1
+def test_picked_rows_stay_within_the_budget_and_train_something() -> None:
+    assert pick_rows(ROWS, tokens=100, seed=1) == [0, 1, 3]
+    for seed in range(5):
+        picked = pick_rows(ROWS, tokens=4, seed=seed)
+        assert picked
+        assert sum(trained_tokens(ROWS[number]) for number in picked) <= 4
+    assert pick_rows([ROWS[2]], tokens=100, seed=1) == []

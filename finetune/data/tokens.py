@@ -75,6 +75,8 @@ class Encoder:
         spans = [(at[start], at[end]) for start, end in rendered.spans]
         spelt = "".join(rendered.literals.get(character, character) for character in rendered.text) if rendered.literals else rendered.text
         if self.core.decode(ids, skip_special_tokens=False) != spelt:
+            if rendered.literals:
+                raise BadRow("the tokenizer cannot spell out the control tokens in the text", ", ".join(rendered.literals.values()))
             raise BadRow("a token lies across the border between prompt and answer")
         return Encoded(ids, spans, at[rendered.answer], in_pieces=True)
 

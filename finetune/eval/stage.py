@@ -121,8 +121,12 @@ class _Models:
             check_adapter(self.adapter)
             return trained_graph(self.base, self.model, quantization=self.quantization, placement=self.placement, adapter=self.adapter)
         dense = dataclasses.replace(self.quantization, method="none", double=False)
-        source = dataclasses.replace(self.base, folder=self.merged) if name == "merged" else self.base
-        return load(source, self.model, quantization=self.quantization if name == "base_quantized" else dense, placement=self.placement)
+        if name == "merged":
+            numbers = json.loads((self.merged / "config.json").read_text(encoding="utf-8"))["dtype"]
+            merged = dataclasses.replace(self.base, folder=self.merged)
+            return load(merged, self.model, quantization=dense, placement=dataclasses.replace(self.placement, dtype=numbers))
+        quantization = self.quantization if name == "base_quantized" else dense
+        return load(self.base, self.model, quantization=quantization, placement=self.placement)
 
     def key(self, name: str) -> str:
         """Names the artifact's content: what must be the same for an earlier measurement to hold."""

@@ -128,6 +128,8 @@ def _made_from(facts: CardFacts) -> Iterator[str]:
     base, data, adapter = facts.base, facts.data, facts.adapter
     yield "## Made from\n"
     yield f"- Base: `{base.name}`" + (f" at revision `{base.revision}`" if base.revision else "") + f", weights SHA-256 `{base.sha256}`"
+    if base.source == "gguf":
+        yield "- The base was a GGUF file; its blocks were turned into dense weights, so it is full precision only by convention"
     settings = ", ".join(f"{key} {value}" for key, value in spec(facts.quantization).items())
     yield f"- Quantization while training: {settings}"
     learnt = f"{data.tokens:,} tokens of which {data.trained_tokens:,} are learnt"

@@ -127,9 +127,9 @@ class _Stage:
         """Some held-out prompts, the same for a seed."""
         import numpy
 
-        from finetune.measure import read_rows
+        from finetune.measure import open_rows
 
-        rows = read_rows(self.data.folder / "heldout")
+        rows = open_rows(self.data.folder / "heldout")
         picked = sorted(numpy.random.default_rng(self.seed).permutation(len(rows))[:count].tolist())
         return [rows[number]["prompt_ids"] for number in picked]
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from finetune.measure.graph import check_adapter, free, put_adapter, trained_graph
     from finetune.measure.logits import evaluating, unwrap
     from finetune.measure.losses import RowLoss, mean_loss, row_losses
-    from finetune.measure.rows import batches, first_rows, read_rows, trained_tokens
+    from finetune.measure.rows import batches, open_rows, pick_rows, read_rows, trained_tokens
 
 _HOMES = {
     "chat": ("Chat", "chat_of"),
@@ -24,7 +24,7 @@ _HOMES = {
     "graph": ("check_adapter", "free", "put_adapter", "trained_graph"),
     "logits": ("evaluating", "unwrap"),
     "losses": ("RowLoss", "mean_loss", "row_losses"),
-    "rows": ("batches", "first_rows", "read_rows", "trained_tokens"),
+    "rows": ("batches", "open_rows", "pick_rows", "read_rows", "trained_tokens"),
 }
 
 __all__ = [
@@ -41,11 +41,12 @@ __all__ = [
     "check_adapter",
     "end_tokens",
     "evaluating",
-    "first_rows",
     "free",
     "generate",
     "generations",
     "mean_loss",
+    "open_rows",
+    "pick_rows",
     "put_adapter",
     "read_rows",
     "reference_logprobs",

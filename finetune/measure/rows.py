@@ -12,12 +12,11 @@ IGNORED = -100
 Row = Mapping[str, Any]
 
 
-def read_rows(folder: Path, *, limit: int | None = None) -> list[dict[str, Any]]:
-    """Reads the first rows of a split that the data room wrote with ``save_to_disk``.
+def open_rows(folder: Path) -> Any:
+    """A split that the data room wrote with ``save_to_disk``: a sequence of rows that are read when they are asked for.
 
     Args:
         folder: ``data/heldout``, say.
-        limit: At most so many rows, from the top; all of them when None.
 
     Raises:
         EvalError: The folder is missing, or holds no row.
@@ -27,27 +26,49 @@ def read_rows(folder: Path, *, limit: int | None = None) -> list[dict[str, Any]]
     if not folder.is_dir():
         raise EvalError(f"{folder} is missing, so there is nothing to measure on; run the data stage first")
     split = load_from_disk(str(folder))
-    rows = [dict(row) for row in split.select(range(min(limit, len(split)) if limit is not None else len(split)))]
-    if not rows:
+    if not len(split):
         raise EvalError(f"{folder} holds no row, so there is nothing to measure on; raise data.heldout_rows")
-    return rows
+    return split
+
+
+def read_rows(folder: Path, *, limit: int | None = None) -> list[dict[str, Any]]:
+    """The first rows of such a split, in memory; all of them when ``limit`` is None.
+
+    Raises:
+        EvalError: The folder is missing, or holds no row.
+    """
+    split = open_rows(folder)
+    return [split[number] for number in range(len(split) if limit is None else min(limit, len(split)))]
+
+
+def pick_rows(split: Sequence[Row], *, tokens: int, seed: int) -> list[int]:
+    """Numbers of some rows that hold at most so many trained tokens together, drawn without looking at the others.
+
+    Args:
+        split: From `open_rows`.
+        tokens: Trained tokens at most; the first row with any is taken whatever it holds.
+        seed: Of the draw.
+
+    Returns:
+        Row numbers in ascending order; empty where no row trains a token.
+    """
+    import numpy
+
+    picked: list[int] = []
+    total = 0
+    for number in numpy.random.default_rng(seed).permutation(len(split)).tolist():
+        found = trained_tokens(split[number])
+        if picked and total + found > tokens:
+            break
+        if found:
+            picked.append(number)
+            total += found
+    return sorted(picked)
 
 
 def trained_tokens(row: Row) -> int:
     """Tokens that a loss is taken on: labelled, and with something before them to be predicted from."""
     return sum(label != IGNORED for label in row["labels"][1:])
-
-
-def first_rows(rows: Sequence[Row], *, tokens: int) -> list[Row]:
-    """The leading rows that hold at most so many trained tokens together; always at least one row."""
-    chosen: list[Row] = []
-    total = 0
-    for row in rows:
-        total += trained_tokens(row)
-        if chosen and total > tokens:
-            break
-        chosen.append(row)
-    return chosen
 
 
 def batches(lengths: Sequence[int], *, batch_tokens: int, batch_rows: int | None = None) -> Iterator[list[int]]:

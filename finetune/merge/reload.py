@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from finetune.measure import Agreement, Reference, agreement, answer, read_rows
+from finetune.measure import Agreement, Reference, agreement, answer, open_rows
 
 
 def remeasure(request: dict[str, Any]) -> Agreement:
@@ -20,7 +20,7 @@ def remeasure(request: dict[str, Any]) -> Agreement:
         device_map={"": request["device"]},
         trust_remote_code=request["trust_remote_code"],
     )
-    heldout = read_rows(Path(request["heldout"]))
+    heldout = open_rows(Path(request["heldout"]))
     reference = Reference(**{**request["reference"], "file": Path(request["reference"]["file"])})
     return agreement(model, [heldout[number] for number in request["rows"]], reference, batch_tokens=request["batch_tokens"])
 

@@ -74,14 +74,16 @@ def merge(
         MergeError: Nothing can be merged, the adapter changes nothing, no candidate is good enough, the disk is too
             small, or the model that was written measures differently when it is opened again.
     """
-    from finetune.measure import chat_of, read_rows
+    from finetune.measure import chat_of, open_rows, pick_rows
     from finetune.merge.candidates import write_chat
     from finetune.merge.changes import read_changes
     from finetune.model import weights_sha256
 
     names = _candidates(config, quantization)
-    heldout = read_rows(data.folder / "heldout")
-    picked = _pick(heldout, tokens=config.measure_tokens, seed=seed)
+    heldout = open_rows(data.folder / "heldout")
+    picked = pick_rows(heldout, tokens=config.measure_tokens, seed=seed)
+    if not picked:
+        raise MergeError("no held-out row has a trained token, so merges cannot be compared; look at the ledger in the data folder")
     work = folder / ".candidates"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -120,19 +122,6 @@ def _candidates(config: MergeConfig, quantization: QuantizationConfig) -> list[s
     if config.candidates != ["original"]:
         say("merge", "only the candidate original: the base was not quantized, so dequantized would be the same")
     return ["original"]
-
-
-def _pick(heldout: list[dict[str, Any]], *, tokens: int, seed: int) -> list[int]:
-    import numpy
-
-    from finetune.measure import first_rows, trained_tokens
-
-    order = numpy.random.default_rng(seed).permutation(len(heldout)).tolist()
-    order = [number for number in order if trained_tokens(heldout[number])]
-    if not order:
-        raise MergeError("no held-out row has a trained token, so merges cannot be compared; look at the ledger in the data folder")
-    count = len(first_rows([heldout[number] for number in order], tokens=tokens))
-    return sorted(order[:count])
 
 
 def _check_disk(base: Base, folder: Path, *, candidates: int, tokens: int) -> None:

@@ -61,26 +61,41 @@ class Bench:
     def trained_tokens(self) -> int:
         return sum(label != -100 for row in self.documents for label in row["labels"][1:])
 
-    def loss(self, rows: list[dict[str, list[int]]], *, packed: bool) -> torch.Tensor:
-        """Summed loss of rows in nats: flattened into one row with restarting positions, or one by one."""
-        if packed:
-            ids = torch.tensor([[token for row in rows for token in row["input_ids"]]], device=self.device)
-            labels = torch.tensor([[label if i else -100 for row in rows for i, label in enumerate(row["labels"])]], device=self.device)
-            positions = torch.tensor([[i for row in rows for i in range(len(row["input_ids"]))]], device=self.device)
-            return self._summed(self._forward(ids, position_ids=positions), labels)
+    def loss(self) -> torch.Tensor:
+        """Summed loss of all documents in nats, one by one."""
         losses = []
-        for row in rows:
+        for row in self.documents:
             ids, labels = (torch.tensor([row[key]], device=self.device) for key in ("input_ids", "labels"))
-            losses.append(self._summed(self._forward(ids), labels))
+            logits = self._forward(ids)[0, :-1].float()
+            losses.append(torch.nn.functional.cross_entropy(logits, labels[0, 1:], ignore_index=-100, reduction="sum"))
         return torch.stack(losses).sum()
 
-    def gradients(self, *, packed: bool = False) -> dict[str, torch.Tensor]:
+    def trained_logprobs(self, *, layout: str) -> torch.Tensor:
+        """Log-probability of every trained token, shape (tokens,), in evaluation mode.
+
+        Args:
+            layout: ``alone`` (a row each), ``packed`` (one row, positions restart) or ``one document`` (they do not).
+        """
+        self.model.eval()
+        found = []
+        with torch.no_grad():
+            for rows in [[row] for row in self.documents] if layout == "alone" else [self.documents]:
+                ids = torch.tensor([[token for row in rows for token in row["input_ids"]]], device=self.device)
+                labels = torch.tensor([label if i else -100 for row in rows for i, label in enumerate(row["labels"])], device=self.device)
+                restart = torch.tensor([[i for row in rows for i in range(len(row["input_ids"]))]], device=self.device)
+                positions = restart if layout == "packed" else torch.arange(ids.shape[1], device=self.device)[None]
+                scores = self._forward(ids, position_ids=positions)[0, :-1].float().log_softmax(-1)
+                trained = (labels[1:] != -100).nonzero()[:, 0]
+                found.append(scores[trained, labels[1:][trained]])
+        return torch.cat(found)
+
+    def gradients(self) -> dict[str, torch.Tensor]:
         """Gradient of the mean loss for every parameter that got one, by name, in training mode."""
         self.model.train()
         self.model.zero_grad(set_to_none=True)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            (self.loss(self.documents, packed=packed) / self.trained_tokens()).backward()
+            (self.loss() / self.trained_tokens()).backward()
         found = {name: p.grad.detach().clone() for name, p in self.model.named_parameters() if p.grad is not None}
         self.model.zero_grad(set_to_none=True)
         return found
@@ -112,6 +127,3 @@ class Bench:
     def _forward(self, ids: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self.device.split(":")[0], dtype=self.autocast, enabled=self.autocast != torch.float32):
             return self.model(input_ids=ids, use_cache=False, **inputs).logits
-
-    def _summed(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(logits[0, :-1].float(), labels[0, 1:], ignore_index=-100, reduction="sum")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 
 from finetune.rehearse.bench import Bench
 
-PACKED_TOLERANCE = 0.01
-"""Relative difference allowed between packed and single documents: bfloat16 keeps 8 bits, and sums differ in order."""
+REPEATS = 3
+PACKED_SHARE = 0.25
+"""Share of a contamination's effect that rounding may take. bfloat16 keeps 8 bits, so it is seen between 1 and 10 %."""
 
 
 def trained_text_ends(bench: Bench) -> dict[str, Any]:
@@ -37,7 +39,7 @@ def trained_text_ends(bench: Bench) -> dict[str, Any]:
 
 def adapter_starts_as_identity(bench: Bench) -> dict[str, Any]:
     """With B at zero the adapted model is the base."""
-    difference = float((bench.logits(adapter=True) - bench.logits(adapter=False)).abs().max())
+    difference = smallest(lambda: float((bench.logits(adapter=True) - bench.logits(adapter=False)).abs().max()))
     return _proof(
         "identity",
         passed=difference == 0.0,
@@ -71,12 +73,10 @@ def evaluation_leaves_gradients(bench: Bench) -> dict[str, Any]:
     with bench.nudged():
         before = bench.gradients()
         bench.logits(adapter=True)
-        after = bench.gradients()
-    difference = max((float((before[name] - after[name]).abs().max()) for name in before if name in after), default=float("nan"))
-    same = before.keys() == after.keys() and difference == 0.0
+        difference = smallest(lambda: _largest_difference(before, bench.gradients()))
     return _proof(
         "evaluation",
-        passed=same,
+        passed=difference == 0.0,
         figure=f"largest gradient difference {difference:g}",
         bound="0",
         sentence="an evaluation in between leaves gradients as they are",
@@ -85,20 +85,44 @@ def evaluation_leaves_gradients(bench: Bench) -> dict[str, Any]:
 
 
 def packing_keeps_documents_apart(bench: Bench) -> dict[str, Any]:
-    """The loss of documents side by side in one row equals the sum of their own losses."""
-    bench.model.eval()
-    with torch.no_grad():
-        single = float(bench.loss(bench.documents, packed=False))
-        together = float(bench.loss(bench.documents, packed=True))
-    difference = abs(together - single) / max(single, 1e-9)
+    """Documents side by side in one row give the same log-probabilities as alone.
+
+    How much rounding may differ depends on the model, so the difference is measured against the one that reading each
+    other would make: the same row as a single long document.
+    """
+    alone = bench.trained_logprobs(layout="alone")
+    packed = float((bench.trained_logprobs(layout="packed") - alone).abs().mean())
+    contaminated = float((bench.trained_logprobs(layout="one document") - alone).abs().mean())
+    share = packed / max(contaminated, 1e-9)
     return _proof(
         "packing",
-        passed=not bench.packed or difference <= PACKED_TOLERANCE,
-        figure=f"relative difference {difference:.2g}" + ("" if bench.packed else ", rows are not packed"),
-        bound=f"{PACKED_TOLERANCE:g}",
+        passed=not bench.packed or share <= PACKED_SHARE,
+        figure=f"mean difference {packed:.2g} nats a token, {share:.1%} of what reading each other would make"
+        + ("" if bench.packed else "; rows are not packed"),
+        bound=f"{PACKED_SHARE:.0%}",
         sentence="packed documents do not read each other",
         cause="this attention implementation ignores position_ids; use model.attention=sdpa or data.packing=false",
     )
+
+
+def smallest(measure: Callable[[], float]) -> float:
+    """The smallest of a few repeats, 0 as soon as one gives it.
+
+    A busy CPU's threaded kernels now and then round a pass differently. Two computations that differ never agree to the
+    bit, so one exact agreement is the proof, and chance cannot fake it.
+    """
+    found = math.inf
+    for _ in range(REPEATS):
+        found = min(found, measure())
+        if found == 0.0:
+            break
+    return found
+
+
+def _largest_difference(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> float:
+    if before.keys() != after.keys():
+        return math.inf
+    return max(float((before[name] - after[name]).abs().max()) for name in before)
 
 
 def _proof(name: str, *, passed: bool, figure: str, bound: str, sentence: str, cause: str) -> dict[str, Any]:

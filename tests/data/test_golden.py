@@ -199,3 +199,62 @@ def test_template_whose_prompt_is_not_what_precedes_the_answer_is_refused() -> N
     chat = template.probe(tokenizer)
     with pytest.raises(DataError, match="prompt is no beginning of the conversation"):
         cross_check(chat, Renderer(template=chat, **SETTINGS))
+
+
+def llama_tokenizer() -> Any:
+    """SentencePiece's manners as transformers writes them for Llama 2: a space in front, spaces as U+2581, bytes as a last resort."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *[f"<0x{byte:02X}>" for byte in range(256)],
+        "\u2581",
+        *"INSTHiYoByeCaSn[]/.,!<>",
+        "\u2581Y",
+        "\u2581Yo",
+    ]
+    vocabulary = {word: number for number, word in enumerate(dict.fromkeys(words))}
+    raw = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=[("\u2581", "Y"), ("\u2581Y", "o")], unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    raw.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    raw.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    template.choose("llama2", tokenizer)
+    return tokenizer
+
+
+def test_sentencepiece_spaces_belong_to_the_answer() -> None:
+    tokenizer = llama_tokenizer()
+    renderer = Renderer(template=template.probe(tokenizer), **SETTINGS)
+    conversation = Conversation([{"role": role, "content": content} for role, content in [("user", "Hi"), ("assistant", "Yo"), *TURNS[2:]]])
+    encoded = Encoder.of(tokenizer).encode([renderer.render(conversation)])[0]
+    assert isinstance(encoded, Encoded)
+    assert not encoded.in_pieces
+    assert tokenizer.convert_ids_to_tokens(encoded.ids[slice(*encoded.spans[0])]) == ["\u2581Yo", "\u2581", "</s>"]
+    assert [encoded.ids[end - 1] for _, end in encoded.spans] == [tokenizer.eos_token_id] * 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("prompt", [False, True])
+def test_our_rendering_is_apply_chat_templates(name: str, prompt: bool) -> None:
+    tokenizer = bytes_tokenizer(name)
+    turns = [{"role": role, "content": content} for role, content in golden_turns(name)][: -1 if prompt else None]
+    theirs = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)
+    assert template.probe(tokenizer).render(turns, prompt=prompt) == theirs
+
+
+def test_our_rendering_of_tools_is_apply_chat_templates() -> None:
+    tokenizer = bytes_tokenizer("qwen")
+    tools = [
+        {"type": "function", "function": {"name": "lookup", "description": "find", "parameters": {"type": "object", "properties": {}}}}
+    ]
+    call = {"type": "function", "function": {"name": "lookup", "arguments": {"a": "é"}}}
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "r"}]
+    theirs = tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, add_generation_prompt=True)
+    assert template.probe(tokenizer).render(turns, tools=tools, prompt=True) == theirs

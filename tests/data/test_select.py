@@ -134,3 +134,23 @@ def test_the_ledger_balances_whatever_the_rows(
         at = row["rows"].index(line["row"])
         assert sum(row["seq_lengths"][:at]) == line["position"]
         assert row["seq_lengths"][at] == line["tokens"]
+
+
+def test_work_can_be_sent_to_another_process(tokenizer: Any) -> None:
+    import pickle
+
+    from finetune.data import template
+    from finetune.data.render import Renderer
+    from finetune.data.tokens import serialized
+    from finetune.data.work import Job, Worker
+
+    chat = template.probe(tokenizer)
+    renderer = Renderer(
+        template=chat, train_roles=frozenset(["assistant"]), system=None, control_tokens="text", tools="template", bos="", eos=""
+    )
+    job = Job(
+        formats={0: ("prompt_completion", {})}, references=frozenset(), renderer=renderer, tokenizer=serialized(tokenizer),
+        max_tokens=99, too_long="drop", preference=False,
+    )  # fmt: skip
+    done = Worker(pickle.loads(pickle.dumps(job))).process(0, [(1, ROWS[0])])
+    assert done.ids.tolist() == Worker(job).process(0, [(1, ROWS[0])]).ids.tolist()

@@ -131,8 +131,10 @@ def test_loader_rebuilds_the_very_graph(exports: Exports, line: Callable[..., Li
     assert tokenizer.chat_template
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_adapter_arrives_in_the_numbers_it_was_saved_in(line: Callable[..., Line], adapter: Made, tmp_path: Path, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_adapter_arrives_in_the_numbers_it_was_saved_in(
+    line: Callable[..., Line], adapter: Made, tmp_path: Path, dtype: torch.dtype
+) -> None:
     parts = line()
     shutil.copytree(adapter.folder / "adapter", tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_model.safetensors"

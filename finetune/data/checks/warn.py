@@ -103,6 +103,12 @@ def _flags(config: DataConfig, store: Store, selection: Selection) -> Iterator[s
         if count > threshold * len(flags):
             verb = "row holds" if count == 1 else "rows hold"
             yield f"{count:,} {verb} ({count / len(flags):.1%}) {name}, which are not shown here; look at them before you train on them"
+    apart = int((flags & FLAGS["in pieces"] > 0).sum()) - int((flags & FLAGS["control tokens as text"] > 0).sum())
+    if apart > 0:
+        yield (
+            f"{apart:,} rows have an answer whose beginning would melt with its prompt into one token; "
+            "they are tokenised apart there, as serving does"
+        )
     literal = int((flags & FLAGS["control tokens as text"] > 0).sum())
     if literal:
         yield f"{literal:,} rows write control tokens in their text; they are read as text (data.control_tokens=control would obey them)"

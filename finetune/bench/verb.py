@@ -1,0 +1,39 @@
+"""The verb: `finetune bench <what> key=value ...`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from finetune.errors import ConfigError
+
+BENCHES = {"data": ("source", "tokenizer", "rows")}
+"""What can be measured, and the settings it takes."""
+
+
+def bench(arguments: Sequence[str]) -> None:
+    """Runs one measurement.
+
+    Raises:
+        ConfigError: There is no such measurement, or a setting is missing or unknown.
+    """
+    if not arguments or arguments[0] not in BENCHES:
+        raise ConfigError(f"bench: say what to measure, one of {', '.join(BENCHES)}; got {' '.join(arguments) or 'nothing'}")
+    what, names = arguments[0], BENCHES[arguments[0]]
+    settings = dict(argument.split("=", 1) for argument in arguments[1:] if "=" in argument)
+    wrong = [argument for argument in arguments[1:] if argument.split("=", 1)[0] not in names]
+    if wrong:
+        raise ConfigError(f"bench {what}: {', '.join(wrong)}: there is no such setting; it takes {', '.join(names)}")
+    if "source" not in settings:
+        raise ConfigError("bench data: source is missing; give a JSON Lines file with question and answer, e.g. source=gsm8k/train.jsonl")
+    from finetune.bench.data import bench as bench_data
+
+    bench_data(Path(settings["source"]), tokenizer=settings.get("tokenizer") or quickstart_tokenizer(), rows=int(settings.get("rows", "100000")))
+
+
+def quickstart_tokenizer() -> str:
+    """The folder of the quickstart's model, which brings a tokenizer with a chat template."""
+    from finetune.config import load
+    from finetune.model import fetch
+
+    return str(fetch(load(["+experiment=quickstart"]).model).folder)

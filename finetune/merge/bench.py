@@ -1,0 +1,215 @@
+"""Merging a large checkpoint, ours beside ``cp`` and beside peft, on the same files in one run.
+
+Each contender works in a process of its own, so that its peak memory is its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from finetune.console import human_bytes, say, table
+from finetune.errors import MergeError
+from finetune.measure.fresh import answer, run_fresh
+
+HIDDEN, INTERMEDIATE, HEADS, KEY_VALUE_HEADS, VOCABULARY = 4096, 11008, 32, 32, 32000
+"""Widths of Llama 2 7B; the number of layers follows from the size that is asked for."""
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SHARD_LAYERS = 4
+RANK = 16
+PROMPT = list(range(1, 33))
+
+
+def bench(*, parameters: float = 3e9, folder: Path | None = None) -> dict[str, Any]:
+    """Compares the contenders; the last line printed is the result as JSON.
+
+    Args:
+        parameters: Size of the checkpoint, made of random bfloat16 weights; three of them lie on disk at a time.
+        folder: Where; None for the system's temporary folder.
+
+    Returns:
+        ``peak_rss_bytes``, ``ratio_to_cp`` (of throughput), ``ratio_to_peft_rss``, ``max_logit_difference`` and more.
+
+    Raises:
+        MergeError: The disk is too small.
+    """
+    with tempfile.TemporaryDirectory(prefix="finetune-bench-", dir=folder) as scratch:
+        work = Path(scratch)
+        free = shutil.disk_usage(work).free
+        if free < 3 * 2.2 * parameters:
+            raise MergeError(f"the bench needs {human_bytes(6.6 * parameters)} of disk in {work.parent} and {human_bytes(free)} are free")
+        made = run_fresh("finetune.merge.bench", {"mode": "make", "folder": work, "layers": layers_for(parameters)}, work=work)
+        size = f"{made['parameters']:,} random weights, {human_bytes(made['bytes'])} in {made['files']} files"
+        say("bench", f"a Llama of {made['layers']} layers, {size}")
+        copied = _copy_seconds(work / "base", work / "copy")
+        shutil.rmtree(work / "copy")
+        ours = run_fresh("finetune.merge.bench", {"mode": "ours", "folder": work}, work=work)
+        ours |= run_fresh("finetune.merge.bench", {"mode": "logits", "folder": work, "model": "ours"}, work=work)
+        theirs = run_fresh("finetune.merge.bench", {"mode": "peft", "folder": work}, work=work)
+        theirs |= run_fresh("finetune.merge.bench", {"mode": "logits", "folder": work, "model": "peft"}, work=work)
+    rows = [["cp", f"{copied:.1f}", ""], ["finetune", f"{ours['seconds']:.1f}", human_bytes(ours["peak_rss_bytes"])]]
+    rows.append(["peft merge_and_unload", f"{theirs['seconds']:.1f}", human_bytes(theirs["peak_rss_bytes"])])
+    table("bench", ["", "seconds", "peak memory"], rows)
+    difference = max(abs(one - other) for one, other in zip(ours["logits"], theirs["logits"], strict=True))
+    result = {
+        "peak_rss_bytes": ours["peak_rss_bytes"],
+        "ratio_to_cp": round(copied / ours["seconds"], 3),
+        "ratio_to_peft_rss": round(ours["peak_rss_bytes"] / theirs["peak_rss_bytes"], 4),
+        "ratio_to_peft_seconds": round(ours["seconds"] / theirs["seconds"], 3),
+        "max_logit_difference": round(difference, 5),
+        "largest_logit": round(max(map(abs, theirs["logits"])), 3),
+        "parameters": made["parameters"],
+    }
+    sys.stdout.write(json.dumps(result) + "\n")
+    sys.stdout.flush()
+    return result
+
+
+def layers_for(parameters: float) -> int:
+    """Layers that bring the model nearest to a size; at least one."""
+    layer = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * HIDDEN * KEY_VALUE_HEADS // HEADS + 3 * HIDDEN * INTERMEDIATE
+    return max(1, round((parameters - 2 * VOCABULARY * HIDDEN) / layer))
+
+
+def _copy_seconds(source: Path, target: Path) -> float:
+    started = time.monotonic()
+    subprocess.run(["cp", "-r", str(source), str(target)], check=True)
+    for file in target.iterdir():  # ours is on the disk when it says so, so the copy must be too
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+    return time.monotonic() - started
+
+
+def _work(request: dict[str, Any]) -> dict[str, Any]:
+    modes = {"make": _make, "ours": _ours, "peft": _peft, "logits": _logits}
+    return modes[request["mode"]](request)
+
+
+def _shapes(layers: int) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Tensor shapes by file, as Llama's checkpoints name them."""
+    narrow = HIDDEN * KEY_VALUE_HEADS // HEADS
+    files: dict[str, dict[str, tuple[int, ...]]] = {}
+    for layer in range(layers):
+        file = files.setdefault(f"model-{layer // SHARD_LAYERS:05d}.safetensors", {})
+        at = f"model.layers.{layer}"
+        for name, shape in {
+            "q_proj": (HIDDEN, HIDDEN),
+            "k_proj": (narrow, HIDDEN),
+            "v_proj": (narrow, HIDDEN),
+            "o_proj": (HIDDEN, HIDDEN),
+        }.items():
+            file[f"{at}.self_attn.{name}.weight"] = shape
+        for name, shape in {
+            "gate_proj": (INTERMEDIATE, HIDDEN),
+            "up_proj": (INTERMEDIATE, HIDDEN),
+            "down_proj": (HIDDEN, INTERMEDIATE),
+        }.items():
+            file[f"{at}.mlp.{name}.weight"] = shape
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            file[f"{at}.{name}.weight"] = (HIDDEN,)
+    ends = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "lm_head.weight": (VOCABULARY, HIDDEN), "model.norm.weight": (HIDDEN,)}
+    files["model-ends.safetensors"] = dict(ends)
+    return files
+
+
+def _make(request: dict[str, Any]) -> dict[str, Any]:
+    import torch
+    from transformers import LlamaConfig
+
+    from finetune.merge.checkpoint import Planned, ShardWriter, write_index
+
+    base = Path(request["folder"]) / "base"
+    base.mkdir()
+    torch.manual_seed(0)
+    files = _shapes(request["layers"])
+    planned = {file: [Planned(name, torch.bfloat16, shape) for name, shape in tensors.items()] for file, tensors in files.items()}
+    noise = torch.randn(1 << 22).to(torch.bfloat16) * 0.02
+    for file, tensors in planned.items():
+        with ShardWriter(base / file, tensors) as writer:
+            for tensor in tensors:
+                count = tensor.size // 2
+                piece = torch.ones(count, dtype=torch.bfloat16) if len(tensor.shape) == 1 else noise.repeat(count // len(noise) + 1)[:count]
+                writer.write(piece)
+    write_index(base, planned)
+    LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=request["layers"],
+        num_attention_heads=HEADS, num_key_value_heads=KEY_VALUE_HEADS, architectures=["LlamaForCausalLM"], tie_word_embeddings=False,
+        dtype="bfloat16",
+    ).save_pretrained(base)  # fmt: skip
+    _make_adapter(Path(request["folder"]) / "adapter", files)
+    size = sum(tensor.size for tensors in planned.values() for tensor in tensors)
+    return {"layers": request["layers"], "parameters": size // 2, "bytes": size, "files": len(files)}
+
+
+def _make_adapter(folder: Path, files: dict[str, dict[str, tuple[int, ...]]]) -> None:
+    import torch
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    tensors = {}
+    for name, shape in ((name, shape) for weights in files.values() for name, shape in weights.items()):
+        module = name.removesuffix(".weight")
+        if module.endswith(TARGETS):
+            tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(RANK, shape[1]) * 0.02
+            tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(shape[0], RANK) * 0.02
+    LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(TARGETS), task_type="CAUSAL_LM").save_pretrained(str(folder))
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def _ours(request: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    from finetune.merge.candidates import build
+    from finetune.merge.changes import read_changes
+
+    folder = Path(request["folder"])
+    started = time.monotonic()
+    build(folder / "base", read_changes(folder / "adapter"), folder / "ours", dtype=torch.bfloat16)
+    return {"seconds": time.monotonic() - started, "peak_rss_bytes": _peak_bytes()}
+
+
+def _peft(request: dict[str, Any]) -> dict[str, Any]:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(request["folder"])
+    started = time.monotonic()
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
+    PeftModel.from_pretrained(model, str(folder / "adapter")).merge_and_unload().save_pretrained(folder / "peft")
+    return {"seconds": time.monotonic() - started, "peak_rss_bytes": _peak_bytes()}
+
+
+def _logits(request: dict[str, Any]) -> dict[str, Any]:
+    """Logits after a fixed prompt; the merged files are deleted then, since the next contender needs the room."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(request["folder"]) / request["model"]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([PROMPT])).logits[0, -1].float().tolist()
+    del model
+    shutil.rmtree(folder)
+    return {"logits": logits}
+
+
+def _peak_bytes() -> int:
+    """Largest resident memory of this process so far. Source: getrusage(2), KiB on Linux and bytes on macOS."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+if __name__ == "__main__":
+    answer(_work)

@@ -1,0 +1,59 @@
+"""Every shipped experiment composes, passes its checks and can be planned; every option of every group composes."""
+
+import dataclasses
+
+import pytest
+
+from finetune.config import CONF, load
+from finetune.hardware import Gpu, Machine
+from finetune.plan import plan
+
+GIB = 1024**3
+A100 = Gpu(name="A100", memory_bytes=80 * GIB, capability="8.0")
+MACHINE = Machine(cores=16, ram_bytes=256 * GIB, disk_free_bytes=2000 * GIB, gpus=(A100, A100))
+EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
+OVERLAYS = ("experiment", "debug")
+OPTIONS = sorted(
+    (folder.name, file.stem)
+    for folder in CONF.iterdir()
+    if folder.is_dir() and folder.name not in OVERLAYS
+    for file in folder.glob("*.yaml")
+    if not file.stem.startswith("_")
+)
+NEEDS = {("data", "custom"): ["data.path=x.jsonl"], ("model", "custom"): ["model.name=x"]}
+LISTS = ("export", "tracking")
+
+
+def test_the_promised_experiments_ship() -> None:
+    assert set(EXPERIMENTS) >= {
+        "quickstart", "llama7b_qlora", "llama13b_qlora", "llama70b_qlora_fsdp", "llama3_8b_qlora", "mistral7b_qlora", "qwen25_7b_qlora",
+        "gemma2_9b_qlora", "phi3_mini_qlora", "guanaco_7b",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_experiment_composes_passes_its_checks_and_is_planned(experiment: str) -> None:
+    config = load([f"+experiment={experiment}"])
+    assert config.run.name == experiment
+    made = plan(config, MACHINE)
+    assert made.known
+    assert all(value is not None for value in dataclasses.asdict(config).values())
+
+
+@pytest.mark.parametrize("overlay", sorted(file.stem for file in (CONF / "debug").glob("*.yaml")))
+def test_debug_overlay_composes_on_every_experiment(overlay: str) -> None:
+    for experiment in EXPERIMENTS:
+        assert load([f"+experiment={experiment}", f"+debug={overlay}"]).run.name == f"debug-{overlay}"
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda value: value)
+def test_every_option_of_every_group_composes(group: str, option: str) -> None:
+    choice = f"{group}=[{option}]" if group in LISTS else f"{group}={option}"
+    load(["+experiment=quickstart", choice, *NEEDS.get((group, option), [])])
+
+
+def test_guanaco_is_the_papers_recipe() -> None:
+    config = load(["+experiment=guanaco_7b"])
+    assert (config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.targets) == (64, 16, 0.1, ["all-linear"])
+    assert (config.optim.learning_rate, config.optim.schedule, config.optim.max_grad_norm, config.optim.beta2) == (2e-4, "constant", 0.3, 0.999)
+    assert (config.train.steps, config.train.rows_per_step, config.quantization.method, config.quantization.double) == (1875, 16, "nf4", True)
