@@ -14,7 +14,8 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from finetune.config import CONF, RunConfig, compose_config, explain_all, load, make, register
-from finetune.errors import ConfigError, FinetuneError, Interrupted
+from finetune.console import complain
+from finetune.errors import ConfigError, FinetuneError, GateMissed, Interrupted
 
 STAGE_VERBS = ("train", "merge", "eval", "export", "report")
 """One stage of a run that exists."""
@@ -35,9 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 done; 2 the user can mend it; 1 our fault or the machine's (with a traceback); 75 stopped by a signal, saved.
     """
-    # Threads that wait without spinning: beside another busy process, spinning made a step here ten times slower.
-    # OpenMP reads this when torch is imported, which is later.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that spin briefly before they sleep. Spinning for long, OpenMP's default, made training beside another busy
+    # process more than ten times slower; not spinning at all halves its speed on a quiet machine. Read when torch is imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = arguments.pop(0) if arguments and arguments[0] in VERBS else "run"
     try:
@@ -45,14 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return with_hydra(verb, arguments)
         return dispatch(verb, arguments)
     except FinetuneError as error:
-        print(f"finetune: {error}", file=sys.stderr)
-        return YOURS
+        return complain(error, YOURS)
+    except GateMissed as missed:
+        return complain(missed, OURS)
     except Interrupted as stop:
-        print(f"finetune: {stop}", file=sys.stderr)
-        return INTERRUPTED
+        return complain(stop, INTERRUPTED)
     except KeyboardInterrupt:
-        print("finetune: stopped; go on with run.if_exists=resume", file=sys.stderr)
-        return INTERRUPTED
+        return complain("stopped; go on with run.if_exists=resume", INTERRUPTED)
 
 
 def dispatch(verb: str, arguments: list[str]) -> int:

@@ -61,15 +61,21 @@ class RunConfig:
     launch: LaunchConfig
 
     def problems(self) -> Iterator[str]:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+        for group in dataclasses.fields(self):
+            value = getattr(self, group.name)
             for part in value.values() if isinstance(value, dict) else [value]:
                 yield from part.problems()
         shipped = str(SHIPPED)
         if self.data.path and (self.data.heldout_path or "").startswith(shipped) and not self.data.path.startswith(shipped):
-            yield f"data.path={self.data.path} would be measured on the quickstart's held-out rows; choose data=custom, or set data.heldout_path"
+            yield (
+                f"data.path={self.data.path} would be measured on the quickstart's held-out rows; "
+                "choose data=custom, or set data.heldout_path"
+            )
         if self.quantization.method == "int8" and self.launch.strategy == "fsdp":
-            yield "quantization.method=int8 cannot be cut into shards: launch.strategy=fsdp needs quantization=nf4_double, or choose launch=ddp"
+            yield (
+                "quantization.method=int8 cannot be cut into shards: launch.strategy=fsdp needs quantization=nf4_double, "
+                "or choose launch=ddp"
+            )
         if self.quantization.method == "none" and self.optim.name.startswith("paged_") and self.model.dtype == "float16":
             yield "model.dtype=float16 without quantization trains unstably; use bfloat16 or float32"
 

@@ -20,6 +20,12 @@ def say(room: str, *sentences: str, stream: TextIO | None = None) -> None:
     stream.flush()
 
 
+def complain(message: object, code: int) -> int:
+    """Prints why the program ends, on the error stream; hands back the exit code."""
+    print(f"finetune: {message}", file=sys.stderr, flush=True)
+    return code
+
+
 def table(room: str, header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
     """Prints aligned columns; all but the first are right-aligned, since they hold figures."""
     cells = [list(header), *[list(row) for row in rows]]

@@ -49,3 +49,7 @@ class ExportError(FinetuneError):
 
 class Interrupted(Exception):
     """A signal stopped the run after everything was saved: exit code 75, and the run can go on later."""
+
+
+class GateMissed(Exception):
+    """The run is complete and not good enough by ``eval.gate``: exit code 1."""

@@ -84,7 +84,7 @@ def attach(model: Any, config: LoraConfig, *, upcast: str, checkpointing: bool, 
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     size = human_bytes(trainable * getattr(torch, config.dtype).itemsize)
     say("lora", f"rank {config.rank} on {matched}: {trainable:,} trainable parameters, {size} in {config.dtype}")
-    return adapted  # type: ignore[return-value]
+    return adapted
 
 
 def resolve(model: nn.Module, wished: list[str]) -> dict[str, int]:
@@ -109,7 +109,9 @@ def linear_layers(model: Any) -> Counter[str]:
     from torch import nn
 
     head = model.get_output_embeddings()
-    return Counter(name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head)
+    return Counter(
+        name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
+    )
 
 
 def prepare(model: Any, *, upcast: str, checkpointing: bool) -> None:
@@ -124,10 +126,9 @@ def prepare(model: Any, *, upcast: str, checkpointing: bool) -> None:
     aside = {}
     for name, parameter in model.named_parameters():
         is_norm = parameter.dim() == 1 and "norm" in name.lower()
-        if upcast == "none" or (upcast == "norms" and not is_norm):
-            if parameter.dtype in (torch.bfloat16, torch.float16):
-                aside[name] = parameter.data
-                parameter.data = parameter.data.new_empty(0)
+        if (upcast == "none" or (upcast == "norms" and not is_norm)) and parameter.dtype in (torch.bfloat16, torch.float16):
+            aside[name] = parameter.data
+            parameter.data = parameter.data.new_empty(0)
     prepare_model_for_kbit_training(
         model, use_gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None
     )

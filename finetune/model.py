@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -122,19 +121,22 @@ def load_tokenizer(base: Base, *, trust_remote_code: bool = False) -> PreTrained
     try:
         tokenizer = AutoTokenizer.from_pretrained(base.folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ModelError(f"model.name: {base.folder} holds no tokenizer that transformers can read ({error}); add tokenizer.json") from error
+        raise ModelError(
+            f"model.name: {base.folder} holds no tokenizer that transformers can read ({error}); add tokenizer.json"
+        ) from error
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         vocabulary = tokenizer.get_vocab()
         found = next((token for token in PADS if token in vocabulary and vocabulary[token] != tokenizer.eos_token_id), None)
-        if found is not None:
-            was = tokenizer.pad_token
-            tokenizer.pad_token = found
-            say("model", f"pad token {found}: it was {was or 'not set'}, and the end token must not be the padding")
-        elif tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-            say("model", f"pad token {tokenizer.pad_token}: nothing better in the vocabulary; masks go by position, so the end is still trained")
+        tokenizer.pad_token = found or tokenizer.pad_token or tokenizer.eos_token
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def padding(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What was decided about the pad token, in one sentence."""
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        return f"pad token {tokenizer.pad_token} is the end token too, for want of another; masks go by position, so the end is trained"
+    return f"pad token {tokenizer.pad_token}, end token {tokenizer.eos_token}: kept apart, so that padding never stands for an end"
 
 
 def load(base: Base, config: ModelConfig, *, quantization: QuantizationConfig, placement: Placement) -> PreTrainedModel:
@@ -148,7 +150,9 @@ def load(base: Base, config: ModelConfig, *, quantization: QuantizationConfig, p
 
     from finetune.quantization import loader_arguments, protect, quantized_layers
 
-    device = f"{placement.device}:{os.environ['LOCAL_RANK']}" if placement.device == "cuda" and "LOCAL_RANK" in os.environ else placement.device
+    device = (
+        f"{placement.device}:{os.environ['LOCAL_RANK']}" if placement.device == "cuda" and "LOCAL_RANK" in os.environ else placement.device
+    )
     arguments = loader_arguments(quantization, dtype=placement.dtype)
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -163,9 +167,7 @@ def load(base: Base, config: ModelConfig, *, quantization: QuantizationConfig, p
         raise ModelError(f"model.name={config.name}: transformers cannot load {base.folder}: {error}") from error
     protect(model)
     if quantization.method != "none" and not quantized_layers(model):
-        raise ModelError(
-            f"quantization.method={quantization.method}: {config.name} has no linear layer to quantize; use quantization=none"
-        )
+        raise ModelError(f"quantization.method={quantization.method}: {config.name} has no linear layer to quantize; use quantization=none")
     model.requires_grad_(False)
     return model.eval()
 
@@ -255,7 +257,13 @@ def _from_gguf(file: Path) -> Path:
 
 def _from_hub(config: ModelConfig) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
         folder = Path(snapshot_download(config.name, revision=config.revision, allow_patterns=HUB_FILES))
@@ -271,5 +279,3 @@ def _from_hub(config: ModelConfig) -> Path:
             "check the network, or give model.name=<folder> with a copy"
         ) from error
     return _local(folder)
-
-

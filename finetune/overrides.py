@@ -14,6 +14,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 OVERLAYS = ("experiment", "debug")
+KINDS = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false", "bool": "true or false", "String": "text"}
+"""OmegaConf's names of types to words."""
 
 
 def misplaced(overrides: Sequence[str]) -> list[str]:
@@ -47,12 +49,12 @@ def paths(schema: Any, prefix: str = "") -> Iterator[str]:
 
 def explain(error: Exception, override: str | None, schema: type, conf: Path) -> str:
     """Hydra's or OmegaConf's error as where, rule, value, remedy."""
-    text = str(error).strip()
+    text = "\n".join(str(part).strip() for part in (error, error.__cause__) if part is not None)
     where = override.split("=", 1)[0].lstrip("+~") if override else ""
     value = override.split("=", 1)[1] if override and "=" in override else ""
     known = set(paths(schema))
     missing_option = re.search(r"Could not find '([\w/]+)/([^']+)'|In '.*': Could not find '([^']+)'", text)
-    if missing_option or "Could not override" in text and (conf / where).is_dir():
+    if missing_option or ("Could not override" in text and (conf / where).is_dir()):
         found = missing_option.groups() if missing_option else (where, value, None)
         group, option = (found[0], found[1]) if found[0] else (found[2] or where).rpartition("/")[::2]
         return _no_option(group.rsplit("/", 1)[-1] or where, option, conf)
@@ -63,7 +65,7 @@ def explain(error: Exception, override: str | None, schema: type, conf: Path) ->
     wrong = re.search(r"Value '(.*?)'.* (?:could not be converted to|is not a valid|of type '.*' could not be converted to) (\w+)", text)
     full = re.search(r"full_key: (\S+)", text)
     if wrong:
-        return f"{full.group(1) if full else where}: must be {_kind_word(wrong.group(2))}; got {wrong.group(1)!r}"
+        return f"{full.group(1) if full else where}: must be {KINDS.get(wrong.group(2), wrong.group(2))}; got {wrong.group(1)!r}"
     if "mismatched input" in text or "no viable alternative" in text or "extraneous input" in text or "token recognition" in text:
         return f"{override or text}: cannot be read as an override; write key=value, and quote values that hold spaces, commas or braces"
     first = " ".join(line.strip() for line in text.splitlines() if line.strip() and "object_type" not in line and "full_key" not in line)
@@ -83,7 +85,7 @@ def _keys(config: DictConfig, schema: Any, prefix: str = "") -> Iterator[str]:
         if kind and isinstance(node, DictConfig) and typing.get_origin(hints[name]) is not dict:
             yield from _keys(node, kind, f"{prefix}{name}.")
         elif kind and isinstance(node, DictConfig):
-            for option in node:
+            for option in map(str, node):
                 yield from _keys(node[option], kind, f"{prefix}{name}.{option}.")
 
 
@@ -107,7 +109,3 @@ def _no_option(group: str, option: str, conf: Path) -> str:
     near = difflib.get_close_matches(option, options, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     return f"{group}={option}: there is no such option; choose one of {', '.join(options) or '(none)'}{hint}"
-
-
-def _kind_word(kind: str) -> str:
-    return {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false", "String": "text"}.get(kind, kind)

@@ -10,7 +10,7 @@ from finetune import environment, hardware, lora, model
 from finetune.config import RunConfig, to_dict, to_yaml
 from finetune.console import human_bytes, say
 from finetune.data import prepare
-from finetune.errors import HardwareError
+from finetune.errors import GateMissed, HardwareError
 from finetune.eval import score
 from finetune.export import export
 from finetune.hardware import Machine, Placement
@@ -38,13 +38,17 @@ def run(config: RunConfig, *, overrides: Sequence[str], again: frozenset[str] = 
     Raises:
         FinetuneError: The user can mend it.
         Interrupted: A signal came; everything was saved.
+        GateMissed: A threshold of ``eval.gate`` was not met; the report is written.
     """
     machine = hardware.probe(config.hardware)
     placement = hardware.place(machine, config)
     refuse_what_is_only_planned(config)
     folder = RunFolder.open(config.run, again=again)
     with folder.lock():
-        write_record(folder, config, overrides=overrides, surroundings=environment.environment(machine, placement))
+        surroundings = environment.environment(machine, placement)
+        is_new = not (folder.path / "config.yaml").exists()
+        if is_new:
+            write_record(folder, config, overrides=overrides, surroundings=surroundings)
         say("run", f"{folder.path}: {config.model.name}, {config.quantization.method}")
         say("hardware", *placement.reasons)
         trackers = open_trackers(config.tracking, run_name=config.run.name, folder=folder.path, run_config=to_dict(config))
@@ -52,10 +56,15 @@ def run(config: RunConfig, *, overrides: Sequence[str], again: frozenset[str] = 
             for stage in line(config, folder=folder, machine=machine, placement=placement, trackers=trackers):
                 if stage == config.run.until:
                     break
+            if not is_new:  # only now: settings that a finished stage refuses must not replace the ones it was made with
+                write_record(folder, config, overrides=overrides, surroundings=surroundings)
             files = report(folder.path, status="complete" if config.run.until == "report" else "partial")
             publish(trackers, folder, files)
         finally:
             trackers.finish()
+    missed = (folder.manifest("eval") or {"product": {"missed": []}})["product"]["missed"]
+    if missed:
+        raise GateMissed("; ".join(missed))
     return folder
 
 
@@ -68,6 +77,7 @@ def line(config: RunConfig, *, folder: RunFolder, machine: Machine, placement: P
     set_threads(placement)
     base = model.fetch(config.model)
     tokenizer = model.load_tokenizer(base, trust_remote_code=config.model.trust_remote_code)
+    say("model", model.padding(tokenizer))
     data = folder.once(prepare, config.data, tokenizer=tokenizer, seed=seed)
     yield "data"
 
@@ -82,9 +92,7 @@ def line(config: RunConfig, *, folder: RunFolder, machine: Machine, placement: P
     folder.once(rehearse, config.rehearse, adapted=adapted, tokenizer=tokenizer, **graph, **shared)
     yield "rehearse"
 
-    adapter = folder.once(
-        fit, config.train, adapted=adapted, tokenizer=tokenizer, optim=config.optim, trackers=trackers, **graph, **shared
-    )
+    adapter = folder.once(fit, config.train, adapted=adapted, tokenizer=tokenizer, optim=config.optim, trackers=trackers, **graph, **shared)
     del adapted
     gc.collect()
     yield "train"
@@ -126,7 +134,8 @@ def refuse_what_is_only_planned(config: RunConfig) -> None:
     """Says now what would otherwise fail after the data are prepared."""
     if config.launch.strategy != "single":
         raise HardwareError(
-            f"launch.strategy={config.launch.strategy}: this version plans it (finetune plan) and trains in one process; choose launch=single"
+            f"launch.strategy={config.launch.strategy}: this version plans it (finetune plan) and trains in one process; "
+            "choose launch=single"
         )
     if config.hardware.name != "auto":
         raise HardwareError(f"hardware={config.hardware.name} describes a machine to plan for; to run on this one, choose hardware=auto")

@@ -73,7 +73,7 @@ class RunFolder:
         Raises:
             ConfigError: The folder holds a run and ``if_exists`` is ``fail``, or the disk is full.
         """
-        path = Path(config.root) / config.name
+        path = (Path(config.root) / config.name).resolve()
         if path.exists() and any(path.iterdir()) and not again:
             if config.if_exists == "fail":
                 raise ConfigError(
@@ -158,7 +158,7 @@ class RunFolder:
             if done["key"] != key:
                 raise ConfigError(_changed(self.path / stage, stage, done, config))
             say(stage, f"done before: {self.path / stage} is used as it is")
-            return product_type(folder=self.path / stage, **done["product"])
+            return product_type(folder=self.path / stage, **done["product"])  # type: ignore[call-arg]
         return self._run(verb, stage=stage, key=key, config=config, inputs=inputs, redo=done is not None)
 
     def _run(self, verb: Callable[..., Product], *, stage: str, key: str, config: Any, inputs: dict[str, Any], redo: bool) -> Product:
@@ -187,7 +187,7 @@ class RunFolder:
 def product_of(verb: Callable[..., Product]) -> type[Product]:
     """The class that a verb's annotation promises. Only that one is looked up: the others may not be importable here."""
     promised = verb.__annotations__["return"]
-    return verb.__globals__[promised] if isinstance(promised, str) else promised  # type: ignore[attr-defined]
+    return verb.__globals__[promised] if isinstance(promised, str) else promised
 
 
 def fingerprint(config: Any, inputs: dict[str, Any]) -> str:
@@ -239,12 +239,9 @@ def _swap(work: Path, final: Path) -> None:
 def _changed(path: Path, stage: str, done: dict[str, Any], config: Any) -> str:
     before, now = done["config"], plain(config)
     differences = [
-        f"{stage}.{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)
+        f"{stage}.{name} was {before.get(name)!r} and is {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
     ]
     what = "; ".join(differences) or "the products that it starts from differ"
-    return (
-        f"{path} was made with other settings ({what}); "
-        "choose another run.name, or run.if_exists=overwrite to start again"
-    )
-
-
+    return f"{path} was made with other settings ({what}); choose another run.name, or run.if_exists=overwrite to start again"

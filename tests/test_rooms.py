@@ -55,7 +55,11 @@ def test_a_framework_is_furniture_of_its_rooms(framework: str) -> None:
 
 
 def test_only_the_pipeline_knows_the_order() -> None:
-    knowing = {room(file) for file in FILES if len({name.split(".")[1] for name in imports(file) if name.startswith("finetune.")} & set(STAGES)) > 4}
+    knowing = {
+        room(file)
+        for file in FILES
+        if len({name.split(".")[1] for name in imports(file) if name.startswith("finetune.")} & set(STAGES)) > 4
+    }
     assert knowing <= {"pipeline", "config"}
 
 

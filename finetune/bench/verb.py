@@ -7,7 +7,7 @@ from pathlib import Path
 
 from finetune.errors import ConfigError
 
-BENCHES = {"data": ("source", "tokenizer", "rows")}
+BENCHES = {"data": ("source", "tokenizer", "rows"), "merge": ("parameters",)}
 """What can be measured, and the settings it takes."""
 
 
@@ -24,11 +24,28 @@ def bench(arguments: Sequence[str]) -> None:
     wrong = [argument for argument in arguments[1:] if argument.split("=", 1)[0] not in names]
     if wrong:
         raise ConfigError(f"bench {what}: {', '.join(wrong)}: there is no such setting; it takes {', '.join(names)}")
+    if what == "merge":
+        from finetune.merge.bench import bench as bench_merge
+
+        bench_merge(parameters=number(settings.get("parameters", "3e9"), "bench merge: parameters"))
+        return
     if "source" not in settings:
         raise ConfigError("bench data: source is missing; give a JSON Lines file with question and answer, e.g. source=gsm8k/train.jsonl")
     from finetune.bench.data import bench as bench_data
 
-    bench_data(Path(settings["source"]), tokenizer=settings.get("tokenizer") or quickstart_tokenizer(), rows=int(settings.get("rows", "100000")))
+    rows = int(number(settings.get("rows", "100000"), "bench data: rows"))
+    bench_data(Path(settings["source"]), tokenizer=settings.get("tokenizer") or quickstart_tokenizer(), rows=rows)
+
+
+def number(text: str, where: str) -> float:
+    """A positive number that the user typed."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if value <= 0:
+        raise ConfigError(f"{where} must be a positive number; got {text!r}")
+    return value
 
 
 def quickstart_tokenizer() -> str:

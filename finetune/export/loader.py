@@ -1,4 +1,4 @@
-"""The loader of what was exported: rebuilds exactly the graph that was trained, or the merged model, and refuses on any mismatch."""
+"""``finetune.load``: rebuilds exactly the graph that was trained, or the merged model, and refuses on any mismatch."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def merged_snippet(folder: str, *, model: ModelConfig, dtype: str) -> str:
 
 def finetune_snippet(folder: str) -> str:
     """This project's own loader, which refuses another base."""
-    return "\n".join(["from finetune.export import load", "", f"model, tokenizer = load({folder!r})"])
+    return "\n".join(["import finetune", "", f"model, tokenizer = finetune.load({folder!r})"])
 
 
 def _trust(model: ModelConfig) -> list[str]:

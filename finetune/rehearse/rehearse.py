@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from finetune.console import say
 from finetune.errors import TrainError
-from finetune.rehearse.config import RehearseConfig, Rehearsal
+from finetune.rehearse.config import Rehearsal, RehearseConfig
 
 if TYPE_CHECKING:
     from finetune.data import PreparedData
@@ -71,6 +71,8 @@ def rehearse(
         say("rehearse", f"{mark}: {proof['sentence']} ({proof['figure']}; bound {proof['bound']})")
     failed = [proof for proof in results if not proof["passed"]]
     if failed:
-        lines = "; ".join(f"{proof['sentence']}: {proof['figure']}, bound {proof['bound']}. Likely cause: {proof['cause']}" for proof in failed)
+        lines = "; ".join(
+            f"{proof['sentence']}: {proof['figure']}, bound {proof['bound']}. Likely cause: {proof['cause']}" for proof in failed
+        )
         raise TrainError(f"rehearse: {len(failed)} of {len(results)} proofs fail, so nothing is trained. {lines}")
     return Rehearsal(folder=folder, proofs=results)

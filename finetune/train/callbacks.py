@@ -20,7 +20,7 @@ from finetune.memory import device_bytes, rss_bytes
 
 if TYPE_CHECKING:
     from finetune.tracking import Trackers
-    from finetune.train.trainer import Counts
+    from finetune.train.counts import Counts
 
 NAMES = {"loss": "train/loss", "grad_norm": "train/grad_norm", "learning_rate": "train/learning_rate", "eval_loss": "eval/loss"}
 """transformers' names to ours."""
@@ -31,10 +31,12 @@ class Record(TrainerCallback):
 
     def __init__(self, file: Path, *, counts: Counts, trackers: Trackers) -> None:
         self.file, self.counts, self.trackers = file, counts, trackers
-        self.last = (time.monotonic(), 0)
+        self.started = time.monotonic()
+        self.last = (self.started, counts.tokens)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.last = (time.monotonic(), self.counts.tokens)
+        self.started = time.monotonic()
+        self.last = (self.started, self.counts.tokens)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         line: dict[str, float] = {NAMES[key]: float(value) for key, value in (logs or {}).items() if key in NAMES}
@@ -45,9 +47,18 @@ class Record(TrainerCallback):
             line["train/tokens_per_second"] = round((tokens - self.last[1]) / max(now - self.last[0], 1e-9), 1)
             self.last = (now, tokens)
         line["memory/rss_bytes"], line["memory/device_bytes"] = rss_bytes(), device_bytes()
-        with open(self.file, "a", encoding="utf-8") as handle:
-            handle.write(json.dumps({"step": state.global_step, "time": round(time.time(), 2), **line}) + "\n")
+        self._append(state.global_step, line)
         self.trackers.log(state.global_step, line)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """With a checkpoint goes how much had been read, so that a resumed run counts on."""
+        seconds = self.counts.seconds + time.monotonic() - self.started
+        counts = {"train/tokens": self.counts.tokens, "train/trained_tokens": self.counts.trained, "train/seconds": round(seconds, 3)}
+        self._append(state.global_step, counts)
+
+    def _append(self, step: int, figures: dict[str, float]) -> None:
+        with open(self.file, "a", encoding="utf-8") as handle:
+            handle.write(json.dumps({"step": step, "time": round(time.time(), 2), **figures}) + "\n")
 
 
 class Divergence(TrainerCallback):
@@ -96,11 +107,11 @@ class Progress(TrainerCallback):
     def __init__(self, counts: Counts) -> None:
         self.counts = counts
         self.bar: Any = None
-        self.started = 0.0
+        self.started, self.before = 0.0, 0
         self.shown: dict[str, str] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.started = time.monotonic()
+        self.started, self.before = time.monotonic(), self.counts.tokens
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step", file=sys.stderr, dynamic_ncols=True)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
@@ -111,7 +122,7 @@ class Progress(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         seconds = max(time.monotonic() - self.started, 1e-9)
-        self.shown["tokens/s"] = f"{self.counts.tokens / seconds:.0f}"
+        self.shown["tokens/s"] = f"{(self.counts.tokens - self.before) / seconds:.0f}"
         self.shown["trained"] = f"{self.counts.trained / max(self.counts.tokens, 1):.0%}"
         self.shown["memory"] = human_bytes(device_bytes() or rss_bytes())
         self.bar.set_postfix(self.shown, refresh=False)

@@ -13,6 +13,7 @@ from finetune.console import human_bytes, say
 from finetune.errors import TrainError
 from finetune.optim import OptimConfig, state_bytes
 from finetune.train.config import TrainConfig, TrainedAdapter
+from finetune.train.counts import Counts
 
 if TYPE_CHECKING:
     from finetune.data import PreparedData
@@ -68,17 +69,18 @@ def fit(
 
     if not data.train_rows:
         raise TrainError("data: no row is left to train on; `finetune data` shows where they went")
-    trainer = make_trainer(
-        config, folder=folder, model=adapted, tokenizer=tokenizer, data=data, lora=lora, optim=optim, placement=placement, upcast=upcast,
-        packing=packing, seed=seed, trackers=trackers,
-    )  # fmt: skip
     checkpoint = last_checkpoint(folder / "checkpoints")
     resumed_from = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    counts = counts_at(folder / "metrics.jsonl", step=resumed_from)
+    trainer = make_trainer(
+        config, folder=folder, model=adapted, tokenizer=tokenizer, data=data, lora=lora, optim=optim, placement=placement, upcast=upcast,
+        packing=packing, seed=seed, trackers=trackers, counts=counts,
+    )  # fmt: skip
     if checkpoint:
         say("train", f"goes on from step {resumed_from}: {checkpoint}")
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    seconds = time.monotonic() - started
+    seconds = counts.seconds + time.monotonic() - started
     adapted.save_pretrained(folder / "adapter")
     curve = read_curve(folder / "metrics.jsonl")
     losses = [line["train/loss"] for line in curve if "train/loss" in line]
@@ -87,10 +89,10 @@ def fit(
         folder=folder,
         steps=trainer.state.global_step,
         seconds=round(seconds, 3),
-        tokens=trainer.counts.tokens,
-        trained_tokens=trainer.counts.trained,
-        tokens_per_second=round(trainer.counts.tokens / seconds, 1),
-        trained_tokens_per_second=round(trainer.counts.trained / seconds, 1),
+        tokens=counts.tokens,
+        trained_tokens=counts.trained,
+        tokens_per_second=round(counts.tokens / seconds, 1),
+        trained_tokens_per_second=round(counts.trained / seconds, 1),
         first_loss=losses[0],
         final_loss=mean_of_last_tenth(losses),
         optimizer={"asked": optim.name, "used": placement.optimizer, "why": placement.optimizer_why, "state_bytes": state},
@@ -115,13 +117,22 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
+def counts_at(file: Path, *, step: int) -> Counts:
+    """What had gone through training at a step; zeros at the start."""
+    lines = read_curve(file) if step else []
+    line = next((line for line in reversed(lines) if line["step"] <= step and "train/tokens" in line), None)
+    if line is None:
+        return Counts()
+    return Counts(tokens=int(line["train/tokens"]), trained=int(line["train/trained_tokens"]), seconds=line["train/seconds"])
+
+
 def read_curve(file: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl, one per step: where a resumed run repeats a step, the later line holds."""
-    lines: dict[tuple[int, bool], dict[str, float]] = {}
+    """What metrics.jsonl says of each step: where a resumed run repeats a step, the later line holds."""
+    steps: dict[int, dict[str, float]] = {}
     for text in file.read_text(encoding="utf-8").splitlines():
         line = json.loads(text)
-        lines[line["step"], "train/loss" in line] = line
-    return [lines[key] for key in sorted(lines)]
+        steps[line["step"]] = steps.get(line["step"], {}) | line
+    return [steps[step] for step in sorted(steps)]
 
 
 def mean_of_last_tenth(losses: list[float]) -> float:

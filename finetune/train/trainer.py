@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from finetune.console import say
 from finetune.launch.config import process_count
 from finetune.lora import cast_adapter
-from finetune.measure import mean_loss, row_losses
+from finetune.measure import mean_loss, read_rows, row_losses
 from finetune.optim import SCHEDULES
 from finetune.train.callbacks import Divergence, Progress, Record, SaveOnSignal
 
@@ -26,24 +25,12 @@ if TYPE_CHECKING:
     from finetune.optim import OptimConfig
     from finetune.tracking import Trackers
     from finetune.train.config import TrainConfig
+    from finetune.train.counts import Counts
 
 EVALUATION_BATCH_TOKENS = 2048
 
 
-@dataclass(slots=True)
-class Counts:
-    """Tokens that went through training.
-
-    Attributes:
-        tokens: Read, padding left out.
-        trained: Those that made loss.
-    """
-
-    tokens: int = 0
-    trained: int = 0
-
-
-class Trainer(SFTTrainer):  # type: ignore[misc]
+class Trainer(SFTTrainer):
     """Counts tokens, and takes the held-out loss by token as every other stage does."""
 
     counts: Counts
@@ -58,6 +45,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
         """Nats per trained token over the held-out rows: transformers' own mean weighs batches, not tokens."""
+        if not self.held_out:
+            return {}
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
         losses = row_losses(model, self.held_out, batch_tokens=EVALUATION_BATCH_TOKENS)
@@ -85,71 +74,90 @@ def make_trainer(
     packing: bool,
     seed: int,
     trackers: Trackers,
+    counts: Counts,
 ) -> Trainer:
     """The trainer, ready for ``train()``."""
     rows = load_from_disk(str(data.folder / "train"))
-    held_out = [dict(row) for row in load_from_disk(str(data.folder / "heldout"))][: config.evaluation_rows]
     accumulate = accumulation(config, data)
     steps = step_count(config, rows=len(rows), accumulate=accumulate)
     per_step = accumulate * config.micro_batch * process_count()
-    what = "packs" if packing else "rows"
-    say("train", f"{steps} steps of {per_step} {what} ({config.micro_batch} at once, {accumulate} accumulated), about "
-        f"{round(data.tokens / len(rows) * per_step):,} tokens each")  # fmt: skip
-    autocast = placement.dtype if lora.dtype != placement.dtype or upcast != "none" else None
-    arguments = SFTConfig(
-        output_dir=str(folder / "checkpoints"),
-        max_steps=steps,
-        per_device_train_batch_size=config.micro_batch,
-        gradient_accumulation_steps=accumulate,
-        learning_rate=optim.learning_rate,
-        lr_scheduler_type=SCHEDULES[optim.schedule],
-        warmup_steps=math.ceil(steps * optim.warmup),
-        optim=placement.optimizer,
-        weight_decay=optim.weight_decay,
-        adam_beta1=optim.beta1,
-        adam_beta2=optim.beta2,
-        max_grad_norm=optim.max_grad_norm,
-        bf16=autocast == "bfloat16",
-        fp16=autocast == "float16",
-        use_cpu=placement.device == "cpu",
-        gradient_checkpointing=config.checkpointing == "full",
-        gradient_checkpointing_kwargs={"use_reentrant": False} if config.checkpointing == "full" else None,
-        eval_strategy="steps" if config.evaluations and held_out else "no",
-        eval_steps=every(steps, config.evaluations),
-        save_strategy="steps" if config.checkpoints else "no",
-        save_steps=every(steps, config.checkpoints),
-        save_total_limit=config.keep_checkpoints,
-        logging_steps=config.log_steps,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        seed=seed,
-        data_seed=seed,
-        full_determinism=config.deterministic,
-        report_to="none",
-        disable_tqdm=True,
-        max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        dataloader_pin_memory=placement.device == "cuda",
+    say(
+        "train",
+        f"{steps} steps of {per_step} {'packs' if packing else 'rows'} ({config.micro_batch} at once, {accumulate} accumulated), "
+        f"about {round(data.tokens / len(rows) * per_step):,} tokens each",
     )
+    autocast = placement.dtype if lora.dtype != placement.dtype or upcast != "none" else None
+    settings = arguments(config, optim=optim, placement=placement, steps=steps, accumulate=accumulate, autocast=autocast, seed=seed)
     trainer = Trainer(
         model=model,
-        args=arguments,
+        args=SFTConfig(output_dir=str(folder / "checkpoints"), **settings),
         train_dataset=rows,
         eval_dataset=rows.select([0]),  # only so that evaluation is switched on; `evaluate` reads held_out
         processing_class=tokenizer,
         data_collator=DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id, padding_free=packing),
     )
-    trainer.counts = Counts()
-    trainer.held_out = held_out
+    trainer.counts = counts
+    trainer.held_out = read_rows(data.folder / "heldout", limit=config.evaluation_rows) if data.heldout_rows else []
     changed = cast_adapter(model, lora.dtype)
     if changed:
         say("train", f"adapter in {lora.dtype}: {changed} tensors are cast back, since TRL puts a quantized model's adapter into bfloat16")
-    for callback in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(callback)
-    record = Record(folder / "metrics.jsonl", counts=trainer.counts, trackers=trackers)
-    for callback in (record, Divergence(), SaveOnSignal(), Progress(trainer.counts)):
+    for unwanted in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(unwanted)
+    record = Record(folder / "metrics.jsonl", counts=counts, trackers=trackers)
+    for callback in (record, Divergence(), SaveOnSignal(), Progress(counts)):
         trainer.add_callback(callback)
     return trainer
+
+
+def arguments(
+    config: TrainConfig, *, optim: OptimConfig, placement: Placement, steps: int, accumulate: int, autocast: str | None, seed: int
+) -> dict[str, Any]:
+    """What TRL and transformers are told; nothing that matters is left to their defaults.
+
+    Args:
+        config: The train group.
+        optim: The optim group.
+        placement: Names the optimizer that is used.
+        steps: Optimizer steps in all.
+        accumulate: Micro-batches per step.
+        autocast: Numbers to compute in where weights differ from them; None where all are the same already.
+        seed: Order of the rows and dropout.
+    """
+    full = config.checkpointing == "full"
+    return {
+        "max_steps": steps,
+        "per_device_train_batch_size": config.micro_batch,
+        "gradient_accumulation_steps": accumulate,
+        "learning_rate": optim.learning_rate,
+        "lr_scheduler_type": SCHEDULES[optim.schedule],
+        "warmup_steps": math.ceil(steps * optim.warmup),
+        "optim": placement.optimizer,
+        "weight_decay": optim.weight_decay,
+        "adam_beta1": optim.beta1,
+        "adam_beta2": optim.beta2,
+        "max_grad_norm": optim.max_grad_norm,
+        "bf16": autocast == "bfloat16",
+        "fp16": autocast == "float16",
+        "use_cpu": placement.device == "cpu",
+        "gradient_checkpointing": full,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if full else None,
+        "eval_strategy": "steps" if config.evaluations else "no",
+        "eval_steps": every(steps, config.evaluations),
+        "save_strategy": "steps" if config.checkpoints else "no",
+        "save_steps": every(steps, config.checkpoints),
+        "save_total_limit": config.keep_checkpoints,
+        "logging_steps": config.log_steps,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "seed": seed,
+        "data_seed": seed,
+        "full_determinism": config.deterministic,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "max_length": None,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "dataloader_pin_memory": placement.device == "cuda",
+    }
 
 
 def accumulation(config: TrainConfig, data: PreparedData) -> int:

