@@ -16,9 +16,10 @@ from omegaconf.errors import OmegaConfBaseException
 from finetune.config import CONF, RunConfig, compose_config, explain_all, load, make, register
 from finetune.console import complain
 from finetune.errors import ConfigError, FinetuneError, GateMissed, Interrupted
+from finetune.run import STAGES
 
 STAGE_VERBS = ("train", "merge", "eval", "export", "report")
-"""One stage of a run that exists."""
+"""One stage of a run that exists, done again with those that build on it."""
 
 LOOK_VERBS = {"data": "data", "rehearse": "rehearse"}
 """Verbs that stop early and work in a folder of their own, so that the run's name stays free."""
@@ -84,7 +85,8 @@ def execute(verb: str, config: RunConfig, *, overrides: list[str], own: dict[str
         config.run.name, config.run.until, config.run.if_exists = f"{config.run.name}-{verb}", LOOK_VERBS[verb], "overwrite"
     if verb in STAGE_VERBS:
         config.run.if_exists = "resume"
-    run(config, overrides=overrides, again=frozenset({verb}) if verb in STAGE_VERBS else frozenset())
+    again = frozenset(STAGES[STAGES.index(verb) :]) if verb in STAGE_VERBS else frozenset()
+    run(config, overrides=overrides, again=again)
     return DONE
 
 
