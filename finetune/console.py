@@ -2,6 +2,7 @@
 
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterable
 from typing import TextIO
 
@@ -35,6 +36,11 @@ def table(room: str, header: Iterable[str], rows: Iterable[Iterable[str]]) -> No
         print(f"{room:<{MARGIN}}{'  '.join([first, *others])}".rstrip())
         room = ""
     sys.stdout.flush()
+
+
+def quiet_libraries() -> None:
+    """Keeps the libraries' deprecations of their own names from users, who cannot act on them."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
 
 
 def human_bytes(count: float) -> str:

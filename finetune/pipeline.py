@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune import environment, hardware, lora, model
 from finetune.config import RunConfig, to_dict, to_yaml
-from finetune.console import human_bytes, say
+from finetune.console import human_bytes, quiet_libraries, say
 from finetune.data import prepare
 from finetune.errors import GateMissed, HardwareError
 from finetune.eval import score
@@ -40,6 +40,7 @@ def run(config: RunConfig, *, overrides: Sequence[str], again: frozenset[str] = 
         Interrupted: A signal came; everything was saved.
         GateMissed: A threshold of ``eval.gate`` was not met; the report is written.
     """
+    quiet_libraries()
     machine = hardware.probe(config.hardware)
     placement = hardware.place(machine, config)
     refuse_what_is_only_planned(config)

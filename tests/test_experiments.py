@@ -52,7 +52,7 @@ def test_debug_overlay_composes_on_every_experiment(overlay: str) -> None:
 def test_every_option_of_every_group_composes(group: str, option: str) -> None:
     choice = f"{group}=[{option}]" if group in LISTS else f"{group}={option}"
     rows = ["data.path=x.jsonl"] if group == "data" and option not in NAMED else []
-    load(["+experiment=quickstart", choice, *rows, *NEEDS.get((group, option), [])])
+    assert load(["+experiment=quickstart", choice, *rows, *NEEDS.get((group, option), [])]).run.name == "quickstart"
 
 
 def test_guanaco_is_the_papers_recipe() -> None:

@@ -80,35 +80,46 @@ def fit(
         say("train", f"goes on from step {resumed_from}: {checkpoint}")
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    seconds = counts.seconds + time.monotonic() - started
+    counts.seconds += time.monotonic() - started
     adapted.save_pretrained(folder / "adapter")
-    curve = read_curve(folder / "metrics.jsonl")
-    losses = [line["train/loss"] for line in curve if "train/loss" in line]
-    state = state_bytes(trainer.optimizer)
+    optimizer = {"asked": optim.name, "used": placement.optimizer, "why": placement.optimizer_why}
     product = TrainedAdapter(
         folder=folder,
         steps=trainer.state.global_step,
-        seconds=round(seconds, 3),
-        tokens=counts.tokens,
-        trained_tokens=counts.trained,
-        tokens_per_second=round(counts.tokens / seconds, 1),
-        trained_tokens_per_second=round(counts.trained / seconds, 1),
-        first_loss=losses[0],
-        final_loss=mean_of_last_tenth(losses),
-        optimizer={"asked": optim.name, "used": placement.optimizer, "why": placement.optimizer_why, "state_bytes": state},
+        optimizer={**optimizer, "state_bytes": state_bytes(trainer.optimizer)},
         trainable_parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
         adapter_sha256=file_sha256(folder / "adapter" / "adapter_model.safetensors"),
         adapter_dtype=lora.dtype,
         resumed_from=resumed_from,
-        curve=curve[:: max(1, math.ceil(len(curve) / CURVE_POINTS))],
+        **figures(counts, read_curve(folder / "metrics.jsonl")),
     )
+    say_result(product)
+    return product
+
+
+def figures(counts: Counts, curve: list[dict[str, float]]) -> dict[str, Any]:
+    """Speed and losses of a finished training, as `TrainedAdapter` names them."""
+    losses = [line["train/loss"] for line in curve if "train/loss" in line]
+    return {
+        "seconds": round(counts.seconds, 3),
+        "tokens": counts.tokens,
+        "trained_tokens": counts.trained,
+        "tokens_per_second": round(counts.tokens / counts.seconds, 1),
+        "trained_tokens_per_second": round(counts.trained / counts.seconds, 1),
+        "first_loss": losses[0],
+        "final_loss": mean_of_last_tenth(losses),
+        "curve": curve[:: max(1, math.ceil(len(curve) / CURVE_POINTS))],
+    }
+
+
+def say_result(product: TrainedAdapter) -> None:
+    """One line: what the training did and at what speed."""
     say(
         "train",
-        f"{product.steps} steps in {seconds:.0f} s: loss {product.first_loss:.3f} -> {product.final_loss:.3f}, "
+        f"{product.steps} steps in {product.seconds:.0f} s: loss {product.first_loss:.3f} -> {product.final_loss:.3f}, "
         f"{product.tokens_per_second:.0f} tokens/s of which {product.trained_tokens_per_second:.0f} trained, "
-        f"optimizer state {human_bytes(state)}",
+        f"optimizer state {human_bytes(product.optimizer['state_bytes'])}",
     )
-    return product
 
 
 def last_checkpoint(folder: Path) -> Path | None:
