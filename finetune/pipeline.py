@@ -19,7 +19,7 @@ from finetune.plan import plan, show
 from finetune.quantization import spec
 from finetune.rehearse import rehearse
 from finetune.report import report
-from finetune.run import RunFolder, write_json
+from finetune.run import RunFolder, plain, write_json
 from finetune.tracking import Trackers, figures, open_trackers
 from finetune.train import fit
 
@@ -72,7 +72,10 @@ def run(config: RunConfig, *, overrides: Sequence[str], again: frozenset[str] = 
 def line(config: RunConfig, *, folder: RunFolder, machine: Machine, placement: Placement, trackers: Trackers) -> Iterator[str]:
     """Runs the stages in order and names each one when it is done."""
     seed = config.run.seed
-    show(folder.keep("plan", plan(config, machine)))
+    with folder.measured("plan") as facts:
+        planned = plan(config, machine)
+        facts.update(plain(planned))
+    show(planned)
     yield "plan"
 
     set_threads(placement)

@@ -112,12 +112,6 @@ class RunFolder:
         """Whether a stage has finished and was not asked for again."""
         return self.manifest(stage) is not None and stage not in self.again
 
-    def keep(self, stage: str, product: Product) -> Product:
-        """Writes the manifest of a stage that leaves nothing else behind."""
-        (self.path / stage).mkdir(exist_ok=True)
-        write_json(self.path / stage / "manifest.json", {"stage": stage, "product": plain(product)})
-        return product
-
     @contextmanager
     def measured(self, stage: str) -> Iterator[dict[str, Any]]:
         """Takes time and memory of a stage that lives in memory; what is put into the dict becomes its manifest."""
