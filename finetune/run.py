@@ -81,7 +81,8 @@ class RunFolder:
                     "or say run.if_exists=resume (go on) or run.if_exists=overwrite (delete it)"
                 )
             if config.if_exists == "overwrite":
-                shutil.rmtree(path)
+                with cls(path).lock():  # never under the hands of a run that is still going
+                    shutil.rmtree(path)
         folder = cls(path, again=again)
         folder.make()
         return folder

@@ -111,6 +111,9 @@ def test_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: Pat
         time.sleep(0.05)
     with pytest.raises(ConfigError, match="another process works in"), folder.lock():
         pass
+    with pytest.raises(ConfigError, match="another process works in"):
+        RunFolder.open(settings(tmp_path, "overwrite"))
+    assert (folder.path / "held").exists()
     assert holder.pid is not None
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
