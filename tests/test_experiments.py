@@ -21,7 +21,7 @@ OPTIONS = sorted(
     if not file.stem.startswith("_")
 )
 NEEDS = {("model", "custom"): ["model.name=x"]}
-NAMED = ("quickstart", "guanaco")
+NAMED = ("quickstart", "guanaco", "alpaca_cleaned")
 """Data options that bring their rows; the others are formats, and the user names the rows."""
 LISTS = ("export", "tracking")
 
@@ -70,3 +70,9 @@ def test_guanaco_is_the_papers_recipe() -> None:
         "nf4",
         True,
     )
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_own_rows_take_the_place_of_any_experiments_data(experiment: str) -> None:
+    config = load([f"+experiment={experiment}", "data=custom", "data.path=rows.jsonl"])
+    assert (config.data.path, config.data.hub, config.data.heldout_path) == ("rows.jsonl", None, None)
