@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from hydra.errors import HydraException
 from omegaconf import DictConfig
@@ -166,9 +165,5 @@ def with_hydra(verb: str, arguments: list[str]) -> int:
     return max(results, default=DONE)
 
 
-def _entry() -> Any:
-    sys.exit(main())
-
-
 if __name__ == "__main__":
-    _entry()
+    sys.exit(main())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -27,17 +26,13 @@ from finetune.merge import MergeConfig
 from finetune.model import ModelConfig
 from finetune.optim import OptimConfig
 from finetune.overrides import explain, misplaced, unknown_additions
+from finetune.paths import CONF, SHIPPED
 from finetune.plan import PlanConfig
 from finetune.quantization import QuantizationConfig
 from finetune.rehearse import RehearseConfig
 from finetune.run import RunSettings
 from finetune.tracking import TrackerConfig
 from finetune.train import TrainConfig
-
-PACKAGE = Path(__file__).parent
-CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
-SHIPPED = next(folder for folder in (PACKAGE / "shipped", PACKAGE.parent / "data") if folder.is_dir())
-"""conf/ and data/ lie beside the package in a checkout and inside it in an installed wheel."""
 
 
 @dataclass(kw_only=True, slots=True)

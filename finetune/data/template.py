@@ -8,6 +8,7 @@ from typing import Any
 from finetune.console import say
 from finetune.data.conversation import BadRow, Message
 from finetune.errors import DataError
+from finetune.paths import CONF
 
 PROBE_QUESTION = "Which way is up"
 PROBE_ANSWER = "Away from the ground"
@@ -40,9 +41,7 @@ class Template:
 
 def shipped(name: str) -> Path:
     """Where ``conf/data/template/<name>.jinja`` lies, in a checkout or in an installed wheel."""
-    package = Path(__file__).parent.parent
-    folders = [folder for folder in (package / "conf", package.parent / "conf") if folder.is_dir()]
-    return (folders[0] if folders else package) / "data" / "template" / f"{name}.jinja"
+    return CONF / "data" / "template" / f"{name}.jinja"
 
 
 def choose(name: str | None, tokenizer: Any) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from finetune.console import say
+from finetune.launch.config import is_first_process
 from finetune.tracking.config import TrackerConfig
 
 Figures = Mapping[str, float]
@@ -124,7 +125,7 @@ def open_trackers(config: Mapping[str, TrackerConfig], *, run_name: str, folder:
         folder: The run folder; trackers keep their files in ``folder/tracking``.
         run_config: The composed configuration, sent as it is.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first_process():
         return Trackers([])
     own = folder / "tracking"
     own.mkdir(parents=True, exist_ok=True)
