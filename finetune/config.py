@@ -31,6 +31,7 @@ from finetune.plan import PlanConfig
 from finetune.quantization import QuantizationConfig
 from finetune.rehearse import RehearseConfig
 from finetune.run import RunSettings
+from finetune.speed import SpeedConfig
 from finetune.tracking import TrackerConfig
 from finetune.train import TrainConfig
 
@@ -48,6 +49,7 @@ class RunConfig:
     rehearse: RehearseConfig
     train: TrainConfig
     optim: OptimConfig
+    speed: SpeedConfig
     merge: MergeConfig
     eval: EvalConfig
     export: dict[str, ExportConfig] = field(default_factory=dict)
@@ -66,6 +68,7 @@ class RunConfig:
                 f"data.path={self.data.path} would be measured on the quickstart's held-out rows; "
                 "choose data=custom, or set data.heldout_path"
             )
+        yield from self.lora.conflicts(quantization=self.quantization.method, weight_decay=self.optim.weight_decay)
         if self.quantization.method == "int8" and self.launch.strategy == "fsdp":
             yield (
                 "quantization.method=int8 cannot be cut into shards: launch.strategy=fsdp needs quantization=nf4_double, "

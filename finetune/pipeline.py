@@ -20,11 +20,14 @@ from finetune.quantization import spec
 from finetune.rehearse import rehearse
 from finetune.report import report
 from finetune.run import RunFolder, plain, write_json
+from finetune.speed import quicken
 from finetune.tracking import Trackers, figures, open_trackers
 from finetune.train import fit
 
 if TYPE_CHECKING:
+    from finetune.data import PreparedData
     from finetune.model import Base
+    from finetune.speed import Quick
 
 
 def run(config: RunConfig, *, overrides: Sequence[str], again: frozenset[str] = frozenset()) -> RunFolder:
@@ -86,18 +89,27 @@ def line(config: RunConfig, *, folder: RunFolder, machine: Machine, placement: P
     yield "data"
 
     base_inputs: dict[str, Any] = {"base": base, "model": config.model, "quantization": config.quantization, "placement": placement}
-    adapted = None
+    adapted = quick = None
     if not folder.is_done("rehearse") or not folder.is_done("train"):
-        adapted = adapt(config, folder=folder, base=base, placement=placement)
+        adapted, quick = adapt(config, folder=folder, base=base, data=data, placement=placement)
     yield "model"
 
-    shared: dict[str, Any] = {"data": data, "placement": placement, "packing": config.data.packing, "seed": seed}
-    graph = {"base": base, "quantization": spec(config.quantization), "lora": config.lora, "upcast": config.model.upcast}
-    folder.once(rehearse, config.rehearse, adapted=adapted, tokenizer=tokenizer, **graph, **shared)
+    shared: dict[str, Any] = {"data": data, "placement": placement, "seed": seed}
+    graph = {
+        "base": base,
+        "quantization": spec(config.quantization),
+        "lora": config.lora,
+        "upcast": config.model.upcast,
+        "speed": config.speed,
+    }
+    rehearsal = folder.once(rehearse, config.rehearse, adapted=adapted, tokenizer=tokenizer, quick=quick, **graph, **shared)
+    if quick and not rehearsal.quick:
+        quick.switch.on = False
     yield "rehearse"
 
-    adapter = folder.once(fit, config.train, adapted=adapted, tokenizer=tokenizer, optim=config.optim, trackers=trackers, **graph, **shared)
-    del adapted
+    steps: dict[str, Any] = {"optim": config.optim, "trackers": trackers, "packing": rehearsal.isolates, "quick": quick}
+    adapter = folder.once(fit, config.train, adapted=adapted, tokenizer=tokenizer, **steps, **graph, **shared)
+    del adapted, quick
     gc.collect()
     yield "train"
 
@@ -113,15 +125,18 @@ def line(config: RunConfig, *, folder: RunFolder, machine: Machine, placement: P
     yield "export"
 
 
-def adapt(config: RunConfig, *, folder: RunFolder, base: Base, placement: Placement) -> Any:
-    """The quantized base in memory with fresh adapters on it."""
+def adapt(config: RunConfig, *, folder: RunFolder, base: Base, data: PreparedData, placement: Placement) -> tuple[Any, Quick]:
+    """The quantized base in memory with fresh adapters on it, and how its steps are computed."""
     with folder.measured("model") as facts:
         loaded = model.load(base, config.model, quantization=config.quantization, placement=placement)
         parameters, size = model.parameter_count(loaded), model.resident_bytes(loaded)
         say("model", f"{config.model.name}: {parameters:,} parameters in {human_bytes(size)} as {config.quantization.method}")
+        eva = config.lora.variant == "eva"
         adapted = lora.attach(
-            loaded, config.lora, upcast=config.model.upcast, checkpointing=config.train.checkpointing == "full", seed=config.run.seed
-        )
+            loaded, config.lora, upcast=config.model.upcast, checkpointing=config.train.checkpointing == "full", seed=config.run.seed,
+            calibration=lora.read_documents(data.folder / "train", tokens=config.lora.calibration_tokens) if eva else None,
+            original=base.folder,
+        )  # fmt: skip
         facts.update(
             name=config.model.name,
             revision=base.revision,
@@ -131,7 +146,8 @@ def adapt(config: RunConfig, *, folder: RunFolder, base: Base, placement: Placem
             quantization=spec(config.quantization),
             bytes=size,
         )
-    return adapted
+        quick = quicken(adapted, config.speed, placement=placement, checkpointing=config.train.checkpointing)
+    return adapted, quick
 
 
 def refuse_what_is_only_planned(config: RunConfig) -> None:

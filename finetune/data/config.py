@@ -153,8 +153,8 @@ class DataConfig:
     workers: int = 0
     """Processes; 0 means one per core for large sets and none for small ones."""
 
-    cache: str = "~/.cache/finetune/data"
-    """Prepared data are kept here by content, so a second start reads them; empty: no cache."""
+    cache: str | None = None
+    """Prepared data are kept here by content, so a second start reads them; null: in the cache of ``FINETUNE_CACHE``; empty: nowhere."""
 
     preview_rows: int = 20
 

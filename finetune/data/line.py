@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from finetune.cache import cache_folder
 from finetune.console import say
 from finetune.data import cache, ledger, lengths, read, select, template, write
 from finetune.data.checks.warn import warnings_of
@@ -39,7 +40,7 @@ def run(config: DataConfig, *, folder: Path, tokenizer: Any, seed: int) -> Prepa
     extra = {"bos": renderer.bos, "eos": renderer.eos, "special": renderer.template.special if renderer.template else {}}
     source_text = renderer.template.source if renderer.template else None
     key = cache.key(config, sources, tokenizer=text, template=source_text, extra=extra, seed=seed)
-    root = Path(config.cache).expanduser() if config.cache else None
+    root = cache_folder("data") if config.cache is None else Path(config.cache).expanduser() if config.cache else None
     known = cache.restore(root, key, folder) if root else None
     if known is not None:
         say("data", f"taken from the cache {root}, because data, template, tokenizer, settings and code are those of {key[:12]}")

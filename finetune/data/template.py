@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +109,18 @@ def _end_of_turn(text: str, control: re.Pattern[str]) -> str:
 
 def _render(source: str, special: Any, messages: list[Message], *, tools: list[Any] | None = None, prompt: bool = False) -> str:
     from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    # What apply_chat_template calls in the end; a test holds the two together. Its checks of every call cost as much again.
-    compiled = _compile_jinja_template(source)
     try:
-        return compiled.render(messages=messages, tools=tools, documents=None, add_generation_prompt=prompt, **special)
+        return _compiled(source).render(messages=messages, tools=tools, documents=None, add_generation_prompt=prompt, **special)
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise BadRow("the chat template refuses the turns", str(error)) from error
+
+
+@lru_cache(maxsize=4)
+def _compiled(source: str) -> Any:
+    """What apply_chat_template calls in the end; a test holds the two together. Its checks of every call cost as much again."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    compiled = _compile_jinja_template(source)
+    compiled.globals = dict(compiled.globals)  # a chain of maps is walked at every call
+    return compiled

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from finetune.measure.chat import Chat, chat_of
+    from finetune.measure.collate import Collator
     from finetune.measure.fidelity import Agreement, Reference, agreement, reference_logprobs
     from finetune.measure.fresh import FreshProcessError, answer, run_fresh
     from finetune.measure.generation import Answer, end_tokens, generate, generations
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "chat": ("Chat", "chat_of"),
+    "collate": ("Collator",),
     "fidelity": ("Agreement", "Reference", "agreement", "reference_logprobs"),
     "fresh": ("FreshProcessError", "answer", "run_fresh"),
     "generation": ("Answer", "end_tokens", "generate", "generations"),
@@ -31,6 +33,7 @@ __all__ = [
     "Agreement",
     "Answer",
     "Chat",
+    "Collator",
     "FreshProcessError",
     "Reference",
     "RowLoss",

@@ -156,7 +156,7 @@ def from_config(config: RunConfig, machine: Machine) -> PlanInputs:
         method=config.quantization.method,
         double=config.quantization.double,
         skip=tuple(config.quantization.skip),
-        rank=config.lora.rank,
+        rank=config.lora.width,
         targets=tuple(config.lora.targets),
         adapter_bytes=4 if config.lora.dtype == "float32" else 2,
         dropout=config.lora.dropout > 0,

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from finetune.quantization.config import QuantizationConfig
 
 if TYPE_CHECKING:
-    from torch import nn
+    import torch
+    from torch import Tensor, nn
 
 HEADS = ("lm_head",)
 
@@ -62,6 +63,17 @@ def quantized_layers(model: nn.Module) -> dict[str, Any]:
 
     kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def dense(layer: Any, dtype: torch.dtype) -> Tensor:
+    """A 4-bit or unquantized layer's weight as its own forward pass would see it, shape (outputs, inputs)."""
+    state = getattr(layer.weight, "quant_state", None)
+    if state is None:
+        result: Tensor = layer.weight.data.to(dtype)
+        return result
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(layer.weight.data, state).to(dtype)
 
 
 def silence() -> None:

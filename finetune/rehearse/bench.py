@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import load_from_disk
 
+from finetune.measure import Collator
+
 if TYPE_CHECKING:
     from finetune.data import PreparedData
     from finetune.hardware import Placement
+    from finetune.speed import Quick
 
 NUDGE = 1e-3
 """Standard deviation of the noise that stands in for B, whose zeros hide A's gradient."""
@@ -26,7 +29,8 @@ class Bench:
         model: The adapted model; every method leaves it as it was.
         tokenizer: Its tokenizer.
         documents: First training documents, ``input_ids`` and ``labels`` each, cut out of their packs.
-        packed: The first pack as it would be trained, or None where rows are not packed.
+        quick: How steps are computed.
+        step0_bound: How far the fresh adapter may move logits, in their standard deviations; None where it means to.
         autocast: Numbers of the computation.
         seed: Seeds dropout and the nudge.
     """
@@ -34,13 +38,25 @@ class Bench:
     model: Any
     tokenizer: Any
     documents: list[dict[str, list[int]]]
-    packed: bool
+    quick: Quick
+    step0_bound: float | None
     device: str
     autocast: torch.dtype
     seed: int
 
     @classmethod
-    def build(cls, model: Any, *, tokenizer: Any, data: PreparedData, packing: bool, placement: Placement, rows: int, seed: int) -> Bench:
+    def build(
+        cls,
+        model: Any,
+        *,
+        tokenizer: Any,
+        data: PreparedData,
+        placement: Placement,
+        quick: Quick,
+        rows: int,
+        step0_bound: float | None,
+        seed: int,
+    ) -> Bench:
         documents: list[dict[str, list[int]]] = []
         for pack in load_from_disk(str(data.folder / "train")):
             start = 0
@@ -50,7 +66,7 @@ class Bench:
             if len(documents) >= rows:
                 break
         return cls(
-            model=model, tokenizer=tokenizer, documents=documents[:rows], packed=packing, device=str(model.device),
+            model=model, tokenizer=tokenizer, documents=documents[:rows], quick=quick, step0_bound=step0_bound, device=str(model.device),
             autocast=getattr(torch, placement.dtype), seed=seed,
         )  # fmt: skip
 
@@ -62,7 +78,9 @@ class Bench:
         return sum(label != -100 for row in self.documents for label in row["labels"][1:])
 
     def loss(self) -> torch.Tensor:
-        """Summed loss of all documents in nats, one by one."""
+        """Summed loss of all documents in nats, as training takes it; one by one where that needs all logits."""
+        if self.quick.trained_only:
+            return self.quick.loss(self.model, self._flat(self.documents))
         losses = []
         for row in self.documents:
             ids, labels = (torch.tensor([row[key]], device=self.device) for key in ("input_ids", "labels"))
@@ -80,11 +98,11 @@ class Bench:
         found = []
         with torch.no_grad():
             for rows in [[row] for row in self.documents] if layout == "alone" else [self.documents]:
-                ids = torch.tensor([[token for row in rows for token in row["input_ids"]]], device=self.device)
-                labels = torch.tensor([label if i else -100 for row in rows for i, label in enumerate(row["labels"])], device=self.device)
-                restart = torch.tensor([[i for row in rows for i in range(len(row["input_ids"]))]], device=self.device)
-                positions = restart if layout == "packed" else torch.arange(ids.shape[1], device=self.device)[None]
-                scores = self._forward(ids, position_ids=positions)[0, :-1].float().log_softmax(-1)
+                inputs = self._flat(rows)
+                ids, labels = inputs.pop("input_ids"), inputs.pop("labels")[0]
+                if layout == "one document":
+                    inputs = {"position_ids": torch.arange(ids.shape[1], device=self.device)[None]}
+                scores = self._forward(ids, **inputs)[0, :-1].float().log_softmax(-1)
                 trained = (labels[1:] != -100).nonzero()[:, 0]
                 found.append(scores[trained, labels[1:][trained]])
         return torch.cat(found)
@@ -101,10 +119,10 @@ class Bench:
         return found
 
     def logits(self, *, adapter: bool) -> torch.Tensor:
-        """Logits of the first document in evaluation mode, shape (T, vocabulary), float32."""
+        """Logits of the first document in evaluation mode by plain steps, shape (T, vocabulary), float32."""
         self.model.eval()
         ids = torch.tensor([self.documents[0]["input_ids"]], device=self.device)
-        with torch.no_grad():
+        with torch.no_grad(), self.quick.off():
             if adapter:
                 return self._forward(ids)[0].float()
             with self.model.disable_adapter():
@@ -124,6 +142,12 @@ class Bench:
             for (_, p), old in zip(matrices, before, strict=True):
                 p.data.copy_(old)
 
-    def _forward(self, ids: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+    def _flat(self, documents: list[dict[str, list[int]]]) -> dict[str, Any]:
+        """Documents end to end, as training lays them out."""
+        rows = [{**row, "seq_lengths": [len(row["input_ids"])]} for row in documents]
+        batch = Collator(flat=True, pad_token_id=0)(rows)
+        return {name: value.to(self.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+    def _forward(self, ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
         with torch.autocast(self.device.split(":")[0], dtype=self.autocast, enabled=self.autocast != torch.float32):
             return self.model(input_ids=ids, use_cache=False, **inputs).logits

@@ -32,7 +32,11 @@ class Rehearsal:
     Attributes:
         folder: Holds trained_text.txt, the text that the first batch trains.
         proofs: ``{"name", "passed", "figure", "bound", "sentence", "seconds"}`` each.
+        isolates: Whether documents side by side in one row do not read each other; taken as true where nothing is proved.
+        quick: Whether quick steps give the gradient of plain ones; likewise.
     """
 
     folder: Path
     proofs: list[dict[str, Any]]
+    isolates: bool
+    quick: bool

@@ -10,6 +10,16 @@ import torch
 
 from finetune.rehearse.bench import Bench
 
+ISOLATION = "packing"
+"""The proof whose failure changes the layout of the rows instead of stopping the run."""
+
+SPEED = "speed"
+"""The proof whose failure turns quick steps off instead of stopping the run."""
+
+QUICK_SHARE = 0.1
+"""Two orders of rounding in bfloat16 (8 bits, some hundred operations deep) lie 2 to 5 % apart on models of 2 to 30 layers;
+a forgotten term or mask is beyond 30 %."""
+
 REPEATS = 3
 PACKED_SHARE = 0.25
 """Share of a contamination's effect that rounding may take. bfloat16 keeps 8 bits, so it is seen between 1 and 10 %."""
@@ -40,11 +50,12 @@ def trained_text_ends(bench: Bench) -> dict[str, Any]:
 def adapter_starts_as_identity(bench: Bench) -> dict[str, Any]:
     """With B at zero the adapted model is the base."""
     difference = smallest(lambda: float((bench.logits(adapter=True) - bench.logits(adapter=False)).abs().max()))
+    bound = math.inf if bench.step0_bound is None else bench.step0_bound * float(bench.logits(adapter=False).std())
     return _proof(
         "identity",
-        passed=difference == 0.0,
+        passed=difference <= bound,
         figure=f"largest logit difference {difference:g}",
-        bound="0",
+        bound="none: this variant starts beside the base on purpose" if bench.step0_bound is None else f"{bound:g}",
         sentence="at step 0 the adapter changes nothing",
         cause="B does not start at zero, or the adapter was loaded from elsewhere",
     )
@@ -95,13 +106,31 @@ def packing_keeps_documents_apart(bench: Bench) -> dict[str, Any]:
     contaminated = float((bench.trained_logprobs(layout="one document") - alone).abs().mean())
     share = packed / max(contaminated, 1e-9)
     return _proof(
-        "packing",
-        passed=not bench.packed or share <= PACKED_SHARE,
+        ISOLATION,
+        passed=share <= PACKED_SHARE,
         figure=f"mean difference {packed:.2g} nats a token, {share:.1%} of what reading each other would make"
-        + ("" if bench.packed else "; rows are not packed"),
+        + ("" if share <= PACKED_SHARE else "; so every document trains in a row of its own"),
         bound=f"{PACKED_SHARE:.0%}",
         sentence="packed documents do not read each other",
-        cause="this attention implementation ignores position_ids; use model.attention=sdpa or data.packing=false",
+        cause="this attention implementation ignores position_ids; model.attention=sdpa heeds them",
+    )
+
+
+def quick_steps_equal_plain_ones(bench: Bench) -> dict[str, Any]:
+    """Fused layers, kernels and the loss on trained tokens give the gradient that transformers and peft give."""
+    with bench.nudged():
+        quick = bench.gradients()
+        with bench.quick.off():
+            plain = bench.gradients()
+    apart = sum(float((quick[name] - plain[name]).square().sum()) for name in plain)
+    share = math.sqrt(apart / max(sum(float(grad.square().sum()) for grad in plain.values()), 1e-30))
+    return _proof(
+        SPEED,
+        passed=quick.keys() == plain.keys() and share <= QUICK_SHARE,
+        figure=f"gradients {share:.1%} of their length apart" + ("" if share <= QUICK_SHARE else "; so steps are computed the plain way"),
+        bound=f"{QUICK_SHARE:.0%}",
+        sentence="quick steps give the gradient of plain ones",
+        cause="this model computes something that the fused layers leave out; speed=plain does without them",
     )
 
 
@@ -135,4 +164,5 @@ QUICK: tuple[Callable[[Bench], dict[str, Any]], ...] = (
     gradient_reaches_adapter_only,
     evaluation_leaves_gradients,
     packing_keeps_documents_apart,
+    quick_steps_equal_plain_ones,
 )

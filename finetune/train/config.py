@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-CHECKPOINTING = ("none", "full")
+CHECKPOINTING = ("none", "selective", "full")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -28,7 +28,8 @@ class TrainConfig:
     """Rows (or packs) that one optimizer step reads, where ``tokens_per_step`` is None."""
 
     checkpointing: str
-    """Activations: ``none`` keeps them (fast), ``full`` computes them again in the backward pass (small)."""
+    """Activations: ``none`` keeps them (fast), ``full`` computes them again in the backward pass (small),
+    ``selective`` only the widest, those of gated layers."""
 
     evaluations: int
     """How often the held-out loss is taken during training, evenly spread; 0 for never."""

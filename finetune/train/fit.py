@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from finetune.hardware import Placement
     from finetune.lora import LoraConfig
     from finetune.model import Base
+    from finetune.speed import Quick, SpeedConfig
     from finetune.tracking import Trackers
 
 CURVE_POINTS = 500
@@ -40,6 +41,8 @@ def fit(
     placement: Placement,
     upcast: str,
     packing: bool,
+    quick: Quick,
+    speed: SpeedConfig,
     seed: int,
     trackers: Trackers,
 ) -> TrainedAdapter:
@@ -57,7 +60,9 @@ def fit(
         optim: Optimizer and schedule.
         placement: Device, numbers and the optimizer that is used.
         upcast: ``model.upcast``.
-        packing: Whether a training row holds several documents.
+        packing: Whether documents may share a row without padding.
+        quick: How steps are computed.
+        speed: Its settings; with the base they decide whether a finished training still holds.
         seed: Order of the rows and dropout.
         trackers: Receive every logged figure.
 
@@ -74,7 +79,7 @@ def fit(
     counts = counts_at(folder / "metrics.jsonl", step=resumed_from)
     trainer = make_trainer(
         config, folder=folder, model=adapted, tokenizer=tokenizer, data=data, lora=lora, optim=optim, placement=placement, upcast=upcast,
-        packing=packing, seed=seed, trackers=trackers, counts=counts,
+        packing=packing, quick=quick, seed=seed, trackers=trackers, counts=counts,
     )  # fmt: skip
     if checkpoint:
         say("train", f"goes on from step {resumed_from}: {checkpoint}")

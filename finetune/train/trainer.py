@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 from datasets import load_from_disk
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from finetune.console import say
 from finetune.launch.config import process_count
 from finetune.lora import cast_adapter
-from finetune.measure import mean_loss, read_rows, row_losses
-from finetune.optim import SCHEDULES
+from finetune.measure import Collator, mean_loss, read_rows, row_losses
+from finetune.optim import make_optimizer, schedule_arguments
 from finetune.train.callbacks import Divergence, Progress, Record, SaveOnSignal
 
 if TYPE_CHECKING:
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from finetune.hardware import Placement
     from finetune.lora import LoraConfig
     from finetune.optim import OptimConfig
+    from finetune.speed import Quick
     from finetune.tracking import Trackers
     from finetune.train.config import TrainConfig
     from finetune.train.counts import Counts
@@ -34,6 +34,8 @@ class Trainer(SFTTrainer):
     """Counts tokens, and takes the held-out loss by token as every other stage does."""
 
     counts: Counts
+    quick: Quick
+    optim: OptimConfig
     held_out: list[dict[str, Any]]
 
     def training_step(self, model: Any, inputs: dict[str, Any], *arguments: Any, **keywords: Any) -> Any:
@@ -42,6 +44,19 @@ class Trainer(SFTTrainer):
         self.counts.tokens += int(mask.sum()) if mask is not None else labels.numel()
         self.counts.trained += int((labels != -100).sum())
         return super().training_step(model, inputs, *arguments, **keywords)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        if self.optimizer is None:
+            self.optimizer = make_optimizer(self.model if model is None else model, self.optim, self.args)
+        return self.optimizer
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:  # fmt: skip
+        """Mean over the trained tokens of the whole accumulated step, which ``num_items_in_batch`` counts."""
+        if not self.quick.trained_only:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return self.quick.loss(self.accelerator.unwrap_model(model), inputs) / num_items_in_batch
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
         """Nats per trained token over the held-out rows: transformers' own mean weighs batches, not tokens."""
@@ -72,6 +87,7 @@ def make_trainer(
     placement: Placement,
     upcast: str,
     packing: bool,
+    quick: Quick,
     seed: int,
     trackers: Trackers,
     counts: Counts,
@@ -86,17 +102,21 @@ def make_trainer(
         f"{steps} steps of {per_step} {'packs' if packing else 'rows'} ({config.micro_batch} at once, {accumulate} accumulated), "
         f"about {round(data.tokens / len(rows) * per_step):,} tokens each",
     )
-    autocast = placement.dtype if lora.dtype != placement.dtype or upcast != "none" else None
-    settings = arguments(config, optim=optim, placement=placement, steps=steps, accumulate=accumulate, autocast=autocast, seed=seed)
+    autocast = placement.dtype if quick.autocast and (lora.dtype != placement.dtype or upcast != "none") else None
+    schedule = schedule_arguments(optim, steps=steps, tokens_per_step=data.tokens / len(rows) * per_step)
+    settings = arguments(
+        config, optim=optim, placement=placement, schedule={"max_steps": steps, **schedule}, accumulate=accumulate, autocast=autocast,
+        seed=seed,
+    )  # fmt: skip
     trainer = Trainer(
         model=model,
         args=SFTConfig(output_dir=str(folder / "checkpoints"), **settings),
         train_dataset=rows,
         eval_dataset=rows.select([0]),  # only so that evaluation is switched on; `evaluate` reads held_out
         processing_class=tokenizer,
-        data_collator=DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id, padding_free=packing),
+        data_collator=Collator(flat=packing, pad_token_id=tokenizer.pad_token_id),
     )
-    trainer.counts = counts
+    trainer.counts, trainer.quick, trainer.optim = counts, quick, optim
     trainer.held_out = read_rows(data.folder / "heldout", limit=config.evaluation_rows) if data.heldout_rows else []
     changed = cast_adapter(model, lora.dtype)
     if changed:
@@ -110,7 +130,14 @@ def make_trainer(
 
 
 def arguments(
-    config: TrainConfig, *, optim: OptimConfig, placement: Placement, steps: int, accumulate: int, autocast: str | None, seed: int
+    config: TrainConfig,
+    *,
+    optim: OptimConfig,
+    placement: Placement,
+    schedule: dict[str, Any],
+    accumulate: int,
+    autocast: str | None,
+    seed: int,
 ) -> dict[str, Any]:
     """What TRL and transformers are told; nothing that matters is left to their defaults.
 
@@ -118,19 +145,18 @@ def arguments(
         config: The train group.
         optim: The optim group.
         placement: Names the optimizer that is used.
-        steps: Optimizer steps in all.
+        schedule: ``max_steps``, and the learning rate's course over them.
         accumulate: Micro-batches per step.
         autocast: Numbers to compute in where weights differ from them; None where all are the same already.
         seed: Order of the rows and dropout.
     """
     full = config.checkpointing == "full"
+    steps = schedule["max_steps"]
     return {
-        "max_steps": steps,
+        **schedule,
         "per_device_train_batch_size": config.micro_batch,
         "gradient_accumulation_steps": accumulate,
         "learning_rate": optim.learning_rate,
-        "lr_scheduler_type": SCHEDULES[optim.schedule],
-        "warmup_steps": math.ceil(steps * optim.warmup),
         "optim": placement.optimizer,
         "weight_decay": optim.weight_decay,
         "adam_beta1": optim.beta1,

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from finetune.data import PreparedData
-from finetune.data.formats import READERS, detect
+from finetune.data.conversation import BadRow
+from finetune.data.formats import READERS, detect, unread
 from finetune.errors import DataError
 from tests.data.helpers import learnt, ledger, pair, split
 
@@ -43,6 +44,61 @@ def test_every_format_trains_the_answer_and_its_end(name: str, run: Callable[...
 @pytest.mark.parametrize(("prompt", "completion"), [("question", "answer"), ("instruction", "response"), ("input", "output")])
 def test_usual_names_of_pairs_are_mapped(prompt: str, completion: str) -> None:
     assert detect([{prompt: "q", completion: "a"}]) == ("prompt_completion", {"prompt": prompt, "completion": completion})
+
+
+BESIDE = [
+    (
+        {"instruction": "q", "context": "c", "response": "a", "category": "x"},
+        ("alpaca", {"input": "context", "output": "response"}),
+        ["category"],
+    ),
+    (
+        {"question": "q", "context": {"title": []}, "answer": "a"},
+        ("prompt_completion", {"prompt": "question", "completion": "answer"}),
+        ["context"],
+    ),
+    (
+        {"system_prompt": "s", "question": "q", "response": "a"},
+        ("prompt_completion", {"prompt": "question", "completion": "response", "system": "system_prompt"}),
+        [],
+    ),
+    ({"system": "s", "question": "q", "chosen": "a", "rejected": "b"}, ("preference", {"prompt": "question"}), []),
+    ({"id": 7, "input": "q", "target": "a"}, ("prompt_completion", {"prompt": "input", "completion": "target"}), ["id"]),
+]
+
+
+@pytest.mark.parametrize(("row", "found", "left"), BESIDE)
+def test_columns_beside_the_pair_are_used_or_named_as_unread(
+    row: dict[str, Any], found: tuple[str, dict[str, str]], left: list[str]
+) -> None:
+    assert detect([row]) == found
+    assert unread([row], *found) == left
+
+
+def test_column_that_only_some_rows_have_does_not_make_them_two_formats() -> None:
+    rows = [pair("q", "a"), {**pair("q", "b"), "system_prompt": "s"}]
+    assert detect(rows) == ("prompt_completion", {"system": "system_prompt"})
+
+
+def test_context_is_read_with_its_question(run: Callable[..., PreparedData], tokenizer: Any) -> None:
+    product = run([{"question": "Who?", "context": "Ada sits here.", "answer": "Ada."}])
+    text = tokenizer.decode(split(product, "train")[0]["input_ids"], skip_special_tokens=False)
+    assert "<|im_start|>user\nWho?\n\nAda sits here.<|im_end|>" in text
+
+
+def test_text_beside_a_label_is_not_guessed_to_be_raw_text() -> None:
+    with pytest.raises(DataError, match=r"beside 'text' stands 'category'.*completion: category"):
+        detect([{"text": "Where is my card?", "category": "card_arrival"}])
+
+
+@pytest.mark.parametrize("chat", ["<s>[INST] q [/INST] a </s>", "<|im_start|>user\nq<|im_end|>", "### Instruction:\nq\n### Response:\na"])
+def test_chats_that_are_written_out_are_not_guessed_to_be_raw_text(chat: str) -> None:
+    with pytest.raises(DataError, match="hold chats that are written out already"):
+        detect([{"text": chat}, {"text": f"{chat} {chat}"}])
+
+
+def test_raw_text_may_speak_of_chat_marks() -> None:
+    assert detect([{"text": "Llama 2 writes [INST] before a question."}, {"text": "Others do not."}]) == ("text", {})
 
 
 def test_columns_are_mapped_by_the_users_names(run: Callable[..., PreparedData], tokenizer: Any) -> None:
@@ -123,6 +179,68 @@ def test_completion_learns_what_follows_the_prompt(run: Callable[..., PreparedDa
     row = split(run([pair("2+2=", "4")], format="completion"), "train")[0]
     assert tokenizer.decode(row["input_ids"]) == "2+2=4<|im_end|>"
     assert learnt(row, tokenizer) == "4<|im_end|>"
+
+
+USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+WORSE = {"role": "assistant", "content": "b"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "chosen": [USER, ASSISTANT], "rejected": [USER, WORSE]},
+        {"prompt": [USER], "chosen": [USER, ASSISTANT], "rejected": [USER, WORSE]},
+        {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [WORSE]},
+        {"chosen": [USER, ASSISTANT], "rejected": [USER, WORSE]},
+        {
+            "conversations": [{"from": "human", "value": "q"}],
+            "chosen": {"from": "gpt", "value": "a"},
+            "rejected": {"from": "gpt", "value": "b"},
+        },
+        {"conversations": '[{"from": "human", "value": "q"}]', "chosen": "a", "rejected": "b"},
+        {
+            "prompt": [{"from": "human", "value": "q"}],
+            "chosen": [{"from": "gpt", "value": "a"}],
+            "rejected": [{"from": "gpt", "value": "b"}],
+        },
+    ],
+)
+def test_preference_is_read_however_its_prompt_is_written(row: dict[str, Any]) -> None:
+    conversation = READERS["preference"](row)
+    assert (conversation.messages, conversation.rejected) == ([USER, ASSISTANT], WORSE)
+
+
+def test_preference_keeps_its_tools() -> None:
+    assert READERS["preference"]({**SAME["preference"], "tools": [TOOL]}).tools == [TOOL]
+    assert READERS["unpaired"]({**SAME["unpaired"], "tools": [TOOL]}).tools == [TOOL]
+
+
+def test_unpaired_preference_may_be_sharegpt() -> None:
+    row = {**SAME["sharegpt"], "label": False}
+    assert detect([row]) == ("unpaired", {})
+    conversation = READERS["unpaired"](row)
+    assert (conversation.messages, conversation.desirable) == ([USER, ASSISTANT], False)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"conversations": 5, "chosen": "a", "rejected": "b"}, "'conversations' is not a list: it is a number"),
+        ({"prompt": "q", "chosen": "a", "rejected": USER}, "the rejected answer is not the assistant's: it is the user's"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "tools": [{"function": None}]}, "a tool has no name: tool 1"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "tools": [{"function": "name"}]}, "a tool has no name: tool 1"),
+    ],
+)
+def test_preference_that_is_broken_says_how(row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(BadRow) as caught:
+        READERS["preference"](row)
+    assert str(caught.value) == reason
+
+
+def test_arguments_of_sharegpt_that_are_json_in_a_string_become_values() -> None:
+    call = {"from": "Function_Call", "value": '{"name": "lookup", "arguments": "{\\"a\\": 1}"}'}
+    conversation = READERS["sharegpt"]({"conversations": [{"from": "human", "value": "q"}, call]})
+    assert conversation.messages[1]["tool_calls"][0]["function"]["arguments"] == {"a": 1}
 
 
 def test_supervised_training_leaves_undesirable_answers_out(run: Callable[..., PreparedData]) -> None:

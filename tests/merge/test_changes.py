@@ -1,15 +1,22 @@
 """Each kind of adapter, merged, computes what peft computes with it unmerged."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from artifacts import make_adapter
+from artifacts import Line, make_adapter
+from transformers import AutoModelForCausalLM
 
+from finetune import lora
 from finetune.errors import MergeError
-from finetune.merge.candidates import build
+from finetune.lora.config import VARIANTS
+from finetune.measure import trained_graph
+from finetune.merge.candidates import build, from_disk
 from finetune.merge.changes import read_changes
+from finetune.merge.graph import dequantized
+from finetune.model import load
 
 IDS = torch.tensor([[1, 40, 50, 60, 70, 80, 90, 2]])
 KINDS: dict[str, dict[str, Any]] = {
@@ -35,7 +42,6 @@ def logits(model: Any) -> torch.Tensor:
 @pytest.mark.filterwarnings("ignore")
 def test_merged_logits_equal_the_adapters(loud_base: Path, tmp_path: Path, kind: str) -> None:
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     adapter = make_adapter(loud_base, tmp_path, **KINDS[kind]).folder / "adapter"
     built = build(loud_base, read_changes(adapter), tmp_path / "merged", dtype=torch.float32)
@@ -46,6 +52,40 @@ def test_merged_logits_equal_the_adapters(loud_base: Path, tmp_path: Path, kind:
     assert (expected - plain).abs().max() > 0.1
     assert (found - expected).abs().max() < 2e-3 * expected.abs().max()
     assert built.changed > 0
+
+
+@pytest.mark.parametrize(("variant", "method"), [(v, m) for v in VARIANTS for m in ("none", "nf4", "fp4") if (v, m) != ("loftq", "none")])
+def test_every_variant_merges_to_the_graph_that_was_trained(line: Callable[..., Line], tmp_path: Path, variant: str, method: str) -> None:
+    """The trained graph is peft's own forward pass over the base as it was quantized; nothing is merged in it."""
+    parts = line(method, dtype="float32")
+    train_a_little(parts, tmp_path / "adapter", variant)
+    graph = trained_graph(
+        parts.base, parts.model, quantization=parts.quantization, placement=parts.placement, adapter=tmp_path / "adapter"
+    )  # fmt: skip
+    expected = logits(graph)
+    with graph.disable_adapter():
+        plain = logits(graph)
+    source = from_disk if method == "none" else dequantized(graph)
+    build(parts.base.folder, read_changes(tmp_path / "adapter"), tmp_path / "merged", dtype=torch.float32, source=source)
+    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
+    assert (expected - plain).abs().max() > 0.1
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def train_a_little(parts: Line, folder: Path, variant: str) -> None:
+    """Three steps of a variant on the line's base, saved as a run saves it."""
+    settings = lora.LoraConfig(variant=variant, rank=4, alpha=8.0, dropout=0.0, targets=["all-linear"], dtype="float32")
+    base = load(parts.base, parts.model, quantization=parts.quantization, placement=parts.placement)
+    documents = [list(range(start, start + 30)) for start in (10, 60, 200)]
+    model = lora.attach(
+        base, settings, upcast="none", checkpointing=False, seed=1, calibration=documents, original=parts.base.folder
+    ).train()  # fmt: skip
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2, weight_decay=0.0)
+    for _ in range(3):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -61,7 +101,6 @@ def test_adapter_that_is_no_change_of_weights_is_refused(loud_base: Path, tmp_pa
 
 def test_other_kind_of_adapter_is_refused(loud_base: Path, tmp_path: Path) -> None:
     from peft import IA3Config, get_peft_model
-    from transformers import AutoModelForCausalLM
 
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(loud_base), IA3Config(task_type="CAUSAL_LM"))
     model.save_pretrained(tmp_path)

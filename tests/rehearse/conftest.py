@@ -24,4 +24,4 @@ def adapted(tiny_base: Path) -> Any:
 
 @pytest.fixture
 def bench(adapted: Any, tokenizer: Any, data: Any) -> Bench:
-    return Bench.build(adapted, tokenizer=tokenizer, data=data, packing=True, placement=PLACEMENT, rows=4, seed=1)
+    return Bench.build(adapted, tokenizer=tokenizer, data=data, placement=PLACEMENT, rows=4, seed=1)

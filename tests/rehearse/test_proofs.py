@@ -77,9 +77,23 @@ def test_failed_proof_stops_the_run_with_the_likely_cause(tmp_path: Any, adapted
     base = Base(folder=tmp_path, name="tiny", revision=None, sha256="", source="folder")
     with pytest.raises(TrainError, match=r"1 of 5 proofs fail.*B does not start at zero"):
         rehearse(
-            RehearseConfig(level="quick", rows=4), folder=tmp_path, adapted=adapted, tokenizer=tokenizer, data=data, packing=True,
+            RehearseConfig(level="quick", rows=4), folder=tmp_path, adapted=adapted, tokenizer=tokenizer, data=data,
             base=base, quantization={}, lora=lora, upcast="none", placement=PLACEMENT, seed=1,
         )  # fmt: skip
+
+
+def test_attention_that_mixes_documents_makes_training_unpack_them(tmp_path: Any, adapted: Any, tokenizer: Any, data: Any) -> None:
+    inner = adapted.get_base_model()
+    forward = inner.forward
+    inner.forward = lambda *arguments, position_ids=None, **inputs: forward(*arguments, **inputs)
+    lora = LoraConfig(rank=4, alpha=8.0, dropout=0.0, targets=["all-linear"], dtype="float32")
+    base = Base(folder=tmp_path, name="tiny", revision=None, sha256="", source="folder")
+    rehearsal = rehearse(
+        RehearseConfig(level="quick", rows=4), folder=tmp_path, adapted=adapted, tokenizer=tokenizer, data=data,
+        base=base, quantization={}, lora=lora, upcast="none", placement=PLACEMENT, seed=1,
+    )  # fmt: skip
+    assert not rehearsal.isolates
+    assert [proof["name"] for proof in rehearsal.proofs if not proof["passed"]] == [proofs.ISOLATION]
 
 
 def test_rehearsal_leaves_the_adapter_as_it_was(bench: Bench) -> None:

@@ -63,7 +63,8 @@ def tools_of(row: Mapping[str, Any]) -> list[Any] | None:
     for number, tool in enumerate(tools, 1):
         if not isinstance(tool, dict):
             raise BadRow("a tool is not an object", f"tool {number} is {kind_of(tool)}")
-        if "name" not in tool.get("function", tool):
+        inner = tool.get("function", tool)
+        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
             raise BadRow("a tool has no name", f"tool {number}")
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
 

@@ -43,7 +43,7 @@ def _message(item: Any, number: int) -> Message:
     calls = item.get("tool_calls")
     message: Message = {"role": role, "content": _content(item, where, may_be_empty=bool(calls))}
     if calls:
-        message["tool_calls"] = [_call(call, where) for call in as_list(calls, where=f"tool_calls of {where}")]
+        message["tool_calls"] = [call_of(call, where) for call in as_list(calls, where=f"tool_calls of {where}")]
     for name in ("name", "tool_call_id", "reasoning_content"):
         if item.get(name) is not None:
             message[name] = as_text(item[name], where=f"{name} of a message")
@@ -68,7 +68,8 @@ def _part(part: Any, where: str) -> str:
     raise BadRow("a message holds something other than text", f"{where} holds {kind}")
 
 
-def _call(call: Any, where: str) -> dict[str, Any]:
+def call_of(call: Any, where: str) -> dict[str, Any]:
+    """A tool call in OpenAI's form; arguments that are JSON inside a string become values, as templates expect them."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise BadRow("a tool call has no name", where)

@@ -6,6 +6,7 @@ from typing import Any
 
 from finetune.data.conversation import BadRow, Conversation, Message
 from finetune.data.formats.fields import as_list, as_text, kind_of, need, system_of, tools_of
+from finetune.data.formats.messages import call_of
 
 ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "bot": "assistant", "chatgpt": "assistant",
@@ -16,9 +17,13 @@ ROLES = {
 
 def read(row: Mapping[str, Any]) -> Conversation:
     listed = as_list(need(row, "conversations"), where="'conversations'")
-    messages = system_of(row) + [turn(item, f"turn {number}") for number, item in enumerate(listed, 1)]
+    messages = system_of(row) + turns_of(listed)
     marks = [None] * (len(messages) - len(listed)) + [_mark(item) for item in listed]
     return Conversation(messages, train=marks if any(mark is not None for mark in marks) else None, tools=tools_of(row))
+
+
+def turns_of(listed: list[Any]) -> list[Message]:
+    return [turn(item, f"turn {number}") for number, item in enumerate(listed, 1)]
 
 
 def turn(item: Any, where: str) -> Message:
@@ -32,7 +37,7 @@ def turn(item: Any, where: str) -> Message:
     if role is None:
         raise BadRow("a turn has an unknown speaker", f"{where} has {speaker!r}; known are {', '.join(ROLES)}")
     value = as_text(item["value"], where="the value of a turn")
-    if speaker == "function_call":
+    if speaker.lower() == "function_call":
         return {"role": "assistant", "content": "", "tool_calls": _calls(value, where)}
     return {"role": role, "content": value}
 
@@ -43,10 +48,7 @@ def _calls(value: str, where: str) -> list[dict[str, Any]]:
     except ValueError as error:
         raise BadRow("a function call is not JSON", f"{where}: {error}") from error
     calls = calls if isinstance(calls, list) else [calls]
-    for call in calls:
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            raise BadRow("a function call has no name", where)
-    return [{"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}} for call in calls]
+    return [call_of(call, where) for call in calls]
 
 
 def _mark(item: Any) -> bool | None:

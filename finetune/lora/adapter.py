@@ -1,58 +1,36 @@
-"""The adapter: which linear layers learn, in how many columns, and proof that every target matched."""
+"""Puts fresh adapters on a base: targets matched, base prepared, variant chosen, numbers set."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.console import human_bytes, say
 from finetune.errors import ModelError
+from finetune.lora.config import ALL_LINEAR, DOUBLED, LoraConfig
 
 if TYPE_CHECKING:
+    from peft import LoraConfig as PeftConfig
     from peft import PeftModel
     from torch import nn
 
-ALL_LINEAR = "all-linear"
+MAGNITUDE = "lora_magnitude_vector"
+"""DoRA's length of each row, as peft names it."""
 
 
-@dataclass(kw_only=True, slots=True)
-class LoraConfig:
-    """Which weights learn, and how much room they get."""
-
-    rank: int
-    """Columns of A, rows of B. Adapter memory grows linearly with it."""
-
-    alpha: float
-    """The update is scaled by ``alpha / rank``; keep the ratio when you change the rank."""
-
-    dropout: float
-    """Share of the adapter's inputs zeroed while training, 0 to below 1."""
-
-    targets: list[str]
-    """Last name segments of the linear layers to adapt, e.g. ``q_proj``; ``all-linear`` takes all but the head."""
-
-    dtype: str
-    """Numbers of the adapter: ``float32`` keeps small updates that ``bfloat16`` rounds away."""
-
-    def problems(self) -> Iterator[str]:
-        if self.rank < 1:
-            yield f"lora.rank must be at least 1; got {self.rank}"
-        if self.alpha <= 0:
-            yield f"lora.alpha must be positive, or the adapter has no effect; got {self.alpha}"
-        if not 0 <= self.dropout < 1:
-            yield f"lora.dropout must be at least 0 and below 1; got {self.dropout}"
-        if not self.targets:
-            yield "lora.targets is empty, so nothing would train; name a layer, e.g. [q_proj, v_proj], or [all-linear]"
-        if ALL_LINEAR in self.targets and len(self.targets) > 1:
-            yield f"lora.targets: {ALL_LINEAR} already takes every linear layer; got {self.targets}: leave the others out"
-        if self.dtype not in ("float32", "bfloat16"):
-            yield f"lora.dtype must be float32 or bfloat16; got {self.dtype!r}"
-
-
-def attach(model: Any, config: LoraConfig, *, upcast: str, checkpointing: bool, seed: int) -> PeftModel:
-    """Prepares the quantized base for training and puts fresh adapters on it.
+def attach(
+    model: Any,
+    config: LoraConfig,
+    *,
+    upcast: str,
+    checkpointing: bool,
+    seed: int,
+    calibration: Iterable[Sequence[int]] | None = None,
+    original: Path | None = None,
+) -> PeftModel:
+    """Prepares the quantized base for training and puts fresh adapters on it; the base's weights stay as they are.
 
     Args:
         model: The base as `model.load` gave it.
@@ -60,31 +38,62 @@ def attach(model: Any, config: LoraConfig, *, upcast: str, checkpointing: bool, 
         upcast: ``model.upcast``.
         checkpointing: Whether activations are computed again in the backward pass instead of kept.
         seed: Seeds the adapter's first weights.
+        calibration: Token ids of some training documents; only ``eva`` reads them.
+        original: Folder of the unquantized base; only ``loftq`` reads it.
 
     Raises:
-        ModelError: A target matches no linear layer; the message lists what the model has.
+        ModelError: A target matches no linear layer (the message lists what the model has), or the variant lacks what
+            it starts from.
     """
     import peft
     import torch
     from transformers import set_seed
 
+    from finetune.lora import starts
+
     targets = resolve(model, config.targets)
+    inputs = {}
+    if config.variant == "eva":
+        inputs = starts.input_directions(model, targets, documents=calibration, rank=config.rank, seed=seed)
     prepare(model, upcast=upcast, checkpointing=checkpointing)
     set_seed(seed)
-    settings = peft.LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft takes a float and says int
+    adapted = peft.get_peft_model(model, settings(config, targets))
+    if config.variant == "eva":
+        starts.use_input_directions(adapted, inputs)
+    elif config.variant in DOUBLED:
+        starts.use_weight_parts(adapted, config.variant, rank=config.rank)
+    elif config.variant == "loftq":
+        starts.use_rounding_errors(adapted, original, rank=config.rank)
+    elif config.variant == "dora":
+        starts.use_row_lengths(adapted, dtype=getattr(torch, config.dtype))
+    cast_adapter(adapted, config.dtype)
+    _say(adapted, config, targets)
+    return adapted
+
+
+def settings(config: LoraConfig, targets: Iterable[str]) -> PeftConfig:
+    """What peft is told. It is not told of the start, so loading the saved adapter never repeats one."""
+    import peft
+
+    return peft.LoraConfig(
+        r=config.width,
+        lora_alpha=config.alpha * (config.width // config.rank),  # type: ignore[arg-type]  # peft takes a float and says int
         lora_dropout=config.dropout,
         target_modules=sorted(targets),
+        use_rslora=config.variant == "rslora",
+        use_dora=config.variant == "dora",
         task_type="CAUSAL_LM",
     )
-    adapted = peft.get_peft_model(model, settings)
-    cast_adapter(adapted, config.dtype)
+
+
+def _say(adapted: nn.Module, config: LoraConfig, targets: dict[str, int]) -> None:
     matched = ", ".join(f"{name} x{count}" for name, count in sorted(targets.items()))
-    trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    size = human_bytes(trainable * getattr(torch, config.dtype).itemsize)
-    say("lora", f"rank {config.rank} on {matched}: {trainable:,} trainable parameters, {size} in {config.dtype}")
-    return adapted
+    parameters = [p for p in adapted.parameters() if p.requires_grad]
+    count = sum(p.numel() for p in parameters) * config.rank // config.width
+    size = human_bytes(sum(p.numel() * p.element_size() for p in parameters))
+    kind = "" if config.variant == "lora" else f"{config.variant}, "
+    start = f", with the start that is taken off again: rank {config.width} on disk" if config.width != config.rank else ""
+    say("lora", f"{kind}rank {config.rank} on {matched}: {count:,} trainable parameters, {size} in {config.dtype}{start}")
 
 
 def resolve(model: nn.Module, wished: list[str]) -> dict[str, int]:
@@ -141,13 +150,15 @@ def cast_adapter(model: nn.Module, dtype: str) -> int:
     """Puts every trainable parameter into ``dtype``; returns how many changed.
 
     TRL 1.16 casts the trainable parameters of a quantized model to bfloat16 inside its trainer's ``__init__``, so this
-    runs once when the adapter is made and once more after TRL's trainer is.
+    runs once when the adapter is made and once more after TRL's trainer is. DoRA's lengths stay in float32: one step
+    changes them by less than bfloat16 can hold. TRL leaves them out too.
     """
     import torch
 
     changed = 0
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dtype != getattr(torch, dtype):
-            parameter.data = parameter.data.to(getattr(torch, dtype))
+    for name, parameter in model.named_parameters():
+        wanted = torch.float32 if MAGNITUDE in name else getattr(torch, dtype)
+        if parameter.requires_grad and parameter.dtype != wanted:
+            parameter.data = parameter.data.to(wanted)
             changed += 1
     return changed

@@ -1,0 +1,88 @@
+"""Decides how a step is computed: a pure function of wishes and facts, with reasons."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from finetune.errors import HardwareError
+from finetune.speed.config import SpeedConfig
+
+CACHE_SHARE = 0.25
+"""Share of the free memory that dequantized weights may take; activations need the rest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What the choice hangs on.
+
+    Attributes:
+        unfit: Why the layers of this model cannot be fused; None where they can.
+        quantized: Whether the fused layers' weights are quantized.
+        dense_bytes: Size of those weights in 16 bit.
+        free_bytes: Free memory of the device.
+        no_split: Why head and loss cannot be separated from the model; None where they can.
+        no_native: Why there are no native kernels; None where there are.
+        tiles: Whether the attention kernels for AMX can be used.
+    """
+
+    unfit: str | None
+    quantized: bool
+    dense_bytes: int
+    free_bytes: int
+    no_split: str | None
+    no_native: str | None
+    tiles: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """How a step is computed, and why, a sentence for each."""
+
+    fused: bool
+    cached: bool
+    trained_only: bool
+    native: bool
+    tiles: bool
+    keep_memory: bool
+    reasons: tuple[str, ...]
+
+
+def choose(config: SpeedConfig, facts: Facts, *, device: str) -> Choice:
+    """
+    Raises:
+        HardwareError: A wish other than ``auto`` that cannot be fulfilled here.
+    """
+    fused, fused_why = _wish("layers", config.layers, "fused", facts.unfit, "q, k, v and gate, up of this model read the same input")
+    crowded = facts.dense_bytes > CACHE_SHARE * facts.free_bytes
+    no_cache = None if fused else "layers are plain"
+    if config.weights == "auto" and fused and facts.quantized and crowded:
+        no_cache = f"16-bit copies would take more than {CACHE_SHARE:.0%} of the free memory"
+    cached, cached_why = _wish("weights", config.weights, "cached", no_cache, "16-bit copies fit, and dequantizing is done once")
+    trained_only, loss_why = _wish("loss", config.loss, "trained", facts.no_split, "the rest of the logits would be thrown away")
+    nothing_to_do = None if fused or trained_only else "layers and loss are plain"
+    native, native_why = _wish("kernels", config.kernels, "native", facts.no_native or nothing_to_do, "one pass over memory each")
+    keeps, memory_why = _wish(
+        "memory", config.memory, "kept", None if device == "cpu" else f"{device} has torch's own allocator", "no page is asked for twice"
+    )
+    tiles = native and fused and facts.tiles
+    reasons = (
+        f"layers {'fused' if fused else 'plain'}: {fused_why}",
+        f"weights {'cached' if cached else 'quantized' if facts.quantized else 'as loaded'}: {cached_why}",
+        f"loss on {'trained' if trained_only else 'all'} tokens: {loss_why}",
+        f"kernels {'native' if native else 'plain'}: {native_why}{', attention in AMX tiles' if tiles else ''}",
+        f"memory {'kept' if keeps else 'plain'}: {memory_why}",
+    )
+    return Choice(
+        fused=fused, cached=cached, trained_only=trained_only, native=native, tiles=tiles, keep_memory=keeps, reasons=reasons
+    )  # fmt: skip
+
+
+def _wish(key: str, wish: str, better: str, obstacle: str | None, gain: str) -> tuple[bool, str]:
+    """Whether the better form is taken, and why."""
+    if wish not in ("auto", better):
+        return False, f"as set by speed.{key}"
+    if obstacle is None:
+        return True, gain if wish == "auto" else f"as set by speed.{key}"
+    if wish == "auto":
+        return False, obstacle
+    raise HardwareError(f"speed.{key}={wish} is not possible here: {obstacle}; use speed.{key}=auto")

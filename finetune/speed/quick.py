@@ -1,0 +1,190 @@
+"""The verb: changes how an adapted model computes its steps, and says what was chosen."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from finetune.console import say
+from finetune.speed import blocks, native, plain
+from finetune.speed.blocks import Switch
+from finetune.speed.choose import Choice, Facts, choose
+from finetune.speed.linear import Siblings, is_adapted
+from finetune.speed.steps import HeadLoss
+
+if TYPE_CHECKING:
+    from finetune.hardware import Placement
+    from finetune.speed.config import SpeedConfig
+
+IGNORED = -100
+TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
+"""Names of glibc's mallopt. Source: malloc.h."""
+
+KEEP_BYTES = 2**31 - 1
+
+
+class Quick:
+    """How the steps of a model are computed.
+
+    Attributes:
+        choice: What was chosen, with reasons.
+    """
+
+    def __init__(self, choice: Choice, kernels: ModuleType) -> None:
+        self.choice, self.kernels, self.switch = choice, kernels, Switch()
+
+    @property
+    def autocast(self) -> bool:
+        """Whether the model needs autocast around it: fused layers choose their numbers themselves."""
+        return not (self.switch.on and self.choice.fused and self.choice.trained_only)
+
+    @property
+    def trained_only(self) -> bool:
+        """Whether `loss` is to be used."""
+        return self.switch.on and self.choice.trained_only
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Everything as transformers and peft compute it, for a while."""
+        before, self.switch.on = self.switch.on, False
+        try:
+            yield
+        finally:
+            self.switch.on = before
+
+    def loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """Summed loss of the trained tokens in nats, without logits of the others.
+
+        Args:
+            model: The adapted model.
+            inputs: A micro-batch of the collator, with ``labels``.
+        """
+        causal = model.get_base_model()
+        labels = inputs["labels"]
+        rest = {name: value for name, value in inputs.items() if name != "labels"}
+        hidden = causal.get_decoder()(**rest, use_cache=False).last_hidden_state[:, :-1]
+        trained = labels[:, 1:] != IGNORED
+        head = causal.get_output_embeddings()
+        result: Tensor = HeadLoss.apply(hidden[trained], head.weight, labels[:, 1:][trained], self.kernels)
+        return result
+
+
+def quicken(adapted: Any, config: SpeedConfig, *, placement: Placement, checkpointing: str) -> Quick:
+    """Fuses what can be fused, in place.
+
+    Args:
+        adapted: From `lora.attach`, on its device.
+        config: The speed group.
+        placement: Device and numbers.
+        checkpointing: ``selective`` computes gated activations again on the way back, fused or not.
+
+    Raises:
+        HardwareError: A wish that this model or machine cannot fulfil.
+    """
+    model = adapted.get_base_model()
+    choice = choose(config, facts_of(model, placement), device=placement.device)
+    say("speed", *choice.reasons)
+    quick = Quick(choice, native if choice.native else plain)
+    if choice.fused:
+        siblings = partial(Siblings.of, cache=choice.cached, dtype=getattr(torch, placement.dtype))
+        fuse(model, quick, siblings=siblings)
+    if checkpointing == "selective":
+        for mlp in blocks.parts(model, blocks.GATED):
+            blocks.recompute_gated(mlp)
+    if choice.keep_memory:
+        keep_memory()
+    return quick
+
+
+def fuse(model: Any, quick: Quick, *, siblings: Callable[[list[Any]], Siblings]) -> None:
+    """Puts fused forward passes in the place of the model's."""
+    for attention in blocks.parts(model, blocks.ATTENTIONS):
+        tiles = quick.choice.tiles and attention.head_dim % native.TILE_WIDTH == 0
+        blocks.fuse_attention(attention, siblings=siblings, tiles=tiles, switch=quick.switch)
+    for mlp in blocks.parts(model, blocks.GATED):
+        blocks.fuse_gated(mlp, siblings=siblings, kernels=quick.kernels, switch=quick.switch)
+    for norm in blocks.parts(model, blocks.NORMS):
+        blocks.fuse_norm(norm, kernels=quick.kernels, switch=quick.switch)
+
+
+def facts_of(model: Any, placement: Placement) -> Facts:
+    """Looks at the model and the machine."""
+    layers = [layer for kind in (blocks.ATTENTIONS, blocks.GATED) for part in blocks.parts(model, kind) for layer in part.children()]
+    linear = [layer for layer in layers if hasattr(layer, "in_features")]
+    weights = [layer.get_base_layer().weight if is_adapted(layer) else layer.weight for layer in linear]
+    no_native = native.missing() if placement.device == "cpu" else f"they are for a CPU and this run is on {placement.device}"
+    if no_native is None and placement.dtype != "bfloat16":
+        no_native = f"they compute in bfloat16 and this run in {placement.dtype}"
+    if no_native is None and native.library() is None:
+        no_native = "g++ could not compile them"
+    return Facts(
+        unfit=unfit(model, placement.dtype),
+        quantized=any(hasattr(weight, "quant_state") for weight in weights),
+        dense_bytes=2 * sum(layer.in_features * layer.out_features for layer in linear),
+        free_bytes=_free_bytes(placement.device),
+        no_split=_no_split(model, placement.dtype),
+        no_native=no_native,
+        tiles=no_native is None and native.has_tiles(),
+    )
+
+
+def unfit(model: Any, dtype: str) -> str | None:
+    """Why this model's layers cannot be fused; None where they can."""
+    attentions, gated = blocks.parts(model, blocks.ATTENTIONS), blocks.parts(model, blocks.GATED)
+    if not attentions or not gated:
+        return f"{type(model).__name__} is built of other parts than {', '.join(blocks.ATTENTIONS)}"
+    if any(type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation") for mlp in gated):
+        return "its activation is not SiLU"
+    if any(attention.attention_dropout for attention in attentions):
+        return "it drops attention at random"
+    layers = [layer for part in (*attentions, *gated) for layer in part.children() if is_adapted(layer)]
+    if any(float(getattr(dropout, "p", 0.0)) for layer in layers for dropout in layer.lora_dropout.values()):
+        return "lora.dropout is not 0"
+    if any(getattr(layer, "lora_variant", None) for layer in layers):
+        return "this variant of LoRA is computed by peft"
+    bases = {type(layer.get_base_layer()).__name__ for layer in layers}
+    if bases - {"Linear", "Linear4bit"}:
+        return f"{', '.join(sorted(bases - {'Linear', 'Linear4bit'}))} layers compute in their own way"
+    if any(parameter.dtype != getattr(torch, dtype) for norm in blocks.parts(model, blocks.NORMS) for parameter in norm.parameters()):
+        return f"model.upcast keeps norms in other numbers than {dtype}"
+    return None
+
+
+def _no_split(model: Any, dtype: str) -> str | None:
+    head = model.get_output_embeddings()
+    text = model.config.get_text_config()
+    if head is None or type(head).__name__ != "Linear" or head.bias is not None or head.weight.requires_grad:
+        return "its head is no frozen linear layer"
+    if head.weight.dtype != getattr(torch, dtype):
+        return f"its head is not in {dtype}"
+    scales = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+    if any(getattr(text, name, None) not in (None, 1.0) for name in scales):
+        return "it changes its logits after the head"
+    if getattr(text, "output_router_logits", False):
+        return "its experts add to the loss"
+    return None
+
+
+def _free_bytes(device: str) -> int:
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def keep_memory() -> None:
+    """Freed activations stay with the process: asking the system for a gigabyte of zeroed pages in each step costs a tenth of it."""
+    try:
+        library = ctypes.CDLL("libc.so.6")
+    except OSError:  # not glibc
+        return
+    for name, value in ((MMAP_THRESHOLD, KEEP_BYTES), (TRIM_THRESHOLD, KEEP_BYTES), (TOP_PAD, 2**26)):
+        library.mallopt(name, value)
