@@ -1,5 +1,6 @@
 """What is made once and used by every run: under ``FINETUNE_CACHE`` or the user's cache folder."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,16 +16,23 @@ def cache_folder(name: str) -> Path:
 
 
 def file_sha256(file: Path) -> str:
-    """SHA-256 of a file's bytes, remembered by path, size and time of change so that large files are read once."""
+    """SHA-256 of a file's bytes, remembered by path, size and time of change so that large files are read once.
+
+    A memory that cannot be read or written costs a second reading and nothing else.
+    """
     resolved = file.resolve()
     status = resolved.stat()
     key = hashlib.sha256(f"{resolved}:{status.st_size}:{status.st_mtime_ns}".encode()).hexdigest()
-    memo = cache_folder("hashes") / f"{key}.json"
-    if memo.is_file():
-        return str(json.loads(memo.read_text())["sha256"])
+    memo: Path | None = None
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        memo = cache_folder("hashes") / f"{key}.json"
+        if memo.is_file():
+            return str(json.loads(memo.read_text())["sha256"])
     with open(resolved, "rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    partial = memo.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps({"file": str(resolved), "sha256": digest}))
-    os.replace(partial, memo)
+    if memo is not None:
+        partial = memo.with_suffix(f".{os.getpid()}")
+        with contextlib.suppress(OSError):
+            partial.write_text(json.dumps({"file": str(resolved), "sha256": digest}))
+            os.replace(partial, memo)
     return digest

@@ -145,31 +145,46 @@ def load(base: Base, config: ModelConfig, *, quantization: QuantizationConfig, p
     Raises:
         ModelError: The model has nothing to quantize, or transformers cannot load it.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
+    from finetune.quantization import copy_of, protect, quantized_layers
 
-    from finetune.quantization import loader_arguments, protect, quantized_layers
-
-    device = (
-        f"{placement.device}:{os.environ['LOCAL_RANK']}" if placement.device == "cuda" and "LOCAL_RANK" in os.environ else placement.device
-    )
-    arguments = loader_arguments(quantization, dtype=placement.dtype)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            base.folder,
-            dtype=getattr(torch, placement.dtype),
-            attn_implementation=placement.attention,
-            device_map={"": device},
-            trust_remote_code=config.trust_remote_code,
-            **arguments,
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"model.name={config.name}: transformers cannot load {base.folder}: {error}") from error
+    copy = None
+    if quantization.method != "none" and not config.trust_remote_code:  # a copy with code beside it would be code from the cache
+        copy = copy_of(base.folder, weights=weights_sha256(base.folder), quantization=quantization, placement=placement)
+    kept = copy.read(lambda folder: _open(folder, config, placement=placement)) if copy else None
+    if kept is not None:
+        model = kept
+    else:
+        try:
+            model = _open(base.folder, config, placement=placement, quantization=quantization)
+        except (OSError, ValueError, ImportError) as error:
+            raise ModelError(f"model.name={config.name}: transformers cannot load {base.folder}: {error}") from error
     protect(model)
     if quantization.method != "none" and not quantized_layers(model):
         raise ModelError(f"quantization.method={quantization.method}: {config.name} has no linear layer to quantize; use quantization=none")
+    if copy and kept is None:
+        copy.keep(model)
+    model.name_or_path = model.config._name_or_path = str(base.folder)  # peft writes it into the adapter
     model.requires_grad_(False)
     return model.eval()
+
+
+def _open(folder: Path, config: ModelConfig, *, placement: Placement, quantization: QuantizationConfig | None = None) -> PreTrainedModel:
+    """A folder's model on its device: quantized on the way in as asked, or as it was saved where ``quantization`` is None."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from finetune.quantization import loader_arguments, silence
+
+    silence()
+    rank = os.environ.get("LOCAL_RANK") if placement.device == "cuda" else None
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=getattr(torch, placement.dtype),
+        attn_implementation=placement.attention,
+        device_map={"": placement.device if rank is None else f"cuda:{rank}"},
+        trust_remote_code=config.trust_remote_code,
+        **(loader_arguments(quantization, dtype=placement.dtype) if quantization else {}),
+    )
 
 
 def resident_bytes(model: Any) -> int:
@@ -232,7 +247,10 @@ def _from_gguf(file: Path) -> Path:
     """A dense bfloat16 safetensors folder made from a GGUF file, kept in the cache under the file's hash."""
     if not file.is_file():
         raise ModelError(f"model.name: {file} does not exist; give the path of a .gguf file")
-    target = cache_folder("models") / f"{file.stem}-{file_sha256(file)[:16]}"
+    try:
+        target = cache_folder("models") / f"{file.stem}-{file_sha256(file)[:16]}"
+    except OSError as error:
+        raise ModelError(f"model.name={file}: it has to be unpacked and the cache cannot be used ({error}); set FINETUNE_CACHE") from error
     if target.is_dir():
         return target
     if importlib.util.find_spec("gguf") is None:

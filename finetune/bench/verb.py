@@ -7,7 +7,7 @@ from pathlib import Path
 
 from finetune.errors import ConfigError
 
-BENCHES = {"data": ("source", "tokenizer", "rows"), "merge": ("parameters",)}
+BENCHES = {"data": ("source", "tokenizer", "rows"), "merge": ("parameters",), "speed": ("source", "rows", "against", "repeats")}
 """What can be measured, and the settings it takes."""
 
 
@@ -30,7 +30,19 @@ def bench(arguments: Sequence[str]) -> None:
         bench_merge(parameters=number(settings.get("parameters", "3e9"), "bench merge: parameters"))
         return
     if "source" not in settings:
-        raise ConfigError("bench data: source is missing; give a JSON Lines file with question and answer, e.g. source=gsm8k/train.jsonl")
+        raise ConfigError(
+            f"bench {what}: source is missing; give a JSON Lines file with question and answer, e.g. source=gsm8k/train.jsonl"
+        )
+    if what == "speed":
+        from finetune.bench.speed import bench as bench_speed
+
+        if settings.get("against", "trl") != "trl":
+            raise ConfigError(f"bench speed: against must be trl, or left out to compare the speed options; got {settings['against']}")
+        bench_speed(
+            Path(settings["source"]), rows=int(number(settings.get("rows", "128"), "bench speed: rows")), against=settings.get("against"),
+            repeats=int(number(settings.get("repeats", "1"), "bench speed: repeats")),
+        )  # fmt: skip
+        return
     from finetune.bench.data import bench as bench_data
 
     rows = int(number(settings.get("rows", "100000"), "bench data: rows"))

@@ -10,13 +10,18 @@ import torch
 from finetune.measure.rows import IGNORED
 
 
+FLAT_MULTIPLE = 64
+"""A flat row is filled up to a multiple of so many tokens: a CPU's matrix library keeps code and memory for each shape it meets,
+2 GB after 15 shapes of a small model."""
+
+
 @dataclass(frozen=True, slots=True)
 class Collator:
     """Makes micro-batches.
 
     Attributes:
-        flat: All documents end to end in one row without padding, kept apart by positions that restart; needs an
-            attention that heeds them. Otherwise every document has a row of its own, packed or not.
+        flat: All documents end to end in one row, kept apart by positions that restart; needs an attention that heeds
+            them. What fills the row up is a document of its own. Otherwise every document has a row of its own, packed or not.
         pad_token_id: Fills the rows up; masked, and never learnt.
     """
 
@@ -31,12 +36,15 @@ class Collator:
         Returns:
             ``input_ids`` and ``labels``, shape (1, tokens) with ``position_ids`` and the borders of the documents that
             variable-length kernels take, or (documents, longest) with ``attention_mask``. The first token of a document
-            is never a label: nothing stands before it.
+            is never a label: nothing stands before it. ``padding`` counts the tokens that fill up.
         """
         documents = [document for row in rows for document in _documents(row)]
         return self._flat(documents) if self.flat else self._padded(documents)
 
     def _flat(self, documents: list[tuple[list[int], list[int]]]) -> dict[str, Any]:
+        padding = -sum(len(ids) for ids, _ in documents) % FLAT_MULTIPLE
+        if padding:
+            documents = [*documents, ([self.pad_token_id] * padding, [IGNORED] * padding)]
         lengths = [len(ids) for ids, _ in documents]
         borders = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
         return {
@@ -47,6 +55,7 @@ class Collator:
             "cu_seq_lens_k": borders,
             "max_length_q": max(lengths),
             "max_length_k": max(lengths),
+            "padding": padding,
         }
 
     def _padded(self, documents: list[tuple[list[int], list[int]]]) -> dict[str, Any]:
@@ -57,7 +66,7 @@ class Collator:
             input_ids[number, : len(ids)] = torch.tensor(ids)
             labels[number, : len(ids)] = torch.tensor(learnt)
             mask[number, : len(ids)] = 1
-        return {"input_ids": input_ids, "labels": labels, "attention_mask": mask}
+        return {"input_ids": input_ids, "labels": labels, "attention_mask": mask, "padding": int((mask == 0).sum())}
 
 
 def _documents(row: dict[str, Any]) -> Iterator[tuple[list[int], list[int]]]:

@@ -2,5 +2,6 @@
 
 from finetune.quantization.bnb import dense, loader_arguments, protect, quantized_layers, silence
 from finetune.quantization.config import QuantizationConfig, spec
+from finetune.quantization.copy import copy_of
 
-__all__ = ["QuantizationConfig", "dense", "loader_arguments", "protect", "quantized_layers", "silence", "spec"]
+__all__ = ["QuantizationConfig", "copy_of", "dense", "loader_arguments", "protect", "quantized_layers", "silence", "spec"]

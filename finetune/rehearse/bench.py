@@ -78,15 +78,25 @@ class Bench:
         return sum(label != -100 for row in self.documents for label in row["labels"][1:])
 
     def loss(self) -> torch.Tensor:
-        """Summed loss of all documents in nats, as training takes it; one by one where that needs all logits."""
+        """Summed loss of all documents in nats: as training takes it, or by plain steps while those are asked for."""
         if self.quick.trained_only:
             return self.quick.loss(self.model, self._flat(self.documents))
+        if self.quick.choice.trained_only:  # then the head can be separated; logits of the others would take gigabytes
+            return self._plain_loss(self._flat(self.documents))
         losses = []
         for row in self.documents:
             ids, labels = (torch.tensor([row[key]], device=self.device) for key in ("input_ids", "labels"))
             logits = self._forward(ids)[0, :-1].float()
             losses.append(torch.nn.functional.cross_entropy(logits, labels[0, 1:], ignore_index=-100, reduction="sum"))
         return torch.stack(losses).sum()
+
+    def _plain_loss(self, inputs: dict[str, Any]) -> torch.Tensor:
+        labels = inputs.pop("labels")[:, 1:]
+        causal = self.model.get_base_model()
+        with self._numbers():
+            hidden = causal.get_decoder()(**inputs, use_cache=False).last_hidden_state[:, :-1]
+            logits = causal.get_output_embeddings()(hidden[labels != -100]).float()
+        return torch.nn.functional.cross_entropy(logits, labels[labels != -100], reduction="sum")
 
     def trained_logprobs(self, *, layout: str) -> torch.Tensor:
         """Log-probability of every trained token, shape (tokens,), in evaluation mode.
@@ -146,8 +156,12 @@ class Bench:
         """Documents end to end, as training lays them out."""
         rows = [{**row, "seq_lengths": [len(row["input_ids"])]} for row in documents]
         batch = Collator(flat=True, pad_token_id=0)(rows)
+        del batch["padding"]
         return {name: value.to(self.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
     def _forward(self, ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
-        with torch.autocast(self.device.split(":")[0], dtype=self.autocast, enabled=self.autocast != torch.float32):
+        with self._numbers():
             return self.model(input_ids=ids, use_cache=False, **inputs).logits
+
+    def _numbers(self) -> torch.autocast:
+        return torch.autocast(self.device.split(":")[0], dtype=self.autocast, enabled=self.autocast != torch.float32)

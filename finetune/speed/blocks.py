@@ -63,13 +63,14 @@ def fuse_gated(mlp: Any, *, siblings: Callable[[list[Any]], Siblings], kernels: 
     """Gate and up as one product, their activation as one step."""
     plain: Forward = mlp.forward
     both, down = siblings([mlp.gate_proj, mlp.up_proj]), siblings([mlp.down_proj])
+    step = SwiGlu(kernels)
 
     def forward(x: Tensor) -> Tensor:
         if not switch.on or both.plain or down.plain or x.dtype != both.dtype:
             result: Tensor = plain(x)
             return result
         tokens = x.reshape(-1, x.shape[-1])
-        return down(SwiGlu.apply(both(tokens), kernels)).view(x.shape)
+        return down(both(tokens), step).view(x.shape)
 
     mlp.forward = forward
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -54,17 +54,18 @@ class Siblings:
                 layer.weight.data = self.cached[start:end]
             start = end
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, step: Step | None = None) -> Tensor:
         """The outputs side by side.
 
         Args:
-            x: Shape (tokens, inputs).
+            x: Shape (tokens, inputs), or what ``step`` makes that of.
+            step: Computed before the product, and again on the way back, so that its result is not kept.
 
         Returns:
             Shape (tokens, outputs).
         """
         matrices = [matrix for part in self.adapters for matrix in (part.a, part.b)]
-        result: Tensor = _Product.apply(x, self, *matrices)
+        result: Tensor = _Product.apply(x, self, step, *matrices)
         return result
 
     @property
@@ -85,6 +86,14 @@ class Siblings:
         """Whether peft has to compute them itself just now: switched off, merged, or several adapters at once."""
         adapted = [layer for layer in self.layers if is_adapted(layer)]
         return any(layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1 for layer in adapted)
+
+
+class Step(Protocol):
+    """A cheap step before a product."""
+
+    def forward(self, raw: Tensor) -> Tensor: ...
+
+    def backward(self, grad: Tensor, raw: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +117,11 @@ def base(layer: Any) -> Any:
 
 
 class _Product(torch.autograd.Function):
-    """``x W' + b + s (x A') B'`` for each sibling. Between forward and backward only ``x`` and ``x A'`` are kept."""
+    """``x W' + b + s (x A') B'`` for each sibling. Only ``x A'`` and ``x``, or what ``x`` is made of, are kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, siblings: Siblings, *matrices: Tensor) -> Tensor:
+    def forward(ctx: Any, raw: Tensor, siblings: Siblings, step: Step | None, *matrices: Tensor) -> Tensor:
+        x = step.forward(raw) if step else raw
         adapters = siblings.adapters
         y = torch.nn.functional.linear(x, siblings.weight(), siblings.bias)
         a = torch.cat(matrices[0::2]).to(x.dtype) if matrices else x.new_empty((0, x.shape[1]))
@@ -119,13 +129,14 @@ class _Product(torch.autograd.Function):
         inner = x @ a.t()
         for part, ranks, b in zip(adapters, _ranks(matrices), scaled, strict=True):
             y[:, part.columns].addmm_(inner[:, ranks], b.t())
-        ctx.save_for_backward(x, inner, a, *scaled)
-        ctx.siblings, ctx.ranks, ctx.formats = siblings, _ranks(matrices), [matrix.dtype for matrix in matrices]
+        ctx.save_for_backward(raw, inner, a, *scaled)
+        ctx.step, ctx.siblings, ctx.ranks, ctx.formats = step, siblings, _ranks(matrices), [matrix.dtype for matrix in matrices]
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        x, inner, a, *scaled = ctx.saved_tensors
+        raw, inner, a, *scaled = ctx.saved_tensors
+        x = ctx.step.forward(raw) if ctx.step else raw
         d_inner, grads = torch.empty_like(inner), list[Tensor]()
         for part, ranks, b in zip(ctx.siblings.adapters, ctx.ranks, scaled, strict=True):
             mine = dy[:, part.columns]
@@ -136,8 +147,9 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = dy @ ctx.siblings.weight()
             dx.addmm_(d_inner, a)
+            dx = ctx.step.backward(dx, raw) if ctx.step else dx
         found = [grad for ranks, d_b in zip(ctx.ranks, grads, strict=True) for grad in (d_a[ranks], d_b)]
-        return dx, None, *(grad.to(kind) for grad, kind in zip(found, ctx.formats, strict=True))
+        return dx, None, None, *(grad.to(kind) for grad, kind in zip(found, ctx.formats, strict=True))
 
 
 def _ranks(matrices: tuple[Tensor, ...]) -> list[slice]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -28,19 +29,19 @@ class RmsNorm(torch.autograd.Function):
         return ctx.kernels.rms_backward(dy.contiguous(), x, weight, rstd), None, None, None
 
 
-class SwiGlu(torch.autograd.Function):
-    """``silu(gate) * up``; keeps gate and up, which the product before wrote side by side."""
+@dataclass(frozen=True, slots=True)
+class SwiGlu:
+    """``silu(gate) * up`` before the product that reads it; gate and up lie side by side as the product before wrote them."""
 
-    @staticmethod
-    def forward(ctx: Any, both: Tensor, kernels: ModuleType) -> Tensor:
-        ctx.save_for_backward(both)
-        ctx.kernels = kernels
-        return kernels.swiglu_forward(both)
+    kernels: ModuleType
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        (both,) = ctx.saved_tensors
-        return ctx.kernels.swiglu_backward(dy.contiguous(), both), None
+    def forward(self, raw: Tensor) -> Tensor:
+        result: Tensor = self.kernels.swiglu_forward(raw)
+        return result
+
+    def backward(self, grad: Tensor, raw: Tensor) -> Tensor:
+        result: Tensor = self.kernels.swiglu_backward(grad, raw)
+        return result
 
 
 class HeadLoss(torch.autograd.Function):
@@ -60,14 +61,17 @@ class HeadLoss(torch.autograd.Function):
         Returns:
             Summed loss in nats, float32.
         """
-        gradient, losses = torch.empty_like(hidden), []
-        for start in range(0, len(hidden), LOSS_ROWS):
+        positions, filled = len(hidden), -(-len(hidden) // LOSS_ROWS) * LOSS_ROWS  # products of one shape only
+        hidden = torch.nn.functional.pad(hidden, (0, 0, 0, filled - positions))
+        targets = torch.nn.functional.pad(targets, (0, filled - positions))
+        gradient, losses = torch.empty_like(hidden), hidden.new_empty(filled, dtype=torch.float32)
+        for start in range(0, filled, LOSS_ROWS):
             part = slice(start, start + LOSS_ROWS)
             logits = hidden[part] @ weight.t()
-            losses.append(kernels.cross_entropy(logits, targets[part]))
+            losses[part] = kernels.cross_entropy(logits, targets[part])
             torch.mm(logits, weight, out=gradient[part])
-        ctx.save_for_backward(gradient)
-        return torch.cat(losses).sum()
+        ctx.save_for_backward(gradient[:positions])
+        return losses[:positions].sum()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:

@@ -40,8 +40,7 @@ class Trainer(SFTTrainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], *arguments: Any, **keywords: Any) -> Any:
         labels = inputs["labels"]
-        mask = inputs.get("attention_mask")
-        self.counts.tokens += int(mask.sum()) if mask is not None else labels.numel()
+        self.counts.tokens += labels.numel() - inputs.pop("padding")
         self.counts.trained += int((labels != -100).sum())
         return super().training_step(model, inputs, *arguments, **keywords)
 

@@ -11,9 +11,11 @@ import pytest
 
 from finetune.data import PreparedData
 from finetune.data import explain as print_explanation
+from finetune.data.config import SourceConfig
 from finetune.data.show.explain import explain
+from finetune.data.show.marked import SplitFile
 from finetune.errors import DataError
-from tests.data.helpers import pair, split
+from tests.data.helpers import pair, split, write_jsonl
 
 ROWS = [pair(f"What is {number}?", f"It is <b>{number}</b>.") for number in range(12)]
 
@@ -49,10 +51,64 @@ def test_rendering_says_what_serving_must_do(run: Callable[..., PreparedData], t
 
 def test_preview_marks_the_learnt_text_and_escapes_the_rest(run: Callable[..., PreparedData]) -> None:
     page = (run(ROWS).folder / "preview.html").read_text()
-    assert "<mark>It is &lt;b&gt;0&lt;/b&gt;.&lt;|im_end|&gt;</mark>" in page
+    assert any(f'<mark>It is &lt;b&gt;{number}&lt;/b&gt;.</mark><mark class="end">&lt;|im_end|&gt;</mark>' in page for number in range(12))
+    assert "ends a turn, and is learnt in 3 of these 3." in page
     assert "http://" not in page
     assert "https://" not in page
     assert "<script" not in page
+
+
+PREFERENCE = [{"prompt": f"Say {number}.", "chosen": f"Good {number}.", "rejected": f"Bad {number}."} for number in range(3)]
+
+
+def test_preview_shows_the_rejected_answer_beside_the_chosen_one(run: Callable[..., PreparedData]) -> None:
+    page = (run(PREFERENCE, objective="preference").folder / "preview.html").read_text()
+    assert page.index("<mark>Good 1.</mark>") < page.index("<mark>Bad 1.</mark>") < page.index("<mark>Good 2.</mark>")
+
+
+def test_preview_says_which_answers_are_undesirable(run: Callable[..., PreparedData]) -> None:
+    rows = [{**pair("a", "Nice one."), "label": True}, {**pair("b", "Ugly one."), "label": False}]
+    page = (run(rows, objective="preference").folder / "preview.html").read_text()
+    shown = {part.split("<mark>")[1][:4]: "undesirable" in part for part in page.split("<details open>")[1:]}
+    assert shown == {"Nice": False, "Ugly": True}
+
+
+def test_preview_shows_documents_from_anywhere_in_packed_rows(run: Callable[..., PreparedData], tokenizer: Any) -> None:
+    product = run(ROWS, packing=True)
+    assert product.packed_rows < 3
+    found = SplitFile(product.folder / "train").sample(6)
+    assert len({document.row for document in found}) == 6
+    assert found == SplitFile(product.folder / "train").sample(6)
+    assert sorted(document.row for document in SplitFile(product.folder / "train").sample(99)) == list(range(12))
+
+
+def test_preview_counts_each_source_and_shows_rows_of_every_reason(run: Callable[..., PreparedData], tmp_path: Path) -> None:
+    first = write_jsonl(tmp_path / "one.jsonl", [*ROWS, ROWS[3], *[pair(f"q{number}", " ") for number in range(9)]])
+    second = write_jsonl(tmp_path / "two.jsonl", [pair("Who?", "Nobody, as far as we know."), pair("Why?", "word " * 300)])
+    page = (run(path=f"{first},{second}", bad_rows="drop").folder / "preview.html").read_text()
+    assert '<tr><td>one.jsonl</td><td class="n">22</td><td class="n">12</td>' in page
+    assert '<tr><td>two.jsonl</td><td class="n">2</td><td class="n">1</td>' in page
+    assert "<td>one.jsonl:13</td><td>duplicate</td><td>of one.jsonl:4</td>" in page
+    assert "<td>two.jsonl:2</td><td>longer than max_tokens</td>" in page
+    assert page.count("<td>the answer is empty</td>") == 4  # one count and the first three
+
+
+def test_why_shows_the_rejected_answer(run: Callable[..., PreparedData], tokenizer: Any) -> None:
+    text = explain(run(PREFERENCE, objective="preference").folder, "rows.jsonl:2", tokenizer)
+    assert "⟪Good 1.<|im_end|>⟫" in text
+    assert "⟪Bad 1.<|im_end|>⟫" in text.split("rejected answer")[1]
+
+
+def test_why_counts_the_tokens_of_a_long_row_once(run: Callable[..., PreparedData], tokenizer: Any) -> None:
+    text = explain(run([*ROWS, pair("q", "a b c " * 60)], max_tokens=64).folder, "rows.jsonl:13", tokenizer)
+    assert "left out, because: longer than max_tokens (" in text
+    assert text.count("tokens") == 2
+
+
+def test_summary_names_the_mix(run: Callable[..., PreparedData], tmp_path: Path, capsys: Any) -> None:
+    one, two = write_jsonl(tmp_path / "one.jsonl", ROWS), write_jsonl(tmp_path / "two.jsonl", [pair("Who?", "Me.")])
+    run(sources={"facts": SourceConfig(path=str(one), rows=5), "talk": SourceConfig(path=str(two))})
+    assert "mixed, before rows are held out: facts 5 rows, talk 1 row\n" in capsys.readouterr().out
 
 
 def test_why_shows_a_kept_row_with_its_learnt_text(run: Callable[..., PreparedData], tokenizer: Any) -> None:
@@ -84,7 +140,7 @@ def test_why_says_what_the_ledger_has(run: Callable[..., PreparedData], tokenize
 
 def test_summary_names_what_was_lost(run: Callable[..., PreparedData], capsys: Any) -> None:
     run([*ROWS, ROWS[0], pair("q", "")], bad_rows="drop")
-    assert "14 rows read, 12 kept (12 to train on, 0 held out); left out: 1 the answer is empty; 1 duplicates" in " ".join(
+    assert "14 rows read, 12 kept (12 to train on, 0 held out); left out: the answer is empty (1); duplicate (1)" in " ".join(
         capsys.readouterr().out.split()
     )
 

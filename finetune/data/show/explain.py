@@ -49,23 +49,34 @@ def _fate(folder: Path, row: dict[str, Any], tokenizer: Any) -> str:
         return f"{name}: duplicate of {original['source']}:{original['line']} (row {original['row']}), so it was left out"
     if row["fate"] == ledger.DROPPED:
         detail = f" ({row['detail']})" if row["detail"] else ""
-        tokens = f"; it had {row['full_tokens']:,} tokens" if row["full_tokens"] else ""
+        tokens = f"; it had {row['full_tokens']:,} tokens" if row["full_tokens"] and "tokens" not in row["detail"] else ""
         return f"{name}: left out, because: {row['reason']}{detail}{tokens}"
     split = SplitFile(folder / row["split"])
     document = split.at(row["pack"], row["position"])
-    pieces = f", the first of {row['pieces']} pieces" if row["pieces"] > 1 else ""
+    pieces = f", the first of {row['pieces']:,} pieces, which is shown here" if row["pieces"] > 1 else ""
     cut = f", truncated by {row['truncated_by']:,} tokens" if row["truncated_by"] else ""
     purpose = "trained on" if row["split"] == SPLITS[1] else "held out"
+    marked = {None: "", True: ", as a desirable answer", False: ", as an undesirable answer"}[document.desirable]
     return "\n".join(
         [
-            f"{name}: kept and {purpose}{cut}: {row['tokens']:,} tokens, {row['trained_tokens']:,} of them learnt",
+            f"{name}: kept and {purpose}{marked}{cut}: {row['tokens']:,} tokens, {row['trained_tokens']:,} of them learnt",
             f"{row['split']} row {row['pack']}, from token {row['position']}{pieces}",
             f"text (learnt between {LEARNT_OPEN} and {LEARNT_CLOSE}):",
             _marked(document, tokenizer),
             f"token ids (learnt between {LEARNT_OPEN} and {LEARNT_CLOSE}):",
             _ids(document),
+            *_worse(document, tokenizer),
         ]
     )
+
+
+def _worse(document: Document, tokenizer: Any) -> list[str]:
+    """The rejected answer from where it leaves the chosen one."""
+    if document.rejected is None:
+        return []
+    only = document.differing(document.rejected)
+    title = f"rejected answer ({len(document.rejected.ids):,} tokens with the prompt, {sum(document.rejected.learnt):,} of them its own):"
+    return [title, _marked(only, tokenizer), "its token ids:", _ids(only)]
 
 
 def _marked(document: Document, tokenizer: Any) -> str:

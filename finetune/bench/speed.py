@@ -1,0 +1,226 @@
+"""Training speed: this project beside `trl sft`, and each option of the speed group beside its plain form.
+
+Every contender is a process of its own on the same rows, the same tokens a step, the same seed; they take turns. What each
+adapter has learnt is measured by one function afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from finetune.console import human_bytes, say
+from finetune.errors import ConfigError
+
+PACK_TOKENS = 1024
+PACKS_PER_STEP = 2
+TRL_ROWS, TRL_ACCUMULATE = 4, 2
+"""About as many tokens a step as two packs of 1,024: rows of this work have 220 on average."""
+
+LEARNING_RATE, RANK, ALPHA = 2e-4, 16, 32
+HELD_OUT_ROWS = 64
+FLOP_PER_TOKEN_AND_PARAMETER = 4
+"""Two each forward and for the gradient of the input; frozen weights have no gradient of their own."""
+
+ABLATIONS = {
+    "everything plain": ["speed=plain"],
+    "layers plain": ["speed.layers=plain"],
+    "weights quantized": ["speed.weights=quantized"],
+    "loss on all tokens": ["speed.loss=all"],
+    "kernels plain": ["speed.kernels=plain"],
+    "memory plain": ["speed.memory=plain"],
+    "checkpointing selective": ["train.checkpointing=selective"],
+    "checkpointing full": ["train.checkpointing=full"],
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One training.
+
+    Attributes:
+        tokens_per_second: In the training loop, padding not counted.
+        peak_rss_bytes: Of the whole process.
+        seconds: Of the whole process.
+        held_out_loss: Nats per trained token afterwards, on rows that were not trained.
+    """
+
+    name: str
+    tokens_per_second: float
+    peak_rss_bytes: int
+    seconds: float
+    held_out_loss: float
+
+
+def bench(source: Path, *, rows: int, against: str | None, repeats: int) -> None:
+    """Prints a table and one line of JSON.
+
+    Args:
+        source: JSON Lines with ``question`` and ``answer``.
+        rows: Rows to train on; the next 64 are held out.
+        against: ``trl`` runs it beside; None runs this project's options beside each other.
+        repeats: Turns of each contender but TRL as it comes, which takes minutes; the fastest counts.
+
+    Raises:
+        ConfigError: The source has too few rows.
+    """
+    with tempfile.TemporaryDirectory(prefix="finetune-bench-") as place:
+        folder = Path(place)
+        write_rows(source, folder, rows)
+        contenders: dict[str, list[str]] = {"ours": [], **({} if against else ABLATIONS)}
+        found: dict[str, list[Measured]] = {}
+        for turn in range(repeats):
+            for name, overrides in contenders.items():
+                found.setdefault(name, []).append(ours(name, folder, overrides))
+            if against and turn == 0:
+                found["trl as it comes"] = [trl("trl as it comes", folder, tuned=False)]
+            if against:
+                found.setdefault("trl tuned by hand", []).append(trl("trl tuned by hand", folder, tuned=True))
+        best = {name: max(turns, key=lambda turn: turn.tokens_per_second) for name, turns in found.items()}
+        parameters = json.loads((folder / "runs" / "ours" / "model" / "manifest.json").read_text())["product"]["parameters"]
+    for measured in best.values():
+        say(
+            "bench",
+            f"{measured.name:24} {measured.tokens_per_second:7.0f} tokens/s, peak {human_bytes(measured.peak_rss_bytes)}, "
+            f"{measured.seconds:.0f} s, held-out loss {measured.held_out_loss:.4f}",
+        )
+    result = summary(best, parameters) if against else {name: asdict(measured) for name, measured in best.items()}
+    sys.stdout.write(json.dumps(result) + "\n")
+
+
+def summary(best: dict[str, Measured], parameters: int) -> dict[str, float]:
+    """What the comparison comes to."""
+    mine, tuned = best["ours"], best["trl tuned by hand"]
+    limit = matmul_limit()
+    say("bench", f"the machine's products reach {limit / 1e12:.2f} TFLOP/s at the widest shape of this model")
+    return {
+        "ratio_trl_default": round(mine.tokens_per_second / best["trl as it comes"].tokens_per_second, 2),
+        "ratio_trl_tuned": round(mine.tokens_per_second / tuned.tokens_per_second, 2),
+        "tokens_per_second": mine.tokens_per_second,
+        "matmul_share_of_limit": round(mine.tokens_per_second * FLOP_PER_TOKEN_AND_PARAMETER * parameters / limit, 3),
+        "peak_rss_bytes": mine.peak_rss_bytes,
+        "loss_difference": round(mine.held_out_loss - tuned.held_out_loss, 4),
+    }
+
+
+def write_rows(source: Path, folder: Path, rows: int) -> None:
+    """Writes the rows to train on and those held out, as prompt and completion messages."""
+    if not source.is_file():
+        raise ConfigError(f"bench speed: source={source} is no file; give JSON Lines with question and answer")
+    lines = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()[: rows + HELD_OUT_ROWS]]
+    if len(lines) < rows + HELD_OUT_ROWS:
+        raise ConfigError(f"bench speed: {source} has {len(lines)} rows and {rows + HELD_OUT_ROWS} are needed; lower rows")
+    turned = [
+        {
+            "prompt": [{"role": "user", "content": line["question"]}],
+            "completion": [{"role": "assistant", "content": line["answer"]}],
+        }
+        for line in lines
+    ]
+    (folder / "trl").mkdir()
+    for file, part in (("trl/train.jsonl", turned[:rows]), ("heldout.jsonl", turned[rows:])):
+        (folder / file).write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
+
+
+def ours(name: str, folder: Path, overrides: Sequence[str]) -> Measured:
+    """This project, up to the trained adapter."""
+    root = folder / "runs"
+    command = [
+        sys.executable, "-m", "finetune", f"run.root={root}", "run.name=ours", "run.if_exists=overwrite", "run.until=train",
+        "data=custom", f"data.path={folder / 'trl' / 'train.jsonl'}", f"data.heldout_path={folder / 'heldout.jsonl'}",
+        f"data.max_tokens={PACK_TOKENS}", f"train.micro_batch={PACKS_PER_STEP}", "train.tokens_per_step=null",
+        f"train.rows_per_step={PACKS_PER_STEP}", "train.steps=null", "train.epochs=1", "train.evaluations=0", "train.checkpoints=0",
+        "optim=adamw", f"optim.learning_rate={LEARNING_RATE}", "optim.schedule=constant", "optim.warmup=0",
+        "optim.max_grad_norm=1.0", f"lora.rank={RANK}", f"lora.alpha={ALPHA}", "tracking=[]", *overrides,
+    ]  # fmt: skip
+    seconds, peak = timed(name, command, folder)
+    product = json.loads((root / "ours" / "train" / "manifest.json").read_text())["product"]
+    loss = held_out_loss(root / "ours" / "train" / "adapter", root / "ours" / "data" / "heldout")
+    return Measured(name, product["tokens_per_second"], peak, seconds, loss)
+
+
+def trl(name: str, folder: Path, *, tuned: bool) -> Measured:
+    """`trl sft` on the same rows: as it comes, or packed, without checkpointing, in bfloat16."""
+    out = folder / "trl-out"
+    shutil.rmtree(out, ignore_errors=True)
+    command = [
+        str(Path(sys.executable).with_name("trl")), "sft", "--model_name_or_path", str(base_folder()), "--dataset_name", str(folder / "trl"),
+        "--output_dir", str(out), "--load_in_4bit", "--use_bnb_nested_quant", "--use_peft", "--lora_r", str(RANK), "--lora_alpha", str(ALPHA),
+        "--lora_dropout", "0", "--lora_target_modules", "all-linear", "--learning_rate", str(LEARNING_RATE), "--lr_scheduler_type", "constant",
+        "--num_train_epochs", "1", "--seed", "1", "--use_cpu", "--report_to", "none", "--save_strategy", "no", "--logging_steps", "1",
+    ]  # fmt: skip
+    batch = ["--per_device_train_batch_size", str(TRL_ROWS), "--gradient_accumulation_steps", str(TRL_ACCUMULATE)]
+    if tuned:
+        batch = ["--per_device_train_batch_size", str(PACKS_PER_STEP), "--packing", "--max_length", str(PACK_TOKENS),
+                 "--gradient_checkpointing", "false", "--dtype", "bfloat16", "--bf16"]  # fmt: skip
+    seconds, peak = timed(name, [*command, *batch], folder)
+    runs = folder / "runs" / "ours"
+    product = json.loads((runs / "data" / "manifest.json").read_text())["product"]
+    log = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")
+    runtime = float(log.rpartition("'train_runtime':")[2].split(",")[0].strip(" '\""))
+    loss = held_out_loss(out, runs / "data" / "heldout")
+    return Measured(name, round(product["tokens"] / runtime, 1), peak, seconds, loss)
+
+
+def timed(name: str, command: Sequence[str], folder: Path) -> tuple[float, int]:
+    """Seconds and peak resident memory of a process that must succeed.
+
+    Raises:
+        ConfigError: It failed; its last words are given.
+    """
+    say("bench", f"{name} ...")
+    started = time.monotonic()
+    with open(folder / "log.txt", "wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        tail = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")[-2000:]
+        raise ConfigError(f"bench speed: {name} ended with {process.returncode}: {tail}")
+    return round(time.monotonic() - started, 1), usage.ru_maxrss * 1024
+
+
+def held_out_loss(adapter: Path, rows: Path) -> float:
+    """Nats per trained token of the quantized base with an adapter, whoever trained it."""
+    from finetune import hardware
+    from finetune.config import load
+    from finetune.measure import free, mean_loss, read_rows, row_losses, trained_graph
+    from finetune.model import fetch
+
+    config = load(["+experiment=quickstart"])
+    placement = hardware.place(hardware.probe(config.hardware), config)
+    base = fetch(config.model)
+    graph = trained_graph(base, config.model, quantization=config.quantization, placement=placement, adapter=adapter)
+    loss = mean_loss(row_losses(graph, read_rows(rows), batch_tokens=2048))
+    del graph
+    free()
+    return loss
+
+
+def base_folder() -> Path:
+    """The quickstart's base in safetensors, which `trl sft` can load."""
+    from finetune.config import load
+    from finetune.model import fetch
+
+    return fetch(load(["+experiment=quickstart"]).model).folder
+
+
+def matmul_limit() -> float:
+    """Operations a second of a product of the size that training uses most, in bfloat16; the best of some."""
+    import torch
+
+    x, weight = torch.randn(2048, 576, dtype=torch.bfloat16), torch.randn(3072, 576, dtype=torch.bfloat16)
+    best = float("inf")
+    for _ in range(30):
+        started = time.perf_counter()
+        torch.nn.functional.linear(x, weight)
+        best = min(best, time.perf_counter() - started)
+    return 2 * 2048 * 576 * 3072 / best
