@@ -18,7 +18,7 @@ check: .venv/.dev
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 check-gpu: .venv/.dev
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python scripts/check_gpu.py
 
 install: .venv/.run
 install-dev: .venv/.dev

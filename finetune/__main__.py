@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Threads that spin briefly before they sleep. Spinning for long, OpenMP's default, made training beside another busy
     # process more than ten times slower; not spinning at all halves its speed on a quiet machine. Read when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # before training takes signals over, TERM ends as INT does
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = arguments.pop(0) if arguments and arguments[0] in VERBS else "run"
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from finetune.errors import GateMissed, HardwareError
 from finetune.eval import score
 from finetune.export import export
 from finetune.hardware import Machine, Placement
+from finetune.measure import free
 from finetune.merge import merge
 from finetune.plan import plan, show
 from finetune.quantization import spec
@@ -105,12 +105,13 @@ def line(config: RunConfig, *, folder: RunFolder, machine: Machine, placement: P
     rehearsal = folder.once(rehearse, config.rehearse, adapted=adapted, tokenizer=tokenizer, quick=quick, **graph, **shared)
     if quick and not rehearsal.quick:
         quick.switch.on = False
+    free()
     yield "rehearse"
 
     steps: dict[str, Any] = {"optim": config.optim, "trackers": trackers, "packing": rehearsal.isolates, "quick": quick}
     adapter = folder.once(fit, config.train, adapted=adapted, tokenizer=tokenizer, **steps, **graph, **shared)
-    del adapted, quick
-    gc.collect()
+    del adapted, quick, steps
+    free()
     yield "train"
 
     merged = folder.once(merge, config.merge, adapter=adapter, data=data, seed=seed, **base_inputs)

@@ -151,12 +151,14 @@ def trl(name: str, folder: Path, *, tuned: bool) -> Measured:
     """`trl sft` on the same rows: as it comes, or packed, without checkpointing, in bfloat16."""
     out = folder / "trl-out"
     shutil.rmtree(out, ignore_errors=True)
-    command = [
-        str(Path(sys.executable).with_name("trl")), "sft", "--model_name_or_path", str(base_folder()), "--dataset_name", str(folder / "trl"),
-        "--output_dir", str(out), "--load_in_4bit", "--use_bnb_nested_quant", "--use_peft", "--lora_r", str(RANK), "--lora_alpha", str(ALPHA),
-        "--lora_dropout", "0", "--lora_target_modules", "all-linear", "--learning_rate", str(LEARNING_RATE), "--lr_scheduler_type", "constant",
-        "--num_train_epochs", "1", "--seed", "1", "--use_cpu", "--report_to", "none", "--save_strategy", "no", "--logging_steps", "1",
-    ]  # fmt: skip
+    settings = {
+        "model_name_or_path": base_folder(), "dataset_name": folder / "trl", "output_dir": out, "lora_r": RANK, "lora_alpha": ALPHA,
+        "lora_dropout": 0, "lora_target_modules": "all-linear", "learning_rate": LEARNING_RATE, "lr_scheduler_type": "constant",
+        "num_train_epochs": 1, "seed": 1, "report_to": "none", "save_strategy": "no", "logging_steps": 1,
+    }  # fmt: skip
+    flags = ["--load_in_4bit", "--use_bnb_nested_quant", "--use_peft", "--use_cpu"]
+    flags += [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+    command = [str(Path(sys.executable).with_name("trl")), "sft", *flags]
     batch = ["--per_device_train_batch_size", str(TRL_ROWS), "--gradient_accumulation_steps", str(TRL_ACCUMULATE)]
     if tuned:
         batch = ["--per_device_train_batch_size", str(PACKS_PER_STEP), "--packing", "--max_length", str(PACK_TOKENS),

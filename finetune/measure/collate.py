@@ -9,7 +9,6 @@ import torch
 
 from finetune.measure.rows import IGNORED
 
-
 FLAT_MULTIPLE = 64
 """A flat row is filled up to a multiple of so many tokens: a CPU's matrix library keeps code and memory for each shape it meets,
 2 GB after 15 shapes of a small model."""

@@ -1,6 +1,9 @@
 """The very graph that was trained: the quantized base, prepared as for training, with the saved adapter on it."""
 
+import contextlib
+import ctypes
 import gc
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,5 +78,8 @@ def free() -> None:
     import torch
 
     gc.collect()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # a C library other than glibc
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

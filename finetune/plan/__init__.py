@@ -28,4 +28,4 @@ def plan(config: RunConfig, machine: Machine) -> Plan:
     except ModelError as error:
         return Plan(known=False, notes=[f"no plan: {error}"])
     proposal = propose(inputs, machine) if config.plan.fit else []
-    return make_plan(inputs, machine, checkpoints=config.train.keep_checkpoints, proposal=proposal)
+    return make_plan(inputs, machine, checkpoints=config.train.keep_checkpoints + (config.train.keep == "best"), proposal=proposal)

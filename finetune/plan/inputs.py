@@ -11,6 +11,7 @@ from finetune.architecture import ArchitectureConfig, Linear, from_config_json, 
 if TYPE_CHECKING:
     from finetune.config import RunConfig
     from finetune.hardware import Machine
+    from finetune.speed import SpeedConfig
 
 ALL_LINEAR = "all-linear"
 
@@ -83,6 +84,7 @@ class PlanInputs:
         offload: Shards wait in host memory.
         accumulates: Gradients of earlier micro-batches are alive while a later one is computed.
         device: ``cuda`` or ``cpu``.
+        cached: Quantized weights are kept in 16 bit too, dequantized once.
         answer_rows: Answers that the eval stage writes at a time.
         answer_tokens: Tokens of an answer at most.
         measured_tokens: Padded tokens per forward pass of the eval and merge stages.
@@ -112,6 +114,7 @@ class PlanInputs:
     offload: bool = False
     accumulates: bool = True
     device: str = "cuda"
+    cached: bool = False
     answer_rows: int = 0
     answer_tokens: int = 0
     measured_tokens: int = 4096
@@ -173,11 +176,17 @@ def from_config(config: RunConfig, machine: Machine) -> PlanInputs:
         processes=config.launch.processes,
         offload=config.launch.offload,
         device=device,
+        cached=device == "cpu" and config.quantization.method in ("nf4", "fp4") and _caches(config.speed),
         answer_rows=config.eval.batch_rows if config.eval.rows else 0,
         answer_tokens=config.eval.max_new_tokens,
         measured_tokens=max(config.eval.batch_tokens, config.merge.batch_tokens),
         trainer=Trainer(reduced_input_copies=autocast),
     )
+
+
+def _caches(speed: SpeedConfig) -> bool:
+    """As `speed.choose` decides on a CPU with memory to spare."""
+    return speed.layers != "plain" and speed.weights != "quantized"
 
 
 def _device(config: RunConfig, machine: Machine) -> str:

@@ -45,7 +45,7 @@ def device_phases(inputs: PlanInputs) -> dict[str, Terms]:
     """Bytes by term on one device for each phase; terms that are 0 are left out."""
     resident = _resident(inputs)
     base = {name: resident[name] for name in ("weights", "constants", "unquantized", "gathered", "framework")}
-    trained = base | {"adapter": resident["adapter"]}
+    trained = base | {"adapter": resident["adapter"], "cached": resident["cached"]}
     states = {"optimizer": resident["optimizer"]}
     step = step_terms(inputs, resident) | {"allocator": allocator_bytes(inputs)}
     phases = {
@@ -99,6 +99,7 @@ def _resident(inputs: PlanInputs) -> Terms:
         "gradients": 0 if away else gradients / shards,
         "optimizer": 0 if away else states / shards,
         "framework": framework_bytes(inputs),
+        "cached": 2 * frozen.codes * inputs.compute_bytes if inputs.cached else 0,  # a byte of codes holds two weights
     }
 
 

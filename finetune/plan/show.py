@@ -4,7 +4,7 @@ from finetune.console import human_bytes, say, table
 from finetune.plan.product import Plan
 
 TERMS = (
-    "weights", "constants", "unquantized", "gathered", "adapter", "gradients", "optimizer",
+    "weights", "constants", "unquantized", "cached", "gathered", "adapter", "gradients", "optimizer",
     "activations", "loss", "cache", "workspace", "allocator", "framework",
 )  # fmt: skip
 

@@ -55,7 +55,9 @@ def choose(config: SpeedConfig, facts: Facts, *, device: str) -> Choice:
     fused, fused_why = _wish("layers", config.layers, "fused", facts.unfit, "q, k, v and gate, up of this model read the same input")
     crowded = facts.dense_bytes > CACHE_SHARE * facts.free_bytes
     no_cache = None if fused else "layers are plain"
-    if config.weights == "auto" and fused and facts.quantized and crowded:
+    if config.weights == "auto" and fused and facts.quantized and device != "cpu":
+        no_cache = f"memory on {device} is what 4-bit weights are for"
+    elif config.weights == "auto" and fused and facts.quantized and crowded:
         no_cache = f"16-bit copies would take more than {CACHE_SHARE:.0%} of the free memory"
     cached, cached_why = _wish("weights", config.weights, "cached", no_cache, "16-bit copies fit, and dequantizing is done once")
     trained_only, loss_why = _wish("loss", config.loss, "trained", facts.no_split, "the rest of the logits would be thrown away")

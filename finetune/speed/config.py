@@ -21,7 +21,8 @@ class SpeedConfig:
     way back needs is kept; ``plain``: transformers' and peft's own."""
 
     weights: str
-    """``cached``: 4-bit weights of fused layers are dequantized once and kept in 16 bit; ``quantized``: at each use."""
+    """``cached``: 4-bit weights of fused layers are dequantized once and kept in 16 bit; ``quantized``: at each use, which a
+    GPU's memory is spared for."""
 
     loss: str
     """``trained``: head and loss on trained tokens only, a few at a time; ``all``: TRL's own."""

@@ -1,4 +1,4 @@
-"""What happens beside the steps: the record, the progress line, the stop on a signal, the stop on divergence."""
+"""What happens beside the steps: the record, the progress line, the checkpoints, the stop on a signal or without progress."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from finetune.console import human_bytes
-from finetune.errors import Interrupted, TrainError
+from finetune.console import human_bytes, say
+from finetune.errors import Interrupted
 from finetune.memory import device_bytes, rss_bytes
+from finetune.train.checkpoints import Identity, is_sealed, path_of, prune, seal
 
 if TYPE_CHECKING:
     from finetune.tracking import Trackers
@@ -27,16 +28,23 @@ NAMES = {"loss": "train/loss", "grad_norm": "train/grad_norm", "learning_rate": 
 
 
 class Record(TrainerCallback):
-    """Appends every logged figure to metrics.jsonl and sends it to the trackers."""
+    """Appends every logged figure to metrics.jsonl, sends it to the trackers, and takes the time."""
 
     def __init__(self, file: Path, *, counts: Counts, trackers: Trackers) -> None:
         self.file, self.counts, self.trackers = file, counts, trackers
-        self.started = time.monotonic()
+        self.started, self.before = time.monotonic(), counts.seconds
         self.last = (self.started, counts.tokens)
+        self.skipped = counts.skipped
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.started = time.monotonic()
+        self.started, self.before = time.monotonic(), self.counts.seconds
         self.last = (self.started, self.counts.tokens)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.counts.seconds = round(self.before + time.monotonic() - self.started, 3)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.on_step_end(args, state, control)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         line: dict[str, float] = {NAMES[key]: float(value) for key, value in (logs or {}).items() if key in NAMES}
@@ -46,44 +54,79 @@ class Record(TrainerCallback):
             now, tokens = time.monotonic(), self.counts.tokens
             line["train/tokens_per_second"] = round((tokens - self.last[1]) / max(now - self.last[0], 1e-9), 1)
             self.last = (now, tokens)
+            if self.counts.skipped != self.skipped:  # a mean over steps that were left out is no loss of this model
+                del line["train/loss"]
+                self.skipped = self.counts.skipped
+            line["train/skipped_steps"] = self.counts.skipped
+        line = {name: value for name, value in line.items() if math.isfinite(value)}
         line["memory/rss_bytes"], line["memory/device_bytes"] = rss_bytes(), device_bytes()
         self._append(state.global_step, line)
         self.trackers.log(state.global_step, line)
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """With a checkpoint goes how much had been read, so that a resumed run counts on."""
-        seconds = self.counts.seconds + time.monotonic() - self.started
-        counts = {"train/tokens": self.counts.tokens, "train/trained_tokens": self.counts.trained, "train/seconds": round(seconds, 3)}
-        self._append(state.global_step, counts)
 
     def _append(self, step: int, figures: dict[str, float]) -> None:
         with open(self.file, "a", encoding="utf-8") as handle:
             handle.write(json.dumps({"step": step, "time": round(time.time(), 2), **figures}) + "\n")
 
 
-class Divergence(TrainerCallback):
-    """Stops a run whose loss or gradient is no number: every later step would be wasted."""
+class Keeper(TrainerCallback):
+    """Seals each checkpoint that transformers has written, then deletes what the rule no longer keeps."""
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        for name in ("loss", "grad_norm"):
-            value = (logs or {}).get(name)
-            if value is not None and not math.isfinite(value):
-                raise TrainError(
-                    f"train: {name} is {value} at step {state.global_step}; the last checkpoint is kept. Likely causes: "
-                    "optim.learning_rate is too high, model.dtype=float16 overflows, or a row trains no token"
-                )
+    def __init__(self, counts: Counts, *, identity: Identity, keep: int, keep_best: bool) -> None:
+        self.counts, self.identity, self.keep, self.keep_best = counts, identity, keep, keep_best
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        import torch
+
+        if args.world_size > 1:
+            torch.distributed.barrier()  # each process has written its own state of random numbers
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir)
+        seal(path_of(folder, state.global_step), self.identity, counts=self.counts)
+        prune(folder, keep=self.keep, best_step=self.counts.best_step if self.keep_best else 0)
+
+
+class Patience(TrainerCallback):
+    """Remembers the evaluation with the lowest held-out loss, and stops when ``patience`` others came after it."""
+
+    def __init__(self, counts: Counts, *, patience: int | None, keep_best: bool) -> None:
+        self.counts, self.patience, self.keep_best = counts, patience, keep_best
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any) -> None:
+        loss = (metrics or {}).get("eval_loss")
+        if loss is None:
+            return
+        counts = self.counts
+        counts.evaluations += 1
+        if math.isfinite(loss) and (counts.best_loss is None or loss < counts.best_loss):
+            counts.best_loss, counts.best_step, counts.waited = loss, state.global_step, 0
+            control.should_save = control.should_save or self.keep_best  # the best weights must outlive this process
+            return
+        counts.waited += 1
+        if self.patience is not None and counts.waited >= self.patience and state.global_step < state.max_steps:
+            counts.stopped_early = control.should_training_stop = control.should_save = True
+            best = f"{counts.best_loss:.4f} of step {counts.best_step}" if counts.best_loss is not None else "any number"
+            say("train", f"stops at step {state.global_step}: {counts.waited} evaluations in a row were no better than {best}")
 
 
 class SaveOnSignal(TrainerCallback):
-    """TERM or INT: finish the step, write a checkpoint, stop. A second signal stops at once."""
+    """TERM or INT: finish the step, write a checkpoint, stop. A second signal stops at once.
+
+    Listens from entering to leaving it as a context; a signal that comes before the first step waits for its end.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
         self.before: dict[int, Any] = {}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def __enter__(self) -> SaveOnSignal:
         for number in (signal.SIGTERM, signal.SIGINT):
             self.before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number
@@ -94,9 +137,7 @@ class SaveOnSignal(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        if self.received is not None and state.global_step < state.max_steps:
+        if self.received is not None and is_sealed(path_of(Path(args.output_dir), state.global_step)):
             name = signal.Signals(self.received).name
             raise Interrupted(f"train: stopped by {name} after step {state.global_step}, which is saved; go on with run.if_exists=resume")
 
@@ -129,4 +170,9 @@ class Progress(TrainerCallback):
         self.bar.update(state.global_step - self.bar.n)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar.close()
+        self.close()
+
+    def close(self) -> None:
+        """Ends the line, also where training does not come to its end."""
+        if self.bar is not None:
+            self.bar.close()

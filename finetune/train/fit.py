@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import time
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from finetune.cache import file_sha256
 from finetune.console import human_bytes, say
 from finetune.errors import TrainError
 from finetune.optim import OptimConfig, state_bytes
+from finetune.train.checkpoints import Checkpoint, Identity, choose, forget_lost_best, identify, path_of, trouble_of
 from finetune.train.config import TrainConfig, TrainedAdapter
 from finetune.train.counts import Counts
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from finetune.model import Base
     from finetune.speed import Quick, SpeedConfig
     from finetune.tracking import Trackers
+
+ROUNDING = ("fused", "trained_only", "native", "tiles")
+"""Choices of `speed` that round otherwise than their alternatives, so a run that goes on must choose them again."""
 
 CURVE_POINTS = 500
 """Points of the loss curve that the manifest keeps; metrics.jsonl has them all."""
@@ -46,7 +50,7 @@ def fit(
     seed: int,
     trackers: Trackers,
 ) -> TrainedAdapter:
-    """Trains the adapter and writes it, going on from the last checkpoint in ``folder`` where there is one.
+    """Trains the adapter and writes it, going on from the last good checkpoint in ``folder`` where there is one.
 
     Args:
         config: The train group.
@@ -67,44 +71,139 @@ def fit(
         trackers: Receive every logged figure.
 
     Raises:
-        TrainError: Nothing to train on, or loss or gradients are no numbers any more.
+        TrainError: Nothing to train on, other data, base or settings than the checkpoint's, loss or gradients that stay
+            no numbers, or no memory for a single row.
         Interrupted: A signal came; a checkpoint was written.
     """
-    from finetune.train.trainer import make_trainer
-
-    if not data.train_rows:
-        raise TrainError("data: no row is left to train on; `finetune data` shows where they went")
-    checkpoint = last_checkpoint(folder / "checkpoints")
-    resumed_from = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-    counts = counts_at(folder / "metrics.jsonl", step=resumed_from)
-    trainer = make_trainer(
-        config, folder=folder, model=adapted, tokenizer=tokenizer, data=data, lora=lora, optim=optim, placement=placement, upcast=upcast,
-        packing=packing, quick=quick, seed=seed, trackers=trackers, counts=counts,
+    refuse(config, data=data, placement=placement)
+    identity = identify(
+        config, data=data, base=base, quantization=quantization, lora=lora, optim=optim, placement=placement, upcast=upcast,
+        packing=packing, choice={name: quick.switch.on and getattr(quick.choice, name) for name in ROUNDING}, seed=seed,
     )  # fmt: skip
-    if checkpoint:
-        say("train", f"goes on from step {resumed_from}: {checkpoint}")
-    started = time.monotonic()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    counts.seconds += time.monotonic() - started
+    start = choose(folder / "checkpoints", identity)
+    resumed_from = start.step if start else 0
+    counts = start.counts.copy() if start else Counts()
+    counts.stopped_early = counts.stopped_early and config.patience is not None and counts.waited >= config.patience
+    rewind(folder / "metrics.jsonl", step=resumed_from)
+    made = {"model": adapted, "tokenizer": tokenizer, "data": data, "lora": lora, "optim": optim, "placement": placement}
+    trainer = train(
+        config, folder=folder, identity=identity, counts=counts, start=start, trackers=trackers,
+        settings={**made, "upcast": upcast, "packing": packing, "quick": quick, "seed": seed},
+    )  # fmt: skip
+    steps = trainer.state.global_step
+    kept_step = keep(config, trainer=trainer, folder=folder / "checkpoints", counts=counts)
     adapted.save_pretrained(folder / "adapter")
     optimizer = {"asked": optim.name, "used": placement.optimizer, "why": placement.optimizer_why}
     product = TrainedAdapter(
         folder=folder,
-        steps=trainer.state.global_step,
+        steps=steps,
         optimizer={**optimizer, "state_bytes": state_bytes(trainer.optimizer)},
         trainable_parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
         adapter_sha256=file_sha256(folder / "adapter" / "adapter_model.safetensors"),
         adapter_dtype=lora.dtype,
         resumed_from=resumed_from,
+        kept_step=kept_step,
+        micro_batch=trainer.args.per_device_train_batch_size,
         **figures(counts, read_curve(folder / "metrics.jsonl")),
     )
     say_result(product)
     return product
 
 
+def refuse(config: TrainConfig, *, data: PreparedData, placement: Placement) -> None:
+    """Says what cannot work before anything is read."""
+    if not data.train_rows:
+        raise TrainError("data: no row is left to train on; `finetune data` shows where they went")
+    if not data.heldout_rows and (config.keep == "best" or config.patience is not None):
+        raise TrainError(
+            f"train.keep={config.keep} and train.patience={config.patience} go by the held-out loss, and the data have no held-out rows; "
+            "set data.heldout_path or data.heldout_share, or train.keep=last train.patience=null"
+        )
+    if config.offload and placement.device == "cpu":
+        raise TrainError(
+            "train.offload=true moves activations from a GPU's memory to the machine's, and this runs on a CPU; set it to false"
+        )
+
+
+def train(
+    config: TrainConfig,
+    *,
+    folder: Path,
+    identity: Identity,
+    counts: Counts,
+    start: Checkpoint | None,
+    trackers: Trackers,
+    settings: dict[str, Any],
+) -> Any:
+    """The trainer after its last step, whatever it took to get there.
+
+    Args:
+        config: The train group.
+        folder: The stage's folder.
+        identity: From `checkpoints.identify`.
+        counts: The live figures.
+        start: Where to go on from.
+        trackers: Receive every logged figure.
+        settings: Whatever else `make_trainer` needs.
+    """
+    from finetune.train.callbacks import Keeper, Patience, Progress, Record, SaveOnSignal
+    from finetune.train.guard import Guard
+    from finetune.train.shortage import Attempt, WholeStep, train_to_the_end
+
+    keep_best = config.keep == "best"
+    stop = SaveOnSignal()
+
+    def attempt(narrowed: TrainConfig) -> Attempt:
+        from finetune.train.trainer import make_trainer  # takes seconds, in which a signal must be heard already
+
+        if keep_best:
+            forget_lost_best(counts, folder / "checkpoints")
+        whole, keeper = WholeStep(counts), Keeper(counts, identity=identity, keep=config.keep_checkpoints, keep_best=keep_best)
+        callbacks = [
+            Record(folder / "metrics.jsonl", counts=counts, trackers=trackers),
+            Patience(counts, patience=config.patience, keep_best=keep_best),
+            whole, keeper, Progress(counts), stop,
+        ]  # fmt: skip
+        guard = Guard(counts, limit=config.non_finite_steps)
+        trainer = make_trainer(narrowed, folder=folder, counts=counts, guard=guard, callbacks=callbacks, **settings)
+
+        def save() -> None:
+            trainer._save_checkpoint(trainer.model, trial=None)
+            keeper.on_save(trainer.args, trainer.state, trainer.control)
+
+        return Attempt(trainer=trainer, whole=whole, save=save)
+
+    if start:
+        say("train", f"goes on from step {start.step}: {start.folder}")
+    with stop:
+        return train_to_the_end(config, attempt=attempt, folder=folder / "checkpoints", identity=identity, counts=counts, start=start)
+
+
+def keep(config: TrainConfig, *, trainer: Any, folder: Path, counts: Counts) -> int:
+    """Puts the weights that ``train.keep`` asks for into the model; returns their step."""
+    last = int(trainer.state.global_step)
+    if config.keep == "last" or counts.best_loss is None:
+        return last
+    why = f"its held-out loss {counts.best_loss:.4f} is the lowest of {counts.evaluations}"
+    if counts.best_step == last:
+        say("train", f"keeps the last step, {last}: {why}")
+        return last
+    best = path_of(folder, counts.best_step)
+    trouble = trouble_of(best)
+    if trouble is not None:
+        raise TrainError(
+            f"train.keep=best: {best} {trouble}, so the best weights are gone; take the last ones with train.keep=last run.if_exists=resume"
+        )
+    trainer._load_from_checkpoint(str(best))
+    say("train", f"keeps step {counts.best_step} of {last}: {why}")
+    return counts.best_step
+
+
 def figures(counts: Counts, curve: list[dict[str, float]]) -> dict[str, Any]:
     """Speed and losses of a finished training, as `TrainedAdapter` names them."""
     losses = [line["train/loss"] for line in curve if "train/loss" in line]
+    if not losses:
+        raise TrainError(f"train: each of the {counts.skipped} steps had a loss or gradient that is no number, so nothing was learnt")
     return {
         "seconds": round(counts.seconds, 3),
         "tokens": counts.tokens,
@@ -113,6 +212,9 @@ def figures(counts: Counts, curve: list[dict[str, float]]) -> dict[str, Any]:
         "trained_tokens_per_second": round(counts.trained / counts.seconds, 1),
         "first_loss": losses[0],
         "final_loss": mean_of_last_tenth(losses),
+        "best_heldout_loss": counts.best_loss,
+        "stopped_early": counts.stopped_early,
+        "skipped_steps": counts.skipped,
         "curve": curve[:: max(1, math.ceil(len(curve) / CURVE_POINTS))],
     }
 
@@ -127,19 +229,14 @@ def say_result(product: TrainedAdapter) -> None:
     )
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end: the trainer's state is the last file of one."""
-    complete = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def counts_at(file: Path, *, step: int) -> Counts:
-    """What had gone through training at a step; zeros at the start."""
-    lines = read_curve(file) if step else []
-    line = next((line for line in reversed(lines) if line["step"] <= step and "train/tokens" in line), None)
-    if line is None:
-        return Counts()
-    return Counts(tokens=int(line["train/tokens"]), trained=int(line["train/trained_tokens"]), seconds=line["train/seconds"])
+def rewind(file: Path, *, step: int) -> None:
+    """Takes out of metrics.jsonl what a killed process wrote after its last checkpoint, half a line at the end included."""
+    if not file.is_file():
+        return
+    kept = [text for text in file.read_text(encoding="utf-8").splitlines(keepends=True) if text.endswith("\n")]
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text("".join(text for text in kept if json.loads(text)["step"] <= step), encoding="utf-8")
+    os.replace(partial, file)
 
 
 def read_curve(file: Path) -> list[dict[str, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,17 +16,20 @@ from finetune.launch.config import process_count
 from finetune.lora import cast_adapter
 from finetune.measure import Collator, mean_loss, read_rows, row_losses
 from finetune.optim import make_optimizer, schedule_arguments
-from finetune.train.callbacks import Divergence, Progress, Record, SaveOnSignal
+from finetune.train.guard import Numbered
+from finetune.train.order import ByLength
 
 if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
     from finetune.data import PreparedData
     from finetune.hardware import Placement
     from finetune.lora import LoraConfig
     from finetune.optim import OptimConfig
     from finetune.speed import Quick
-    from finetune.tracking import Trackers
     from finetune.train.config import TrainConfig
     from finetune.train.counts import Counts
+    from finetune.train.guard import Guard
 
 EVALUATION_BATCH_TOKENS = 2048
 
@@ -34,6 +38,8 @@ class Trainer(SFTTrainer):
     """Counts tokens, and takes the held-out loss by token as every other stage does."""
 
     counts: Counts
+    guard: Guard
+    order: ByLength | None
     quick: Quick
     optim: OptimConfig
     held_out: list[dict[str, Any]]
@@ -42,7 +48,15 @@ class Trainer(SFTTrainer):
         labels = inputs["labels"]
         self.counts.tokens += labels.numel() - inputs.pop("padding")
         self.counts.trained += int((labels != -100).sum())
-        return super().training_step(model, inputs, *arguments, **keywords)
+        rows = inputs.pop("rows", [])
+        loss = super().training_step(model, inputs, *arguments, **keywords)
+        return self.guard.hear(loss, rows=rows, inputs=inputs)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        return self.guard.clip(self, model, max_norm=self.args.max_grad_norm)
+
+    def _get_train_sampler(self, *arguments: Any, **keywords: Any) -> Any:
+        return super()._get_train_sampler(*arguments, **keywords) if self.order is None else self.order
 
     def create_optimizer(self, model: Any = None) -> Any:
         if self.optimizer is None:
@@ -88,8 +102,9 @@ def make_trainer(
     packing: bool,
     quick: Quick,
     seed: int,
-    trackers: Trackers,
     counts: Counts,
+    guard: Guard,
+    callbacks: Sequence[TrainerCallback],
 ) -> Trainer:
     """The trainer, ready for ``train()``."""
     rows = load_from_disk(str(data.folder / "train"))
@@ -113,17 +128,18 @@ def make_trainer(
         train_dataset=rows,
         eval_dataset=rows.select([0]),  # only so that evaluation is switched on; `evaluate` reads held_out
         processing_class=tokenizer,
-        data_collator=Collator(flat=packing, pad_token_id=tokenizer.pad_token_id),
+        data_collator=Numbered(Collator(flat=packing, pad_token_id=tokenizer.pad_token_id)),
     )
-    trainer.counts, trainer.quick, trainer.optim = counts, quick, optim
+    trainer.counts, trainer.guard, trainer.quick, trainer.optim = counts, guard, quick, optim
+    lengths = [sum(documents) for documents in rows["seq_lengths"]] if config.group_by_length else []
+    trainer.order = ByLength(lengths, rows_per_step=per_step, seed=seed) if config.group_by_length else None
     trainer.held_out = read_rows(data.folder / "heldout", limit=config.evaluation_rows) if data.heldout_rows else []
     changed = cast_adapter(model, lora.dtype)
     if changed:
         say("train", f"adapter in {lora.dtype}: {changed} tensors are cast back, since TRL puts a quantized model's adapter into bfloat16")
     for unwanted in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(unwanted)
-    record = Record(folder / "metrics.jsonl", counts=counts, trackers=trackers)
-    for callback in (record, Divergence(), SaveOnSignal(), Progress(counts)):
+    for callback in callbacks:
         trainer.add_callback(callback)
     return trainer
 
@@ -165,12 +181,14 @@ def arguments(
         "fp16": autocast == "float16",
         "use_cpu": placement.device == "cpu",
         "gradient_checkpointing": full,
+        "activation_offloading": config.offload,
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if full else None,
         "eval_strategy": "steps" if config.evaluations else "no",
         "eval_steps": every(steps, config.evaluations),
         "save_strategy": "steps" if config.checkpoints else "no",
         "save_steps": every(steps, config.checkpoints),
-        "save_total_limit": config.keep_checkpoints,
+        "neftune_noise_alpha": config.neftune_alpha,
+        "remove_unused_columns": False,  # the guard names the rows by their numbers
         "logging_steps": config.log_steps,
         "logging_first_step": True,
         "logging_nan_inf_filter": False,

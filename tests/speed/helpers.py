@@ -70,7 +70,9 @@ def batch(lengths: Sequence[int] = LENGTHS, *, flat: bool = True, trained: bool 
         ids = torch.randint(3, 500, (length,), generator=generator).tolist()
         labels = [token if trained and number % 3 else -100 for number, token in enumerate(ids)]
         rows.append({"input_ids": ids, "labels": labels, "seq_lengths": [length]})
-    return Collator(flat=flat, pad_token_id=0)(rows)
+    made = Collator(flat=flat, pad_token_id=0)(rows)
+    del made["padding"]
+    return made
 
 
 def plain_loss(model: Any, inputs: dict[str, Any]) -> Tensor:

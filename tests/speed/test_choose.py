@@ -106,7 +106,9 @@ def test_wish_that_cannot_be_fulfilled_stops_the_run(wishes: dict[str, str], fac
         made(wishes=wishes, **facts)
 
 
-@pytest.mark.parametrize(("key", "value"), [("layers", "fused"), ("weights", "cached"), ("loss", "trained"), ("kernels", "native"), ("memory", "kept")])
+@pytest.mark.parametrize(
+    ("key", "value"), [("layers", "fused"), ("weights", "cached"), ("loss", "trained"), ("kernels", "native"), ("memory", "kept")]
+)
 def test_wish_that_can_be_fulfilled_is_named_as_the_reason(key: str, value: str) -> None:
     choice = made(wishes={key: value})
     assert f"as set by speed.{key}" in reason(choice, key)

@@ -114,7 +114,9 @@ def test_wish_for_fused_layers_of_an_unknown_architecture_stops_the_run(wishes: 
 
 
 def test_kernels_are_refused_for_other_numbers_than_bfloat16() -> None:
-    with pytest.raises(HardwareError, match=r"speed\.kernels=native is not possible here: (they compute in bfloat16 and this run in float32|.*g\+\+)"):
+    with pytest.raises(
+        HardwareError, match=r"speed\.kernels=native is not possible here: (they compute in bfloat16 and this run in float32|.*g\+\+)"
+    ):
         hasten(adapt(base("Llama", dtype="float32", **GROUPED)), dtype="float32", kernels="native")
 
 

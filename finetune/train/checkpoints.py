@@ -1,0 +1,237 @@
+"""Checkpoints that can be trusted: sealed when they are whole, checked before they are used, deleted by rule.
+
+transformers writes ``checkpoint-N`` in place, file by file. What makes it a checkpoint here is ``seal.json``, written
+last and atomically: the hash of every file, what the run was made of, and how far it was. A folder without a seal was
+being written when the process was killed.
+
+No pickle is run: of the files that resuming reads, ``optimizer.pt``, ``scheduler.pt``, ``scaler.pt`` and ``rng_state.pth``
+go through ``torch.load(weights_only=True)`` (read in transformers 5.23, ``Trainer._load_optimizer_and_scheduler``,
+``_load_scaler`` and ``_load_rng_state``), the adapter through safetensors, and all of them only after their hashes hold.
+The hashes prove that nothing was damaged, not who wrote it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.console import say
+from finetune.errors import TrainError
+from finetune.run import plain
+from finetune.train.config import TrainConfig
+from finetune.train.counts import Counts
+
+if TYPE_CHECKING:
+    from finetune.data import PreparedData
+    from finetune.hardware import Placement
+    from finetune.lora import LoraConfig
+    from finetune.model import Base
+    from finetune.optim import OptimConfig
+
+SEAL = "seal.json"
+SCHEMA = 1
+FREE = (
+    "evaluations", "evaluation_rows", "checkpoints", "keep_checkpoints", "log_steps", "patience", "keep", "non_finite_steps",
+    "checkpointing", "offload",
+)  # fmt: skip
+"""Fields of the train group that may change from one process of a run to the next: none of them changes a step."""
+
+Identity = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """A folder whose seal holds.
+
+    Attributes:
+        folder: ``checkpoint-N``.
+        step: N, optimizer steps taken.
+        counts: What the run knew of itself then.
+    """
+
+    folder: Path
+    step: int
+    counts: Counts
+
+
+def identify(
+    config: TrainConfig,
+    *,
+    data: PreparedData,
+    base: Base,
+    quantization: dict[str, Any],
+    lora: LoraConfig,
+    optim: OptimConfig,
+    placement: Placement,
+    upcast: str,
+    packing: bool,
+    choice: dict[str, bool],
+    seed: int,
+) -> Identity:
+    """Everything that decides what the next step does to the adapter, by the name that a user would look for.
+
+    Of ``speed``, what was chosen counts, not what was asked for: ``auto`` may choose otherwise when it is asked again.
+    """
+    groups = {"quantization": quantization, "lora": plain(lora), "optim": plain(optim), "speed": choice, "train": plain(config)}
+    named = {f"{group}.{name}": value for group, fields in groups.items() for name, value in fields.items()}
+    placed = {f"placement.{name}": getattr(placement, name) for name in ("device", "dtype", "attention", "optimizer")}
+    inputs = {"data.fingerprint": data.fingerprint, "model.sha256": base.sha256, "model.upcast": upcast}
+    for name in FREE:
+        named.pop(f"train.{name}")
+    return json.loads(json.dumps({**inputs, **named, **placed, "packing": packing, "run.seed": seed}))
+
+
+def seal(folder: Path, identity: Identity, *, counts: Counts) -> None:
+    """Declares a written checkpoint whole.
+
+    Args:
+        folder: ``checkpoint-N``, every file of it written.
+        identity: From `identify`.
+        counts: How far the run is.
+    """
+    files = {}
+    for file in _files(folder):
+        _sync(file)
+        files[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+    content = {
+        "schema": SCHEMA, "step": step_of(folder), "identity": identity, "counts": dataclasses.asdict(counts), "files": files,
+    }  # fmt: skip
+    partial = folder / f"{SEAL}.partial"
+    partial.write_text(json.dumps({**content, "sha256": _digest(content)}, indent=1), encoding="utf-8")
+    _sync(partial)
+    os.replace(partial, folder / SEAL)
+    _sync(folder)
+    _sync(folder.parent)
+
+
+def choose(folder: Path, identity: Identity) -> Checkpoint | None:
+    """The newest checkpoint that is whole and undamaged; those that are not are deleted, and it is said.
+
+    Args:
+        folder: Holds ``checkpoint-N`` folders, or does not exist yet.
+        identity: Of the run that would go on.
+
+    Returns:
+        None where there is nothing to go on from.
+
+    Raises:
+        TrainError: The checkpoint was made with other data, another base or other settings; lists every difference.
+    """
+    found = sorted((path for path in folder.glob("checkpoint-*") if path.is_dir()), key=step_of, reverse=True)
+    for number, path in enumerate(found):
+        trouble = trouble_of(path)
+        if trouble is None:
+            content = _read(path)
+            _refuse_another_run(path, content["identity"], identity)
+            return Checkpoint(folder=path, step=step_of(path), counts=Counts(**content["counts"]))
+        before = f"{found[number + 1].name} is tried" if number + 1 < len(found) else "training starts from the beginning"
+        say("train", f"{path.name} {trouble}; it is deleted and {before}")
+        remove(path)
+    return None
+
+
+def prune(folder: Path, *, keep: int, best_step: int) -> None:
+    """Deletes all but the newest ``keep`` sealed checkpoints and that of ``best_step`` (0 for none)."""
+    sealed = sorted((path for path in folder.glob("checkpoint-*") if (path / SEAL).is_file()), key=step_of)
+    for path in sealed[:-keep]:
+        if step_of(path) != best_step:
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Deletes a checkpoint, its seal first: killed in between, what is left counts for nothing."""
+    (path / SEAL).unlink(missing_ok=True)
+    shutil.rmtree(path)
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where transformers puts the checkpoint of a step."""
+    return folder / f"checkpoint-{step}"
+
+
+def step_of(path: Path) -> int:
+    """The N of ``checkpoint-N``; -1 where the name is another, so that such a folder is the last to be tried."""
+    number = path.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else -1
+
+
+def forget_lost_best(counts: Counts, folder: Path) -> None:
+    """Where the run went back to before a better evaluation, the earlier best may be deleted already; the better comes again."""
+    if counts.best_step and not is_sealed(path_of(folder, counts.best_step)):
+        say("train", f"the checkpoint of the best step so far, {counts.best_step}, is gone; the best is looked for from here on")
+        counts.best_step, counts.best_loss, counts.waited = 0, None, 0
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether a checkpoint was written to its end."""
+    return (path / SEAL).is_file()
+
+
+def trouble_of(path: Path) -> str | None:
+    """What is wrong with a checkpoint, as the end of a sentence, or None where every hash holds."""
+    if not is_sealed(path):
+        return "was not written to its end"
+    try:
+        content = json.loads((path / SEAL).read_text(encoding="utf-8"))
+        got = content.pop("sha256")
+    except (ValueError, KeyError, AttributeError):
+        return f"is damaged: {SEAL} cannot be read"
+    if got != _digest(content):
+        return f"is damaged: {SEAL} should have sha256 {got[:16]}... and has {_digest(content)[:16]}..."
+    for name, facts in content["files"].items():
+        file = path / name
+        if not file.is_file():
+            return f"is damaged: {name} is missing"
+        got = _sha256(file)
+        if got != facts["sha256"]:
+            return f"is damaged: {name} should have sha256 {facts['sha256'][:16]}... and has {got[:16]}..."
+    return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content = json.loads((path / SEAL).read_text(encoding="utf-8"))
+    if content["schema"] != SCHEMA:
+        raise TrainError(
+            f"{path} was written by another version of finetune (schema {content['schema']}, this one reads {SCHEMA}); "
+            "go on with that version, or say run.if_exists=overwrite to start again"
+        )
+    return content
+
+
+def _refuse_another_run(path: Path, was: Identity, now: Identity) -> None:
+    names = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
+    if names:
+        differences = "; ".join(f"{name} was {was.get(name)!r} and is {now.get(name)!r}" for name in names)
+        raise TrainError(
+            f"{path} was made with something else: {differences}. A run goes on only with what it began with: set it back, "
+            "choose another run.name, or say run.if_exists=overwrite to start again"
+        )
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file() and file.name not in (SEAL, f"{SEAL}.partial"))
+
+
+def _sha256(file: Path) -> str:
+    """Not `cache.file_sha256`: that one trusts the time of change, and a damaged disk does not set it."""
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk: a seal must not be there before what it seals."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

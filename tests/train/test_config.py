@@ -1,0 +1,52 @@
+"""Every rule of the train group, and the order that one of its settings makes."""
+
+import pytest
+
+from finetune.config import load
+from finetune.errors import ConfigError
+from finetune.train.order import ByLength
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("train.patience=0", "train.patience must be at least 1, or null for never; got 0"),
+        ("train.keep=first", "train.keep must be one of last, best; got 'first'"),
+        ("train.non_finite_steps=0", "train.non_finite_steps must be at least 1; got 0"),
+        ("train.neftune_alpha=-1", "train.neftune_alpha must be positive, or null for no noise; got -1.0"),
+        ("train.checkpointing=some", "train.checkpointing must be one of none, selective, full; got 'some'"),
+    ],
+)
+def test_setting_outside_its_rule_is_named(override: str, problem: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        load(["+experiment=quickstart", override])
+    assert list(refusal.value.problems) == [problem]
+
+
+@pytest.mark.parametrize("override", ["train.patience=2", "train.keep=best"])
+def test_settings_that_go_by_the_heldout_loss_need_it_taken(override: str) -> None:
+    with pytest.raises(ConfigError, match=r"goes by the held-out loss, which train\.evaluations=0 never takes"):
+        load(["+experiment=quickstart", "train.evaluations=0", override])
+
+
+def test_grouping_by_length_moves_no_row_to_another_step() -> None:
+    lengths = [7, 3, 9, 1, 5, 8, 2, 6, 4, 10]
+    grouped, random = ByLength(lengths, rows_per_step=4, seed=3), ByLength([1] * 10, rows_per_step=4, seed=3)
+    one, other = list(grouped), list(random)
+    assert one != other
+    for start in (0, 4, 8):
+        step = one[start : start + 4]
+        assert sorted(step) == sorted(other[start : start + 4])
+        assert [lengths[row] for row in step] == sorted((lengths[row] for row in step), reverse=True)
+
+
+def test_order_depends_on_seed_and_epoch_alone() -> None:
+    lengths = list(range(50))
+
+    def order(seed: int, epoch: int) -> list[int]:
+        sampler = ByLength(lengths, rows_per_step=5, seed=seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert order(1, 2) == order(1, 2)
+    assert order(1, 2) != order(1, 3)
