@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from finetune.hardware import Placement
     from finetune.speed import Quick
 
+SAMPLED_BYTES = 4096
 NUDGE = 1e-3
 """Standard deviation of the noise that stands in for B, whose zeros hide A's gradient."""
 
@@ -137,6 +138,11 @@ class Bench:
                 return self._forward(ids)[0].float()
             with self.model.disable_adapter():
                 return self._forward(ids)[0].float()
+
+    def weights(self) -> list[torch.Tensor]:
+        """The first bytes of every frozen parameter: a repacked one shows there."""
+        frozen = (p for p in self.model.parameters() if not p.requires_grad)
+        return [p.detach().reshape(-1).view(torch.uint8)[:SAMPLED_BYTES].clone() for p in frozen]
 
     @contextmanager
     def nudged(self) -> Iterator[None]:

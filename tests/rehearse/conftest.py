@@ -7,8 +7,11 @@ import pytest
 
 from finetune import lora
 from finetune.rehearse.bench import Bench
+from finetune.speed import Quick, SpeedConfig, quicken
 from tests.quantization.test_bnb import PLACEMENT, load
 from tests.rows import prepared_rows
+
+SPEED = SpeedConfig(layers="auto", weights="auto", loss="auto", kernels="auto", memory="plain")
 
 
 @pytest.fixture
@@ -23,5 +26,10 @@ def adapted(tiny_base: Path) -> Any:
 
 
 @pytest.fixture
-def bench(adapted: Any, tokenizer: Any, data: Any) -> Bench:
-    return Bench.build(adapted, tokenizer=tokenizer, data=data, placement=PLACEMENT, rows=4, seed=1)
+def quick(adapted: Any) -> Quick:
+    return quicken(adapted, SPEED, placement=PLACEMENT, checkpointing="none")
+
+
+@pytest.fixture
+def bench(adapted: Any, quick: Quick, tokenizer: Any, data: Any) -> Bench:
+    return Bench.build(adapted, tokenizer=tokenizer, data=data, placement=PLACEMENT, quick=quick, rows=4, step0_bound=0.0, seed=1)

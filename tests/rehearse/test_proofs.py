@@ -1,5 +1,6 @@
 """Each proof holds on a sound model and fails on one with its bug planted."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +10,11 @@ from finetune.errors import TrainError
 from finetune.lora import LoraConfig
 from finetune.model import Base
 from finetune.quantization import quantized_layers
-from finetune.rehearse import RehearseConfig, proofs, rehearse
+from finetune.rehearse import Rehearsal, RehearseConfig, proofs, rehearse
 from finetune.rehearse.bench import Bench
+from finetune.speed.steps import SwiGlu
 from tests.quantization.test_bnb import PLACEMENT
+from tests.rehearse.conftest import SPEED
 
 
 @pytest.mark.parametrize("prove", proofs.QUICK, ids=lambda prove: prove.__name__)
@@ -60,38 +63,52 @@ def test_weights_that_change_in_an_evaluation_are_caught(bench: Bench) -> None:
     assert not proofs.evaluation_leaves_gradients(bench)["passed"]
 
 
-def test_attention_across_documents_is_caught(bench: Bench) -> None:
-    inner = bench.model.get_base_model()
+def run(folder: Path, adapted: Any, quick: Any, tokenizer: Any, data: Any) -> Rehearsal:
+    lora = LoraConfig(rank=4, alpha=8.0, dropout=0.0, targets=["all-linear"], dtype="float32")
+    base = Base(folder=folder, name="tiny", revision=None, sha256="", source="folder")
+    return rehearse(
+        RehearseConfig(level="quick", rows=4), folder=folder, adapted=adapted, tokenizer=tokenizer, data=data,
+        base=base, quantization={}, lora=lora, upcast="none", placement=PLACEMENT, quick=quick, speed=SPEED, seed=1,
+    )  # fmt: skip
+
+
+def contaminate(adapted: Any) -> None:
+    """Attention that knows neither positions nor borders: documents of a row read each other."""
+    inner = adapted.get_base_model()
     forward = inner.forward
 
-    def contaminated(*arguments: Any, position_ids: Any = None, **inputs: Any) -> Any:
+    def contaminated(*arguments: Any, position_ids: Any = None, cu_seq_lens_q: Any = None, **inputs: Any) -> Any:
         return forward(*arguments, **inputs)
 
     inner.forward = contaminated
+
+
+def test_attention_across_documents_is_caught(bench: Bench) -> None:
+    contaminate(bench.model)
     assert not proofs.packing_keeps_documents_apart(bench)["passed"]
 
 
-def test_failed_proof_stops_the_run_with_the_likely_cause(tmp_path: Any, adapted: Any, tokenizer: Any, data: Any) -> None:
+def test_quick_steps_with_a_wrong_factor_are_caught_and_turned_off(
+    tmp_path: Any, adapted: Any, quick: Any, tokenizer: Any, data: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound = SwiGlu.backward
+    monkeypatch.setattr(SwiGlu, "backward", lambda self, grad, raw: 2 * sound(self, grad, raw))
+    found = run(tmp_path, adapted, quick, tokenizer, data)
+    assert not found.quick
+    assert [proof["name"] for proof in found.proofs if not proof["passed"]] == [proofs.SPEED]
+
+
+def test_failed_proof_stops_the_run_with_the_likely_cause(tmp_path: Any, adapted: Any, quick: Any, tokenizer: Any, data: Any) -> None:
     next(p for name, p in adapted.named_parameters() if "lora_B" in name).data += 0.5
-    lora = LoraConfig(rank=4, alpha=8.0, dropout=0.0, targets=["all-linear"], dtype="float32")
-    base = Base(folder=tmp_path, name="tiny", revision=None, sha256="", source="folder")
-    with pytest.raises(TrainError, match=r"1 of 5 proofs fail.*B does not start at zero"):
-        rehearse(
-            RehearseConfig(level="quick", rows=4), folder=tmp_path, adapted=adapted, tokenizer=tokenizer, data=data,
-            base=base, quantization={}, lora=lora, upcast="none", placement=PLACEMENT, seed=1,
-        )  # fmt: skip
+    with pytest.raises(TrainError, match=r"1 of 6 proofs fail.*B does not start at zero"):
+        run(tmp_path, adapted, quick, tokenizer, data)
 
 
-def test_attention_that_mixes_documents_makes_training_unpack_them(tmp_path: Any, adapted: Any, tokenizer: Any, data: Any) -> None:
-    inner = adapted.get_base_model()
-    forward = inner.forward
-    inner.forward = lambda *arguments, position_ids=None, **inputs: forward(*arguments, **inputs)
-    lora = LoraConfig(rank=4, alpha=8.0, dropout=0.0, targets=["all-linear"], dtype="float32")
-    base = Base(folder=tmp_path, name="tiny", revision=None, sha256="", source="folder")
-    rehearsal = rehearse(
-        RehearseConfig(level="quick", rows=4), folder=tmp_path, adapted=adapted, tokenizer=tokenizer, data=data,
-        base=base, quantization={}, lora=lora, upcast="none", placement=PLACEMENT, seed=1,
-    )  # fmt: skip
+def test_attention_that_mixes_documents_makes_training_unpack_them(
+    tmp_path: Any, adapted: Any, quick: Any, tokenizer: Any, data: Any
+) -> None:
+    contaminate(adapted)
+    rehearsal = run(tmp_path, adapted, quick, tokenizer, data)
     assert not rehearsal.isolates
     assert [proof["name"] for proof in rehearsal.proofs if not proof["passed"]] == [proofs.ISOLATION]
 

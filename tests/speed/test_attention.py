@@ -5,8 +5,10 @@ Both compute in bfloat16 (8 bits) from inputs that are exact in it. Rounding of 
 beyond 10 %.
 """
 
+import ctypes
+import subprocess
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,10 +24,19 @@ HEADS = [(4, 2), (3, 3), (3, 1)]
 """Query heads and key heads: grouped, one to one, one for all."""
 
 
+NO_TILES = "this processor has no AMX, or the system does not let this process use it"
+
+
+@pytest.fixture
+def amx() -> None:
+    if not native.has_tiles():
+        pytest.skip(native.missing() or NO_TILES)
+
+
 @pytest.fixture(params=["tiles", "torch"])
 def tiles(request: pytest.FixtureRequest) -> bool:
-    if request.param == "tiles" and not native.has_tiles():
-        pytest.skip(native.missing() or "this processor has no AMX, or the system does not let this process use it")
+    if request.param == "tiles":
+        request.getfixturevalue("amx")
     return bool(request.param == "tiles")
 
 
@@ -112,30 +123,63 @@ def test_token_does_not_read_the_next_one(tiles: bool) -> None:
     assert (before[45:] != after[45:]).any(-1).all()
 
 
-def test_one_and_two_threads_give_the_same_bits(tiles: bool) -> None:
-    if not tiles:
-        pytest.skip("torch's own kernels split a document among threads as they please")
+@pytest.mark.usefixtures("amx")
+def test_one_and_two_threads_give_the_same_bits() -> None:
     case, before = Case(4, 2, 64), torch.get_num_threads()
     found: list[tuple[Tensor, Tensor]] = []
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            found.append(case.run(tiles))
+            found.append(case.run(True))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 
 def test_product_of_torch_is_still_right_afterwards(tiles: bool) -> None:
-    """oneDNN keeps a tile configuration of its own on this thread; the kernels put it back."""
     generator = torch.Generator().manual_seed(1)
     shapes = ((200, 96, 130), (7, 33, 5), (256, 256, 256))
     pairs = [(torch.randn(n, k, generator=generator).bfloat16(), torch.randn(k, m, generator=generator).bfloat16()) for n, k, m in shapes]
-    case: Any = Case(4, 2, 64)
-    before = [a @ b for a, b in pairs]
-    for (a, b), expected in zip(pairs, before, strict=True):
-        a @ b
+    case = Case(4, 2, 64)
+    for a, b in pairs:
+        before = a @ b
         case.run(tiles)
         found = a @ b
-        assert torch.equal(found, expected)
+        assert torch.equal(found, before)
         assert share(found, a.double() @ b.double()) <= BOUND
+
+
+PROBE = """
+#include <immintrin.h>
+extern "C" void put(const char* settings) { if (settings[0]) _tile_loadconfig(settings); else _tile_release(); }
+extern "C" void get(char* settings) { _tile_storeconfig(settings); }
+"""
+
+
+@pytest.mark.parametrize("rows", [0, 7], ids=["released", "seven rows"])
+@pytest.mark.usefixtures("amx")
+def test_tiles_that_another_library_set_up_are_set_up_afterwards(rows: int, tmp_path: Path) -> None:
+    """oneDNN may keep a configuration on a thread from one product to the next; what is another's must come back."""
+    source, library = tmp_path / "probe.cpp", tmp_path / "probe.so"
+    source.write_text(PROBE)
+    subprocess.run(["g++", "-march=native", "-shared", "-fPIC", "-o", library, source], check=True)
+    probe = ctypes.CDLL(str(library))
+    settings, found = bytearray(64), ctypes.create_string_buffer(64)
+    if rows:
+        settings[0], settings[16], settings[48] = 1, 64, rows  # palette, bytes of a row and rows of the first tile
+    case, before = Case(4, 2, 64), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        joint = case.joint.clone()
+        probe.put(bytes(settings))
+        out, log_sum = native.attention_forward(joint, case.cosine, case.sine, case.borders.long(), case.shape)
+        probe.get(found)
+        forward = bytes(found)
+        native.attention_backward(joint, case.cosine, case.sine, case.borders.long(), case.shape, out, case.d_out, log_sum)
+        probe.get(found)
+        backward = bytes(found)
+    finally:
+        probe.put(bytes(64))
+        torch.set_num_threads(before)
+    assert forward == bytes(settings)
+    assert backward == bytes(settings)
