@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from finetune.config import CONF, RunConfig, compose_config, explain_all, load, make, register
 from finetune.console import complain
 from finetune.errors import ConfigError, FinetuneError, GateMissed, Interrupted
+from finetune.hardware.busy import spare_others
 from finetune.run import STAGES
 
 STAGE_VERBS = ("train", "merge", "eval", "export", "report")
@@ -39,9 +40,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 done; 2 the user can mend it; 1 our fault or the machine's (with a traceback); 75 stopped by a signal, saved.
     """
-    # Threads that spin briefly before they sleep. Spinning for long, OpenMP's default, made training beside another busy
-    # process more than ten times slower; not spinning at all halves its speed on a quiet machine. Read when torch is imported.
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # before training takes signals over, TERM ends as INT does
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -83,6 +81,7 @@ def execute(verb: str, config: RunConfig, *, overrides: list[str], own: dict[str
 
         show(plan(config, probe(config.hardware)))
         return DONE
+    spare_others()
     gc.disable()  # imports make a million objects that stay; looking through them for cycles is a quarter of their time
     from finetune.pipeline import run
 

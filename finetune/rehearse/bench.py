@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from finetune.data import PreparedData
     from finetune.hardware import Placement
     from finetune.speed import Quick
+
+MOST_TOKENS = 640
+"""Tokens of the batch at most, if it is more than one document: plain gradients take more memory than training does."""
 
 SAMPLED_BYTES = 4096
 NUDGE = 1e-3
@@ -66,6 +70,8 @@ class Bench:
                 start += length
             if len(documents) >= rows:
                 break
+        sizes = list(accumulate(len(row["input_ids"]) for row in documents[:rows]))
+        rows = max(1, sum(size <= MOST_TOKENS for size in sizes))
         return cls(
             model=model, tokenizer=tokenizer, documents=documents[:rows], quick=quick, step0_bound=step0_bound, device=str(model.device),
             autocast=getattr(torch, placement.dtype), seed=seed,

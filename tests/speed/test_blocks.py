@@ -95,7 +95,7 @@ def _borders(length: int) -> dict[str, Any]:
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": length, "max_length_k": length}
 
 
-def test_adapter_that_is_switched_off_gives_the_base_to_the_bit(steps: Counter[str]) -> None:
+def test_adapter_that_is_switched_off_gives_the_base(steps: Counter[str]) -> None:
     model, quick = made("llama", "bfloat16")
     inputs = {name: value for name, value in batch().items() if name != "labels"}
     with torch.no_grad(), model.disable_adapter():
