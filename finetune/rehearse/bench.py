@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -87,7 +87,8 @@ class Bench:
     def loss(self) -> torch.Tensor:
         """Summed loss of all documents in nats: as training takes it, or by plain steps while those are asked for."""
         if self.quick.trained_only:
-            return self.quick.loss(self.model, self._flat(self.documents))
+            with self._numbers() if self.quick.autocast else nullcontext():
+                return self.quick.loss(self.model, self._flat(self.documents))
         if self.quick.choice.trained_only:  # then the head can be separated; logits of the others would take gigabytes
             return self._plain_loss(self._flat(self.documents))
         losses = []

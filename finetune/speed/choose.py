@@ -23,6 +23,7 @@ class Facts:
         no_split: Why head and loss cannot be separated from the model; None where they can.
         no_native: Why there are no native kernels; None where there are.
         tiles: Whether the attention kernels for AMX can be used.
+        no_keeping: Why freed memory cannot be kept; None where it can.
     """
 
     unfit: str | None
@@ -32,6 +33,7 @@ class Facts:
     no_split: str | None
     no_native: str | None
     tiles: bool
+    no_keeping: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +61,17 @@ def choose(config: SpeedConfig, facts: Facts, *, device: str) -> Choice:
         no_cache = f"memory on {device} is what 4-bit weights are for"
     elif config.weights == "auto" and fused and facts.quantized and crowded:
         no_cache = f"16-bit copies would take more than {CACHE_SHARE:.0%} of the free memory"
-    cached, cached_why = _wish("weights", config.weights, "cached", no_cache, "16-bit copies fit, and dequantizing is done once")
+    gain = "16-bit copies fit, and dequantizing is done once" if facts.quantized else "siblings lie below each other, nothing is held twice"
+    cached, cached_why = _wish("weights", config.weights, "cached", no_cache, gain)
     trained_only, loss_why = _wish("loss", config.loss, "trained", facts.no_split, "the rest of the logits would be thrown away")
     nothing_to_do = None if fused or trained_only else "layers and loss are plain"
     native, native_why = _wish("kernels", config.kernels, "native", facts.no_native or nothing_to_do, "one pass over memory each")
     keeps, memory_why = _wish(
-        "memory", config.memory, "kept", None if device == "cpu" else f"{device} has torch's own allocator", "no page is asked for twice"
+        "memory",
+        config.memory,
+        "kept",
+        facts.no_keeping if device == "cpu" else f"{device} has torch's own allocator",
+        "no page is asked for twice",
     )
     tiles = native and fused and facts.tiles
     reasons = (

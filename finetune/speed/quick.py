@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor
 
 from finetune.console import say
+from finetune.errors import HardwareError
 from finetune.speed import blocks, native, plain
 from finetune.speed.blocks import Switch
 from finetune.speed.choose import Choice, Facts, choose
-from finetune.speed.linear import Siblings, is_adapted
+from finetune.speed.linear import Siblings, base, is_adapted
 from finetune.speed.steps import HeadLoss
 
 if TYPE_CHECKING:
@@ -28,6 +30,11 @@ TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
 """Names of glibc's mallopt. Source: malloc.h."""
 
 KEEP_BYTES = 2**31 - 1
+LOGIT_SCALES = (
+    "final_logit_softcapping", "logit_scale", "logits_scaling", "logits_soft_cap", "lm_head_multiplier", "output_multiplier",
+    "logits_mup_width_multiplier",
+)  # fmt: skip
+"""Configuration keys of transformers 5.23 for what models do to their logits, or to the head's input, beside the head."""
 
 
 class Quick:
@@ -72,7 +79,7 @@ class Quick:
         hidden = causal.get_decoder()(**rest, use_cache=False).last_hidden_state[:, :-1]
         trained = labels[:, 1:] != IGNORED
         head = causal.get_output_embeddings()
-        result: Tensor = HeadLoss.apply(hidden[trained], head.weight, labels[:, 1:][trained], self.kernels)
+        result: Tensor = HeadLoss.apply(hidden[trained].to(head.weight.dtype), head.weight, labels[:, 1:][trained], self.kernels)
         return result
 
 
@@ -96,7 +103,10 @@ def quicken(adapted: Any, config: SpeedConfig, *, placement: Placement, checkpoi
         siblings = partial(Siblings.of, cache=choice.cached, dtype=getattr(torch, placement.dtype))
         fuse(model, quick, siblings=siblings)
     if checkpointing == "selective":
-        for mlp in blocks.parts(model, blocks.GATED):
+        gated = blocks.parts(model, blocks.GATED)
+        if not gated:
+            raise HardwareError(f"train.checkpointing=selective knows no gated layers in {type(model).__name__}; use full or none")
+        for mlp in gated:
             blocks.recompute_gated(mlp)
     if choice.keep_memory:
         keep_memory()
@@ -132,6 +142,7 @@ def facts_of(model: Any, placement: Placement) -> Facts:
         no_split=_no_split(model, placement.dtype),
         no_native=no_native,
         tiles=no_native is None and native.has_tiles(),
+        no_keeping=None if sys.platform == "linux" else "only Linux's C library is known to keep it",
     )
 
 
@@ -144,12 +155,13 @@ def unfit(model: Any, dtype: str) -> str | None:
         return "its activation is not SiLU"
     if any(attention.attention_dropout for attention in attentions):
         return "it drops attention at random"
-    layers = [layer for part in (*attentions, *gated) for layer in part.children() if is_adapted(layer)]
+    linear = [layer for part in (*attentions, *gated) for layer in part.children() if hasattr(layer, "in_features")]
+    layers = [layer for layer in linear if is_adapted(layer)]
     if any(float(getattr(dropout, "p", 0.0)) for layer in layers for dropout in layer.lora_dropout.values()):
         return "lora.dropout is not 0"
     if any(getattr(layer, "lora_variant", None) for layer in layers):
         return "this variant of LoRA is computed by peft"
-    bases = {type(layer.get_base_layer()).__name__ for layer in layers}
+    bases = {type(base(layer)).__name__ for layer in linear}
     if bases - {"Linear", "Linear4bit"}:
         return f"{', '.join(sorted(bases - {'Linear', 'Linear4bit'}))} layers compute in their own way"
     if any(parameter.dtype != getattr(torch, dtype) for norm in blocks.parts(model, blocks.NORMS) for parameter in norm.parameters()):
@@ -160,12 +172,11 @@ def unfit(model: Any, dtype: str) -> str | None:
 def _no_split(model: Any, dtype: str) -> str | None:
     head = model.get_output_embeddings()
     text = model.config.get_text_config()
-    if head is None or type(head).__name__ != "Linear" or head.bias is not None or head.weight.requires_grad:
+    if head is None or is_adapted(head) or type(head).__name__ != "Linear" or head.bias is not None or head.weight.requires_grad:
         return "its head is no frozen linear layer"
     if head.weight.dtype != getattr(torch, dtype):
         return f"its head is not in {dtype}"
-    scales = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-    if any(getattr(text, name, None) not in (None, 1.0) for name in scales):
+    if any(getattr(text, name, None) not in (None, 1.0) for name in LOGIT_SCALES):
         return "it changes its logits after the head"
     if getattr(text, "output_router_logits", False):
         return "its experts add to the loss"

@@ -164,7 +164,8 @@ def _left_out(product: PreparedData, lines: Lines) -> str:
         return ""
     table = "".join(f'<tr><td>{html.escape(reason)}</td><td class="n">{count:,}</td></tr>' for reason, count in lost.items())
     some = "".join(
-        f"<tr><td>{html.escape(line['source'])}:{line['line']}</td><td>{html.escape(reason)}</td><td>{html.escape(delicate(line['detail']))}</td></tr>"
+        f"<tr><td>{html.escape(line['source'])}:{line['line']}</td><td>{html.escape(reason)}</td>"
+        f"<td>{html.escape(delicate(line['detail']))}</td></tr>"
         for reason, found in lines.gone.items()
         for line in found
     )
