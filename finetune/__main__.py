@@ -16,9 +16,10 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from finetune.config import CONF, RunConfig, compose_config, explain_all, load, make, register
-from finetune.console import complain
+from finetune.console import complain, say
 from finetune.errors import ConfigError, FinetuneError, GateMissed, Interrupted
 from finetune.hardware.busy import spare_others
+from finetune.overrides import opened
 from finetune.run import STAGES
 
 STAGE_VERBS = ("train", "merge", "eval", "export", "report")
@@ -97,21 +98,35 @@ def execute(verb: str, config: RunConfig, *, overrides: list[str], own: dict[str
 
 def look_back(verb: str, own: dict[str, str], overrides: list[str]) -> int:
     """Verbs that only read a run folder."""
-    config = load(with_experiment([*recorded(overrides), *overrides]))
-    folder = Path(config.run.root) / config.run.name
     if verb == "report":
         from finetune.report import report
 
-        report(folder)
+        config = load(with_experiment([*recorded(overrides), *overrides]))
+        report(Path(config.run.root) / config.run.name)
         return DONE
     from finetune import model
     from finetune.data import explain
 
-    found = next((path / "data" for path in (folder, folder.with_name(f"{folder.name}-data")) if (path / "data").is_dir()), None)
-    if found is None:
-        raise ConfigError(f"run.name: {folder} holds no prepared data; run `finetune data` with the same settings first")
-    explain(found, own["why"], tokenizer=model.load_tokenizer(model.fetch(config.model)))
+    asked = load(with_experiment(overrides))
+    folder = prepared(Path(asked.run.root) / asked.run.name)
+    config = load(with_experiment(recorded([f"run.root={folder.parent}", f"run.name={folder.name}"])))
+    given = {override.split("=", 1)[0].lstrip("+") for override in overrides}
+    if given & {"data.path", "data.hub"} and (asked.data.path, asked.data.hub) != (config.data.path, config.data.hub):
+        raise ConfigError(
+            f"data.path: {folder} was prepared from {config.data.path or config.data.hub}, not from {asked.data.path or asked.data.hub}; "
+            "run `finetune data` with the same settings first, or give its run.name"
+        )
+    say("data", f"as prepared in {folder}")
+    explain(folder / "data", own["why"], tokenizer=model.load_tokenizer(model.fetch(config.model)))
     return DONE
+
+
+def prepared(folder: Path) -> Path:
+    """The run, or the look at its data, that was prepared last."""
+    there = [path for path in (folder, folder.with_name(f"{folder.name}-data")) if (path / "data" / "ledger.parquet").is_file()]
+    if not there:
+        raise ConfigError(f"run.name: {folder} holds no prepared data; run `finetune data` with the same settings first")
+    return max(there, key=lambda path: (path / "data" / "ledger.parquet").stat().st_mtime)
 
 
 def split_own(verb: str, arguments: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -158,7 +173,7 @@ def with_hydra(verb: str, arguments: list[str]) -> int:
         results.append(execute(verb, made, overrides=list(settings.overrides.task), own={}))
 
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    before, sys.argv = sys.argv, ["finetune", *arguments, *added]
+    before, sys.argv = sys.argv, ["finetune", *opened(arguments, RunConfig), *added]
     try:
         task()
     except (HydraException, OmegaConfBaseException) as error:

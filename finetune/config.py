@@ -25,7 +25,7 @@ from finetune.lora import LoraConfig
 from finetune.merge import MergeConfig
 from finetune.model import ModelConfig
 from finetune.optim import OptimConfig
-from finetune.overrides import explain, misplaced, unknown_additions
+from finetune.overrides import explain, misplaced, opened, unknown_additions
 from finetune.paths import CONF, SHIPPED
 from finetune.plan import PlanConfig
 from finetune.quantization import QuantizationConfig
@@ -99,6 +99,7 @@ def load(overrides: Sequence[str]) -> RunConfig:
 def compose_config(overrides: Sequence[str]) -> DictConfig:
     """Hydra's composition, every error said in our form."""
     register()
+    overrides = opened(overrides, RunConfig)
     found = misplaced(overrides)
     if found:
         raise ConfigError(*found)

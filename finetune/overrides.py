@@ -31,6 +31,34 @@ def misplaced(overrides: Sequence[str]) -> list[str]:
     return problems
 
 
+def opened(overrides: Sequence[str], schema: type) -> list[str]:
+    """Settings that hold names of the user's own (``data.columns={prompt: question}``) need no plus of Hydra's."""
+    free = [name for name in _free(schema) if "." in name]  # those without are groups, whose options have names of ours
+    return [_open(override, free) for override in overrides]
+
+
+def _open(override: str, free: list[str]) -> str:
+    key, equals, value = override.partition("=")
+    for name in free:
+        if key == name and equals:
+            return f"++{override}" if value.strip() not in ("{}", "null") else override
+        if key.startswith(f"{name}.") and equals:
+            inside = value
+            for part in reversed(key.removeprefix(f"{name}.").split(".")):
+                inside = f"{{{part}: {inside}}}"
+            return f"++{name}={inside}"
+    return override
+
+
+def _free(schema: Any, prefix: str = "") -> Iterator[str]:
+    hints = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        if typing.get_origin(hints[field.name]) is dict:
+            yield f"{prefix}{field.name}"
+        elif kind := _dataclass_of(hints[field.name]):
+            yield from _free(kind, f"{prefix}{field.name}.")
+
+
 def unknown_additions(config: DictConfig, schema: type) -> list[str]:
     """Keys that the schema does not have: Hydra lets ``+lora.rnak=3`` add anything."""
     known = set(paths(schema))

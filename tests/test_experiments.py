@@ -76,3 +76,12 @@ def test_guanaco_is_the_papers_recipe() -> None:
 def test_own_rows_take_the_place_of_any_experiments_data(experiment: str) -> None:
     config = load([f"+experiment={experiment}", "data=custom", "data.path=rows.jsonl"])
     assert (config.data.path, config.data.hub, config.data.heldout_path) == ("rows.jsonl", None, None)
+
+
+def test_names_of_the_users_own_need_no_plus() -> None:
+    base = ["+experiment=quickstart", "data=custom"]
+    whole = load([*base, "data.path=x.jsonl", "data.columns={prompt: question}"]).data.columns
+    assert whole == load([*base, "data.path=x.jsonl", "data.columns.prompt=question"]).data.columns == {"prompt": "question"}
+    sources = load([*base, "data.path=null", "data.sources.a.path=x.jsonl", "data.sources.a.weight=2", "data.sources.b.path=y.jsonl",
+                    "data.sources.b.weight=1"]).data.sources  # fmt: skip
+    assert {name: (source.path, source.weight) for name, source in sources.items()} == {"a": ("x.jsonl", 2.0), "b": ("y.jsonl", 1.0)}

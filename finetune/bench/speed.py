@@ -141,14 +141,14 @@ def ours(name: str, folder: Path, overrides: Sequence[str]) -> Measured:
         "optim=adamw", f"optim.learning_rate={LEARNING_RATE}", "optim.schedule=constant", "optim.warmup=0",
         "optim.max_grad_norm=1.0", f"lora.rank={RANK}", f"lora.alpha={ALPHA}", "tracking=[]", *overrides,
     ]  # fmt: skip
-    seconds, peak = timed(name, command, folder)
+    seconds, peak = timed(name, command, folder, {})
     product = json.loads((root / "ours" / "train" / "manifest.json").read_text())["product"]
     loss = held_out_loss(root / "ours" / "train" / "adapter", root / "ours" / "data" / "heldout")
     return Measured(name, product["tokens_per_second"], peak, seconds, loss)
 
 
 def trl(name: str, folder: Path, *, tuned: bool) -> Measured:
-    """`trl sft` on the same rows: as it comes, or packed, without checkpointing, in bfloat16."""
+    """`trl sft` on the same rows: as it comes, or packed, without checkpointing, in bfloat16, with all threads."""
     out = folder / "trl-out"
     shutil.rmtree(out, ignore_errors=True)
     settings = {
@@ -162,8 +162,9 @@ def trl(name: str, folder: Path, *, tuned: bool) -> Measured:
     batch = ["--per_device_train_batch_size", str(TRL_ROWS), "--gradient_accumulation_steps", str(TRL_ACCUMULATE)]
     if tuned:
         batch = ["--per_device_train_batch_size", str(PACKS_PER_STEP), "--packing", "--max_length", str(PACK_TOKENS),
-                 "--gradient_checkpointing", "false", "--dtype", "bfloat16", "--bf16"]  # fmt: skip
-    seconds, peak = timed(name, [*command, *batch], folder)
+                 "--gradient_checkpointing", "false", "--dtype", "bfloat16", "--bf16", "true"]  # fmt: skip
+    threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))} if tuned else {}  # its launcher sets 1
+    seconds, peak = timed(name, [*command, *batch], folder, threads)
     runs = folder / "runs" / "ours"
     product = json.loads((runs / "data" / "manifest.json").read_text())["product"]
     log = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")
@@ -172,7 +173,7 @@ def trl(name: str, folder: Path, *, tuned: bool) -> Measured:
     return Measured(name, round(product["tokens"] / runtime, 1), peak, seconds, loss)
 
 
-def timed(name: str, command: Sequence[str], folder: Path) -> tuple[float, int]:
+def timed(name: str, command: Sequence[str], folder: Path, surroundings: dict[str, str]) -> tuple[float, int]:
     """Seconds and peak resident memory of a process that must succeed.
 
     Raises:
@@ -181,7 +182,7 @@ def timed(name: str, command: Sequence[str], folder: Path) -> tuple[float, int]:
     say("bench", f"{name} ...")
     started = time.monotonic()
     with open(folder / "log.txt", "wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"HF_HUB_OFFLINE": "1"} | surroundings)
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:

@@ -46,13 +46,24 @@ def rows(path: Path, *, text_unit: str) -> Iterator[Raw]:
             seen = True
             yield raw
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start} of a block ({error.reason}); save the file as UTF-8") from error
+        raise DataError(f"{path}{_not_utf8(path)} ({error.reason}); save the file as UTF-8") from error
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise DataError(f"{path}: the compressed file is damaged or cut off ({error}); fetch it again") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}; check the name and the rights") from error
     if not seen:
         raise DataError(f"{path}: holds no rows; remove it from data.path or fill it")
+
+
+def _not_utf8(path: Path) -> str:
+    """Where a file stops being UTF-8: decoders know only the place in their block, so it is looked for again, line by line."""
+    with open_bytes(path) as handle:
+        for number, line in enumerate(handle, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return f":{number}: not UTF-8 at byte {error.start} of the line"
+    return ": not UTF-8"
 
 
 def _of_kind(path: Path, kind: str, text_unit: str) -> Iterator[Raw]:
@@ -124,7 +135,7 @@ def _wrapped(path: Path, content: bytes) -> Iterator[Raw]:
         raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg}, column {error.colno}; mend the file") from error
     lists = {name: item for name, item in value.items() if isinstance(item, list)}
     if len(lists) != 1:
-        inside = ", ".join(value) or "nothing in it"
+        inside = f"{', '.join(list(value)[:8])}{' ...' if len(value) > 8 else ''}" if value else "nothing in it"
         raise DataError(f"{path}: is one object with {inside}, not a list of rows; write a JSON array or JSON lines")
     yield from enumerate(next(iter(lists.values())), 1)
 

@@ -7,6 +7,8 @@ import numpy as np
 QUANTILES = (50, 90, 95, 99)
 THRESHOLDS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 BINS = 24
+FARTHEST = 2
+"""The histogram ends at this many times the length that 99 % of the rows keep to."""
 
 
 def measure(tokens: np.ndarray, trained: np.ndarray, *, max_tokens: int) -> dict[str, Any]:
@@ -17,13 +19,15 @@ def measure(tokens: np.ndarray, trained: np.ndarray, *, max_tokens: int) -> dict
         trained: Trained tokens of each row.
 
     Returns:
-        ``quantiles``, ``longest``, ``histogram`` (``edges`` and ``rows``), and ``thresholds``: for each, the share of rows
-        that are longer, and the share of all trained tokens that lie in them.
+        ``quantiles``, ``longest``, ``histogram`` (``edges`` and ``rows``; the last bin holds what is longer too), and ``thresholds``:
+        for each, the share of rows that are longer, and the share of all trained tokens that lie in them.
     """
     if not len(tokens):
         return {"quantiles": {}, "longest": 0, "histogram": {"edges": [], "rows": []}, "thresholds": []}
     longest = int(tokens.max())
-    rows, edges = np.histogram(tokens, bins=min(BINS, max(1, longest)), range=(0, longest))
+    # A few very long rows would press all others into one bar, so they share the last one.
+    top = min(longest, max(FARTHEST * int(np.percentile(tokens, 99, method="higher")), max_tokens))
+    rows, edges = np.histogram(np.minimum(tokens, top), bins=min(BINS, max(1, top)), range=(0, top))
     wanted = sorted({*[threshold for threshold in THRESHOLDS if threshold < longest], max_tokens})
     total = max(int(trained.sum()), 1)
     return {

@@ -22,9 +22,11 @@ from finetune.data.sources import Source, resolve
 from finetune.data.store import Store
 from finetune.data.tokens import serialized
 from finetune.data.work import CHOSEN, Job
+from finetune.errors import DataError
 from finetune.run import write_json
 
 RAW_FORMATS = ("text", "completion")
+PREFERENCE_FORMATS = ("preference", "unpaired")
 
 
 def run(config: DataConfig, *, folder: Path, tokenizer: Any, seed: int) -> PreparedData:
@@ -32,6 +34,8 @@ def run(config: DataConfig, *, folder: Path, tokenizer: Any, seed: int) -> Prepa
     folder.mkdir(parents=True, exist_ok=True)
     sources = resolve(config)
     formats = read.formats_of(sources)
+    if config.objective == "preference":
+        _refuse_unpreferred(sources, formats)
     raw = all(name in RAW_FORMATS for name, _ in formats.values())
     if not raw or config.template:
         template.choose(config.template, tokenizer)
@@ -107,6 +111,15 @@ def _arrange(config: DataConfig, sources: list[Source], store: Store, where: _Wh
     write_preview(where.folder, product, config, tokenizer=tokenizer)
     say_summary(product, config)
     return product
+
+
+def _refuse_unpreferred(sources: list[Source], formats: dict[int, tuple[str, dict[str, str]]]) -> None:
+    for number, (name, _) in formats.items():
+        if name not in PREFERENCE_FORMATS:
+            raise DataError(
+                f"data.objective=preference: {sources[number].name} has the format {name}, which has no worse answers; give rows with "
+                "chosen and rejected, or with a label, or use data.objective=supervised"
+            )
 
 
 def _one_piece(store: Store, documents: np.ndarray) -> np.ndarray:

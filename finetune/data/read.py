@@ -15,7 +15,7 @@ from tqdm import tqdm
 from finetune.console import say
 from finetune.data.config import DataConfig
 from finetune.data.files import Raw
-from finetune.data.formats import COLUMNS, detect
+from finetune.data.formats import COLUMNS, detect, unread
 from finetune.data.sources import Source
 from finetune.data.store import Store
 from finetune.data.work import Job, Processed, Worker, as_object
@@ -46,6 +46,7 @@ def formats_of(sources: list[Source]) -> dict[int, tuple[str, dict[str, str]]]:
         _check_columns(source, rows)
         if source.format != "auto":
             chosen[number] = (source.format, source.columns)
+            said.setdefault(f"format {source.format}, as asked{_left(rows, *chosen[number])}", []).append(source.name)
             continue
         if not rows:
             raise DataError(f"{source.name}: none of its first rows is an object, so its format cannot be seen; check the file")
@@ -54,12 +55,20 @@ def formats_of(sources: list[Source]) -> dict[int, tuple[str, dict[str, str]]]:
             name, columns = detect(mapped)
         except DataError as error:
             raise DataError(f"{source.name}: {error}") from error
-        chosen[number] = (name, source.columns or columns)
+        columns = {**columns, **source.columns}
+        chosen[number] = (name, columns)
         mapping = f" ({', '.join(f'{actual} -> {ours}' for ours, actual in columns.items())})" if columns else ""
-        said.setdefault(f"format {name}{mapping}", []).append(source.name)
+        said.setdefault(f"format {name}{mapping}, because the first rows have its columns{_left(rows, name, columns)}", []).append(
+            source.name
+        )
     for sentence, names in said.items():
-        say("data", f"{', '.join(names[:4])}{' ...' if len(names) > 4 else ''}: {sentence}, because the first rows have its columns")
+        say("data", f"{', '.join(names[:4])}{' ...' if len(names) > 4 else ''}: {sentence}")
     return chosen
+
+
+def _left(rows: list[dict], name: str, columns: dict[str, str]) -> str:
+    left = unread(rows, name, columns)
+    return f"; not read: {', '.join(left[:8])}{' ...' if len(left) > 8 else ''}" if left else ""
 
 
 def _check_columns(source: Source, rows: list[dict]) -> None:

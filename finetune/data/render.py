@@ -112,11 +112,21 @@ class _Turns:
     def rendered(self, learnt: list[bool]) -> Rendered:
         last = len(self.messages) - 1
         text = self.template.render(self.messages, tools=self.tools)
-        if self.tools and not all(tool["function"]["name"] in text for tool in self.tools):
-            raise BadRow("the chat template does not write the tools", "use data.tools=text or another template")
+        self._check_tools(text)
         spans = [self._span(text, turn) for turn in range(len(self.messages)) if learnt[turn]]
         answer = spans[-1][0] if learnt[last] else self._start(text, last)
         return Rendered(text, spans, answer=answer, reference=self.messages[last]["content"])
+
+    def _check_tools(self, text: str) -> None:
+        """A name that also stands in the prose proves nothing, so the text must differ from the one without tools or calls."""
+        if self.tools and (
+            not all(tool["function"]["name"] in text for tool in self.tools) or self.template.render(self.messages, tools=None) == text
+        ):
+            raise BadRow("the chat template does not write the tools", "use data.tools=text or another template")
+        if any(message.get("tool_calls") for message in self.messages):
+            bare = [{name: value for name, value in message.items() if name != "tool_calls"} for message in self.messages]
+            if self.template.render(bare, tools=self.tools) == text:
+                raise BadRow("the chat template does not write tool calls", "use data.tools=text or another template")
 
     def _span(self, text: str, turn: int) -> tuple[int, int]:
         message, start = self.messages[turn], self._start(text, turn)

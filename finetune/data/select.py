@@ -63,9 +63,7 @@ def select(config: DataConfig, sources: list[Source], store: Store, *, seed: int
         _split_off(config, rows, split, seed=seed)
     leaked = _leaks(config, store, split)
     if not (split == TRAIN).any():
-        raise DataError(
-            f"no row is left to train on: {_why_none(store, duplicates)}; look at data.max_tokens, data.format and data.columns"
-        )
+        raise DataError(f"no row is left to train on: {_why_none(store, duplicates)}; {_remedy(config, store)}")
     return Selection(split=split, duplicate_of=duplicate_of, duplicates=duplicates, leaked=leaked, mix=mix)
 
 
@@ -165,6 +163,16 @@ def _leaks(config: DataConfig, store: Store, split: np.ndarray) -> int:
         store.rows["reason"][leaked] = store.reason(LEAKED)
         split[leaked] = NOWHERE
     return len(leaked)
+
+
+def _remedy(config: DataConfig, store: Store) -> str:
+    shortest = store.rows["full_tokens"][store.rows["full_tokens"] > 0]
+    if not len(shortest) or shortest.min() <= config.max_tokens:
+        return "look at data.format and data.columns"
+    return (
+        f"the shortest has {shortest.min():,} tokens or more and data.max_tokens is {config.max_tokens:,}: raise it, or choose another "
+        "data.too_long (data=text splits long texts)"
+    )
 
 
 def _why_none(store: Store, duplicates: int) -> str:

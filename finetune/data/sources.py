@@ -17,6 +17,7 @@ from finetune.data.config import DataConfig, SourceConfig
 from finetune.errors import DataError
 
 SPLIT_NAMES = ("train", "test", "valid", "validation", "val", "dev", "eval", "heldout")
+LISTED = 6
 HASH_BLOCK_BYTES = 1 << 22
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -107,15 +108,14 @@ def _expand(part: str, where: str, split: str) -> list[Path]:
 
 def _folder(path: Path, where: str, split: str) -> list[Path]:
     """A folder's data files; where they are named by split, only the asked split's."""
-    inside = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
-    data = [file for file in inside if files.kind_of(file) in files.SUFFIXES and file.stem.upper() not in ("README", "LICENSE")]
+    inside = sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path)))
+    data = [file for file in inside if files.kind_of(file) in files.SUFFIXES and not _about(file)]
     if not data:
         raise DataError(f"{where}: the folder {path} holds no data file; known kinds are {', '.join(files.SUFFIXES)}")
-    by_split = [file for file in data if _split_of(file)]
-    mine = [file for file in by_split if _split_of(file) == split]
+    mine = [file for file in data if _split_of(file.relative_to(path)) == split]
     if mine and len(mine) < len(data):
-        left = ", ".join(file.name for file in data if file not in mine)
-        say("data", f"{path}: read {', '.join(file.name for file in mine)} because data.split={split}; left out {left}")
+        left = [file for file in data if file not in mine]
+        say("data", f"{path}: read {_listed(mine, path)} because data.split={split}; left out {_listed(left, path)}")
         return mine
     kinds = {files.kind_of(file) for file in data}
     if ".txt" in kinds and len(kinds) > 1:
@@ -123,9 +123,32 @@ def _folder(path: Path, where: str, split: str) -> list[Path]:
     return data
 
 
+def _hidden(file: Path) -> bool:
+    return any(part.startswith(".") for part in file.parts)
+
+
+def _about(file: Path) -> bool:
+    """Files that tell of the data, as hubs and ``datasets.save_to_disk`` lay them beside it."""
+    return file.stem.upper() in ("README", "LICENSE") or file.name in (
+        "dataset_info.json",
+        "dataset_infos.json",
+        "dataset_dict.json",
+        "state.json",
+    )
+
+
+def _listed(paths: list[Path], folder: Path) -> str:
+    names = [str(file.relative_to(folder)) for file in paths]
+    return f"{', '.join(names[:LISTED])}{f' and {len(names) - LISTED:,} more' if len(names) > LISTED else ''}"
+
+
 def _split_of(file: Path) -> str:
-    stem = file.name.lower().split(".")[0]
-    return next((name for name in SPLIT_NAMES if stem == name or stem.startswith((f"{name}-", f"{name}_"))), "")
+    """By the file's name or its innermost folder's that says one (``train/data-00000-of-00001.arrow``)."""
+    for part in (file.name.lower().split(".")[0], *(folder.lower() for folder in reversed(file.parts[:-1]))):
+        for name in SPLIT_NAMES:
+            if part == name or part.startswith((f"{name}-", f"{name}_")):
+                return name
+    return ""
 
 
 def _near(path: Path) -> str:

@@ -38,6 +38,18 @@ DOCUMENT = np.dtype([("row", "i8"), ("length", "i4"), ("trained", "i4"), ("answe
 CHOSEN, REJECTED = 0, 1
 
 
+class TooLong(BadRow):
+    """A row that is refused before it is tokenised.
+
+    Args:
+        fewest: Tokens that it has at least; the lengths count it so.
+    """
+
+    def __init__(self, reason: str, detail: str, *, fewest: int) -> None:
+        super().__init__(reason, detail)
+        self.fewest = fewest
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """What every process needs; made once.
@@ -95,16 +107,19 @@ class Worker:
         name, columns = self.job.formats[source]
         rendered: list[tuple[int, int, Conversation, Rendered]] = []
         for number, (_, value) in enumerate(raws):
+            mine: list[tuple[int, int, Conversation, Rendered]] = []
             try:
                 conversation = read(value, name, columns)
                 check(conversation, self.job.renderer.train_roles)
-                mine = [(number, CHOSEN, conversation, self._render(conversation))]
+                mine.append((number, CHOSEN, conversation, self._render(conversation)))
                 if conversation.rejected is not None and self.job.preference:
                     other = Conversation([*conversation.messages[:-1], conversation.rejected], tools=conversation.tools)
                     mine.append((number, REJECTED, other, self._render(other)))
                 batch.describe(number, conversation, mine[0][-1])
             except BadRow as error:
-                batch.refuse(number, error)
+                batch.refuse(number, _of_rejected(error) if mine else error)
+                if isinstance(error, TooLong) and not mine:
+                    batch.rows[number]["full_tokens"] = error.fewest
             else:
                 rendered += mine
         encoded_items = self.encoder.encode([item for *_, item in rendered])
@@ -116,7 +131,8 @@ class Worker:
                 if role == CHOSEN and source in self.job.references:
                     batch.references[number] = item.reference
             except BadRow as error:
-                batch.refuse(number, error)
+                if not batch.rows["reason"][number]:
+                    batch.refuse(number, _of_rejected(error) if role == REJECTED else error)
         return batch.done()
 
     def _render(self, conversation: Conversation) -> Rendered:
@@ -127,7 +143,7 @@ class Worker:
             raise BadRow("the text holds half a character (a lone surrogate)", f"at character {error.start}") from error
         fewest = self.encoder.fewest_tokens(rendered.text)
         if fewest > self.job.max_tokens and self.job.too_long in ("drop", "error"):
-            raise BadRow("longer than max_tokens", f"at least {fewest:,} tokens")
+            raise TooLong("longer than max_tokens", f"at least {fewest:,} tokens", fewest=fewest)
         return rendered
 
     def _fitted(self, conversation: Conversation, encoded: Encoded, batch: "_Batch", number: int, role: int) -> list[Encoded]:
@@ -146,6 +162,10 @@ class Worker:
         if isinstance(result, BadRow):
             raise result
         return result
+
+
+def _of_rejected(error: BadRow) -> BadRow:
+    return BadRow(f"{error.reason} (the rejected answer)", error.detail)
 
 
 def read(value: Any, name: str, columns: dict[str, str]) -> Conversation:

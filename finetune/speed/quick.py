@@ -30,6 +30,7 @@ TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
 """Names of glibc's mallopt. Source: malloc.h."""
 
 KEEP_BYTES = 2**31 - 1
+SCALED = "float16 needs its loss scaled before gradients are taken, which transformers does around plain layers"
 LOGIT_SCALES = (
     "final_logit_softcapping", "logit_scale", "logits_scaling", "logits_soft_cap", "lm_head_multiplier", "output_multiplier",
     "logits_mup_width_multiplier",
@@ -148,6 +149,8 @@ def facts_of(model: Any, placement: Placement) -> Facts:
 
 def unfit(model: Any, dtype: str) -> str | None:
     """Why this model's layers cannot be fused; None where they can."""
+    if dtype == "float16":
+        return SCALED
     attentions, gated = blocks.parts(model, blocks.ATTENTIONS), blocks.parts(model, blocks.GATED)
     if not attentions or not gated:
         return f"{type(model).__name__} is built of other parts than {', '.join(blocks.ATTENTIONS)}"
@@ -170,6 +173,8 @@ def unfit(model: Any, dtype: str) -> str | None:
 
 
 def _no_split(model: Any, dtype: str) -> str | None:
+    if dtype == "float16":
+        return SCALED
     head = model.get_output_embeddings()
     text = model.config.get_text_config()
     if head is None or is_adapted(head) or type(head).__name__ != "Linear" or head.bias is not None or head.weight.requires_grad:

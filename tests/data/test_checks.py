@@ -67,7 +67,7 @@ def test_training_rows_that_share_long_stretches_with_held_out_ones_are_named(ru
     rows = different(20)
     held = write_jsonl(tmp_path / "held.jsonl", [pair(rows[3]["prompt"] + " truly", rows[3]["completion"]), *different(60)[50:]])
     warning = only(run(rows, heldout_path=str(held), checks=checks(overlap_rows_share=0.0), max_tokens=512))
-    assert "1 training documents share at least 50% of their 13-grams with held-out rows (row 3)" in warning
+    assert "1 training document shares at least 50% of the 13-grams with held-out rows (why=3)" in warning
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_delicate_text_is_counted_but_not_printed(
     text: str, what: str, threshold: str, run: Callable[..., PreparedData], capsys: Any
 ) -> None:
     warning = only(run([pair("q", text)], checks=checks(**{threshold: 0.0})))
-    assert f"1 row holds (100.0%) {what}" in warning
+    assert f"1 row (100.0%) holds {what}" in warning
     assert text not in capsys.readouterr().out
 
 
@@ -137,3 +137,16 @@ def test_preview_blacks_out_secrets_and_addresses(run: Callable[..., PreparedDat
     page = (run([pair("q", "mail jane.doe@example.org, password: hunter2hunter2")]).folder / "preview.html").read_text()
     assert "mail [e-mail address], [likely secret]" in page
     assert "hunter2" not in page
+
+
+def test_few_held_out_rows_give_nothing_away_by_the_system_message_alone(run: Callable[..., PreparedData]) -> None:
+    rows = [pair(f"q{number}", f"a{number}") for number in range(40)]
+    system = "You are a helpful assistant who answers every question in one short word and never more."
+    assert run(rows, system=system, heldout_rows=1, checks=checks(overlap_rows_share=0.0)).warnings == []
+
+
+def test_system_message_does_not_make_rows_near_duplicates(run: Callable[..., PreparedData]) -> None:
+    same = "please tell me what the weather will be like tomorrow in the small town by the lake where my old aunt lives with her two dogs"
+    rows = [pair(f"{number * 7919} and {number * 104729}: {same}", f"{number * 31337} degrees") for number in range(1, 41)]
+    system = " ".join(f"Rule {number} is to be polite." for number in range(30))
+    assert run(rows, system=system, checks=checks(near_duplicate_share=0.0), max_tokens=1024).warnings == []

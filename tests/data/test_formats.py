@@ -268,3 +268,41 @@ def test_text_files_are_rows_by_line_paragraph_or_whole(unit: str, run: Callable
     (tmp_path / "a.txt").write_text("one\ntwo\n\nthree\n")
     product = run(path=str(tmp_path / "a.txt"), text_unit=unit)
     assert [row["line"] for row in ledger(product)] == {"line": [1, 2, 4], "paragraph": [1, 4], "file": [1]}[unit]
+
+
+@pytest.mark.parametrize(
+    "answer", [{"content": "I would search."}, {"content": "I search.", "tool_calls": [{"function": {"name": "search"}}]}]
+)
+@pytest.mark.parametrize("tools", [[{"name": "search"}], None])
+def test_name_of_a_tool_in_the_prose_does_not_pass_for_the_tool(
+    answer: dict[str, Any], tools: list[Any] | None, run: Callable[..., PreparedData], tokenizer: Any
+) -> None:
+    row = {"messages": [{"role": "user", "content": "search for cats"}, {"role": "assistant", **answer}], "tools": tools}
+    if not tools and "tool_calls" not in answer:
+        assert run([row]).rows["kept"] == 1
+        return
+    with pytest.raises(DataError, match="the chat template does not write"):
+        run([row])
+
+
+def test_preference_objective_refuses_rows_without_worse_answers(run: Callable[..., PreparedData]) -> None:
+    with pytest.raises(DataError, match=r"data\.objective=preference: rows\.jsonl has the format messages"):
+        run([SAME["messages"]], objective="preference")
+
+
+def test_mapping_of_one_column_leaves_the_others_to_be_found(run: Callable[..., PreparedData], tokenizer: Any, capsys: Any) -> None:
+    product = run([{"question": "q", "answer": "a", "note": "mine", "id": 3}], columns={"system": "note"})
+    assert tokenizer.decode(split(product, "train")[0]["input_ids"], skip_special_tokens=False).startswith("<|im_start|>system\nmine")
+    assert "not read: id" in capsys.readouterr().out
+
+
+def test_rejected_answer_that_is_too_long_is_named(run: Callable[..., PreparedData]) -> None:
+    rows = [
+        SAME["preference"],
+        {"prompt": "q", "chosen": "a", "rejected": "word " * 300},
+        {"prompt": "q", "chosen": "word " * 300, "rejected": "b " * 400},
+    ]
+    assert run(rows, objective="preference").rows["dropped"] == {
+        "longer than max_tokens (the rejected answer)": 1,
+        "longer than max_tokens": 1,
+    }

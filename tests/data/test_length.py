@@ -75,3 +75,15 @@ def test_thresholds_say_what_they_would_cut(run: Callable[..., PreparedData]) ->
     here = next(item for item in product.lengths["thresholds"] if item["max_tokens"] == 64)
     assert here["rows_share"] == pytest.approx(2 / 3, abs=1e-6)
     assert here["trained_tokens_share"] > 0.9
+
+
+def test_row_that_is_too_long_to_be_tokenised_still_counts_among_the_lengths(run: Callable[..., PreparedData]) -> None:
+    product = run([pair(), pair("who?", "word " * 100_000)], max_tokens=64)
+    assert product.lengths["longest"] > 1000
+    assert next(item for item in product.lengths["thresholds"] if item["max_tokens"] == 64)["rows_share"] == 0.5
+    assert sum(product.lengths["histogram"]["rows"]) == 2
+
+
+def test_nothing_left_says_how_long_the_shortest_is(run: Callable[..., PreparedData]) -> None:
+    with pytest.raises(DataError, match=r"the shortest has [\d,]+ tokens or more and data\.max_tokens is 16: raise it"):
+        run([pair()], max_tokens=16)

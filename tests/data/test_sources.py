@@ -139,3 +139,12 @@ def test_hub_data_sets_are_read_whole_or_as_a_stream(streaming: bool, run: Calla
     product = run(hub=str(tmp_path / "set"), streaming=streaming, limit=4)
     assert product.rows["in"] == 4
     assert ledger(product)[0]["source"] == str(tmp_path / "set")
+
+
+def test_folder_that_datasets_saved_is_read_without_its_notes(run: Callable[..., PreparedData], tmp_path: Path) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_list([pair(f"q{number}", f"a{number}") for number in range(5)])
+    datasets.DatasetDict(train=rows, test=rows.select(range(2))).save_to_disk(str(tmp_path / "saved"))
+    assert run(path=str(tmp_path / "saved")).rows["in"] == 5
+    assert run(path=str(tmp_path / "saved" / "train")).rows["in"] == 5

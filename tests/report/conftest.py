@@ -62,7 +62,7 @@ def _proofs() -> list[dict[str, Any]]:
         ("trained text", "every row trains an answer and the token that ends it", "8 of 8 rows", "all rows"),
         ("identity", "at step 0 the adapter changes nothing", "largest logit difference 0", "0"),
         ("gradients", "a gradient reaches every adapter matrix and no base weight", "420 of 420 matrices, 0 base weights", "all, 0"),
-        ("evaluation", "an evaluation in between leaves gradients as they are", "largest gradient difference 0", "0"),
+        ("evaluation", "an evaluation in between leaves gradients and weights as they are", "largest gradient difference 0", "0"),
     ]
     return [
         {"name": name, "passed": True, "figure": figure, "bound": bound, "sentence": sentence, "cause": "", "seconds": 3.2}

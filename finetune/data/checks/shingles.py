@@ -48,7 +48,7 @@ def signatures(ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     Source: Broder, 1997. The documents of one call share their beginning; calls should be large.
     """
     result = np.zeros((len(lengths), SIGNATURE), dtype=np.uint32)
-    skip = _shared_beginning(ids, lengths)
+    skip = shared_beginning(ids, lengths)
     starts = np.cumsum(lengths, dtype=np.int64) - lengths
     rest = lengths - skip
     index = np.arange(rest.sum()) + np.repeat(starts + skip - (np.cumsum(rest) - rest), rest)
@@ -64,7 +64,7 @@ def signatures(ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return result
 
 
-def _shared_beginning(ids: np.ndarray, lengths: np.ndarray) -> int:
+def shared_beginning(ids: np.ndarray, lengths: np.ndarray) -> int:
     if len(lengths) < 2:
         return 0
     starts = np.cumsum(lengths, dtype=np.int64) - lengths

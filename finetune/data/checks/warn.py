@@ -50,7 +50,9 @@ def _copies(config: DataConfig, store: Store, selection: Selection) -> Iterator[
     rows = max(len(store.rows), 1)
     if selection.duplicates:
         done = "dropped" if config.duplicates == "drop" else "kept, as data.duplicates=keep asks"
-        yield f"{selection.duplicates:,} rows ({selection.duplicates / rows:.1%}) repeat an earlier one exactly; {done}"
+        share = _percent(selection.duplicates / rows)
+        verb = f"row ({share}) repeats" if selection.duplicates == 1 else f"rows ({share}) repeat"
+        yield f"{selection.duplicates:,} {verb} an earlier one exactly; {done}"
     yield from _near(config, store, selection)
     if selection.leaked:
         done = "left out of training" if config.leaked == "drop" else "kept in training, as data.leaked=keep asks"
@@ -70,9 +72,10 @@ def _near(config: DataConfig, store: Store, selection: Selection) -> Iterator[st
         )
     leaking = overlapping(store, train, heldout, share=checks.overlap_share) if len(heldout) else heldout
     if len(leaking) > checks.overlap_rows_share * len(train):
-        lines = ", ".join(f"row {row}" for row in store.documents["row"][leaking[:3]])
+        verb = "document shares" if len(leaking) == 1 else "documents share"
+        lines = ", ".join(f"why={row}" for row in store.documents["row"][leaking[:3]])
         yield (
-            f"{len(leaking):,} training documents share at least {checks.overlap_share:.0%} of their 13-grams with held-out rows "
+            f"{len(leaking):,} training {verb} at least {checks.overlap_share:.0%} of the 13-grams with held-out rows "
             f"({lines}): held-out scores will look better than they are"
         )
 
@@ -101,8 +104,9 @@ def _flags(config: DataConfig, store: Store, selection: Selection) -> Iterator[s
     for name, threshold in thresholds.items():
         count = int((flags & FLAGS[name] > 0).sum())
         if count > threshold * len(flags):
-            verb = "row holds" if count == 1 else "rows hold"
-            yield f"{count:,} {verb} ({count / len(flags):.1%}) {name}, which are not shown here; look at them before you train on them"
+            rows, verb = ("row", "holds") if count == 1 else ("rows", "hold")
+            where = f"{count:,} {rows} ({_percent(count / len(flags))}) {verb}"
+            yield f"{where} {name}, which are not shown here; look at them before you train on them"
     apart = int((flags & FLAGS["in pieces"] > 0).sum()) - int((flags & FLAGS["control tokens as text"] > 0).sum())
     if apart > 0:
         yield (
@@ -112,3 +116,7 @@ def _flags(config: DataConfig, store: Store, selection: Selection) -> Iterator[s
     literal = int((flags & FLAGS["control tokens as text"] > 0).sum())
     if literal:
         yield f"{literal:,} rows write control tokens in their text; they are read as text (data.control_tokens=control would obey them)"
+
+
+def _percent(share: float) -> str:
+    return "less than 0.1%" if 0 < share < 0.0005 else f"{share:.1%}"
