@@ -69,6 +69,7 @@ class RunConfig:
                 "choose data=custom, or set data.heldout_path"
             )
         yield from self.lora.conflicts(quantization=self.quantization.method, weight_decay=self.optim.weight_decay)
+        yield from self.train.conflicts(rows=self.data.objective, variant=self.lora.variant, dropout=self.lora.dropout)
         if self.quantization.method == "int8" and self.launch.strategy == "fsdp":
             yield (
                 "quantization.method=int8 cannot be cut into shards: launch.strategy=fsdp needs quantization=nf4_double, "

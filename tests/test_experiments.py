@@ -20,8 +20,8 @@ OPTIONS = sorted(
     for file in folder.glob("*.yaml")
     if not file.stem.startswith("_")
 )
-NEEDS = {("model", "custom"): ["model.name=x"]}
-NAMED = ("quickstart", "guanaco", "alpaca_cleaned")
+NEEDS = {("model", "custom"): ["model.name=x"], ("train", "dpo"): ["data.objective=preference"]}
+NAMED = ("quickstart", "guanaco", "alpaca_cleaned", "ultrafeedback")
 """Data options that bring their rows; the others are formats, and the user names the rows."""
 LISTS = ("export", "tracking")
 

@@ -89,8 +89,9 @@ def _arrange(config: DataConfig, sources: list[Source], store: Store, where: _Wh
     packs = _packs(config, store, train, seed=where.seed)
     readable = store.rows["full_tokens"] > 0
     measured = lengths.measure(store.rows["full_tokens"][readable], store.rows["full_trained"][readable], max_tokens=config.max_tokens)
-    write.train(where.folder / "train", store, packs, preference=config.objective == "preference", fingerprint=where.key)
-    write.heldout(where.folder / "heldout", store, heldout, fingerprint=where.key)
+    compares = config.objective == "preference"
+    write.train(where.folder / "train", store, packs, preference=compares, fingerprint=where.key)
+    write.heldout(where.folder / "heldout", store, heldout, preference=compares, fingerprint=where.key)
     ledger.write(where.folder, store, selection, sources, train=packs, heldout=heldout)
     sizes = store.documents["length"][packs.documents]
     product = PreparedData(

@@ -14,13 +14,15 @@ from finetune.data.work import REJECTED
 
 ROWS_AT_ONCE = 256
 LIST = "list"
+OTHER_FIELDS = {"rejected_input_ids": LIST, "rejected_labels": LIST, "desirable": "int32"}
+"""What preference objectives read besides; empty lists where a row has no rejected answer."""
 
 
 def train(folder: Path, store: Store, packs: Packs, *, preference: bool, fingerprint: str) -> None:
     """``input_ids``, ``labels``, ``seq_lengths``, ``rows``; for preference objectives the rejected answers too."""
     fields = {"input_ids": LIST, "labels": LIST, "seq_lengths": LIST, "rows": LIST}
     if preference:
-        fields |= {"rejected_input_ids": LIST, "rejected_labels": LIST, "desirable": "int32"}
+        fields |= OTHER_FIELDS
     _write(folder, fields, _train_batches(store, packs, preference=preference), fingerprint=f"{fingerprint}-train")
 
 
@@ -40,15 +42,20 @@ def _train_batches(store: Store, packs: Packs, *, preference: bool) -> Iterator[
             "rows": _lists(rows, borders - borders[0]),
         }
         if preference:
-            others = np.array([number for row in rows if (number := rejected.get(int(row), -1)) >= 0], dtype=np.int64)
-            there = np.array([int(row) in rejected for row in rows])
-            lengths = np.zeros(len(rows), dtype=np.int64)
-            lengths[there] = store.documents["length"][others]
-            ids, labels = store.gather(others)
-            borders = np.concatenate([[0], np.cumsum(lengths)])
-            columns |= {"rejected_input_ids": _lists(ids, borders), "rejected_labels": _lists(labels, borders)}
-            columns["desirable"] = pyarrow.array(store.rows["desirable"][rows].astype(np.int32))
+            columns |= _others(store, rejected, rows)
         yield columns
+
+
+def _others(store: Store, rejected: dict[int, int], rows: np.ndarray) -> dict[str, Any]:
+    """`OTHER_FIELDS` of some rows."""
+    others = np.array([number for row in rows if (number := rejected.get(int(row), -1)) >= 0], dtype=np.int64)
+    there = np.array([int(row) in rejected for row in rows], dtype=bool)
+    lengths = np.zeros(len(rows), dtype=np.int64)
+    lengths[there] = store.documents["length"][others]
+    ids, labels = store.gather(others)
+    borders = np.concatenate([[0], np.cumsum(lengths)])
+    desirable = pyarrow.array(store.rows["desirable"][rows].astype(np.int32))
+    return {"rejected_input_ids": _lists(ids, borders), "rejected_labels": _lists(labels, borders), "desirable": desirable}
 
 
 def _rejected(store: Store) -> dict[int, int]:
@@ -56,7 +63,7 @@ def _rejected(store: Store) -> dict[int, int]:
     return dict(zip(store.documents["row"][numbers].tolist(), numbers.tolist(), strict=True))
 
 
-def heldout(folder: Path, store: Store, documents: np.ndarray, *, fingerprint: str) -> None:
+def heldout(folder: Path, store: Store, documents: np.ndarray, *, preference: bool, fingerprint: str) -> None:
     """The same columns, never packed, with what serving would send and the answer it should get."""
     fields = {
         "input_ids": LIST,
@@ -67,10 +74,13 @@ def heldout(folder: Path, store: Store, documents: np.ndarray, *, fingerprint: s
         "reference": "string",
         "row": "int32",
     }
-    _write(folder, fields, _heldout_batches(store, documents), fingerprint=f"{fingerprint}-heldout")
+    if preference:
+        fields |= OTHER_FIELDS
+    _write(folder, fields, _heldout_batches(store, documents, preference=preference), fingerprint=f"{fingerprint}-heldout")
 
 
-def _heldout_batches(store: Store, documents: np.ndarray) -> Iterator[dict[str, Any]]:
+def _heldout_batches(store: Store, documents: np.ndarray, *, preference: bool) -> Iterator[dict[str, Any]]:
+    rejected = _rejected(store) if preference else {}
     for first in range(0, len(documents), ROWS_AT_ONCE):
         some = documents[first : first + ROWS_AT_ONCE]
         ids, labels = store.gather(some)
@@ -79,7 +89,7 @@ def _heldout_batches(store: Store, documents: np.ndarray) -> Iterator[dict[str, 
         ones = np.arange(len(some) + 1)
         prompts = [ids[start : start + answer] for start, answer in zip(tokens[:-1], answers, strict=True)]
         rows = store.documents["row"][some]
-        yield {
+        columns = {
             "input_ids": _lists(ids, tokens),
             "labels": _lists(labels, tokens),
             "seq_lengths": _lists(lengths, ones),
@@ -88,6 +98,9 @@ def _heldout_batches(store: Store, documents: np.ndarray) -> Iterator[dict[str, 
             "reference": pyarrow.array([store.references[int(row)] for row in rows], pyarrow.string()),
             "row": pyarrow.array(rows.astype(np.int32)),
         }
+        if preference:
+            columns |= _others(store, rejected, rows)
+        yield columns
 
 
 def _lists(values: np.ndarray, borders: np.ndarray) -> pyarrow.ListArray:

@@ -70,11 +70,11 @@ class Siblings:
 
     @property
     def adapters(self) -> list[Adapter]:
-        """Of the adapted layers, with the columns of the output that they change."""
+        """Of the adapted layers, with the columns of the output that they change; none where they are switched off."""
         found, start = [], 0
         for layer in self.layers:
             end = start + layer.out_features
-            if is_adapted(layer):
+            if is_adapted(layer) and not layer.disable_adapters:
                 name = layer.active_adapters[0]
                 a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
                 found.append(Adapter(slice(start, end), a, b, layer.scaling[name]))
@@ -83,9 +83,9 @@ class Siblings:
 
     @property
     def plain(self) -> bool:
-        """Whether peft has to compute them itself just now: switched off, merged, or several adapters at once."""
+        """Whether peft has to compute them itself just now: merged, or several adapters at once."""
         adapted = [layer for layer in self.layers if is_adapted(layer)]
-        return any(layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1 for layer in adapted)
+        return any(layer.merged or len(layer.active_adapters) != 1 for layer in adapted)
 
 
 class Step(Protocol):

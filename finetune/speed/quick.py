@@ -19,7 +19,7 @@ from finetune.speed import blocks, native, plain
 from finetune.speed.blocks import Switch
 from finetune.speed.choose import Choice, Facts, choose
 from finetune.speed.linear import Siblings, base, is_adapted
-from finetune.speed.steps import HeadLoss
+from finetune.speed.steps import HeadLoss, TokenLosses
 
 if TYPE_CHECKING:
     from finetune.hardware import Placement
@@ -74,14 +74,23 @@ class Quick:
             model: The adapted model.
             inputs: A micro-batch of the collator, with ``labels``.
         """
+        result: Tensor = HeadLoss.apply(*self._trained(model, inputs))
+        return result
+
+    def token_losses(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """The same for each trained token, row by row, shape (tokens,)."""
+        result: Tensor = TokenLosses.apply(*self._trained(model, inputs))
+        return result
+
+    def _trained(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, ModuleType]:
+        """Hidden states that predict trained tokens, the head, those tokens, and who computes the loss."""
         causal = model.get_base_model()
         labels = inputs["labels"]
         rest = {name: value for name, value in inputs.items() if name != "labels"}
         hidden = causal.get_decoder()(**rest, use_cache=False).last_hidden_state[:, :-1]
         trained = labels[:, 1:] != IGNORED
         head = causal.get_output_embeddings()
-        result: Tensor = HeadLoss.apply(hidden[trained].to(head.weight.dtype), head.weight, labels[:, 1:][trained], self.kernels)
-        return result
+        return hidden[trained].to(head.weight.dtype), head.weight, labels[:, 1:][trained], self.kernels
 
 
 def quicken(adapted: Any, config: SpeedConfig, *, placement: Placement, checkpointing: str) -> Quick:

@@ -61,19 +61,37 @@ class HeadLoss(torch.autograd.Function):
         Returns:
             Summed loss in nats, float32.
         """
-        positions, filled = len(hidden), -(-len(hidden) // LOSS_ROWS) * LOSS_ROWS  # products of one shape only
-        hidden = torch.nn.functional.pad(hidden, (0, 0, 0, filled - positions))
-        targets = torch.nn.functional.pad(targets, (0, filled - positions))
-        gradient, losses = torch.empty_like(hidden), hidden.new_empty(filled, dtype=torch.float32)
-        for start in range(0, filled, LOSS_ROWS):
-            part = slice(start, start + LOSS_ROWS)
-            logits = hidden[part] @ weight.t()
-            losses[part] = kernels.cross_entropy(logits, targets[part])
-            torch.mm(logits, weight, out=gradient[part])
-        ctx.save_for_backward(gradient[:positions])
-        return losses[:positions].sum()
+        return token_losses(ctx, hidden, weight, targets, kernels).sum()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
         (gradient,) = ctx.saved_tensors
         return (gradient.float() * upstream).to(gradient.dtype), None, None, None
+
+
+class TokenLosses(HeadLoss):
+    """The same for objectives that weigh tokens differently: the loss of each position, shape (positions,)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, kernels: ModuleType) -> Tensor:
+        return token_losses(ctx, hidden, weight, targets, kernels)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient.float() * upstream[:, None]).to(gradient.dtype), None, None, None
+
+
+def token_losses(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, kernels: ModuleType) -> Tensor:
+    """The loss of each position; its gradient goes into ``ctx``."""
+    positions, filled = len(hidden), -(-len(hidden) // LOSS_ROWS) * LOSS_ROWS  # products of one shape only
+    hidden = torch.nn.functional.pad(hidden, (0, 0, 0, filled - positions))
+    targets = torch.nn.functional.pad(targets, (0, filled - positions))
+    gradient, losses = torch.empty_like(hidden), hidden.new_empty(filled, dtype=torch.float32)
+    for start in range(0, filled, LOSS_ROWS):
+        part = slice(start, start + LOSS_ROWS)
+        logits = hidden[part] @ weight.t()
+        losses[part] = kernels.cross_entropy(logits, targets[part])
+        torch.mm(logits, weight, out=gradient[part])
+    ctx.save_for_backward(gradient[:positions])
+    return losses[:positions]

@@ -47,7 +47,7 @@ class Record(TrainerCallback):
         self.on_step_end(args, state, control)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        line: dict[str, float] = {NAMES[key]: float(value) for key, value in (logs or {}).items() if key in NAMES}
+        line: dict[str, float] = {NAMES.get(key, key): float(v) for key, v in (logs or {}).items() if key in NAMES or "/" in key}
         if not line:
             return
         if "train/loss" in line:

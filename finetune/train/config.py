@@ -5,8 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from finetune.train.preference import PreferenceConfig
+from finetune.train.preference import conflicts as preference_conflicts
+
 CHECKPOINTING = ("none", "selective", "full")
 KEEP = ("last", "best")
+OBJECTIVES = {"sft": "supervised", "dpo": "preference"}
+"""What may be learnt, and the ``data.objective`` whose rows it reads. KTO, ORPO and GRPO would be further lines."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -69,6 +74,12 @@ class TrainConfig:
     deterministic: bool
     """Insists on kernels that give the same bits twice; slower on some GPUs."""
 
+    objective: str = "sft"
+    """``sft``: each trained token's likelihood; ``dpo``: a chosen answer's likelihood over that of a rejected one."""
+
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    """Numbers of the objectives that compare answers; not used by ``sft``."""
+
     def problems(self) -> Iterator[str]:
         if self.steps is None and self.epochs <= 0:
             yield f"train.epochs must be positive, or train.steps set; got {self.epochs}"
@@ -88,7 +99,7 @@ class TrainConfig:
         for key in ("evaluations", "checkpoints"):
             if getattr(self, key) < 0:
                 yield f"train.{key} must be 0 (never) or more; got {getattr(self, key)}"
-        for key, allowed in (("checkpointing", CHECKPOINTING), ("keep", KEEP)):
+        for key, allowed in (("checkpointing", CHECKPOINTING), ("keep", KEEP), ("objective", tuple(OBJECTIVES))):
             if (value := getattr(self, key)) not in allowed:
                 yield f"train.{key} must be one of {', '.join(allowed)}; got {value!r}"
         if self.patience is not None and self.patience < 1:
@@ -99,6 +110,21 @@ class TrainConfig:
             for key, needs in (("patience", self.patience is not None), ("keep", self.keep == "best")):
                 if needs:
                     yield f"train.{key}={getattr(self, key)} goes by the held-out loss, which train.evaluations=0 never takes; set 4, say"
+        yield from self.preference.problems()
+
+    def conflicts(self, *, rows: str, variant: str, dropout: float) -> Iterator[str]:
+        """Problems with what other groups say.
+
+        Args:
+            rows: ``data.objective``.
+            variant: ``lora.variant``.
+            dropout: ``lora.dropout``.
+        """
+        needed = OBJECTIVES.get(self.objective, rows)
+        if rows != needed:
+            yield f"train.objective={self.objective} learns from data.objective={needed}; got {rows}: set data.objective={needed}"
+        if self.objective != "sft":
+            yield from preference_conflicts(variant=variant, dropout=dropout, neftune_alpha=self.neftune_alpha)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -166,13 +166,9 @@ def test_without_a_bias_none_is_kept() -> None:
     assert siblings(adapted("bfloat16"), "bfloat16").bias is None
 
 
-def test_switched_off_merged_or_several_adapters_are_left_to_peft() -> None:
+def test_merged_or_several_adapters_are_left_to_peft() -> None:
     layers = adapted("float32")
     joined = siblings(layers, "float32")
-    assert not joined.plain
-    layers["k"].enable_adapters(False)
-    assert joined.plain
-    layers["k"].enable_adapters(True)
     assert not joined.plain
     layers["v"].merge()
     assert joined.plain
@@ -181,6 +177,16 @@ def test_switched_off_merged_or_several_adapters_are_left_to_peft() -> None:
     layers["q"].update_layer("second", 4, 8, config=peft.LoraConfig(r=4, lora_alpha=8))
     layers["q"].set_adapter(["default", "second"])
     assert joined.plain
+
+
+def test_adapter_that_is_switched_off_is_left_out() -> None:
+    layers = adapted("float32")
+    joined = siblings(layers, "float32")
+    layers["k"].enable_adapters(False)
+    assert not joined.plain
+    assert len(joined.adapters) == len(layers) - 1
+    layers["k"].enable_adapters(True)
+    assert len(joined.adapters) == len(layers)
 
 
 def test_siblings_without_any_adapter_need_no_peft() -> None:
