@@ -13,7 +13,7 @@ from finetune.data import DataConfig, SourceConfig
 
 CONF = Path(__file__).parents[2] / "conf"
 OPTIONS = sorted(file.stem for file in (CONF / "data").glob("*.yaml") if file.stem != "_base")
-WITH_ROWS = {"quickstart", "guanaco", "alpaca_cleaned"}
+WITH_ROWS = {"ultrafeedback", "quickstart", "guanaco", "alpaca_cleaned"}
 
 
 def compose(name: str) -> DataConfig:
