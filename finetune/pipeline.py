@@ -138,6 +138,7 @@ def adapt(config: RunConfig, *, folder: RunFolder, base: Base, data: PreparedDat
             calibration=lora.read_documents(data.folder / "train", tokens=config.lora.calibration_tokens) if eva else None,
             original=base.folder,
         )  # fmt: skip
+        quick = quicken(adapted, config.speed, placement=placement, checkpointing=config.train.checkpointing)
         facts.update(
             name=config.model.name,
             revision=base.revision,
@@ -146,8 +147,8 @@ def adapt(config: RunConfig, *, folder: RunFolder, base: Base, data: PreparedDat
             trainable_parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
             quantization=spec(config.quantization),
             bytes=size,
+            speed=list(quick.choice.reasons),
         )
-        quick = quicken(adapted, config.speed, placement=placement, checkpointing=config.train.checkpointing)
     return adapted, quick
 
 

@@ -27,8 +27,8 @@ def series(metrics: Sequence[Fields], name: str) -> list[Point]:
     return sorted(found.items())
 
 
-def loss_picture(metrics: Sequence[Fields]) -> str:
-    """Loss on training and held-out rows over the steps, in nats a token."""
+def loss_picture(metrics: Sequence[Fields], *, unit: str) -> str:
+    """Loss on training and held-out rows over the steps, in ``unit``."""
     train, heldout = series(metrics, "train/loss"), series(metrics, "eval/loss")
     if not train:
         return ""
@@ -37,7 +37,7 @@ def loss_picture(metrics: Sequence[Fields]) -> str:
     last = max(step for step, _ in [*train, *heldout])
     axes = frame(
         box=BOX, x_ticks=ticks(0, last, wanted=8), y_ticks=ticks(low, max(values)), x_end=last, x_name="optimizer steps",
-        y_name="loss, nats a token", x_text=lambda v: f"{v:,.0f}", y_text=number,
+        y_name=f"loss, {unit}", x_text=lambda v: f"{v:,.0f}", y_text=number,
     )  # fmt: skip
     at = [(axes.x(step), axes.y(value)) for step, value in train]
     smooth = len(train) > SMOOTH_FROM_POINTS

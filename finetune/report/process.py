@@ -10,7 +10,8 @@ from finetune.report.words import MISSING, count, duration, number, percent, siz
 
 def learning(report: Fields, facts: Facts) -> Html:
     """The curves of training."""
-    picture = loss_picture(facts.metrics)
+    unit = "nats a pair" if (facts.config.get("train") or {}).get("objective") == "dpo" else "nats a token"
+    picture = loss_picture(facts.metrics, unit=unit)
     if not picture:
         return Html("")
     legend = [("1", "training rows"), *([("2", "held-out rows")] if series(facts.metrics, "eval/loss") else [])]
@@ -22,21 +23,27 @@ def learning(report: Fields, facts: Facts) -> Html:
         figure(small_picture(facts.metrics, "train/learning_rate", name="learning rate"), ""),
         figure(small_picture(facts.metrics, "train/grad_norm", name="gradient norm before clipping"), ""),
     ])  # fmt: skip
-    text = _training_words(report["train"] or {})
+    text = _training_words(report["train"] or {}, unit=unit)
     parts = [tag("p", text) if text else "", figure(picture, caption, legend=legend), tag("div", small, kind="pairs")]
     return section("training", "Training", *parts)
 
 
-def _training_words(train: Fields) -> str:
+def _training_words(train: Fields, *, unit: str) -> str:
     words = []
     if None not in (train.get("first_loss"), train.get("final_loss")):
-        words.append(f"The loss went from {number(train['first_loss'])} to {number(train['final_loss'])} nats a token.")
+        words.append(f"The loss went from {number(train['first_loss'])} to {number(train['final_loss'])} {unit}.")
     optimizer = train.get("optimizer") or {}
     if optimizer.get("used"):
         state = f", {size(optimizer['state_bytes'])} of state" if optimizer.get("state_bytes") else ""
         words.append(f"Optimizer: {optimizer['used']}{state}.")
     if train.get("resumed_from"):
         words.append(f"The training was interrupted once and went on from step {count(train['resumed_from'])}.")
+    if train.get("skipped_steps"):
+        words.append(f"{count(train['skipped_steps'])} steps were left out, because loss or gradient was no number.")
+    if train.get("stopped_early"):
+        words.append("It was stopped early, because the held-out loss no longer fell.")
+    if train.get("kept_step") not in (None, train.get("steps")):
+        words.append(f"The weights of step {count(train['kept_step'])} were kept: their held-out loss was the lowest.")
     return " ".join(words)
 
 

@@ -68,6 +68,7 @@ def _cost(manifest: Fields) -> Fields:
 def _decisions(facts: Facts) -> list[str]:
     """Every automatic choice with its reason, in the order in which they were made."""
     reasons = list((facts.environment.get("placement") or {}).get("reasons", []))
+    reasons += (facts.product("model") or {}).get("speed", [])
     optimizer = (facts.product("train") or {}).get("optimizer") or {}
     if optimizer.get("why") and not any(optimizer["why"] in reason for reason in reasons):
         reasons.append(f"optimizer {optimizer['used']}: {optimizer['why']}")

@@ -30,9 +30,9 @@ def test_log_scale_spaces_decades_evenly() -> None:
 @pytest.mark.parametrize(
     "picture",
     [
-        loss_picture([{"step": 1, "train/loss": 2.0}, {"step": 2, "train/loss": 1.0}, {"step": 2, "eval/loss": 1.5}]),
-        loss_picture([{"step": 1, "train/loss": 2.0}]),
-        loss_picture([{"step": step, "train/loss": 5.0 - step / 100} for step in range(300)]),
+        loss_picture([{"step": 1, "train/loss": 2.0}, {"step": 2, "train/loss": 1.0}, {"step": 2, "eval/loss": 1.5}], unit="nats a token"),
+        loss_picture([{"step": 1, "train/loss": 2.0}], unit="nats a token"),
+        loss_picture([{"step": step, "train/loss": 5.0 - step / 100} for step in range(300)], unit="nats a token"),
         memory_picture([{"time": t, "stage": "train", "rss_bytes": 10**9 + t, "device_bytes": 10**8} for t in range(1000)]),
         artifact_picture({"base": {"metrics": {"f": {"value": 1.5, "low": 1.0, "high": 2.0}}}}, "f"),
         artifact_picture({"base": {"metrics": {"f": {"value": 0.0, "low": 0.0, "high": 0.0}}}}, "f"),
@@ -53,7 +53,13 @@ def test_pictures_are_well_formed_and_stay_inside_their_box(picture: str) -> Non
 
 @pytest.mark.parametrize(
     "picture",
-    [loss_picture([]), memory_picture([]), length_picture([], [], limit=None), artifact_picture({}, "f"), agreement_picture([], "a")],
+    [
+        loss_picture([]),
+        memory_picture([], unit="nats a token"),
+        length_picture([], [], limit=None),
+        artifact_picture({}, "f"),
+        agreement_picture([], "a"),
+    ],
 )
 def test_nothing_measured_is_no_picture(picture: str) -> None:
     assert picture == ""
