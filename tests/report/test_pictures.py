@@ -54,8 +54,8 @@ def test_pictures_are_well_formed_and_stay_inside_their_box(picture: str) -> Non
 @pytest.mark.parametrize(
     "picture",
     [
-        loss_picture([]),
-        memory_picture([], unit="nats a token"),
+        loss_picture([], unit="nats a token"),
+        memory_picture([]),
         length_picture([], [], limit=None),
         artifact_picture({}, "f"),
         agreement_picture([], "a"),
