@@ -42,6 +42,7 @@ class PeakMemory:
         self._thread = threading.Thread(target=self._sample_until_stopped, daemon=True)
 
     def __enter__(self) -> "PeakMemory":
+        drop_half_line(self.file)
         self._sample()
         self._thread.start()
         return self
@@ -62,3 +63,12 @@ class PeakMemory:
         line = {"time": round(time.time(), 2), "stage": self.stage, "rss_bytes": rss, "device_bytes": device}
         with open(self.file, "a", encoding="utf-8") as handle:
             handle.write(json.dumps(line) + "\n")
+
+
+def drop_half_line(file: Path) -> None:
+    """Takes away a last line that a killed process did not finish, so that the next one does not grow onto it."""
+    if not file.is_file():
+        return
+    content = file.read_bytes()
+    if not content.endswith(b"\n"):
+        file.write_bytes(content[: content.rfind(b"\n") + 1])
