@@ -11,7 +11,7 @@ from finetune.measure.rows import IGNORED
 
 FLAT_MULTIPLE = 64
 """A flat row is filled up to a multiple of so many tokens: a CPU's matrix library keeps code and memory for each shape it meets,
-2 GB after 15 shapes of a small model."""
+which was 0.6 GB after 15 steps of a small model."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,7 +130,8 @@ class _Product(torch.autograd.Function):
         for part, ranks, b in zip(adapters, _ranks(matrices), scaled, strict=True):
             y[:, part.columns].addmm_(inner[:, ranks], b.t())
         ctx.save_for_backward(raw, inner, a, *scaled)
-        ctx.step, ctx.siblings, ctx.ranks, ctx.formats = step, siblings, _ranks(matrices), [matrix.dtype for matrix in matrices]
+        ctx.step, ctx.siblings, ctx.adapters = step, siblings, adapters
+        ctx.ranks, ctx.formats = _ranks(matrices), [matrix.dtype for matrix in matrices]
         return y
 
     @staticmethod
@@ -138,7 +139,7 @@ class _Product(torch.autograd.Function):
         raw, inner, a, *scaled = ctx.saved_tensors
         x = ctx.step.forward(raw) if ctx.step else raw
         d_inner, grads = torch.empty_like(inner), list[Tensor]()
-        for part, ranks, b in zip(ctx.siblings.adapters, ctx.ranks, scaled, strict=True):
+        for part, ranks, b in zip(ctx.adapters, ctx.ranks, scaled, strict=True):
             mine = dy[:, part.columns]
             d_inner[:, ranks] = mine @ b
             grads.append((inner[:, ranks].t() @ mine).t().float() * part.scale)

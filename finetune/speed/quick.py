@@ -136,9 +136,7 @@ def fuse(model: Any, quick: Quick, *, siblings: Callable[[list[Any]], Siblings])
 
 def facts_of(model: Any, placement: Placement) -> Facts:
     """Looks at the model and the machine."""
-    layers = [layer for kind in (blocks.ATTENTIONS, blocks.GATED) for part in blocks.parts(model, kind) for layer in part.children()]
-    linear = [layer for layer in layers if hasattr(layer, "in_features")]
-    weights = [layer.get_base_layer().weight if is_adapted(layer) else layer.weight for layer in linear]
+    linear = _linear_layers(model)
     no_native = native.missing() if placement.device == "cpu" else f"they are for a CPU and this run is on {placement.device}"
     if no_native is None and placement.dtype != "bfloat16":
         no_native = f"they compute in bfloat16 and this run in {placement.dtype}"
@@ -146,7 +144,7 @@ def facts_of(model: Any, placement: Placement) -> Facts:
         no_native = "g++ could not compile them"
     return Facts(
         unfit=unfit(model, placement.dtype),
-        quantized=any(hasattr(weight, "quant_state") for weight in weights),
+        quantized=any(hasattr(base(layer).weight, "quant_state") for layer in linear),
         dense_bytes=2 * sum(layer.in_features * layer.out_features for layer in linear),
         free_bytes=_free_bytes(placement.device),
         no_split=_no_split(model, placement.dtype),
@@ -167,7 +165,7 @@ def unfit(model: Any, dtype: str) -> str | None:
         return "its activation is not SiLU"
     if any(attention.attention_dropout for attention in attentions):
         return "it drops attention at random"
-    linear = [layer for part in (*attentions, *gated) for layer in part.children() if hasattr(layer, "in_features")]
+    linear = _linear_layers(model)
     layers = [layer for layer in linear if is_adapted(layer)]
     if any(float(getattr(dropout, "p", 0.0)) for layer in layers for dropout in layer.lora_dropout.values()):
         return "lora.dropout is not 0"
@@ -179,6 +177,12 @@ def unfit(model: Any, dtype: str) -> str | None:
     if any(parameter.dtype != getattr(torch, dtype) for norm in blocks.parts(model, blocks.NORMS) for parameter in norm.parameters()):
         return f"model.upcast keeps norms in other numbers than {dtype}"
     return None
+
+
+def _linear_layers(model: Any) -> list[Any]:
+    """Those that fused layers are made of, adapted or not."""
+    fused = blocks.parts(model, (*blocks.ATTENTIONS, *blocks.GATED))
+    return [layer for part in fused for layer in part.children() if hasattr(layer, "in_features")]
 
 
 def _no_split(model: Any, dtype: str) -> str | None:
