@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
-from finetune.eval.bootstrap import Bootstrap, Interval, Ratio, mean_of
+from finetune.measure.bootstrap import Bootstrap, Interval, Ratio, mean_of
 from finetune.eval.config import ARTIFACTS, CHANGES, LOWER_IS_BETTER, EvalConfig
 from finetune.eval.metrics import METRICS, repetition
 from finetune.eval.records import Record

@@ -2,75 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from finetune.console import human_bytes
-from finetune.measure.stage import StageProduct
+from finetune.export.config import ExportConfig
+from finetune.export.facts import DataFacts, MergedFacts, ScoreFacts, TrainedFacts
+from finetune.export.work import Work
 from finetune.model import Base
 from finetune.quantization import QuantizationConfig, spec
+
+CARD = "README.md"
 
 WORDS = {
     "base": "base", "base_quantized": "base, quantized", "adapter": "adapter on the quantized base", "merged": "merged model",
     "quantization": "cost of quantization", "tuning": "gain of tuning", "merge": "cost of the merge", "total": "base to merged",
 }  # fmt: skip
-
-
-class TrainedFacts(StageProduct, Protocol):
-    """What the card says about the training."""
-
-    @property
-    def steps(self) -> int: ...
-    @property
-    def trained_tokens(self) -> int: ...
-    @property
-    def trainable_parameters(self) -> int: ...
-    @property
-    def optimizer(self) -> dict[str, Any]: ...
-
-
-class DataFacts(StageProduct, Protocol):
-    """What the card says about the data."""
-
-    @property
-    def train_rows(self) -> int: ...
-    @property
-    def heldout_rows(self) -> int: ...
-    @property
-    def tokens(self) -> int: ...
-    @property
-    def trained_tokens(self) -> int: ...
-    @property
-    def fingerprint(self) -> str: ...
-
-
-class MergedFacts(StageProduct, Protocol):
-    """What the card says about the merge."""
-
-    @property
-    def chosen(self) -> str: ...
-    @property
-    def rule(self) -> str: ...
-    @property
-    def reference(self) -> dict[str, Any]: ...
-    @property
-    def candidates(self) -> list[dict[str, Any]]: ...
-
-
-class ScoreFacts(StageProduct, Protocol):
-    """What the card says about quality."""
-
-    @property
-    def artifacts(self) -> dict[str, dict[str, Any]]: ...
-    @property
-    def changes(self) -> dict[str, dict[str, dict[str, float]]]: ...
-    @property
-    def rows(self) -> int: ...
-    @property
-    def loss_rows(self) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +36,20 @@ class CardFacts:
     scores: ScoreFacts
     exports: Sequence[Mapping[str, Any]]
     snippets: Mapping[str, str]
+
+
+def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
+    """Writes the card beside the exports and into each of them."""
+    facts = CardFacts(
+        base=work.base, quantization=work.quantization, data=work.data, adapter=work.adapter, merged=work.merged, scores=work.scores,
+        exports=work.exports, snippets=work.snippets,
+    )  # fmt: skip
+    text = write_card(facts)
+    target = work.folder / CARD
+    for file in [target, *[work.folder / Path(one["path"]).name / CARD for one in work.exports]]:
+        file.write_text(text, encoding="utf-8")
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return {"format": settings.format, "path": f"export/{CARD}", "bytes": target.stat().st_size, "sha256": digest, "parity": {}}
 
 
 def write_card(facts: CardFacts) -> str:

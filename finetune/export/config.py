@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-FORMATS = ("adapter", "safetensors", "card")
+FORMATS = ("adapter", "safetensors", "bitsandbytes", "gguf", "gguf_lora", "onnx", "card", "hub")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -11,10 +11,15 @@ class ExportConfig:
     """One export: what is written, and how near it must be to the model that it was made from."""
 
     format: str
-    """``adapter`` (plain peft), ``safetensors`` (the merged model) or ``card`` (README.md for all of them)."""
+    """``adapter`` (plain peft), ``safetensors`` (the merged model), ``bitsandbytes`` (the merged model in 4 bit), ``gguf``
+    (for llama.cpp and Ollama), ``gguf_lora`` (the adapter for them), ``onnx``, ``card`` (README.md for all of them) or
+    ``hub`` (a push of them)."""
 
     golden_rows: int
     """Held-out prompts to compare logits on, besides the golden chats."""
+
+    loss_rows: int
+    """Held-out rows to compare the loss on."""
 
     max_logit_difference: float
     """Largest difference of a logit, anywhere in the compared distributions, before the export fails."""
@@ -25,11 +30,24 @@ class ExportConfig:
     max_new_tokens: int
     """Length within which the export must end its answer, where the model did."""
 
+    numbers: str = ""
+    """How weights are written, where a format knows several, e.g. ``q4_k_m``."""
+
+    repository: str = ""
+    """``hub``: where to, e.g. ``me/my-model``."""
+
+    private: bool = True
+    """``hub``: whether a repository that is made is private."""
+
+    push: bool = False
+    """``hub``: whether it is really sent; without, what would go is shown."""
+
     def problems(self) -> Iterator[str]:
         if self.format not in FORMATS:
             yield f"export.*.format must be one of {', '.join(FORMATS)}; got {self.format!r}"
         for key, number in (
             ("golden_rows", self.golden_rows),
+            ("loss_rows", self.loss_rows),
             ("max_logit_difference", self.max_logit_difference),
             ("max_kl", self.max_kl),
         ):

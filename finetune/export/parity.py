@@ -11,9 +11,13 @@ import numpy as np
 
 from finetune.errors import ExportError
 from finetune.export.config import ExportConfig
+from finetune.measure.bootstrap import Bootstrap, Ratio
 
 if TYPE_CHECKING:
     from finetune.measure import Chat
+
+RESAMPLES = 2000
+"""Behind the interval of a difference of losses."""
 
 POSITIONS = 8
 """Compared at the end of each prompt: there the next token is an answer's, and a file of logits stays small."""
@@ -40,6 +44,8 @@ class Expected:
         chat_tokens: Their token ids, generation prompt included.
         prompts: Token ids of every compared prompt: the chats, then held-out ones.
         logits: Per prompt, float32, shape (up to 8 last positions, vocabulary).
+        rows: Held-out rows that the loss is taken on, ``input_ids`` and ``labels`` each.
+        losses: Of these rows, ``[nats, trained tokens]`` each.
         stopped: Whether the greedy answer to the last prompt ended within the limit.
     """
 
@@ -47,16 +53,21 @@ class Expected:
     chat_tokens: list[list[int]]
     prompts: list[list[int]]
     logits: list[np.ndarray]
+    rows: list[dict[str, list[int]]]
+    losses: list[list[float]]
     stopped: bool
 
 
-def expected(model: Any, chat: Chat, *, heldout: Sequence[Sequence[int]], max_new_tokens: int) -> Expected:
+def expected(
+    model: Any, chat: Chat, *, heldout: Sequence[Sequence[int]], scored: list[dict[str, list[int]]], max_new_tokens: int
+) -> Expected:
     """Asks the model in this process.
 
     Args:
         model: The trained graph, or the merged model.
         chat: Its tokenizer and end tokens.
         heldout: Held-out prompts.
+        scored: Held-out rows to take the loss on.
         max_new_tokens: Limit of the answer.
     """
     from finetune.measure import generate
@@ -68,7 +79,16 @@ def expected(model: Any, chat: Chat, *, heldout: Sequence[Sequence[int]], max_ne
         raise ExportError("there is nothing to compare an export on: no golden chat can be written and no held-out prompt is asked for")
     answer = generate(model, chat.tokenizer, prompts[-1:], max_new_tokens=max_new_tokens, batch_rows=1, ends=chat.ends)[0]
     logits = [last_logits(model, prompt) for prompt in prompts]
-    return Expected(chats=chats, chat_tokens=tokens, prompts=prompts, logits=logits, stopped=answer.stopped)
+    return Expected(
+        chats=chats, chat_tokens=tokens, prompts=prompts, logits=logits, rows=scored, losses=losses(model, scored), stopped=answer.stopped
+    )
+
+
+def losses(model: Any, rows: list[dict[str, list[int]]]) -> list[list[float]]:
+    """``[nats, trained tokens]`` of each row, a row at a time."""
+    from finetune.measure import row_losses
+
+    return [[one.loss, one.tokens] for one in row_losses(model, rows, batch_tokens=1)]
 
 
 def chat_tokens(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
@@ -100,18 +120,20 @@ def _writes(tokenizer: Any, messages: list[dict[str, str]]) -> bool:
     return True
 
 
-def compare(name: str, wanted: Expected, got: dict[str, Any], logits: Path, *, config: ExportConfig) -> dict[str, Any]:
+def compare(name: str, wanted: Expected, got: dict[str, Any], logits: Path, *, config: ExportConfig, seed: int) -> dict[str, Any]:
     """Holds what the export's own runtime gave against what the model gives.
 
     Args:
         name: The export's, for messages.
         wanted: From the model.
-        got: ``chat_tokens``, ``stopped`` and ``runtime`` from the other process.
+        got: ``chat_tokens``, ``losses``, ``stopped`` and ``runtime`` from the other process.
         logits: Its logits, one array ``prompt_<n>`` each.
         config: The bounds.
+        seed: Of the bootstrap.
 
     Returns:
-        ``{"passed", "runtime", "chats", "prompts", "max_logit_difference", "kl", "top1_agreement", "stops"}``.
+        ``{"passed", "runtime", "chats", "prompts", "max_logit_difference", "kl", "top1_agreement", "stops", "rows", "loss",
+        "model_loss", "loss_difference": {"difference", "low", "high"}}``; the last three where ``rows`` is not 0.
 
     Raises:
         ExportError: Token ids differ, a bound is broken, or the answer does not end.
@@ -135,6 +157,8 @@ def compare(name: str, wanted: Expected, got: dict[str, Any], logits: Path, *, c
         "kl": round(kl, 8),
         "top1_agreement": round(top1, 4),
         "stops": bool(got["stopped"]),
+        "rows": len(wanted.rows),
+        **(_loss_change(wanted.losses, got["losses"], seed=seed) if wanted.rows else {}),
     }
     if not difference <= config.max_logit_difference or not kl <= config.max_kl:
         raise ExportError(
@@ -147,6 +171,14 @@ def compare(name: str, wanted: Expected, got: dict[str, Any], logits: Path, *, c
             f"export.{name} talks on after {config.max_new_tokens} tokens where the model ends its answer: its end tokens are lost"
         )
     return found
+
+
+def _loss_change(before: list[list[float]], after: list[list[float]], *, seed: int) -> dict[str, Any]:
+    """Held-out loss of the export and of its model, and the difference with its interval, paired by row."""
+    one, other = (Ratio(totals=np.array(side)[:, 0], weights=np.array(side)[:, 1]) for side in (before, after))
+    change = Bootstrap(len(before), samples=RESAMPLES, seed=seed).difference(one, other)
+    difference = {"difference": round(change.value, 6), "low": round(change.low, 6), "high": round(change.high, 6)}
+    return {"loss": round(other.value, 6), "model_loss": round(one.value, 6), "loss_difference": difference}
 
 
 def _distances(pairs: list[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float, float]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.export.parity import chat_tokens, last_logits
+from finetune.export.parity import chat_tokens, last_logits, losses
 from finetune.measure import answer
 
 
@@ -16,7 +16,7 @@ def ask(request: dict[str, Any]) -> dict[str, Any]:
     """Runs the card's snippet in the folder of the exports and asks the model that it made.
 
     Returns:
-        ``chat_tokens``, ``stopped`` and ``runtime``; the logits go into a file.
+        ``chat_tokens``, ``losses``, ``stopped`` and ``runtime``; the logits go into a file.
     """
     import torch
 
@@ -37,6 +37,7 @@ def ask(request: dict[str, Any]) -> dict[str, Any]:
     versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in request["packages"])
     return {
         "chat_tokens": [chat_tokens(tokenizer, messages) for messages in request["chats"]],
+        "losses": losses(model, request["rows"]),
         "stopped": bool(set(written[0, ids.shape[1] :].tolist()) & set(ends)),
         "runtime": versions,
     }

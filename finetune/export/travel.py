@@ -15,6 +15,7 @@ from finetune.run import plain, write_json
 
 FILE = "finetune.json"
 SCHEMA = 1
+WEIGHTS = (".safetensors", ".gguf", ".onnx", ".data")
 PACKAGES = ("finetune", "torch", "transformers", "peft", "bitsandbytes")
 
 
@@ -74,6 +75,14 @@ def template_sha256(tokenizer: Any) -> str | None:
     """Hash of the chat template's text; None where there is none."""
     template = tokenizer.chat_template
     return hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest() if template else None
+
+
+def folder_sha256(folder: Path) -> str:
+    """Hash over every weight file below, by name and content: whatever its format."""
+    digest = hashlib.sha256()
+    for file in sorted(file for file in folder.rglob("*") if file.suffix in WEIGHTS):
+        digest.update(f"{file.relative_to(folder)}:{file_sha256(file)}\n".encode())
+    return digest.hexdigest()
 
 
 def _version(package: str) -> str | None:

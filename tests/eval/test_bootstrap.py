@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from finetune.eval.bootstrap import Bootstrap, Ratio, mean_of
+from finetune.measure.bootstrap import Bootstrap, Ratio, mean_of
 
 
 def test_interval_covers_a_known_mean_about_nineteen_times_in_twenty() -> None:
@@ -42,5 +42,5 @@ def test_row_without_tokens_does_not_break_the_interval() -> None:
 def test_same_seed_gives_the_same_interval_in_blocks_or_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     values = mean_of([float(n) for n in range(10)])
     at_once = Bootstrap(10, samples=100, seed=7).level(values)
-    monkeypatch.setattr("finetune.eval.bootstrap.BLOCK_CELLS", 30)
+    monkeypatch.setattr("finetune.measure.bootstrap.BLOCK_CELLS", 30)
     assert Bootstrap(10, samples=100, seed=7).level(values) == at_once

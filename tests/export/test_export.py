@@ -23,7 +23,7 @@ from finetune.measure import trained_graph
 from finetune.merge.candidates import build, write_chat
 from finetune.merge.changes import read_changes
 
-BOUNDS: dict[str, Any] = {"golden_rows": 2, "max_logit_difference": 0.5, "max_kl": 0.01, "max_new_tokens": 6}
+BOUNDS: dict[str, Any] = {"golden_rows": 2, "loss_rows": 3, "max_logit_difference": 0.5, "max_kl": 0.01, "max_new_tokens": 6}
 LEVEL = {"value": 0.5, "low": 0.4, "high": 0.6}
 CHANGE = {"difference": 0.5, "low": 0.4, "high": 0.6}
 ARTIFACT = {"loss": 1.0, "loss_low": 0.9, "loss_high": 1.1, "perplexity": 2.7, "metrics": {"exact_match": LEVEL}}
@@ -91,6 +91,9 @@ def test_each_export_passed_in_its_own_runtime(exports: Exports) -> None:
     assert "peft" in adapter["parity"]["runtime"]
     assert "peft" not in merged["parity"]["runtime"]
     assert merged["parity"]["max_logit_difference"] < 1e-3
+    assert merged["parity"]["rows"] == 3
+    assert abs(merged["parity"]["loss_difference"]["difference"]) < 1e-3
+    assert merged["parity"]["loss"] > 0
     assert all(one["parity"]["chats"] == 4 and one["parity"]["passed"] for one in (adapter, merged))
     assert {file.name for file in exports.folder.iterdir()} == {"adapter", "safetensors", "README.md"}
 
@@ -194,18 +197,20 @@ def test_merged_model_with_another_template_is_not_kept(run: Callable[..., Expor
 def test_export_beyond_its_bound_is_refused(tmp_path: Path) -> None:
     import numpy as np
 
-    wanted = Expected(chats=[], chat_tokens=[], prompts=[[1]], logits=[np.zeros((1, 4), dtype=np.float32)], stopped=False)
+    wanted = Expected(
+        chats=[], chat_tokens=[], prompts=[[1]], logits=[np.zeros((1, 4), dtype=np.float32)], rows=[], losses=[], stopped=False
+    )
     file = tmp_path / "logits.npz"
     np.savez(file, prompt_0=np.array([[0, 0, 0, 1.0]], dtype=np.float32))
-    got = {"chat_tokens": [], "stopped": True, "runtime": "test"}
+    got = {"chat_tokens": [], "losses": [], "stopped": True, "runtime": "test"}
     with pytest.raises(ExportError, match=r"logits by up to 1.0000"):
-        compare("gguf", wanted, got, file, config=ExportConfig(**{**BOUNDS, "format": "safetensors"}))
+        compare("gguf", wanted, got, file, config=ExportConfig(**{**BOUNDS, "format": "safetensors"}), seed=1)
     wide = ExportConfig(**{**BOUNDS, "format": "safetensors", "max_logit_difference": 2, "max_kl": 1})
-    found = compare("gguf", wanted, got, file, config=wide)
+    found = compare("gguf", wanted, got, file, config=wide, seed=1)
     p = np.exp([0, 0, 0, 1.0]) / np.exp([0, 0, 0, 1.0]).sum()
     assert found["kl"] == pytest.approx(float((0.25 * np.log(0.25 / p)).sum()), abs=1e-6)
 
 
 def test_wishes_that_cannot_be_are_named_at_once() -> None:
-    config = ExportConfig(format="pickle", golden_rows=-1, max_logit_difference=0.1, max_kl=-1.0, max_new_tokens=0)
+    config = ExportConfig(format="pickle", golden_rows=-1, loss_rows=0, max_logit_difference=0.1, max_kl=-1.0, max_new_tokens=0)
     assert len(list(config.problems())) == 4

@@ -1,0 +1,47 @@
+"""The adapter as a plain peft folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from finetune.export.config import ExportConfig
+from finetune.export.snippets import adapter_snippet, finetune_snippet
+from finetune.export.travel import write_record
+from finetune.export.work import Work
+from finetune.model import Base
+
+
+def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
+    """Copies the adapter with its tokenizer and all that its loader needs, and opens it by plain peft."""
+    from finetune.measure import check_adapter, free, trained_graph
+
+    source, target = work.adapter.folder / "adapter", work.desk / name
+    check_adapter(source)
+    target.mkdir()
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copyfile(source / file, target / file)
+    _point_to_base(target / "adapter_config.json", work.base)
+    work.chat.tokenizer.save_pretrained(target)
+    parts: dict[str, Any] = {"base": work.base, "model": work.model, "quantization": work.quantization}
+    write_record(target, "adapter", placement=work.placement, chat=work.chat, **parts)
+    graph = trained_graph(work.base, work.model, quantization=work.quantization, placement=work.placement, adapter=source)
+    wanted = work.expect(graph, settings)
+    del graph
+    free()
+    snippet = adapter_snippet(name, dtype=work.placement.dtype, ends=work.chat.ends, **parts)
+    packages = ["peft", "transformers", *(["bitsandbytes"] if work.quantization.method != "none" else [])]
+    parity = work.check(name, settings, wanted, snippet=snippet, ends=work.chat.ends, packages=packages)
+    work.snippets["The adapter, in plain peft"] = snippet
+    work.snippets["The adapter, as it was trained, refusing any other base"] = finetune_snippet(name)
+    return work.keep(name, settings, parity)
+
+
+def _point_to_base(file: Path, base: Base) -> None:
+    """The base by the name that others know it by, not by a cache folder of this machine."""
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings["base_model_name_or_path"] = base.name if base.source == "hub" else str(base.folder.resolve())
+    settings["revision"] = base.revision
+    file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,125 @@
+"""What every export's writer is given: the models that it is made from, and how it is checked and kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.errors import ExportError
+from finetune.export.config import ExportConfig
+from finetune.export.facts import DataFacts, MergedFacts, ScoreFacts, TrainedFacts
+from finetune.hardware import Placement
+from finetune.model import Base, ModelConfig
+from finetune.quantization import QuantizationConfig
+
+if TYPE_CHECKING:
+    from finetune.export.parity import Expected
+    from finetune.measure import Chat
+
+
+@dataclass(kw_only=True)
+class Work:
+    """The stage's inputs, and what the writers before have made.
+
+    Attributes:
+        folder: The stage's folder; an export is kept in it under its name.
+        desk: Where exports are written and opened before they count.
+        base, model, quantization, placement: As they were for training.
+        adapter: Its plain peft folder is ``adapter.folder/adapter``.
+        merged: Its plain transformers folder is ``merged.folder/model``.
+        scores, data: Products of evaluation and data; held-out rows are in ``data.folder/heldout``.
+        seed: Picks the held-out rows.
+        chat: Tokenizer and end tokens.
+        exports: Descriptions of what is done; a card describes them.
+        snippets: Code that opens them, by title.
+    """
+
+    folder: Path
+    desk: Path
+    base: Base
+    model: ModelConfig
+    quantization: QuantizationConfig
+    placement: Placement
+    adapter: TrainedFacts
+    merged: MergedFacts
+    scores: ScoreFacts
+    data: DataFacts
+    seed: int
+    chat: Chat
+    exports: list[dict[str, Any]] = field(default_factory=list)
+    snippets: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def merged_dtype(self) -> str:
+        settings: dict[str, Any] = json.loads((self.merged.folder / "model" / "config.json").read_text())
+        return str(settings["dtype"])
+
+    def expect(self, model: Any, settings: ExportConfig) -> Expected:
+        """What the model gives on the golden chats and on some held-out rows, the same ones for a seed."""
+        import numpy
+
+        from finetune.export.parity import expected
+        from finetune.measure import open_rows
+
+        rows = open_rows(self.data.folder / "heldout")
+        order = numpy.random.default_rng(self.seed).permutation(len(rows)).tolist()
+        prompts = [rows[number]["prompt_ids"] for number in sorted(order[: settings.golden_rows])]
+        scored = [{key: rows[number][key] for key in ("input_ids", "labels")} for number in sorted(order[: settings.loss_rows])]
+        return expected(model, self.chat, heldout=prompts, scored=scored, max_new_tokens=settings.max_new_tokens)
+
+    def check(
+        self,
+        name: str,
+        settings: ExportConfig,
+        wanted: Expected,
+        *,
+        snippet: str,
+        ends: list[int],
+        packages: list[str],
+        runtime: str = "finetune.export.runtime",
+    ) -> dict[str, Any]:
+        """Runs the snippet in a fresh process, beside the export, and compares.
+
+        Args:
+            name: The export's; it lies in ``desk/name``.
+            settings: Its bounds.
+            wanted: From the model that it was made from.
+            snippet: Code of the card that opens it, run in ``desk``.
+            ends: Tokens that end an answer, where the export does not know them itself.
+            packages: What opens it; their versions are recorded.
+            runtime: Module that runs the snippet and asks the model that it made.
+
+        Raises:
+            ExportError: It cannot be opened, or differs from its model.
+        """
+        from finetune.export.parity import compare
+        from finetune.measure import FreshProcessError, run_fresh
+
+        code, logits = self.desk / "snippet.py", self.desk / "logits.npz"
+        code.write_text(snippet + "\n", encoding="utf-8")
+        request = {
+            "folder": self.desk.resolve(), "snippet": code.resolve(), "logits": logits.resolve(), "threads": self.placement.threads,
+            "prompts": wanted.prompts, "rows": wanted.rows, "chats": wanted.chats, "ends": ends,
+            "max_new_tokens": settings.max_new_tokens, "packages": packages,
+        }  # fmt: skip
+        hidden = {"CUDA_VISIBLE_DEVICES": ""} if self.placement.device == "cpu" else {}
+        try:
+            got = run_fresh(runtime, request, work=self.desk, environment=hidden)
+        except FreshProcessError as error:
+            raise ExportError(f"export.{name} cannot be opened by {' and '.join(packages)}: {error}") from error
+        return compare(name, wanted, got, logits, config=settings, seed=self.seed)
+
+    def keep(self, name: str, settings: ExportConfig, parity: dict[str, Any]) -> dict[str, Any]:
+        """Puts a finished export in its place and describes it."""
+        from finetune.export.travel import folder_sha256
+
+        made, place = self.desk / name, self.folder / name
+        if place.exists():
+            shutil.rmtree(place)
+        os.replace(made, place)
+        size = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+        return {"format": settings.format, "path": f"export/{name}", "bytes": size, "sha256": folder_sha256(place), "parity": parity}
