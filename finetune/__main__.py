@@ -83,10 +83,9 @@ def execute(verb: str, config: RunConfig, *, overrides: list[str], own: dict[str
         show(plan(config, probe(config.hardware)))
         return DONE
     spare_others()
-    gc.disable()  # imports make a million objects that stay; looking through them for cycles is a quarter of their time
+    gc.disable()  # until the model is there: looking through a million objects that stay takes a tenth of the start
     from finetune.pipeline import run
 
-    gc.enable()
     if verb in LOOK_VERBS:
         config.run.name, config.run.until, config.run.if_exists = f"{config.run.name}-{verb}", LOOK_VERBS[verb], "overwrite"
     if verb in STAGE_VERBS:

@@ -173,9 +173,9 @@ def _open(folder: Path, config: ModelConfig, *, placement: Placement, quantizati
     import torch
     from transformers import AutoModelForCausalLM
 
-    from finetune.quantization import loader_arguments, silence
+    from finetune.quantization import loader_arguments, prepare
 
-    silence()
+    prepare()
     rank = os.environ.get("LOCAL_RANK") if placement.device == "cuda" else None
     return AutoModelForCausalLM.from_pretrained(
         folder,

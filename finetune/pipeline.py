@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +93,8 @@ def line(config: RunConfig, *, folder: RunFolder, machine: Machine, placement: P
     adapted = quick = None
     if not folder.is_done("rehearse") or not folder.is_done("train"):
         adapted, quick = adapt(config, folder=folder, base=base, data=data, placement=placement)
+    gc.freeze()
+    gc.enable()
     yield "model"
 
     shared: dict[str, Any] = {"data": data, "placement": placement, "seed": seed}
@@ -105,7 +108,6 @@ def line(config: RunConfig, *, folder: RunFolder, machine: Machine, placement: P
     rehearsal = folder.once(rehearse, config.rehearse, adapted=adapted, tokenizer=tokenizer, quick=quick, **graph, **shared)
     if quick and not rehearsal.quick:
         quick.switch.on = False
-    free()
     yield "rehearse"
 
     steps: dict[str, Any] = {"optim": config.optim, "trackers": trackers, "packing": rehearsal.isolates, "quick": quick}

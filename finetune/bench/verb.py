@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.errors import ConfigError
 
-BENCHES = {"data": ("source", "tokenizer", "rows"), "merge": ("parameters",), "speed": ("source", "rows", "against", "repeats")}
-"""What can be measured, and the settings it takes."""
+Settings = dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """Something to measure.
+
+    Attributes:
+        run: Takes the settings that the user gave.
+        takes: Names of the settings.
+        needs: Those that must be given.
+    """
+
+    run: Callable[[Settings], None]
+    takes: tuple[str, ...]
+    needs: tuple[str, ...] = ()
 
 
 def bench(arguments: Sequence[str]) -> None:
@@ -19,34 +34,56 @@ def bench(arguments: Sequence[str]) -> None:
     """
     if not arguments or arguments[0] not in BENCHES:
         raise ConfigError(f"bench: say what to measure, one of {', '.join(BENCHES)}; got {' '.join(arguments) or 'nothing'}")
-    what, names = arguments[0], BENCHES[arguments[0]]
+    what, measurement = arguments[0], BENCHES[arguments[0]]
     settings = dict(argument.split("=", 1) for argument in arguments[1:] if "=" in argument)
-    wrong = [argument for argument in arguments[1:] if argument.split("=", 1)[0] not in names]
+    wrong = [argument for argument in arguments[1:] if argument.split("=", 1)[0] not in measurement.takes]
     if wrong:
-        raise ConfigError(f"bench {what}: {', '.join(wrong)}: there is no such setting; it takes {', '.join(names)}")
-    if what == "merge":
-        from finetune.merge.bench import bench as bench_merge
+        raise ConfigError(f"bench {what}: {', '.join(wrong)}: there is no such setting; it takes {', '.join(measurement.takes)}")
+    missing = [name for name in measurement.needs if name not in settings]
+    if missing:
+        raise ConfigError(f"bench {what}: {', '.join(missing)} is missing; {NEEDED[missing[0]]}")
+    measurement.run(settings)
 
-        bench_merge(parameters=number(settings.get("parameters", "3e9"), "bench merge: parameters"))
-        return
-    if "source" not in settings:
-        raise ConfigError(
-            f"bench {what}: source is missing; give a JSON Lines file with question and answer, e.g. source=gsm8k/train.jsonl"
-        )
-    if what == "speed":
-        from finetune.bench.speed import bench as bench_speed
 
-        if settings.get("against", "trl") != "trl":
-            raise ConfigError(f"bench speed: against must be trl, or left out to compare the speed options; got {settings['against']}")
-        bench_speed(
-            Path(settings["source"]), rows=int(number(settings.get("rows", "128"), "bench speed: rows")), against=settings.get("against"),
-            repeats=int(number(settings.get("repeats", "1"), "bench speed: repeats")),
-        )  # fmt: skip
-        return
-    from finetune.bench.data import bench as bench_data
+def _data(settings: Settings) -> None:
+    from finetune.bench.data import bench
 
     rows = int(number(settings.get("rows", "100000"), "bench data: rows"))
-    bench_data(Path(settings["source"]), tokenizer=settings.get("tokenizer") or quickstart_tokenizer(), rows=rows)
+    bench(Path(settings["source"]), tokenizer=settings.get("tokenizer") or quickstart_tokenizer(), rows=rows)
+
+
+def _speed(settings: Settings) -> None:
+    from finetune.bench.speed import bench
+
+    if settings.get("against", "trl") != "trl":
+        raise ConfigError(f"bench speed: against must be trl, or left out to compare the speed options; got {settings['against']}")
+    bench(
+        Path(settings["source"]), rows=int(number(settings.get("rows", "128"), "bench speed: rows")), against=settings.get("against"),
+        repeats=int(number(settings.get("repeats", "1"), "bench speed: repeats")),
+    )  # fmt: skip
+
+
+def _start(settings: Settings) -> None:
+    from finetune.bench.start import bench
+
+    bench(repeats=int(number(settings.get("repeats", "3"), "bench start: repeats")))
+
+
+def _merge(settings: Settings) -> None:
+    from finetune.merge.bench import bench
+
+    bench(parameters=number(settings.get("parameters", "3e9"), "bench merge: parameters"))
+
+
+NEEDED = {"source": "give a JSON Lines file with question and answer, e.g. source=gsm8k/train.jsonl"}
+
+BENCHES = {
+    "data": Measurement(_data, ("source", "tokenizer", "rows"), needs=("source",)),
+    "speed": Measurement(_speed, ("source", "rows", "against", "repeats"), needs=("source",)),
+    "start": Measurement(_start, ("repeats",)),
+    "merge": Measurement(_merge, ("parameters",)),
+}
+"""What can be measured."""
 
 
 def number(text: str, where: str) -> float:

@@ -77,6 +77,7 @@ def free() -> None:
     """Gives memory back after a model's last name was deleted, on the GPU too."""
     import torch
 
+    gc.unfreeze()  # the start of a run froze what was there
     gc.collect()
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # a C library other than glibc

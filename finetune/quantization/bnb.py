@@ -21,7 +21,7 @@ def loader_arguments(config: QuantizationConfig, *, dtype: str) -> dict[str, Any
         config: The quantization group.
         dtype: The computation's numbers, e.g. ``bfloat16``.
     """
-    silence()
+    prepare()
     if config.method == "none":
         return {}
     import torch
@@ -57,6 +57,10 @@ def protect(model: nn.Module) -> int:
     return len(layers)
 
 
+def _uncompiled(function: Any, **_: Any) -> Any:
+    return function
+
+
 def quantized_layers(model: nn.Module) -> dict[str, Any]:
     """The model's bitsandbytes layers by name."""
     import bitsandbytes
@@ -76,8 +80,20 @@ def dense(layer: Any, dtype: torch.dtype) -> Tensor:
     return dequantize_4bit(layer.weight.data, state).to(dtype)
 
 
-def silence() -> None:
-    """Quiets two harmless messages: a hub kernel that is not there, and int8's note for each layer and pass."""
+def prepare() -> None:
+    """To be called before transformers imports bitsandbytes: saves a second, and quiets two harmless messages.
+
+    At its import, bitsandbytes 0.50.2 hands two functions of its reserve backend to torch.compile, which imports torch's
+    whole compiler. They are left as they are: only devices without a kernel of their own ever call them. The messages
+    are of a hub kernel that is not there, and int8's note for each layer and pass.
+    """
+    import torch
+
+    compiler, torch.compile = torch.compile, _uncompiled  # type: ignore[assignment]
+    try:
+        import bitsandbytes  # noqa: F401
+    finally:
+        torch.compile = compiler
     for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
         logging.getLogger(name).setLevel(logging.ERROR)
     import warnings

@@ -12,7 +12,7 @@ from finetune.tracking.trackers import Figures, TrackerError
 class TensorBoard:
     """Writes into ``tracking/tensorboard``; a resumed run adds a second file there."""
 
-    name = "tensorboard"
+    name, is_service = "tensorboard", False
 
     def __init__(self, config: TrackerConfig) -> None:
         self.config = config

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,9 +19,10 @@ class TrackerError(Exception):
 
 
 class Tracker(Protocol):
-    """What receives a run's figures. Every method may raise `TrackerError`."""
+    """What receives a run's figures. Every method may raise `TrackerError`; a service is called from another thread."""
 
     name: str
+    is_service: bool
 
     def start(self, *, run_name: str, run_config: dict[str, Any], folder: Path) -> None:
         """Called once, first. ``folder`` is the run's ``tracking/``, where the tracker may keep files."""
@@ -38,6 +40,9 @@ class Tracker(Protocol):
         """Called once, last, also after a failure of the run."""
 
 
+Call = Callable[[Tracker], None]
+
+
 class Trackers:
     """All trackers of a run, as one.
 
@@ -47,15 +52,13 @@ class Trackers:
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self.missed: dict[str, int] = {}
-        self._trackers = list(trackers)
+        self._lanes = [Lane(tracker, self.missed) for tracker in trackers]
         self._finished = False
 
     def start(self, *, run_name: str, run_config: dict[str, Any], folder: Path) -> None:
-        """Starts each; one that cannot start is left out from then on."""
-        for tracker in list(self._trackers):
-            self._call(tracker, lambda each: each.start(run_name=run_name, run_config=run_config, folder=folder))
-            if tracker.name in self.missed:
-                self._trackers.remove(tracker)
+        """Starts each, a service when its first figure comes; one that cannot start is left out from then on."""
+        for lane in self._lanes:
+            lane.start(lambda tracker: tracker.start(run_name=run_name, run_config=run_config, folder=folder))
 
     def log(self, step: int, metrics: Figures) -> None:
         """Sends figures at an optimizer step; NaN and infinities go out as they are."""
@@ -70,31 +73,75 @@ class Trackers:
         self._each(lambda tracker: tracker.artifact(path, name=name, kind=kind))
 
     def finish(self) -> None:
-        """Closes all; a second call does nothing."""
+        """Waits until everything went out and closes all; a second call does nothing."""
         if self._finished:
             return
         self._finished = True
         self._each(lambda tracker: tracker.finish())
+        for lane in self._lanes:
+            lane.close()
         for name, count in self.missed.items():
             say("tracking", f"{name}: {count} {'call' if count == 1 else 'calls'} did not arrive; tracking/metrics.jsonl has every figure")
 
-    def _each(self, send: Callable[[Tracker], None]) -> None:
-        for tracker in self._trackers:
-            self._call(tracker, send)
+    def _each(self, call: Call) -> None:
+        for lane in self._lanes:
+            lane.put(call)
 
-    def _call(self, tracker: Tracker, send: Callable[[Tracker], None]) -> None:
+
+class Lane:
+    """One tracker's calls in their order: a service's on a thread of its own, which begins with the first figure.
+
+    Importing and starting W&B takes a second; neither that nor a slow answer should hold up a step.
+
+    Args:
+        tracker: Who is called.
+        missed: Counts the calls that did not arrive, by name.
+    """
+
+    def __init__(self, tracker: Tracker, missed: dict[str, int]) -> None:
+        self.tracker, self.missed = tracker, missed
+        self.thread = ThreadPoolExecutor(max_workers=1) if tracker.is_service else None
+        self.opening: Call | None = None
+        self.is_out = False
+
+    def start(self, call: Call) -> None:
+        if self.thread is None:
+            self._open(call)
+        else:
+            self.opening = call
+
+    def put(self, call: Call) -> None:
+        if self.thread is None:
+            self._send(call)
+            return
+        opening, self.opening = self.opening, None
+        if opening:
+            self.thread.submit(self._open, opening)
+        self.thread.submit(self._send, call)
+
+    def close(self) -> None:
+        if self.thread:
+            self.thread.shutdown(wait=True)
+
+    def _open(self, call: Call) -> None:
+        self._send(call)
+        self.is_out = self.tracker.name in self.missed
+
+    def _send(self, call: Call) -> None:
+        if self.is_out:
+            return
         try:
-            send(tracker)
+            call(self.tracker)
         except TrackerError as error:
-            if tracker.name not in self.missed:
-                say("tracking", f"{tracker.name}: {error}; the run goes on without it")
-            self.missed[tracker.name] = self.missed.get(tracker.name, 0) + 1
+            if self.tracker.name not in self.missed:
+                say("tracking", f"{self.tracker.name}: {error}; the run goes on without it")
+            self.missed[self.tracker.name] = self.missed.get(self.tracker.name, 0) + 1
 
 
 class JsonLines:
     """tracking/metrics.jsonl: one line a call, always on, so that no figure depends on a service."""
 
-    name = "jsonl"
+    name, is_service = "jsonl", False
 
     def start(self, *, run_name: str, run_config: dict[str, Any], folder: Path) -> None:
         self.file = folder / "metrics.jsonl"

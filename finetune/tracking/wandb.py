@@ -18,9 +18,8 @@ from finetune.tracking.trackers import Figures, TrackerError
 
 REACH_SECONDS = 5.0
 START_SECONDS = 30.0
-LOGIN_SECONDS = 60.0
 FINISH_SECONDS = 120.0
-"""How long a service, or a user who is asked for a key, may hold up the start and the end of a run."""
+"""How long a service may hold up the start of the tracking and the end of a run."""
 
 Mode = Literal["online", "offline"]
 DEFAULT_URL = "https://api.wandb.ai"
@@ -29,7 +28,7 @@ DEFAULT_URL = "https://api.wandb.ai"
 class WeightsAndBiases:
     """One W&B run for one run folder; its id is kept in ``tracking/wandb.json``, so that a resumed run goes on in it."""
 
-    name = "wandb"
+    name, is_service = "wandb", True
 
     def __init__(self, config: TrackerConfig) -> None:
         self.config = config
@@ -96,19 +95,21 @@ class WeightsAndBiases:
 
 
 def choose_mode(wish: str) -> tuple[Mode, str]:
-    """``online`` or ``offline``, and why. WANDB_MODE, W&B's own switch, goes before ``auto``."""
-    switch = os.environ.get("WANDB_MODE")
-    for asked, by in ((wish, "tracking.wandb.mode"), (switch, "WANDB_MODE")):
-        if asked == "online":
-            return "online", f"{by}=online"
-        if asked == "offline":
-            return "offline", f"{by}=offline"
-    if os.environ.get("WANDB_API_KEY"):
-        return "online", "WANDB_API_KEY is set"
+    """``online`` or ``offline``, and why. WANDB_MODE, W&B's own switch, goes before ``auto``.
+
+    Without a key nothing goes online, even if asked: W&B would stop the run and ask for one.
+    """
+    asked = [(wish, "tracking.wandb.mode"), (os.environ.get("WANDB_MODE"), "WANDB_MODE")]
+    mode, by = next(((mode, by) for mode, by in asked if mode in ("online", "offline")), ("auto", ""))
+    if mode == "offline":
+        return "offline", f"{by}=offline"
     host = urlsplit(_base_url()).hostname or ""
-    if _netrc_knows(host):
-        return "online", f"this user is logged in to {host}"
-    return "offline", "there is no WANDB_API_KEY and nobody is logged in"
+    key = "WANDB_API_KEY is set" if os.environ.get("WANDB_API_KEY") else ""
+    key = key or (f"this user is logged in to {host}" if _netrc_knows(host) else "")
+    if key:
+        return "online", f"{by}=online" if mode == "online" else key
+    missing = "there is no WANDB_API_KEY and nobody is logged in"
+    return "offline", f"{by}=online, but {missing}" if mode == "online" else missing
 
 
 def _base_url() -> str:
@@ -163,7 +164,7 @@ def _settings() -> Any:
     return wandb.Settings(
         console="off", silent=True, disable_code=True, disable_git=True, disable_job_creation=True, save_code=False, host="",
         x_disable_meta=True, x_disable_machine_info=True, x_disable_stats=True, x_save_requirements=False, init_timeout=START_SECONDS,
-        login_timeout=LOGIN_SECONDS, finish_timeout=FINISH_SECONDS,
+        finish_timeout=FINISH_SECONDS,
     )  # fmt: skip
 
 

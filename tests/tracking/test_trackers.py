@@ -1,4 +1,5 @@
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from finetune.tracking.trackers import TrackerError
 class Broken:
     """A service that takes the start and then is gone."""
 
-    name = "broken"
+    name, is_service = "broken", False
 
     def start(self, **_: Any) -> None:
         return
@@ -53,6 +54,55 @@ def test_tracker_that_fails_is_said_once_and_counted(capsys: pytest.CaptureFixtu
     assert said.count("the run goes on without it") == 1
     assert said.count("3 calls did not arrive") == 1
     assert trackers.missed == {"broken": 3}
+
+
+class Slow(Broken):
+    """A service that waits until it is let go, and writes down who called it."""
+
+    name, is_service = "slow", True
+
+    def __init__(self) -> None:
+        self.go, self.got = threading.Event(), []
+
+    def start(self, **_: Any) -> None:
+        self.got.append("start")
+
+    def log(self, step: int, metrics: Any) -> None:
+        assert self.go.wait(10)
+        self.got.append(step)
+
+    def finish(self) -> None:
+        self.got.append(threading.current_thread().name)
+
+
+def test_a_service_starts_with_its_first_figure_and_holds_up_no_step(tmp_path: Path) -> None:
+    slow = Slow()
+    trackers = Trackers([slow])  # type: ignore[list-item]
+    trackers.start(run_name="a", run_config={}, folder=tmp_path)
+    assert slow.got == []
+    for step in range(3):
+        trackers.log(step, {})
+    assert len(slow.got) <= 1
+    slow.go.set()
+    trackers.finish()
+    assert slow.got[:4] == ["start", 0, 1, 2]
+    assert slow.got[4] != threading.current_thread().name
+
+
+def test_a_service_that_cannot_start_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Gone(Slow):
+        name = "gone"
+
+        def start(self, **_: Any) -> None:
+            raise TrackerError("no route")
+
+    gone = Gone()
+    trackers = Trackers([gone])  # type: ignore[list-item]
+    trackers.start(run_name="a", run_config={}, folder=tmp_path)
+    trackers.log(1, {})
+    trackers.finish()
+    assert gone.got == []
+    assert capsys.readouterr().out.count("no route; the run goes on without it") == 1
 
 
 def test_of_several_processes_only_the_first_tracks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

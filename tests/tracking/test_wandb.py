@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for step in (first, first + 1):
                 trackers.log(step, {"train/loss": 1.0 / step, "train/learning_rate": 1e-3})
             trackers.finish()
+            time.sleep(1.1)  # W&B names a run's folder by the second
         trackers = _open(folder)
         trackers.summary({"eval/merged/json_exact": 0.64})
         (folder / "report.html").write_text("<p>report</p>")
@@ -101,7 +103,8 @@ def test_run_file_names_neither_host_nor_program_nor_git_remote(written: list[An
         ("auto", {"WANDB_API_KEY": "0" * 40}, "online"),
         ("auto", {"WANDB_API_KEY": "0" * 40, "WANDB_MODE": "offline"}, "offline"),
         ("offline", {"WANDB_API_KEY": "0" * 40}, "offline"),
-        ("online", {}, "online"),
+        ("online", {"WANDB_API_KEY": "0" * 40}, "online"),
+        ("online", {}, "offline"),
     ],
 )
 def test_it_goes_online_only_with_a_key(
