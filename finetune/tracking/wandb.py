@@ -92,6 +92,7 @@ class WeightsAndBiases:
     def finish(self) -> None:
         with _failures():
             self.run.finish()
+            _release()
 
 
 def choose_mode(wish: str) -> tuple[Mode, str]:
@@ -130,7 +131,7 @@ def _reach(url: str) -> None:
 
 
 def _release() -> None:
-    """Ends W&B's helper process, which still holds the id of a run that could not start."""
+    """Ends W&B's helper process: it holds the id of a run that could not start, and the last lines of one that ended."""
     import wandb
 
     wandb.teardown()
