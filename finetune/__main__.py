@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from finetune.config import CONF, RunConfig, compose_config, explain_all, load, make, register
 from finetune.console import complain, say
 from finetune.errors import ConfigError, FinetuneError, GateMissed, Interrupted
-from finetune.hardware.busy import spare_others
+from finetune.hardware.busy import Look, spare_others
 from finetune.overrides import opened
 from finetune.run import STAGES
 
@@ -32,6 +32,7 @@ OWN = {"data": ("why",)}
 """Settings of a verb itself."""
 
 VERBS = ("run", "plan", "bench", *LOOK_VERBS, *STAGE_VERBS)
+STARTED = Look.now()
 DONE, OURS, YOURS, INTERRUPTED = 0, 1, 2, 75
 
 
@@ -82,7 +83,7 @@ def execute(verb: str, config: RunConfig, *, overrides: list[str], own: dict[str
 
         show(plan(config, probe(config.hardware)))
         return DONE
-    spare_others()
+    spare_others(STARTED)
     gc.disable()  # until the model is there: looking through a million objects that stay takes a tenth of the start
     from finetune.pipeline import run
 

@@ -1,21 +1,42 @@
 """What other programs leave of the processors, looked at before torch starts its threads."""
 
 import os
+from dataclasses import dataclass
 
 from finetune.console import say
 
 BUSY_PERCENT = 30
-LOOK_SECONDS = 0.2
 SPINS = "20000"
 """Rounds that a waiting thread spins before it sleeps. Beside one busy program, OpenMP's default (300,000) made training more
 than ten times slower; on a quiet machine this number costs an eighth of the speed."""
 
 
-def spare_others() -> None:
-    """Lets waiting threads sleep early where other programs need the processors. OpenMP reads it when torch is imported."""
-    import psutil
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Seconds of all processors since they were started: what others have used, and all there were."""
 
-    share = psutil.cpu_percent(interval=LOOK_SECONDS)
+    others: float
+    all: float
+
+    @classmethod
+    def now(cls) -> "Look":
+        import psutil
+
+        times = psutil.cpu_times()
+        idle = times.idle + getattr(times, "iowait", 0.0)
+        own = os.times()
+        busy = sum(times) - idle - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)  # these are part of user and nice
+        return cls(others=busy - own.user - own.system, all=busy + idle)
+
+
+def spare_others(since: Look) -> None:
+    """Lets waiting threads sleep early where other programs need the processors. OpenMP reads it when torch is imported.
+
+    Args:
+        since: From the program's start; what composing and checking the configuration takes is long enough to look.
+    """
+    now = Look.now()
+    share = 100 * (now.others - since.others) / max(now.all - since.all, 1e-9)
     if share > BUSY_PERCENT and "GOMP_SPINCOUNT" not in os.environ:
         os.environ["GOMP_SPINCOUNT"] = SPINS
         say("hardware", f"waiting threads sleep early, because other programs use {share:.0f} % of the processors")
