@@ -75,12 +75,29 @@ def _merge(settings: Settings) -> None:
     bench(parameters=number(settings.get("parameters", "3e9"), "bench merge: parameters"))
 
 
+def _quantization(settings: Settings) -> None:
+    from finetune.bench.lab import compare
+    from finetune.paths import SHIPPED
+
+    grid = settings.get("grid", "moved")
+    if grid not in ("moved", "as_it_is"):
+        raise ConfigError(f"bench quantization: grid must be moved or as_it_is; got {grid}")
+    compare(
+        text=Path(settings.get("text") or SHIPPED / "general.txt"),
+        tokens=int(number(settings.get("tokens", "2048"), "bench quantization: tokens")),
+        grid=grid,
+        out=Path(settings.get("out", "outputs/quantization.html")),
+        backends=[name for name in settings.get("backends", "").split(",") if name],
+    )
+
+
 NEEDED = {"source": "give a JSON Lines file with question and answer, e.g. source=gsm8k/train.jsonl"}
 
 BENCHES = {
     "data": Measurement(_data, ("source", "tokenizer", "rows"), needs=("source",)),
     "speed": Measurement(_speed, ("source", "rows", "against", "repeats"), needs=("source",)),
     "start": Measurement(_start, ("repeats",)),
+    "quantization": Measurement(_quantization, ("text", "tokens", "grid", "out", "backends")),
     "merge": Measurement(_merge, ("parameters",)),
 }
 """What can be measured."""

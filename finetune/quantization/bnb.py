@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from finetune.errors import ModelError
 from finetune.quantization.config import QuantizationConfig
 
 if TYPE_CHECKING:
@@ -50,11 +51,30 @@ def protect(model: nn.Module) -> int:
     On a CPU with AVX512-BF16, bitsandbytes 0.50.2 repacks a layer's weight in place at its first evaluation. The
     packed kernel has no backward pass, so training goes on with gradients cut off and no error, and saving or
     dequantizing gives noise. Whatever is trained, saved or merged must pass through here first.
+
+    Raises:
+        ModelError: The layers would be read as noise anyway.
     """
-    layers = [layer for layer in quantized_layers(model).values() if hasattr(layer, "support_avx512bf16_for_cpu")]
-    for layer in layers:
+    layers = {name: layer for name, layer in quantized_layers(model).items() if hasattr(layer, "support_avx512bf16_for_cpu")}
+    for layer in layers.values():
         layer.support_avx512bf16_for_cpu = False
+    _refuse_misread(layers)
     return len(layers)
+
+
+def _refuse_misread(layers: dict[str, Any]) -> None:
+    """On a CPU, bitsandbytes 0.50.2 reads rows that are no multiple of a block as noise: each row starts a new constant there.
+
+    Raises:
+        ModelError: The model has such layers.
+    """
+    states = {name: layer.weight.quant_state for name, layer in layers.items() if layer.weight.device.type == "cpu"}
+    misread = sorted({name.rpartition(".")[2] for name, state in states.items() if state.shape[-1] % state.blocksize})
+    if misread:
+        raise ModelError(
+            f"quantization: on a CPU bitsandbytes reads a 4-bit layer as noise when its inputs are no multiple of 64, as in "
+            f"{', '.join(misread)}; keep these unquantized with quantization.skip=[{','.join(misread)}], or use quantization=int8 or none"
+        )
 
 
 def _uncompiled(function: Any, **_: Any) -> Any:

@@ -1,5 +1,7 @@
 """4-bit layers must survive an evaluation: on AVX512-BF16 CPUs bitsandbytes 0.50.2 would repack them."""
 
+import json
+import shutil
 import types
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ import pytest
 import torch
 
 from finetune import model
+from finetune.errors import ModelError
 from finetune.hardware import Placement
 from finetune.quantization import QuantizationConfig, protect, quantized_layers, spec
 
@@ -75,3 +78,42 @@ def test_double_quantization_without_4_bits_is_a_problem() -> None:
     assert list(config("int8", double=True).problems()) == [
         "quantization.double is for nf4 and fp4; got method 'int8': set quantization.double=false"
     ]
+
+
+def test_rows_that_the_cpu_would_read_as_noise_are_refused(tiny_base: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny_base, tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    narrow = {
+        name: tensor[:96] if "gate" in name or "up_proj" in name else tensor[:, :96] if "down" in name else tensor
+        for name, tensor in tensors.items()
+    }
+    save_file(
+        {name: tensor.contiguous() for name, tensor in narrow.items()}, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"}
+    )
+    settings = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**settings, "intermediate_size": 96}))
+    with pytest.raises(
+        ModelError, match=r"no multiple of 64, as in down_proj; keep these unquantized with quantization.skip=\[down_proj\]"
+    ):
+        load(tmp_path / "base", "nf4")
+    skipped = QuantizationConfig(method="nf4", double=False, skip=["down_proj"], threshold=6.0)
+    base = model.Base(folder=tmp_path / "base", name="tiny", revision=None, sha256="", source="folder")
+    settings = types.SimpleNamespace(name="tiny", trust_remote_code=False)
+    assert quantized_layers(model.load(base, settings, quantization=skipped, placement=PLACEMENT))  # type: ignore[arg-type]
+
+
+def test_reading_back_is_the_code_book_times_the_constant(tiny_base: Path) -> None:
+    from bitsandbytes.functional import get_4bit_type
+    from safetensors.torch import load_file
+
+    from finetune.quantization import dense
+
+    code = get_4bit_type("nf4", device="cpu").float()
+    weights = load_file(tiny_base / "model.safetensors")
+    for name, layer in quantized_layers(load(tiny_base, "nf4")).items():
+        groups = weights[f"{name}.weight"].float().reshape(-1, 64)
+        tops = groups.abs().amax(-1, keepdim=True)
+        nearest = code[(groups / tops)[..., None].sub(code).abs().argmin(-1)] * tops
+        assert torch.allclose(dense(layer, torch.float32).reshape(-1, 64), nearest, atol=1e-2 * float(tops.max()))

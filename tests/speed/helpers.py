@@ -15,7 +15,7 @@ from finetune.speed import Quick, SpeedConfig, quicken
 from tests.quantization.test_bnb import PLACEMENT
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
     "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 GROUPED: dict[str, Any] = {**SIZES, "num_key_value_heads": 2, "head_dim": 32}

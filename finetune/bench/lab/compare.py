@@ -1,0 +1,199 @@
+"""`finetune bench quantization`: every option of the group on one model and one text, a process each, and one page."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune.console import human_bytes, say, table
+from finetune.errors import ConfigError
+from finetune.paths import CONF
+
+ROW_TOKENS = 256
+BATCH_TOKENS = 1024
+RESAMPLES = 2000
+REFERENCE = "full precision"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One line of the table.
+
+    Attributes:
+        backend: The option's name, as in ``quantization=<backend>``.
+        status: ``measured``, or ``not run:`` and why.
+        bits_per_parameter: Weights and constants of the quantized layers over the weights that they stand for.
+        disk_bytes, memory_bytes, constant_bytes: Of the checkpoint; of all tensors in memory; of the constants alone.
+        load_seconds: To load, or to load and quantize.
+        perplexity, kl, top1_agreement: On the text; the last two against float32.
+        loss_change: Nats a token against float32, with its 95 % interval over rows.
+        prefill_tokens_per_second, decode_tokens_per_second: By batch size.
+        tunable: Whether an adapter can be trained on it here.
+    """
+
+    backend: str
+    status: str
+    bits_per_parameter: float | None = None
+    disk_bytes: int | None = None
+    memory_bytes: int | None = None
+    constant_bytes: int | None = None
+    load_seconds: float | None = None
+    perplexity: float | None = None
+    kl: float | None = None
+    top1_agreement: float | None = None
+    loss_change: dict[str, float] = field(default_factory=dict)
+    prefill_tokens_per_second: dict[str, float] = field(default_factory=dict)
+    decode_tokens_per_second: dict[str, float] = field(default_factory=dict)
+    tunable: bool | None = None
+
+
+def compare(*, text: Path, tokens: int, grid: str, out: Path, backends: list[str]) -> None:
+    """Measures, prints a table, writes ``out`` and ends with one line of JSON.
+
+    Args:
+        text: Plain text in UTF-8.
+        tokens: Read from its beginning.
+        grid: ``moved`` compares on a base whose weights lie on no quantization grid, ``as_it_is`` on the base itself.
+        out: The page, one HTML file.
+        backends: Options of the quantization group; empty for all.
+
+    Raises:
+        ConfigError: The text is missing or too short.
+    """
+    from finetune.bench.lab.layers import study
+    from finetune.bench.lab.offgrid import moved_off_the_grid
+    from finetune.bench.lab.page import write_page
+    from finetune.config import load
+    from finetune.model import fetch
+
+    model = load(["+experiment=quickstart"]).model
+    base = fetch(model)
+    folder = base.folder if grid == "as_it_is" else moved_off_the_grid(base)
+    rows = rows_of(text, base.folder, tokens)
+    say("bench", f"{base.name}, {'off any grid (see the page)' if grid != 'as_it_is' else 'as it is'}; {len(rows) * ROW_TOKENS:,} tokens")
+    with tempfile.TemporaryDirectory(prefix="finetune-lab-") as place:
+        lab = _Lab(folder=folder, rows=rows, work=Path(place))
+        reference = lab.run(["quantization=none"], dtype="float32")
+        found = [lab.measured(name, reference) for name in backends or options()]
+    study_of = study(folder, rows)
+    show(found, reference)
+    write_page(out, found, reference=summary(REFERENCE, reference, reference), study=study_of, text=text.name, grid=grid, model=base.name)
+    say("bench", f"the page: {out}")
+    sys.stdout.write(json.dumps([asdict(one) for one in found]) + "\n")
+
+
+def options() -> list[str]:
+    """All files of the quantization group."""
+    return sorted(file.stem for file in (CONF / "quantization").glob("*.yaml"))
+
+
+def rows_of(text: Path, tokenizer: Path, tokens: int) -> list[dict[str, list[int]]]:
+    """The text's beginning in rows of 256 tokens; every token but a row's first is predicted."""
+    from transformers import AutoTokenizer
+
+    if not text.is_file():
+        raise ConfigError(f"bench quantization: text={text} is no file; give plain text in UTF-8")
+    ids = AutoTokenizer.from_pretrained(tokenizer)(text.read_text(encoding="utf-8"), verbose=False).input_ids[:tokens]
+    rows = [ids[start : start + ROW_TOKENS] for start in range(0, len(ids) - ROW_TOKENS + 1, ROW_TOKENS)]
+    if len(rows) < 2:
+        raise ConfigError(f"bench quantization: {text} holds {len(ids)} tokens and at least {2 * ROW_TOKENS} are needed")
+    return [{"input_ids": row, "labels": list(row)} for row in rows]
+
+
+@dataclass(frozen=True)
+class _Lab:
+    """What all measurements share."""
+
+    folder: Path
+    rows: list[dict[str, list[int]]]
+    work: Path
+
+    def run(self, overrides: list[str], *, dtype: str, reference: dict[str, Any] | None = None) -> dict[str, Any]:
+        from finetune.measure import run_fresh
+
+        given = {**reference, "records": False} if reference else {"file": self.work / "reference.f32", "records": True}
+        request = {
+            "overrides": overrides, "folder": self.folder, "rows": self.rows, "threads": len(os.sched_getaffinity(0)), "dtype": dtype,
+            "batch_tokens": BATCH_TOKENS, "reference": given,
+        }  # fmt: skip
+        return run_fresh("finetune.bench.lab.one", request, work=self.work)
+
+    def measured(self, name: str, reference: dict[str, Any]) -> Measured:
+        """One backend; what cannot run says why and the others go on."""
+        from finetune.measure import FreshProcessError
+
+        say("bench", f"{name} ...")
+        try:
+            got = self.run([f"quantization={name}"], dtype="bfloat16", reference=reference["reference"])
+        except FreshProcessError as error:
+            return Measured(backend=name, status=f"not run: {str(error).splitlines()[-1]}")
+        return summary(name, got, reference)
+
+
+def summary(name: str, got: dict[str, Any], reference: dict[str, Any]) -> Measured:
+    """What a process found, as a line of the table."""
+    from finetune.measure.bootstrap import Bootstrap, Ratio
+
+    ours, theirs = (Ratio(totals=np.array(side["losses"])[:, 0], weights=np.array(side["losses"])[:, 1]) for side in (got, reference))
+    change = Bootstrap(len(got["losses"]), samples=RESAMPLES, seed=1).difference(theirs, ours)
+    stored = got["weight_bytes"] + got["constant_bytes"]
+    return Measured(
+        backend=name,
+        status="measured",
+        bits_per_parameter=round(8 * stored / got["quantized_parameters"], 3) if got["quantized_parameters"] else None,
+        disk_bytes=got["disk_bytes"],
+        memory_bytes=got["memory_bytes"],
+        constant_bytes=got["constant_bytes"],
+        load_seconds=got["load_seconds"],
+        perplexity=round(math.exp(ours.value), 3),
+        kl=round(got["agreement"]["kl"], 5),
+        top1_agreement=round(got["agreement"]["top1_agreement"], 4),
+        loss_change={"difference": round(change.value, 4), "low": round(change.low, 4), "high": round(change.high, 4)},
+        prefill_tokens_per_second=got["prefill"],
+        decode_tokens_per_second=got["decode"],
+        tunable=name in TUNABLE,
+    )
+
+
+TUNABLE = ("none", "nf4", "nf4_double", "fp4", "int8")
+"""Options whose tuning the tests run (tests/quantization)."""
+
+
+def show(found: list[Measured], reference: dict[str, Any]) -> None:
+    """The table in the terminal."""
+    loss = sum(row[0] for row in reference["losses"]) / sum(row[1] for row in reference["losses"])
+    say("bench", f"float32: perplexity {math.exp(loss):.2f}")
+    head = ["backend", "bits", "disk", "memory", "load, s", "perplexity", "loss against float32", "KL", "top-1"]
+    table("bench", head, [cells(one)[: len(head)] for one in found if one.status == "measured"])
+    say("bench", *[f"{one.backend}: {one.status}" for one in found if one.status != "measured"])
+
+
+def cells(one: Measured) -> list[str]:
+    """A measured backend's figures as text."""
+    change = one.loss_change
+    return [
+        one.backend,
+        f"{one.bits_per_parameter:.3f}" if one.bits_per_parameter else "none quantized",
+        human_bytes(one.disk_bytes or 0),
+        human_bytes(one.memory_bytes or 0),
+        f"{one.load_seconds:.1f}",
+        f"{one.perplexity:.2f}",
+        f"{change['difference']:+.4f} [{change['low']:+.4f}, {change['high']:+.4f}]",
+        f"{one.kl:.4f}",
+        f"{one.top1_agreement:.3f}",
+        by_batch(one.prefill_tokens_per_second),
+        by_batch(one.decode_tokens_per_second),
+        "yes" if one.tunable else "no",
+    ]
+
+
+def by_batch(speeds: dict[str, float]) -> str:
+    return ", ".join(f"{speed:.0f} (batch {batch})" for batch, speed in speeds.items())

@@ -1,0 +1,93 @@
+"""The same function with weights that lie on no grid.
+
+The small model of the quickstart was dequantized from a 4-bit file: its weights lie on a grid of 32 columns, so methods with
+groups of 32 look lossless on it and every comparison is bent. A scale on one side of a weight and its inverse on the other
+leaves the function as it is and moves the weights off the grid: this is the diagonal form of the invariance that SmoothQuant
+(Xiao et al. 2023, section 4) and AWQ (Lin et al. 2024, section 3.2) use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune.cache import cache_folder
+from finetune.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from finetune.model import Base
+
+SPREAD = 0.15
+"""Standard deviation of the natural logarithm of a scale: enough to break the grid, too little to widen a block's range much."""
+
+SEED = 17
+
+
+def moved_off_the_grid(base: Base) -> Path:
+    """A copy of a Llama-shaped base in float32 that computes the same and shares no weight's grid; kept in the cache.
+
+    Before each attention and MLP, channel i of the norm's gain is divided by s_i and column i of the weights that read it is
+    multiplied by s_i; likewise between v and o (per channel of a key-value head) and between up and down.
+
+    Raises:
+        ModelError: The base is not built so.
+    """
+    from safetensors.torch import load_file, save_file
+
+    key = hashlib.sha256(f"{base.sha256} {SPREAD} {SEED}".encode()).hexdigest()[:24]
+    kept = cache_folder("offgrid") / key
+    if kept.is_dir():
+        return kept
+    settings = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
+    tensors = {name: tensor.float() for file in sorted(base.folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    if settings.get("model_type") != "llama" or "model.layers.0.self_attn.q_proj.weight" not in tensors:
+        raise ModelError(f"bench quantization: {base.name} is no Llama, and only those can be moved off a grid; say grid=as_it_is")
+    heads, keys = settings["num_attention_heads"], settings["num_key_value_heads"]
+    for layer in range(settings["num_hidden_layers"]):
+        rescale_layer(tensors, f"model.layers.{layer}.", seed=SEED + layer, heads=heads, keys=keys)
+    work = kept.with_name(f".{key}.{os.getpid()}")
+    shutil.copytree(base.folder, work, ignore=shutil.ignore_patterns("*.safetensors*"))
+    save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
+    (work / "config.json").write_text(json.dumps({**settings, "dtype": "float32"}), encoding="utf-8")
+    os.replace(work, kept)
+    return kept
+
+
+def rescale_layer(tensors: dict[str, Tensor], prefix: str, *, seed: int, heads: int, keys: int) -> None:
+    """Rescales one layer in place.
+
+    Args:
+        tensors: By name.
+        prefix: Of the layer's names.
+        seed: Of its scales.
+        heads, keys: Query heads, and key-value heads.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def scales(count: int) -> Tensor:
+        return torch.exp(torch.randn(count, generator=generator) * SPREAD)
+
+    def weight(name: str) -> Tensor:
+        return tensors[f"{prefix}{name}.weight"]
+
+    for norm, readers in (("input_layernorm", ("q", "k", "v")), ("post_attention_layernorm", ("gate", "up"))):
+        scale = scales(len(weight(norm)))
+        weight(norm).div_(scale)
+        for name in readers:
+            weight(f"{'self_attn' if norm == 'input_layernorm' else 'mlp'}.{name}_proj").mul_(scale)
+    value, out = weight("self_attn.v_proj"), weight("self_attn.o_proj")
+    scale = scales(len(value))
+    value.mul_(scale[:, None])
+    out.div_(scale.view(keys, -1).repeat_interleave(heads // keys, dim=0).reshape(-1))  # each query head reads its group's values
+    up, down = weight("mlp.up_proj"), weight("mlp.down_proj")
+    scale = scales(len(up))
+    up.mul_(scale[:, None])
+    down.div_(scale)

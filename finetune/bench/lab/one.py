@@ -1,0 +1,135 @@
+"""One way of storing the base, measured in a process of its own: ``python -m finetune.bench.lab.one``."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from finetune.measure import answer
+
+PREFILL_TOKENS = 256
+NEW_TOKENS = 24
+REPEATS = 3
+BATCHES = (1, 8)
+
+
+def measure(request: dict[str, Any]) -> dict[str, Any]:
+    """Loads the base as asked and takes everything that a table needs.
+
+    Args:
+        request: ``overrides`` (the option, as a user types it), ``folder`` (the base), ``rows``, ``threads``, ``dtype``,
+            ``reference`` (of the full-precision model; its file is written where ``records``), ``batch_tokens``.
+
+    Returns:
+        See `finetune.bench.lab.compare.Measured`; ``reference`` beside them.
+    """
+    import torch
+
+    from finetune import hardware
+    from finetune.config import load as compose
+    from finetune.measure import Reference, agreement, reference_logprobs, row_losses
+    from finetune.memory import rss_bytes
+    from finetune.model import Base, load, resident_bytes, weights_sha256
+
+    torch.set_num_threads(request["threads"])
+    config = compose(["+experiment=quickstart", *request["overrides"]])
+    placement = hardware.place(hardware.probe(config.hardware), config)
+    placement = dataclasses.replace(placement, dtype=request["dtype"], threads=request["threads"])
+    folder = Path(request["folder"])
+    base = Base(folder=folder, name=str(folder), revision=None, sha256=weights_sha256(folder), source="folder")
+    before, started = rss_bytes(), time.perf_counter()
+    model = load(base, config.model, quantization=config.quantization, placement=placement)
+    seconds = time.perf_counter() - started
+    weights, constants, parameters = stored(model)
+    found: dict[str, Any] = {
+        "load_seconds": round(seconds, 2),
+        "memory_bytes": resident_bytes(model),
+        "weight_bytes": weights,
+        "constant_bytes": constants,
+        "quantized_parameters": parameters,
+        "load_peak_bytes": max(0, rss_bytes() - before),
+        "disk_bytes": disk_bytes(model),
+        "prefill": {str(batch): tokens_per_second(partial(prefill, model, batch)) for batch in BATCHES},
+        "decode": {str(batch): tokens_per_second(partial(decode, model, batch)) for batch in BATCHES},
+    }
+    rows, tokens = request["rows"], request["batch_tokens"]
+    found["losses"] = [[one.loss, one.tokens, one.correct] for one in row_losses(model, rows, batch_tokens=tokens)]
+    given = dict(request["reference"])
+    if given.pop("records"):
+        reference = reference_logprobs(model, rows, Path(given["file"]), batch_tokens=tokens)
+    else:
+        reference = Reference(**{**given, "file": Path(given["file"])})
+    found["agreement"] = dataclasses.asdict(agreement(model, rows, reference, batch_tokens=tokens))
+    return {**found, "reference": dataclasses.asdict(reference)}
+
+
+def stored(model: Any) -> tuple[int, int, int]:
+    """Bytes of the quantized layers' weights and of their constants, and the weights that these stand for.
+
+    Code books (64 bytes for 4-bit) are the same for every block and not counted.
+    """
+    from finetune.quantization import quantized_layers
+
+    weights = constants = parameters = 0
+    for layer in quantized_layers(model).values():
+        weight = layer.weight
+        weights += weight.numel() * weight.element_size()
+        state = getattr(weight, "quant_state", None)
+        if state is not None:
+            parameters += state.shape.numel()
+            constants += state.absmax.numel() * state.absmax.element_size()
+            constants += state.state2.absmax.numel() * state.state2.absmax.element_size() if state.nested else 0
+        else:
+            parameters += weight.numel()
+            scales = weight.SCB if weight.SCB is not None else layer.state.SCB
+            constants += scales.numel() * scales.element_size()
+    return weights, constants, parameters
+
+
+def disk_bytes(model: Any) -> int:
+    """Size of the checkpoint that transformers writes of it."""
+    with tempfile.TemporaryDirectory() as place:
+        model.save_pretrained(place)
+        return sum(file.stat().st_size for file in Path(place).glob("*.safetensors"))
+
+
+def prefill(model: Any, batch: int) -> int:
+    """One forward pass; returns its tokens."""
+    import torch
+
+    ids = (torch.arange(batch * PREFILL_TOKENS) % 1000 + 100).view(batch, -1).to(model.device)
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    return batch * PREFILL_TOKENS
+
+
+def decode(model: Any, batch: int) -> int:
+    """Greedy tokens after a short prompt; returns how many."""
+    import torch
+
+    ids = (torch.arange(batch * 16) % 1000 + 100).view(batch, -1).to(model.device)
+    model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False,
+        pad_token_id=0,
+    )  # fmt: skip
+    return batch * NEW_TOKENS
+
+
+def tokens_per_second(work: Callable[[], int]) -> float:
+    """The fastest of some turns, after one that warms up."""
+    work()
+    best = 0.0
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        tokens = work()
+        best = max(best, tokens / (time.perf_counter() - started))
+    return round(best, 1)
+
+
+if __name__ == "__main__":
+    answer(measure)
