@@ -1,0 +1,136 @@
+"""The lab's figures are checked against what is known of the methods."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finetune.bench.lab import layers
+from finetune.bench.lab.offgrid import moved_off_the_grid, rescale_layer
+from finetune.errors import ModelError
+from finetune.model import Base, weights_sha256
+
+# Dettmers et al. 2023, QLoRA, appendix E: the sixteen levels of NormalFloat4.
+NF4 = [-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0,
+       0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0]  # fmt: skip
+
+
+def base_of(folder: Path) -> Base:
+    return Base(folder=folder, name="tiny", revision=None, sha256=weights_sha256(folder), source="folder")
+
+
+def logits(folder: Path) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=torch.tensor([[5, 60, 7, 200, 9]])).logits
+    return found
+
+
+def test_a_base_moved_off_the_grid_computes_the_same_with_other_weights(
+    loud_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
+    moved = moved_off_the_grid(base_of(loud_tiny))
+    assert torch.allclose(logits(moved), logits(loud_tiny), atol=1e-3)
+    from safetensors.torch import load_file
+
+    before, after = load_file(loud_tiny / "model.safetensors"), load_file(moved / "model.safetensors")
+    changed = [name for name in before if "proj" in name]
+    assert changed
+    assert all(not torch.equal(before[name].float(), after[name]) for name in changed)
+    assert moved_off_the_grid(base_of(loud_tiny)) == moved
+
+
+@pytest.fixture
+def loud_tiny(tiny_base: Path, tmp_path: Path) -> Path:
+    """Weights large enough that a wrong scale shows in the logits."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny_base, tmp_path / "loud")
+    tensors = load_file(tiny_base / "model.safetensors")
+    loud = {name: tensor * 8 if "proj" in name else tensor for name, tensor in tensors.items()}
+    save_file(loud, tmp_path / "loud" / "model.safetensors", metadata={"format": "pt"})
+    return tmp_path / "loud"
+
+
+def test_one_scale_left_out_would_be_seen(loud_tiny: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    whole = logits(loud_tiny)
+    tensors = {name: tensor.float() for name, tensor in load_file(loud_tiny / "model.safetensors").items()}
+    up = tensors["model.layers.0.mlp.up_proj.weight"].clone()
+    rescale_layer(tensors, "model.layers.0.", seed=1, heads=4, keys=2)
+    tensors["model.layers.0.mlp.up_proj.weight"] = up
+    save_file(tensors, loud_tiny / "model.safetensors", metadata={"format": "pt"})
+    assert not torch.allclose(logits(loud_tiny), whole, atol=1e-3)
+
+
+def test_another_architecture_is_refused(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(tiny_base, tmp_path / "base")
+    settings = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**settings, "model_type": "gpt2"}))
+    with pytest.raises(ModelError, match="grid=as_it_is"):
+        moved_off_the_grid(base_of(tmp_path / "base"))
+
+
+def test_code_books_are_the_published_ones() -> None:
+    books = layers.code_books()
+    assert books["nf4"].tolist() == pytest.approx(NF4, abs=1e-6)
+    assert len(books["fp4"]) == 15  # zero has two signs
+    assert books["uniform"].diff().tolist() == pytest.approx([1 / 7] * 14, abs=1e-6)
+
+
+def test_nf4_is_the_best_of_the_codes_for_normal_weights() -> None:
+    weights = {"w": torch.randn(512, 512, generator=torch.Generator().manual_seed(1))}
+    values = layers.normalized(weights)
+    errors = {name: layers.code_error(values, code) for name, code in layers.code_books().items()}
+    assert errors["nf4"] < errors["uniform"] < errors["fp4"]
+
+
+@pytest.mark.parametrize(("block", "bits", "double"), [(64, 4.5, 4.127), (128, 4.25, 4.063), (256, 4.125, 4.032)])
+def test_bits_a_weight_by_block_size(block: int, bits: float, double: float) -> None:
+    found = layers.block_size({"w": torch.randn(256, 96, generator=torch.Generator().manual_seed(1))}, block)
+    assert (round(found["bits"], 3), round(found["double_bits"], 3)) == (bits, double)
+    assert 0.08 < found["rms"] < 0.11
+    assert found["rms"] <= found["double_rms"] < found["rms"] * 1.05
+
+
+def test_smoothing_helps_where_one_input_channel_is_large() -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, weight = torch.randn(64, 32, generator=generator), torch.randn(16, 32, generator=generator)
+    x[:, 3] *= 100
+    found = layers.smoothed(x, weight)
+    assert found["after"] < found["before"] / 3
+    assert layers.spread(x)["outlier_channels"] == 1
+
+
+def test_an_error_is_measured_against_the_weights_own_size() -> None:
+    weight = torch.tensor([[3.0, 4.0]])
+    assert layers.distance(weight, torch.tensor([[3.0, 4.5]])) == pytest.approx({"rms": 0.1, "max": 0.5, "cosine": 0.99849}, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_the_verb_writes_a_page_and_one_line_of_json(tmp_path: Path) -> None:
+    out = tmp_path / "page.html"
+    command = [sys.executable, "-m", "finetune", "bench", "quantization", "tokens=512", "backends=nf4_double,int8", f"out={out}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    by_name = {one["backend"]: one for one in found}
+    assert by_name["nf4_double"]["bits_per_parameter"] == pytest.approx(4.127, abs=0.001)
+    assert 8 <= by_name["int8"]["bits_per_parameter"] < 8.1
+    assert by_name["int8"]["kl"] < by_name["nf4_double"]["kl"]
+    page = out.read_text()
+    assert all(text in page for text in ("Size against quality", "Outliers", "SmoothQuant", "nf4_double"))
+    assert "http" not in page.replace("http-equiv", "")
