@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import signal
 import sys
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from finetune.config import CONF, RunConfig, compose_config, explain_all, load, make, register
-from finetune.console import complain, say
+from finetune.console import complain
 from finetune.errors import ConfigError, FinetuneError, GateMissed, Interrupted
 from finetune.hardware.busy import Look, spare_others
 from finetune.overrides import opened
 from finetune.run import STAGES
+from finetune.verbs import LOOKS, recorded, split_own, with_experiment
 
 STAGE_VERBS = ("train", "merge", "eval", "export", "report")
 """One stage of a run that exists, done again with those that build on it."""
@@ -28,10 +27,7 @@ STAGE_VERBS = ("train", "merge", "eval", "export", "report")
 LOOK_VERBS = {"data": "data", "rehearse": "rehearse"}
 """Verbs that stop early and work in a folder of their own, so that the run's name stays free."""
 
-OWN = {"data": ("why",)}
-"""Settings of a verb itself."""
-
-VERBS = ("run", "plan", "bench", *LOOK_VERBS, *STAGE_VERBS)
+VERBS = ("run", "plan", "bench", "replay", "diff", *LOOK_VERBS, *STAGE_VERBS)
 STARTED = Look.now()
 DONE, OURS, YOURS, INTERRUPTED = 0, 1, 2, 75
 
@@ -68,8 +64,9 @@ def dispatch(verb: str, arguments: list[str]) -> int:
         bench(arguments)
         return DONE
     own, overrides = split_own(verb, arguments)
-    if verb == "report" or (verb == "data" and "why" in own):
-        return look_back(verb, own, overrides)
+    for setting in ("", *own):
+        if (verb, setting) in LOOKS:
+            return DONE if LOOKS[verb, setting](own, overrides) else OURS
     if verb in STAGE_VERBS:
         overrides = [*recorded(overrides), *overrides]
     return execute(verb, load(with_experiment(overrides)), overrides=with_experiment(overrides), own=own)
@@ -94,64 +91,6 @@ def execute(verb: str, config: RunConfig, *, overrides: list[str], own: dict[str
     again = frozenset(STAGES[STAGES.index(verb) :]) if verb in STAGE_VERBS else frozenset()
     run(config, overrides=overrides, again=again)
     return DONE
-
-
-def look_back(verb: str, own: dict[str, str], overrides: list[str]) -> int:
-    """Verbs that only read a run folder."""
-    if verb == "report":
-        from finetune.report import report
-
-        config = load(with_experiment([*recorded(overrides), *overrides]))
-        report(Path(config.run.root) / config.run.name)
-        return DONE
-    from finetune import model
-    from finetune.data import explain
-
-    asked = load(with_experiment(overrides))
-    folder = prepared(Path(asked.run.root) / asked.run.name)
-    config = load(with_experiment(recorded([f"run.root={folder.parent}", f"run.name={folder.name}"])))
-    given = {override.split("=", 1)[0].lstrip("+") for override in overrides}
-    if given & {"data.path", "data.hub"} and (asked.data.path, asked.data.hub) != (config.data.path, config.data.hub):
-        raise ConfigError(
-            f"data.path: {folder} was prepared from {config.data.path or config.data.hub}, not from {asked.data.path or asked.data.hub}; "
-            "run `finetune data` with the same settings first, or give its run.name"
-        )
-    say("data", f"as prepared in {folder}")
-    explain(folder / "data", own["why"], tokenizer=model.load_tokenizer(model.fetch(config.model)))
-    return DONE
-
-
-def prepared(folder: Path) -> Path:
-    """The run, or the look at its data, that was prepared last."""
-    there = [path for path in (folder, folder.with_name(f"{folder.name}-data")) if (path / "data" / "ledger.parquet").is_file()]
-    if not there:
-        raise ConfigError(f"run.name: {folder} holds no prepared data; run `finetune data` with the same settings first")
-    return max(there, key=lambda path: (path / "data" / "ledger.parquet").stat().st_mtime)
-
-
-def split_own(verb: str, arguments: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Settings of a verb itself, like ``data why=train.jsonl:3``, apart from the overrides."""
-    names = OWN.get(verb, ())
-    own = {name: argument.split("=", 1)[1] for argument in arguments for name in names if argument.startswith(f"{name}=")}
-    return own, [argument for argument in arguments if argument.split("=", 1)[0] not in names]
-
-
-def with_experiment(overrides: list[str]) -> list[str]:
-    """Without an experiment, the quickstart."""
-    named = any(override.lstrip("+").startswith("experiment=") for override in overrides)
-    return overrides if named else ["+experiment=quickstart", *overrides]
-
-
-def recorded(overrides: list[str]) -> list[str]:
-    """What the named run was started with, so that a later verb composes the same."""
-    settings = dict(override.split("=", 1) for override in overrides if "=" in override)
-    name = settings.get("run.name")
-    if name is None:
-        return []
-    file = Path(settings.get("run.root", "outputs")) / name / "overrides.json"
-    if not file.is_file():
-        raise ConfigError(f"run.name={name}: {file.parent} holds no run; start one first, or give the name of one that exists")
-    return [str(override) for override in json.loads(file.read_text(encoding="utf-8")) if not override.startswith("run.if_exists=")]
 
 
 def with_hydra(verb: str, arguments: list[str]) -> int:

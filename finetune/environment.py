@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import finetune
 from finetune.hardware import Machine, Placement
+from finetune.paths import CONF, PACKAGE
 from finetune.run import plain
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers", "hydra-core", "wandb", "numpy")
@@ -21,6 +23,7 @@ def environment(machine: Machine, placement: Placement) -> dict[str, Any]:
     return {
         "finetune": finetune.__version__,
         "commit": commit(),
+        "code": code(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "executable": sys.executable,
@@ -38,6 +41,17 @@ def commit() -> str | None:
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     return answer.stdout.strip() or None
+
+
+def code() -> dict[str, str]:
+    """By room, a hash of all that decides what a run does: Python and C++, and the shipped configuration."""
+    rooms: dict[str, Any] = {}
+    for root, kinds in ((PACKAGE, (".py", ".cpp")), (CONF, (".yaml", ".jinja"))):
+        for file in sorted(file for file in root.rglob("*") if file.suffix in kinds):
+            room = "conf" if root == CONF else file.relative_to(root).parts[0].removesuffix(".py")
+            content = hashlib.sha256(file.read_bytes()).hexdigest()
+            rooms.setdefault(room, hashlib.sha256()).update(f"{file.relative_to(root)}:{content}".encode())
+    return {room: digest.hexdigest()[:16] for room, digest in rooms.items()}
 
 
 def _version(package: str) -> str | None:

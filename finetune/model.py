@@ -15,6 +15,7 @@ from finetune.architecture import ArchitectureConfig
 from finetune.cache import cache_folder, file_sha256
 from finetune.console import human_bytes, say
 from finetune.errors import ModelError
+from finetune.trust import check_remote_code, check_weights, offer, remote_code_problems
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +27,8 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3")
 UPCASTS = ("none", "norms", "all")
 PADS = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<|endoftext|>", "<unk>")
-HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*"]
+HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*", "*.py", "README.md"]
+"""No pickle among them. README.md names the licence; Python files are hashed, and run only as ``model.remote_code`` says."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -49,8 +51,9 @@ class ModelConfig:
     """Frozen parts turned to float32 before training: ``none``, ``norms``, or ``all`` (what peft does: norms,
     embedding and head). They are frozen, so the wider numbers buy nothing but a float32 residual stream."""
 
-    trust_remote_code: bool
-    """Runs code that comes with the model. Only with a pinned commit."""
+    remote_code: dict[str, str]
+    """Code of the model's own that may run: the SHA-256 of each of its Python files, by name. Empty: none runs. Repository and
+    commit are ``name`` and ``revision``."""
 
     architecture: ArchitectureConfig | None
     """Dimensions, so that `plan` needs no download; None where only the model's own config.json knows them."""
@@ -65,11 +68,12 @@ class ModelConfig:
                 yield f"model.{key} must be one of {', '.join(allowed)}; got {value!r}"
         if not self.name.strip():
             yield "model.name is empty; give a folder, a hub id such as org/model, or a .gguf file"
-        if self.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
-            yield (
-                "model.trust_remote_code=true runs code from the hub, so model.revision must pin it to a commit "
-                f"(40 hex digits); got {self.revision!r}"
-            )
+        yield from remote_code_problems(self.remote_code, revision=None if _looks_local(self.name) else self.revision or "none")
+
+    @property
+    def trust_remote_code(self) -> bool:
+        """What transformers is told."""
+        return bool(self.remote_code)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +111,7 @@ def fetch(config: ModelConfig) -> Base:
     else:
         folder, source = _from_hub(config), "hub"
         revision = folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else revision
+    check_remote_code(folder, config.remote_code)
     return Base(folder=folder, name=name, revision=revision, sha256=weights_sha256(folder), source=source)
 
 
@@ -122,7 +127,7 @@ def load_tokenizer(base: Base, *, trust_remote_code: bool = False) -> PreTrained
         tokenizer = AutoTokenizer.from_pretrained(base.folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"model.name: {base.folder} holds no tokenizer that transformers can read ({error}); add tokenizer.json"
+            f"model.name: {base.folder} holds no tokenizer that transformers can read ({error}); add tokenizer.json{offer(base.folder)}"
         ) from error
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         vocabulary = tokenizer.get_vocab()
@@ -157,7 +162,7 @@ def load(base: Base, config: ModelConfig, *, quantization: QuantizationConfig, p
         try:
             model = _open(base.folder, config, placement=placement, quantization=quantization)
         except (OSError, ValueError, ImportError) as error:
-            raise ModelError(f"model.name={config.name}: transformers cannot load {base.folder}: {error}") from error
+            raise ModelError(f"model.name={config.name}: transformers cannot load {base.folder}: {error}{offer(base.folder)}") from error
     protect(model)
     if quantization.method != "none" and not quantized_layers(model):
         raise ModelError(f"quantization.method={quantization.method}: {config.name} has no linear layer to quantize; use quantization=none")
@@ -176,6 +181,7 @@ def _open(folder: Path, config: ModelConfig, *, placement: Placement, quantizati
     from finetune.quantization import loader_arguments, prepare
 
     prepare()
+    check_remote_code(folder, config.remote_code)
     rank = os.environ.get("LOCAL_RANK") if placement.device == "cuda" else None
     return AutoModelForCausalLM.from_pretrained(
         folder,
@@ -183,6 +189,7 @@ def _open(folder: Path, config: ModelConfig, *, placement: Placement, quantizati
         attn_implementation=placement.attention,
         device_map={"": placement.device if rank is None else f"cuda:{rank}"},
         trust_remote_code=config.trust_remote_code,
+        use_safetensors=True,
         **(loader_arguments(quantization, dtype=placement.dtype) if quantization else {}),
     )
 
@@ -223,14 +230,7 @@ def _local(folder: Path) -> Path:
         raise ModelError(f"model.name: {folder} is no folder; give a folder with config.json and safetensors, or a hub id")
     if not (folder / "config.json").is_file():
         raise ModelError(f"model.name: {folder} has no config.json; give the folder that save_pretrained wrote")
-    if not any(folder.glob("*.safetensors")):
-        pickles = [file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern)]
-        if pickles:
-            raise ModelError(
-                f"model.name: {folder} holds {pickles[0]}, a pickle, which can run code when it is loaded; convert it where you "
-                "trust it: AutoModelForCausalLM.from_pretrained(...).save_pretrained(..., safe_serialization=True)"
-            )
-        raise ModelError(f"model.name: {folder} holds no *.safetensors file, so there are no weights to load")
+    check_weights(folder)
     return folder
 
 

@@ -17,6 +17,16 @@ OVERLAYS = ("experiment", "debug")
 KINDS = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false", "bool": "true or false", "String": "text"}
 """OmegaConf's names of types to words."""
 
+ELSEWHERE = {
+    "batch_size": "train.micro_batch", "per_device_train_batch_size": "train.micro_batch",
+    "gradient_accumulation_steps": "train.tokens_per_step", "gradient_checkpointing": "train.checkpointing",
+    "max_steps": "train.steps", "num_train_epochs": "train.epochs", "lr": "optim.learning_rate", "optimizer": "optim.name",
+    "lr_scheduler_type": "optim.schedule", "r": "lora.rank", "lora_r": "lora.rank", "target_modules": "lora.targets",
+    "max_length": "data.max_tokens", "max_seq_length": "data.max_tokens", "output_dir": "run.name",
+    "trust_remote_code": "model.remote_code",
+}  # fmt: skip
+"""Last segment of what other trainers (transformers, TRL, peft) call a setting, and what it is called here."""
+
 
 def misplaced(overrides: Sequence[str]) -> list[str]:
     """Overlays win by position: ``+debug`` before ``+experiment`` would be overwritten by it without a word."""
@@ -75,6 +85,33 @@ def paths(schema: Any, prefix: str = "") -> Iterator[str]:
         yield f"{prefix}{field.name}"
 
 
+def unknown(key: str, schema: Any) -> str | None:
+    """Why a key is none of the schema's, with the nearest one; None where it is one."""
+    try:
+        part_of(key, schema)
+    except KeyError:
+        return _unknown(key, set(paths(schema)))
+    return None
+
+
+def part_of(key: str, schema: Any) -> tuple[Any, str]:
+    """The dataclass that holds a dotted key, and the field; what users name themselves lies in the field of the mapping.
+
+    Raises:
+        KeyError: There is no such field.
+    """
+    name, _, rest = key.partition(".")
+    hint = typing.get_type_hints(schema)[name]
+    kind, free = _dataclass_of(hint), typing.get_origin(hint) is dict
+    if free and kind:
+        rest = rest.partition(".")[2]
+    if rest and kind:
+        return part_of(rest, kind)
+    if rest and not free:
+        raise KeyError(key)
+    return schema, name
+
+
 def explain(error: Exception, override: str | None, schema: type, conf: Path) -> str:
     """Hydra's or OmegaConf's error as where, rule, value, remedy."""
     text = "\n".join(str(part).strip() for part in (error, error.__cause__) if part is not None)
@@ -127,7 +164,8 @@ def _dataclass_of(hint: Any) -> Any:
 
 
 def _unknown(key: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    usual = ELSEWHERE.get(key.rpartition(".")[2])
+    near = [usual] if usual else difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]}?" if near else "`finetune --cfg job` prints every setting"
     return f"{key}: there is no such setting; {hint}"
 

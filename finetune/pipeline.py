@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from finetune import environment, hardware, lora, model
+from finetune.account import tell_unread, watch
 from finetune.config import RunConfig, to_dict, to_yaml
 from finetune.console import human_bytes, quiet_libraries, say
 from finetune.data import prepare
@@ -18,7 +19,7 @@ from finetune.measure import free
 from finetune.merge import merge
 from finetune.plan import plan, show
 from finetune.quantization import spec
-from finetune.rehearse import rehearse
+from finetune.rehearse import Ahead, rehearse
 from finetune.report import report
 from finetune.run import RunFolder, plain, write_json
 from finetune.speed import quicken
@@ -45,6 +46,7 @@ def run(config: RunConfig, *, overrides: Sequence[str], again: frozenset[str] = 
         GateMissed: A threshold of ``eval.gate`` was not met; the report is written.
     """
     quiet_libraries()
+    watch(config)
     machine = hardware.probe(config.hardware)
     placement = hardware.place(machine, config)
     refuse_what_is_only_planned(config)
@@ -67,10 +69,18 @@ def run(config: RunConfig, *, overrides: Sequence[str], again: frozenset[str] = 
             publish(trackers, folder, files)
         finally:
             trackers.finish()
+    if is_new and config.run.until == "report":  # a run that leaves stages out leaves their settings unread
+        tell_unread(config)
     missed = (folder.manifest("eval") or {"product": {"missed": []}})["product"]["missed"]
     if missed:
         raise GateMissed("; ".join(missed))
     return folder
+
+
+def surroundings(config: RunConfig) -> dict[str, Any]:
+    """What environment.json would say if this configuration ran here and now."""
+    machine = hardware.probe(config.hardware)
+    return environment.environment(machine, hardware.place(machine, config))
 
 
 def line(config: RunConfig, *, folder: RunFolder, machine: Machine, placement: Placement, trackers: Trackers) -> Iterator[str]:
@@ -105,7 +115,11 @@ def line(config: RunConfig, *, folder: RunFolder, machine: Machine, placement: P
         "upcast": config.model.upcast,
         "speed": config.speed,
     }
-    rehearsal = folder.once(rehearse, config.rehearse, adapted=adapted, tokenizer=tokenizer, quick=quick, **graph, **shared)
+    ahead = Ahead(
+        train=config.train, optim=config.optim, model=config.model, quantization=config.quantization, until=config.run.until,
+        make_trainer=make_trainer,
+    )  # fmt: skip
+    rehearsal = folder.once(rehearse, config.rehearse, adapted=adapted, tokenizer=tokenizer, quick=quick, ahead=ahead, **graph, **shared)
     if quick and not rehearsal.quick:
         quick.switch.on = False
     yield "rehearse"
@@ -152,6 +166,13 @@ def adapt(config: RunConfig, *, folder: RunFolder, base: Base, data: PreparedDat
             speed=list(quick.choice.reasons),
         )
     return adapted, quick
+
+
+def make_trainer(*arguments: Any, **inputs: Any) -> Any:
+    """The trainer that will train, for the rehearsal to try; it comes late, since trl takes seconds to import."""
+    from finetune.train.trainer import make_trainer as make
+
+    return make(*arguments, **inputs)
 
 
 def refuse_what_is_only_planned(config: RunConfig) -> None:

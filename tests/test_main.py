@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from finetune.__main__ import main, recorded, with_experiment
+from finetune.__main__ import main
 from finetune.config import load
 from finetune.errors import ConfigError
+from finetune.verbs import recorded, with_experiment
 
 HEAVY = ("torch", "transformers", "datasets", "trl", "peft", "bitsandbytes", "wandb")
 

@@ -14,7 +14,7 @@ from finetune.model import ModelConfig
 
 def config(name: str, **changes: Any) -> ModelConfig:
     settings: dict[str, Any] = {
-        "revision": None, "dtype": "auto", "attention": "auto", "upcast": "none", "trust_remote_code": False, "architecture": None
+        "revision": None, "dtype": "auto", "attention": "auto", "upcast": "none", "remote_code": {}, "architecture": None
     }  # fmt: skip
     return ModelConfig(name=name, **(settings | changes))
 
@@ -70,7 +70,8 @@ def test_pad_token_is_never_the_end_token_where_the_vocabulary_has_another(tiny_
 
 
 def test_remote_code_needs_a_pinned_commit() -> None:
-    assert list(config("org/model", trust_remote_code=True, revision="main").problems()) == [
-        "model.trust_remote_code=true runs code from the hub, so model.revision must pin it to a commit (40 hex digits); got 'main'"
+    code = {"modeling.py": "0" * 64}
+    assert list(config("org/model", remote_code=code, revision="main").problems()) == [
+        "model.remote_code runs code from the hub, so model.revision must pin it to a commit (40 hex digits); got main"
     ]
-    assert not list(config("org/model", trust_remote_code=True, revision="a" * 40).problems())
+    assert not list(config("org/model", remote_code=code, revision="a" * 40).problems())

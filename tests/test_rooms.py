@@ -11,9 +11,10 @@ STAGES = ("plan", "data", "rehearse", "train", "merge", "eval", "export", "repor
 FURNITURE = {
     "trl": {"train", "bench"},
     "wandb": {"tracking"},
-    "bitsandbytes": {"quantization", "measure", "merge"},
+    "bitsandbytes": {"quantization", "measure", "merge", "bench"},
+    "lm_eval": {"eval"},
     "peft": {"lora", "measure", "export", "merge"},
-    "hydra": {"config", "__main__"},
+    "hydra": {"config", "__main__", "account"},
 }
 """Which rooms may import a third-party framework."""
 

@@ -91,7 +91,26 @@ def _quantization(settings: Settings) -> None:
     )
 
 
-NEEDED = {"source": "give a JSON Lines file with question and answer, e.g. source=gsm8k/train.jsonl"}
+def _humaneval(settings: Settings) -> None:
+    from finetune.eval.humaneval import humaneval
+
+    counts = {name: int(number(settings[name], f"bench humaneval: {name}"))
+              for name in ("problems", "samples", "max_new_tokens", "seed") if name in settings}  # fmt: skip
+    temperature = settings.get("temperature", "0")
+    humaneval(
+        Path(settings["source"]),
+        model=settings["model"],
+        temperature=0.0 if temperature == "0" else number(temperature, "bench humaneval: temperature"),
+        quantization=settings.get("quantization", "none"),
+        out=Path(settings.get("out", "outputs/humaneval")),
+        **counts,
+    )
+
+
+NEEDED = {
+    "source": "give a JSON Lines file, e.g. source=gsm8k/train.jsonl (question and answer) or source=HumanEval.jsonl.gz",
+    "model": "give a .gguf file, a folder, a hub id or an option of the model group, e.g. model=smollm2_135m",
+}
 
 BENCHES = {
     "data": Measurement(_data, ("source", "tokenizer", "rows"), needs=("source",)),
@@ -99,6 +118,11 @@ BENCHES = {
     "start": Measurement(_start, ("repeats",)),
     "quantization": Measurement(_quantization, ("text", "tokens", "grid", "out", "backends")),
     "merge": Measurement(_merge, ("parameters",)),
+    "humaneval": Measurement(
+        _humaneval,
+        ("source", "model", "problems", "samples", "temperature", "max_new_tokens", "seed", "quantization", "out"),
+        needs=("source", "model"),
+    ),
 }
 """What can be measured."""
 

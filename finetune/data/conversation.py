@@ -32,6 +32,7 @@ class Conversation:
         parts: Raw text with whether it is trained, in place of messages.
         rejected: The worse answer, for preference objectives.
         desirable: For unpaired preference: whether the answer is one to learn.
+        tests: For code: what judges the answer, as the row has it; kept for the evaluation and never shown to the model.
     """
 
     messages: list[Message]
@@ -40,6 +41,7 @@ class Conversation:
     parts: list[tuple[str, bool]] | None = None
     rejected: Message | None = None
     desirable: bool | None = None
+    tests: Any = None
 
     @property
     def answer(self) -> str:

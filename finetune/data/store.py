@@ -20,6 +20,7 @@ class Store:
         reasons: Why rows were refused; ``rows["reason"]`` counts into it from 1.
         details: By row: what exactly was wrong.
         references: By row: the last turn's text, where asked for.
+        tests: By row: what judges it, where the row says.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -28,6 +29,7 @@ class Store:
         self.reasons: list[str] = []
         self.details: dict[int, str] = {}
         self.references: dict[int, str] = {}
+        self.tests: dict[int, str] = {}
         self.count = 0
         self._rows: list[np.ndarray] = []
         self._documents: list[np.ndarray] = []
@@ -41,6 +43,7 @@ class Store:
         batch.documents["row"] += self.count
         self.details.update({self.count + number: text for number, text in batch.details.items()})
         self.references.update({self.count + number: text for number, text in batch.references.items()})
+        self.tests.update({self.count + number: text for number, text in batch.tests.items()})
         self._rows.append(batch.rows)
         self._documents.append(batch.documents)
         self._signatures.append(batch.signatures)

@@ -12,6 +12,7 @@ from finetune.data.conversation import BadRow, Conversation, check
 from finetune.data.describe import FLAGS, flags_of, hashes_of
 from finetune.data.files import Raw
 from finetune.data.formats import READERS
+from finetune.data.formats.fields import tests_of
 from finetune.data.jsonarray import refuse_constant, unique
 from finetune.data.length import fit
 from finetune.data.render import Rendered, Renderer
@@ -82,6 +83,7 @@ class Processed:
         reasons: Reason texts that ``rows["reason"]`` counts into, from 1.
         details: For bad rows: what exactly was wrong.
         references: Text of the last turns, where asked for.
+        tests: What judges them, where a row says.
     """
 
     rows: np.ndarray
@@ -92,6 +94,7 @@ class Processed:
     reasons: list[str]
     details: dict[int, str] = field(default_factory=dict)
     references: dict[int, str] = field(default_factory=dict)
+    tests: dict[int, str] = field(default_factory=dict)
 
 
 class Worker:
@@ -130,6 +133,8 @@ class Worker:
                 batch.add(number, role, self._fitted(conversation, encoded, batch, number, role))
                 if role == CHOSEN and source in self.job.references:
                     batch.references[number] = item.reference
+                    if conversation.tests is not None:
+                        batch.tests[number] = tests_of(conversation.tests)
             except BadRow as error:
                 if not batch.rows["reason"][number]:
                     batch.refuse(number, _of_rejected(error) if role == REJECTED else error)
@@ -185,7 +190,9 @@ def read(value: Any, name: str, columns: dict[str, str]) -> Conversation:
         if absent:
             raise BadRow(f"column {absent[0]!r} is missing", f"the row has {', '.join(map(str, value))}")
         value = {**value, **{ours: value[actual] for ours, actual in columns.items()}}
-    return READERS[name](value)
+    conversation = READERS[name](value)
+    conversation.tests = value.get("tests")
+    return conversation
 
 
 def as_object(value: Any) -> dict[str, Any]:
@@ -223,6 +230,7 @@ class _Batch:
         self.reasons: dict[str, int] = {}
         self.details: dict[int, str] = {}
         self.references: dict[int, str] = {}
+        self.tests: dict[int, str] = {}
 
     def refuse(self, number: int, error: BadRow) -> None:
         self.rows["reason"][number] = self.reasons.setdefault(error.reason, len(self.reasons) + 1)
@@ -262,4 +270,5 @@ class _Batch:
             reasons=list(self.reasons),
             details=self.details,
             references={number: text for number, text in self.references.items() if not self.rows["reason"][number]},
+            tests=self.tests,
         )

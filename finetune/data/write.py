@@ -74,6 +74,8 @@ def heldout(folder: Path, store: Store, documents: np.ndarray, *, preference: bo
         "reference": "string",
         "row": "int32",
     }
+    if store.tests:
+        fields["tests"] = "string"
     if preference:
         fields |= OTHER_FIELDS
     _write(folder, fields, _heldout_batches(store, documents, preference=preference), fingerprint=f"{fingerprint}-heldout")
@@ -98,6 +100,8 @@ def _heldout_batches(store: Store, documents: np.ndarray, *, preference: bool) -
             "reference": pyarrow.array([store.references[int(row)] for row in rows], pyarrow.string()),
             "row": pyarrow.array(rows.astype(np.int32)),
         }
+        if store.tests:
+            columns["tests"] = pyarrow.array([store.tests.get(int(row)) for row in rows], pyarrow.string())
         if preference:
             columns |= _others(store, rejected, rows)
         yield columns

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from finetune.eval.harness import HarnessConfig
 from finetune.eval.metrics import METRICS
 
 ARTIFACTS = ("base", "base_quantized", "adapter", "merged")
@@ -14,10 +16,13 @@ CHANGES = {
 }
 """What each change compares: the second minus the first."""
 
-FIGURES = ("loss", "perplexity", "stop_rate", "mean_tokens", "repetition")
-"""Measured for every artifact, whatever the task."""
+LOSSES = ("loss", "perplexity", "general_loss")
+ANSWERS = ("stop_rate", "mean_tokens", "repetition")
+FIGURES = (*LOSSES, *ANSWERS)
+"""Measured for every artifact, whatever the task: general_loss where ``eval.forgetting`` names a text, the last three where
+answers are written."""
 
-LOWER_IS_BETTER = ("loss", "perplexity", "mean_tokens", "repetition")
+LOWER_IS_BETTER = ("loss", "perplexity", "general_loss", "mean_tokens", "repetition")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -45,9 +50,16 @@ class EvalConfig:
     bootstrap_samples: int
     """Resamples behind each interval."""
 
+    forgetting: str | None = None
+    """General text that the loss is taken on too, to see what tuning cost elsewhere: text with blank lines between documents,
+    or a ``.jsonl`` file with ``text`` or ``messages`` in each row. None measures the task alone."""
+
+    harness: HarnessConfig = field(default_factory=HarnessConfig)
+    """Tasks of lm-eval beside the held-out rows."""
+
     gate: dict[str, float] = field(default_factory=dict)
     """Thresholds, ``<artifact or change>.<figure>: number``: at least it, or at most it for loss, perplexity,
-    mean_tokens and repetition. One that is missed ends the run with exit code 1, after the report."""
+    general_loss, mean_tokens and repetition. One that is missed ends the run with exit code 1, after the report."""
 
     def problems(self) -> Iterator[str]:
         unknown = [name for name in self.metrics if name not in METRICS]
@@ -61,6 +73,9 @@ class EvalConfig:
         for key, value in {**numbers, "batch_tokens": self.batch_tokens, "bootstrap_samples": self.bootstrap_samples}.items():
             if value < 1:
                 yield f"eval.{key} must be at least 1; got {value}"
+        if self.forgetting is not None and not Path(self.forgetting).is_file():
+            yield f"eval.forgetting: {self.forgetting} does not exist; give a file of general text, or null"
+        yield from self.harness.problems()
         for key in self.gate:
             yield from self._gate_problems(key)
 
@@ -68,7 +83,9 @@ class EvalConfig:
         subject, _, figure = key.partition(".")
         if subject not in (*ARTIFACTS, *CHANGES):
             yield f"eval.gate: {key!r} must begin with one of {', '.join((*ARTIFACTS, *CHANGES))}, e.g. adapter.loss"
-        if not self.rows and figure in (*FIGURES[2:], *self.metrics):
+        if figure == "general_loss" and self.forgetting is None:
+            yield f"eval.gate: {key!r} needs general text, and eval.forgetting=null names none; give a file"
+        if not self.rows and figure in (*ANSWERS, *self.metrics):
             yield f"eval.gate: {key!r} needs answers, and eval.rows=0 writes none; set eval.rows"
         elif figure not in (*FIGURES, *self.metrics):
             yield f"eval.gate: {key!r} must end with one of {', '.join((*FIGURES, *self.metrics))}, e.g. adapter.loss"

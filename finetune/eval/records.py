@@ -11,14 +11,16 @@ from finetune.measure.losses import RowLoss
 
 @dataclass(slots=True)
 class Record:
-    """Losses and answers of one artifact, by row number in the evaluation."""
+    """Losses and answers of one artifact, by row number in the evaluation; general text's losses beside them."""
 
     losses: list[RowLoss]
+    general: list[RowLoss]
     answers: dict[int, Answer]
+    harness: dict[str, Any] | None = None
 
 
 class RecordFile:
-    """Lines of JSON: first what they hold for, then the losses, then one answer each.
+    """Lines of JSON: first what they hold for, then the losses of the task and of general text, then one answer each.
 
     Args:
         file: Read if it is there and holds for the same key; else begun anew.
@@ -27,8 +29,8 @@ class RecordFile:
 
     def __init__(self, file: Path, *, key: str) -> None:
         self.file = file
-        self.record = Record(losses=[], answers={})
-        lines = _whole_lines(file)
+        self.record = Record(losses=[], general=[], answers={})
+        lines = whole_lines(file)
         if lines and lines[0] == {"key": key}:
             for line in lines[1:]:
                 self._take(line)
@@ -39,13 +41,25 @@ class RecordFile:
         self._append({"losses": [[row.loss, row.tokens, row.correct] for row in losses]})
         self.record.losses = losses
 
+    def add_general(self, losses: list[RowLoss]) -> None:
+        self._append({"general": [[row.loss, row.tokens, row.correct] for row in losses]})
+        self.record.general = losses
+
     def add_answer(self, number: int, answer: Answer) -> None:
         self._append({"row": number, "tokens": answer.tokens, "stopped": answer.stopped})
         self.record.answers[number] = answer
 
+    def add_harness(self, found: dict[str, Any]) -> None:
+        self._append({"harness": found})
+        self.record.harness = found
+
     def _take(self, line: dict[str, Any]) -> None:
         if "losses" in line:
-            self.record.losses = [RowLoss(loss=loss, tokens=tokens, correct=correct) for loss, tokens, correct in line["losses"]]
+            self.record.losses = _losses(line["losses"])
+        elif "general" in line:
+            self.record.general = _losses(line["general"])
+        elif "harness" in line:
+            self.record.harness = line["harness"]
         else:
             self.record.answers[line["row"]] = Answer(tokens=line["tokens"], stopped=line["stopped"])
 
@@ -54,7 +68,11 @@ class RecordFile:
             handle.write(json.dumps(line) + "\n")
 
 
-def _whole_lines(file: Path) -> list[dict[str, Any]]:
+def _losses(content: list[list[Any]]) -> list[RowLoss]:
+    return [RowLoss(loss=loss, tokens=tokens, correct=correct) for loss, tokens, correct in content]
+
+
+def whole_lines(file: Path) -> list[dict[str, Any]]:
     """The lines that were written whole: a process that was killed may have left half of one, which is cut off."""
     if not file.is_file():
         return []

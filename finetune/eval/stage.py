@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from finetune.console import say, table
 from finetune.errors import EvalError
 from finetune.eval.config import ARTIFACTS, EvalConfig
+from finetune.eval.harness import Harness
+from finetune.eval.harness import show as show_harness
 from finetune.hardware import Placement
 from finetune.measure.stage import StageProduct
 from finetune.model import Base, ModelConfig
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from finetune.eval.figures import Table
     from finetune.eval.records import Record
     from finetune.measure import Chat
+    from finetune.measure.rows import Row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +36,8 @@ class Scores:
         folder: Holds ``samples.jsonl``: each row's prompt, reference and all answers with their scores.
         artifacts: ``base``, ``base_quantized``, ``adapter``, ``merged``: ``{"loss", "loss_low", "loss_high",
             "perplexity", "tokens", "token_accuracy", "metrics": {name: {"value", "low", "high"}}, "stop_rate",
-            "mean_tokens", "repetition"}``; the last three only where answers were written.
+            "mean_tokens", "repetition", "general_loss": {"value", "low", "high"}}``; the three before the last only where answers
+            were written, the last, in nats per token, only where ``eval.forgetting`` names general text.
         changes: ``quantization``, ``tuning``, ``merge``, ``total``: ``{figure: {"difference", "low", "high"}}``,
             paired by row, 95 %.
         rows: Rows that answers were written for.
@@ -74,9 +78,11 @@ def score(
         seed: Of the bootstrap.
 
     Raises:
-        EvalError: No held-out row, or none that trains a token.
+        EvalError: No held-out row, none that trains a token, one without what a metric needs, or no general text.
     """
     from finetune.eval.figures import changes, levels, missed_gates, tabulate
+    from finetune.eval.general import general_rows
+    from finetune.eval.metrics import prepare_rows
     from finetune.measure import chat_of, read_rows, trained_tokens
 
     heldout = read_rows(data.folder / "heldout", limit=max(config.rows, config.loss_rows))
@@ -86,17 +92,23 @@ def score(
     for asked, got, name in ((config.rows, len(rows), "rows"), (config.loss_rows, len(loss_rows), "loss_rows")):
         if got < asked:
             say("eval", f"eval.{name}={asked}, and the held-out split has {got} rows: all of them are used")
+    prepare_rows(rows, config.metrics, data.folder / "heldout")
     chat = chat_of(base, data.folder, trust_remote_code=model.trust_remote_code)
     tokenizer = chat.tokenizer
     models = _Models(base, model, quantization, placement, adapter=adapter.folder / "adapter", merged=merged.folder / "model")
-    line = _Line(config=config, folder=folder, chat=chat, loss_rows=loss_rows, rows=rows)
+    longest = min(config.batch_tokens, tokenizer.model_max_length)
+    general = general_rows(Path(config.forgetting), tokenizer, longest=longest) if config.forgetting else []
+    tasks = Harness(config.harness, samples=config.bootstrap_samples, seed=seed) if config.harness.tasks else None
+    line = _Line(config=config, folder=folder, chat=chat, loss_rows=loss_rows, general=general, rows=rows, tasks=tasks)
     records = line.measure_all(models)
-    found = tabulate(
-        records, references=[row["reference"] for row in rows], metrics=config.metrics, decode=lambda ids: _text(tokenizer, ids)
-    )  # fmt: skip
+    found = tabulate(records, rows=rows, metrics=config.metrics, decode=lambda ids: _text(tokenizer, ids))
     artifacts, changed = levels(found, records, config=config, seed=seed), changes(found, config=config, seed=seed)
     _write_samples(folder / "samples.jsonl", rows=rows, table=found, tokenizer=tokenizer, metrics=config.metrics)
+    harness = {name: record.harness for name, record in records.items() if record.harness is not None}
+    for name, measured in harness.items():
+        artifacts[name]["harness"] = measured
     _show(artifacts, changed, config.metrics if rows else [])
+    show_harness(harness)
     missed = missed_gates(config.gate, artifacts, changed)
     say("eval", *missed)
     return Scores(folder=folder, artifacts=artifacts, changes=changed, rows=len(rows), loss_rows=len(loss_rows), missed=missed)
@@ -155,7 +167,9 @@ class _Line:
     folder: Path
     chat: Chat
     loss_rows: list[dict[str, Any]]
+    general: list[Row]
     rows: list[dict[str, Any]]
+    tasks: Harness | None
 
     def measure_all(self, models: _Models) -> dict[str, Record]:
         records: dict[str, Record] = {}
@@ -174,29 +188,35 @@ class _Line:
 
         kept = RecordFile(self.folder / f"{name}.rows.jsonl", key=self._key(models.key(name)))
         open_rows = [number for number in range(len(self.rows)) if number not in kept.record.answers]
-        if kept.record.losses and not open_rows:
+        asked = self.tasks is not None and kept.record.harness is None
+        if kept.record.losses and len(kept.record.general) == len(self.general) and not open_rows and not asked:
             say("eval", f"{name}: measured before, and nothing about it changed")
             return kept.record
         loaded = models.load(name)
         if not kept.record.losses:
             kept.add_losses(row_losses(loaded, self.loss_rows, batch_tokens=self.config.batch_tokens, progress=f"{name}: loss"))
+        if self.general and not kept.record.general:
+            kept.add_general(row_losses(loaded, self.general, batch_tokens=self.config.batch_tokens, progress=f"{name}: general text"))
         for place, answer in generations(
             loaded, self.chat.tokenizer, [self.rows[number]["prompt_ids"] for number in open_rows],
             max_new_tokens=self.config.max_new_tokens, batch_rows=self.config.batch_rows, ends=self.chat.ends,
             progress=f"{name}: answers" if open_rows else None,
         ):  # fmt: skip
             kept.add_answer(open_rows[place], answer)
+        if self.tasks is not None and asked:
+            kept.add_harness(self.tasks.measure(loaded, self.chat.tokenizer))
         del loaded
         free()
         return kept.record
 
     def _key(self, artifact: str) -> str:
         digest = hashlib.sha256(artifact.encode())
-        for row in self.loss_rows:
+        for row in [*self.loss_rows, *self.general]:
             digest.update(json.dumps([row["input_ids"], row["labels"]]).encode())
         for row in self.rows:
             digest.update(json.dumps(row["prompt_ids"]).encode())
-        digest.update(json.dumps([self.config.max_new_tokens, self.chat.ends]).encode())
+        digest.update(json.dumps([self.config.max_new_tokens, self.chat.ends, len(self.general)]).encode())
+        digest.update(json.dumps(self.tasks.key if self.tasks else None).encode())
         return digest.hexdigest()
 
 
@@ -226,18 +246,18 @@ def _row_scores(table: Table, name: str, metrics: list[str], number: int) -> Ite
 
 
 def _show(artifacts: dict[str, dict[str, Any]], changed: dict[str, dict[str, dict[str, float]]], metrics: list[str]) -> None:
+    general = ["general_loss"] if "general_loss" in artifacts["base"] else []
     rows = []
     for name, figures in artifacts.items():
+        levels = [_interval(figures["metrics"].get(figure) or figures[figure]) for figure in [*general, *metrics]]
         stops = [f"{figures['stop_rate']:.2f}"] if metrics else []
-        rows.append(
-            [name, f"{figures['loss']:.4f}", f"{figures['perplexity']:.2f}", *[_interval(figures["metrics"][m]) for m in metrics], *stops]
-        )
-    table("eval", ["artifact", "loss", "perplexity", *metrics, *(["stops"] if metrics else [])], rows)
+        rows.append([name, f"{figures['loss']:.4f}", f"{figures['perplexity']:.2f}", *levels, *stops])
+    table("eval", ["artifact", "loss", "perplexity", *general, *metrics, *(["stops"] if metrics else [])], rows)
     differences = []
     for name, figures in changed.items():
-        shown = [f"{figures[m]['difference']:+.3f} [{figures[m]['low']:+.3f}, {figures[m]['high']:+.3f}]" for m in ["loss", *metrics]]
-        differences.append([name, *shown])
-    table("eval", ["change", "loss", *metrics], differences)
+        shown = [figures[figure] for figure in ["loss", *general, *metrics]]
+        differences.append([name, *[f"{one['difference']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}]" for one in shown]])
+    table("eval", ["change", "loss", *general, *metrics], differences)
 
 
 def _interval(level: dict[str, float]) -> str:

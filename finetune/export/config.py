@@ -1,9 +1,12 @@
 """The export group: one entry per thing that is written."""
 
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 FORMATS = ("adapter", "safetensors", "bitsandbytes", "gguf", "gguf_lora", "onnx", "card", "hub")
+GGUF_NUMBERS = ("f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -33,6 +36,9 @@ class ExportConfig:
     numbers: str = ""
     """How weights are written, where a format knows several, e.g. ``q4_k_m``."""
 
+    shard_bytes: int = 0
+    """``safetensors``: largest file; 0 keeps the files of the base."""
+
     repository: str = ""
     """``hub``: where to, e.g. ``me/my-model``."""
 
@@ -48,10 +54,18 @@ class ExportConfig:
         for key, number in (
             ("golden_rows", self.golden_rows),
             ("loss_rows", self.loss_rows),
+            ("shard_bytes", self.shard_bytes),
             ("max_logit_difference", self.max_logit_difference),
             ("max_kl", self.max_kl),
         ):
             if number < 0:
                 yield f"export.{self.format}.{key} must not be negative; got {number}"
+        if self.format in ("gguf", "gguf_lora") and self.numbers not in GGUF_NUMBERS:
+            yield f"export.{self.format}.numbers must be one of {', '.join(GGUF_NUMBERS)}; got {self.numbers!r}"
+        named = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", self.repository))
+        if self.format == "hub" and not named and (self.repository or self.push):
+            yield f"export.hub.repository must be owner/name, e.g. me/my-model; got {self.repository!r}"
+        if self.format == "hub" and self.push and not os.environ.get("HF_TOKEN"):
+            yield "export.hub.push=true needs a token with the right to write: set HF_TOKEN in the environment"
         if self.max_new_tokens < 1:
             yield f"export.{self.format}.max_new_tokens must be at least 1; got {self.max_new_tokens}"

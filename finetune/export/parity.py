@@ -23,7 +23,7 @@ POSITIONS = 8
 """Compared at the end of each prompt: there the next token is an answer's, and a file of logits stays small."""
 
 GOLDEN_CHATS: list[list[dict[str, str]]] = [
-    [{"role": "user", "content": "What is the capital of France?"}],
+    [{"role": "user", "content": "What is 3 + 33 + 333 + 3333?"}],
     [{"role": "system", "content": "Answer in one word."}, {"role": "user", "content": "Is water wet?"}],
     [
         {"role": "user", "content": "Say a number."},

@@ -1,4 +1,4 @@
-"""The merged model as a plain transformers folder."""
+"""The merged model as a plain transformers folder, in its own numbers or in others, in files of any size."""
 
 from __future__ import annotations
 
@@ -6,42 +6,92 @@ import dataclasses
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from finetune.errors import ExportError
 from finetune.export.config import ExportConfig
 from finetune.export.snippets import merged_snippet
 from finetune.export.travel import write_record
 from finetune.export.work import Work
 
+if TYPE_CHECKING:
+    from finetune.export.parity import Expected
+
+NUMBERS = ("bfloat16", "float16", "float32")
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+
 
 def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
-    """Links the merged weights, adds the record, and opens the folder by plain transformers."""
+    """Links or converts the merged weights, adds the record, and opens the folder by plain transformers.
+
+    Raises:
+        ExportError: Unknown numbers, weights or activations beyond them, or the folder differs from the model.
+    """
+    from finetune.export.cost import cost
     from finetune.measure import free
     from finetune.model import load
 
+    numbers = settings.numbers or work.merged_dtype
+    if numbers not in NUMBERS:
+        raise ExportError(f"export.{name}.numbers must be one of {', '.join(NUMBERS)}; got {numbers!r}")
+    work.need(name, work.merged_bytes * (2 if numbers == "float32" != work.merged_dtype else 1))
     source, target = work.merged.folder / "model", work.desk / name
-    target.mkdir()
-    for file in source.iterdir():
-        _link(file, target / file.name)
-    placement = dataclasses.replace(work.placement, dtype=work.merged_dtype)
     dense = dataclasses.replace(work.quantization, method="none", double=False)
+
+    def in_numbers(dtype: str) -> Any:
+        placement = dataclasses.replace(work.placement, dtype=dtype)
+        return load(dataclasses.replace(work.base, folder=source), work.model, quantization=dense, placement=placement)
+
+    before: Expected | None = None
+    if numbers != work.merged_dtype:
+        merged = in_numbers(work.merged_dtype)
+        before = work.expect(merged, settings)
+        del merged
+        free()
+    model = in_numbers(numbers)
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(*WEIGHTS))
+    if before or settings.shard_bytes:
+        _check_finite(model, name, numbers)
+        model.save_pretrained(target, max_shard_size=settings.shard_bytes or "5GB")
+    else:
+        for pattern in WEIGHTS:
+            for file in source.glob(pattern):
+                _link(file, target / file.name)
+    placement = dataclasses.replace(work.placement, dtype=numbers)
     write_record(target, "merged", base=work.base, model=work.model, quantization=dense, placement=placement, chat=work.chat)
-    merged = load(dataclasses.replace(work.base, folder=source), work.model, quantization=dense, placement=placement)
-    wanted = work.expect(merged, settings)
-    del merged
+    wanted = work.expect(model, settings)
+    _check_logits(wanted, name, numbers)
+    del model
     free()
-    snippet = merged_snippet(name, model=work.model, dtype=work.merged_dtype)
+    snippet = merged_snippet(name, model=work.model, dtype=numbers)
     parity = work.check(name, settings, wanted, snippet=snippet, ends=[], packages=["transformers"])
-    work.snippets["The merged model, in plain transformers"] = snippet
+    if before:
+        parity["cost"] = cost(name, merged=before, export=wanted, config=settings, desk=work.desk, seed=work.seed)
+    work.snippets["The merged model, in plain transformers" + (f", in {numbers}" if before else "")] = snippet
     return work.keep(name, settings, parity)
+
+
+def _check_finite(model: Any, name: str, numbers: str) -> None:
+    for key, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ExportError(
+                f"export.{name}.numbers={numbers}: {key} holds weights beyond its range, which would be infinite; use bfloat16"
+            )
+
+
+def _check_logits(wanted: Expected, name: str, numbers: str) -> None:
+    import numpy
+
+    if not all(numpy.isfinite(logits).all() for logits in wanted.logits):
+        raise ExportError(
+            f"export.{name}.numbers={numbers}: between its layers this model's figures leave the range of {numbers}, and its logits are "
+            "no numbers; use bfloat16"
+        )
 
 
 def _link(file: Path, target: Path) -> None:
     """Weights are linked, since they are large and never written to; everything else is a copy of its own."""
-    if file.suffix == ".safetensors":
-        try:
-            os.link(file, target)
-        except OSError:  # another disk, or a file system without links
-            shutil.copyfile(file, target)
-    else:
+    try:
+        os.link(file, target)
+    except OSError:  # another disk, or a file system without links
         shutil.copyfile(file, target)

@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune.console import human_bytes, say
 from finetune.export import adapter as adapters
-from finetune.export import card, safetensors
+from finetune.export import bitsandbytes, card, gguf, gguf_lora, hub, onnx, safetensors
 from finetune.export.config import ExportConfig
 from finetune.export.facts import DataFacts, MergedFacts, ScoreFacts, TrainedFacts
 from finetune.export.work import Work
@@ -21,7 +21,12 @@ from finetune.quantization import QuantizationConfig
 WRITERS: dict[str, Callable[[Work, str, ExportConfig], dict[str, Any]]] = {
     "adapter": adapters.write,
     "safetensors": safetensors.write,
+    "bitsandbytes": bitsandbytes.write,
+    "gguf": gguf.write,
+    "gguf_lora": gguf_lora.write,
+    "onnx": onnx.write,
     "card": card.write,
+    "hub": hub.write,
 }
 """In the order in which they are made: a card describes the others, and a push sends them."""
 
@@ -78,7 +83,7 @@ def export(
     for name, settings in sorted(config.items(), key=lambda item: order.index(item[1].format)):
         made = WRITERS[settings.format](work, name, settings)
         work.exports.append(made)
-        say("export", f"{name}: {folder / name}, {human_bytes(made['bytes'])}{_sentence(made['parity'])}")
+        say("export", f"{name}: {folder / Path(made['path']).name}, {human_bytes(made['bytes'])}{_sentence(made['parity'])}")
     shutil.rmtree(desk)
     return Exports(folder=folder, exports=work.exports)
 
@@ -87,7 +92,8 @@ def _sentence(parity: dict[str, Any]) -> str:
     if not parity:
         return ""
     loss = f", held-out loss {parity['loss']:.4f} where the model has {parity['model_loss']:.4f}" if parity["rows"] else ""
+    cost = f"; {parity['cost']['note']}" if "cost" in parity else ""
     return (
         f"; opened by {parity['runtime']}: {parity['chats']} golden chats give the same token ids, logits of {parity['prompts']} prompts "
-        f"within {parity['max_logit_difference']:.4f} (bound {parity['bound']:g}), KL {parity['kl']:.6f}{loss}"
+        f"within {parity['max_logit_difference']:.4f} (bound {parity['bound']:g}), KL {parity['kl']:.6f}{loss}{cost}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.console import human_bytes
 from finetune.errors import ExportError
 from finetune.export.config import ExportConfig
 from finetune.export.facts import DataFacts, MergedFacts, ScoreFacts, TrainedFacts
@@ -36,6 +38,7 @@ class Work:
         chat: Tokenizer and end tokens.
         exports: Descriptions of what is done; a card describes them.
         snippets: Code that opens them, by title.
+        merged_gives: What `expect_merged` found.
     """
 
     folder: Path
@@ -52,11 +55,29 @@ class Work:
     chat: Chat
     exports: list[dict[str, Any]] = field(default_factory=list)
     snippets: dict[str, str] = field(default_factory=dict)
+    merged_gives: dict[tuple[int, int, int], Expected] = field(default_factory=dict)
 
     @property
     def merged_dtype(self) -> str:
         settings: dict[str, Any] = json.loads((self.merged.folder / "model" / "config.json").read_text())
         return str(settings["dtype"])
+
+    @property
+    def merged_bytes(self) -> int:
+        return sum(file.stat().st_size for file in (self.merged.folder / "model").glob("*.safetensors"))
+
+    def need(self, name: str, size: float) -> None:
+        """Refuses before anything is written where the disk cannot take it.
+
+        Raises:
+            ExportError: Less than ``size`` bytes are free.
+        """
+        free = shutil.disk_usage(self.desk).free
+        if free < size:
+            raise ExportError(
+                f"export.{name} needs about {human_bytes(size)} of disk in {self.folder} and {human_bytes(free)} are free; free some, "
+                "or choose another run.root"
+            )
 
     def expect(self, model: Any, settings: ExportConfig) -> Expected:
         """What the model gives on the golden chats and on some held-out rows, the same ones for a seed."""
@@ -70,6 +91,22 @@ class Work:
         prompts = [rows[number]["prompt_ids"] for number in sorted(order[: settings.golden_rows])]
         scored = [{key: rows[number][key] for key in ("input_ids", "labels")} for number in sorted(order[: settings.loss_rows])]
         return expected(model, self.chat, heldout=prompts, scored=scored, max_new_tokens=settings.max_new_tokens)
+
+    def expect_merged(self, settings: ExportConfig) -> Expected:
+        """What the merged model gives in its own numbers; asked once for all exports that ask for the same."""
+        from finetune.measure import free
+        from finetune.model import load
+
+        asked = (settings.golden_rows, settings.loss_rows, settings.max_new_tokens)
+        if asked not in self.merged_gives:
+            dense = dataclasses.replace(self.quantization, method="none", double=False)
+            placement = dataclasses.replace(self.placement, dtype=self.merged_dtype)
+            base = dataclasses.replace(self.base, folder=self.merged.folder / "model")
+            merged = load(base, self.model, quantization=dense, placement=placement)
+            self.merged_gives[asked] = self.expect(merged, settings)
+            del merged
+            free()
+        return self.merged_gives[asked]
 
     def check(
         self,

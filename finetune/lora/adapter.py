@@ -29,6 +29,7 @@ def attach(
     seed: int,
     calibration: Iterable[Sequence[int]] | None = None,
     original: Path | None = None,
+    tokenizer: Any = None,
 ) -> PeftModel:
     """Prepares the quantized base for training and puts fresh adapters on it; the base's weights stay as they are.
 
@@ -40,10 +41,11 @@ def attach(
         seed: Seeds the adapter's first weights.
         calibration: Token ids of some training documents; only ``eva`` reads them.
         original: Folder of the unquantized base; only ``loftq`` reads it.
+        tokenizer: Knows the ids of ``lora.tokens``; read only where there are any.
 
     Raises:
-        ModelError: A target matches no linear layer (the message lists what the model has), or the variant lacks what
-            it starts from.
+        ModelError: A target matches no linear layer (the message lists what the model has), a token is not in the
+            vocabulary, or the variant lacks what it starts from.
     """
     import peft
     import torch
@@ -52,12 +54,13 @@ def attach(
     from finetune.lora import starts
 
     targets = resolve(model, config.targets)
+    rows = token_rows(model, config.tokens, tokenizer)
     inputs = {}
     if config.variant == "eva":
         inputs = starts.input_directions(model, targets, documents=calibration, rank=config.rank, seed=seed)
     prepare(model, upcast=upcast, checkpointing=checkpointing)
     set_seed(seed)
-    adapted = peft.get_peft_model(model, settings(config, targets))
+    adapted = peft.get_peft_model(model, settings(config, targets, rows))
     if config.variant == "eva":
         starts.use_input_directions(adapted, inputs)
     elif config.variant in DOUBLED:
@@ -71,7 +74,7 @@ def attach(
     return adapted
 
 
-def settings(config: LoraConfig, targets: Iterable[str]) -> PeftConfig:
+def settings(config: LoraConfig, targets: Iterable[str], rows: dict[str, list[int]] | None = None) -> PeftConfig:
     """What peft is told. It is not told of the start, so loading the saved adapter never repeats one."""
     import peft
 
@@ -82,6 +85,7 @@ def settings(config: LoraConfig, targets: Iterable[str]) -> PeftConfig:
         target_modules=sorted(targets),
         use_rslora=config.variant == "rslora",
         use_dora=config.variant == "dora",
+        trainable_token_indices=rows or None,
         task_type="CAUSAL_LM",
     )
 
@@ -92,8 +96,9 @@ def _say(adapted: nn.Module, config: LoraConfig, targets: dict[str, int]) -> Non
     count = sum(p.numel() for p in parameters) * config.rank // config.width
     size = human_bytes(sum(p.numel() * p.element_size() for p in parameters))
     kind = "" if config.variant == "lora" else f"{config.variant}, "
+    rows = f", and the embeddings of {', '.join(config.tokens)}" if config.tokens else ""
     start = f", with the start that is taken off again: rank {config.width} on disk" if config.width != config.rank else ""
-    say("lora", f"{kind}rank {config.rank} on {matched}: {count:,} trainable parameters, {size} in {config.dtype}{start}")
+    say("lora", f"{kind}rank {config.rank} on {matched}{rows}: {count:,} trainable parameters, {size} in {config.dtype}{start}")
 
 
 def resolve(model: nn.Module, wished: list[str]) -> dict[str, int]:
@@ -111,6 +116,25 @@ def resolve(model: nn.Module, wished: list[str]) -> dict[str, int]:
     if unmatched:
         raise ModelError(f"lora.targets: {', '.join(unmatched)} match no linear layer. This model has {', '.join(sorted(available))}.")
     return {name: available[name] for name in wished}
+
+
+def token_rows(model: Any, tokens: list[str], tokenizer: Any) -> dict[str, list[int]]:
+    """Rows of the embedding that are trained, by its name; empty where ``lora.tokens`` is.
+
+    Raises:
+        ModelError: A token is not in the vocabulary.
+    """
+    if not tokens:
+        return {}
+    vocabulary = tokenizer.get_vocab()
+    unknown = [token for token in tokens if token not in vocabulary]
+    if unknown:
+        raise ModelError(
+            f"lora.tokens: {', '.join(unknown)} not in the vocabulary of {len(vocabulary)} tokens; name tokens that it has, e.g. one that "
+            "it keeps in reserve"
+        )
+    embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    return {embedding.rpartition(".")[2]: sorted(vocabulary[token] for token in tokens)}
 
 
 def linear_layers(model: Any) -> Counter[str]:

@@ -1,7 +1,7 @@
 """The lora group: which weights learn, how much room they get, and where they start."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 ALL_LINEAR = "all-linear"
 VARIANTS = ("lora", "rslora", "dora", "olora", "eva", "pissa", "loftq")
@@ -35,6 +35,10 @@ class LoraConfig:
 
     dtype: str
     """Numbers of the adapter: ``float32`` keeps small updates that ``bfloat16`` rounds away. DoRA's lengths stay float32."""
+
+    tokens: list[str] = field(default_factory=list)
+    """Tokens of the vocabulary whose embeddings are trained too, e.g. those of a chat template that the base never saw:
+    one row each, in the head as well where it is tied to the embedding."""
 
     calibration_tokens: int = 2048
     """``eva`` only: tokens of training documents that go through the base once, before the first step."""

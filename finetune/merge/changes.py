@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +90,14 @@ def read_changes(folder: Path) -> dict[str, Change]:
     """What the adapter changes, by the name of the tensor in the model, e.g. ``model.layers.0.mlp.up_proj.weight``.
 
     Raises:
+        ModelError: The folder holds no adapter.
         MergeError: A kind of adapter, or a setting, that cannot be written as new weights.
     """
     from safetensors.torch import load_file
 
+    from finetune.measure import check_adapter
+
+    check_adapter(folder)
     config = json.loads((folder / "adapter_config.json").read_text())
     _check(folder, config)
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -108,10 +112,47 @@ def read_changes(folder: Path) -> dict[str, Change]:
                 changes[f"{module}.weight"] = change
                 used |= keys
     indices = config.get("trainable_token_indices")
-    for key in tensors.keys() - used:
+    # An embedding that grew is saved by peft as it was and as it was trained, besides the tensor that counts.
+    for key in (key for key in tensors.keys() - used if ".original_module." not in key and ".modules_to_save." not in key):
         name, other = _other(key, tensors[key], indices)
         changes[name] = other
     return changes
+
+
+def add_changes(changes: dict[str, Change], folder: Path, *, weight: float) -> dict[str, Change]:
+    """The changes with a further adapter's added: a sum of low-rank changes is one of the summed rank.
+
+    Args:
+        changes: So far; left as they are.
+        folder: A plain peft folder.
+        weight: Of the further adapter's change.
+
+    Raises:
+        MergeError: One of two changes of a tensor is more than B A, or they are for weights of different shapes.
+    """
+    together = dict(changes)
+    for name, other in read_changes(folder).items():
+        own = changes.get(name)
+        for change in (own, other):
+            if change is not None and not _adds_up(change):
+                raise MergeError(
+                    f"merge.adapters: {name} is changed by {folder}, and not by plain LoRA alone (DoRA, or weights trained whole), so the "
+                    "changes cannot be added up; leave that adapter out"
+                )
+        assert isinstance(other, LowRank)
+        if own is None:
+            together[name] = replace(other, scaling=weight * other.scaling)
+            continue
+        assert isinstance(own, LowRank)
+        if own.shape != other.shape:
+            raise MergeError(f"merge.adapters: {folder} has {name} as {other.shape} and the run's adapter as {own.shape}: another base")
+        b = torch.cat([own.scaling * own.b, weight * other.scaling * other.b], dim=1)
+        together[name] = replace(own, a=torch.cat([own.a, other.a]), b=b, scaling=1.0)
+    return together
+
+
+def _adds_up(change: Change) -> bool:
+    return isinstance(change, LowRank) and change.magnitude is None and change.start is None
 
 
 def _check(folder: Path, config: dict[str, Any]) -> None:

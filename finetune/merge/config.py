@@ -1,7 +1,7 @@
 """The merge group."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 CANDIDATES = ("dequantized", "original")
 RULES = ("heldout_loss", "fidelity")
@@ -36,6 +36,10 @@ class MergeConfig:
     max_reload_difference: float
     """Nats per token by which the loss of the reloaded model, and its KL, may differ from the first measurement."""
 
+    adapters: dict[str, float] = field(default_factory=dict)
+    """Further adapters of the same base, by folder, each with the weight that its change is added with; the run's own
+    has 1. Only plain LoRA and rsLoRA add up. The trained graph is then the one with all of them."""
+
     def problems(self) -> Iterator[str]:
         unknown = [name for name in self.candidates if name not in CANDIDATES]
         if unknown:
@@ -51,6 +55,9 @@ class MergeConfig:
         for key, value in (("measure_tokens", self.measure_tokens), ("batch_tokens", self.batch_tokens)):
             if value < 1:
                 yield f"merge.{key} must be at least 1; got {value}"
+        for folder, weight in self.adapters.items():
+            if weight == 0:
+                yield f"merge.adapters: {folder} has weight 0, which adds nothing; leave it out"
         for key, bound in (("max_loss_increase", self.max_loss_increase), ("max_reload_difference", self.max_reload_difference)):
             if bound < 0:
                 yield f"merge.{key} must not be negative; got {bound}"

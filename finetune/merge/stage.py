@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,7 @@ class MergedModel:
             "adapted_weights", "changed_weights"}`` each; ``changed_weights`` differ from the base after rounding.
         reloaded: The chosen one again, measured by a fresh process from the files that were kept.
         sha256: Over the weight files of ``folder/model``.
+        adapters: Weights of further adapters that are in it too, by folder.
     """
 
     folder: Path
@@ -46,6 +47,7 @@ class MergedModel:
     candidates: list[dict[str, Any]]
     reloaded: dict[str, Any]
     sha256: str
+    adapters: dict[str, float] = field(default_factory=dict)
 
 
 def merge(
@@ -76,7 +78,7 @@ def merge(
     """
     from finetune.measure import chat_of, open_rows, pick_rows
     from finetune.merge.candidates import write_chat
-    from finetune.merge.changes import read_changes
+    from finetune.merge.changes import add_changes, read_changes
     from finetune.model import weights_sha256
 
     names = _candidates(config, quantization)
@@ -91,6 +93,8 @@ def merge(
     stage = _Stage(config=config, base=base, model=model, quantization=quantization, placement=placement, work=work)
     rows = [heldout[number] for number in picked]
     changes = read_changes(adapter.folder / "adapter")
+    for further, weight in config.adapters.items():
+        changes = add_changes(changes, Path(further).expanduser(), weight=weight)
     reference, built = stage.build(adapter.folder / "adapter", changes, rows=rows, names=names)
     figures = [stage.measure(one, rows=rows, reference=reference) for one in built]
     table("merge", ["candidate", "KL", "top-1", "loss", "perplexity", "size"], table_rows(figures, trained=reference.loss))
@@ -98,8 +102,8 @@ def merge(
     say("merge", f"{chosen['name']} is kept: {rule}")
     chat = chat_of(base, data.folder, trust_remote_code=model.trust_remote_code)
     write_chat(work / chosen["name"], chat)
+    reloaded = stage.reload(work / chosen["name"], chosen, heldout=data.folder / "heldout", picked=picked, reference=reference)
     kept = _publish(work / chosen["name"], folder / "model")
-    reloaded = stage.reload(kept, chosen, heldout=data.folder / "heldout", picked=picked, reference=reference)
     shutil.rmtree(work)
     return MergedModel(
         folder=folder,
@@ -109,6 +113,7 @@ def merge(
         candidates=figures,
         reloaded=reloaded,
         sha256=weights_sha256(kept),
+        adapters=dict(config.adapters),
     )
 
 
@@ -138,12 +143,10 @@ def _check_disk(base: Base, folder: Path, *, candidates: int, tokens: int) -> No
 
 
 def _publish(built: Path, target: Path) -> Path:
+    """Two renames: whoever looks, or is interrupted, finds the earlier model or the new one, whole."""
     if target.exists():
-        shutil.rmtree(target)
+        os.replace(target, built.parent / "earlier")
     os.replace(built, target)
-    for other in built.parent.iterdir():
-        if other.is_dir():
-            shutil.rmtree(other)
     return target
 
 
@@ -170,9 +173,12 @@ class _Stage:
 
         from finetune.measure import free, reference_logprobs, trained_graph
         from finetune.merge.candidates import build, from_disk
-        from finetune.merge.graph import dequantized
+        from finetune.merge.graph import add_adapters, dequantized
 
         graph = trained_graph(self.base, self.model, quantization=self.quantization, placement=self.placement, adapter=adapter)
+        if self.config.adapters:
+            add_adapters(graph, self.config.adapters, base_sha256=self.base.sha256)
+            say("merge", "with the run's adapter: " + ", ".join(f"{name} x {weight:g}" for name, weight in self.config.adapters.items()))
         reference = reference_logprobs(
             graph, rows, self.work / "reference.f32", batch_tokens=self.config.batch_tokens, progress="trained graph"
         )  # fmt: skip

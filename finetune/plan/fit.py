@@ -11,30 +11,27 @@ from finetune.console import human_bytes
 from finetune.plan import phases
 from finetune.plan.inputs import PlanInputs
 from finetune.plan.product import device_memory, fits
+from finetune.plan.throughput import throughput
 
 if TYPE_CHECKING:
     from finetune.hardware import Machine
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
-
-DEQUANTIZE_TOKENS = 450
-"""Making a 4-bit matrix dense takes as long as putting so many tokens through it: 4.5 bytes a weight are moved, a product
-costs 2 operations a weight and token, and GPUs do about 200 operations in the time of a byte (A100: 312e12 / 1.6e12)."""
-
-GATHER_TOKENS = 1250
-"""The same for fetching a 4-bit matrix from another GPU over PCIe 4: half a byte a weight at 12 GB/s, against 60e12
-operations a second that a consumer GPU reaches. Source: both from the 2x3090 machine in fsdp_qlora's benchmarks."""
-
 SMALLEST_TOKENS = 256
+SELECTIVE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""Those whose gated layers ``train.checkpointing=selective`` knows. Source: finetune/speed/blocks.py, GATED."""
 
 MARGIN = 0.93
 """A proposal must hold, so it leaves room for the closed form's own error: 7 % for nine in ten of litgpt's published
 figures. Source: scripts/check_plan.py."""
 
+SAME_SPEED = 0.01
+"""A share of speed that is not known anyway."""
+
 
 @dataclass(frozen=True)
 class Candidate:
-    """One set-up that was looked at."""
+    """One set-up that was looked at: tokens per second, and bytes on one device."""
 
     inputs: PlanInputs
     speed: float
@@ -46,66 +43,97 @@ def propose(inputs: PlanInputs, machine: Machine) -> list[str]:
     found: list[Candidate] = []
     tokens = inputs.tokens
     while not found and tokens >= SMALLEST_TOKENS:
-        shorter = dataclasses.replace(inputs, tokens=tokens)
-        found = [candidate for candidate in _candidates(shorter, machine) if _fits(candidate.inputs, machine)]
+        tried = list(_candidates(dataclasses.replace(inputs, tokens=tokens), machine))
+        found = [candidate for candidate in tried if _fits(candidate.inputs, machine)]
         tokens //= 2
     if not found:
         smallest = min(_candidates(dataclasses.replace(inputs, tokens=SMALLEST_TOKENS), machine), key=lambda c: c.bytes)
         return [
-            f"nothing fits: even {overrides(inputs, smallest.inputs)} with {SMALLEST_TOKENS} tokens needs {human_bytes(smallest.bytes)}"
+            f"nothing fits: even {overrides(inputs, smallest.inputs)} with {SMALLEST_TOKENS} tokens needs {human_bytes(smallest.bytes)} "
+            f"on a device that has {human_bytes(device_memory(smallest.inputs, machine))}"
         ]
-    # Of equal speed, the one that needs less: a share of speed below a percent is not known anyway.
-    ranked = sorted(found, key=lambda c: (-round(c.speed, 2), c.bytes))
+    ranked = _ranked(found, inputs)
     best = ranked[0]
+    room = human_bytes(device_memory(best.inputs, machine))
     sentences = [
         f"proposed: {overrides(inputs, best.inputs)}",
-        f"it needs {human_bytes(best.bytes)} of {human_bytes(device_memory(best.inputs, machine))}",
+        f"it needs {human_bytes(best.bytes)} of {room} and reads about {best.speed:,.0f} tokens/s; {_longest(best, machine)}",
     ]
     other = next((c for c in ranked if _kind(c.inputs) != _kind(best.inputs)), None)
     if other is not None:
         slower = 1 - other.speed / best.speed
-        reason = f"about {slower:.0%} slower by the closed form" if slower >= 0.01 else "as fast, and it needs more memory"
-        sentences.append(f"runner-up: {overrides(inputs, other.inputs)}, with {human_bytes(other.bytes)}: {reason}")
-    return sentences
+        reason = f"about {slower:.0%} slower" if slower >= SAME_SPEED else "as fast"
+        memory = "more" if other.bytes > best.bytes else "less"
+        sentences.append(f"runner-up: {overrides(inputs, other.inputs)}: {reason}, with {human_bytes(other.bytes)}, {memory} memory")
+    return sentences + _too_large(inputs, tried, best)
 
 
 def overrides(before: PlanInputs, after: PlanInputs) -> str:
     """What has to be typed to get from one set-up to the other."""
-    words = [f"train.micro_batch={after.rows}", f"train.checkpointing={'full' if after.checkpointing else 'none'}"]
+    words = [f"train.micro_batch={after.rows}", f"train.checkpointing={checkpointing(after)}"]
     if after.tokens != before.tokens:
-        words.append(f"data.max_tokens={after.tokens}")
+        words.append(f"data.max_tokens={after.tokens} data.pack_tokens=null")
     if (after.method, after.double) != (before.method, before.double):
         words.append("quantization=nf4_double")
     if after.optimizer != before.optimizer:
-        words.append(f"optim={after.optimizer}")
+        words.append(f"optim={'adamw' if after.optimizer == 'adamw_torch' else after.optimizer}")
     if (after.strategy, after.processes) != (before.strategy, before.processes):
         words += [f"launch={after.strategy}"] + ([f"launch.processes={after.processes}"] if after.processes > 1 else [])
     if after.offload != before.offload:
         words.append(f"launch.offload={str(after.offload).lower()}")
+    if after.offload_activations != before.offload_activations:
+        words.append(f"train.offload={str(after.offload_activations).lower()}")
     return " ".join(words)
 
 
-def relative_speed(inputs: PlanInputs) -> float:
-    """Tokens per second in units of one device that only computes: passes through the weights, and what delays them."""
-    passes = 3 if inputs.checkpointing else 2
-    delay = DEQUANTIZE_TOKENS if inputs.method in ("nf4", "fp4") else 0
-    if inputs.shards > 1:
-        delay += GATHER_TOKENS * (2 if inputs.offload else 1) * (1 if inputs.method in ("nf4", "fp4") else 4)
-    tokens = inputs.step_tokens
-    return inputs.processes * tokens / (passes * (tokens + delay))
+def checkpointing(inputs: PlanInputs) -> str:
+    """The value of ``train.checkpointing``."""
+    return "full" if inputs.checkpointing else "selective" if inputs.steps.selective else "none"
+
+
+def _ranked(found: list[Candidate], inputs: PlanInputs) -> list[Candidate]:
+    """Fastest first. Of equal speed, the one that changes less of what was asked for, then the one that needs less."""
+    top = max(candidate.speed for candidate in found)
+
+    def order(candidate: Candidate) -> tuple[float, int, float]:
+        after = candidate.inputs
+        changed = (after.method != inputs.method) + (after.optimizer != inputs.optimizer) + (after.strategy != inputs.strategy)
+        return (-round(candidate.speed / top / SAME_SPEED), changed, candidate.bytes)
+
+    return sorted(found, key=order)
 
 
 def _candidates(inputs: PlanInputs, machine: Machine) -> Iterator[Candidate]:
     for strategy, processes, offload in _launches(inputs, machine):
         for method, double in dict.fromkeys([(inputs.method, inputs.double), ("nf4", True)]):
-            for checkpointing in (False, True):
-                for rows in [rows for rows in MICRO_BATCHES if rows * processes <= max(inputs.step_rows, processes)]:
-                    optimizer = "adamw" if strategy == "fsdp" and "bit" in inputs.optimizer else inputs.optimizer
-                    tried = dataclasses.replace(
-                        inputs, strategy=strategy, processes=processes, offload=offload, method=method, double=double,
-                        checkpointing=checkpointing, rows=rows, optimizer=optimizer,
-                    )  # fmt: skip
-                    yield Candidate(tried, relative_speed(tried), phases.peak(tried))
+            for full, selective in _checkpointings(inputs):
+                for optimizer in _optimizers(inputs, strategy):
+                    for rows in [rows for rows in MICRO_BATCHES if rows * processes <= max(inputs.step_rows, processes)]:
+                        steps = dataclasses.replace(
+                            inputs.steps,
+                            selective=selective,
+                            fused=inputs.steps.fused and strategy == "single",
+                            cached=inputs.steps.fused and inputs.device == "cpu" and method == "nf4",
+                        )
+                        tried = dataclasses.replace(
+                            inputs, strategy=strategy, processes=processes, offload=offload, method=method, double=double, steps=steps,
+                            checkpointing=full, rows=rows, optimizer=optimizer, offload_activations=False,
+                        )  # fmt: skip
+                        speed = throughput(tried, machine, runs=None).tokens_per_second
+                        yield Candidate(tried, speed, phases.peak(tried))
+
+
+def _checkpointings(inputs: PlanInputs) -> list[tuple[bool, bool]]:
+    """Full and selective."""
+    selective = [(False, True)] if inputs.architecture.family in SELECTIVE_FAMILIES else []
+    return [(False, False), *selective, (True, False)]
+
+
+def _optimizers(inputs: PlanInputs, strategy: str) -> list[str]:
+    """The one that was asked for, and the one with the smallest states; bitsandbytes' cannot be cut into shards."""
+    if strategy == "fsdp":
+        return ["adamw_torch" if "bit" in inputs.optimizer else inputs.optimizer]
+    return list(dict.fromkeys([inputs.optimizer, "paged_adamw_8bit"]))
 
 
 def _launches(inputs: PlanInputs, machine: Machine) -> list[tuple[str, int, bool]]:
@@ -120,5 +148,25 @@ def _fits(inputs: PlanInputs, machine: Machine) -> bool:
     return fits(inputs, machine, host=host, memory=round(device_memory(inputs, machine) * MARGIN)) is True
 
 
-def _kind(inputs: PlanInputs) -> tuple[str, bool, bool, str]:
-    return (inputs.strategy, inputs.offload, inputs.checkpointing, inputs.method)
+def _longest(best: Candidate, machine: Machine) -> str:
+    """The longest row that this set-up has room for, one at a time."""
+    tokens, limit = best.inputs.tokens, best.inputs.architecture.max_positions
+    while tokens * 2 <= limit and _fits(dataclasses.replace(best.inputs, rows=1, tokens=tokens * 2), machine):
+        tokens *= 2
+    if tokens == best.inputs.tokens:
+        return "longer rows do not fit"
+    return f"with train.micro_batch=1 data.max_tokens={tokens} would fit too"
+
+
+def _too_large(inputs: PlanInputs, tried: list[Candidate], best: Candidate) -> list[str]:
+    """What would be faster and does not fit: the next thing that a larger machine would allow."""
+    faster = [c for c in tried if c.speed > best.speed * (1 + SAME_SPEED) and c.inputs.method == best.inputs.method]
+    if not faster:
+        return []
+    nearest = min(faster, key=lambda c: c.bytes)
+    gain = nearest.speed / best.speed - 1
+    return [f"faster by about {gain:.0%}, but it needs {human_bytes(nearest.bytes)}: {overrides(inputs, nearest.inputs)}"]
+
+
+def _kind(inputs: PlanInputs) -> tuple[str, bool, str, str]:
+    return (inputs.strategy, inputs.offload, checkpointing(inputs), inputs.method)

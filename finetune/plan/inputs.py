@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from finetune.architecture import ArchitectureConfig, Linear, from_config_json, linear_layers
-
-if TYPE_CHECKING:
-    from finetune.config import RunConfig
-    from finetune.hardware import Machine
-    from finetune.speed import SpeedConfig
+from finetune.architecture import ArchitectureConfig, Linear, linear_layers
 
 ALL_LINEAR = "all-linear"
+FLOAT = 4
+GIB = 1024**3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +30,10 @@ class Trainer:
         unties: Embedding and head are stored apart even where the model ties them.
         embedding_gradient: The embedding is left trainable by mistake, so its whole gradient is made.
         reduced_input_copies: Every LoRA branch casts its own copy of the input (autocast with float32 adapters).
+        autocast: Products are computed in 16 bit whatever they are given; without it, a float32 norm makes float32 of all that follows.
+        reenters: Checkpointing is the older, reentrant kind, whose first pass makes no graph at all.
+        context_bytes: CUDA context and loaded kernels of one process. Kernels are loaded when they are first used since CUDA
+            12.2, and take 0.4 to 0.6 GiB then. Source: CUDA programming guide, lazy loading.
     """
 
     logits_bytes: int = 0
@@ -50,10 +49,36 @@ class Trainer:
     unties: bool = False
     embedding_gradient: bool = False
     reduced_input_copies: bool = True
+    autocast: bool = True
+    reenters: bool = False
+    context_bytes: int = GIB // 2
 
 
 OURS = Trainer()
 """TRL 1.16 with its fused head: trl/kernels/chunked_logprob.py (4,096 tokens) and trl/trainer/utils.py (32,768 entries)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """How this project computes a step, as `finetune.speed` chooses it; the defaults are transformers' and peft's own way.
+
+    Attributes:
+        fused: q, k, v and gate, up as one product each, which keep only what the way back needs.
+        trained_only: Head and loss on trained tokens, a few at a time.
+        native: Steps between products are compiled, without float32 copies.
+        tiles: Attention in AMX tiles, which keeps q, k and v as they came.
+        cached: Quantized weights are kept in 16 bit too, dequantized once.
+        flat: All documents of a micro-batch lie in one row, so plain attention carries a mask of tokens by tokens.
+        selective: Only gated layers are computed again.
+    """
+
+    fused: bool = False
+    trained_only: bool = False
+    native: bool = False
+    tiles: bool = False
+    cached: bool = False
+    flat: bool = False
+    selective: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +99,11 @@ class PlanInputs:
         cast_copy: A 16-bit copy of float32 weights stays through a step (autocast).
         upcast: Frozen parts held in float32: ``none``, ``norms`` or ``all``.
         rows: Micro-batch per process, in rows or packs.
-        tokens: Tokens per row, padding included.
+        documents: Sequences that a row puts through the model: 2 where a row is a pair of answers.
+        tokens: Tokens per sequence, padding included.
         step_rows: Rows that one optimizer step reads over all processes: no micro-batch is larger.
         checkpointing: Whether activations are computed again in the backward pass.
+        offload_activations: What checkpointing keeps waits in host memory.
         attention: ``fused`` (no score matrix is kept) or ``eager``.
         optimizer: transformers' name.
         strategy: ``single``, ``ddp``, ``fsdp`` or ``zero3``.
@@ -84,10 +111,10 @@ class PlanInputs:
         offload: Shards wait in host memory.
         accumulates: Gradients of earlier micro-batches are alive while a later one is computed.
         device: ``cuda`` or ``cpu``.
-        cached: Quantized weights are kept in 16 bit too, dequantized once.
         answer_rows: Answers that the eval stage writes at a time.
         answer_tokens: Tokens of an answer at most.
         measured_tokens: Padded tokens per forward pass of the eval and merge stages.
+        steps: How a step is computed.
         trainer: How the implementation spends memory.
     """
 
@@ -104,9 +131,11 @@ class PlanInputs:
     cast_copy: bool = False
     upcast: str = "none"
     rows: int
+    documents: int = 1
     tokens: int
     step_rows: int = 64
     checkpointing: bool
+    offload_activations: bool = False
     attention: str = "fused"
     optimizer: str = "paged_adamw_8bit"
     strategy: str = "single"
@@ -114,21 +143,40 @@ class PlanInputs:
     offload: bool = False
     accumulates: bool = True
     device: str = "cuda"
-    cached: bool = False
     answer_rows: int = 0
     answer_tokens: int = 0
     measured_tokens: int = 4096
+    steps: Steps = Steps()
     trainer: Trainer = OURS
 
     @property
     def step_tokens(self) -> int:
         """Tokens that one process puts through the model at once."""
-        return self.rows * self.tokens
+        return self.rows * self.documents * self.tokens
 
     @property
     def shards(self) -> int:
         """Parts that weights, gradients and states are cut into."""
         return self.processes if self.strategy in ("fsdp", "zero3") else 1
+
+    @property
+    def packed_4bit(self) -> bool:
+        return self.method in ("nf4", "fp4")
+
+    @property
+    def stream_bytes(self) -> int:
+        """Bytes per element between the layers: float32 where embedding and norms are."""
+        return FLOAT if self.upcast == "all" else self.compute_bytes
+
+    @property
+    def wide_bytes(self) -> int:
+        """Bytes per element inside the layers: bitsandbytes gives its input's numbers back, and a float32 norm gives float32."""
+        return FLOAT if self.upcast != "none" and self.method != "none" else self.compute_bytes
+
+    @property
+    def product_bytes(self) -> int:
+        """Bytes per element of what products read."""
+        return self.compute_bytes if self.trainer.autocast else self.wide_bytes
 
     @property
     def head_adapted(self) -> bool:
@@ -142,54 +190,3 @@ class PlanInputs:
         a = self.architecture
         head = [Linear(name="head", in_features=a.hidden_size, out_features=a.vocab_size, count=1)] if self.head_adapted else []
         return [linear for linear in linear_layers(a) if self.adapts(linear)] + (head if self.rank else [])
-
-
-def from_config(config: RunConfig, machine: Machine) -> PlanInputs:
-    """The plain numbers of a composed configuration.
-
-    Raises:
-        ModelError: ``model.architecture`` is null and the model is no local folder whose config.json tells it.
-    """
-    device = _device(config, machine)
-    autocast = config.lora.dtype != "bfloat16" or config.model.upcast != "none"
-    element = 4 if config.model.dtype == "float32" else 2
-    tokens = config.data.pack_tokens if config.data.packing and config.data.pack_tokens else config.data.max_tokens
-    return PlanInputs(
-        architecture=config.model.architecture or from_config_json(Path(config.model.name).expanduser()),
-        method=config.quantization.method,
-        double=config.quantization.double,
-        skip=tuple(config.quantization.skip),
-        rank=config.lora.width,
-        targets=tuple(config.lora.targets),
-        adapter_bytes=4 if config.lora.dtype == "float32" else 2,
-        dropout=config.lora.dropout > 0,
-        compute_bytes=element,
-        stored_bytes=element,
-        upcast=config.model.upcast,
-        rows=config.train.micro_batch,
-        tokens=tokens,
-        step_rows=config.train.rows_per_step or (config.train.tokens_per_step or tokens) // tokens,
-        checkpointing=config.train.checkpointing != "none",
-        attention="eager" if config.model.attention == "eager" else "fused",
-        optimizer=config.optim.name,
-        strategy=config.launch.strategy,
-        processes=config.launch.processes,
-        offload=config.launch.offload,
-        device=device,
-        cached=device == "cpu" and config.quantization.method in ("nf4", "fp4") and _caches(config.speed),
-        answer_rows=config.eval.batch_rows if config.eval.rows else 0,
-        answer_tokens=config.eval.max_new_tokens,
-        measured_tokens=max(config.eval.batch_tokens, config.merge.batch_tokens),
-        trainer=Trainer(reduced_input_copies=autocast),
-    )
-
-
-def _caches(speed: SpeedConfig) -> bool:
-    """As `speed.choose` decides on a CPU with memory to spare."""
-    return speed.layers != "plain" and speed.weights != "quantized"
-
-
-def _device(config: RunConfig, machine: Machine) -> str:
-    if config.hardware.device in ("cpu", "cuda"):
-        return config.hardware.device
-    return "cuda" if machine.gpus else "cpu"

@@ -4,19 +4,9 @@ from __future__ import annotations
 
 from finetune.architecture import embedding_parameters, head_parameters, linear_layers
 from finetune.plan import weights
-from finetune.plan.activations import (
-    activations,
-    forward_bytes,
-    kv_cache_bytes,
-    largest_block_bytes,
-)
-from finetune.plan.inputs import PlanInputs
-
-GIB = 1024**3
-
-CUDA_CONTEXT_BYTES = GIB // 2
-"""CUDA context and loaded kernels of one process. With lazy loading, the default since CUDA 12.2, 0.4 to 0.6 GiB;
-before that 1.3 GB. Source: transformers docs, "Model training anatomy"; CUDA programming guide, lazy loading."""
+from finetune.plan.activations import activations, forward_bytes, kv_cache_bytes, largest_block_bytes, offloaded_bytes
+from finetune.plan.inputs import GIB, PlanInputs
+from finetune.plan.kept import layer_bytes
 
 USABLE_SHARE = 0.985
 """Of a GPU's memory as it is sold, what a process can allocate: torch reports 23.69 GiB on a 24 GiB RTX 3090 and 79.15
@@ -28,9 +18,12 @@ NCCL_BYTES = GIB // 4
 CUBLAS_WORKSPACE_BYTES = 8519680
 """torch's cuBLAS workspace, ``:4096:2:16:8``. Source: torch docs, CUBLAS_WORKSPACE_CONFIG."""
 
-PROCESS_BYTES = GIB * 9 // 10
-"""A Python process with torch, transformers, peft, trl and datasets imported: resident size seen with torch 2.13 on
-Linux, 0.85 to 0.95 GiB."""
+PROCESS_BYTES = GIB // 2
+"""A Python process with torch, transformers, peft, trl and datasets imported: resident size seen with torch 2.13 on Linux."""
+
+HOLES_PER_BLOCK = 0.5
+"""Holes in a C library's heap for each block in it: as tensors come and go, half as many stretches lie unused between them as
+are in use. Source: Knuth, The Art of Computer Programming, volume 1, section 2.5, the fifty-percent rule."""
 
 GATHERED_LAYERS = 2
 """FSDP holds the layer at work whole, and the next one, which it fetches meanwhile. Source: torch docs, FSDP ``backward_prefetch``."""
@@ -50,7 +43,7 @@ def device_phases(inputs: PlanInputs) -> dict[str, Terms]:
     step = step_terms(inputs, resident) | {"allocator": allocator_bytes(inputs)}
     phases = {
         "load": base | {"workspace": largest_dense_bytes(inputs)},
-        "first_step": {**trained, **step},
+        "first_step": {**trained, **step, "first weights": resident["adapter"] if inputs.device == "cpu" else 0},
         "step": {**trained, **states, **step},
         "save": {**trained, **states},
         "eval": _evaluation(inputs),
@@ -91,7 +84,7 @@ def _resident(inputs: PlanInputs) -> Terms:
     if inputs.strategy == "ddp":
         gradients *= 2  # the reducer's buckets are a second copy. Source: torch docs, DDP gradient_as_bucket_view
     return {
-        "weights": 0 if away else frozen.codes / shards,
+        "weights": 0 if away else (frozen.codes + frozen.unused) / shards,
         "constants": frozen.constants,
         "unquantized": 0 if away else frozen.unquantized / shards,
         "gathered": gathered,
@@ -99,7 +92,7 @@ def _resident(inputs: PlanInputs) -> Terms:
         "gradients": 0 if away else gradients / shards,
         "optimizer": 0 if away else states / shards,
         "framework": framework_bytes(inputs),
-        "cached": 2 * frozen.codes * inputs.compute_bytes if inputs.cached else 0,  # a byte of codes holds two weights
+        "cached": weights.cached_bytes(inputs),
     }
 
 
@@ -107,14 +100,19 @@ def framework_bytes(inputs: PlanInputs) -> float:
     """What is there before the first tensor."""
     if inputs.device == "cpu":
         return PROCESS_BYTES
-    return CUDA_CONTEXT_BYTES + (NCCL_BYTES if inputs.processes > 1 else 0)
+    return inputs.trainer.context_bytes + (NCCL_BYTES if inputs.processes > 1 else 0)
 
 
 def allocator_bytes(inputs: PlanInputs) -> float:
-    """What torch's caching allocator holds without using it: room for one more of the largest tensor, since a free
-    stretch that smaller tensors have nibbled at cannot take it. Source: torch docs, CUDA memory management, fragmentation.
+    """What is held without being used.
+
+    torch's caching allocator on a GPU: room for one more of the largest tensor, since a free stretch that smaller tensors
+    have nibbled at cannot take it. Source: torch docs, CUDA memory management, fragmentation. The C library on a CPU: holes
+    as large as the tensors that pass through a layer, between what each layer has left behind.
     """
-    return largest_block_bytes(inputs) if inputs.device == "cuda" else 0
+    if inputs.device == "cuda":
+        return largest_block_bytes(inputs)
+    return HOLES_PER_BLOCK * inputs.architecture.layers * layer_bytes(inputs)
 
 
 def largest_dense_bytes(inputs: PlanInputs) -> float:
@@ -148,7 +146,7 @@ def _merge(inputs: PlanInputs) -> Terms:
 
 
 def single_process_bytes(inputs: PlanInputs) -> float:
-    return PROCESS_BYTES if inputs.device == "cpu" else CUDA_CONTEXT_BYTES
+    return PROCESS_BYTES if inputs.device == "cpu" else inputs.trainer.context_bytes
 
 
 def host_bytes(inputs: PlanInputs) -> dict[str, float]:
@@ -159,6 +157,7 @@ def host_bytes(inputs: PlanInputs) -> dict[str, float]:
     frozen = weights.weight_bytes(inputs)
     trained = weights.adapter_bytes(inputs) + weights.gradient_bytes(inputs) + weights.optimizer_bytes(inputs)
     away = frozen.codes + frozen.unquantized + trained if inputs.offload else 0
+    away += offloaded_bytes(inputs) * inputs.processes
     saved = weights.adapter_bytes(inputs) + weights.optimizer_bytes(inputs)
     return {
         "load": start + largest_dense_bytes(inputs) + away,
@@ -189,9 +188,9 @@ def peak(inputs: PlanInputs) -> float:
 
 
 def needed(inputs: PlanInputs) -> float:
-    """Bytes that must be there for the run not to fail: the allocator's idle blocks are left out, since torch hands them
-    back and tries again before it gives up. Source: torch docs, CUDA memory management, ``release_cached_blocks``."""
-    return peak(inputs) - allocator_bytes(inputs)
+    """Bytes that must be there for the run not to fail: a GPU's idle blocks are left out, since torch hands them back and
+    tries again before it gives up. Source: torch docs, CUDA memory management, ``release_cached_blocks``."""
+    return peak(inputs) - (allocator_bytes(inputs) if inputs.device == "cuda" else 0)
 
 
 def step_peak(inputs: PlanInputs) -> float:

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from finetune.architecture import expert_parameters, parameters
 from finetune.console import human_bytes
 from finetune.plan import phases, weights
 from finetune.plan.inputs import PlanInputs
@@ -36,7 +37,13 @@ class Plan:
         parameters: Of the base model, and those that train.
         advice: The one change that saves most, as an override, and the bytes that it saves.
         fits: Whether training fits in the memory of device and host; None where the machine's are not known.
+        seconds: Rough time of the stages train, merge and eval; train is missing where the data's size is not known.
+        tokens_per_second: Of training, over all devices; rough.
+        speed_source: Where that figure comes from.
+        token_operations: What one trained token costs; later plans on this machine learn its speed from it.
+        exact: Each term in closed form and as it was counted, in bytes; empty without ``plan.exact``.
         notes: Sentences worth reading.
+        proposal: Sentences of ``plan.fit``.
     """
 
     known: bool
@@ -55,12 +62,17 @@ class Plan:
     advice: str = ""
     advice_saves_bytes: int = 0
     fits: bool | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    tokens_per_second: float = 0.0
+    speed_source: str = ""
+    token_operations: float = 0.0
+    exact: dict[str, dict[str, int]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     proposal: list[str] = field(default_factory=list)
 
 
-def make_plan(inputs: PlanInputs, machine: Machine, *, checkpoints: int, proposal: list[str] | None = None) -> Plan:
-    """Puts the closed form's figures beside the machine."""
+def make_plan(inputs: PlanInputs, machine: Machine, *, checkpoints: int) -> Plan:
+    """Puts the closed form's figures beside the machine; time, count and proposal are added by whoever asks for them."""
     by_phase = phases.device_phases(inputs)
     training = {phase: terms for phase, terms in by_phase.items() if phase not in phases.AFTER_TRAINING}
     peak_phase = max(training, key=lambda phase: phases.total(training[phase]))
@@ -94,7 +106,6 @@ def make_plan(inputs: PlanInputs, machine: Machine, *, checkpoints: int, proposa
             after={phase: phases.total(by_phase[phase]) for phase in phases.AFTER_TRAINING},
             memory=memory,
         ),
-        proposal=proposal or [],
     )
 
 
@@ -157,13 +168,20 @@ def _notes(inputs: PlanInputs, machine: Machine, *, disk: float, after: dict[str
             f"{' and '.join(too_large)} for the dense model, more than this device has: run.until=train here, and the rest elsewhere"
         )
     if inputs.architecture.experts and inputs.method != "none":
-        share = 1 - weights.weight_bytes(inputs).codes * _elements_per_byte(inputs) / (weights.dense_bytes(inputs) // 2)
-        notes.append(f"experts are fused parameters, which bitsandbytes leaves in 16 bit: {share:.0%} of the model is not quantized")
+        notes.append(_experts(inputs))
     return notes
 
 
-def _elements_per_byte(inputs: PlanInputs) -> int:
-    return {"nf4": 2, "fp4": 2, "int8": 1}[inputs.method]
+def _experts(inputs: PlanInputs) -> str:
+    """What it costs that bitsandbytes quantizes `nn.Linear` only."""
+    a = inputs.architecture
+    fused = expert_parameters(a)
+    dense = fused * inputs.stored_bytes
+    small = sum(weights.quantized_bytes(inputs, fused, rows=a.layers * a.experts * (2 * a.intermediate_size + a.hidden_size)))
+    return (
+        f"experts are fused parameters, which bitsandbytes leaves in 16 bit: {fused / parameters(a):.0%} of the model is not quantized. "
+        f"They take {human_bytes(dense)}; as {inputs.method} they would take {human_bytes(small)}, {human_bytes(dense - small)} less"
+    )
 
 
 def _whole(terms: Terms) -> dict[str, int]:

@@ -5,7 +5,7 @@ from finetune.plan.product import Plan
 
 TERMS = (
     "weights", "constants", "unquantized", "cached", "gathered", "adapter", "gradients", "optimizer",
-    "activations", "loss", "cache", "workspace", "allocator", "framework",
+    "activations", "loss", "cache", "workspace", "first weights", "allocator", "framework",
 )  # fmt: skip
 
 
@@ -22,8 +22,35 @@ def show(plan: Plan) -> Plan:
     if plan.host:
         say("plan", "host memory: " + ", ".join(f"{phase} {human_bytes(size)}" for phase, size in plan.host.items()))
     say("plan", "disk: " + ", ".join(f"{name} {human_bytes(size)}" for name, size in plan.disk.items()))
-    say("plan", *_verdict(plan), *plan.notes, *plan.proposal)
+    say("plan", *_verdict(plan), _time(plan), *plan.notes)
+    if plan.exact:
+        _show_exact(plan)
+    say("plan", *plan.proposal)
     return plan
+
+
+def _time(plan: Plan) -> str:
+    speed = f"{plan.tokens_per_second:,.0f} tokens/s, from {plan.speed_source}"
+    if "train" in plan.seconds:
+        train = f"training {human_seconds(plan.seconds['train'])}"
+    else:
+        train = (
+            f"training {human_seconds(1e6 / plan.tokens_per_second)} for each million tokens (how many there are shows when they are read)"
+        )
+    others = ", ".join(f"{stage} {human_seconds(size)}" for stage, size in plan.seconds.items() if stage != "train")
+    return f"time, rough (within a factor of two): {train} at {speed}; {others}"
+
+
+def _show_exact(plan: Plan) -> None:
+    """Both ways to the same figures, and how far they are apart."""
+    differences = {name: term["closed"] / term["exact"] - 1 if term["exact"] else 1.0 for name, term in plan.exact.items()}
+    rows = [
+        [name, human_bytes(term["closed"]), human_bytes(term["exact"]), f"{differences[name]:+.1%}"] for name, term in plan.exact.items()
+    ]
+    table("plan", ["one process, in a step", "closed form", "counted", "difference"], rows)
+    together = differences.pop("together")
+    worst = max(differences, key=lambda name: abs(differences[name]))
+    say("plan", f"counted on the real modelling code: {together:+.1%} apart together, most in {worst} ({differences[worst]:+.1%})")
 
 
 def _verdict(plan: Plan) -> list[str]:
@@ -38,6 +65,14 @@ def _verdict(plan: Plan) -> list[str]:
     if not plan.advice:
         return [verdict]
     return [verdict, f"what would help most: {plan.advice} saves {human_bytes(plan.advice_saves_bytes)} of the peak"]
+
+
+def human_seconds(seconds: float) -> str:
+    """``5400`` -> ``1.5 h``: two figures are more than a rough time deserves."""
+    for limit, size, unit in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / size:.2g} {unit}" if seconds / size < 10 else f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 86400:.1f} days"
 
 
 def _cell(size: float) -> str:

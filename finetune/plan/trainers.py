@@ -4,6 +4,8 @@ Nothing here is fitted: each flag was read in the named source at the named comm
 the tensors that are alive together while the loss is computed backwards.
 """
 
+import dataclasses
+
 from finetune.plan.inputs import OURS, Trainer
 
 LITGPT = Trainer(
@@ -62,8 +64,13 @@ TRANSFORMERS = Trainer(
     logits_bytes=16,  # 16-bit logits and gradient, float32 log-softmax, its gradient, and that of the shifted slice
     repeats_kv=True,
     keeps_inputs=True,
+    reenters=True,
 )
 """transformers before 4.45 with peft: ``logits.float()``, a shifted copy, cross entropy in float32."""
+
+TRANSFORMERS_2023 = dataclasses.replace(TRANSFORMERS, context_bytes=1_300_000_000, autocast=False)
+"""The same on a T4 in May 2023: transformers refused ``bf16=True`` there, so nothing was autocast; and CUDA 11 loaded every
+kernel at once. Source: transformers docs, "Model training anatomy": 1.3 GB."""
 
 TRANSFORMERS_HELD = Trainer(
     logits_bytes=18,
@@ -86,5 +93,5 @@ FUSED_LOSS = Trainer(logits_bytes=0, repeats_kv=False, reduced_input_copies=Fals
 
 __all__ = [
     "FUSED_LOSS", "LITGPT", "LITGPT_2023", "LITGPT_2023_QUANTIZED", "LITGPT_QUANTIZED", "OURS", "TORCHTUNE",
-    "TRANSFORMERS", "TRANSFORMERS_HELD",
+    "TRANSFORMERS", "TRANSFORMERS_2023", "TRANSFORMERS_HELD",
 ]  # fmt: skip

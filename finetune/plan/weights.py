@@ -13,6 +13,7 @@ from finetune.architecture import (
     parameters,
 )
 from finetune.plan.inputs import PlanInputs
+from finetune.plan.segments import block_bytes
 
 BLOCK = 64
 """Weights that share one constant in bitsandbytes' 4-bit forms. Source: QLoRA paper, section 3; bitsandbytes' default."""
@@ -37,15 +38,17 @@ class Weights:
         codes: Quantized (or dense) weights of the block's linear layers.
         constants: Their quantization constants; never cut into shards.
         unquantized: Embedding, head, norms, biases, experts.
+        unused: What is left over in the segments of a GPU's memory that ``codes`` lie in.
     """
 
     codes: float
     constants: float
     unquantized: float
+    unused: float = 0
 
     @property
     def total(self) -> float:
-        return self.codes + self.constants + self.unquantized
+        return self.codes + self.constants + self.unquantized + self.unused
 
 
 def weight_bytes(inputs: PlanInputs) -> Weights:
@@ -58,18 +61,23 @@ def weight_bytes(inputs: PlanInputs) -> Weights:
     head = head_parameters(a) or (embedding_parameters(a) if inputs.trainer.unties else 0)
     if inputs.trainer.quantizes_head and inputs.method != "none":
         quantized, rows, head = quantized + head, rows + a.vocab_size, 0
-    codes, constants = _quantized_bytes(inputs, quantized, rows)
+    codes, constants = quantized_bytes(inputs, quantized, rows)
     wide = FLOAT if inputs.upcast == "all" else inputs.stored_bytes
     norms = norm_parameters(a) * (FLOAT if inputs.upcast != "none" else inputs.stored_bytes)
     biases = sum(linear.biases for linear in linear_layers(a))
     other = (embedding_parameters(a) + head) * wide + (biases + skipped + expert_parameters(a)) * inputs.stored_bytes
     copy = parameters(a) * inputs.compute_bytes if inputs.cast_copy else 0
-    return Weights(codes=codes, constants=constants, unquantized=norms + other + copy)
+    unused = 0.0
+    for linear in inside:
+        size = quantized_bytes(inputs, linear.in_features * linear.out_features, linear.out_features)[0]
+        unused += linear.count * (block_bytes(size, inputs) - size)
+    return Weights(codes=codes, constants=constants, unquantized=norms + other + copy, unused=unused)
 
 
-def _quantized_bytes(inputs: PlanInputs, elements: int, rows: int) -> tuple[float, float]:
+def quantized_bytes(inputs: PlanInputs, elements: int, rows: int) -> tuple[float, float]:
+    """Of weights in matrices of ``rows`` rows together: their codes and their constants."""
     if inputs.method == "none":
-        return elements * inputs.stored_bytes, 0
+        return elements * (FLOAT if inputs.upcast == "all" and inputs.rank else inputs.stored_bytes), 0
     if inputs.method == "int8":
         return elements, rows * FLOAT
     constants = elements / BLOCK
@@ -140,11 +148,24 @@ def _small_elements(inputs: PlanInputs) -> int:
     return sum(size * count for size, count in sides if size < SMALLEST_8BIT_ELEMENTS)
 
 
+def cached_bytes(inputs: PlanInputs) -> float:
+    """16-bit copies of the quantized weights that fused layers keep on a CPU."""
+    if not inputs.steps.cached:
+        return 0
+    inside = sum(linear.weights for linear in linear_layers(inputs.architecture) if linear.name not in inputs.skip)
+    return inside * inputs.compute_bytes
+
+
 def workspace_bytes(inputs: PlanInputs) -> float:
-    """The largest 4-bit matrix, dense: bitsandbytes dequantizes a whole matrix for each product."""
-    if inputs.method not in ("nf4", "fp4"):
+    """The largest quantized matrix, dense: bitsandbytes dequantizes a whole one for each product, LLM.int8 on the way back.
+
+    Fused layers dequantize gate and up and put them below each other, so both are there twice.
+    """
+    if inputs.method == "none" or inputs.steps.cached:
         return 0
     a = inputs.architecture
+    if inputs.steps.fused:
+        return 2 * 2 * a.hidden_size * a.intermediate_size * inputs.compute_bytes
     largest = max(linear.in_features * linear.out_features for linear in linear_layers(a))
     if inputs.trainer.quantizes_head:
         largest = max(largest, embedding_parameters(a))

@@ -107,6 +107,8 @@ def prepare() -> None:
     whole compiler. They are left as they are: only devices without a kernel of their own ever call them. The messages
     are of a hub kernel that is not there, and int8's note for each layer and pass.
     """
+    for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     import torch
 
     compiler, torch.compile = torch.compile, _uncompiled  # type: ignore[assignment]
@@ -114,8 +116,6 @@ def prepare() -> None:
         import bitsandbytes  # noqa: F401
     finally:
         torch.compile = compiler
-    for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     import warnings
 
     warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")

@@ -1,180 +1,254 @@
-"""What the proofs work on: the adapted model and its first rows, with ways to take a loss, gradients and logits."""
+"""What the proofs work on: the adapted model and its documents, with ways to take a loss, gradients and logits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from datasets import load_from_disk
+from torch import Tensor
 
-from finetune.measure import Collator
+from finetune.measure import Collator, unwrap
+from finetune.measure.rows import IGNORED
+from finetune.rehearse.batch import Document, learnt
 
 if TYPE_CHECKING:
     from finetune.data import PreparedData
     from finetune.hardware import Placement
+    from finetune.model import Base
+    from finetune.rehearse.config import RehearseConfig
+    from finetune.rehearse.lesson import Lesson
+    from finetune.rehearse.trial import Trial
     from finetune.speed import Quick
 
-MOST_TOKENS = 640
-"""Tokens of the batch at most, if it is more than one document: plain gradients take more memory than training does."""
+SAMPLES = 4096
+"""Bytes of a frozen weight that are compared, spread evenly over it."""
 
-SAMPLED_BYTES = 4096
+LOGIT_POSITIONS = 64
+"""Positions whose logits are compared, the last ones: all of a long document's would take gigabytes."""
+
 NUDGE = 1e-3
 """Standard deviation of the noise that stands in for B, whose zeros hide A's gradient."""
 
 
-@dataclass(frozen=True, kw_only=True)
+class LeftOut(Exception):
+    """A proof cannot be tried here, which is neither a pass nor a failure; says why."""
+
+
+class Found(NamedTuple):
+    """What a proof came to."""
+
+    passed: bool
+    figure: str
+    bound: str
+
+
+@dataclass(kw_only=True)
 class Bench:
     """A workbench for the proofs.
 
     Attributes:
+        config: The rehearse group.
         model: The adapted model; every method leaves it as it was.
         tokenizer: Its tokenizer.
-        documents: First training documents, ``input_ids`` and ``labels`` each, cut out of their packs.
+        data: The prepared data.
+        documents: What the model is tried on: the small batch cut to a few hundred tokens, or the largest batch as it is.
+        beside: What is packed to see whether it stays apart.
+        rows: The first micro-batch as it was prepared; for ``full`` the largest one too.
+        accumulated: Rows of which a step is made one by one and all at once.
         quick: How steps are computed.
         step0_bound: How far the fresh adapter may move logits, in their standard deviations; None where it means to.
-        autocast: Numbers of the computation.
+        base: What was adapted.
+        placement: Device and numbers.
         seed: Seeds dropout and the nudge.
+        run: The run's folder, with the plan in it.
+        folder: What is written on the way goes here; the caller deletes it.
+        trial: The run's own trainer; None where the caller has none.
+        lesson: What the repeated batch has shown; None before.
+        token_seconds: Fastest gradient so far, in seconds per token.
     """
 
+    config: RehearseConfig
     model: Any
     tokenizer: Any
-    documents: list[dict[str, list[int]]]
+    data: PreparedData
+    documents: list[Document]
+    beside: list[Document]
+    rows: list[dict[str, Any]]
+    accumulated: list[dict[str, Any]]
     quick: Quick
     step0_bound: float | None
-    device: str
-    autocast: torch.dtype
+    base: Base
+    placement: Placement
     seed: int
+    run: Path
+    folder: Path
+    trial: Trial | None = None
+    lesson: Lesson | None = None
+    token_seconds: float | None = None
 
-    @classmethod
-    def build(
-        cls,
-        model: Any,
-        *,
-        tokenizer: Any,
-        data: PreparedData,
-        placement: Placement,
-        quick: Quick,
-        rows: int,
-        step0_bound: float | None,
-        seed: int,
-    ) -> Bench:
-        documents: list[dict[str, list[int]]] = []
-        for pack in load_from_disk(str(data.folder / "train")):
-            start = 0
-            for length in pack["seq_lengths"]:
-                documents.append({key: pack[key][start : start + length] for key in ("input_ids", "labels")})
-                start += length
-            if len(documents) >= rows:
-                break
-        sizes = list(accumulate(len(row["input_ids"]) for row in documents[:rows]))
-        rows = max(1, sum(size <= MOST_TOKENS for size in sizes))
-        return cls(
-            model=model, tokenizer=tokenizer, documents=documents[:rows], quick=quick, step0_bound=step0_bound, device=str(model.device),
-            autocast=getattr(torch, placement.dtype), seed=seed,
-        )  # fmt: skip
+    @property
+    def autocast(self) -> torch.dtype:
+        """Numbers of the computation."""
+        numbers: torch.dtype = getattr(torch, self.placement.dtype)
+        return numbers
 
-    def trained_text(self) -> list[str]:
-        """What each document teaches, decoded from its labels."""
-        return [self.tokenizer.decode([token for token in row["labels"] if token != -100]) for row in self.documents]
+    @property
+    def device(self) -> str:
+        return str(self.model.device)
+
+    @property
+    def trainer(self) -> Trial:
+        """The run's own trainer.
+
+        Raises:
+            LeftOut: There is none.
+        """
+        if self.trial is None:
+            raise LeftOut("this caller brought no trainer to try")
+        return self.trial
+
+    @property
+    def taught(self) -> Lesson:
+        """What the repeated batch has shown.
+
+        Raises:
+            LeftOut: It did not come to its end.
+        """
+        if self.lesson is None:
+            raise LeftOut("the steps on one repeated batch did not come to their end")
+        return self.lesson
+
+    @property
+    def training_seconds(self) -> float | None:
+        """What the training will take, about: its tokens at the pace of the fastest gradient here; None before there is one."""
+        if self.trial is None or self.token_seconds is None:
+            return None
+        return self.trial.look[1] * self.token_seconds
+
+    def heed(self, failed: str) -> None:
+        """Goes on as training will after a proof has failed."""
+        if failed == "speed":
+            self.quick.switch.on = False
+            self.__dict__.pop("nudged_gradients", None)
+        if failed == "packing" and self.trial is not None:
+            self.trial.packing = False
+            self.trial.__dict__.pop("look", None)
 
     def trained_tokens(self) -> int:
-        return sum(label != -100 for row in self.documents for label in row["labels"][1:])
+        return sum(len(learnt(document)) for document in self.documents)
 
-    def loss(self) -> torch.Tensor:
+    def loss(self) -> Tensor:
         """Summed loss of all documents in nats: as training takes it, or by plain steps while those are asked for."""
         if self.quick.trained_only:
             with self._numbers() if self.quick.autocast else nullcontext():
                 return self.quick.loss(self.model, self._flat(self.documents))
-        if self.quick.choice.trained_only:  # then the head can be separated; logits of the others would take gigabytes
-            return self._plain_loss(self._flat(self.documents))
-        losses = []
-        for row in self.documents:
-            ids, labels = (torch.tensor([row[key]], device=self.device) for key in ("input_ids", "labels"))
-            logits = self._forward(ids)[0, :-1].float()
-            losses.append(torch.nn.functional.cross_entropy(logits, labels[0, 1:], ignore_index=-100, reduction="sum"))
-        return torch.stack(losses).sum()
+        return self._plain_losses(self._flat(self.documents)).sum()
 
-    def _plain_loss(self, inputs: dict[str, Any]) -> torch.Tensor:
-        labels = inputs.pop("labels")[:, 1:]
-        causal = self.model.get_base_model()
-        with self._numbers():
-            hidden = causal.get_decoder()(**inputs, use_cache=False).last_hidden_state[:, :-1]
-            logits = causal.get_output_embeddings()(hidden[labels != -100]).float()
-        return torch.nn.functional.cross_entropy(logits, labels[labels != -100], reduction="sum")
-
-    def trained_logprobs(self, *, layout: str) -> torch.Tensor:
-        """Log-probability of every trained token, shape (tokens,), in evaluation mode.
+    def token_losses(self, documents: list[Document], *, layout: str) -> Tensor:
+        """Loss of every trained token as training takes it, in nats, shape (tokens,), in evaluation mode.
 
         Args:
+            documents: In this order.
             layout: ``alone`` (a row each), ``packed`` (one row, positions restart) or ``one document`` (they do not).
         """
         self.model.eval()
-        found = []
+        groups = [[document] for document in documents] if layout == "alone" else [documents]
         with torch.no_grad():
-            for rows in [[row] for row in self.documents] if layout == "alone" else [self.documents]:
-                inputs = self._flat(rows)
-                ids, labels = inputs.pop("input_ids"), inputs.pop("labels")[0]
-                if layout == "one document":
-                    inputs = {"position_ids": torch.arange(ids.shape[1], device=self.device)[None]}
-                scores = self._forward(ids, **inputs)[0, :-1].float().log_softmax(-1)
-                trained = (labels[1:] != -100).nonzero()[:, 0]
-                found.append(scores[trained, labels[1:][trained]])
-        return torch.cat(found)
+            return torch.cat([self._losses(self._flat(group, joined=layout == "one document")) for group in groups])
 
-    def gradients(self) -> dict[str, torch.Tensor]:
+    def gradients(self) -> dict[str, Tensor]:
         """Gradient of the mean loss for every parameter that got one, by name, in training mode."""
         self.model.train()
         self.model.zero_grad(set_to_none=True)
+        started = time.monotonic()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             (self.loss() / self.trained_tokens()).backward()
         found = {name: p.grad.detach().clone() for name, p in self.model.named_parameters() if p.grad is not None}
         self.model.zero_grad(set_to_none=True)
+        seconds = (time.monotonic() - started) / sum(len(document["input_ids"]) for document in self.documents)
+        self.token_seconds = min(seconds, self.token_seconds or seconds)
         return found
 
-    def logits(self, *, adapter: bool) -> torch.Tensor:
-        """Logits of the first document in evaluation mode by plain steps, shape (T, vocabulary), float32."""
-        self.model.eval()
-        ids = torch.tensor([self.documents[0]["input_ids"]], device=self.device)
-        with torch.no_grad(), self.quick.off():
-            if adapter:
-                return self._forward(ids)[0].float()
-            with self.model.disable_adapter():
-                return self._forward(ids)[0].float()
+    @cached_property
+    def nudged_gradients(self) -> dict[str, Tensor]:
+        """Gradients with B nudged, as training computes them; several proofs start from them."""
+        with self.nudged():
+            return self.gradients()
 
-    def weights(self) -> list[torch.Tensor]:
-        """The first bytes of every frozen parameter: a repacked one shows there."""
-        frozen = (p for p in self.model.parameters() if not p.requires_grad)
-        return [p.detach().reshape(-1).view(torch.uint8)[:SAMPLED_BYTES].clone() for p in frozen]
+    def logits(self, *, adapter: bool) -> Tensor:
+        """Last logits of the first document in evaluation mode by plain steps, shape (positions, vocabulary), float32."""
+        self.model.eval()
+        with self.quick.off(), nullcontext() if adapter else self.model.disable_adapter():
+            return last_logits(self.model, self.documents[0]["input_ids"], numbers=self.autocast)
+
+    def weights(self) -> list[Tensor]:
+        """Some bytes of every frozen parameter: a repacked or requantized one shows there."""
+        flat = [p.detach().reshape(-1).view(torch.uint8) for p in self.model.parameters() if not p.requires_grad]
+        return [one[:: max(1, len(one) // SAMPLES)].clone() for one in flat]
 
     @contextmanager
     def nudged(self) -> Iterator[None]:
-        """B filled with small noise, so that A gets a gradient too; zero again afterwards."""
-        matrices = [(name, p) for name, p in self.model.named_parameters() if "lora_B" in name]
-        before = [p.detach().clone() for _, p in matrices]
+        """B filled with small noise, so that A gets a gradient too; as it was afterwards."""
+        matrices = [p for name, p in self.model.named_parameters() if "lora_B" in name]
+        before = [p.detach().clone() for p in matrices]
         generator = torch.Generator().manual_seed(self.seed)
         try:
-            for _, p in matrices:
+            for p in matrices:
                 p.data.copy_(torch.randn(p.shape, generator=generator) * NUDGE)
             yield
         finally:
-            for (_, p), old in zip(matrices, before, strict=True):
+            for p, old in zip(matrices, before, strict=True):
                 p.data.copy_(old)
 
-    def _flat(self, documents: list[dict[str, list[int]]]) -> dict[str, Any]:
-        """Documents end to end, as training lays them out."""
-        rows = [{**row, "seq_lengths": [len(row["input_ids"])]} for row in documents]
+    def _flat(self, some: Sequence[Document], *, joined: bool = False) -> dict[str, Any]:
+        """Documents end to end, as training lays them out; ``joined`` takes them for one."""
+        lengths = [len(document["input_ids"]) for document in some]
+        rows = [{**document, "seq_lengths": [length]} for document, length in zip(some, lengths, strict=True)]
+        if joined:
+            labels = [label for document in some for label in [IGNORED, *document["labels"][1:]]]
+            ids = [token for document in some for token in document["input_ids"]]
+            rows = [{"input_ids": ids, "labels": labels, "seq_lengths": [sum(lengths)]}]
         batch = Collator(flat=True, pad_token_id=0)(rows)
         del batch["padding"]
-        return {name: value.to(self.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+        return {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
-    def _forward(self, ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    def _losses(self, inputs: dict[str, Any]) -> Tensor:
+        if not self.quick.trained_only:
+            return self._plain_losses(inputs)
+        with self._numbers() if self.quick.autocast else nullcontext():
+            return self.quick.token_losses(self.model, inputs)
+
+    def _plain_losses(self, inputs: dict[str, Any]) -> Tensor:
+        labels = inputs.pop("labels")[:, 1:]
+        causal = unwrap(self.model)
         with self._numbers():
-            return self.model(input_ids=ids, use_cache=False, **inputs).logits
+            if self.quick.choice.trained_only:  # then the head can be separated; logits of the others would take gigabytes
+                hidden = causal.get_decoder()(**inputs, use_cache=False).last_hidden_state[:, :-1]
+                logits = causal.get_output_embeddings()(hidden[labels != IGNORED]).float()
+            else:
+                logits = self.model(**inputs, use_cache=False).logits[:, :-1][labels != IGNORED].float()
+        return torch.nn.functional.cross_entropy(logits, labels[labels != IGNORED], reduction="none")
 
     def _numbers(self) -> torch.autocast:
-        return torch.autocast(self.device.split(":")[0], dtype=self.autocast, enabled=self.autocast != torch.float32)
+        return in_numbers(self.device, self.autocast)
+
+
+def in_numbers(device: str, dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast(device.split(":")[0], dtype=dtype, enabled=dtype != torch.float32)
+
+
+def last_logits(model: Any, ids: Sequence[int], *, numbers: torch.dtype) -> Tensor:
+    """Logits at the last positions of one document, shape (positions, vocabulary), float32."""
+    kept = {"logits_to_keep": LOGIT_POSITIONS} if "logits_to_keep" in inspect.signature(unwrap(model).forward).parameters else {}
+    device = next(model.parameters()).device
+    with torch.no_grad(), in_numbers(str(device), numbers):
+        logits: Tensor = model(input_ids=torch.tensor([ids], device=device), use_cache=False, **kept).logits
+    return logits[0, -LOGIT_POSITIONS:].float()

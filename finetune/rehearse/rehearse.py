@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
-
-from tqdm import tqdm
 
 from finetune.console import say
 from finetune.errors import TrainError
-from finetune.rehearse.config import Rehearsal, RehearseConfig
+from finetune.rehearse.config import Ahead, Rehearsal, RehearseConfig
 
 if TYPE_CHECKING:
     from finetune.data import PreparedData
     from finetune.hardware import Placement
     from finetune.lora import LoraConfig
     from finetune.model import Base
+    from finetune.rehearse.bench import Bench
+    from finetune.rehearse.proofs import Proof
     from finetune.speed import Quick, SpeedConfig
+
+DISK = "the disk is full or cannot be written: free some, or choose another run.root"
+MEMORY = "this batch does not fit in memory: a smaller train.micro_batch or data.pack_tokens; `finetune plan fit=true` proposes settings"
+"""Causes of what ends a proof before it has a figure."""
 
 
 def rehearse(
@@ -35,12 +42,13 @@ def rehearse(
     quick: Quick,
     speed: SpeedConfig,
     seed: int,
+    ahead: Ahead | None = None,
 ) -> Rehearsal:
     """Proves on the real model and the first real rows that training would train what it should.
 
     Args:
         config: The rehearse group.
-        folder: Receives trained_text.txt.
+        folder: Receives trained_text.txt; the run's folder is the one above.
         adapted: The adapted model, before its first step; left exactly as it was.
         tokenizer: Decodes what is trained.
         data: Prepared rows.
@@ -52,6 +60,7 @@ def rehearse(
         quick: How steps are computed; turned off where they give other gradients than plain ones.
         speed: Its settings.
         seed: Seeds the nudge that the gradient proofs give to B.
+        ahead: What the run will do, and its trainer. Without it the proofs that need one are left out, and it is said.
 
     Returns:
         The proofs, and what follows: where attention does not keep documents of a row apart, training goes on with a row
@@ -63,31 +72,121 @@ def rehearse(
     if config.level == "off":
         say("rehearse", "off, as set: nothing is proved before training, and the report says so")
         return Rehearsal(folder=folder, proofs=[], isolates=True, quick=True)
-    from finetune.rehearse import proofs
-    from finetune.rehearse.bench import Bench
+    from finetune.rehearse import kept
 
-    bench = Bench.build(
-        adapted, tokenizer=tokenizer, data=data, placement=placement, quick=quick, rows=config.rows, step0_bound=lora.step0_bound, seed=seed
-    )
-    (folder / "trained_text.txt").write_text("\n\n".join(bench.trained_text()), encoding="utf-8")
+    decides = {"data": data, "base": base, "quantization": quantization, "lora": lora, "upcast": upcast, "placement": placement}
+    name = kept.name_of(config, {**decides, "speed": speed, "seed": seed, "choice": quick.choice}, ahead)
+    before = None if ahead is None or ahead.until == "rehearse" else kept.find(name)
+    if before:
+        say("rehearse", *again(before))
+        return Rehearsal(folder=folder, **before)
+    from finetune.rehearse.proofs import ISOLATION, PROOFS, SPEED
+    from finetune.rehearse.setting import make_bench
+
+    started = time.monotonic()
+    with TemporaryDirectory(prefix=".work-", dir=folder) as work:
+        bench = make_bench(
+            config, folder=Path(work), run=folder.parent, adapted=adapted, tokenizer=tokenizer, data=data, base=base, lora=lora,
+            upcast=upcast, placement=placement, quick=quick, seed=seed, ahead=ahead,
+        )  # fmt: skip
+        results, left_out = attempt(bench, [proof for proof in PROOFS if config.level == "full" or not proof.only_full])
+        training_seconds = bench.training_seconds
+    if config.level == "quick":
+        left_out += [told(proof, "only rehearse=full") for proof in PROOFS if proof.only_full]
+    seconds = time.monotonic() - started
+    say("rehearse", *summary(config, results, left_out, seconds=seconds, training_seconds=training_seconds))
+    stop_where_failed(results, spared=(ISOLATION.name, SPEED.name))
+    passed = {proof["name"]: proof["passed"] for proof in results}
+    product = {
+        "proofs": results, "isolates": passed.get(ISOLATION.name, True), "quick": passed.get(SPEED.name, True), "left_out": left_out,
+        "seconds": round(seconds, 2), "training_seconds": training_seconds, "day": datetime.now().strftime("%Y-%m-%d %H:%M"),
+    }  # fmt: skip
+    if all(passed.values()):
+        kept.keep(name, product)
+    return Rehearsal(folder=folder, **product)
+
+
+def attempt(bench: Bench, proofs: Sequence[Proof]) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """Runs proofs one after the other, each said as it ends; what the first two find decides how the others compute.
+
+    Returns:
+        The proofs as the manifest has them, and those that could not be tried here.
+    """
+    from safetensors import SafetensorError
+
+    from finetune.measure import FreshProcessError
+    from finetune.rehearse.bench import Found, LeftOut
+
     results: list[dict[str, Any]] = []
-    for prove in tqdm(proofs.QUICK, desc="rehearse", unit="proof", leave=False):
-        started = time.monotonic()
-        proof = prove(bench)
-        results.append({**proof, "seconds": round(time.monotonic() - started, 2)})
-    for proof in results:
-        mark = "holds" if proof["passed"] else "FAILS"
-        say("rehearse", f"{mark}: {proof['sentence']} ({proof['figure']}; bound {proof['bound']})")
-    isolates = all(proof["passed"] for proof in results if proof["name"] == proofs.ISOLATION)
-    if not isolates:
-        say("rehearse", "each document trains in a row of its own, padded, because this model's attention mixes documents of one row")
-    trusted = all(proof["passed"] for proof in results if proof["name"] == proofs.SPEED)
-    if not trusted:
-        say("rehearse", "steps are computed as transformers and peft do, because the quick ones give other gradients on this model")
-    failed = [proof for proof in results if not proof["passed"] and proof["name"] not in (proofs.ISOLATION, proofs.SPEED)]
+    left_out: list[dict[str, str]] = []
+    for proof in proofs:
+        started, cause = time.monotonic(), proof.cause
+        try:
+            found = proof.prove(bench)
+        except LeftOut as reason:
+            left_out.append(told(proof, str(reason)))
+            continue
+        except (
+            RuntimeError,
+            OSError,
+            MemoryError,
+            SafetensorError,
+            FreshProcessError,
+        ) as error:  # what cannot be carried out is not proved
+            found = Found(passed=False, figure=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", bound="no error")
+            if isinstance(error, (OSError, SafetensorError)):
+                cause = DISK
+            elif isinstance(error, MemoryError) or "memory" in str(error).lower():
+                cause = MEMORY
+        seconds = round(time.monotonic() - started, 2)
+        results.append({"name": proof.name, **found._asdict(), "sentence": proof.sentence, "cause": cause, "seconds": seconds})
+        say("rehearse", f"{'holds' if found.passed else 'FAILS'}: {proof.sentence} ({found.figure}; bound {found.bound})")
+        if not found.passed:
+            bench.heed(proof.name)
+    return results, left_out
+
+
+def again(before: dict[str, Any]) -> list[str]:
+    """What an earlier rehearsal of the very same found."""
+    proofs, left_out = before["proofs"], before["left_out"]
+    lines = [f"{len(proofs)} proofs held on {before['day']}, on the same base, rows, settings, code and processor: {names(proofs)}"]
+    lines += [f"not run then: {names(left_out)}"] if left_out else []
+    return [*lines, "`finetune rehearse` runs them again"]
+
+
+def names(proofs: Sequence[dict[str, Any]]) -> str:
+    return ", ".join(proof["name"] for proof in proofs)
+
+
+def told(proof: Proof, why: str) -> dict[str, str]:
+    """A proof that did not run."""
+    return {"name": proof.name, "sentence": proof.sentence, "why": why}
+
+
+def summary(
+    config: RehearseConfig, results: Sequence[Any], left_out: Sequence[dict[str, str]], *, seconds: float, training_seconds: float | None
+) -> list[str]:
+    """How many ran, what that cost, and which did not run and why."""
+    share = f", {seconds / training_seconds:.0%} of the {training_seconds:.0f} s that training will take, about" if training_seconds else ""
+    lines = [f"{config.level}: {len(results)} proofs in {seconds:.1f} s{share}"]
+    if left_out:
+        reasons = sorted({one["why"] for one in left_out})
+        lines += [f"not run ({reason}): " + "; ".join(one["sentence"] for one in left_out if one["why"] == reason) for reason in reasons]
+    return lines
+
+
+def stop_where_failed(results: Sequence[dict[str, Any]], *, spared: Sequence[str]) -> None:
+    """
+    Args:
+        results: As the manifest has them.
+        spared: Proofs whose failure has another consequence.
+
+    Raises:
+        TrainError: Another one failed.
+    """
+    failed = [proof for proof in results if not proof["passed"] and proof["name"] not in spared]
     if failed:
         lines = "; ".join(
             f"{proof['sentence']}: {proof['figure']}, bound {proof['bound']}. Likely cause: {proof['cause']}" for proof in failed
         )
         raise TrainError(f"rehearse: {len(failed)} of {len(results)} proofs fail, so nothing is trained. {lines}")
-    return Rehearsal(folder=folder, proofs=results, isolates=isolates, quick=trusted)

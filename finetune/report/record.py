@@ -11,15 +11,23 @@ from finetune.report.words import MISSING, count, duration, number, size
 
 def proofs(report: Fields) -> Html:
     """What was proved on the real model and the first real rows before the first step."""
+    rehearsal = report["rehearse"] or {}
     rows = [
         [mark(bool(item["passed"]), "holds" if item["passed"] else "fails"), _capital(item["sentence"]), _plain(item.get("figure")),
          _plain(item.get("bound")), duration(item.get("seconds"))]
-        for item in (report["rehearse"] or {}).get("proofs") or []
+        for item in rehearsal.get("proofs") or []
     ]  # fmt: skip
     if not rows:
         return Html("")
     text = "Most mistakes of fine-tuning are silent. These were ruled out on this model and its first rows, before the first step."
-    return section("proofs", "Proved before training", tag("p", text), table(["", "Proof", "Found", "Bound", "Time"], rows, text_columns=4))
+    left_out = "; ".join(f"{item['sentence']} ({item['why']})" for item in rehearsal.get("left_out") or [])
+    return section(
+        "proofs",
+        "Proved before training",
+        tag("p", f"{text} They ran on {rehearsal['day']}." if rehearsal.get("day") else text),
+        table(["", "Proof", "Found", "Bound", "Time"], rows, text_columns=4),
+        tag("p", f"Not run: {left_out}.", kind="caption") if left_out else "",
+    )
 
 
 def _capital(sentence: str) -> str:

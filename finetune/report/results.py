@@ -31,6 +31,8 @@ def scores(report: Fields) -> Html:
         tag("div", joined(blocks), kind="pairs"),
         _loss_table(artifacts),
         _loss_words(changes),
+        _forgotten(changes),
+        _tasks(artifacts),
     )
 
 
@@ -55,6 +57,25 @@ def _loss_words(changes: Fields) -> Html:
     found = [f"{CHANGES[name].lower()} {signed(changes[name]['perplexity']['difference'], share=False)}" for name in CHANGES
              if "perplexity" in changes.get(name, {})]  # fmt: skip
     return tag("p", f"{words} Change of it: {', '.join(found)}." if found else words, kind="caption")
+
+
+def _forgotten(changes: Fields) -> Html:
+    """What each step did to the loss on text that has nothing to do with the task."""
+    drawn = change_picture(changes, "general_loss", share=False)
+    caption = "Change of the loss on general text that no training row resembles, in nats a token. To the right of zero something was lost."
+    return figure(drawn, caption, title="What it cost elsewhere")
+
+
+def _tasks(artifacts: Fields) -> Html:
+    """Scores of lm-eval's tasks, with their standard errors."""
+    tasks = {name: item["harness"]["tasks"] for name, item in artifacts.items() if item.get("harness")}
+    found = {(task, metric) for scored in tasks.values() for task, result in scored.items() for metric in result["metrics"]}
+    rows = []
+    for task, metric in sorted(found):
+        cells = [(scored[task]["metrics"].get(metric) or {}) if task in scored else {} for scored in tasks.values()]
+        shown = [f"{number(cell['value'])} ± {number(cell['stderr'])}" if cell else MISSING for cell in cells]
+        rows.append([task, metric, *shown])
+    return table(["lm-eval task", "Metric", *[ARTIFACTS[name] for name in tasks]], rows, text_columns=2)
 
 
 def merged(report: Fields) -> Html:
@@ -92,25 +113,38 @@ def _candidate(name: str, item: Fields) -> list[str]:
 def exported(report: Fields) -> Html:
     """Each format that was written, and what its own runtime answered."""
     rows = [
-        [
-            item["format"],
-            tag("code", item["path"]),
-            size(item.get("bytes")),
-            _parity(item.get("parity")),
-            tag("code", (item.get("sha256") or "")[:12]),
-        ]
+        [item["format"], tag("code", item["path"]), size(item.get("bytes")), *_parity(item.get("parity") or {})]
         for item in report["export"]
     ]
     text = "Each export was opened again by the program that it is meant for and compared with the model it was made from."
-    listed = table(["Format", "Path", "Size", "Compared", "SHA-256"], rows, text_columns=5)
+    head = [
+        "Format",
+        "Path",
+        "Size",
+        "Opened by",
+        "Token ids",
+        "Logits within",
+        "KL",
+        "First token",
+        "Held-out loss, change",
+        "Ends its answer",
+    ]
+    listed = table(head, rows, text_columns=2)
     return section("exports", "Exports", tag("p", text), listed) if rows else Html("")
 
 
-def _parity(parity: Fields | None) -> Html:
+def _parity(parity: Fields) -> list[object]:
+    """One cell for each thing that was compared; dashes where no runtime opens it."""
     if not parity:
-        return Html(MISSING)
-    figures = [f"{name.replace('_', ' ')} {value if isinstance(value, str) else number(value)}" for name, value in parity.items()
-               if isinstance(value, int | float | str) and not isinstance(value, bool)]  # fmt: skip
-    passed = parity.get("passed")
-    sign = [mark(passed, "same" if passed else "differs"), Html("<br>")] if isinstance(passed, bool) else []
-    return joined([*sign, ", ".join(figures)])
+        return [MISSING] * 7
+    change = parity.get("loss_difference")
+    loss = f"{number(parity['loss'])}, {change['difference']:+.4f} [{change['low']:+.4f}, {change['high']:+.4f}]" if change else MISSING
+    return [
+        parity["runtime"],
+        mark(True, f"{parity['chats']} chats the same"),
+        f"{number(parity['max_logit_difference'])} (bound {parity['bound']:g})",
+        number(parity["kl"]),
+        percent(parity["top1_agreement"]),
+        loss,
+        "yes" if parity["stops"] else "no, nor does the model",
+    ]

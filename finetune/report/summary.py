@@ -6,7 +6,7 @@ from finetune.report.facts import Facts, Fields
 
 SCHEMA = 1
 EXPECTED = ("data", "rehearse", "train", "merge", "eval", "export")
-HEADLINES = ("json_exact", "exact_match", "number", "label")
+HEADLINES = ("json_exact", "exact_match", "number", "label", "pass_at_1")
 """Metrics for the first line of the page, the most telling first; otherwise the first that was measured."""
 
 REQUIRED = {

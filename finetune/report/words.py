@@ -36,6 +36,12 @@ METRICS = {
     "json_valid": "Valid JSON",
     "label": "Right label",
     "number": "Right number",
+    "number_given": "Gives a number",
+    "label_known": "Known label",
+    "code_valid": "Valid Python",
+    "pass_at_1": "Tests passed",
+    "rouge_1": "ROUGE-1",
+    "rouge_2": "ROUGE-2",
     "rouge_l": "ROUGE-L",
     "token_f1": "Words right (F1)",
 }

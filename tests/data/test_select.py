@@ -154,3 +154,21 @@ def test_work_can_be_sent_to_another_process(tokenizer: Any) -> None:
     )  # fmt: skip
     done = Worker(pickle.loads(pickle.dumps(job))).process(0, [(1, ROWS[0])])
     assert done.ids.tolist() == Worker(job).process(0, [(1, ROWS[0])]).ids.tolist()
+
+
+def test_tests_of_held_out_rows_are_kept_beside_the_reference(run: Callable[..., PreparedData], tmp_path: Path) -> None:
+    rows = [{**pair(f"Add {number}.", f"def f(x): return x + {number}"), "tests": f"assert f(1) == {number + 1}"} for number in range(8)]
+    listed = [{**pair("Double.", "def f(x): return 2 * x"), "tests": ["assert f(1) == 2", "assert f(2) == 4"]}, pair("Say hi.", "Hi.")]
+    product = run(rows, heldout_path=str(write_jsonl(tmp_path / "heldout.jsonl", listed)))
+    assert [row["tests"] for row in split(product, "heldout")] == ["assert f(1) == 2\nassert f(2) == 4", None]
+    assert "tests" not in split(product, "train")[0]
+
+
+def test_rows_without_tests_have_no_such_column(run: Callable[..., PreparedData]) -> None:
+    assert "tests" not in split(run(ROWS, heldout_rows=7), "heldout")[0]
+
+
+def test_tests_that_are_no_source_are_named(run: Callable[..., PreparedData], tmp_path: Path) -> None:
+    wrong = [{**pair(), "tests": {"inputs": [1]}}]
+    with pytest.raises(DataError, match="column 'tests' is not a list"):
+        run(ROWS, heldout_path=str(write_jsonl(tmp_path / "heldout.jsonl", wrong)))

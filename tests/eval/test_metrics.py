@@ -1,8 +1,12 @@
 """Each metric on rows whose score is known by hand."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from finetune.eval.metrics import METRICS, repetition
+from finetune.errors import EvalError
+from finetune.eval.metrics import METRICS, pass_at_k, prepare_rows, repetition
 
 ROWS = [
     ("exact_match", " yes\n", "yes", 1.0),
@@ -28,19 +32,81 @@ ROWS = [
     ("label", '"Card_Arrival".', "card_arrival", 1.0),
     ("label", "refund\nbecause", "refund", 1.0),
     ("label", "", "refund", 0.0),
+    ("number_given", "about 12 of them", "#### 5", 1.0),
+    ("number_given", "a dozen", "#### 5", 0.0),
+    ("code_valid", "Here it is:\n```python\ndef f():\n    return 1\n```\nDone.", "", 1.0),
+    ("code_valid", "Here it is: f returns 1", "", 0.0),
 ]
+ROUGE = [
+    ("police killed the gunman", "police kill the gunman", 0.75, 0.333333, 0.75),
+    ("The quick brown fox jumps over the lazy dog.", "A quick brown fox jumped over the lazy dog!", 0.777778, 0.625, 0.777778),
+    (
+        "It's 3.5 km (about two miles) to the snake_case river-bank.",
+        "It is 3.5 km - about 2 miles - to the snake case river bank",
+        0.857143, 0.692308, 0.857143,
+    ),
+    ("the the the the", "the cat sat on the mat", 0.4, 0.0, 0.4),
+    ("a b c a b c", "c b a c b a", 1.0, 0.0, 0.5),
+    ("word", "other words", 0.0, 0.0, 0.0),
+    ("", "word", 0.0, 0.0, 0.0),
+]  # fmt: skip
+"""rouge1, rouge2 and rougeL F-measures of rouge-score 0.1.2, ``use_stemmer=False``, to six digits."""
 
 
 @pytest.mark.parametrize(("metric", "answer", "reference", "score"), ROWS)
 def test_metric_scores_what_a_reader_would(metric: str, answer: str, reference: str, score: float) -> None:
-    assert METRICS[metric](answer, reference) == pytest.approx(score)
+    assert judged(metric, answer, reference=reference) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(("answer", "reference", "one", "two", "longest"), ROUGE)
+def test_rouge_is_that_of_the_package(answer: str, reference: str, one: float, two: float, longest: float) -> None:
+    found = [judged(metric, answer, reference=reference) for metric in ("rouge_1", "rouge_2", "rouge_l")]
+    assert found == pytest.approx([one, two, longest], abs=1e-6)
+
+
+def test_rouge_keeps_letters_that_are_not_english() -> None:
+    assert judged("rouge_1", "Käse über Brot", reference="käse ueber brot") == pytest.approx(2 / 3)
+
+
+def test_known_label_is_one_of_the_held_out_answers(heldout: Any) -> None:
+    rows: list[dict[str, Any]] = [{"row": 0, "reference": "x"}]
+    prepare_rows(rows, ["label_known"], heldout.folder / "heldout")
+    assert len(rows[0]["labels"]) == 10
+    assert METRICS["label_known"]('{"intent": "alarm", "time": "03:00"}', rows[0]) == 1.0
+    assert METRICS["label_known"]('{"intent": "alarm", "time": "17:00"}', rows[0]) == 0.0
+
+
+def test_code_passes_when_the_rows_tests_do() -> None:
+    answer = "Sure:\n```python\ndef twice(x):\n    return 2 * x\n```"
+    assert judged("pass_at_1", answer, tests="assert twice(4) == 8") == 1.0
+    assert judged("pass_at_1", answer, tests="assert twice(4) == 9") == 0.0
+    assert judged("pass_at_1", "def twice(x): return 2 * x", tests="assert twice(4) == 8") == 1.0
+
+
+def test_code_without_tests_is_refused_before_anything_is_written() -> None:
+    rows = [{"row": 7, "reference": "x", "tests": "assert True"}, {"row": 9, "reference": "y", "tests": None}]
+    with pytest.raises(EvalError, match=r"pass_at_1 needs 'tests' in every held-out row, and 1 have none \(the first is row 9\)"):
+        prepare_rows(rows, ["pass_at_1"], Path("unread"))
+
+
+@pytest.mark.parametrize(
+    ("samples", "passed", "k", "chance"),
+    [(1, 1, 1, 1.0), (10, 3, 1, 0.3), (5, 2, 2, 1 - 3 / 10), (200, 199, 10, 1.0), (4, 0, 3, 0.0)],
+)
+def test_pass_at_k_is_the_chance_that_one_of_k_drawn_samples_passed(samples: int, passed: int, k: int, chance: float) -> None:
+    assert pass_at_k(samples, passed, k) == pytest.approx(chance)
 
 
 def test_deeply_nested_answer_is_no_json_rather_than_a_crash() -> None:
-    assert METRICS["json_valid"]("[" * 200_000, "") == 0.0
+    assert judged("json_valid", "[" * 200_000, reference="") == 0.0
+    assert judged("code_valid", "(" * 200_000, reference="") == 0.0
 
 
 def test_loop_repeats_and_fresh_text_does_not() -> None:
     assert repetition(list(range(20))) == 0.0
     assert repetition([1, 2] * 20) > 0.9
     assert repetition([1]) == 0.0
+
+
+def judged(metric: str, answer: str, **row: Any) -> float:
+    return METRICS[metric](answer, row)

@@ -104,6 +104,63 @@ def test_unquantized_base_is_measured_once(run: Callable[..., Scores], line: Cal
     assert scores.changes["quantization"]["loss"]["difference"] == 0
 
 
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("general") / "text.txt"
+    file.write_text("What is the capital of France?\n\nWake me at seven on Monday, please.\n\n0 1 2 3 4 5 6 7 8 9")
+    return file
+
+
+def test_general_text_is_measured_beside_the_task(
+    run: Callable[..., Scores], line: Callable[..., Line], text: Path, tmp_path: Path, capsys: Any
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config = {"forgetting": str(text), "rows": 0, "metrics": [], "gate": {"tuning.general_loss": -1e9}}
+    scores = run(tmp_path, **config)
+    parts = line()
+    plain: Any = AutoModelForCausalLM.from_pretrained(parts.base.folder, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(parts.base.folder)
+    rows = [{"input_ids": ids, "labels": ids} for ids in tokenizer(text.read_text().split("\n\n"))["input_ids"]]
+    level = {name: scores.artifacts[name]["general_loss"] for name in scores.artifacts}
+    assert level["base"]["value"] == pytest.approx(mean_loss(row_losses(plain, rows, batch_tokens=256)), abs=1e-4)
+    change = scores.changes["tuning"]["general_loss"]
+    assert change["difference"] == pytest.approx(level["adapter"]["value"] - level["base_quantized"]["value"], abs=1e-9)
+    assert change["low"] <= change["difference"] <= change["high"]
+    assert scores.missed[0].startswith("eval.gate: tuning.general_loss is")
+    capsys.readouterr()
+    assert run(tmp_path, **config).artifacts == scores.artifacts
+    assert capsys.readouterr().out.count("measured before") == 4
+
+
+def test_other_general_text_measures_again(run: Callable[..., Scores], text: Path, tmp_path: Path, capsys: Any) -> None:
+    config = {"rows": 0, "metrics": []}
+    without = run(tmp_path, **config)
+    assert "general_loss" not in without.artifacts["base"]
+    assert "general_loss" in run(tmp_path, forgetting=str(text), **config).artifacts["base"]
+    assert "measured before" not in capsys.readouterr().out
+
+
+def test_code_is_run_with_its_rows_tests(run: Callable[..., Scores], line: Callable[..., Line], tmp_path: Path) -> None:
+    import dataclasses
+
+    from datasets import load_from_disk
+
+    parts = line("none")
+    heldout = load_from_disk(str(parts.data.folder / "heldout"))
+    heldout.add_column("tests", ["assert False"] + ["pass"] * (len(heldout) - 1)).save_to_disk(str(tmp_path / "data" / "heldout"))
+    (tmp_path / "eval").mkdir()
+    scores = run(tmp_path / "eval", dataclasses.replace(parts, data=Made(folder=tmp_path / "data")), metrics=["pass_at_1", "code_valid"])
+    samples = [json.loads(text)["scores"]["base"] for text in (scores.folder / "samples.jsonl").read_text().splitlines()]
+    assert samples[0]["pass_at_1"] == 0
+    assert all(sample["pass_at_1"] <= sample["code_valid"] for sample in samples)
+
+
+def test_rows_without_tests_are_refused_before_a_model_is_loaded(run: Callable[..., Scores], tmp_path: Path) -> None:
+    with pytest.raises(EvalError, match="pass_at_1 needs 'tests' in every held-out row, and 4 have none"):
+        run(tmp_path, metrics=["pass_at_1"])
+
+
 def test_missing_heldout_split_is_said(run: Callable[..., Scores], line: Callable[..., Line], tmp_path: Path) -> None:
     import dataclasses
 
@@ -114,3 +171,23 @@ def test_missing_heldout_split_is_said(run: Callable[..., Scores], line: Callabl
 def test_wishes_that_cannot_be_are_named_at_once() -> None:
     config = EvalConfig(**{**CONFIG, "metrics": ["bleurt"], "loss_rows": 0, "gate": {"adaptor.loss": 1.0, "adapter.los": 1.0}})
     assert len(list(config.problems())) == 4
+    absent = EvalConfig(**{**CONFIG, "forgetting": "no/such/file.txt"})
+    assert "no/such/file.txt does not exist" in next(absent.problems())
+    ungiven = EvalConfig(**{**CONFIG, "gate": {"tuning.general_loss": 0.1}})
+    assert "needs general text" in next(ungiven.problems())
+
+
+def test_tasks_of_lm_eval_are_put_to_every_artifact_and_kept(run: Callable[..., Scores], tmp_path: Path, capsys: Any) -> None:
+    pytest.importorskip("lm_eval")
+    from test_harness import write_task
+
+    from finetune.eval.harness import HarnessConfig
+
+    (tmp_path / "tasks").mkdir()
+    write_task(tmp_path / "tasks", "one")
+    config = HarnessConfig(tasks=["one"], include_path=str(tmp_path / "tasks"), limit=6, batch_rows=4)
+    scores = run(tmp_path, harness=config)
+    assert all(one["harness"]["tasks"]["one"]["rows"] == 6 for one in scores.artifacts.values())
+    again = run(tmp_path, harness=config)
+    assert capsys.readouterr().out.count("measured before") == 4
+    assert again.artifacts == scores.artifacts

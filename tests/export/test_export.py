@@ -43,6 +43,7 @@ class Facts:
     tokens: int = 1000
     fingerprint: str = "f00d"
     chosen: str = "dequantized"
+    adapters: dict[str, float] = field(default_factory=dict)
     rule: str = "nearest to the trained graph"
     reference: dict[str, Any] = field(default_factory=lambda: {"loss": 1.0, "perplexity": 2.7, "tokens": 100})
     candidates: list[dict[str, Any]] = field(

@@ -39,7 +39,7 @@ def quantization(method: str) -> QuantizationConfig:
 
 def model_config(folder: Path) -> ModelConfig:
     return ModelConfig(
-        name=str(folder), revision=None, dtype="auto", attention="auto", upcast="none", trust_remote_code=False, architecture=None
+        name=str(folder), revision=None, dtype="auto", attention="auto", upcast="none", remote_code={}, architecture=None
     )  # fmt: skip
 
 

@@ -1,21 +1,23 @@
 """Each kind of adapter, merged, computes what peft computes with it unmerged."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from artifacts import Line, make_adapter
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from finetune import lora
-from finetune.errors import MergeError
+from finetune.errors import MergeError, ModelError
 from finetune.lora.config import VARIANTS
 from finetune.measure import trained_graph
 from finetune.merge.candidates import build, from_disk
-from finetune.merge.changes import read_changes
-from finetune.merge.graph import dequantized
+from finetune.merge.changes import Rows, add_changes, read_changes
+from finetune.merge.graph import add_adapters, dequantized
 from finetune.model import load
 
 IDS = torch.tensor([[1, 40, 50, 60, 70, 80, 90, 2]])
@@ -54,6 +56,98 @@ def test_merged_logits_equal_the_adapters(loud_base: Path, tmp_path: Path, kind:
     assert built.changed > 0
 
 
+@pytest.mark.parametrize("kind", [{"modules_to_save": ["embed_tokens"]}, {"target_modules": ["q_proj", "embed_tokens"]}], ids=str)
+@pytest.mark.filterwarnings("ignore")
+def test_embedding_that_grew_by_new_tokens_is_merged_with_them(loud_base: Path, tmp_path: Path, kind: dict[str, Any]) -> None:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    def grown() -> Any:
+        torch.manual_seed(5)
+        model = AutoModelForCausalLM.from_pretrained(loud_base, dtype=torch.float32)
+        model.resize_token_embeddings(520, mean_resizing=False)
+        return model
+
+    settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **kind}
+    model = get_peft_model(grown(), LoraConfig(**settings))
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.add_(torch.randn(parameter.shape) * 0.05)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    build(loud_base, read_changes(tmp_path / "adapter"), tmp_path / "merged", dtype=torch.float32)
+    ids = torch.tensor([[1, 40, 513, 60, 519, 2]])
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(grown(), str(tmp_path / "adapter")).eval()(input_ids=ids).logits
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)(input_ids=ids).logits
+    shared = min(expected.shape[-1], found.shape[-1])
+    assert (found[..., :shared] - expected[..., :shared]).abs().max() < 2e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("method", ["none", "nf4"])
+def test_several_adapters_add_up_as_peft_adds_them(line: Callable[..., Line], loud_base: Path, tmp_path: Path, method: str) -> None:
+    parts = line(method, dtype="float32")
+    own, second, third = (
+        make_adapter(loud_base, tmp_path / str(seed), seed=seed, **settings).folder / "adapter"
+        for seed, settings in ((3, {}), (4, {"r": 2, "use_rslora": True}), (5, {"target_modules": ["q_proj", "down_proj"]}))
+    )
+    graph = trained_graph(parts.base, parts.model, quantization=parts.quantization, placement=parts.placement, adapter=own)
+    alone = logits(graph)
+    add_adapters(graph, {str(second): 0.5, str(third): -0.25}, base_sha256=parts.base.sha256)
+    together = logits(graph)
+    changes = add_changes(add_changes(read_changes(own), second, weight=0.5), third, weight=-0.25)
+    source = from_disk if method == "none" else dequantized(graph)
+    build(parts.base.folder, changes, tmp_path / "merged", dtype=torch.float32, source=source)
+    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
+    assert (together - alone).abs().max() > 0.1
+    assert (found - together).abs().max() < 2e-3 * together.abs().max()
+    for number, folder in enumerate((second, third)):
+        graph.load_adapter(str(folder), adapter_name=f"plain_{number}", autocast_adapter_dtype=False)
+    graph.add_weighted_adapter(["default", "plain_0", "plain_1"], [1.0, 0.5, -0.25], "sum", combination_type="cat")
+    graph.set_adapter("sum")
+    assert (logits(graph) - together).abs().max() < 2e-2 * together.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"use_dora": True}, "not by plain LoRA alone"), ({"modules_to_save": ["norm"]}, "not by plain LoRA alone")],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_that_do_not_add_up_are_refused(loud_base: Path, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    own = make_adapter(loud_base, tmp_path / "own").folder / "adapter"
+    further = make_adapter(loud_base, tmp_path / "further", **settings).folder / "adapter"
+    with pytest.raises(MergeError, match=message):
+        add_changes(read_changes(own), further, weight=1.0)
+
+
+@pytest.mark.parametrize("method", ["none", "nf4"])
+@pytest.mark.parametrize("upcast", ["none", "all"])
+def test_trained_tokens_come_back_and_merge(line: Callable[..., Line], tokenizer: Any, tmp_path: Path, method: str, upcast: str) -> None:
+    """Rows of the embedding, and of the head that is tied to it: trained, saved, loaded again, merged."""
+    parts = line(method, dtype="float32")
+    trained = train_a_little(parts, tmp_path / "adapter", "lora", tokenizer=tokenizer, upcast=upcast, tokens=["<|im_end|>", "W"])
+    graph = trained_graph(
+        parts.base, dataclasses.replace(parts.model, upcast=upcast), quantization=parts.quantization, placement=parts.placement,
+        adapter=tmp_path / "adapter",
+    )  # fmt: skip
+    expected = logits(graph)
+    assert torch.equal(expected, trained)
+    changes = read_changes(tmp_path / "adapter")
+    rows = changes["model.embed_tokens.weight"]
+    assert isinstance(rows, Rows)
+    assert sorted(rows.indices.tolist()) == sorted([2, tokenizer.get_vocab()["W"]])
+    old = load_file(parts.base.folder / "model.safetensors")["model.embed_tokens.weight"][rows.indices].float()
+    assert (rows.values.float() - old).abs().max() > 0.01, "they were trained"
+    build(
+        parts.base.folder, changes, tmp_path / "merged", dtype=torch.float32, source=from_disk if method == "none" else dequantized(graph)
+    )
+    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_token_that_is_not_in_the_vocabulary_is_named(line: Callable[..., Line], tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"lora.tokens: <tool> not in the vocabulary"):
+        train_a_little(line("none"), tmp_path, "lora", tokenizer=tokenizer, tokens=["<tool>"])
+
+
 @pytest.mark.parametrize(("variant", "method"), [(v, m) for v in VARIANTS for m in ("none", "nf4", "fp4") if (v, m) != ("loftq", "none")])
 def test_every_variant_merges_to_the_graph_that_was_trained(line: Callable[..., Line], tmp_path: Path, variant: str, method: str) -> None:
     """The trained graph is peft's own forward pass over the base as it was quantized; nothing is merged in it."""
@@ -72,20 +166,25 @@ def test_every_variant_merges_to_the_graph_that_was_trained(line: Callable[..., 
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-def train_a_little(parts: Line, folder: Path, variant: str) -> None:
-    """Three steps of a variant on the line's base, saved as a run saves it."""
-    settings = lora.LoraConfig(variant=variant, rank=4, alpha=8.0, dropout=0.0, targets=["all-linear"], dtype="float32")
+def train_a_little(
+    parts: Line, folder: Path, variant: str, *, tokenizer: Any = None, upcast: str = "none", tokens: Sequence[str] = ()
+) -> torch.Tensor:
+    """Three steps of a variant on the line's base, saved as a run saves it; returns the logits then."""
+    settings = lora.LoraConfig(
+        variant=variant, rank=4, alpha=8.0, dropout=0.0, targets=["all-linear"], dtype="float32", tokens=list(tokens)
+    )  # fmt: skip
     base = load(parts.base, parts.model, quantization=parts.quantization, placement=parts.placement)
     documents = [list(range(start, start + 30)) for start in (10, 60, 200)]
     model = lora.attach(
-        base, settings, upcast="none", checkpointing=False, seed=1, calibration=documents, original=parts.base.folder
-    ).train()  # fmt: skip
+        base, settings, upcast=upcast, checkpointing=False, seed=1, calibration=documents, original=parts.base.folder, tokenizer=tokenizer
+    ).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2, weight_decay=0.0)
     for _ in range(3):
         model(input_ids=IDS, labels=IDS).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(str(folder))
+    return logits(model)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The merged model is the model that was trained, and the stage notices when it is not."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetune.errors import MergeError
+from finetune.errors import FinetuneError, MergeError
 from finetune.measure import agreement, read_rows, reference_logprobs, trained_graph
 from finetune.merge import MergeConfig, MergedModel, merge
 from finetune.merge.candidates import build
@@ -117,6 +118,70 @@ def test_adapter_for_another_base_is_refused(line: Callable[..., Line], tiny_bas
     save_file({name: torch.zeros(t.shape[0], 96) if "lora_A" in name else t for name, t in tensors.items()}, file)
     with pytest.raises(Exception, match="does not fit this base"):
         run(tmp_path / "merge", line(), wide)
+
+
+def test_further_adapters_are_in_the_graph_and_in_the_model(
+    line: Callable[..., Line], adapter: Made, loud_base: Path, merged: MergedModel, tmp_path: Path
+) -> None:
+    further = make_adapter(loud_base, tmp_path / "train", seed=9)
+    together = run(tmp_path / "merge", line(), adapter, adapters={str(further.folder / "adapter"): 2.0})
+    assert together.adapters == {str(further.folder / "adapter"): 2.0}
+    assert abs(together.reference["loss"] - merged.reference["loss"]) > 0.01
+    assert figures(together, "dequantized")["kl"] < 1e-3
+
+
+def test_further_adapter_of_another_base_is_refused(line: Callable[..., Line], adapter: Made, loud_base: Path, tmp_path: Path) -> None:
+    further = make_adapter(loud_base, tmp_path / "train").folder / "adapter"
+    (further / "finetune.json").write_text(json.dumps({"base": {"sha256": "0" * 64}}))
+    with pytest.raises(MergeError, match=r"says that it was trained on another base"):
+        run(tmp_path / "merge", line(), adapter, adapters={str(further): 1.0})
+    (further / "finetune.json").unlink()
+    file = further / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: torch.zeros(t.shape[0], 96) if "lora_A" in name else t for name, t in tensors.items()}, file)
+    with pytest.raises(MergeError, match=r"another base"):
+        run(tmp_path / "merge", line(), adapter, adapters={str(further): 1.0})
+    file.unlink()
+    with pytest.raises(FinetuneError, match=r"is no adapter: adapter_model.safetensors missing"):
+        run(tmp_path / "merge", line(), adapter, adapters={str(further): 1.0})
+
+
+def test_full_disk_is_said_before_anything_is_built(
+    line: Callable[..., Line], adapter: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: full)
+    with pytest.raises(MergeError, match=r"merging needs .* of disk .* and 1000 B are free"):
+        run(tmp_path, line(), adapter)
+    assert not list((tmp_path / ".candidates").iterdir())
+
+
+def test_model_that_no_fresh_process_opens_does_not_replace_the_earlier_one(
+    line: Callable[..., Line], adapter: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "merge" / "model").mkdir(parents=True)
+    (tmp_path / "merge" / "model" / "good").write_text("an earlier model")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "transformers.py").write_text("raise ImportError('not this time')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"))
+    with pytest.raises(MergeError, match=r"cannot be opened by a fresh process"):
+        run(tmp_path / "merge", line("none"), adapter)
+    assert [file.name for file in (tmp_path / "merge" / "model").iterdir()] == ["good"]
+
+
+def test_what_a_killed_merge_left_is_cleared_and_the_earlier_model_stays_until_then(
+    line: Callable[..., Line], adapter: Made, tmp_path: Path
+) -> None:
+    half, earlier = tmp_path / ".candidates" / "original", tmp_path / "model"
+    for folder in (half, earlier):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(MergeError, match=r"merge.max_loss_increase"):
+        run(tmp_path, line(), adapter, choose="original", max_loss_increase=0.0)
+    assert (earlier / "model.safetensors").read_bytes() == b"half"
+    run(tmp_path, line("none"), adapter)
+    assert AutoModelForCausalLM.from_pretrained(earlier) is not None
+    assert not (tmp_path / ".candidates").exists()
 
 
 def test_base_in_shards_gives_the_same_weights_as_in_one_file(loud_base: Path, adapter: Made, tmp_path: Path) -> None:

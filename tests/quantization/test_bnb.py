@@ -23,7 +23,7 @@ def config(method: str, *, double: bool = False) -> QuantizationConfig:
 
 def load(folder: Path, method: str, *, double: bool = False) -> Any:
     base = model.Base(folder=folder, name="tiny", revision=None, sha256="", source="folder")
-    settings = types.SimpleNamespace(name="tiny", trust_remote_code=False)
+    settings = types.SimpleNamespace(name="tiny", trust_remote_code=False, remote_code={})
     return model.load(base, settings, quantization=config(method, double=double), placement=PLACEMENT)  # type: ignore[arg-type]
 
 
@@ -100,7 +100,7 @@ def test_rows_that_the_cpu_would_read_as_noise_are_refused(tiny_base: Path, tmp_
         load(tmp_path / "base", "nf4")
     skipped = QuantizationConfig(method="nf4", double=False, skip=["down_proj"], threshold=6.0)
     base = model.Base(folder=tmp_path / "base", name="tiny", revision=None, sha256="", source="folder")
-    settings = types.SimpleNamespace(name="tiny", trust_remote_code=False)
+    settings = types.SimpleNamespace(name="tiny", trust_remote_code=False, remote_code={})
     assert quantized_layers(model.load(base, settings, quantization=skipped, placement=PLACEMENT))  # type: ignore[arg-type]
 
 

@@ -31,7 +31,7 @@ def load(folder: Path, method: str = "nf4", *, double: bool = True, dtype: str =
     base = model.Base(folder=folder, name="tiny", revision=None, sha256="", source="folder")
     quantization = QuantizationConfig(method=method, double=double and method != "int8", skip=list(skip), threshold=6.0)
     placement = Placement(device="cpu", dtype=dtype, attention="sdpa", optimizer="adamw_8bit", optimizer_why="", threads=1, reasons=())
-    settings = types.SimpleNamespace(name="tiny", trust_remote_code=False)
+    settings = types.SimpleNamespace(name="tiny", trust_remote_code=False, remote_code={})
     return model.load(base, settings, quantization=quantization, placement=placement)  # type: ignore[arg-type]
 
 

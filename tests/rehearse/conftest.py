@@ -1,12 +1,19 @@
-"""An adapted tiny model and prepared rows for it, made by the rooms themselves."""
+"""An adapted tiny model, rows prepared for it and the run's own trainer, made by the rooms themselves."""
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from finetune import lora
+from finetune.config import load as load_config
+from finetune.model import Base
+from finetune.rehearse import Ahead, Rehearsal, RehearseConfig, rehearse
 from finetune.rehearse.bench import Bench
+from finetune.rehearse.setting import make_bench
 from finetune.speed import Quick, SpeedConfig, quicken
 from tests.quantization.test_bnb import PLACEMENT, load
 from tests.rows import prepared_rows
@@ -14,22 +21,66 @@ from tests.rows import prepared_rows
 SPEED = SpeedConfig(layers="auto", weights="auto", loss="auto", kernels="auto", memory="plain")
 
 
-@pytest.fixture
-def data(tmp_path: Path, tokenizer: Any) -> Any:
-    return prepared_rows(tmp_path, tokenizer)
+@dataclasses.dataclass
+class Scene:
+    """All that a rehearsal starts from; a test may spoil any of it before it runs.
+
+    Attributes:
+        run: The run's folder.
+        adapted: A random Llama of two layers in NF4 with a fresh adapter.
+    """
+
+    run: Path
+    adapted: Any
+    quick: Quick
+    tokenizer: Any
+    data: Any
+    base: Base
+    lora: lora.LoraConfig
+    ahead: Ahead | None
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        return {
+            "adapted": self.adapted, "tokenizer": self.tokenizer, "data": self.data, "base": self.base, "lora": self.lora, "upcast": "none",
+            "placement": PLACEMENT, "quick": self.quick, "seed": 1, "ahead": self.ahead,
+        }  # fmt: skip
+
+    def bench(self, level: str = "quick") -> Bench:
+        work = self.run / "rehearse" / "work"
+        work.mkdir(parents=True, exist_ok=True)
+        return make_bench(settings(level), folder=work, run=self.run, **self.inputs)
+
+    def rehearse(self, level: str = "quick") -> Rehearsal:
+        folder = self.run / "rehearse"
+        folder.mkdir(exist_ok=True)
+        return rehearse(settings(level), folder=folder, quantization={}, speed=SPEED, **self.inputs)
+
+
+def settings(level: str) -> RehearseConfig:
+    return load_config(["+experiment=quickstart", f"rehearse={level}", "rehearse.steps=24"]).rehearse
+
+
+def late_trainer(*arguments: Any, **inputs: Any) -> Any:
+    from finetune.train.trainer import make_trainer
+
+    return make_trainer(*arguments, **inputs)
 
 
 @pytest.fixture
-def adapted(tiny_base: Path) -> Any:
-    settings = lora.LoraConfig(rank=4, alpha=8.0, dropout=0.0, targets=["all-linear"], dtype="float32")
-    return lora.attach(load(tiny_base, "nf4", double=True), settings, upcast="none", checkpointing=False, seed=1)
+def scene(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> Scene:
+    torch.set_num_threads(1)
+    config = load_config(["+experiment=quickstart", "model=custom", f"model.name={tiny_base}", "optim.learning_rate=5e-3", "lora.rank=4"])
+    adapted = lora.attach(load(tiny_base, "nf4", double=True), config.lora, upcast="none", checkpointing=False, seed=1)
+    ahead = Ahead(
+        train=config.train, optim=config.optim, model=config.model, quantization=config.quantization, until="report",
+        make_trainer=late_trainer,
+    )  # fmt: skip
+    return Scene(
+        run=tmp_path, adapted=adapted, quick=quicken(adapted, SPEED, placement=PLACEMENT, checkpointing="none"), tokenizer=tokenizer,
+        data=prepared_rows(tmp_path, tokenizer), lora=config.lora, ahead=ahead,
+        base=Base(folder=tiny_base, name=str(tiny_base), revision=None, sha256="", source="folder"),
+    )  # fmt: skip
 
 
-@pytest.fixture
-def quick(adapted: Any) -> Quick:
-    return quicken(adapted, SPEED, placement=PLACEMENT, checkpointing="none")
-
-
-@pytest.fixture
-def bench(adapted: Any, quick: Quick, tokenizer: Any, data: Any) -> Bench:
-    return Bench.build(adapted, tokenizer=tokenizer, data=data, placement=PLACEMENT, quick=quick, rows=4, step0_bound=0.0, seed=1)
+Plant = Callable[[Scene, pytest.MonkeyPatch], Any]

@@ -77,7 +77,7 @@ def detect(rows: Sequence[Row]) -> tuple[str, dict[str, str]]:
 
 def unread(rows: Sequence[Row], name: str, columns: Mapping[str, str]) -> list[str]:
     """Columns of some rows that a format does not look at, in the file's order: a wrong guess shows here first."""
-    read = {columns.get(ours, ours) for ours in COLUMNS[name]}
+    read = {columns.get(ours, ours) for ours in (*COLUMNS[name], "tests")}
     return [str(column) for column in dict.fromkeys(column for row in rows for column in row) if column not in read]
 
 

@@ -52,6 +52,13 @@ def system_of(row: Mapping[str, Any]) -> list[Message]:
     return [{"role": "system", "content": system}] if system.strip() else []
 
 
+def tests_of(value: Any) -> str:
+    """Source that judges an answer; a list of statements, as MBPP has it, stands on lines of their own."""
+    if isinstance(value, str):
+        return value
+    return "\n".join(as_text(line, where="a line of column 'tests'") for line in as_list(value, where="column 'tests'"))
+
+
 def tools_of(row: Mapping[str, Any]) -> list[Any] | None:
     """The tools' schemas; OpenAI's outer ``function`` object is added where the row leaves it out."""
     value = row.get("tools")

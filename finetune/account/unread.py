@@ -1,0 +1,170 @@
+"""Which settings nobody read during a run: a setting without effect is one that its user is wrong about."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from finetune.config import RunConfig
+
+
+class UnreadSetting(UserWarning):
+    """A run ended and nothing had read these settings. The tests turn it into an error."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Why settings may stay unread.
+
+    Attributes:
+        keys: Dotted keys, or what all of them begin with; ``*`` stands for a segment that users name.
+        when: Given the whole configuration and the part that holds the key.
+        why: The reason, for whoever reads or changes the table.
+    """
+
+    keys: tuple[str, ...]
+    when: Callable[[RunConfig, Any], bool]
+    why: str
+
+    def covers(self, key: str) -> bool:
+        """Whether the rule is about a key."""
+        return any(_begins(key.split("."), one.split(".")) for one in self.keys)
+
+
+def _begins(key: list[str], wanted: list[str]) -> bool:
+    return len(key) >= len(wanted) and all(one in ("*", other) for one, other in zip(wanted, key, strict=False))
+
+
+BY_DESIGN = (
+    Rule(("run.if_exists",), lambda c, _: True, "nothing stood there to decide about: only runs in a new folder are looked at"),
+    Rule(("model.architecture",), lambda c, _: True, "each family's closed form reads the dimensions that it has"),
+    Rule(("quantization.threshold",), lambda c, part: part.method != "int8", "LLM.int8's own"),
+    Rule(("quantization.double", "quantization.skip"), lambda c, part: part.method == "none", "nothing is quantized"),
+    Rule(("lora.calibration_tokens",), lambda c, part: part.variant != "eva", "EVA's own"),
+    Rule(
+        ("data",), lambda c, part: c.data.cache != "", "prepared data may come from the cache; the run that prepared them read the settings"
+    ),
+    Rule(("data.heldout_share", "data.heldout_rows"), lambda c, part: part.heldout_path is not None, "held-out rows were named"),
+    Rule(("data.heldout_share",), lambda c, part: part.heldout_rows is not None, "their number was named"),
+    Rule(("data.checks.largest_label_share",), lambda c, part: True, "compared only where answers repeat like labels"),
+    Rule(("train.epochs",), lambda c, part: part.steps is not None, "the steps were named"),
+    Rule(("train.preference",), lambda c, part: c.train.objective == "sft", "of objectives that compare answers"),
+    Rule(("train.preference.label_smoothing",), lambda c, part: part.loss != "sigmoid", "DPO's own loss alone smooths labels"),
+    Rule(("optim.decay",), lambda c, part: part.schedule != "wsd", "only this schedule has an end of its own"),
+    Rule(("optim.warmup", "optim.warmup_tokens"), lambda c, part: part.warmup_steps is not None, "the steps were named"),
+    Rule(("optim.warmup",), lambda c, part: part.warmup_tokens is not None, "the tokens were named"),
+    Rule(("rehearse.rows",), lambda c, part: part.level == "off", "nothing is proved"),
+    Rule(("rehearse.steps",), lambda c, part: part.level != "full", "only rehearse=full takes steps"),
+    Rule(("merge.candidates",), lambda c, part: part.choose == "dequantized", "one was named"),
+    Rule(("eval.max_new_tokens", "eval.batch_rows"), lambda c, part: part.rows == 0, "no answers are written"),
+    Rule(
+        ("export.*.golden_rows", "export.*.loss_rows", "export.*.max_logit_difference", "export.*.max_kl", "export.*.max_new_tokens"),
+        lambda c, part: part.format in ("card", "hub"),
+        "they write no weights that could be compared",
+    ),
+    Rule(("export.*.repository", "export.*.private", "export.*.push"), lambda c, part: part.format != "hub", "nothing is sent"),
+    Rule(("export.*.numbers",), lambda c, part: not part.numbers, "left to the format, which may know one kind only"),
+    Rule(("tracking.*",), lambda c, part: part.kind == "tensorboard", "files beside the run: no service, no project, nothing to send"),
+    Rule(
+        ("hardware.gpus", "hardware.gpu_name", "hardware.gpu_memory_bytes", "hardware.gpu_capability", "hardware.ram_bytes"),
+        lambda c, part: part.name == "auto",
+        "they describe a machine to plan for",
+    ),
+)
+"""Settings of what a run did not choose. A key that no rule here explains has to be read, or to go."""
+
+
+class _Watched:
+    """Stands for one field of one config object until the first real reading, then takes itself away.
+
+    So each later reading is the dataclass's own slot: a hot loop pays nothing.
+    """
+
+    def __init__(self, slot: Any, name: str) -> None:
+        self.slot = slot
+        self.name = name
+
+    def __get__(self, owner: Any, kind: type) -> Any:
+        value = self.slot.__get__(owner, kind)
+        if not _is_bookkeeping(sys._getframe(1)) and self.name in vars(kind):
+            delattr(kind, self.name)
+        return value
+
+    def __set__(self, owner: Any, value: Any) -> None:
+        self.slot.__set__(owner, value)
+
+
+def watch(config: RunConfig) -> None:
+    """From now on, every field of the configuration remembers whether somebody read it."""
+    for _, part in list(_parts(config)):
+        base = _plain_kind(part)
+        fields = {field.name: _Watched(getattr(base, field.name), field.name) for field in dataclasses.fields(part)}
+        # One class for each object, since two exports share a dataclass and each has keys of its own.
+        part.__class__ = type(base.__name__, (base,), {"__slots__": (), "__module__": base.__module__, "__reduce__": _unwatched, **fields})
+
+
+def unread(config: RunConfig) -> list[str]:
+    """Dotted keys of a watched configuration that nothing has read, those left out that `BY_DESIGN` explains."""
+    found = []
+    for prefix, part in _parts(config):
+        names = [name for name, field in vars(type(part)).items() if isinstance(field, _Watched) and not _holds_parts(_peek(part, name))]
+        keys = [f"{prefix}{name}" for name in names]
+        found += [key for key in keys if not any(rule.covers(key) and rule.when(config, part) for rule in BY_DESIGN)]
+    return found
+
+
+def tell_unread(config: RunConfig) -> None:
+    """Warns of the settings that a whole run did not read."""
+    keys = unread(config)
+    if keys:
+        warnings.warn(UnreadSetting(f"nothing read {', '.join(keys)} during this run: setting it had no effect"), stacklevel=2)
+
+
+def _parts(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Each config object of the tree with its dotted prefix. Reading the tree here is no reading."""
+    yield prefix, config
+    for field in dataclasses.fields(config):
+        value = _peek(config, field.name)
+        for name, part in value.items() if isinstance(value, dict) else [("", value)]:
+            if dataclasses.is_dataclass(part):
+                yield from _parts(part, f"{prefix}{field.name}.{name}." if name else f"{prefix}{field.name}.")
+
+
+def _peek(config: Any, name: str) -> Any:
+    found = vars(type(config)).get(name)
+    return found.slot.__get__(config) if isinstance(found, _Watched) else getattr(config, name)
+
+
+def _is_bookkeeping(reader: FrameType) -> bool:
+    """Writing all of it down is no reading: config.yaml, manifests, fingerprints, copies, comparisons. Nor are the rules here."""
+    module = reader.f_globals.get("__name__", "")
+    code = reader.f_code
+    written = module == "finetune.run" and code.co_qualname.startswith("plain")
+    return written or module == __name__ or module.partition(".")[0] in ("omegaconf", "dataclasses") or code.co_filename == "<string>"
+
+
+def _unwatched(config: Any) -> tuple[Any, ...]:
+    """For pickling and copying: the plain dataclass. What goes to another process counts as read, since nobody sees what it does there."""
+    return _rebuilt, (_plain_kind(config), {field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
+
+
+def _plain_kind(part: Any) -> type:
+    """The dataclass itself, whether or not it is watched already: a replay runs twice on one configuration."""
+    kind = type(part)
+    return kind.__mro__[1] if vars(kind).get("__reduce__") is _unwatched else kind
+
+
+def _rebuilt(kind: Any, fields: dict[str, Any]) -> Any:
+    return kind(**fields)
+
+
+def _holds_parts(value: Any) -> bool:
+    """Whether a field holds config objects, whose own fields are looked at instead."""
+    values = list(value.values()) if isinstance(value, dict) else [value]
+    return bool(values) and all(dataclasses.is_dataclass(one) for one in values)

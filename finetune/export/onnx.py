@@ -1,0 +1,183 @@
+"""The merged model as one ONNX graph with a cache of keys and values, so that ONNX Runtime writes answers with it.
+
+The graph is made by transformers' own exporter (`torch.onnx`), in a process of its own. Its inputs and outputs have the
+names that optimum and transformers.js know: ``past_key_values.<layer>.key`` goes in, ``present.<layer>.key`` comes out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import ExportError
+from finetune.export.config import ExportConfig
+from finetune.export.work import Work
+
+FILE = "model.onnx"
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+BITS = {"float32": None, "int8": 8, "int4": 4}
+BLOCK = 32
+"""Weights of a row that share a scale and a zero point in int8 and int4."""
+
+TRACED_ROWS, TRACED_SEEN, TRACED_NEW = 2, 5, 3
+"""Sizes of the traced call. All differ, so that no two of the graph's sizes are taken for one."""
+
+
+def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
+    """Traces the merged model in float32, rounds its matrices as asked, and runs the graph in ONNX Runtime.
+
+    Raises:
+        ExportError: A package is missing, the disk is too small, torch cannot trace this model, or the graph differs.
+    """
+    from finetune.measure import FreshProcessError, free, run_fresh
+    from finetune.model import load
+
+    numbers = settings.numbers or "float32"
+    _check(work, name, numbers)
+    source, target = work.merged.folder / "model", work.desk / name
+    dense = dataclasses.replace(work.quantization, method="none", double=False)
+    placement = dataclasses.replace(work.placement, device="cpu", dtype="float32")
+    merged = load(dataclasses.replace(work.base, folder=source), work.model, quantization=dense, placement=placement)
+    wanted = work.expect(merged, settings)
+    del merged
+    free()
+    target.mkdir()
+    for file in ("config.json", "generation_config.json"):
+        shutil.copyfile(source / file, target / file)
+    work.chat.tokenizer.save_pretrained(target)
+    request = {
+        "source": source.resolve(), "target": target.resolve(), "bits": BITS[numbers],
+        "threads": work.placement.threads, "trust_remote_code": work.model.trust_remote_code,
+    }  # fmt: skip
+    try:
+        run_fresh("finetune.export.onnx", request, work=work.desk)
+    except FreshProcessError as error:
+        raise ExportError(f"export.{name}: torch.onnx cannot make a graph of this model: {error}") from error
+    snippet = onnx_snippet(name, ends=work.chat.ends)
+    parity = work.check(
+        name, settings, wanted, snippet=snippet, ends=work.chat.ends, packages=["onnxruntime"], runtime="finetune.export.onnx_runtime"
+    )
+    work.snippets[f"The merged model in {numbers}, in ONNX Runtime"] = snippet
+    return work.keep(name, settings, parity)
+
+
+def _check(work: Work, name: str, numbers: str) -> None:
+    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ExportError(
+            f"export.{name} needs {', '.join(PACKAGES)}, and {', '.join(missing)} is missing; run: pip install 'finetune[onnx]'"
+        )
+    if numbers not in BITS:
+        raise ExportError(f"export.{name}.numbers must be one of {', '.join(BITS)}; got {numbers!r}")
+    # float32, and beside it the rounded graph, whose embedding stays as it is
+    work.need(name, work.merged_bytes * (4 if BITS[numbers] else 2) / (2 if work.merged_dtype == "float32" else 1))
+
+
+def onnx_snippet(folder: str, *, ends: list[int]) -> str:
+    """ONNX Runtime and numpy; transformers only for the tokenizer."""
+    return "\n".join([
+        "import numpy as np",
+        "import onnxruntime",
+        "from transformers import AutoTokenizer",
+        "",
+        f"tokenizer = AutoTokenizer.from_pretrained({folder!r})",
+        f"session = onnxruntime.InferenceSession({f'{folder}/{FILE}'!r}, providers=[\"CPUExecutionProvider\"])",
+        "cached = [entry for entry in session.get_inputs() if entry.name.startswith(\"past_key_values\")]",
+        "empty = {entry.name: np.zeros((1, entry.shape[1], 0, entry.shape[3]), np.float32) for entry in cached}",
+        "",
+        "",
+        "def forward(tokens, past):",
+        '    """Logits after each token, shape (tokens, vocabulary), and the cache for the next call."""',
+        "    seen = next(iter(past.values())).shape[2]",
+        "    mask, positions = np.ones((1, seen + len(tokens)), np.int64), np.arange(seen, seen + len(tokens))[None]",
+        "    inputs = {\"input_ids\": np.array([tokens]), \"attention_mask\": mask, \"position_ids\": positions}",
+        "    known = {entry.name for entry in session.get_inputs()}",
+        "    logits, *present = session.run(None, {name: value for name, value in inputs.items() if name in known} | past)",
+        "    return logits[0], dict(zip(past, present))",
+        "",
+        "",
+        "def generate(tokens, limit):",
+        '    """The greedy answer, its end token included."""',
+        "    (logits, past), answer = forward(tokens, empty), []",
+        f"    while len(answer) < limit and not set(answer[-1:]) & set({ends}):",
+        "        answer.append(int(logits[-1].argmax()))",
+        "        logits, past = forward(answer[-1:], past)",
+        "    return answer",
+        "",
+        "",
+        'messages = [{"role": "user", "content": "Hello!"}]',
+        'prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]',
+        "print(tokenizer.decode(generate(prompt, 32), skip_special_tokens=True))",
+    ])  # fmt: skip
+
+
+def make(request: dict[str, Any]) -> dict[str, Any]:
+    """The work of the other process: traces, names, saves, and rounds.
+
+    Needs about three times the float32 weights in memory at most: torch's, and those of a graph while it is rounded.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.exporters import OnnxConfig, OnnxExporter
+
+    torch.set_num_threads(request["threads"])
+    model = AutoModelForCausalLM.from_pretrained(
+        request["source"], dtype=torch.float32, trust_remote_code=request["trust_remote_code"]
+    ).eval()
+    inputs, shapes = _example(model)
+    program = OnnxExporter().export(model, inputs, OnnxConfig(dynamic=True, dynamic_shapes=shapes)).program
+    _name(program.graph)
+    file = Path(request["target"]) / FILE
+    OnnxExporter.save_program(program, file)
+    del model, inputs, program
+    if request["bits"]:
+        _round(file, bits=request["bits"])
+    return {}
+
+
+def _example(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A call that goes on from a cache, and which of its sizes may change: rows, new tokens, seen tokens."""
+    import inspect
+
+    import torch
+    from transformers import DynamicCache
+
+    ids = torch.arange(TRACED_ROWS * (TRACED_SEEN + TRACED_NEW)).reshape(TRACED_ROWS, -1) % model.config.get_text_config().vocab_size
+    cache = DynamicCache()  # without the model's config: it keeps all tokens, and a sliding window is left to the mask
+    with torch.no_grad():
+        model(input_ids=ids[:, :TRACED_SEEN], past_key_values=cache, use_cache=True)
+    inputs = {"input_ids": ids[:, TRACED_SEEN:], "attention_mask": torch.ones_like(ids)}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        inputs["position_ids"] = torch.arange(TRACED_SEEN, TRACED_SEEN + TRACED_NEW)[None].repeat(TRACED_ROWS, 1)
+    free = torch.export.Dim.AUTO
+    shapes: dict[str, Any] = {name: {0: free, 1: free} for name in inputs}
+    return {**inputs, "past_key_values": cache}, {**shapes, "past_key_values": [{0: free, 2: free}] * (2 * len(cache.layers))}
+
+
+def _name(graph: Any) -> None:
+    """transformers says ``input.past_key_values.layers.0.keys``, everybody else ``past_key_values.0.key``."""
+    for values, prefix in ((graph.inputs, "past_key_values"), (graph.outputs, "present")):
+        for value in values:
+            if ".layers." in value.name:
+                layer, kind = value.name.split(".layers.")[1].split(".")
+                value.name = f"{prefix}.{layer}.{kind.removesuffix('s')}"
+
+
+def _round(file: Path, *, bits: int) -> None:
+    """Rounds the matrices of the linear layers, in blocks, and leaves the rest in float32."""
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    quantizer = MatMulNBitsQuantizer(str(file), bits=bits, block_size=BLOCK, is_symmetric=False)
+    quantizer.process()
+    for old in (file, file.with_name(f"{FILE}.data")):
+        old.unlink()
+    quantizer.model.save_model_to_file(str(file), use_external_data_format=True)
+
+
+if __name__ == "__main__":
+    from finetune.measure import answer
+
+    answer(make)

@@ -1,0 +1,67 @@
+"""How long training, evaluation and merge will take: rough, and said to be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune.plan import weights
+from finetune.plan.inputs import PlanInputs
+from finetune.plan.throughput import Throughput, passes, token_operations
+
+if TYPE_CHECKING:
+    from finetune.config import RunConfig
+
+TOKEN_BYTES = 4
+"""Bytes of text for each token, about: GPT-2's tokenizer makes one of 4 characters of English. Source: OpenAI's tokenizer page."""
+
+DISK_BANDWIDTH = 500e6
+"""Bytes per second of a solid-state disk over SATA."""
+
+ARTIFACTS = 4
+"""Models that the eval stage measures: base, quantized base, adapter, merged."""
+
+
+def seconds(config: RunConfig, inputs: PlanInputs, speed: Throughput) -> dict[str, float]:
+    """Rough seconds of the long stages; ``train`` is missing where the amount of data is not known before it is prepared."""
+    tokens = training_tokens(config, inputs)
+    train = {} if tokens is None else {"train": tokens / speed.tokens_per_second + _held_out(config, inputs, speed)}
+    return {**train, "merge": merge_seconds(config, inputs, speed), "eval": eval_seconds(config, inputs, speed)}
+
+
+def training_tokens(config: RunConfig, inputs: PlanInputs) -> float | None:
+    """Tokens that training reads; None where neither the steps nor the data's size are known here."""
+    if config.train.steps is not None:
+        rows = config.train.rows_per_step
+        per_step = rows * inputs.documents * inputs.tokens if rows is not None else config.train.tokens_per_step or inputs.tokens
+        return float(config.train.steps * per_step)
+    file = Path(config.data.path).expanduser() if config.data.path else None
+    if file is None or not file.is_file():
+        return None
+    return config.train.epochs * file.stat().st_size / TOKEN_BYTES
+
+
+def forward_seconds(inputs: PlanInputs, speed: Throughput, *, tokens: float) -> float:
+    """Of passes that keep nothing: a training step is two of them, or more."""
+    return tokens * token_operations(inputs) / passes(inputs) / speed.operations_per_second
+
+
+def _held_out(config: RunConfig, inputs: PlanInputs, speed: Throughput) -> float:
+    rows = config.train.evaluations * config.train.evaluation_rows * inputs.documents
+    return forward_seconds(inputs, speed, tokens=rows * min(inputs.tokens, config.data.max_tokens))
+
+
+def eval_seconds(config: RunConfig, inputs: PlanInputs, speed: Throughput) -> float:
+    """Four models: each is read from disk, takes the loss of some rows, and writes answers a token of all rows at a time."""
+    dense = weights.dense_bytes(inputs)
+    losses = forward_seconds(inputs, speed, tokens=config.eval.loss_rows * config.data.max_tokens)
+    batches = -(-config.eval.rows // config.eval.batch_rows) if config.eval.rows else 0
+    token = max(dense / speed.bandwidth, forward_seconds(inputs, speed, tokens=config.eval.batch_rows))
+    return ARTIFACTS * (dense / DISK_BANDWIDTH + losses + batches * config.eval.max_new_tokens * token)
+
+
+def merge_seconds(config: RunConfig, inputs: PlanInputs, speed: Throughput) -> float:
+    """Each candidate is read, written and measured; the trained graph and the file that is kept are measured too."""
+    candidates = len(config.merge.candidates)
+    measured = forward_seconds(inputs, speed, tokens=(candidates + 2) * config.merge.measure_tokens)
+    return 2 * candidates * weights.dense_bytes(inputs) / DISK_BANDWIDTH + measured

@@ -1,0 +1,190 @@
+"""``plan exact=true``: a step of the real modelling code is counted tensor by tensor, and compared with the closed form."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from finetune.errors import ModelError
+from finetune.plan import weights
+from finetune.plan.activations import activations
+from finetune.plan.inputs import FLOAT, PlanInputs
+from finetune.plan.segments import block_bytes
+from finetune.plan.weights import SMALLEST_8BIT_ELEMENTS, STATE_BLOCK
+
+if TYPE_CHECKING:
+    from finetune.config import RunConfig
+    from finetune.hardware import Machine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """One term by both ways, in bytes of one process that holds everything (no shards)."""
+
+    closed: int
+    exact: int
+
+    @property
+    def difference(self) -> float:
+        """Of the closed form from the count, as a share of the count."""
+        return self.closed / self.exact - 1 if self.exact else float(self.closed != 0)
+
+
+def compare(config: RunConfig, inputs: PlanInputs, machine: Machine) -> dict[str, Term]:
+    """Every term that a count can give, closed form beside count; ``together`` is their sum at the step's peak.
+
+    Raises:
+        ModelError: The family cannot be counted.
+    """
+    alone = dataclasses.replace(inputs, strategy="single", processes=1, offload=False)
+    counted = count(config, alone, dtype=dtype_of(config, machine))
+    frozen, kept = weights.weight_bytes(alone), activations(alone)
+    moment = max(kept.logits, kept.layer + kept.logits_held) + weights.workspace_bytes(alone)
+    closed = {
+        "weights": frozen.codes,
+        "constants": frozen.constants,
+        "unquantized": frozen.unquantized,
+        "cached": weights.cached_bytes(alone),
+        "adapter": weights.adapter_bytes(alone),
+        "gradients": weights.gradient_bytes(alone),
+        "optimizer": weights.optimizer_bytes(alone),
+        "kept activations": kept.stored,
+        "at the peak besides": moment,
+    }
+    terms = {name: Term(closed=round(closed[name]), exact=round(counted[name])) for name in closed if closed[name] or counted[name]}
+    together = Term(closed=sum(term.closed for term in terms.values()), exact=sum(term.exact for term in terms.values()))
+    return terms | {"together": together}
+
+
+def dtype_of(config: RunConfig, machine: Machine) -> str:
+    """As `hardware.place` decides."""
+    if config.model.dtype != "auto":
+        return config.model.dtype
+    return "float16" if machine.gpus and any(not gpu.has_bfloat16 for gpu in machine.gpus) else "bfloat16"
+
+
+def count(config: RunConfig, inputs: PlanInputs, *, dtype: str) -> dict[str, float]:
+    """Bytes by term of one process, counted on tensors without contents: no download, no memory, no GPU."""
+    import torch
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+
+    from finetune.plan.fake import build, materialize
+
+    model, quantized = build(config, inputs, dtype=dtype)
+    with FakeTensorMode():
+        found = packed(model, quantized, inputs)
+        materialize(model, quantized)
+        learnt = [p for p in model.parameters() if p.requires_grad]
+        seen = {id(model.get_submodule(name).weight) for name in quantized}
+        rest = [p for p in model.parameters() if not p.requires_grad and id(p) not in seen]
+        linear = {id(module.weight) for name, module in model.named_modules() if _is_plain_linear(name, module)}
+        found["weights"] += sum(_size(p) for p in rest if id(p) in linear)
+        found["unquantized"] = sum(_size(p) for p in rest if id(p) not in linear)
+        found["adapter"] = found["gradients"] = sum(_size(p) for p in learnt)
+        found["optimizer"] = sum(state_bytes(p.numel(), p.element_size(), inputs.optimizer) for p in learnt)
+        try:
+            found |= step(model, quantized, inputs, dtype=getattr(torch, dtype))
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            family = inputs.architecture.family
+            raise ModelError(f"plan exact=true: {family} decides by its data which weights it uses, which cannot be counted") from error
+    return found
+
+
+def step(model: Any, quantized: list[str], inputs: PlanInputs, *, dtype: Any) -> dict[str, float]:
+    """One forward and backward pass: what is alive when the forward pass ends, and how much more at the worst moment."""
+    import torch
+
+    from finetune.plan.fake import Alive, drop_as_a_gpu, quickened, stand_in
+    from finetune.speed.steps import HeadLoss
+
+    if not inputs.steps.fused:
+        stand_in(model, quantized, dtype=dtype, holds=inputs.method == "int8")
+    if inputs.device == "cuda":
+        drop_as_a_gpu(model)
+    with quickened(model, inputs, dtype=dtype) as kernels:
+        for parameter in model.parameters():  # gradients of the micro-batch before, which the step adds to
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        resident = [*model.parameters(), *model.buffers(), *gradients]
+        alive = Alive(resident, size=lambda size: block_bytes(size, inputs))
+        batch = inputs_of(inputs)
+        autocast = torch.autocast("cpu", dtype, enabled=not (inputs.steps.fused and inputs.steps.trained_only) and dtype != torch.float32)
+        with alive:
+            with autocast:
+                causal = model.get_base_model()
+                hidden = causal.get_decoder()(**batch, use_cache=False).last_hidden_state
+                ended = alive.live
+                if inputs.steps.trained_only:
+                    head = causal.get_output_embeddings().weight
+                    trained = hidden.reshape(-1, hidden.shape[-1]).clone().to(head.dtype)
+                    loss = HeadLoss.apply(trained, head, torch.empty(len(trained), dtype=torch.long), kernels)
+                else:  # TRL's own loss is as in the closed form; the backward pass starts at the hidden states
+                    loss = hidden.float().sum()
+                    alive.peak = max(alive.peak, ended + activations(inputs).logits)
+                    trained = hidden
+                del hidden, trained
+            stored = alive.live  # autocast's copies of what is not kept are gone
+            loss.backward()
+    return {"kept activations": stored, "at the peak besides": alive.peak - stored, "cached": _cached(model, inputs)}
+
+
+def inputs_of(inputs: PlanInputs) -> dict[str, Any]:
+    """A micro-batch as the collator makes it: documents end to end."""
+    import torch
+
+    from finetune.plan.fake import Borders
+
+    documents = inputs.rows * inputs.documents
+    ids = torch.empty((1, inputs.step_tokens), dtype=torch.long)
+    borders = Borders(documents=documents, tokens=inputs.tokens)
+    lengths = {"max_length_q": inputs.tokens, "max_length_k": inputs.tokens}
+    return {"input_ids": ids, "position_ids": torch.empty_like(ids), "cu_seq_lens_q": borders, "cu_seq_lens_k": borders, **lengths}
+
+
+def packed(model: Any, quantized: list[str], inputs: PlanInputs) -> dict[str, float]:
+    """Bytes of quantized weights and their constants, as bitsandbytes' own operators shape them."""
+    import torch
+
+    codes = constants = 0.0
+    for name in quantized:
+        layer = model.get_submodule(name)
+        weight = torch.empty((layer.out_features, layer.in_features), dtype=torch.float16)
+        if inputs.method == "int8":
+            code, scale, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(weight, 0.0)
+        else:
+            code, scale = torch.ops.bitsandbytes.quantize_4bit(weight, weights.BLOCK, inputs.method, torch.uint8)
+        codes += _size(code)
+        if inputs.double:
+            small, second = torch.ops.bitsandbytes.quantize_blockwise(scale, torch.empty(256), weights.DOUBLE_BLOCK)
+            constants += _size(small) + _size(second)
+        else:
+            constants += _size(scale)
+    return {"weights": codes, "constants": constants}
+
+
+def state_bytes(elements: int, element_bytes: int, optimizer: str) -> float:
+    """Optimizer states of one tensor, by the rules that `weights.optimizer_bytes` names."""
+    states = 1 if "lion" in optimizer else 2
+    if optimizer.endswith("_8bit") and elements >= SMALLEST_8BIT_ELEMENTS:
+        return states * (elements + FLOAT * math.ceil(elements / STATE_BLOCK))
+    return states * elements * (FLOAT if optimizer.endswith("bit") else element_bytes)
+
+
+def _cached(model: Any, inputs: PlanInputs) -> float:
+    """16-bit copies that fused layers keep beside the quantized weights."""
+    if not inputs.steps.cached:
+        return 0
+    linear = [module for name, module in model.named_modules() if name.endswith("base_layer")]
+    return sum(module.weight.numel() * inputs.compute_bytes for module in linear)
+
+
+def _is_plain_linear(name: str, module: Any) -> bool:
+    from torch import nn
+
+    return isinstance(module, nn.Linear) and "lora_" not in name and "lm_head" not in name
+
+
+def _size(tensor: Any) -> int:
+    return int(tensor.numel() * tensor.element_size())

@@ -1,0 +1,263 @@
+"""The real modelling code on tensors without contents: transformers' class, bitsandbytes' layers, peft's adapter, our fused steps."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import warnings
+import weakref
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from finetune.architecture import ArchitectureConfig
+from finetune.errors import ModelError
+from finetune.plan.inputs import PlanInputs
+from finetune.speed import attention as fused_attention
+from finetune.speed import plain
+
+if TYPE_CHECKING:
+    from finetune.config import RunConfig
+
+UNCOUNTED = ("falcon", "gpt_neox")
+"""Families whose configuration names things differently; they are planned in closed form only."""
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive.
+
+    Attributes:
+        live: Now.
+        peak: At the worst moment since it was last set.
+    """
+
+    def __init__(self, resident: list[Tensor], *, size: Any) -> None:
+        super().__init__()
+        self.live, self.peak, self.size = 0.0, 0.0, size
+        self.known: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in resident}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._note(tensor.untyped_storage())
+        return out
+
+    def _note(self, storage: Any) -> None:
+        key = storage._cdata
+        if key in self.known:
+            return
+        size = self.size(storage.nbytes())
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+        def gone(_: Any) -> None:
+            self.live -= size
+            self.known.pop(key, None)
+
+        self.known[key] = weakref.ref(storage, gone)
+
+
+class Borders:
+    """Where documents begin: the one thing that fused attention reads as numbers."""
+
+    def __init__(self, *, documents: int, tokens: int) -> None:
+        self.borders = [tokens * number for number in range(documents + 1)]
+
+    def tolist(self) -> list[int]:
+        return self.borders
+
+    def to(self, _: Any) -> Tensor:
+        return torch.empty(len(self.borders), dtype=torch.int64)
+
+
+class Compiled:
+    """The shapes that finetune/speed's compiled kernels write; they make no float32 copies."""
+
+    @staticmethod
+    def rms_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+    @staticmethod
+    def rms_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+        return torch.empty_like(x)
+
+    @staticmethod
+    def swiglu_forward(both: Tensor) -> Tensor:
+        return both.new_empty((len(both), both.shape[1] // 2))
+
+    @staticmethod
+    def swiglu_backward(dy: Tensor, both: Tensor) -> Tensor:
+        return torch.empty_like(both)
+
+    @staticmethod
+    def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+        return logits.new_empty(len(logits), dtype=torch.float32)
+
+    @staticmethod
+    def attention_forward(joint: Tensor, cosine: Tensor, sine: Tensor, borders: Tensor, shape: Any) -> tuple[Tensor, Tensor]:
+        tokens = len(joint)
+        return joint.new_empty((tokens, shape.sizes[0])), joint.new_empty((tokens, shape.heads), dtype=torch.float32)
+
+    @staticmethod
+    def attention_backward(joint: Tensor, *_: Any) -> Tensor:
+        return torch.empty_like(joint)
+
+
+class _Frozen(torch.autograd.Function):
+    """What bitsandbytes' products take and keep: the weight is dequantized each way; LLM.int8 holds on to its input.
+
+    Source: bitsandbytes 0.50, autograd/_functions.py, ``MatMul4Bit`` and ``MatMul8bitLt``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, holds: bool) -> Tensor:
+        if not holds:
+            weight.to(x.dtype)
+        ctx.weight, ctx.shape, ctx.held = weight, x.shape, x if holds else None
+        return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        ctx.weight.to(grad.dtype)
+        return grad.new_empty(ctx.shape), None, None
+
+
+class FusedDropout(nn.Module):
+    """Dropout as a GPU does it: one kernel that keeps a byte for each element. A CPU keeps its mask in the input's numbers."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.native_dropout(x, self.share, True)[0]
+
+
+def build(config: RunConfig, inputs: PlanInputs, *, dtype: str) -> tuple[Any, list[str]]:
+    """The adapted model on the meta device, by the same steps as a run's; names of its quantized layers.
+
+    Raises:
+        ModelError: transformers has no class for the family, or it is not counted here.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+    from finetune import lora
+    from finetune.quantization import loader_arguments, quantized_layers
+
+    told = loader_arguments(config.quantization, dtype=dtype).get("quantization_config")
+    described = transformers_config(config, inputs.architecture)
+    with torch.device("meta"), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_config(described, dtype=getattr(torch, dtype), attn_implementation=_attention(inputs))
+        if told is not None:
+            replace_with_bnb_linear(model, modules_to_not_convert=told.llm_int8_skip_modules, quantization_config=told)
+            model.is_loaded_in_4bit, model.is_loaded_in_8bit = inputs.packed_4bit, config.quantization.method == "int8"
+        model.requires_grad_(False)
+        wished = dataclasses.replace(config.lora, rank=config.lora.width, variant="dora" if config.lora.variant == "dora" else "lora")
+        adapted = lora.attach(model, wished, upcast=inputs.upcast, checkpointing=inputs.checkpointing, seed=0)
+        lora.cast_adapter(adapted, config.lora.dtype)
+    return adapted.train(), list(quantized_layers(adapted))
+
+
+def _attention(inputs: PlanInputs) -> str:
+    return "eager" if inputs.attention == "eager" else "sdpa"
+
+
+def transformers_config(config: RunConfig, architecture: ArchitectureConfig) -> Any:
+    """A local folder's own configuration, or that of the class with these dimensions."""
+    from transformers import AutoConfig
+
+    folder = Path(config.model.name).expanduser()
+    if (folder / "config.json").is_file():
+        return AutoConfig.from_pretrained(folder)
+    a = architecture
+    if a.family in UNCOUNTED:
+        raise ModelError(f"plan exact=true: {a.family} models are planned in closed form only; leave exact=true out")
+    experts = {
+        "num_local_experts": a.experts, "num_experts": a.experts, "num_experts_per_tok": a.active_experts,
+        "moe_intermediate_size": a.intermediate_size,
+    } if a.experts else {}  # fmt: skip
+    return AutoConfig.for_model(
+        a.family, hidden_size=a.hidden_size, intermediate_size=a.intermediate_size, num_hidden_layers=a.layers,
+        num_attention_heads=a.heads, num_key_value_heads=a.kv_heads, head_dim=a.head_dim, vocab_size=a.vocab_size,
+        tie_word_embeddings=a.tied_embeddings, max_position_embeddings=a.max_positions, pad_token_id=None,
+        **({"attention_bias": True} if a.qkv_bias and a.family != "qwen2" else {}), **experts,
+    )  # fmt: skip
+
+
+def materialize(model: Any, quantized: list[str]) -> None:
+    """Gives every parameter and buffer of a meta model a fake storage on the CPU, tied ones once.
+
+    Quantized weights become float32 without contents, so that making them dense in 16 bit is a copy, as dequantizing is.
+    """
+    made: dict[int, nn.Parameter] = {}
+    frozen = {id(model.get_submodule(name)) for name in quantized}
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                dtype = torch.float32 if id(module) in frozen and name == "weight" else parameter.dtype
+                shape = (module.out_features, module.in_features) if id(module) in frozen and name == "weight" else parameter.shape
+                made[id(parameter)] = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=parameter.requires_grad)
+            module._parameters[name] = made[id(parameter)]
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def stand_in(model: Any, quantized: list[str], *, dtype: torch.dtype, holds: bool) -> None:
+    """Puts bitsandbytes' shapes in the place of its kernels, which need contents."""
+
+    def forward(layer: Any, x: Tensor) -> Tensor:
+        y: Tensor = _Frozen.apply(x.to(dtype), layer.weight, holds)
+        return (y if layer.bias is None else y + layer.bias.to(dtype)).to(x.dtype)
+
+    for name in quantized:
+        layer = model.get_submodule(name)
+        layer.forward = partial(forward, layer)
+
+
+def drop_as_a_gpu(model: Any) -> None:
+    """Puts a GPU's dropout in the place of the CPU's."""
+    dropouts = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout)]
+    for name in dropouts:
+        model.set_submodule(name, FusedDropout(model.get_submodule(name).p))
+
+
+@contextlib.contextmanager
+def quickened(model: Any, inputs: PlanInputs, *, dtype: torch.dtype) -> Iterator[Any]:
+    """Our fused layers where the plan has them; hands over the kernels that the loss is computed with."""
+    from finetune.speed import blocks
+    from finetune.speed.blocks import Switch
+    from finetune.speed.linear import Siblings
+
+    kernels: Any = Compiled if inputs.steps.native else plain
+    causal, switch = model.get_base_model(), Switch()
+    before = fused_attention.native
+    fused_attention.native = Compiled  # type: ignore[assignment]
+    try:
+        if inputs.steps.fused:
+            cache = inputs.steps.cached or inputs.method == "none"
+            siblings = partial(Siblings.of, cache=cache, dtype=dtype)
+            for attention in blocks.parts(causal, blocks.ATTENTIONS):
+                blocks.fuse_attention(attention, siblings=siblings, tiles=inputs.steps.tiles, switch=switch)
+            for mlp in blocks.parts(causal, blocks.GATED):
+                blocks.fuse_gated(mlp, siblings=siblings, kernels=kernels, switch=switch)
+            for norm in blocks.parts(causal, blocks.NORMS):
+                blocks.fuse_norm(norm, kernels=kernels, switch=switch)
+        if inputs.steps.selective:
+            for mlp in blocks.parts(causal, blocks.GATED):
+                blocks.recompute_gated(mlp)
+        yield kernels
+    finally:
+        fused_attention.native = before

@@ -1,0 +1,99 @@
+"""A composed configuration as the plain numbers of the closed form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune.architecture import ArchitectureConfig, from_config_json
+from finetune.plan.inputs import PlanInputs, Steps, Trainer
+
+if TYPE_CHECKING:
+    from finetune.config import RunConfig
+    from finetune.hardware import Machine
+
+FUSED_FAMILIES = ("llama", "mistral", "qwen2")
+"""Their layers are what `finetune.speed.blocks` can fuse; Qwen3's attention has norms of its own, so it is not."""
+
+CAPPED_FAMILIES = ("gemma2",)
+"""They change their logits after the head, so head and loss stay TRL's."""
+
+
+def from_config(config: RunConfig, machine: Machine) -> PlanInputs:
+    """The plain numbers of a composed configuration.
+
+    Raises:
+        ModelError: ``model.architecture`` is null and the model is no local folder whose config.json tells it.
+    """
+    architecture = config.model.architecture or from_config_json(Path(config.model.name).expanduser())
+    device = _device(config, machine)
+    steps = steps_of(config, machine, architecture=architecture, device=device)
+    pairs = config.train.objective != "sft"
+    tokens = config.data.pack_tokens if config.data.packing and config.data.pack_tokens and not pairs else config.data.max_tokens
+    element = 4 if config.model.dtype == "float32" else 2
+    plain_autocast = not (steps.fused and steps.trained_only) and (config.lora.dtype != "bfloat16" or config.model.upcast != "none")
+    return PlanInputs(
+        architecture=architecture,
+        method=config.quantization.method,
+        double=config.quantization.double,
+        skip=tuple(config.quantization.skip),
+        rank=config.lora.width,
+        targets=tuple(config.lora.targets),
+        adapter_bytes=4 if config.lora.dtype == "float32" else 2,
+        dropout=config.lora.dropout > 0,
+        compute_bytes=element,
+        stored_bytes=element,
+        upcast=config.model.upcast,
+        rows=config.train.micro_batch,
+        documents=2 if pairs else 1,
+        tokens=tokens,
+        step_rows=config.train.rows_per_step or max(1, (config.train.tokens_per_step or tokens) // tokens),
+        checkpointing=config.train.checkpointing == "full",
+        offload_activations=config.train.offload,
+        attention="eager" if config.model.attention == "eager" else "fused",
+        optimizer=config.optim.name,
+        strategy=config.launch.strategy,
+        processes=config.launch.processes,
+        offload=config.launch.offload,
+        device=device,
+        answer_rows=config.eval.batch_rows if config.eval.rows else 0,
+        answer_tokens=config.eval.max_new_tokens,
+        measured_tokens=max(config.eval.batch_tokens, config.merge.batch_tokens),
+        steps=steps,
+        trainer=Trainer(reduced_input_copies=plain_autocast),
+    )
+
+
+def steps_of(config: RunConfig, machine: Machine, *, architecture: ArchitectureConfig, device: str) -> Steps:
+    """What `finetune.speed` will choose, from the same facts; tests compare the two."""
+    speed, lora = config.speed, config.lora
+    half = config.model.dtype == "float16" or (
+        config.model.dtype == "auto" and device == "cuda" and any(not gpu.has_bfloat16 for gpu in machine.gpus)
+    )
+    fused = (
+        speed.layers != "plain"
+        and architecture.family in FUSED_FAMILIES
+        and not half
+        and not lora.dropout
+        and lora.variant != "dora"
+        and config.quantization.method != "int8"
+        and config.model.upcast == "none"
+        and config.launch.strategy == "single"
+    )
+    trained_only = speed.loss != "all" and not half and architecture.family not in CAPPED_FAMILIES and config.model.upcast != "all"
+    native = device == "cpu" and speed.kernels != "plain" and (fused or trained_only) and config.model.dtype != "float32"
+    return Steps(
+        fused=fused,
+        trained_only=trained_only,
+        native=native,
+        tiles=native and fused and "amx_bf16" in machine.features and architecture.head_dim % 32 == 0,
+        cached=fused and device == "cpu" and config.quantization.method in ("nf4", "fp4") and speed.weights != "quantized",
+        flat=True,  # documents lie end to end, packed or not, unless the rehearsal finds that attention does not keep them apart
+        selective=config.train.checkpointing == "selective",
+    )
+
+
+def _device(config: RunConfig, machine: Machine) -> str:
+    if config.hardware.device in ("cpu", "cuda"):
+        return config.hardware.device
+    return "cuda" if machine.gpus else "cpu"

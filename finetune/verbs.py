@@ -1,0 +1,134 @@
+"""Verbs that only read what is there: run folders, and the configuration itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from finetune.config import load
+from finetune.console import say
+from finetune.errors import ConfigError
+
+Settings = dict[str, str]
+
+OWN = {"data": ("why",), "eval": ("compare",), "plan": ("explain",), "replay": ("force",), "diff": ("json",)}
+"""Settings of a verb itself."""
+
+
+def split_own(verb: str, arguments: list[str]) -> tuple[Settings, list[str]]:
+    """Settings of a verb itself, like ``data why=train.jsonl:3``, apart from the overrides."""
+    names = OWN.get(verb, ())
+    own = {name: argument.split("=", 1)[1] for argument in arguments for name in names if argument.startswith(f"{name}=")}
+    return own, [argument for argument in arguments if argument.split("=", 1)[0] not in names]
+
+
+def report_again(own: Settings, overrides: list[str]) -> bool:
+    """``report run.name=x``: the page from what the run folder holds."""
+    from finetune.report import report
+
+    config = load(with_experiment([*recorded(overrides), *overrides]))
+    report(Path(config.run.root) / config.run.name)
+    return True
+
+
+def compare_scores(own: Settings, overrides: list[str]) -> bool:
+    """``eval run.name=a compare=b``: two runs on the rows that both were measured on."""
+    from finetune.eval.compare import compare
+    from finetune.report.compare import show_comparison
+
+    config = load(with_experiment([*recorded(overrides), *overrides]))
+    root = Path(config.run.root)
+    comparison = compare(root / config.run.name, root / own["compare"], seed=config.run.seed)
+    show_comparison(comparison, root / config.run.name / "eval" / f"compare-{comparison['runs'][1]}.html")
+    return True
+
+
+def explain_setting(own: Settings, overrides: list[str]) -> bool:
+    """``plan explain=lora.rank``: who set it, and what it would be otherwise."""
+    from finetune.account import explain
+
+    explain(own["explain"], with_experiment(overrides))
+    return True
+
+
+def diff(own: Settings, overrides: list[str]) -> bool:
+    """``diff a b``: what differs between two runs."""
+    from finetune.account import compare
+
+    names = [word for word in overrides if "=" not in word]
+    settings = dict(override.split("=", 1) for override in overrides if "=" in override)
+    root = Path(settings.pop("run.root", "outputs"))
+    if len(names) != 2 or settings:
+        raise ConfigError(f"diff: name two runs, e.g. finetune diff a b (and json=true); got {' '.join(overrides) or 'nothing'}")
+    compare(*[Path(name) if "/" in name else root / name for name in names], as_json=own.get("json") == "true")
+    return True
+
+
+def replay(own: Settings, overrides: list[str]) -> bool:
+    """``replay run.name=x``: the run again, held against itself; false where it does not come out as it did."""
+    from finetune import account
+
+    settings = dict(override.split("=", 1) for override in overrides if "=" in override)
+    root, name = Path(settings.pop("run.root", "outputs")), settings.pop("run.name", None)
+    if name is None or settings:
+        raise ConfigError(f"replay: say run.name=<a finished run> (besides run.root and force=true, nothing else); got {overrides}")
+    from finetune.pipeline import run, surroundings
+
+    return account.replay(root / name, run=run, surroundings=surroundings, force=own.get("force") == "true").holds
+
+
+def explain_row(own: Settings, overrides: list[str]) -> bool:
+    """``data why=train.jsonl:3``: what became of one row."""
+    from finetune import model
+    from finetune.data import explain
+
+    asked = load(with_experiment(overrides))
+    folder = prepared(Path(asked.run.root) / asked.run.name)
+    config = load(with_experiment(recorded([f"run.root={folder.parent}", f"run.name={folder.name}"])))
+    given = {override.split("=", 1)[0].lstrip("+") for override in overrides}
+    if given & {"data.path", "data.hub"} and (asked.data.path, asked.data.hub) != (config.data.path, config.data.hub):
+        raise ConfigError(
+            f"data.path: {folder} was prepared from {config.data.path or config.data.hub}, not from {asked.data.path or asked.data.hub}; "
+            "run `finetune data` with the same settings first, or give its run.name"
+        )
+    say("data", f"as prepared in {folder}")
+    explain(folder / "data", own["why"], tokenizer=model.load_tokenizer(model.fetch(config.model)))
+    return True
+
+
+def prepared(folder: Path) -> Path:
+    """The run, or the look at its data, that was prepared last."""
+    there = [path for path in (folder, folder.with_name(f"{folder.name}-data")) if (path / "data" / "ledger.parquet").is_file()]
+    if not there:
+        raise ConfigError(f"run.name: {folder} holds no prepared data; run `finetune data` with the same settings first")
+    return max(there, key=lambda path: (path / "data" / "ledger.parquet").stat().st_mtime)
+
+
+def with_experiment(overrides: list[str]) -> list[str]:
+    """Without an experiment, the quickstart."""
+    named = any(override.lstrip("+").startswith("experiment=") for override in overrides)
+    return overrides if named else ["+experiment=quickstart", *overrides]
+
+
+def recorded(overrides: list[str]) -> list[str]:
+    """What the named run was started with, so that a later verb composes the same."""
+    settings = dict(override.split("=", 1) for override in overrides if "=" in override)
+    name = settings.get("run.name")
+    if name is None:
+        return []
+    file = Path(settings.get("run.root", "outputs")) / name / "overrides.json"
+    if not file.is_file():
+        raise ConfigError(f"run.name={name}: {file.parent} holds no run; start one first, or give the name of one that exists")
+    return [str(override) for override in json.loads(file.read_text(encoding="utf-8")) if not override.startswith("run.if_exists=")]
+
+
+LOOKS: dict[tuple[str, str], Callable[[Settings, list[str]], bool]] = {
+    ("report", ""): report_again,
+    ("diff", ""): diff,
+    ("replay", ""): replay,
+    ("data", "why"): explain_row,
+    ("eval", "compare"): compare_scores,
+    ("plan", "explain"): explain_setting,
+}
+"""By verb, and by the setting of its own that asks for it; whether all is well."""

@@ -1,0 +1,91 @@
+"""Merged weights in other numbers and other files are the same model, or the export says what it cannot hold."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_export import Facts, merged, run  # noqa: F401  # fixtures
+from transformers import AutoModelForCausalLM
+
+from finetune.errors import ExportError
+from finetune.export import Exports, load
+
+Run = Callable[..., Exports]
+
+
+@pytest.mark.parametrize("numbers", ["float16", "float32"])
+def test_other_numbers_are_written_and_their_cost_said(run: Run, merged: Facts, tmp_path: Path, numbers: str) -> None:  # noqa: F811
+    (one,) = run(tmp_path / "export", "safetensors", numbers=numbers).exports
+    folder = tmp_path / "export" / "safetensors"
+    old, new = (load_file(place / "model.safetensors") for place in (merged.folder / "model", folder))
+    assert {tensor.dtype for tensor in new.values()} == {getattr(torch, numbers)}
+    assert all(torch.allclose(new[name].float(), tensor.float(), atol=1e-7) for name, tensor in old.items())
+    assert json.loads((folder / "config.json").read_text())["dtype"] == numbers
+    assert one["parity"]["max_logit_difference"] < 1e-3
+    assert one["parity"]["cost"]["kl"] < 1e-2
+    assert next(load(folder)[0].parameters()).dtype == getattr(torch, numbers)
+
+
+def test_files_are_no_larger_than_asked(run: Run, merged: Facts, tmp_path: Path) -> None:  # noqa: F811
+    run(tmp_path / "export", "safetensors", shard_bytes=80_000)
+    folder = tmp_path / "export" / "safetensors"
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) > 2
+    assert all(file.stat().st_size < 90_000 for file in files)
+    one, many = (AutoModelForCausalLM.from_pretrained(place).state_dict() for place in (merged.folder / "model", folder))
+    assert all(torch.equal(one[name], many[name]) for name in one)
+
+
+def test_without_wishes_the_weights_are_not_written_again(run: Run, merged: Facts, tmp_path: Path) -> None:  # noqa: F811
+    run(tmp_path / "export", "safetensors")
+    assert (tmp_path / "export" / "safetensors" / "model.safetensors").samefile(merged.folder / "model" / "model.safetensors")
+
+
+def large(merged: Facts, folder: Path, **factors: float) -> Facts:  # noqa: F811
+    """The merged model with some weights multiplied; the first of each that is named gets beyond float16."""
+    shutil.copytree(merged.folder, folder)
+    file = folder / "model" / "model.safetensors"
+    tensors = load_file(file)
+    for part, factor in factors.items():
+        tensors = {name: tensor * factor if part in name else tensor for name, tensor in tensors.items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    return Facts(folder=folder)
+
+
+def test_weight_beyond_float16_is_named(run: Run, merged: Facts, tmp_path: Path) -> None:  # noqa: F811
+    other = large(merged, tmp_path / "large", up_proj=1e7)
+    with pytest.raises(ExportError, match=r"numbers=float16: model.layers.0.mlp.up_proj.weight holds weights beyond its range"):
+        run(tmp_path / "export", "safetensors", from_merged=other, numbers="float16")
+    assert not (tmp_path / "export" / "safetensors").exists()
+
+
+def test_figures_between_layers_beyond_float16_are_said(run: Run, merged: Facts, tmp_path: Path) -> None:  # noqa: F811
+    other = large(merged, tmp_path / "large", up_proj=2e3, down_proj=2e3)
+    with pytest.raises(ExportError, match=r"leave the range of float16"):
+        run(tmp_path / "export", "safetensors", from_merged=other, numbers="float16")
+
+
+def test_unknown_numbers_are_named(run: Run, tmp_path: Path) -> None:  # noqa: F811
+    with pytest.raises(ExportError, match=r"export.safetensors.numbers must be one of bfloat16, float16, float32; got 'int4'"):
+        run(tmp_path / "export", "safetensors", numbers="int4")
+
+
+@pytest.mark.parametrize("format", ["safetensors", "bitsandbytes", "onnx", "adapter"])
+def test_full_disk_is_said_before_anything_is_written(
+    run: Run,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    format: str,
+) -> None:
+    (tmp_path / "export" / format).mkdir(parents=True)
+    (tmp_path / "export" / format / "good").write_text("an earlier export")
+    full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: full)
+    with pytest.raises(ExportError, match=rf"export.{format} needs .* of disk in .* and 1000 B are free"):
+        run(tmp_path / "export", format)
+    assert (tmp_path / "export" / format / "good").is_file()
+    assert not list((tmp_path / "export" / ".work").iterdir())

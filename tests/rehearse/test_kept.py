@@ -1,0 +1,54 @@
+"""What was proved of the very same is not proved again; anything else is."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import pytest
+
+from finetune.rehearse import kept
+from finetune.rehearse.config import RehearseConfig
+
+
+class Ahead(NamedTuple):
+    train: RehearseConfig
+    until: str
+    make_trainer: Any
+
+
+CONFIG = RehearseConfig(level="quick", rows=4, steps=8)
+AHEAD = Ahead(train=CONFIG, until="report", make_trainer=print)
+INPUTS: dict[str, Any] = {"seed": 1, "quantization": {"method": "nf4"}, "adapted": object()}
+
+
+def test_a_rehearsal_is_found_by_what_decides_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
+    name = kept.name_of(CONFIG, INPUTS, AHEAD)
+    assert kept.find(name) is None
+    kept.keep(name, {"proofs": [{"name": "identity"}]})
+    assert kept.find(kept.name_of(CONFIG, {**INPUTS, "adapted": object()}, AHEAD)) == {"proofs": [{"name": "identity"}]}
+
+
+@pytest.mark.parametrize(
+    ("config", "inputs", "ahead"),
+    [
+        (dataclasses.replace(CONFIG, rows=5), INPUTS, AHEAD),
+        (CONFIG, {**INPUTS, "seed": 2}, AHEAD),
+        (CONFIG, {**INPUTS, "quantization": {"method": "fp4"}}, AHEAD),
+        (CONFIG, INPUTS, AHEAD._replace(train=dataclasses.replace(CONFIG, steps=9))),
+    ],
+)
+def test_another_setting_is_another_rehearsal(config: Any, inputs: Any, ahead: Any) -> None:
+    assert kept.name_of(config, inputs, ahead) != kept.name_of(CONFIG, INPUTS, AHEAD)
+
+
+def test_other_code_is_another_rehearsal(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = kept.name_of(CONFIG, INPUTS, AHEAD)
+    monkeypatch.setattr(kept, "code", lambda: {"train": "changed"})
+    assert kept.name_of(CONFIG, INPUTS, AHEAD) != before
+
+
+def test_a_damaged_memory_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
+    kept.keep("a", {})
+    (tmp_path / "rehearsals" / "a.json").write_text("{")
+    assert kept.find("a") is None
