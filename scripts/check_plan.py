@@ -6,13 +6,18 @@ FILE holds {"rows": [...]}. Prints each source's median and 90th-percentile erro
 import argparse
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
 from finetune.architecture import ArchitectureConfig
-from finetune.plan.reference import Comparison, compare
+from finetune.config import load
+from finetune.hardware import probe
+from finetune.plan.inputs import PlanInputs
+from finetune.plan.reference import Comparison, compare, compare_run
+from finetune.plan.settings import from_config
 
 MODELS = Path(__file__).parents[1] / "conf" / "model"
 
@@ -24,15 +29,24 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = json.loads(arguments.file.read_text())["rows"]
     known = architectures()
-    compared = [compare(row, known) for row in rows]
+    compared = [compare_run(row, inputs_of(row)) if "overrides" in row else compare(row, known) for row in rows]
     if arguments.rows:
         for row, comparison in zip(rows, compared, strict=True):
-            print(line(row["model"], row["method"], comparison))
+            print(line(row["model"], row["note"] if "overrides" in row else row["method"], comparison))
     for source in sorted({comparison.source for comparison in compared}):
         print(summary(source, [c for c in compared if c.source == source]))
+    own = sorted(c.own_error for c in compared if c.own_error is not None)
+    if own:
+        print(f"{'of these, without the libraries':<55}{len(own):>4} rows  {figures(own)}")
     print(summary("every condition known", [c for c in compared if c.known]))
     print(summary("all", compared))
     print(json.dumps(verdict(compared)))
+
+
+def inputs_of(row: Mapping[str, Any]) -> PlanInputs:
+    """A row of scripts/measure_plan.py names its settings as a user types them, so that the plan reads them as a user's."""
+    config = load([*row["overrides"], "run.name=compared"])
+    return from_config(config, probe(config.hardware))
 
 
 def architectures() -> dict[str, ArchitectureConfig]:
@@ -58,16 +72,19 @@ def percentile(values: Sequence[float], share: float) -> float:
 def summary(name: str, compared: Sequence[Comparison]) -> str:
     found = errors(compared)
     verdicts = [c.fits == c.planned_fits for c in compared if c.fits is not None]
-    figures = f"median {statistics.median(found):6.1%}  p90 {percentile(found, 0.9):6.1%}" if found else f"{'':27}"
     right = f"  fits right {sum(verdicts)}/{len(verdicts)}" if verdicts else ""
-    return f"{name:<55}{len(compared):>4} rows  {figures}{right}"
+    return f"{name:<55}{len(compared):>4} rows  {figures(found) if found else '':27}{right}"
+
+
+def figures(found: Sequence[float]) -> str:
+    return f"median {statistics.median(found):6.1%}  p90 {percentile(found, 0.9):6.1%}"
 
 
 def line(model: str, method: str, c: Comparison) -> str:
     reported = f"{c.reported_bytes / 1e9:8.2f}" if c.reported_bytes else " " * 8
     signed = f"{c.planned_bytes / c.reported_bytes - 1:+7.1%}" if c.reported_bytes else " " * 7
     fits = f"  fits {c.fits} planned {c.planned_fits}" if c.fits is not None else ""
-    return f"{c.row:>4} {model:<24}{method:<24}{reported} {c.planned_bytes / 1e9:8.2f} GB {signed}{fits}"
+    return f"{c.row:>4} {model:<24}{method:<36}{reported} {c.planned_bytes / 1e9:8.2f} GB {signed}{fits}"
 
 
 def verdict(compared: Sequence[Comparison]) -> dict[str, float | int]:

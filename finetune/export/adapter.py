@@ -20,6 +20,7 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
 
     source, target = work.adapter.folder / "adapter", work.desk / name
     check_adapter(source)
+    work.need(name, sum(file.stat().st_size for file in source.iterdir()))
     target.mkdir()
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copyfile(source / file, target / file)

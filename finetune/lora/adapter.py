@@ -69,6 +69,8 @@ def attach(
         starts.use_rounding_errors(adapted, original, rank=config.rank)
     elif config.variant == "dora":
         starts.use_row_lengths(adapted, dtype=getattr(torch, config.dtype))
+    if rows:
+        _show_bias(adapted)
     cast_adapter(adapted, config.dtype)
     _say(adapted, config, targets)
     return adapted
@@ -135,6 +137,15 @@ def token_rows(model: Any, tokens: list[str], tokenizer: Any) -> dict[str, list[
         )
     embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
     return {embedding.rpartition(".")[2]: sorted(vocabulary[token] for token in tokens)}
+
+
+def _show_bias(adapted: Any) -> None:
+    """TRL 1.16 asks the head for its bias while it computes the loss, and peft 0.21's wrapper of a tied head hides it."""
+    from peft.utils.other import TrainableTokensWrapper
+
+    for module in adapted.modules():
+        if isinstance(module, TrainableTokensWrapper):
+            module.bias = getattr(module.original_module, "bias", None)
 
 
 def linear_layers(model: Any) -> Counter[str]:

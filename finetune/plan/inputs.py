@@ -30,10 +30,7 @@ class Trainer:
         unties: Embedding and head are stored apart even where the model ties them.
         embedding_gradient: The embedding is left trainable by mistake, so its whole gradient is made.
         reduced_input_copies: Every LoRA branch casts its own copy of the input (autocast with float32 adapters).
-        autocast: Products are computed in 16 bit whatever they are given; without it, a float32 norm makes float32 of all that follows.
         reenters: Checkpointing is the older, reentrant kind, whose first pass makes no graph at all.
-        context_bytes: CUDA context and loaded kernels of one process. Kernels are loaded when they are first used since CUDA
-            12.2, and take 0.4 to 0.6 GiB then. Source: CUDA programming guide, lazy loading.
     """
 
     logits_bytes: int = 0
@@ -49,9 +46,7 @@ class Trainer:
     unties: bool = False
     embedding_gradient: bool = False
     reduced_input_copies: bool = True
-    autocast: bool = True
     reenters: bool = False
-    context_bytes: int = GIB // 2
 
 
 OURS = Trainer()
@@ -172,11 +167,6 @@ class PlanInputs:
     def wide_bytes(self) -> int:
         """Bytes per element inside the layers: bitsandbytes gives its input's numbers back, and a float32 norm gives float32."""
         return FLOAT if self.upcast != "none" and self.method != "none" else self.compute_bytes
-
-    @property
-    def product_bytes(self) -> int:
-        """Bytes per element of what products read."""
-        return self.compute_bytes if self.trainer.autocast else self.wide_bytes
 
     @property
     def head_adapted(self) -> bool:

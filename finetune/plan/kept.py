@@ -73,7 +73,7 @@ def attention(inputs: PlanInputs) -> Iterator[Kept]:
     product with the values where that is in other numbers; a soft cap keeps its tanh besides.
     Source: transformers 5.23, ``eager_attention_forward`` and ``sdpa_attention_forward``; torch's ``convert_boolean_attn_mask``.
     """
-    a, c, tokens = inputs.architecture, inputs.product_bytes, inputs.step_tokens
+    a, c, tokens = inputs.architecture, inputs.compute_bytes, inputs.step_tokens
     query, key = a.heads * a.head_dim, a.kv_heads * a.head_dim
     eager, flat = inputs.attention == "eager", inputs.steps.flat
     held_key = query if inputs.trainer.repeats_kv or eager or flat else key
@@ -99,7 +99,7 @@ def linear_inputs(inputs: PlanInputs) -> Iterator[Kept]:
     a mask: of one byte on a GPU, in the adapter's numbers on a CPU. Where adapters are float32 under autocast, each branch
     keeps its own cast copy. LLM.int8 holds on to its input. Source: bitsandbytes 0.50, ``MatMul8bitLt.forward``, ``ctx.tensors``.
     """
-    c, tokens = inputs.product_bytes, inputs.step_tokens
+    c, tokens = inputs.compute_bytes, inputs.step_tokens
     held = inputs.method == "int8" or (inputs.trainer.keeps_inputs and inputs.packed_4bit)
     for index, (width, layers, kept_anyway) in enumerate(sites(inputs)):
         name = "attention" if index < 2 else "feed-forward"
@@ -112,15 +112,13 @@ def linear_inputs(inputs: PlanInputs) -> Iterator[Kept]:
             branches = min(1, branches)
             if 0 < len(adapted) < len(layers):
                 yield Kept(name, c * sum(linear.out_features for linear in adapted) * tokens)
-        private = inputs.dropout or (inputs.trainer.reduced_input_copies and inputs.trainer.autocast and inputs.adapter_bytes != c)
+        private = inputs.dropout or (inputs.trainer.reduced_input_copies and inputs.adapter_bytes != c)
         if private:
             yield Kept(name, c * width * tokens, branches)
             mask = 1 if inputs.device == "cuda" else inputs.adapter_bytes
             yield Kept(name, mask * width * tokens if inputs.dropout else 0, branches)
-        if not kept_anyway and (not inputs.rank or (held and c == inputs.compute_bytes) or (branches > 0 and not private)):
+        if not kept_anyway and (not inputs.rank or held or (branches > 0 and not private)):
             yield Kept(name, c * width * tokens)
-        if held and c != inputs.compute_bytes:  # each product's own 16-bit copy of a float32 input
-            yield Kept(name, inputs.compute_bytes * width * tokens, len(layers))
         yield Kept(name, c * inputs.rank * tokens, branches)
 
 

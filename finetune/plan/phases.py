@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from finetune.architecture import embedding_parameters, head_parameters, linear_layers
 from finetune.plan import weights
 from finetune.plan.activations import activations, forward_bytes, kv_cache_bytes, largest_block_bytes, offloaded_bytes
 from finetune.plan.inputs import GIB, PlanInputs
 from finetune.plan.kept import layer_bytes
+
+CUDA_CONTEXT_BYTES = GIB // 2
+"""CUDA context and loaded kernels of one process. With lazy loading, which torch asks for, 0.4 to 0.6 GiB.
+Source: CUDA programming guide, lazy loading."""
 
 USABLE_SHARE = 0.985
 """Of a GPU's memory as it is sold, what a process can allocate: torch reports 23.69 GiB on a 24 GiB RTX 3090 and 79.15
@@ -100,7 +106,7 @@ def framework_bytes(inputs: PlanInputs) -> float:
     """What is there before the first tensor."""
     if inputs.device == "cpu":
         return PROCESS_BYTES
-    return inputs.trainer.context_bytes + (NCCL_BYTES if inputs.processes > 1 else 0)
+    return CUDA_CONTEXT_BYTES + (NCCL_BYTES if inputs.processes > 1 else 0)
 
 
 def allocator_bytes(inputs: PlanInputs) -> float:
@@ -112,7 +118,8 @@ def allocator_bytes(inputs: PlanInputs) -> float:
     """
     if inputs.device == "cuda":
         return largest_block_bytes(inputs)
-    return HOLES_PER_BLOCK * inputs.architecture.layers * layer_bytes(inputs)
+    whole = dataclasses.replace(inputs, steps=dataclasses.replace(inputs.steps, selective=False))
+    return HOLES_PER_BLOCK * inputs.architecture.layers * layer_bytes(whole)
 
 
 def largest_dense_bytes(inputs: PlanInputs) -> float:
@@ -146,7 +153,7 @@ def _merge(inputs: PlanInputs) -> Terms:
 
 
 def single_process_bytes(inputs: PlanInputs) -> float:
-    return PROCESS_BYTES if inputs.device == "cpu" else inputs.trainer.context_bytes
+    return PROCESS_BYTES if inputs.device == "cpu" else CUDA_CONTEXT_BYTES
 
 
 def host_bytes(inputs: PlanInputs) -> dict[str, float]:

@@ -47,6 +47,7 @@ class Comparison:
         fits: The published verdict; None where there is none.
         planned_fits: The closed form's verdict on the same device.
         known: Whether the source states every condition.
+        libraries: Of both figures, what a process with the libraries and nothing else takes: planned and measured.
     """
 
     row: int
@@ -56,10 +57,33 @@ class Comparison:
     fits: bool | None
     planned_fits: bool | None
     known: bool
+    libraries: tuple[float, float] = (0.0, 0.0)
 
     @property
     def error(self) -> float | None:
         return None if not self.reported_bytes else abs(self.planned_bytes - self.reported_bytes) / self.reported_bytes
+
+    @property
+    def own_error(self) -> float | None:
+        """The same without the libraries, which would make a small model's figures look better than they are."""
+        if not self.reported_bytes or not self.libraries[1]:
+            return None
+        planned, reported = self.planned_bytes - self.libraries[0], self.reported_bytes - self.libraries[1]
+        return abs(planned - reported) / reported
+
+
+def compare_run(row: Mapping[str, Any], inputs: PlanInputs) -> Comparison:
+    """A training measured here: resident memory of its whole process, which is what the plan says of a CPU."""
+    return Comparison(
+        row=row["id"],
+        source=_source(row),
+        planned_bytes=phases.step_peak(inputs),
+        reported_bytes=row["reported"] * _unit(row),
+        fits=None,
+        planned_fits=None,
+        known=not row["unknown_conditions"],
+        libraries=(phases.framework_bytes(inputs), row["libraries"] * _unit(row)),
+    )
 
 
 def compare(row: Mapping[str, Any], architectures: Mapping[str, ArchitectureConfig]) -> Comparison:
@@ -140,8 +164,6 @@ def _trainer(row: Mapping[str, Any], method: str) -> Trainer:
         return trainers.LITGPT_QUANTIZED if quantized else trainers.LITGPT
     if "fsdp_qlora" in source:
         return trainers.TRANSFORMERS_HELD
-    if "1b4d85d9" in source:
-        return trainers.TRANSFORMERS_2023
     if "torchtune" in source:
         return trainers.TORCHTUNE
     if "prime-rl" in source or "axolotl" in source:

@@ -4,8 +4,6 @@ Nothing here is fitted: each flag was read in the named source at the named comm
 the tensors that are alive together while the loss is computed backwards.
 """
 
-import dataclasses
-
 from finetune.plan.inputs import OURS, Trainer
 
 LITGPT = Trainer(
@@ -68,10 +66,6 @@ TRANSFORMERS = Trainer(
 )
 """transformers before 4.45 with peft: ``logits.float()``, a shifted copy, cross entropy in float32."""
 
-TRANSFORMERS_2023 = dataclasses.replace(TRANSFORMERS, context_bytes=1_300_000_000, autocast=False)
-"""The same on a T4 in May 2023: transformers refused ``bf16=True`` there, so nothing was autocast; and CUDA 11 loaded every
-kernel at once. Source: transformers docs, "Model training anatomy": 1.3 GB."""
-
 TRANSFORMERS_HELD = Trainer(
     logits_bytes=18,
     logits_held_bytes=4,
@@ -88,10 +82,10 @@ TORCHTUNE = Trainer(
 )
 """torchtune's CEWithChunkedOutputLoss with 8 chunks."""
 
-FUSED_LOSS = Trainer(logits_bytes=0, repeats_kv=False, reduced_input_copies=False)
+FUSED_LOSS = Trainer(logits_bytes=0, repeats_kv=False, reduced_input_copies=False, reenters=True)
 """Cut cross entropy or a fused head: no logits beyond a tile."""
 
 __all__ = [
     "FUSED_LOSS", "LITGPT", "LITGPT_2023", "LITGPT_2023_QUANTIZED", "LITGPT_QUANTIZED", "OURS", "TORCHTUNE",
-    "TRANSFORMERS", "TRANSFORMERS_2023", "TRANSFORMERS_HELD",
+    "TRANSFORMERS", "TRANSFORMERS_HELD",
 ]  # fmt: skip

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from finetune.cache import cache_folder
 from finetune.environment import code
 from finetune.run import fingerprint, plain, write_json
 
+TEXT = "trained_text.txt"
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
 
 
@@ -42,10 +44,17 @@ def find(name: str) -> dict[str, Any] | None:
     return None
 
 
-def keep(name: str, product: dict[str, Any]) -> None:
+def keep(name: str, product: dict[str, Any], folder: Path) -> None:
     """Remembers a rehearsal in which every proof held. A cache that cannot be written costs the next one its time."""
     with contextlib.suppress(OSError):
+        shutil.copyfile(folder / TEXT, _file(name).with_suffix(".txt"))
         write_json(_file(name), product)
+
+
+def restore_text(name: str, folder: Path) -> None:
+    """Puts the text that the first batch trains where a rehearsal would have written it."""
+    with contextlib.suppress(OSError):
+        shutil.copyfile(_file(name).with_suffix(".txt"), folder / TEXT)
 
 
 def _file(name: str) -> Path:

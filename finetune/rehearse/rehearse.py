@@ -79,6 +79,7 @@ def rehearse(
     before = None if ahead is None or ahead.until == "rehearse" else kept.find(name)
     if before:
         say("rehearse", *again(before))
+        kept.restore_text(name, folder)
         return Rehearsal(folder=folder, **before)
     from finetune.rehearse.proofs import ISOLATION, PROOFS, SPEED
     from finetune.rehearse.setting import make_bench
@@ -102,7 +103,7 @@ def rehearse(
         "seconds": round(seconds, 2), "training_seconds": training_seconds, "day": datetime.now().strftime("%Y-%m-%d %H:%M"),
     }  # fmt: skip
     if all(passed.values()):
-        kept.keep(name, product)
+        kept.keep(name, product, folder)
     return Rehearsal(folder=folder, **product)
 
 

@@ -13,6 +13,7 @@ SECRET = re.compile(r"token|secret|key|password|passwd|credential|auth")
 NO_SECRETS = {
     "data.checks.secret_share": "the share of rows that look as if they held secrets",
     "data.control_tokens": "what <|im_end|> inside a text means",
+    "lora.tokens": "words of the vocabulary",
 }
 COUNTS = re.compile(r"(_tokens|tokens_per_step|kv_heads)$")
 """Tokens of text, counted."""

@@ -27,7 +27,8 @@ def test_base_of_seven_billion_in_nf4_is_as_the_qlora_paper_says() -> None:
 
 def test_skipped_layers_stay_dense() -> None:
     skipped = dataclasses.replace(LLAMA, skip=("down_proj",))
-    more = weights.weight_bytes(skipped).total - weights.weight_bytes(LLAMA).total
+    skipping, all_quantized = weights.weight_bytes(skipped), weights.weight_bytes(LLAMA)
+    more = skipping.total - skipping.unused - (all_quantized.total - all_quantized.unused)
     assert more == pytest.approx(32 * 11008 * 4096 * (2 - 4.5 / 8))
 
 
@@ -52,3 +53,15 @@ def test_small_tensors_keep_float32_states() -> None:
 def test_torch_keeps_states_in_the_adapters_numbers() -> None:
     inputs = dataclasses.replace(LLAMA, optimizer="adamw_torch", adapter_bytes=2)
     assert weights.optimizer_bytes(inputs) == 4 * weights.trainable_parameters(inputs)
+
+
+def test_a_large_tensor_takes_whole_segments_of_a_gpu() -> None:
+    # 4,096 x 11,008 weights in half a byte are 21.5 MiB, which lie in 22; 4,096 x 4,096 are 8 and share their segment.
+    assert weights.weight_bytes(LLAMA).unused == pytest.approx(32 * 3 * 0.5 * 1024**2)
+    assert weights.weight_bytes(dataclasses.replace(LLAMA, device="cpu")).unused == 0
+
+
+def test_a_float32_base_is_priced() -> None:
+    # peft's preparation turns every 16-bit weight to float32 where nothing is quantized.
+    inputs = dataclasses.replace(LLAMA, method="none", upcast="all", device="cpu")
+    assert weights.weight_bytes(inputs).codes == 4 * linear_parameters(LLAMA.architecture)

@@ -24,8 +24,12 @@ def test_a_rehearsal_is_found_by_what_decides_it(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
     name = kept.name_of(CONFIG, INPUTS, AHEAD)
     assert kept.find(name) is None
-    kept.keep(name, {"proofs": [{"name": "identity"}]})
+    (tmp_path / "trained_text.txt").write_text("an answer")
+    kept.keep(name, {"proofs": [{"name": "identity"}]}, tmp_path)
     assert kept.find(kept.name_of(CONFIG, {**INPUTS, "adapted": object()}, AHEAD)) == {"proofs": [{"name": "identity"}]}
+    (tmp_path / "trained_text.txt").unlink()
+    kept.restore_text(name, tmp_path)
+    assert (tmp_path / "trained_text.txt").read_text() == "an answer"
 
 
 @pytest.mark.parametrize(
@@ -49,6 +53,7 @@ def test_other_code_is_another_rehearsal(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_damaged_memory_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
-    kept.keep("a", {})
+    (tmp_path / "trained_text.txt").write_text("an answer")
+    kept.keep("a", {}, tmp_path)
     (tmp_path / "rehearsals" / "a.json").write_text("{")
     assert kept.find("a") is None

@@ -1,0 +1,132 @@
+"""The closed form against counts on transformers' own classes, bitsandbytes' own shapes and peft's own layers."""
+
+from pathlib import Path
+
+import pytest
+
+from finetune.config import load
+from finetune.errors import ModelError
+from finetune.hardware import probe
+from finetune.plan.exact import compare, state_bytes
+from finetune.plan.settings import from_config
+from tests.plan.test_architecture import COUNTS, architecture
+
+SHIPPED = [
+    ["+experiment=quickstart"],
+    ["+experiment=dpo_quick"],
+    ["+experiment=llama7b_qlora", "hardware=rtx4090"],
+    ["+experiment=guanaco_7b", "hardware=rtx4090"],
+    ["+experiment=mistral7b_qlora", "hardware=rtx4090"],
+    ["+experiment=qwen25_7b_qlora", "hardware=rtx4090"],
+    ["+experiment=gemma2_9b_qlora", "hardware=a100_80gb"],
+    ["+experiment=phi3_mini_qlora", "hardware=rtx3090"],
+]
+OTHERS = [
+    ["+experiment=llama7b_qlora", "hardware=rtx4090", "train.checkpointing=none"],
+    ["+experiment=llama7b_qlora", "hardware=rtx4090", "train.checkpointing=selective", "lora.dropout=0"],
+    ["+experiment=qwen25_7b_qlora", "hardware=rtx4090", "lora.dropout=0"],
+    ["+experiment=phi3_mini_qlora", "hardware=t4", "train.checkpointing=none"],
+    ["+experiment=quickstart", "quantization=int8", "train.checkpointing=full"],
+    ["+experiment=quickstart", "quantization=none", "speed=plain"],
+    ["+experiment=llama7b_qlora", "hardware=a100_80gb", "model=mixtral_8x7b"],
+]
+FEW_LAYERS = "model.architecture.layers=3"
+"""Layers are alike, so three show what thirty do, in a tenth of the time."""
+
+
+def differences(overrides: list[str]) -> dict[str, float]:
+    config = load([*overrides, FEW_LAYERS])
+    machine = probe(config.hardware)
+    return {name: term.difference for name, term in compare(config, from_config(config, machine), machine).items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", SHIPPED + OTHERS, ids=" ".join)
+def test_closed_form_and_count_agree_within_a_twentieth(overrides: list[str]) -> None:
+    found = differences(overrides)
+    assert abs(found["together"]) < 0.05
+    assert all(abs(found.get(term, 0.0)) < 0.001 for term in ("weights", "constants", "unquantized", "adapter", "optimizer", "cached"))
+    assert abs(found["kept activations"]) < 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixtral_8x7b", "qwen3_30b_a3b"])
+def test_bitsandbytes_leaves_fused_experts_alone(name: str) -> None:
+    """What transformers hands to bitsandbytes are the attention's layers: every expert stays an unquantized parameter."""
+    from finetune.plan.fake import build
+
+    config = load(["+experiment=llama7b_qlora", f"model={name}", "model.architecture.layers=2"])
+    inputs = from_config(config, probe(config.hardware))
+    model, quantized = build(config, inputs, dtype="bfloat16")
+    assert {layer.split(".")[-2] for layer in quantized} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    experts = sum(p.numel() for layer, p in model.named_parameters() if "experts" in layer)
+    a = inputs.architecture
+    assert experts == a.layers * a.experts * 3 * a.hidden_size * a.intermediate_size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, *_ in COUNTS])
+def test_every_family_is_built_with_as_many_weights_as_its_dimensions_say(name: str) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from finetune.plan.fake import transformers_config
+
+    config = load(["+experiment=llama7b_qlora", f"model={name}"])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(transformers_config(config, architecture(name)))
+    assert sum(p.numel() for p in model.parameters()) == next(total for known, total, *_ in COUNTS if known == name)
+
+
+@pytest.mark.parametrize(
+    ("elements", "optimizer", "size"),
+    [
+        (8192, "paged_adamw_8bit", 2 * (8192 + 4 * 32)),
+        (4095, "adamw_8bit", 8 * 4095),
+        (8192, "lion_32bit", 4 * 8192),
+        (10, "adamw_torch", 80),
+    ],
+)
+def test_states_of_one_tensor(elements: int, optimizer: str, size: int) -> None:
+    assert state_bytes(elements, 4, optimizer) == size
+
+
+def test_a_family_that_cannot_be_counted_is_named(tmp_path: Path) -> None:
+    config = load(["+experiment=llama7b_qlora", "model=falcon_7b"])
+    machine = probe(config.hardware)
+    with pytest.raises(ModelError, match="falcon models are planned in closed form only"):
+        compare(config, from_config(config, machine), machine)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["+experiment=quickstart"],
+        ["+experiment=quickstart", "lora.dropout=0.1"],
+        ["+experiment=quickstart", "quantization=none"],
+        ["+experiment=quickstart", "quantization=int8"],
+        ["+experiment=quickstart", "model.upcast=norms"],
+        ["+experiment=quickstart", "speed=plain"],
+        ["+experiment=quickstart", "lora=dora"],
+        ["+experiment=qwen25_7b_qlora"],
+        ["+experiment=gemma2_9b_qlora"],
+        ["+experiment=quickstart", "model=qwen3_06b"],
+    ],
+    ids=" ".join,
+)
+def test_the_plan_knows_how_steps_will_be_computed(overrides: list[str]) -> None:
+    """`plan` foresees without torch what `speed` chooses when it sees the model."""
+    from finetune.hardware import place
+    from finetune.plan.fake import build
+    from finetune.speed.choose import choose
+    from finetune.speed.quick import facts_of
+
+    config = load([*overrides, "model.architecture.layers=1", "hardware.device=cpu"])
+    machine = probe(config.hardware)
+    placement = place(machine, config)
+    inputs = from_config(config, machine)
+    model, _ = build(config, inputs, dtype=placement.dtype)
+    choice = choose(config.speed, facts_of(model, placement), device="cpu")
+    cached = choice.cached and config.quantization.method != "none"
+    assert (inputs.steps.fused, inputs.steps.trained_only, inputs.steps.cached) == (choice.fused, choice.trained_only, cached)
