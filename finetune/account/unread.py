@@ -62,6 +62,12 @@ BY_DESIGN = (
     Rule(("rehearse.rows",), lambda c, part: part.level == "off", "nothing is proved"),
     Rule(("rehearse.steps",), lambda c, part: part.level != "full", "only rehearse=full takes steps"),
     Rule(("merge.candidates",), lambda c, part: part.choose == "dequantized", "one was named"),
+    Rule(
+        ("eval.harness.include_path", "eval.harness.limit", "eval.harness.shots", "eval.harness.chat", "eval.harness.batch_rows"),
+        lambda c, part: not c.eval.harness.tasks,
+        "no task of lm-eval is asked for",
+    ),
+    Rule(("export.*.shard_bytes",), lambda c, part: part.format != "safetensors", "only its files are cut"),
     Rule(("eval.max_new_tokens", "eval.batch_rows"), lambda c, part: part.rows == 0, "no answers are written"),
     Rule(
         ("export.*.golden_rows", "export.*.loss_rows", "export.*.max_logit_difference", "export.*.max_kl", "export.*.max_new_tokens"),
