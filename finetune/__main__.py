@@ -15,8 +15,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from finetune.config import CONF, RunConfig, compose_config, explain_all, load, make, register
 from finetune.console import complain
-from finetune.errors import ConfigError, FinetuneError, GateMissed, Interrupted
+from finetune.errors import ConfigError, FinetuneError, GateMissed, Interrupted, RankFailed
 from finetune.hardware.busy import Look, spare_others
+from finetune.launch import Ranks, as_launched, must_start, start
 from finetune.overrides import opened
 from finetune.run import STAGES
 from finetune.verbs import LOOKS, recorded, split_own, with_experiment
@@ -26,6 +27,9 @@ STAGE_VERBS = ("train", "merge", "eval", "export", "report")
 
 LOOK_VERBS = {"data": "data", "rehearse": "rehearse"}
 """Verbs that stop early and work in a folder of their own, so that the run's name stays free."""
+
+LAUNCHED = ("run", "train")
+"""Verbs whose work several processes share; the others are one process's, whatever ``launch`` says."""
 
 VERBS = ("run", "plan", "bench", "replay", "diff", *LOOK_VERBS, *STAGE_VERBS)
 STARTED = Look.now()
@@ -50,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return complain(error, YOURS)
     except GateMissed as missed:
         return complain(missed, OURS)
+    except RankFailed as failed:
+        return complain(failed, failed.code)
     except Interrupted as stop:
         return complain(stop, INTERRUPTED)
     except KeyboardInterrupt:
@@ -80,17 +86,40 @@ def execute(verb: str, config: RunConfig, *, overrides: list[str], own: dict[str
 
         show(plan(config, probe(config.hardware)))
         return DONE
+    if verb in LAUNCHED:
+        config.launch = as_launched(config.launch)
+        if must_start(config.launch):
+            return start(config.launch, [verb, *overrides])
     spare_others(STARTED)
     gc.disable()  # until the model is there: looking through a million objects that stay takes a tenth of the start
-    from finetune.pipeline import run
-
     if verb in LOOK_VERBS:
         config.run.name, config.run.until, config.run.if_exists = f"{config.run.name}-{verb}", LOOK_VERBS[verb], "overwrite"
     if verb in STAGE_VERBS:
         config.run.if_exists = "resume"
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        config.run.if_exists = "resume"  # started again after a failure: what stands is this launch's own
     again = frozenset(STAGES[STAGES.index(verb) :]) if verb in STAGE_VERBS else frozenset()
-    run(config, overrides=overrides, again=again)
+    work(config, overrides=overrides, again=again)
     return DONE
+
+
+def work(config: RunConfig, *, overrides: list[str], again: frozenset[str]) -> None:
+    """The line, alone or as one process of several."""
+    from finetune.pipeline import follow, run
+
+    ranks = Ranks(silence_seconds=config.launch.silence_seconds)
+    try:
+        if ranks.first:
+            run(config, overrides=overrides, ranks=ranks, again=again)
+            ranks.tell("data", False)
+            ranks.leave()
+        else:
+            follow(config, ranks=ranks)
+    except BaseException as error:
+        explained = ranks.explain(error)
+        if explained is error:
+            raise
+        raise explained from error
 
 
 def with_hydra(verb: str, arguments: list[str]) -> int:

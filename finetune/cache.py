@@ -1,10 +1,14 @@
 """What is made once and used by every run: under ``FINETUNE_CACHE`` or the user's cache folder."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+from finetune.console import say
 
 
 def cache_folder(name: str) -> Path:
@@ -13,6 +17,29 @@ def cache_folder(name: str) -> Path:
     folder = Path(root) / name
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path, key: str, *, what: str) -> Iterator[None]:
+    """Makes a cached thing while no other run makes the same; the second one waits, says so, and finds it made.
+
+    The kernel drops the lock with the process that holds it, so a killed run leaves none behind.
+
+    Args:
+        folder: Of the cache; one that cannot be written is used without a lock, since nothing can be made there either.
+        key: Names the thing.
+        what: For the message, e.g. ``these data``.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = stack.enter_context(open(folder / f".{key}.lock", "w"))
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say("cache", f"another run is making {what} in {folder}; this one waits and uses them")
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def file_sha256(file: Path) -> str:

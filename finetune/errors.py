@@ -53,3 +53,15 @@ class Interrupted(Exception):
 
 class GateMissed(Exception):
     """The run is complete and not good enough by ``eval.gate``: exit code 1."""
+
+
+class RankFailed(Exception):
+    """Another process of this launch ended first, and this one ends with its message.
+
+    Attributes:
+        code: Its exit code.
+    """
+
+    def __init__(self, message: str, *, code: int) -> None:
+        super().__init__(message)
+        self.code = code

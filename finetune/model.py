@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.architecture import ArchitectureConfig
-from finetune.cache import cache_folder, file_sha256
+from finetune.cache import cache_folder, exclusive, file_sha256
 from finetune.console import human_bytes, say
 from finetune.errors import ModelError
 from finetune.trust import check_remote_code, check_weights, offer, remote_code_problems
@@ -251,8 +250,11 @@ def _from_gguf(file: Path) -> Path:
         target = cache_folder("models") / f"{file.stem}-{file_sha256(file)[:16]}"
     except OSError as error:
         raise ModelError(f"model.name={file}: it has to be unpacked and the cache cannot be used ({error}); set FINETUNE_CACHE") from error
-    if target.is_dir():
-        return target
+    with exclusive(target.parent, target.name, what="dense weights of this file"):
+        return target if target.is_dir() else _unpack(file, target)
+
+
+def _unpack(file: Path, target: Path) -> Path:
     if importlib.util.find_spec("gguf") is None:
         raise ModelError("model.name is a GGUF file and the package gguf is not installed; run: pip install 'finetune[gguf]'")
     say("model", f"{file.name} ({human_bytes(file.stat().st_size)}) is turned into dense safetensors, once; later runs read {target}")
@@ -266,10 +268,7 @@ def _from_gguf(file: Path) -> Path:
     )
     model.save_pretrained(partial)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(partial)
-    if target.is_dir():
-        shutil.rmtree(partial)
-    else:
-        os.replace(partial, target)
+    os.replace(partial, target)
     return target
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune import environment, hardware, lora, model
@@ -15,6 +16,7 @@ from finetune.errors import GateMissed, HardwareError
 from finetune.eval import score
 from finetune.export import export
 from finetune.hardware import Machine, Placement
+from finetune.launch import Ranks, keep_log, refuse_planned
 from finetune.measure import free
 from finetune.merge import merge
 from finetune.plan import plan, show
@@ -24,7 +26,7 @@ from finetune.report import report
 from finetune.run import RunFolder, plain, write_json
 from finetune.speed import quicken
 from finetune.tracking import Trackers, figures, open_trackers
-from finetune.train import fit
+from finetune.train import assist, fit
 
 if TYPE_CHECKING:
     from finetune.data import PreparedData
@@ -32,12 +34,13 @@ if TYPE_CHECKING:
     from finetune.speed import Quick
 
 
-def run(config: RunConfig, *, overrides: Sequence[str], again: frozenset[str] = frozenset()) -> RunFolder:
+def run(config: RunConfig, *, overrides: Sequence[str], ranks: Ranks, again: frozenset[str] = frozenset()) -> RunFolder:
     """Takes a configuration to a run folder, up to ``run.until``.
 
     Args:
         config: Composed and checked.
         overrides: What the user typed, kept so that a later verb can compose the same again.
+        ranks: This process, the first of its launch, and the others, which `follow`.
         again: Stages to do again although they are done.
 
     Raises:
@@ -52,6 +55,8 @@ def run(config: RunConfig, *, overrides: Sequence[str], again: frozenset[str] = 
     refuse_what_is_only_planned(config)
     folder = RunFolder.open(config.run, again=again)
     with folder.lock():
+        ranks.tell("folder", str(folder.path))
+        keep_log(ranks, folder.path)
         surroundings = environment.environment(machine, placement)
         is_new = not (folder.path / "config.yaml").exists()
         if is_new:
@@ -60,7 +65,7 @@ def run(config: RunConfig, *, overrides: Sequence[str], again: frozenset[str] = 
         say("hardware", *placement.reasons)
         trackers = open_trackers(config.tracking, run_name=config.run.name, folder=folder.path, run_config=to_dict(config))
         try:
-            for stage in line(config, folder=folder, machine=machine, placement=placement, trackers=trackers):
+            for stage in line(config, folder=folder, machine=machine, placement=placement, trackers=trackers, ranks=ranks):
                 if stage == config.run.until:
                     break
             if not is_new:  # only now: settings that a finished stage refuses must not replace the ones it was made with
@@ -83,7 +88,9 @@ def surroundings(config: RunConfig) -> dict[str, Any]:
     return environment.environment(machine, hardware.place(machine, config))
 
 
-def line(config: RunConfig, *, folder: RunFolder, machine: Machine, placement: Placement, trackers: Trackers) -> Iterator[str]:
+def line(
+    config: RunConfig, *, folder: RunFolder, machine: Machine, placement: Placement, trackers: Trackers, ranks: Ranks
+) -> Iterator[str]:  # fmt: skip
     """Runs the stages in order and names each one when it is done."""
     seed = config.run.seed
     with folder.measured("plan") as facts:
@@ -92,42 +99,44 @@ def line(config: RunConfig, *, folder: RunFolder, machine: Machine, placement: P
     show(planned)
     yield "plan"
 
-    set_threads(placement)
+    set_threads(placement, processes=ranks.local_count)
     base = model.fetch(config.model)
     tokenizer = model.load_tokenizer(base, trust_remote_code=config.model.trust_remote_code)
     say("model", model.padding(tokenizer))
     data = folder.once(prepare, config.data, tokenizer=tokenizer, seed=seed)
     yield "data"
 
+    ranks.tell("data", not folder.is_done("train"))  # the others load the model, or are not needed
     base_inputs: dict[str, Any] = {"base": base, "model": config.model, "quantization": config.quantization, "placement": placement}
     adapted = quick = None
     if not folder.is_done("rehearse") or not folder.is_done("train"):
-        adapted, quick = adapt(config, folder=folder, base=base, data=data, placement=placement)
+        with folder.measured("model") as facts:
+            adapted, quick = adapt(config, base=base, data=data, placement=placement, facts=facts)
     gc.freeze()
     gc.enable()
     yield "model"
 
     shared: dict[str, Any] = {"data": data, "placement": placement, "seed": seed}
-    graph = {
-        "base": base,
-        "quantization": spec(config.quantization),
-        "lora": config.lora,
-        "upcast": config.model.upcast,
-        "speed": config.speed,
-    }
+    graph = graph_of(config, base)
     ahead = Ahead(
         train=config.train, optim=config.optim, model=config.model, quantization=config.quantization, until=config.run.until,
         make_trainer=make_trainer,
     )  # fmt: skip
-    rehearsal = folder.once(rehearse, config.rehearse, adapted=adapted, tokenizer=tokenizer, quick=quick, ahead=ahead, **graph, **shared)
+    with ranks.apart():
+        rehearsal = folder.once(
+            rehearse, config.rehearse, adapted=adapted, tokenizer=tokenizer, quick=quick, ahead=ahead, **graph, **shared
+        )  # fmt: skip
     if quick and not rehearsal.quick:
         quick.switch.on = False
     yield "rehearse"
 
-    steps: dict[str, Any] = {"optim": config.optim, "trackers": trackers, "packing": rehearsal.isolates, "quick": quick}
+    ranks.tell("rehearsal", {"isolates": rehearsal.isolates, "quick": rehearsal.quick})
+    steps: dict[str, Any] = {"optim": config.optim, "trackers": trackers, "packing": rehearsal.isolates, "quick": quick, "ranks": ranks}
     adapter = folder.once(fit, config.train, adapted=adapted, tokenizer=tokenizer, **steps, **graph, **shared)
     del adapted, quick, steps
     free()
+    ranks.leave()
+    set_threads(placement)
     yield "train"
 
     merged = folder.once(merge, config.merge, adapter=adapter, data=data, seed=seed, **base_inputs)
@@ -142,29 +151,63 @@ def line(config: RunConfig, *, folder: RunFolder, machine: Machine, placement: P
     yield "export"
 
 
-def adapt(config: RunConfig, *, folder: RunFolder, base: Base, data: PreparedData, placement: Placement) -> tuple[Any, Quick]:
-    """The quantized base in memory with fresh adapters on it, and how its steps are computed."""
-    with folder.measured("model") as facts:
-        loaded = model.load(base, config.model, quantization=config.quantization, placement=placement)
-        parameters, size = model.parameter_count(loaded), model.resident_bytes(loaded)
-        say("model", f"{config.model.name}: {parameters:,} parameters in {human_bytes(size)} as {config.quantization.method}")
-        eva = config.lora.variant == "eva"
-        adapted = lora.attach(
-            loaded, config.lora, upcast=config.model.upcast, checkpointing=config.train.checkpointing == "full", seed=config.run.seed,
-            calibration=lora.read_documents(data.folder / "train", tokens=config.lora.calibration_tokens) if eva else None,
-            original=base.folder,
-        )  # fmt: skip
-        quick = quicken(adapted, config.speed, placement=placement, checkpointing=config.train.checkpointing)
-        facts.update(
-            name=config.model.name,
-            revision=base.revision,
-            sha256=base.sha256,
-            parameters=parameters,
-            trainable_parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
-            quantization=spec(config.quantization),
-            bytes=size,
-            speed=list(quick.choice.reasons),
-        )
+def follow(config: RunConfig, *, ranks: Ranks) -> None:
+    """What every process but the first does: waits for the data, loads the model, trains, and leaves the rest to the first."""
+    quiet_libraries()
+    folder = RunFolder(Path(ranks.hear("folder")))
+    keep_log(ranks, folder.path)
+    if not ranks.hear("data"):
+        ranks.leave()
+        return
+    placement = hardware.place(hardware.probe(config.hardware), config)
+    set_threads(placement, processes=ranks.local_count)
+    base = model.fetch(config.model)
+    tokenizer = model.load_tokenizer(base, trust_remote_code=config.model.trust_remote_code)
+    data = folder.product(prepare)
+    adapted, quick = adapt(config, base=base, data=data, placement=placement, facts={})
+    rehearsal = ranks.hear("rehearsal")
+    quick.switch.on = quick.switch.on and rehearsal["quick"]
+    graph = graph_of(config, base)
+    del graph["speed"]
+    assist(
+        config=config.train, adapted=adapted, tokenizer=tokenizer, data=data, optim=config.optim, placement=placement, quick=quick,
+        packing=rehearsal["isolates"], seed=config.run.seed, ranks=ranks, **graph,
+    )  # fmt: skip
+
+
+def graph_of(config: RunConfig, base: Base) -> dict[str, Any]:
+    """What decides the numbers that a step computes, beside data and optimizer."""
+    return {
+        "base": base,
+        "quantization": spec(config.quantization),
+        "lora": config.lora,
+        "upcast": config.model.upcast,
+        "speed": config.speed,
+    }
+
+
+def adapt(config: RunConfig, *, base: Base, data: PreparedData, placement: Placement, facts: dict[str, Any]) -> tuple[Any, Quick]:
+    """The quantized base in memory with fresh adapters on it, and how its steps are computed; ``facts`` receives what it is."""
+    loaded = model.load(base, config.model, quantization=config.quantization, placement=placement)
+    parameters, size = model.parameter_count(loaded), model.resident_bytes(loaded)
+    say("model", f"{config.model.name}: {parameters:,} parameters in {human_bytes(size)} as {config.quantization.method}")
+    eva = config.lora.variant == "eva"
+    adapted = lora.attach(
+        loaded, config.lora, upcast=config.model.upcast, checkpointing=config.train.checkpointing == "full", seed=config.run.seed,
+        calibration=lora.read_documents(data.folder / "train", tokens=config.lora.calibration_tokens) if eva else None,
+        original=base.folder,
+    )  # fmt: skip
+    quick = quicken(adapted, config.speed, placement=placement, checkpointing=config.train.checkpointing)
+    facts.update(
+        name=config.model.name,
+        revision=base.revision,
+        sha256=base.sha256,
+        parameters=parameters,
+        trainable_parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
+        quantization=spec(config.quantization),
+        bytes=size,
+        speed=list(quick.choice.reasons),
+    )
     return adapted, quick
 
 
@@ -172,25 +215,21 @@ def make_trainer(*arguments: Any, **inputs: Any) -> Any:
     """The trainer that will train, for the rehearsal to try; it comes late, since trl takes seconds to import."""
     from finetune.train.trainer import make_trainer as make
 
-    return make(*arguments, **inputs)
+    return make(*arguments, ranks=Ranks({}), **inputs)  # every process that rehearses does so alone
 
 
 def refuse_what_is_only_planned(config: RunConfig) -> None:
     """Says now what would otherwise fail after the data are prepared."""
-    if config.launch.strategy != "single":
-        raise HardwareError(
-            f"launch.strategy={config.launch.strategy}: this version plans it (finetune plan) and trains in one process; "
-            "choose launch=single"
-        )
+    refuse_planned(config.launch)
     if config.hardware.name != "auto":
         raise HardwareError(f"hardware={config.hardware.name} describes a machine to plan for; to run on this one, choose hardware=auto")
 
 
-def set_threads(placement: Placement) -> None:
-    """One process with all its threads: two processes of two threads each on two cores run ten times slower."""
+def set_threads(placement: Placement, *, processes: int = 1) -> None:
+    """The threads of a machine, dealt to its processes: two processes of two threads each on two cores run ten times slower."""
     import torch
 
-    torch.set_num_threads(placement.threads)
+    torch.set_num_threads(max(1, placement.threads // processes))
 
 
 def write_record(folder: RunFolder, config: RunConfig, *, overrides: Sequence[str], surroundings: dict[str, Any]) -> None:

@@ -102,9 +102,12 @@ class RunFolder:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Holds the run alone. The kernel drops the lock with the process, so a killed run leaves none behind."""
-        with open(self.path / ".lock", "w") as handle:
+        file = self.path / ".lock"
+        with open(file, "w") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not file.exists() or not os.path.samestat(os.fstat(handle.fileno()), file.stat()):
+                    raise BlockingIOError  # deleted and made anew in between: what is locked is no longer the run's
             except BlockingIOError as error:
                 raise ConfigError(f"run.name: another process works in {self.path}; wait for it, or choose another run.name") from error
             yield
@@ -155,6 +158,12 @@ class RunFolder:
             say(stage, f"done before: {self.path / stage} is used as it is")
             return product_type(folder=self.path / stage, **done["product"])  # type: ignore[call-arg]
         return self._run(verb, stage=stage, key=key, config=config, inputs=inputs, redo=done is not None)
+
+    def product(self, verb: Callable[..., Product]) -> Product:
+        """What a finished stage left, read back without asking how it was made; the stage must be done."""
+        stage = verb.__module__.split(".")[1]
+        done = json.loads((self.path / stage / "manifest.json").read_text())
+        return product_of(verb)(folder=self.path / stage, **done["product"])  # type: ignore[call-arg]
 
     def _run(self, verb: Callable[..., Product], *, stage: str, key: str, config: Any, inputs: dict[str, Any], redo: bool) -> Product:
         final = self.path / stage

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from finetune.config import load
@@ -73,9 +74,10 @@ def replay(own: Settings, overrides: list[str]) -> bool:
     root, name = Path(settings.pop("run.root", "outputs")), settings.pop("run.name", None)
     if name is None or settings:
         raise ConfigError(f"replay: say run.name=<a finished run> (besides run.root and force=true, nothing else); got {overrides}")
+    from finetune.launch import Ranks
     from finetune.pipeline import run, surroundings
 
-    return account.replay(root / name, run=run, surroundings=surroundings, force=own.get("force") == "true").holds
+    return account.replay(root / name, run=partial(run, ranks=Ranks({})), surroundings=surroundings, force=own.get("force") == "true").holds
 
 
 def explain_row(own: Settings, overrides: list[str]) -> bool:

@@ -5,6 +5,7 @@ scripts/check_plan.py reads; settings that FILE has already are not measured aga
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -17,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "data" / "quickstart" / "train.jsonl"
 COMMON = [
-    "+experiment=quickstart", "run.until=train", "rehearse=off", "tracking=[]", "train.steps=3", "train.tokens_per_step=null",
+    "+experiment=quickstart", "rehearse=off", "tracking=[]", "train.steps=3", "train.tokens_per_step=null",
     "train.evaluations=0", "train.checkpoints=0",
 ]  # fmt: skip
 
@@ -33,7 +34,7 @@ SETTINGS: dict[str, list[str]] = {
     "none, 1 x 512": ["quantization=none", "train.micro_batch=1", "data.pack_tokens=512"],
     "none, 2 x 1024, rank 8": ["quantization=none", "train.micro_batch=2", "data.pack_tokens=1024", "lora.rank=8"],
     "none, 8 x 512, checkpointing": ["quantization=none", "train.micro_batch=8", "data.pack_tokens=512", "train.checkpointing=full"],
-    "none, 4 x 512, queries and values": ["quantization=none", "train.micro_batch=4", "data.pack_tokens=512", "lora.targets=[q_proj,v_proj]"],
+    "none, 4 x 512, q and v": ["quantization=none", "train.micro_batch=4", "data.pack_tokens=512", "lora.targets=[q_proj,v_proj]"],
     "int8, 2 x 512": ["quantization=int8", "train.micro_batch=2", "data.pack_tokens=512"],
     "nf4, 2 x 512, dropout": ["train.micro_batch=2", "data.pack_tokens=512", "lora.dropout=0.1"],
     "nf4, 2 x 512, plain layers": ["speed=plain", "train.micro_batch=2", "data.pack_tokens=512"],
@@ -68,10 +69,8 @@ def measure(name: str, *, number: int, libraries: int) -> dict[str, Any]:
         micro_batch = next(int(o.split("=")[1]) for o in SETTINGS[name] if o.startswith("train.micro_batch="))
         overrides = [*COMMON, *(o.format(pairs=pairs(Path(folder))) if "{pairs}" in o else o for o in SETTINGS[name])]
         overrides.append(f"train.rows_per_step={2 * micro_batch}")
-        command = [sys.executable, "-m", "finetune", *overrides, "run.name=measured", f"run.root={folder}"]
-        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
-        if done.returncode:
-            sys.exit(f"{name}: {' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+        for until in ("model", "train"):  # the first start of a base quantizes it; every later one reads the copy that it keeps
+            train([*overrides, f"run.until={until}", "run.name=measured", "run.if_exists=overwrite", f"run.root={folder}"])
         trained = json.loads((Path(folder) / "measured" / "train" / "manifest.json").read_text())
         plan = json.loads((Path(folder) / "measured" / "plan" / "manifest.json").read_text())["product"]
         return {
@@ -82,13 +81,20 @@ def measure(name: str, *, number: int, libraries: int) -> dict[str, Any]:
         }  # fmt: skip
 
 
+def train(overrides: list[str]) -> None:
+    command = [sys.executable, "-m", "finetune", *overrides]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+
+
 def pairs(folder: Path) -> Path:
     """The quickstart's requests with their own answer and that of the next row."""
     file = folder / "pairs.jsonl"
     if not file.is_file():
         rows = [json.loads(line)["messages"] for line in QUICKSTART.read_text(encoding="utf-8").splitlines()]
         texts = [{message["role"]: message["content"] for message in row} for row in rows]
-        made = [{"prompt": a["user"], "chosen": a["assistant"], "rejected": b["assistant"]} for a, b in zip(texts, texts[1:], strict=False)]
+        made = [{"prompt": a["user"], "chosen": a["assistant"], "rejected": b["assistant"]} for a, b in itertools.pairwise(texts)]
         file.write_text("".join(json.dumps(row) + "\n" for row in made if row["chosen"] != row["rejected"]), encoding="utf-8")
     return file
 

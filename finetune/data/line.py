@@ -1,5 +1,7 @@
 """The order of the room's steps, and nothing else."""
 
+from __future__ import annotations
+
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.cache import cache_folder
+from finetune.cache import cache_folder, exclusive
 from finetune.console import say
 from finetune.data import cache, ledger, lengths, read, select, template, write
 from finetune.data.checks.warn import warnings_of
@@ -45,12 +47,31 @@ def run(config: DataConfig, *, folder: Path, tokenizer: Any, seed: int) -> Prepa
     source_text = renderer.template.source if renderer.template else None
     key = cache.key(config, sources, tokenizer=text, template=source_text, extra=extra, seed=seed)
     root = cache_folder("data") if config.cache is None else Path(config.cache).expanduser() if config.cache else None
-    known = cache.restore(root, key, folder) if root else None
-    if known is not None:
-        say("data", f"taken from the cache {root}, because data, template, tokenizer, settings and code are those of {key[:12]}")
-        product = PreparedData(folder=folder, **known)
-        say_summary(product, config)
-        return product
+    where = _Where(folder, key, seed)
+    if root is None:
+        return _make(config, sources, formats, where, text=text, tokenizer=tokenizer, renderer=renderer)
+    with exclusive(root, key[:24], what="these data"):
+        known = cache.restore(root, key, folder)
+        if known is not None:
+            say("data", f"taken from the cache {root}, because data, template, tokenizer, settings and code are those of {key[:12]}")
+            product = PreparedData(folder=folder, **known)
+            say_summary(product, config)
+            return product
+        product = _make(config, sources, formats, where, text=text, tokenizer=tokenizer, renderer=renderer)
+        cache.keep(root, key, folder, {name: getattr(product, name) for name in PreparedData.__dataclass_fields__ if name != "folder"})
+    return product
+
+
+def _make(
+    config: DataConfig,
+    sources: list[Source],
+    formats: dict[int, tuple[str, dict[str, str]]],
+    where: _Where,
+    *,
+    text: str,
+    tokenizer: Any,
+    renderer: Renderer,
+) -> PreparedData:
     job = Job(
         formats=formats,
         references=_references(config, sources),
@@ -60,16 +81,13 @@ def run(config: DataConfig, *, folder: Path, tokenizer: Any, seed: int) -> Prepa
         too_long=config.too_long,
         preference=config.objective == "preference",
     )
-    store = Store(folder / ".work")
+    store = Store(where.folder / ".work")
     try:
         read.run(config, sources, job, store)
         store.close()
-        product = _arrange(config, sources, store, _Where(folder, key, seed), tokenizer=tokenizer, renderer=renderer)
+        return _arrange(config, sources, store, where, tokenizer=tokenizer, renderer=renderer)
     finally:
-        shutil.rmtree(folder / ".work", ignore_errors=True)
-    if root:
-        cache.keep(root, key, folder, {name: getattr(product, name) for name in PreparedData.__dataclass_fields__ if name != "folder"})
-    return product
+        shutil.rmtree(where.folder / ".work", ignore_errors=True)
 
 
 @dataclass(frozen=True, slots=True)

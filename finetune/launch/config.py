@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-STRATEGIES = ("single", "ddp", "fsdp")
+STRATEGIES = ("single", "ddp", "fsdp", "deepspeed")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -12,23 +12,50 @@ class LaunchConfig:
     """How many processes do the work, and what they share."""
 
     strategy: str
-    """``single``: one process. ``ddp``: a whole model each. ``fsdp``: the base is cut into shards."""
+    """``single``: one process. ``ddp``: a whole model each. ``fsdp``, ``deepspeed``: the base is cut into shards."""
 
     processes: int
     """Processes in all, one for each GPU."""
 
     offload: bool
-    """``fsdp`` only: shards that are not in use wait in host memory."""
+    """``fsdp`` and ``deepspeed``: shards that are not in use wait in host memory."""
+
+    nodes: int = 1
+    """Machines, each with as many of the processes; they share the disk of ``run.root``."""
+
+    node: int = 0
+    """Which of them this is, 0 for the first, which prepares the data and goes on alone after training."""
+
+    host: str = "127.0.0.1"
+    """Address of the first machine, as the others reach it."""
+
+    port: int = 29500
+    """Free port there; with one machine, another is taken where it is in use."""
+
+    silence_seconds: int = 30
+    """A process that is not heard of for so long is given up, and all end with a message. Each says every second that it lives."""
+
+    grace_seconds: int = 300
+    """After a signal, time to finish a step and to write a checkpoint before the processes are killed."""
 
     def problems(self) -> Iterator[str]:
         if self.strategy not in STRATEGIES:
             yield f"launch.strategy must be one of {', '.join(STRATEGIES)}; got {self.strategy!r}"
-        if self.processes < 1:
-            yield f"launch.processes must be at least 1; got {self.processes}"
+        for key in ("processes", "nodes", "port", "silence_seconds", "grace_seconds"):
+            if getattr(self, key) < 1:
+                yield f"launch.{key} must be at least 1; got {getattr(self, key)}"
         if self.strategy == "single" and self.processes != 1:
             yield f"launch.processes must be 1 with launch=single; got {self.processes}: choose launch=ddp"
-        if self.offload and self.strategy != "fsdp":
-            yield f"launch.offload is for launch=fsdp; got strategy {self.strategy!r}"
+        if self.strategy != "single" and self.processes == 1:
+            yield f"launch={self.strategy} with launch.processes=1 shares nothing; choose launch=single, or launch.processes=2 or more"
+        if self.offload and self.strategy not in ("fsdp", "deepspeed"):
+            yield f"launch.offload is for launch=fsdp and launch=deepspeed; got strategy {self.strategy!r}"
+        if self.nodes >= 1 and self.processes % self.nodes:
+            yield f"launch.processes={self.processes} cannot be dealt evenly to launch.nodes={self.nodes}; give a multiple"
+        if not 0 <= self.node < max(self.nodes, 1):
+            yield f"launch.node must be 0 to {self.nodes - 1}, another on each machine; got {self.node}"
+        if self.nodes > 1 and self.host in ("127.0.0.1", "localhost"):
+            yield f"launch.host must be the first machine's address, as the others reach it; got {self.host}"
 
 
 def process_count() -> int:
@@ -39,3 +66,17 @@ def process_count() -> int:
 def is_first_process() -> bool:
     """Whether this process prints, writes and tracks."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def as_launched(config: LaunchConfig) -> LaunchConfig:
+    """The same, as the launcher that started this process has it: ``torchrun -m finetune`` needs no ``launch=``."""
+    import dataclasses
+
+    count = process_count()
+    if count == 1 or (config.strategy != "single" and config.processes == count):
+        return config
+    if config.strategy == "single":
+        return dataclasses.replace(config, strategy="ddp", processes=count)
+    from finetune.errors import ConfigError
+
+    raise ConfigError(f"launch.processes={config.processes}, and the launcher that started this has made {count}; give the same number")

@@ -145,7 +145,7 @@ def _show_bias(adapted: Any) -> None:
 
     for module in adapted.modules():
         if isinstance(module, TrainableTokensWrapper):
-            module.bias = getattr(module.original_module, "bias", None)
+            setattr(module, "bias", getattr(module.original_module, "bias", None))  # noqa: B010
 
 
 def linear_layers(model: Any) -> Counter[str]:

@@ -20,6 +20,7 @@ from finetune.memory import device_bytes, rss_bytes
 from finetune.train.checkpoints import Identity, is_sealed, path_of, prune, seal
 
 if TYPE_CHECKING:
+    from finetune.launch.ranks import Ranks
     from finetune.tracking import Trackers
     from finetune.train.counts import Counts
 
@@ -71,19 +72,16 @@ class Record(TrainerCallback):
 class Keeper(TrainerCallback):
     """Seals each checkpoint that transformers has written, then deletes what the rule no longer keeps."""
 
-    def __init__(self, counts: Counts, *, identity: Identity, keep: int, keep_best: bool) -> None:
-        self.counts, self.identity, self.keep, self.keep_best = counts, identity, keep, keep_best
+    def __init__(self, counts: Counts, *, identity: Identity, keep: int, keep_best: bool, ranks: Ranks) -> None:
+        self.counts, self.identity, self.keep, self.keep_best, self.ranks = counts, identity, keep, keep_best, ranks
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        import torch
-
-        if args.world_size > 1:
-            torch.distributed.barrier()  # each process has written its own state of random numbers
-        if not state.is_world_process_zero:
-            return
-        folder = Path(args.output_dir)
-        seal(path_of(folder, state.global_step), self.identity, counts=self.counts)
-        prune(folder, keep=self.keep, best_step=self.counts.best_step if self.keep_best else 0)
+        self.ranks.meet()  # each process has written its own state of random numbers
+        if self.ranks.first:
+            folder = Path(args.output_dir)
+            seal(path_of(folder, state.global_step), self.identity, counts=self.counts)
+            prune(folder, keep=self.keep, best_step=self.counts.best_step if self.keep_best else 0)
+        self.ranks.meet()  # and none looks for a seal before it is there
 
 
 class Patience(TrainerCallback):
@@ -115,9 +113,10 @@ class SaveOnSignal(TrainerCallback):
     Listens from entering to leaving it as a context; a signal that comes before the first step waits for its end.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks) -> None:
         self.received: int | None = None
         self.before: dict[int, Any] = {}
+        self.ranks = ranks
 
     def __enter__(self) -> SaveOnSignal:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -130,15 +129,16 @@ class SaveOnSignal(TrainerCallback):
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number
-        signal.signal(number, self.before[number])
+        if self.ranks.count == 1:  # several get one signal from the terminal and one from their launcher
+            signal.signal(number, self.before[number])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.received is not None:
+        if self.ranks.any(self.received is not None):
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.received is not None and is_sealed(path_of(Path(args.output_dir), state.global_step)):
-            name = signal.Signals(self.received).name
+        if self.ranks.any(self.received is not None) and is_sealed(path_of(Path(args.output_dir), state.global_step)):
+            name = signal.Signals(self.received or signal.SIGTERM).name
             raise Interrupted(f"train: stopped by {name} after step {state.global_step}, which is saved; go on with run.if_exists=resume")
 
 

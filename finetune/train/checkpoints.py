@@ -30,6 +30,7 @@ from finetune.train.counts import Counts
 if TYPE_CHECKING:
     from finetune.data import PreparedData
     from finetune.hardware import Placement
+    from finetune.launch.ranks import Ranks
     from finetune.lora import LoraConfig
     from finetune.model import Base
     from finetune.optim import OptimConfig
@@ -134,6 +135,23 @@ def choose(folder: Path, identity: Identity) -> Checkpoint | None:
         say("train", f"{path.name} {trouble}; it is deleted and {before}")
         remove(path)
     return None
+
+
+def choose_together(folder: Path, identity: Identity, *, ranks: Ranks) -> Checkpoint | None:
+    """What the first process chooses, in all of them: only it deletes, and only it looks while nobody writes."""
+    found = choose(folder, identity) if ranks.first else None
+    told = ranks.share({"folder": str(found.folder), "step": found.step, "counts": dataclasses.asdict(found.counts)} if found else None)
+    return Checkpoint(folder=Path(told["folder"]), step=told["step"], counts=Counts(**told["counts"])) if told else None
+
+
+def refuse_strangers(identity: Identity, *, ranks: Ranks) -> None:
+    """Processes that would take different steps must not add up their gradients: another GPU, say, or another base on a node."""
+    for rank, other in enumerate(ranks.collect(identity)):
+        differences = "; ".join(
+            f"{name} is {identity[name]!r} and {other.get(name)!r} there" for name in identity if identity[name] != other.get(name)
+        )
+        if differences:
+            raise TrainError(f"process {rank} of the launch would train something else: {differences}. Give all machines the same")
 
 
 def prune(folder: Path, *, keep: int, best_step: int) -> None:

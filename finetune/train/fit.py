@@ -11,8 +11,18 @@ from typing import TYPE_CHECKING, Any
 from finetune.cache import file_sha256
 from finetune.console import human_bytes, say
 from finetune.errors import TrainError
+from finetune.launch.ranks import Ranks
 from finetune.optim import OptimConfig, state_bytes
-from finetune.train.checkpoints import Checkpoint, Identity, choose, forget_lost_best, identify, path_of, trouble_of
+from finetune.train.checkpoints import (
+    Checkpoint,
+    Identity,
+    choose_together,
+    forget_lost_best,
+    identify,
+    path_of,
+    refuse_strangers,
+    trouble_of,
+)
 from finetune.train.config import TrainConfig, TrainedAdapter
 from finetune.train.counts import Counts
 
@@ -49,6 +59,7 @@ def fit(
     speed: SpeedConfig,
     seed: int,
     trackers: Trackers,
+    ranks: Ranks,
 ) -> TrainedAdapter:
     """Trains the adapter and writes it, going on from the last good checkpoint in ``folder`` where there is one.
 
@@ -69,34 +80,24 @@ def fit(
         speed: Its settings; with the base they decide whether a finished training still holds.
         seed: Order of the rows and dropout.
         trackers: Receive every logged figure.
+        ranks: This process, the first of its launch, and the others, which call `assist`; it is alone afterwards.
 
     Raises:
         TrainError: Nothing to train on, other data, base or settings than the checkpoint's, loss or gradients that stay
             no numbers, or no memory for a single row.
         Interrupted: A signal came; a checkpoint was written.
     """
-    refuse(config, data=data, placement=placement)
-    identity = identify(
-        config, data=data, base=base, quantization=quantization, lora=lora, optim=optim, placement=placement, upcast=upcast,
-        packing=packing, choice={name: quick.switch.on and getattr(quick.choice, name) for name in ROUNDING}, seed=seed,
+    trainer, counts, resumed_from = learn(
+        config, folder=folder, adapted=adapted, tokenizer=tokenizer, data=data, base=base, quantization=quantization, lora=lora,
+        optim=optim, placement=placement, upcast=upcast, packing=packing, quick=quick, seed=seed, trackers=trackers, ranks=ranks,
     )  # fmt: skip
-    start = choose(folder / "checkpoints", identity)
-    resumed_from = start.step if start else 0
-    counts = start.counts.copy() if start else Counts()
-    counts.stopped_early = counts.stopped_early and config.patience is not None and counts.waited >= config.patience
-    rewind(folder / "metrics.jsonl", step=resumed_from)
-    made = {"model": adapted, "tokenizer": tokenizer, "data": data, "lora": lora, "optim": optim, "placement": placement}
-    trainer = train(
-        config, folder=folder, identity=identity, counts=counts, start=start, trackers=trackers,
-        settings={**made, "upcast": upcast, "packing": packing, "quick": quick, "seed": seed},
-    )  # fmt: skip
-    steps = trainer.state.global_step
+    ranks.leave()
     kept_step = keep(config, trainer=trainer, folder=folder / "checkpoints", counts=counts)
     adapted.save_pretrained(folder / "adapter")
     optimizer = {"asked": optim.name, "used": placement.optimizer, "why": placement.optimizer_why}
     product = TrainedAdapter(
         folder=folder,
-        steps=steps,
+        steps=trainer.state.global_step,
         optimizer={**optimizer, "state_bytes": state_bytes(trainer.optimizer)},
         trainable_parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
         adapter_sha256=file_sha256(folder / "adapter" / "adapter_model.safetensors"),
@@ -108,6 +109,43 @@ def fit(
     )
     say_result(product)
     return product
+
+
+def assist(*, ranks: Ranks, **inputs: Any) -> None:
+    """What the other processes of a launch do while the first one is in `fit`, with the same inputs; they write nothing
+    but their states of random numbers."""
+    from finetune.tracking import Trackers
+
+    learn(folder=Path(), trackers=Trackers([]), ranks=ranks, **inputs)
+    ranks.leave()
+
+
+def learn(
+    config: TrainConfig, *, folder: Path, adapted: Any, tokenizer: Any, data: PreparedData, base: Base, quantization: dict[str, Any],
+    lora: LoraConfig, optim: OptimConfig, placement: Placement, upcast: str, packing: bool, quick: Quick, seed: int, trackers: Trackers,
+    ranks: Ranks,
+) -> tuple[Any, Counts, int]:  # fmt: skip
+    """The trainer after its last step, the figures, and the step that it went on from; called by every process."""
+    refuse(config, data=data, placement=placement)
+    folder = Path(ranks.share(str(folder)))
+    identity = identify(
+        config, data=data, base=base, quantization=quantization, lora=lora, optim=optim, placement=placement, upcast=upcast,
+        packing=packing, choice={name: quick.switch.on and getattr(quick.choice, name) for name in ROUNDING}, seed=seed,
+    )  # fmt: skip
+    refuse_strangers(identity, ranks=ranks)
+    start = choose_together(folder / "checkpoints", identity, ranks=ranks)
+    resumed_from = start.step if start else 0
+    counts = start.counts.copy() if start else Counts()
+    counts.stopped_early = counts.stopped_early and config.patience is not None and counts.waited >= config.patience
+    if ranks.first:
+        rewind(folder / "metrics.jsonl", step=resumed_from)
+    ranks.join(placement.device)
+    made = {"model": adapted, "tokenizer": tokenizer, "data": data, "lora": lora, "optim": optim, "placement": placement}
+    trainer = train(
+        config, folder=folder, identity=identity, counts=counts, start=start, trackers=trackers, ranks=ranks,
+        settings={**made, "upcast": upcast, "packing": packing, "quick": quick, "seed": seed},
+    )  # fmt: skip
+    return trainer, counts, resumed_from
 
 
 def refuse(config: TrainConfig, *, data: PreparedData, placement: Placement) -> None:
@@ -133,6 +171,7 @@ def train(
     counts: Counts,
     start: Checkpoint | None,
     trackers: Trackers,
+    ranks: Ranks,
     settings: dict[str, Any],
 ) -> Any:
     """The trainer after its last step, whatever it took to get there.
@@ -144,6 +183,7 @@ def train(
         counts: The live figures.
         start: Where to go on from.
         trackers: Receive every logged figure.
+        ranks: This process and the others.
         settings: Whatever else `make_trainer` needs.
     """
     from finetune.train.callbacks import Keeper, Patience, Progress, Record, SaveOnSignal
@@ -151,21 +191,20 @@ def train(
     from finetune.train.shortage import Attempt, WholeStep, train_to_the_end
 
     keep_best = config.keep == "best"
-    stop = SaveOnSignal()
+    stop = SaveOnSignal(ranks)
 
     def attempt(narrowed: TrainConfig) -> Attempt:
         from finetune.train.trainer import make_trainer  # takes seconds, in which a signal must be heard already
 
         if keep_best:
             forget_lost_best(counts, folder / "checkpoints")
-        whole, keeper = WholeStep(counts), Keeper(counts, identity=identity, keep=config.keep_checkpoints, keep_best=keep_best)
-        callbacks = [
-            Record(folder / "metrics.jsonl", counts=counts, trackers=trackers),
-            Patience(counts, patience=config.patience, keep_best=keep_best),
-            whole, keeper, Progress(counts), stop,
-        ]  # fmt: skip
+        whole = WholeStep(counts)
+        keeper = Keeper(counts, identity=identity, keep=config.keep_checkpoints, keep_best=keep_best, ranks=ranks)
+        callbacks = [Patience(counts, patience=config.patience, keep_best=keep_best), whole, keeper, stop]
+        if ranks.first:
+            callbacks = [Record(folder / "metrics.jsonl", counts=counts, trackers=trackers), *callbacks[:-1], Progress(counts), stop]
         guard = Guard(counts, limit=config.non_finite_steps)
-        trainer = make_trainer(narrowed, folder=folder, counts=counts, guard=guard, callbacks=callbacks, **settings)
+        trainer = make_trainer(narrowed, folder=folder, counts=counts, guard=guard, callbacks=callbacks, ranks=ranks, **settings)
 
         def save() -> None:
             trainer._save_checkpoint(trainer.model, trial=None)

@@ -12,9 +12,10 @@ from transformers import TrainerCallback, TrainerState
 
 from finetune.console import say
 from finetune.errors import TrainError
-from finetune.train.checkpoints import Checkpoint, Identity, choose, is_sealed, path_of, seal
+from finetune.train.checkpoints import Checkpoint, Identity, choose, choose_together, is_sealed, path_of, seal
 from finetune.train.config import TrainConfig
 from finetune.train.counts import Counts
+from finetune.train.order import micro_batches
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,8 +109,9 @@ def train_to_the_end(
         step, arguments = one.trainer.state.global_step or (start.step if start else 0), one.trainer.args
         micro = arguments.per_device_train_batch_size
         smaller = next((size for size in range(micro // 2, 0, -1) if micro % size == 0), micro)
-        rows = micro * arguments.gradient_accumulation_steps * arguments.world_size
+        ranks, rows = one.trainer.ranks, one.trainer.order.rows_per_step
         narrowed = {"micro_batch": smaller, "rows_per_step": rows, "steps": arguments.max_steps}
+        accumulated = micro_batches(rows, micro_batch=smaller, processes=ranks.count)
         _let_go(one.trainer)
         _secure(one, step=step, folder=folder, identity=identity, counts=counts, narrowed=narrowed if micro > 1 else counts.narrowed)
         if micro == 1:
@@ -118,12 +120,12 @@ def train_to_the_end(
         say(
             "train",
             f"out of memory after step {step} ({trouble}): from here on {smaller} at once instead of {micro}, "
-            f"{rows // (smaller * arguments.world_size)} accumulated instead of {arguments.gradient_accumulation_steps}, "
+            f"{accumulated} accumulated instead of {arguments.gradient_accumulation_steps}, "
             "so that a step reads the same rows",
         )
         del one
         _empty()
-        start = choose(folder, identity)
+        start = choose_together(folder, identity, ranks=ranks)
         counts.take(start.counts if start else Counts(seconds=counts.seconds, narrowed=narrowed))
 
 
@@ -169,9 +171,9 @@ def _secure(one: Attempt, *, step: int, folder: Path, identity: Identity, counts
     counts.narrowed = narrowed
     if step == 0:
         one.whole.restore_start()
-    elif not is_sealed(path_of(folder, step)) and not one.whole.inside:
+    elif one.trainer.ranks.share(not is_sealed(path_of(folder, step)) and not one.whole.inside):
         one.save()
-    else:
+    elif one.trainer.ranks.first:
         newest = choose(folder, identity)
         if newest is None:
             raise TrainError(f"train: memory ran out inside optimizer step {step + 1}, and there is no checkpoint before it. Use {SMALLER}")

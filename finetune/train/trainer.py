@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import load_from_disk
+from torch.utils.data import DataLoader
+from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from finetune.console import say
-from finetune.launch.config import process_count
+from finetune.launch.gradients import add_up, spread
 from finetune.lora import cast_adapter
-from finetune.measure import Collator, mean_loss, read_rows, row_losses
+from finetune.measure import Collator, RowLoss, mean_loss, read_rows, row_losses
 from finetune.optim import make_optimizer, schedule_arguments
 from finetune.train import preference
+from finetune.train.arguments import arguments, refuse_idle, rows_per_step, step_count
 from finetune.train.guard import Numbered
-from finetune.train.order import ByLength
+from finetune.train.order import Order, micro_batches
+from finetune.train.shortage import is_shortage
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
     from finetune.data import PreparedData
     from finetune.hardware import Placement
+    from finetune.launch.ranks import Ranks
     from finetune.lora import LoraConfig
     from finetune.optim import OptimConfig
     from finetune.speed import Quick
@@ -37,30 +43,73 @@ if TYPE_CHECKING:
 EVALUATION_BATCH_TOKENS = 2048
 
 
+class Loader(DataLoader[Any]):
+    """Tells the order of the rows which epoch it is."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """transformers calls it before each pass."""
+        assert isinstance(self.batch_sampler, Order)
+        self.batch_sampler.set_epoch(epoch)
+
+
 class Trainer(SFTTrainer):
-    """Counts tokens, and takes the held-out loss by token as every other stage does."""
+    """Counts tokens, and takes the held-out loss by token as every other stage does.
+
+    Of several processes, each computes the gradient of its own rows; `_clip_grad_norm` adds them up. The model is not
+    wrapped for it: the loss of a step is a sum over its trained tokens, divided by their number over all processes.
+    """
 
     counts: Counts
     guard: Guard
-    order: ByLength | None
+    order: Order
+    ranks: Ranks
     quick: Quick
     optim: OptimConfig
     config: TrainConfig
     held_out: list[dict[str, Any]]
+    own_tokens, own_trained = 0, 0
+    shortage: str | None = None
+
+    def get_train_dataloader(self) -> Any:
+        """Not accelerate's: that one would deal out whole micro-batches, and repeat rows where they do not come out even."""
+        rows: Any = self.train_dataset
+        return Loader(rows, batch_sampler=self.order, collate_fn=self.collated, pin_memory=self.args.dataloader_pin_memory)
+
+    def collated(self, rows: list[dict[str, Any]]) -> Any:
+        """A micro-batch; without rows, one that trains nothing and is not computed."""
+        if rows:
+            return self.data_collator(rows)
+        nothing = torch.full((1, 1), -100)
+        return {"input_ids": nothing, "labels": nothing, "padding": 1, "rows": [], "answer_tokens": nothing[0, :0]}
 
     def training_step(self, model: Any, inputs: dict[str, Any], *arguments: Any, **keywords: Any) -> Any:
         labels = inputs["labels"]
-        self.counts.tokens += labels.numel() - inputs.pop("padding")
-        self.counts.trained += int((labels != -100).sum())
-        rows = inputs.pop("rows", [])
-        loss = super().training_step(model, inputs, *arguments, **keywords)
-        return self.guard.hear(loss, rows=rows, inputs=inputs)
+        self.own_tokens += labels.numel() - inputs.pop("padding")
+        self.own_trained += int((labels != -100).sum())
+        rows = inputs.pop("rows")
+        if not rows or self.shortage:
+            return torch.zeros((), device=self.args.device)
+        try:
+            loss = super().training_step(model, inputs, *arguments, **keywords)
+        except (RuntimeError, MemoryError) as error:
+            if self.ranks.count == 1 or not is_shortage(error):
+                raise
+            self.shortage = str(error) or type(error).__name__  # the others must hear of it before this step can be given up
+            return torch.zeros((), device=self.args.device)
+        return self.guard.hear(loss, rows=rows, inputs=inputs) * self.ranks.count  # transformers logs the mean over processes
 
     def _clip_grad_norm(self, model: Any) -> Any:
+        figures = [float(self.own_tokens), float(self.own_trained), float(self.shortage is not None)]
+        self.own_tokens = self.own_trained = 0
+        if self.ranks.count > 1:
+            learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            figures = add_up(learning, figures, device=str(self.args.device))
+        tokens, trained, short = (int(figure) for figure in figures)
+        if short:
+            raise MemoryError(self.shortage or f"said {'one process' if short == 1 else f'{short} processes'} of {self.ranks.count}")
+        self.counts.tokens += tokens
+        self.counts.trained += trained
         return self.guard.clip(self, model, max_norm=self.args.max_grad_norm)
-
-    def _get_train_sampler(self, *arguments: Any, **keywords: Any) -> Any:
-        return super()._get_train_sampler(*arguments, **keywords) if self.order is None else self.order
 
     def create_optimizer(self, model: Any = None) -> Any:
         if self.optimizer is None:
@@ -71,13 +120,16 @@ class Trainer(SFTTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:  # fmt: skip
         """Mean over the trained tokens of the whole accumulated step, which ``num_items_in_batch`` counts."""
-        if not self.quick.trained_only:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self.quick.trained_only:  # transformers multiplies by the processes, for gradients that are averaged
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch) / self.ranks.count
         return self.quick.loss(self.accelerator.unwrap_model(model), inputs) / num_items_in_batch
 
     def held_out_figures(self, model: Any) -> dict[str, float]:
         """Nats per trained token over the held-out rows: transformers' own mean weighs batches, not tokens."""
-        return {"eval_loss": mean_loss(row_losses(model, self.held_out, batch_tokens=EVALUATION_BATCH_TOKENS))}
+        own = row_losses(model, self.held_out[self.ranks.rank :: self.ranks.count], batch_tokens=EVALUATION_BATCH_TOKENS)
+        found = self.ranks.collect([dataclasses.astuple(row) for row in own])
+        rows = [RowLoss(*found[number % len(found)][number // len(found)]) for number in range(len(self.held_out))]
+        return {"eval_loss": mean_loss(rows)}
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Takes the held-out figures and tells everyone."""
@@ -122,7 +174,8 @@ class PreferenceTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """With the loss goes what the pairs showed since it was last logged."""
         if "loss" in logs:
-            logs |= preference.named(self.sums, prefix="train")
+            sums = self.sums.tolist() if self.ranks.count == 1 else add_up([], self.sums.tolist(), device=str(self.args.device))
+            logs |= preference.named(torch.tensor(sums, dtype=torch.float64), prefix="train")
             self.sums = 0.0
         super().log(logs, start_time)
 
@@ -171,19 +224,22 @@ def make_trainer(
     counts: Counts,
     guard: Guard,
     callbacks: Sequence[TrainerCallback],
+    ranks: Ranks,
 ) -> Trainer:
     """The trainer, ready for ``train()``."""
     objective = OBJECTIVES[config.objective]
     rows, row_tokens = load_from_disk(str(data.folder / "train")), data.tokens / data.packed_rows
     if objective.training:
         rows, row_tokens = objective.training(rows)
-    accumulate = accumulation(config, row_tokens=row_tokens)
-    steps = step_count(config, rows=len(rows), accumulate=accumulate)
-    per_step = accumulate * config.micro_batch * process_count()
+    per_step = rows_per_step(config, row_tokens=row_tokens)
+    accumulate = micro_batches(per_step, micro_batch=config.micro_batch, processes=ranks.count)
+    steps = step_count(config, rows=len(rows), per_step=per_step)
     unit = "pairs" if objective.training else "packs" if packing else "rows"
+    refuse_idle(per_step, unit=unit, processes=ranks.count)
+    shared = f" on each of {ranks.count} processes" if ranks.count > 1 else ""
     say(
         "train",
-        f"{steps} steps of {per_step} {unit} ({config.micro_batch} at once, {accumulate} accumulated), "
+        f"{steps} steps of {per_step} {unit} ({config.micro_batch} at once, {accumulate} accumulated{shared}), "
         f"about {round(row_tokens * per_step):,} tokens each",
     )
     autocast = placement.dtype if quick.autocast and (lora.dtype != placement.dtype or upcast != "none") else None
@@ -201,13 +257,18 @@ def make_trainer(
         data_collator=Numbered(objective.collator(flat=packing, pad_token_id=tokenizer.pad_token_id)),
     )
     trainer.counts, trainer.guard, trainer.quick, trainer.optim, trainer.config = counts, guard, quick, optim, config
-    lengths = [sum(documents) for documents in rows["seq_lengths"]] if config.group_by_length else []
-    trainer.order = ByLength(lengths, rows_per_step=per_step, seed=seed) if config.group_by_length else None
+    trainer.order = Order(
+        len(rows), rows_per_step=per_step, micro_batch=config.micro_batch, seed=seed, process=ranks.rank, processes=ranks.count,
+        lengths=[sum(documents) for documents in rows["seq_lengths"]] if config.group_by_length else None,
+    )  # fmt: skip
+    trainer.ranks = ranks
     held_out = read_rows(data.folder / "heldout", limit=config.evaluation_rows) if data.heldout_rows and config.evaluations else []
     trainer.held_out = objective.held_out(held_out) if objective.held_out else held_out
     changed = cast_adapter(model, lora.dtype)
     if changed:
         say("train", f"adapter in {lora.dtype}: {changed} tensors are cast back, since TRL puts a quantized model's adapter into bfloat16")
+    if ranks.count > 1:
+        go_together(trainer, model, ranks=ranks, seed=seed)
     for unwanted in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(unwanted)
     for callback in callbacks:
@@ -215,81 +276,15 @@ def make_trainer(
     return trainer
 
 
-def arguments(
-    config: TrainConfig,
-    *,
-    optim: OptimConfig,
-    placement: Placement,
-    schedule: dict[str, Any],
-    accumulate: int,
-    autocast: str | None,
-    seed: int,
-) -> dict[str, Any]:
-    """What TRL and transformers are told; nothing that matters is left to their defaults.
+def go_together(trainer: Trainer, model: Any, *, ranks: Ranks, seed: int) -> None:
+    """Prepares one trainer of several processes.
 
-    Args:
-        config: The train group.
-        optim: The optim group.
-        placement: Names the optimizer that is used.
-        schedule: ``max_steps``, and the learning rate's course over them.
-        accumulate: Micro-batches per step.
-        autocast: Numbers to compute in where weights differ from them; None where all are the same already.
-        seed: Order of the rows and dropout.
+    accelerate puts a model that is only evaluated under autocast and into no wrapper; DistributedDataParallel would have
+    to see the forward pass, which quick steps do not go through. TRL gathers metrics in each micro-batch, which nobody
+    reads, and where a process without rows takes no part.
     """
-    full = config.checkpointing == "full"
-    steps = schedule["max_steps"]
-    return {
-        **schedule,
-        "per_device_train_batch_size": config.micro_batch,
-        "gradient_accumulation_steps": accumulate,
-        "learning_rate": optim.learning_rate,
-        "optim": placement.optimizer,
-        "weight_decay": optim.weight_decay,
-        "adam_beta1": optim.beta1,
-        "adam_beta2": optim.beta2,
-        "max_grad_norm": optim.max_grad_norm,
-        "bf16": autocast == "bfloat16",
-        "fp16": autocast == "float16",
-        "use_cpu": placement.device == "cpu",
-        "gradient_checkpointing": full,
-        "activation_offloading": config.offload,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False} if full else None,
-        "eval_strategy": "steps" if config.evaluations else "no",
-        "eval_steps": every(steps, config.evaluations),
-        "save_strategy": "steps" if config.checkpoints else "no",
-        "save_steps": every(steps, config.checkpoints),
-        "neftune_noise_alpha": config.neftune_alpha,
-        "remove_unused_columns": False,  # the guard names the rows by their numbers
-        "logging_steps": config.log_steps,
-        "logging_first_step": True,
-        "logging_nan_inf_filter": False,
-        "seed": seed,
-        "data_seed": seed,
-        "full_determinism": config.deterministic,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "max_length": None,
-        "dataset_kwargs": {"skip_prepare_dataset": True},
-        "dataloader_pin_memory": placement.device == "cuda",
-    }
-
-
-def accumulation(config: TrainConfig, *, row_tokens: float) -> int:
-    """Micro-batches per step: as many as come nearest to ``tokens_per_step`` or make up ``rows_per_step``."""
-    if config.rows_per_step is not None:
-        return max(1, round(config.rows_per_step / (config.micro_batch * process_count())))
-    assert config.tokens_per_step is not None
-    return max(1, round(config.tokens_per_step / (row_tokens * config.micro_batch * process_count())))
-
-
-def step_count(config: TrainConfig, *, rows: int, accumulate: int) -> int:
-    """Optimizer steps in all; a last, smaller step of an epoch counts as one."""
-    if config.steps is not None:
-        return config.steps
-    batches = math.ceil(rows / (config.micro_batch * process_count()))
-    return max(1, math.ceil(math.ceil(batches / accumulate) * config.epochs))
-
-
-def every(steps: int, times: int) -> int:
-    """The distance that puts so many events evenly over the steps, the last one at the end."""
-    return max(1, math.ceil(steps / times)) if times else steps
+    trainer.accelerator.prepare_model = partial(trainer.accelerator.prepare_model, evaluation_mode=True)
+    trainer.accelerator.gather_for_metrics = lambda tensor: tensor
+    spread(parameter for parameter in model.parameters() if parameter.requires_grad)
+    if not ranks.first:
+        set_seed(seed + ranks.rank)  # other dropout for other rows

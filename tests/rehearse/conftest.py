@@ -10,6 +10,7 @@ import torch
 
 from finetune import lora
 from finetune.config import load as load_config
+from finetune.launch import Ranks
 from finetune.model import Base
 from finetune.rehearse import Ahead, Rehearsal, RehearseConfig, kept, rehearse
 from finetune.rehearse.bench import Bench
@@ -64,7 +65,7 @@ def settings(level: str) -> RehearseConfig:
 def late_trainer(*arguments: Any, **inputs: Any) -> Any:
     from finetune.train.trainer import make_trainer
 
-    return make_trainer(*arguments, **inputs)
+    return make_trainer(*arguments, ranks=Ranks({}), **inputs)
 
 
 @pytest.fixture

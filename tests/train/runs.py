@@ -12,9 +12,10 @@ import torch
 from finetune import lora
 from finetune.config import load as load_config
 from finetune.data import PreparedData
+from finetune.launch import Ranks
 from finetune.model import Base
 from finetune.speed import quicken
-from finetune.train import TrainedAdapter, fit
+from finetune.train import TrainedAdapter, assist, fit
 from tests.quantization.test_bnb import PLACEMENT, load
 from tests.rows import prepared_rows
 
@@ -35,9 +36,11 @@ def untouched(_: Any) -> None:
 
 def train(
     folder: Path, *, tiny_base: Path, tokenizer: Any, trackers: Any = None, touch: Callable[[Any], object] = untouched,
-    packing: bool = True, rank: int = 8, dropout: float = 0.1, fingerprint: str = "", **changes: Any,
+    packing: bool = True, rank: int = 8, dropout: float = 0.1, fingerprint: str = "", ranks: Ranks | None = None,
+    plain: bool = False, **changes: Any,
 ) -> TrainedAdapter:  # fmt: skip
-    """Twelve steps on packed rows, from a fresh 4-bit base."""
+    """Twelve steps on packed rows, from a fresh 4-bit base; of several processes, the others return None."""
+    ranks = ranks or Ranks({})
     torch.set_num_threads(1)  # whatever a test of the whole line has set before: the same sums in the same order
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "data").exists():
@@ -53,6 +56,8 @@ def train(
     adapted = lora.attach(
         load(tiny_base, "nf4", double=True), adapter, upcast="none", checkpointing=settings.checkpointing == "full", seed=1
     )
+    if plain:
+        config.speed = load_config(["+experiment=quickstart", "speed=plain"]).speed
     quick = quicken(adapted, config.speed, placement=PLACEMENT, checkpointing=settings.checkpointing)
     rows = sum(1 for _ in (folder / "train.jsonl").read_text().splitlines())
     data = PreparedData(
@@ -67,11 +72,13 @@ def train(
         "data": data,
         "packing": packing,
         "seed": 1,
-        "trackers": trackers or Collected(),
         "quick": quick,
-        "speed": config.speed,
+        "ranks": ranks,
     }
-    return fit(settings, folder=folder / "train", adapted=adapted, tokenizer=tokenizer, optim=optim, **graph, **given)
+    given |= {"adapted": adapted, "tokenizer": tokenizer, "optim": optim, **graph}
+    if not ranks.first:
+        return assist(config=settings, **given)  # type: ignore[func-returns-value]
+    return fit(settings, folder=folder / "train", trackers=trackers or Collected(), speed=config.speed, **given)
 
 
 class Stopping(Collected):

@@ -1,0 +1,119 @@
+"""Writes scripts/cluster/ from the launch group: a Slurm script, a Kubernetes job and a SkyPilot task.
+
+python scripts/make_cluster_files.py [launch.nodes=4 launch.processes=32 ...] [folder=scripts/cluster]
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune.config import load
+from finetune.launch import LaunchConfig
+
+FOLDER = Path(__file__).parent / "cluster"
+IMAGE = "pytorch/pytorch:2.13.0-cuda13.0-cudnn9-runtime"
+NOTE = "Written by scripts/make_cluster_files.py from conf/launch/multinode.yaml; change that and run it again."
+
+
+def command(config: LaunchConfig, *, node: str, host: str, arguments: str) -> str:
+    """What runs on each machine. A job that is started again goes on from its last checkpoint."""
+    told = f"launch.nodes={config.nodes} launch.processes={config.processes} launch.port={config.port}"
+    return f"python -m finetune {arguments} run.if_exists=resume launch=multinode {told} launch.node={node} launch.host={host}"
+
+
+def slurm(config: LaunchConfig) -> str:
+    run = command(config, node='"$SLURM_NODEID"', host='"$0"', arguments='"$@"')
+    return f"""#!/bin/bash
+# {NOTE}
+# Use: sbatch scripts/cluster/slurm.sh +experiment=llama7b_qlora run.name=first run.root=/shared/outputs
+#SBATCH --job-name=finetune
+#SBATCH --nodes={config.nodes}
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node={config.processes // config.nodes}
+#SBATCH --signal=TERM@{config.grace_seconds}
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -eu
+host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+srun --kill-on-bad-exit=1 bash -c 'exec {run}' "$host" "$@"
+"""
+
+
+def kubernetes(config: LaunchConfig) -> list[dict[str, Any]]:
+    """A headless service, which gives the first pod a name, and an indexed job."""
+    labels = {"app": "finetune"}
+    run = command(config, node='"$JOB_COMPLETION_INDEX"', host="finetune-0.finetune", arguments="$ARGUMENTS run.root=/shared/outputs")
+    container = {
+        "name": "finetune",
+        "image": IMAGE,
+        "command": ["bash", "-c", f"pip install --quiet finetune && exec {run}"],
+        "env": [{"name": "ARGUMENTS", "value": "+experiment=llama7b_qlora run.name=first"}, {"name": "HF_HOME", "value": "/shared/hf"}],
+        "ports": [{"containerPort": config.port}],
+        "resources": {"limits": {"nvidia.com/gpu": config.processes // config.nodes}},
+        "volumeMounts": [{"name": "shared", "mountPath": "/shared"}, {"name": "memory", "mountPath": "/dev/shm"}],
+    }
+    volumes = [
+        {"name": "shared", "persistentVolumeClaim": {"claimName": "finetune"}},
+        {"name": "memory", "emptyDir": {"medium": "Memory"}},
+    ]
+    pod = {
+        "subdomain": "finetune",
+        "restartPolicy": "OnFailure",
+        "terminationGracePeriodSeconds": config.grace_seconds,
+        "containers": [container],
+        "volumes": volumes,
+    }
+    job = {
+        "completions": config.nodes,
+        "parallelism": config.nodes,
+        "completionMode": "Indexed",
+        "backoffLimit": 6,
+        "template": {"metadata": {"labels": labels}, "spec": pod},
+    }
+    return [
+        {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "finetune"}, "spec": {"clusterIP": "None", "selector": labels}},
+        {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "finetune"}, "spec": job},
+    ]
+
+
+def skypilot(config: LaunchConfig) -> dict[str, Any]:
+    run = command(config, node="$SKYPILOT_NODE_RANK", host='$(echo "$SKYPILOT_NODE_IPS" | head -n 1)', arguments="$ARGUMENTS")
+    return {
+        "name": "finetune",
+        "num_nodes": config.nodes,
+        "resources": {"accelerators": f"A100-80GB:{config.processes // config.nodes}", "ports": config.port},
+        "envs": {"ARGUMENTS": "+experiment=llama7b_qlora run.name=first run.root=/shared/outputs"},
+        "file_mounts": {"/shared": {"name": "finetune-outputs", "mode": "MOUNT"}},
+        "setup": "pip install finetune\n",
+        "run": run + "\n",
+    }
+
+
+def files(config: LaunchConfig) -> dict[str, str]:
+    """Every file's name and text."""
+    as_yaml = {"sort_keys": False, "width": 1000}
+    return {
+        "slurm.sh": slurm(config),
+        "kubernetes.yaml": f"# {NOTE}\n" + yaml.safe_dump_all(kubernetes(config), **as_yaml),
+        "skypilot.yaml": f"# {NOTE}\n" + yaml.safe_dump(skypilot(config), **as_yaml),
+    }
+
+
+def shipped() -> LaunchConfig:
+    return load(["+experiment=quickstart", "launch=multinode", "launch.host=first"]).launch
+
+
+def main() -> None:
+    folder = next((Path(one.partition("=")[2]) for one in sys.argv[1:] if one.startswith("folder=")), FOLDER)
+    overrides = [one for one in sys.argv[1:] if not one.startswith("folder=")]
+    config = load(["+experiment=quickstart", "launch=multinode", "launch.host=first", *overrides]).launch
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files(config).items():
+        (folder / name).write_text(text, encoding="utf-8")
+        print(folder / name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Several processes with gloo: they do what one does, loss by loss, and agree on everything that happens on the way."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launch.processes import curve, seal, train_together
+
+TOLERANCE = 1e-4
+"""Nats per token, over 25 steps. Sums of gradients in another order differ by 1e-7; 8-bit optimizer states may round them apart."""
+
+pytestmark = pytest.mark.slow  # each process imports torch for seconds
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, tokenizer: Any) -> Path:
+    """25 steps of 4 packs from 10 by one process, so that the last step of each epoch reads 2."""
+    folder = tmp_path_factory.mktemp("alone")
+    [(code, output)] = train_together(folder, tiny_base, tokenizer, count=1, **LONG)
+    assert code == 0, output
+    return folder
+
+
+LONG = {"steps": 25, "tokens_per_step": 400, "dropout": 0.0}
+
+
+def seen(folder: Path, count: int) -> list[str]:
+    """Documents that went through the model while it trained, filling left out."""
+    texts = [text for rank in range(count) for text in (folder / f"seen-{rank}.jsonl").read_text().splitlines()]
+    return sorted(str([token for token in json.loads(text) if token]) for text in texts)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_several_processes_equal_one_loss_by_loss_and_read_each_row_once(
+    tmp_path: Path, tiny_base: Path, tokenizer: Any, alone: Path, count: int
+) -> None:
+    ended = train_together(tmp_path, tiny_base, tokenizer, count=count, **LONG)
+    assert [code for code, _ in ended] == [0] * count, ended
+    assert curve(tmp_path) == pytest.approx(curve(alone), abs=TOLERANCE)
+    assert seen(tmp_path, count) == seen(alone, 1)
+    ours, theirs = seal(tmp_path, 25)["counts"], seal(alone, 25)["counts"]
+    assert (ours["tokens"], ours["trained"]) == (theirs["tokens"], theirs["trained"])
+    assert ours["best_loss"] == pytest.approx(theirs["best_loss"], abs=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"micro_batch": 2, "packing": False, "group_by_length": True}, {"plain": True}],
+    ids=["padded rows of like length", "plain steps"],
+)
+def test_they_equal_one_in_every_form_of_step(tmp_path: Path, tiny_base: Path, tokenizer: Any, settings: dict[str, Any]) -> None:
+    for count in (1, 2):
+        ended = train_together(tmp_path / str(count), tiny_base, tokenizer, count=count, **{**LONG, "steps": 6, **settings})
+        assert [code for code, _ in ended] == [0] * count, ended
+    assert curve(tmp_path / "2") == pytest.approx(curve(tmp_path / "1"), abs=TOLERANCE)
+
+
+def test_step_that_is_no_number_on_one_process_is_left_out_on_all(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
+    ended = train_together(tmp_path, tiny_base, tokenizer, count=2, break_rank=1, **{**LONG, "steps": 4})
+    assert [code for code, _ in ended] == [0, 0], ended
+    said = [" ".join(output.split()) for _, output in ended]
+    assert all("step 1 is left out: loss is nan; it read row" in output for output in said)
+    assert said[0].split("it read")[1][:40] == said[1].split("it read")[1][:40]
+    assert seal(tmp_path, 4)["counts"]["skipped"] == 1
+
+
+def test_shortage_on_one_process_halves_the_micro_batch_on_all(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
+    settings = {**LONG, "steps": 4, "tokens_per_step": 880}
+    ended = train_together(tmp_path / "short", tiny_base, tokenizer, count=2, short_rank=1, micro_batch=4, **settings)
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert all("from here on 2 at once instead of 4" in " ".join(output.split()) for _, output in ended)
+    train_together(tmp_path / "whole", tiny_base, tokenizer, count=2, micro_batch=2, **settings)
+    assert curve(tmp_path / "short") == pytest.approx(curve(tmp_path / "whole"), abs=TOLERANCE)
+
+
+def test_signal_to_one_stops_all_and_another_number_of_processes_goes_on(
+    tmp_path: Path, tiny_base: Path, tokenizer: Any, alone: Path
+) -> None:
+    ended = train_together(tmp_path, tiny_base, tokenizer, count=2, stop_step=7, **LONG)
+    assert [code for code, _ in ended] == [75, 75], ended
+    stopped = seal(tmp_path, 8)["counts"]
+    ended = train_together(tmp_path, tiny_base, tokenizer, count=3, stop_step=15, **LONG)
+    assert [code for code, _ in ended] == [75] * 3, ended
+    assert "goes on from step 8" in " ".join(ended[0][1].split())
+    [(code, output)] = train_together(tmp_path, tiny_base, tokenizer, count=1, **LONG)
+    assert code == 0, output
+    assert curve(tmp_path) == pytest.approx(curve(alone), abs=TOLERANCE)
+    whole = seal(alone, 25)["counts"]
+    assert 0 < stopped["tokens"] < whole["tokens"] == seal(tmp_path, 25)["counts"]["tokens"]
+
+
+def test_process_with_another_base_is_refused_by_all(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
+    ended = train_together(tmp_path, tiny_base, tokenizer, count=2, stranger=1, **LONG)
+    assert [code for code, _ in ended] == [2, 2], ended
+    assert "train something else: lora.rank is" in " ".join(ended[0][1].split())
+
+
+def test_more_processes_than_rows_in_a_step_are_refused(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
+    ended = train_together(tmp_path, tiny_base, tokenizer, count=2, **{**LONG, "tokens_per_step": 60})
+    assert [code for code, _ in ended] == [2, 2], ended
+    assert "1 would have nothing to do" in " ".join(ended[0][1].split())

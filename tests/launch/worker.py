@@ -1,0 +1,82 @@
+"""One process of a small training: ``python -m tests.launch.worker <folder> <base> <settings as JSON>``."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from finetune.console import say
+from finetune.errors import FinetuneError, Interrupted
+from finetune.launch import Ranks
+from tests.train.runs import Stopping, train
+
+
+def seen(model: Any, *, file: Path) -> None:
+    """Writes what goes through the model while it trains: a line of token ids for each document."""
+
+    def hook(module: Any, _arguments: Any, keywords: dict[str, Any]) -> None:
+        if module.training:
+            with open(file, "a", encoding="utf-8") as handle:
+                handle.write(json.dumps(keywords["input_ids"].flatten().tolist()) + "\n")
+
+    model.get_base_model().model.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def broken(model: Any, *, calls: int) -> None:
+    """A forward pass that gives no number."""
+    count = 0
+
+    def hook(module: Any, _arguments: Any, output: Any) -> None:
+        nonlocal count
+        count += module.training
+        if module.training and count == calls:
+            output.last_hidden_state.mul_(float("nan"))
+
+    model.get_base_model().model.register_forward_hook(hook)
+
+
+def scarce(model: Any, *, tokens: int) -> None:
+    """A device without room for so many tokens at once."""
+
+    def hook(module: Any, _arguments: Any, keywords: dict[str, Any]) -> None:
+        if module.training and keywords["input_ids"].numel() > tokens:
+            raise MemoryError("no room")
+
+    model.get_base_model().model.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def main(folder: Path, base: Path, settings: dict[str, Any]) -> int:
+    ranks = Ranks()
+    rank = ranks.rank
+    torch.set_num_threads(1)
+    breaks, short, stop = settings.pop("break_rank", None), settings.pop("short_rank", None), settings.pop("stop_step", None)
+    if settings.pop("stranger", None) == rank:
+        settings["rank"] = 4
+
+    def touch(model: Any) -> None:
+        seen(model, file=folder / f"seen-{rank}.jsonl")
+        if breaks == rank:
+            broken(model, calls=2)
+        if short == rank:
+            scarce(model, tokens=300)
+
+    try:
+        train(
+            folder, tiny_base=base, tokenizer=AutoTokenizer.from_pretrained(base), ranks=ranks, touch=touch,
+            trackers=Stopping(stop) if stop else None, **settings,
+        )  # fmt: skip
+    except Interrupted as interrupted:
+        say("end", str(interrupted))
+        return 75
+    except FinetuneError as error:
+        say("end", str(error))
+        ranks.fail(str(error), 2)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])))
