@@ -22,7 +22,7 @@ def show(plan: Plan) -> Plan:
     if plan.host:
         say("plan", "host memory: " + ", ".join(f"{phase} {human_bytes(size)}" for phase, size in plan.host.items()))
     say("plan", "disk: " + ", ".join(f"{name} {human_bytes(size)}" for name, size in plan.disk.items()))
-    say("plan", *_verdict(plan), _time(plan), *plan.notes)
+    say("plan", *_verdict(plan), *([_time(plan)] if plan.seconds else []), *plan.notes)
     if plan.exact:
         _show_exact(plan)
     say("plan", *plan.proposal)

@@ -7,13 +7,14 @@ import pytest
 
 from finetune.architecture import ArchitectureConfig
 from finetune.plan.activations import activations, saved_in_layer
-from finetune.plan.inputs import PlanInputs, Trainer
+from finetune.plan.inputs import PlanInputs, Steps, Trainer
 
 TINY = ArchitectureConfig(
     family="llama", hidden_size=128, intermediate_size=384, layers=6, heads=8, kv_heads=4, head_dim=16, vocab_size=512,
     tied_embeddings=False, max_positions=256,
 )  # fmt: skip
 INPUTS = PlanInputs(architecture=TINY, method="none", rank=8, adapter_bytes=4, rows=2, tokens=50, checkpointing=False, device="cpu")
+BFLOAT16 = dataclasses.replace(INPUTS, adapter_bytes=2, trainer=Trainer(reduced_input_copies=False))
 
 
 def saved_bytes(*, adapter_dtype: Any, autocast: bool) -> int:
@@ -64,18 +65,42 @@ def test_checkpointing_keeps_one_tensor_a_layer() -> None:
 
 
 def test_eager_attention_grows_with_the_square_of_the_length() -> None:
-    eager = dataclasses.replace(INPUTS, attention="eager")
+    eager = dataclasses.replace(BFLOAT16, attention="eager")
     longer = dataclasses.replace(eager, tokens=100)
     assert saved_in_layer(longer) - saved_in_layer(eager) == 8 * 50 * (4 + 2)
 
 
+def test_eager_attention_over_documents_in_one_row_sees_all_of_them() -> None:
+    apart = dataclasses.replace(BFLOAT16, attention="eager", rows=2)
+    flat = dataclasses.replace(apart, steps=Steps(flat=True))
+    assert saved_in_layer(flat) - saved_in_layer(apart) == 8 * 50 * (4 + 2)
+
+
 def test_dropout_keeps_a_mask_and_a_copy_for_each_branch() -> None:
-    plain = dataclasses.replace(INPUTS, adapter_bytes=2, targets=("q_proj", "v_proj"), trainer=Trainer(reduced_input_copies=False))
+    plain = dataclasses.replace(BFLOAT16, device="cuda", targets=("q_proj", "v_proj"))
     more = saved_in_layer(dataclasses.replace(plain, dropout=True)) - saved_in_layer(plain)
     assert more == 2 * 3 * 128 - 2 * 128
 
 
+def test_a_pair_of_answers_is_two_documents() -> None:
+    one, pair = activations(INPUTS), activations(dataclasses.replace(INPUTS, documents=2))
+    assert pair.stored > 1.9 * one.stored
+
+
+def test_int8_holds_on_to_its_inputs_although_layers_are_computed_again() -> None:
+    again = dataclasses.replace(INPUTS, checkpointing=True)
+    more = activations(dataclasses.replace(again, method="int8")).stored - activations(again).stored
+    assert more == 6 * INPUTS.step_tokens * 2 * (3 * 128 + 384)
+
+
+def test_selective_checkpointing_keeps_only_the_input_of_gated_layers() -> None:
+    fused = dataclasses.replace(INPUTS, steps=Steps(fused=True))
+    selective = dataclasses.replace(INPUTS, steps=Steps(fused=True, selective=True))
+    assert saved_in_layer(fused) - saved_in_layer(selective) > 2 * 2 * 384
+    assert activations(selective).peak < activations(fused).peak
+
+
 def test_old_bitsandbytes_keeps_inputs_of_frozen_layers() -> None:
-    new = dataclasses.replace(INPUTS, method="nf4", targets=("q_proj",), adapter_bytes=2)
-    old = dataclasses.replace(new, trainer=Trainer(keeps_inputs=True))
+    new = dataclasses.replace(BFLOAT16, method="nf4", targets=("q_proj",))
+    old = dataclasses.replace(new, trainer=Trainer(keeps_inputs=True, reduced_input_copies=False))
     assert saved_in_layer(old) - saved_in_layer(new) == 2 * (128 + 384)

@@ -2,17 +2,22 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from finetune.hardware import Gpu, Machine
-from finetune.plan import phases, show
+from finetune.config import load
+from finetune.errors import ConfigError
+from finetune.hardware import Gpu, Machine, probe
+from finetune.plan import PlanConfig, phases, show, with_own
 from finetune.plan.fit import propose
 from finetune.plan.inputs import PlanInputs
+from finetune.plan.kept import layer_bytes
 from finetune.plan.product import Plan, make_plan
+from finetune.plan.settings import from_config
 from finetune.run import plain
 from tests.plan.test_architecture import architecture
 
@@ -76,7 +81,10 @@ def test_full_disk_is_said() -> None:
 def test_unquantized_experts_are_said_and_priced() -> None:
     plan = make_plan(inputs("mixtral_8x7b"), machine(80), checkpoints=2)
     assert plan.fits is False
-    assert any("97% of the model is not quantized" in note for note in plan.notes)
+    said = next(note for note in plan.notes if "experts" in note)
+    assert "97% of the model is not quantized" in said
+    # 45.1 billion weights in experts and routers: 2 bytes each, or 4.127 bits as NF4 with double quantization.
+    assert "They take 84.0 GiB; as nf4 they would take 21.7 GiB, 62.3 GiB less" in said
 
 
 def test_terms_of_a_phase_add_up_to_its_peak() -> None:
@@ -114,7 +122,8 @@ def test_what_is_proposed_fits(gibibytes: int) -> None:
 
 
 def test_a_runner_up_says_why_it_is_not_the_proposal() -> None:
-    assert "slower by the closed form" in propose(inputs(tokens=512), machine(24))[-1]
+    runner_up = next(sentence for sentence in propose(inputs(tokens=512), machine(24)) if sentence.startswith("runner-up"))
+    assert re.search(r"about \d+% slower, with .* memory", runner_up)
 
 
 def test_more_memory_is_proposed_a_faster_setting() -> None:
@@ -133,6 +142,64 @@ def test_what_cannot_fit_at_all_is_said() -> None:
 
 def test_micro_batch_is_never_more_than_a_step_reads() -> None:
     assert "train.micro_batch=4" in propose(inputs("smollm2_135m", step_rows=4), machine(80))[0]
+
+
+NAMED = ["rtx4060_8gb", "rtx3060_12gb", "rtx4060ti_16gb", "rtx4090", "t4", "a100_80gb", "2xrtx3090", "cpu_64gb"]
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_proposal_that_is_pasted_fits(name: str) -> None:
+    """What is printed as overrides is what was planned, whoever types it."""
+    asked = ["+experiment=llama7b_qlora", f"hardware={name}"]
+    config = load(asked)
+    here = probe(config.hardware)
+    words = propose(from_config(config, here), here)[0].removeprefix("proposed: ").split()
+    pasted = load([*asked, *words])
+    assert make_plan(from_config(pasted, here), here, checkpoints=2).fits is True
+
+
+def test_a_pair_is_planned_as_two_documents_of_the_longest_row() -> None:
+    config = load(["+experiment=dpo_quick"])
+    found = from_config(config, probe(config.hardware))
+    assert (found.documents, found.tokens, found.step_tokens) == (2, 512, 2 * 2 * 512)
+
+
+def test_a_gpu_without_bfloat16_gets_plain_layers() -> None:
+    asked = ["+experiment=llama7b_qlora", "lora.dropout=0"]
+    for name, fused in (("rtx4090", True), ("t4", False)):
+        config = load([*asked, f"hardware={name}"])
+        assert from_config(config, probe(config.hardware)).steps.fused is fused
+
+
+def test_offloaded_activations_wait_in_the_host() -> None:
+    here = inputs(rows=4)
+    away = dataclasses.replace(here, offload_activations=True)
+    moved = 32 * 4 * 1024 * 4096 * 2
+    assert phases.step_peak(here) - phases.step_peak(away) == pytest.approx(moved, rel=0.1)
+    assert phases.host_bytes(away)["step"] - phases.host_bytes(here)["step"] == moved
+
+
+def test_a_heap_has_half_as_many_holes_as_blocks() -> None:
+    cpu = inputs("smollm2_135m", device="cpu", checkpointing=False)
+    assert phases.device_phases(cpu)["step"]["allocator"] == pytest.approx(15 * layer_bytes(cpu))
+
+
+def test_zero3_shards_as_fsdp_does() -> None:
+    sharded = inputs("llama2_70b", strategy="fsdp", processes=2)
+    assert phases.step_peak(dataclasses.replace(sharded, strategy="zero3")) == phases.step_peak(sharded)
+
+
+@pytest.mark.parametrize(
+    ("own", "fit", "exact"), [({"fit": "true"}, True, False), ({"exact": "True", "fit": "false"}, False, True), ({}, False, False)]
+)
+def test_the_verbs_own_settings_take_the_groups_place(own: dict[str, str], fit: bool, exact: bool) -> None:
+    found = with_own(PlanConfig(), own)
+    assert (found.fit, found.exact) == (fit, exact)
+
+
+def test_a_setting_that_is_neither_true_nor_false_is_refused() -> None:
+    with pytest.raises(ConfigError, match="fit must be true or false; got 'yes'"):
+        with_own(PlanConfig(), {"fit": "yes"})
 
 
 def test_planning_imports_no_torch() -> None:

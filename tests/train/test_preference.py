@@ -15,6 +15,7 @@ from finetune import lora
 from finetune.config import load as load_config
 from finetune.data import PreparedData, prepare
 from finetune.errors import ConfigError, Interrupted, TrainError
+from finetune.launch import Ranks
 from finetune.model import Base
 from finetune.speed import quicken
 from finetune.train import TrainedAdapter, fit
@@ -93,8 +94,8 @@ def train(folder: Path, *, tiny_base: Path, tokenizer: Any, trackers: Any, packi
     quick = quicken(adapted, config.speed, placement=PLACEMENT, checkpointing=config.train.checkpointing)
     (folder / "train").mkdir(exist_ok=True)
     return fit(
-        ranks=Ranks({}),
-        config.train, folder=folder / "train", adapted=adapted, tokenizer=tokenizer, data=data, quantization={}, lora=config.lora,
+        config.train, ranks=Ranks({}), folder=folder / "train", adapted=adapted, tokenizer=tokenizer, data=data, quantization={},
+        lora=config.lora,
         base=Base(folder=tiny_base, name="tiny", revision=None, sha256="", source="folder"), optim=config.optim, placement=PLACEMENT,
         upcast="none", packing=packing, quick=quick, speed=config.speed, seed=1, trackers=trackers,
     )  # fmt: skip
