@@ -20,7 +20,11 @@ OPTIONS = sorted(
     for file in folder.glob("*.yaml")
     if not file.stem.startswith("_")
 )
-NEEDS = {("model", "custom"): ["model.name=x"], ("train", "dpo"): ["data.objective=preference"]}
+NEEDS = {
+    ("launch", "multinode"): ["launch.host=10.0.0.1"],
+    ("model", "custom"): ["model.name=x"],
+    ("train", "dpo"): ["data.objective=preference"],
+}
 NAMED = ("quickstart", "guanaco", "alpaca_cleaned", "ultrafeedback")
 """Data options that bring their rows; the others are formats, and the user names the rows."""
 LISTS = ("export", "tracking")

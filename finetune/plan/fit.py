@@ -59,7 +59,8 @@ def propose(inputs: PlanInputs, machine: Machine) -> list[str]:
         f"proposed: {overrides(inputs, best.inputs)}",
         f"it needs {human_bytes(best.bytes)} of {room} and reads about {best.speed:,.0f} tokens/s; {_longest(best, machine)}",
     ]
-    other = next((c for c in ranked if _kind(c.inputs) != _kind(best.inputs)), None)
+    others = sorted(ranked[1:], key=lambda c: _kind(c.inputs) == _kind(best.inputs))  # one of another kind says more
+    other = next(iter(others), None)
     if other is not None:
         slower = 1 - other.speed / best.speed
         reason = f"about {slower:.0%} slower" if slower >= SAME_SPEED else "as fast"

@@ -162,14 +162,22 @@ def _notes(inputs: PlanInputs, machine: Machine, *, disk: float, after: dict[str
         notes.append(f"launch.processes={inputs.processes}, but the machine has {len(machine.gpus)} GPUs")
     if disk > machine.disk_free_bytes:
         notes.append(f"the disk needs {human_bytes(disk)} in all and has {human_bytes(machine.disk_free_bytes)} left")
-    too_large = [f"{phase} needs {human_bytes(size)}" for phase, size in after.items() if memory and size > memory * _usable(inputs)]
-    if too_large:
-        notes.append(
-            f"{' and '.join(too_large)} for the dense model, more than this device has: run.until=train here, and the rest elsewhere"
-        )
+    notes += [_too_large(phase, size, inputs, memory=memory) for phase, size in after.items() if memory and size > memory * _usable(inputs)]
     if inputs.architecture.experts and inputs.method != "none":
         notes.append(_experts(inputs))
     return notes
+
+
+def _too_large(phase: str, size: float, inputs: PlanInputs, *, memory: int) -> str:
+    """A stage after training that does not fit, and what would help."""
+    need = f"{phase} needs {human_bytes(size)} for the dense model"
+    rows = inputs.answer_rows
+    while phase == "eval" and rows > 1:
+        rows //= 2
+        fewer = phases.device_phases(dataclasses.replace(inputs, answer_rows=rows))["eval"]
+        if phases.total(fewer) <= memory * _usable(inputs):
+            return f"{need} and {inputs.answer_rows} answers at a time, more than this device has: eval.batch_rows={rows} fits"
+    return f"{need}, more than this device has: run.until=train here, and the rest elsewhere"
 
 
 def _experts(inputs: PlanInputs) -> str:

@@ -103,6 +103,13 @@ def test_every_change_that_is_advised_needs_less() -> None:
     assert plan.advice in ("train.checkpointing=full", "train.micro_batch=2", "quantization=nf4_double")
 
 
+def test_fewer_answers_at_a_time_are_advised_where_they_fit() -> None:
+    asked = inputs(answer_rows=32, answer_tokens=96)
+    said = make_plan(asked, machine(24), checkpoints=2).notes
+    assert any(re.search(r"eval needs 30\.\d GiB .* eval\.batch_rows=16 fits", note) for note in said)
+    assert not any("eval" in note for note in make_plan(dataclasses.replace(asked, answer_rows=8), machine(24), checkpoints=2).notes)
+
+
 def test_show_prints_every_phase_and_the_verdict(capsys: pytest.CaptureFixture[str]) -> None:
     show(make_plan(inputs(), machine(24), checkpoints=2))
     printed = capsys.readouterr().out
