@@ -54,8 +54,11 @@ def activations(inputs: PlanInputs) -> Activations:
 
 
 def mask_bytes(inputs: PlanInputs) -> float:
-    """Which token may look at which, once for all layers: truth values, or numbers where attention is eager."""
-    if inputs.steps.fused or not inputs.steps.flat:
+    """Which token may look at which, once for all layers: truth values, or numbers where attention is eager.
+
+    Layers that are computed again hold on to it, although fused attention never looks at it.
+    """
+    if not inputs.checkpointing or not inputs.steps.flat:
         return 0
     return (inputs.compute_bytes if inputs.attention == "eager" else 1) * inputs.step_tokens**2
 
