@@ -82,8 +82,9 @@ def execute(verb: str, config: RunConfig, *, overrides: list[str], own: dict[str
     """A composed command."""
     if verb == "plan":
         from finetune.hardware import probe
-        from finetune.plan import plan, show
+        from finetune.plan import plan, show, with_own
 
+        config.plan = with_own(config.plan, own)
         show(plan(config, probe(config.hardware)))
         return DONE
     if verb in LAUNCHED:

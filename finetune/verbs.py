@@ -13,7 +13,7 @@ from finetune.errors import ConfigError
 
 Settings = dict[str, str]
 
-OWN = {"data": ("why",), "eval": ("compare",), "plan": ("explain",), "replay": ("force",), "diff": ("json",)}
+OWN = {"data": ("why",), "eval": ("compare",), "plan": ("explain", "fit", "exact"), "replay": ("force",), "diff": ("json",)}
 """Settings of a verb itself."""
 
 

@@ -4,6 +4,7 @@ from finetune.report.curves import loss_picture, memory_picture, series, small_p
 from finetune.report.facts import Facts, Fields
 from finetune.report.intervals import length_picture
 from finetune.report.markup import Html, figure, joined, section, table, tag
+from finetune.report.planned import planned_bars
 from finetune.report.record import planned
 from finetune.report.words import MISSING, count, duration, number, percent, size, stage_title
 
@@ -114,5 +115,10 @@ def costs(report: Fields, facts: Facts) -> Html:
     legend = [("1", "this process"), ("2", "GPU")] if device else []
     header = ["Stage", "Time", "Peak memory", *(["Peak on the GPU"] if device else [])]
     return section(
-        "costs", "Memory and time", planned(report), figure(memory_picture(facts.memory), caption, legend=legend), table(header, rows)
+        "costs",
+        "Memory and time",
+        planned(report),
+        planned_bars(report),
+        figure(memory_picture(facts.memory), caption, legend=legend),
+        table(header, rows),
     )
