@@ -67,6 +67,11 @@ BY_DESIGN = (
         lambda c, part: not c.eval.harness.tasks,
         "no task of lm-eval is asked for",
     ),
+    Rule(
+        ("launch.nodes", "launch.node", "launch.host", "launch.port", "launch.silence_seconds", "launch.grace_seconds"),
+        lambda c, part: True,
+        "the launcher reads them before the run",
+    ),
     Rule(("export.*.shard_bytes",), lambda c, part: part.format != "safetensors", "only its files are cut"),
     Rule(("eval.max_new_tokens", "eval.batch_rows"), lambda c, part: part.rows == 0, "no answers are written"),
     Rule(
