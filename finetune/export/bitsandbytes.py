@@ -37,10 +37,7 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
     work.need(name, 1.6 * work.merged_bytes)  # the dense weights meanwhile, and embedding, head and quantized layers
     target, merged_folder = work.desk / name, work.merged.folder / "model"
     placement = dataclasses.replace(work.placement, dtype=work.merged_dtype)
-    merged = _open(work, merged_folder)
-    before = work.expect(merged, settings)
-    del merged
-    free()
+    before = work.expect_merged(settings)
     source = _originals(work, name) if work.merged.chosen == "dequantized" and config.method != "int8" else merged_folder
     model = _open(work, source, config)
     model.save_pretrained(target, max_shard_size=SHARD)

@@ -37,37 +37,27 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
     work.need(name, work.merged_bytes * (2 if numbers == "float32" != work.merged_dtype else 1))
     source, target = work.merged.folder / "model", work.desk / name
     dense = dataclasses.replace(work.quantization, method="none", double=False)
-
-    def in_numbers(dtype: str) -> Any:
-        placement = dataclasses.replace(work.placement, dtype=dtype)
-        return load(dataclasses.replace(work.base, folder=source), work.model, quantization=dense, placement=placement)
-
-    before: Expected | None = None
-    if numbers != work.merged_dtype:
-        merged = in_numbers(work.merged_dtype)
-        before = work.expect(merged, settings)
-        del merged
-        free()
-    model = in_numbers(numbers)
+    placement = dataclasses.replace(work.placement, dtype=numbers)
+    converted = numbers != work.merged_dtype
+    wanted = merged = work.expect_merged(settings)
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(*WEIGHTS))
-    if before or settings.shard_bytes:
+    if converted or settings.shard_bytes:
+        model = load(dataclasses.replace(work.base, folder=source), work.model, quantization=dense, placement=placement)
         _check_finite(model, name, numbers)
         model.save_pretrained(target, max_shard_size=settings.shard_bytes or "5GB")
+        wanted = work.expect(model, settings)
+        _check_logits(wanted, name, numbers)
+        del model
+        free()
     else:
-        for pattern in WEIGHTS:
-            for file in source.glob(pattern):
-                _link(file, target / file.name)
-    placement = dataclasses.replace(work.placement, dtype=numbers)
+        for file in (file for pattern in WEIGHTS for file in source.glob(pattern)):
+            _link(file, target / file.name)
     write_record(target, "merged", base=work.base, model=work.model, quantization=dense, placement=placement, chat=work.chat)
-    wanted = work.expect(model, settings)
-    _check_logits(wanted, name, numbers)
-    del model
-    free()
     snippet = merged_snippet(name, model=work.model, dtype=numbers)
     parity = work.check(name, settings, wanted, snippet=snippet, ends=[], packages=["transformers"])
-    if before:
-        parity["cost"] = cost(name, merged=before, export=wanted, config=settings, desk=work.desk, seed=work.seed)
-    work.snippets["The merged model, in plain transformers" + (f", in {numbers}" if before else "")] = snippet
+    if converted:
+        parity["cost"] = cost(name, merged=merged, export=wanted, config=settings, desk=work.desk, seed=work.seed)
+    work.snippets["The merged model, in plain transformers" + (f", in {numbers}" if converted else "")] = snippet
     return work.keep(name, settings, parity)
 
 

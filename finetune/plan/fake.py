@@ -145,7 +145,7 @@ def build(config: RunConfig, inputs: PlanInputs, *, dtype: str) -> tuple[Any, li
     """The adapted model on the meta device, by the same steps as a run's; names of its quantized layers.
 
     Raises:
-        ModelError: transformers has no class for the family, or it is not counted here.
+        ModelError: The family or the variant of LoRA is not counted here.
     """
     from transformers import AutoModelForCausalLM
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
@@ -153,6 +153,10 @@ def build(config: RunConfig, inputs: PlanInputs, *, dtype: str) -> tuple[Any, li
     from finetune import lora
     from finetune.quantization import loader_arguments, quantized_layers
 
+    if config.lora.variant == "dora":
+        raise ModelError(
+            "plan exact=true: dora starts from the lengths of the weights' rows, and a count has no weights; leave exact=true out"
+        )
     told = loader_arguments(config.quantization, dtype=dtype).get("quantization_config")
     described = transformers_config(config, inputs.architecture)
     with torch.device("meta"), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
@@ -162,7 +166,7 @@ def build(config: RunConfig, inputs: PlanInputs, *, dtype: str) -> tuple[Any, li
             replace_with_bnb_linear(model, modules_to_not_convert=told.llm_int8_skip_modules, quantization_config=told)
             model.is_loaded_in_4bit, model.is_loaded_in_8bit = inputs.packed_4bit, config.quantization.method == "int8"
         model.requires_grad_(False)
-        wished = dataclasses.replace(config.lora, rank=config.lora.width, variant="dora" if config.lora.variant == "dora" else "lora")
+        wished = dataclasses.replace(config.lora, rank=config.lora.width, variant="lora")  # the start changes no size
         adapted = lora.attach(model, wished, upcast=inputs.upcast, checkpointing=inputs.checkpointing, seed=0)
         lora.cast_adapter(adapted, config.lora.dtype)
     return adapted.train(), list(quantized_layers(adapted))
