@@ -70,9 +70,15 @@ class RunConfig:
             )
         yield from self.lora.conflicts(quantization=self.quantization.method, weight_decay=self.optim.weight_decay)
         yield from self.train.conflicts(rows=self.data.objective, variant=self.lora.variant, dropout=self.lora.dropout)
-        if self.quantization.method == "int8" and self.launch.strategy == "fsdp":
+        method = self.quantization.method
+        if method in ("torchao_int8", "hqq") and self.model.upcast != "none":
             yield (
-                "quantization.method=int8 cannot be cut into shards: launch.strategy=fsdp needs quantization=nf4_double, "
+                f"model.upcast={self.model.upcast} gives float32 inputs, which layers of quantization.method={method} do not take: "
+                "set model.upcast=none"
+            )
+        if method in ("int8", "torchao_int8", "hqq") and self.launch.strategy == "fsdp":
+            yield (
+                f"quantization.method={method} cannot be cut into shards: launch.strategy=fsdp needs quantization=nf4_double, "
                 "or choose launch=ddp"
             )
         if self.quantization.method == "none" and self.optim.name.startswith("paged_") and self.model.dtype == "float16":

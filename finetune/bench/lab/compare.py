@@ -159,12 +159,8 @@ def summary(name: str, got: dict[str, Any], reference: dict[str, Any]) -> Measur
         loss_change={"difference": round(change.value, 4), "low": round(change.low, 4), "high": round(change.high, 4)},
         prefill_tokens_per_second=got["prefill"],
         decode_tokens_per_second=got["decode"],
-        tunable=name in TUNABLE,
+        tunable=got["tunable"],
     )
-
-
-TUNABLE = ("none", "nf4", "nf4_double", "fp4", "int8")
-"""Options whose tuning the tests run (tests/quantization)."""
 
 
 def show(found: list[Measured], reference: dict[str, Any]) -> None:

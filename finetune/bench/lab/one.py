@@ -15,6 +15,7 @@ from finetune.measure import answer
 PREFILL_TOKENS = 256
 NEW_TOKENS = 24
 REPEATS = 3
+SHARD = "2GB"
 BATCHES = (1, 8)
 
 
@@ -45,15 +46,16 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     before, started = rss_bytes(), time.perf_counter()
     model = load(base, config.model, quantization=config.quantization, placement=placement)
     seconds = time.perf_counter() - started
-    weights, constants, parameters = stored(model)
+    weights, constants, parameters = packed(model)
     found: dict[str, Any] = {
         "load_seconds": round(seconds, 2),
         "memory_bytes": resident_bytes(model),
         "weight_bytes": weights,
         "constant_bytes": constants,
         "quantized_parameters": parameters,
+        "tunable": hardware.LIMITS[config.quantization.method].tunable,
         "load_peak_bytes": max(0, rss_bytes() - before),
-        "disk_bytes": disk_bytes(model),
+        "disk_bytes": disk_bytes(model, config.quantization),
         "prefill": {str(batch): tokens_per_second(partial(prefill, model, batch)) for batch in BATCHES},
         "decode": {str(batch): tokens_per_second(partial(decode, model, batch)) for batch in BATCHES},
     }
@@ -68,34 +70,33 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     return {**found, "reference": dataclasses.asdict(reference)}
 
 
-def stored(model: Any) -> tuple[int, int, int]:
-    """Bytes of the quantized layers' weights and of their constants, and the weights that these stand for.
+def packed(model: Any) -> tuple[int, int, int]:
+    """Bytes of the quantized layers' codes and of their constants, and the weights that these stand for.
 
-    Code books (64 bytes for 4-bit) are the same for every block and not counted.
+    Code books (64 bytes for 4-bit) are the same for every layer and not counted.
     """
-    from finetune.quantization import quantized_layers
+    from finetune.quantization import quantized_layers, stored
 
-    weights = constants = parameters = 0
-    for layer in quantized_layers(model).values():
-        weight = layer.weight
-        weights += weight.numel() * weight.element_size()
-        state = getattr(weight, "quant_state", None)
-        if state is not None:
-            parameters += state.shape.numel()
-            constants += state.absmax.numel() * state.absmax.element_size()
-            constants += state.state2.absmax.numel() * state.state2.absmax.element_size() if state.nested else 0
-        else:
-            parameters += weight.numel()
-            scales = weight.SCB if weight.SCB is not None else layer.state.SCB
-            constants += scales.numel() * scales.element_size()
-    return weights, constants, parameters
+    codes = constants = parameters = 0
+    for found in map(stored, quantized_layers(model).values()):
+        codes += found.codes.nbytes
+        constants += sum(tensor.nbytes for tensor in found.constants.values())
+        parameters += found.shape.numel()
+    return codes, constants, parameters
 
 
-def disk_bytes(model: Any) -> int:
-    """Size of the checkpoint that transformers writes of it."""
+def disk_bytes(model: Any, quantization: Any) -> int:
+    """Size of its checkpoint; where the library writes its own layers alone, with the other tensors."""
+    from finetune.quantization import holdings, library_of, save
+
     with tempfile.TemporaryDirectory() as place:
-        model.save_pretrained(place)
-        return sum(file.stat().st_size for file in Path(place).glob("*.safetensors"))
+        folder = Path(place) / "model"
+        save(model, quantization, folder, shard=SHARD)
+        written = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        if (folder / "config.json").is_file():
+            return written
+    layers = [name for name, module in model.named_modules() if library_of(module)]
+    return written + sum(tensor.nbytes for name, tensor in holdings(model) if name.rpartition(".")[0] not in layers and "[" not in name)
 
 
 def prefill(model: Any, batch: int) -> int:
