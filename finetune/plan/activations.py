@@ -42,7 +42,9 @@ def activations(inputs: PlanInputs) -> Activations:
     layer = sum(block_bytes(kept.size, inputs) * kept.times for kept in layer_tensors(inputs))
     boundary = block_bytes(inputs.stream_bytes * a.hidden_size * tokens, inputs)
     norm = inputs.stream_bytes if inputs.steps.fused or a.norm_bias else inputs.trainer.norm_bytes
-    last = (norm + inputs.compute_bytes) * a.hidden_size * tokens + mask_bytes(inputs)
+    positions = 2 * a.head_dim * inputs.compute_bytes * tokens  # cosine and sine, once for all layers
+    gradient = inputs.compute_bytes * a.hidden_size * (whole_tiles(tokens) if inputs.steps.trained_only else tokens)
+    last = norm * a.hidden_size * tokens + gradient + positions + mask_bytes(inputs)
     earlier = inputs.trainer.keeps_last_graph * kept_inputs(inputs)
     held = 0 if inputs.offload_activations else boundary
     return Activations(
@@ -51,6 +53,11 @@ def activations(inputs: PlanInputs) -> Activations:
         logits=loss_bytes(inputs) + (autocast_bytes(inputs) if inputs.checkpointing else 0),
         logits_held=inputs.trainer.logits_held_bytes * a.vocab_size * tokens,
     )
+
+
+def whole_tiles(tokens: int) -> int:
+    """Positions of the loss on trained tokens, filled up. Source: finetune/speed/steps.py, ``token_losses``."""
+    return -(-tokens // TRAINED_ROWS) * TRAINED_ROWS
 
 
 def mask_bytes(inputs: PlanInputs) -> float:
