@@ -11,6 +11,9 @@ from finetune.plan.kept import adapter_copies, attention, feed_forward, held_inp
 from finetune.plan.segments import block_bytes
 from finetune.plan.weights import workspace_bytes
 
+SLIDING_FAMILIES = ("gemma2", "gemma3_text")
+"""Every other layer of theirs looks back a few thousand tokens only, and so has a mask of its own."""
+
 TRAINED_ROWS = 256
 """Positions whose logits are alive at one time. Source: finetune/speed/steps.py, LOSS_ROWS."""
 
@@ -67,7 +70,8 @@ def mask_bytes(inputs: PlanInputs) -> float:
     """
     if not inputs.checkpointing or not inputs.steps.flat:
         return 0
-    return (inputs.compute_bytes if inputs.attention == "eager" else 1) * inputs.step_tokens**2
+    masks = 2 if inputs.architecture.family in SLIDING_FAMILIES else 1
+    return masks * (inputs.compute_bytes if inputs.attention == "eager" else 1) * inputs.step_tokens**2
 
 
 def autocast_bytes(inputs: PlanInputs) -> float:
