@@ -35,7 +35,7 @@ def test_the_whole_line_leaves_what_the_contract_promises(tmp_path: Path, tiny_b
     assert report["train"]["optimizer"]["asked"] == "paged_adamw_8bit"
     assert set(report["eval"]["artifacts"]) == {"base", "base_quantized", "adapter", "merged"}
     assert {candidate["name"] for candidate in report["merge"]["candidates"]} == {"dequantized", "original"}
-    assert {export["format"] for export in report["export"]} == {"adapter", "safetensors", "card"}
+    assert {export["format"] for export in report["export"]} == {"adapter", "safetensors", "gguf", "card"}
     assert all(report["stages"][stage]["peak_rss_bytes"] > 0 for stage in ("data", "model", "train", "merge", "eval", "export"))
     assert "<svg" in (run / "report.html").read_text()
 

@@ -62,8 +62,7 @@ BY_DESIGN = (
     Rule(("optim.decay",), lambda c, part: part.schedule != "wsd", "only this schedule has an end of its own"),
     Rule(("optim.warmup", "optim.warmup_tokens"), lambda c, part: part.warmup_steps is not None, "the steps were named"),
     Rule(("optim.warmup",), lambda c, part: part.warmup_tokens is not None, "the tokens were named"),
-    Rule(("rehearse.rows",), lambda c, part: part.level == "off", "nothing is proved"),
-    Rule(("rehearse.steps",), lambda c, part: part.level != "full", "only rehearse=full takes steps"),
+    Rule(("rehearse.rows", "rehearse.steps"), lambda c, _: True, "a rehearsal that held is remembered; the run that made it read them"),
     Rule(("merge.candidates",), lambda c, part: part.choose == "dequantized", "one was named"),
     Rule(
         ("eval.harness.include_path", "eval.harness.limit", "eval.harness.shots", "eval.harness.chat", "eval.harness.batch_rows"),

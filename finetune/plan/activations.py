@@ -11,6 +11,9 @@ from finetune.plan.kept import adapter_copies, attention, feed_forward, held_inp
 from finetune.plan.segments import block_bytes
 from finetune.plan.weights import workspace_bytes
 
+SLIDING_FAMILIES = ("gemma2", "gemma3_text")
+"""Every other layer of theirs looks back a few thousand tokens only, and so has a mask of its own."""
+
 TRAINED_ROWS = 256
 """Positions whose logits are alive at one time. Source: finetune/speed/steps.py, LOSS_ROWS."""
 
@@ -42,7 +45,9 @@ def activations(inputs: PlanInputs) -> Activations:
     layer = sum(block_bytes(kept.size, inputs) * kept.times for kept in layer_tensors(inputs))
     boundary = block_bytes(inputs.stream_bytes * a.hidden_size * tokens, inputs)
     norm = inputs.stream_bytes if inputs.steps.fused or a.norm_bias else inputs.trainer.norm_bytes
-    last = (norm + inputs.compute_bytes) * a.hidden_size * tokens + mask_bytes(inputs)
+    positions = 2 * a.head_dim * inputs.compute_bytes * tokens  # cosine and sine, once for all layers
+    gradient = inputs.compute_bytes * a.hidden_size * (whole_tiles(tokens) if inputs.steps.trained_only else tokens)
+    last = norm * a.hidden_size * tokens + gradient + positions + mask_bytes(inputs)
     earlier = inputs.trainer.keeps_last_graph * kept_inputs(inputs)
     held = 0 if inputs.offload_activations else boundary
     return Activations(
@@ -53,6 +58,11 @@ def activations(inputs: PlanInputs) -> Activations:
     )
 
 
+def whole_tiles(tokens: int) -> int:
+    """Positions of the loss on trained tokens, filled up. Source: finetune/speed/steps.py, ``token_losses``."""
+    return -(-tokens // TRAINED_ROWS) * TRAINED_ROWS
+
+
 def mask_bytes(inputs: PlanInputs) -> float:
     """Which token may look at which, once for all layers: truth values, or numbers where attention is eager.
 
@@ -60,7 +70,8 @@ def mask_bytes(inputs: PlanInputs) -> float:
     """
     if not inputs.checkpointing or not inputs.steps.flat:
         return 0
-    return (inputs.compute_bytes if inputs.attention == "eager" else 1) * inputs.step_tokens**2
+    masks = 2 if inputs.architecture.family in SLIDING_FAMILIES else 1
+    return masks * (inputs.compute_bytes if inputs.attention == "eager" else 1) * inputs.step_tokens**2
 
 
 def autocast_bytes(inputs: PlanInputs) -> float:

@@ -120,11 +120,10 @@ def step(model: Any, quantized: list[str], inputs: PlanInputs, *, dtype: Any) ->
                     head = causal.get_output_embeddings().weight
                     trained = hidden.reshape(-1, hidden.shape[-1]).clone().to(head.dtype)
                     loss = HeadLoss.apply(trained, head, torch.empty(len(trained), dtype=torch.long), kernels)
-                else:  # TRL's own loss is as in the closed form; the backward pass starts at the hidden states
+                    del hidden, trained
+                else:  # TRL's own loss is as in the closed form: it keeps the hidden states, and the backward pass starts there
                     loss = hidden.float().sum()
                     alive.peak = max(alive.peak, ended + activations(inputs).logits)
-                    trained = hidden
-                del hidden, trained
             stored = alive.live  # autocast's copies of what is not kept are gone
             loss.backward()
     return {"kept activations": stored, "at the peak besides": alive.peak - stored, "cached": _cached(model, inputs)}
@@ -174,7 +173,7 @@ def state_bytes(elements: int, element_bytes: int, optimizer: str) -> float:
 
 def _cached(model: Any, inputs: PlanInputs) -> float:
     """16-bit copies that fused layers keep beside the quantized weights."""
-    if not inputs.steps.cached:
+    if not (inputs.steps.cached or weights.stays_mapped(inputs)):
         return 0
     linear = [module for name, module in model.named_modules() if name.endswith("base_layer")]
     return sum(module.weight.numel() * inputs.compute_bytes for module in linear)

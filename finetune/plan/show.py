@@ -34,9 +34,8 @@ def _time(plan: Plan) -> str:
     if "train" in plan.seconds:
         train = f"training {human_seconds(plan.seconds['train'])}"
     else:
-        train = (
-            f"training {human_seconds(1e6 / plan.tokens_per_second)} for each million tokens (how many there are shows when they are read)"
-        )
+        million = human_seconds(1e6 / plan.tokens_per_second)
+        train = f"training {million} for each million tokens (their number is known once the data are read)"
     others = ", ".join(f"{stage} {human_seconds(size)}" for stage, size in plan.seconds.items() if stage != "train")
     return f"time, rough (within a factor of two): {train} at {speed}; {others}"
 
