@@ -57,7 +57,7 @@ def main() -> None:
             uniform = QuantizationConfig(method="nf4", double=True)
             model = measured("nothing", uniform, reference, text=text, rows=measured_on)
             costs = rounding_costs(model, reader(folder), [row["input_ids"] for row in chosen_on])
-            found = [
+            found: list[dict[str, Any]] = [
                 {"layer": name, "cost": costs[name], "bytes": extra_bytes(layer, 2)} for name, layer in quantized_layers(model).items()
             ]
             del model

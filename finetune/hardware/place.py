@@ -75,10 +75,7 @@ def _device(machine: Machine, config: RunConfig) -> tuple[str, str]:
         raise HardwareError("hardware.device=cuda, but no NVIDIA GPU is visible (nvidia-smi lists none); use hardware.device=cpu or auto")
     if wish == "mps" and not machine.metal:
         raise HardwareError("hardware.device=mps, but this is no Apple GPU; use hardware.device=cpu or auto")
-    limit = LIMITS[method]
-    if limit.reason:
-        raise HardwareError(f"quantization.method={method} does not run: {limit.reason}; choose {limit.instead}")
-    if wish not in limit.devices:
+    if wish not in LIMITS[method].devices:
         able = ", ".join(runnable(wish))
         raise HardwareError(f"quantization.method={method} does not run on {wish}; choose one of {able}, or hardware.device=cpu")
     return wish, why

@@ -103,14 +103,14 @@ def stored(layer: Any) -> Stored:
 
 
 def prepare() -> None:
-    """To be called before transformers and peft import the libraries: saves seconds, and quiets two harmless messages.
+    """To be called before transformers and peft import the libraries: saves seconds, and quiets some harmless messages.
 
     At their import, bitsandbytes 0.50.2 (its reserve backend) and hqq 0.2.8 (forward passes that it offers for compiling)
     hand functions to torch.compile, which imports torch's whole compiler; peft imports hqq wherever it is installed. They
-    are left as they are: nothing here calls them. The messages are of a hub kernel that is not there, and int8's note for
-    each layer and pass.
+    are left as they are: nothing here calls them. The messages are of a hub kernel that is not there, int8's note for each
+    layer and pass, and torchao's GPU kernels, which a build of torch for CPUs cannot load.
     """
-    for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+    for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions", "torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     import torch
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.hardware.limits import LIMITS
+from finetune.hardware.limits import LIMITS, refusal
 
 METHODS = tuple(LIMITS)
 BITS = (1, 2, 3, 4, 5, 6, 8)
@@ -48,6 +48,8 @@ class QuantizationConfig:
     def problems(self) -> Iterator[str]:
         if self.method not in METHODS:
             yield f"quantization.method must be one of {', '.join(METHODS)}; got {self.method!r}"
+        elif refusal(self.method):
+            yield refusal(self.method)
         if self.double and self.method not in ("nf4", "fp4"):
             yield f"quantization.double is for nf4 and fp4; got method {self.method!r}: set quantization.double=false"
         if self.threshold < 0:

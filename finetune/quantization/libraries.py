@@ -43,23 +43,23 @@ def loader_arguments(config: QuantizationConfig, *, dtype: str) -> dict[str, Any
         ModelError: The method's library is not installed.
     """
     check_installed(config)
-    library = LIBRARIES.get(LIMITS[config.method].library)
-    found: dict[str, Any] = library.loader_arguments(config, dtype=dtype) if hasattr(library, "loader_arguments") else {}
+    arguments = _does(config, "loader_arguments")
+    found: dict[str, Any] = arguments(config, dtype=dtype) if arguments else {}
     return found
 
 
 def quantize(model: Any, config: QuantizationConfig, *, dtype: str) -> None:
     """Quantizes what the loader left dense, where the library works on a loaded model."""
-    library = LIBRARIES.get(LIMITS[config.method].library)
-    if hasattr(library, "quantize"):
-        library.quantize(model, config, dtype=dtype)
+    replace = _does(config, "quantize")
+    if replace:
+        replace(model, config, dtype=dtype)
 
 
 def save(model: PreTrainedModel, config: QuantizationConfig, folder: Path, *, shard: str) -> None:
     """Writes the quantized form, in transformers' files or the library's own."""
-    library = LIBRARIES.get(LIMITS[config.method].library)
-    if hasattr(library, "save"):
-        library.save(model, folder)
+    write = _does(config, "save")
+    if write:
+        write(model, folder)
     else:
         model.save_pretrained(folder, max_shard_size=shard)
 
@@ -76,12 +76,17 @@ def restore(
         dtype: The computation's numbers.
         load: Opens a folder with transformers.
     """
-    library = LIBRARIES[LIMITS[config.method].library]
-    if not hasattr(library, "restore"):
+    put = _does(config, "restore")
+    if not put:
         return load(folder)
     model = load(base)
-    library.restore(model, config, folder, dtype=dtype)
+    put(model, config, folder, dtype=dtype)
     return model
+
+
+def _does(config: QuantizationConfig, what: str) -> Callable[..., Any] | None:
+    """The library's own way of doing something, where it has one."""
+    return getattr(LIBRARIES.get(LIMITS[config.method].library), what, None)
 
 
 def library_of(layer: Any) -> Any:

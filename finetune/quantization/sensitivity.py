@@ -68,7 +68,7 @@ def keep_by_measure(
     loaded = load(base, model, quantization=dataclasses.replace(config, keep_mib=0.0), placement=placement)
     tokens = sum(len(document) - 1 for document in documents)
     costs = rounding_costs(loaded, reader(base.folder, wish="quantization.keep_mib"), documents)
-    found = [
+    found: list[dict[str, Any]] = [
         {"layer": name, "cost": costs[name] / tokens, "bytes": extra_bytes(layer, loaded.dtype.itemsize)}
         for name, layer in quantized_layers(loaded).items()
     ]

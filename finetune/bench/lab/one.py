@@ -24,7 +24,8 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         request: ``overrides`` (the option, as a user types it), ``folder`` (the base), ``rows``, ``threads``, ``dtype``,
-            ``reference`` (of the full-precision model; its file is written where ``records``), ``batch_tokens``.
+            ``reference`` (of the full-precision model; its file is written where ``records``), ``batch_tokens``, ``task`` and
+            ``humaneval`` (None where they are not asked for).
 
     Returns:
         See `finetune.bench.lab.compare.Measured`; ``reference`` beside them.
@@ -33,7 +34,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
 
     from finetune import hardware
     from finetune.config import load as compose
-    from finetune.measure import Reference, agreement, reference_logprobs, row_losses
+    from finetune.measure import Reference, agreement, free, reference_logprobs, row_losses
     from finetune.memory import rss_bytes
     from finetune.model import Base, load, resident_bytes, weights_sha256
 
@@ -43,12 +44,17 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     placement = dataclasses.replace(placement, dtype=request["dtype"], threads=request["threads"])
     folder = Path(request["folder"])
     base = Base(folder=folder, name=str(folder), revision=None, sha256=weights_sha256(folder), source="folder")
-    before, started = rss_bytes(), time.perf_counter()
-    model = load(base, config.model, quantization=config.quantization, placement=placement)
-    seconds = time.perf_counter() - started
+    seconds, model = [], None
+    for _ in ("made", "loaded"):  # the second time from the copy that the first one left
+        del model
+        free()
+        before, started = rss_bytes(), time.perf_counter()
+        model = load(base, config.model, quantization=config.quantization, placement=placement)
+        seconds.append(round(time.perf_counter() - started, 2))
     weights, constants, parameters = packed(model)
     found: dict[str, Any] = {
-        "load_seconds": round(seconds, 2),
+        "make_seconds": seconds[0],
+        "load_seconds": seconds[1],
         "memory_bytes": resident_bytes(model),
         "weight_bytes": weights,
         "constant_bytes": constants,
@@ -67,6 +73,8 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     else:
         reference = Reference(**{**given, "file": Path(given["file"])})
     found["agreement"] = dataclasses.asdict(agreement(model, rows, reference, batch_tokens=tokens))
+    found["scores"] = task_scores(model, base, request["task"])
+    found["humaneval"] = programs(folder, request["humaneval"])
     return {**found, "reference": dataclasses.asdict(reference)}
 
 
@@ -97,6 +105,30 @@ def disk_bytes(model: Any, quantization: Any) -> int:
             return written
     layers = [name for name, module in model.named_modules() if library_of(module)]
     return written + sum(tensor.nbytes for name, tensor in holdings(model) if name.rpartition(".")[0] not in layers and "[" not in name)
+
+
+def task_scores(model: Any, base: Any, asked: dict[str, Any] | None) -> list[float]:
+    """Per held-out row of the task, how good the answer is."""
+    from finetune.bench.lab.task import Task, scores
+    from finetune.measure import read_rows
+
+    if asked is None:
+        return []
+    task = Task(**{**asked, "data": Path(asked["data"])})
+    return scores(model, base, task, read_rows(task.data / "heldout"))
+
+
+def programs(folder: Path, asked: dict[str, Any] | None) -> dict[str, Any]:
+    """HumanEval's pass@1, greedy."""
+    from finetune.eval.humaneval import complete, greedy, read_problems, result
+    from finetune.eval.writers import open_writer
+
+    if asked is None:
+        return {}
+    writer = open_writer(str(folder), greedy(asked["max_new_tokens"]), quantization=asked["quantization"])
+    with tempfile.TemporaryDirectory() as place:
+        tasks = read_problems(Path(asked["source"]))[: asked["problems"]]
+        return result(complete(tasks, writer, Path(place) / "completions.jsonl", samples=1, seed=1), seed=1)
 
 
 def prefill(model: Any, batch: int) -> int:
