@@ -77,17 +77,17 @@ def test_published_orderings_are_held_against_what_was_measured() -> None:
 
 
 @pytest.mark.slow
-def test_the_verb_tunes_on_each_base_and_ends_with_one_line_of_json(tiny_base: Path, tmp_path: Path) -> None:
+def test_the_verb_trains_measures_and_ends_with_one_line_of_json(tiny_base: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"say {row}", "completion": f"it is {row % 3}"}) + "\n" for row in range(40)))
     command = [
         sys.executable, "-m", "finetune", "bench", "tuning", f"source={rows}", "rows=24", "heldout=8", f"model={tiny_base}", "steps=2",
-        "seeds=1", "backends=nf4,gptq", "metric=label", "max_new_tokens=4", f"out={tmp_path / 'tuning.json'}",
+        "seeds=1", "backends=none,gptq", "metric=label", "max_new_tokens=4", f"out={tmp_path / 'tuning.json'}",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     by_name = {one["backend"]: one for one in json.loads(done.stdout.splitlines()[-1])}
-    assert [one["status"].partition(":")[0] for one in by_name.values()] == ["measured", "measured", "not run"]
+    assert [one["status"].partition(":")[0] for one in by_name.values()] == ["measured", "not run"]
     assert by_name["none"]["loss_change"]["difference"] == 0
-    assert by_name["nf4"]["base_bytes"] < by_name["none"]["base_bytes"]
-    assert by_name["nf4"]["loss"] < by_name["nf4"]["untuned_loss"]
+    assert by_name["none"]["loss"] < by_name["none"]["untuned_loss"]
+    assert 0 <= by_name["none"]["metric"]["value"] <= 1

@@ -85,7 +85,7 @@ class Budget:
 
 
 def tune(*, source: Path | None, rows: int, heldout: int, model: str, grid: str, backends: list[str], budget: Budget, out: Path) -> None:
-    """Trains and measures, prints a table, writes ``out`` and ends with one line of JSON.
+    """Trains and measures, writes ``out`` after each seed, and ends with a table and one line of JSON.
 
     Args:
         source: JSON Lines; None takes the shipped requests.
@@ -121,10 +121,13 @@ def tune(*, source: Path | None, rows: int, heldout: int, model: str, grid: str,
             for name in runs:
                 overrides = [*choice, *data, f"quantization={name}", f"run.seed={seed}", *budget.overrides()]
                 found.setdefault(name, []).append(_one(overrides, work, name=f"{name}-{seed}", budget=budget, untuned=seed == 1))
-    lines = [summary(name, found[name], found[YARDSTICK]) if name in found else Tuned(backend=name, status=refused(name)) for name in names]
+            lines = [
+                summary(name, found[name], found[YARDSTICK]) if name in found else Tuned(backend=name, status=refused(name))
+                for name in names
+            ]
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps([asdict(one) for one in lines], indent=2) + "\n", encoding="utf-8")
     show(lines, budget)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps([asdict(one) for one in lines], indent=2) + "\n", encoding="utf-8")
     sys.stdout.write(json.dumps([asdict(one) for one in lines]) + "\n")
 
 
