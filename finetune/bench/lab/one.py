@@ -39,7 +39,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     from finetune.model import Base, load, resident_bytes, weights_sha256
 
     torch.set_num_threads(request["threads"])
-    config = compose(["+experiment=quickstart", *request["overrides"]])
+    config = compose(request["overrides"])
     placement = hardware.place(hardware.probe(config.hardware), config)
     placement = dataclasses.replace(placement, dtype=request["dtype"], threads=request["threads"])
     folder = Path(request["folder"])
