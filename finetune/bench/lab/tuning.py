@@ -78,7 +78,7 @@ class Budget:
 
     def overrides(self) -> list[str]:
         return [
-            f"train.steps={self.steps}", f"train.tokens_per_step={TOKENS_PER_STEP}", f"data.pack_tokens={TOKENS_PER_STEP}",
+            f"train.steps={self.steps}", f"train.tokens_per_step={TOKENS_PER_STEP}", f"data.max_tokens={TOKENS_PER_STEP}",
             "train.evaluations=0", "train.checkpoints=0",
             "optim=adamw", f"optim.learning_rate={self.learning_rate}", "optim.schedule=linear", "optim.max_grad_norm=1.0",
             "run.until=train",
