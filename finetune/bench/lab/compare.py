@@ -34,7 +34,8 @@ class Measured:
         status: ``measured``, or ``not run:`` and why.
         bits_per_parameter: Weights and constants of the quantized layers over the weights that they stand for.
         disk_bytes, memory_bytes, constant_bytes: Of the checkpoint; of all tensors in memory; of the constants alone.
-        make_seconds: To load and quantize, and to write the copy that later starts read.
+        make_seconds: To load and quantize in a fresh process, imports of the model's and the library's code included, and to
+            write the copy that later starts read.
         load_seconds: To load; where something is quantized, from that copy.
         perplexity, kl, top1_agreement: On the text; the last two against float32.
         loss_change: Nats a token against float32, with its 95 % interval over rows.
