@@ -72,7 +72,7 @@ def test_published_orderings_are_held_against_what_was_measured() -> None:
     rows = [measured("int8", 0.01, 8.06), measured("nf4", 0.2, 4.5), measured("nf4_double", 0.2, 4.127), measured("fp4", 0.1, 4.5)]
     found = claims(rows)
     assert [one.holds for one in found] == [True, False, True, True, True]
-    assert found[1].seen == "KL 0.2 (nf4), 0.1 (fp4)"
+    assert found[1].seen == "KL 0.2000 (nf4), 0.1000 (fp4)"
     assert claims(rows[:1]) == []
 
 

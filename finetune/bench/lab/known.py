@@ -45,7 +45,12 @@ def claims(found: list[Measured]) -> list[Claim]:
     """Those whose methods were measured."""
     rows = {one.backend: one for one in found if one.status == "measured"}
     lines = [
-        Claim(text=text, source=source, seen=f"KL {rows[near].kl} ({near}), {rows[far].kl} ({far})", holds=_kl(rows[near]) < _kl(rows[far]))
+        Claim(
+            text=text,
+            source=source,
+            seen=f"KL {_kl(rows[near]):.4f} ({near}), {_kl(rows[far]):.4f} ({far})",
+            holds=_kl(rows[near]) < _kl(rows[far]),
+        )
         for near, far, text, source in NEARER
         if near in rows and far in rows
     ]

@@ -55,9 +55,12 @@ def write_page(
 
 
 def results(lines: list[Measured]) -> Html:
-    """The table."""
-    head = ["backend", "bits a weight", "on disk", "in memory", "make, load: s", "perplexity", "loss change", "KL", "top-1"]
-    return table([*head, "prefill tok/s", "decode tok/s", "task", "HumanEval", "tunable"], [cells(one) for one in lines])
+    """Two tables, each as wide as the page."""
+    size = ["backend", "bits a weight", "on disk", "in memory", "make, load: s", "perplexity", "loss change", "KL", "top-1"]
+    speed = ["backend", "prefill tok/s", "decode tok/s", "task", "HumanEval", "tunable"]
+    rows = [cells(one) for one in lines]
+    tables = [table(size, [row[: len(size)] for row in rows]), table(speed, [[row[0], *row[len(size) :]] for row in rows])]
+    return joined([tables[0], tag("h3", "Speed and answers"), tables[1]])
 
 
 def not_run(found: list[Measured]) -> Html:
@@ -100,8 +103,8 @@ def errors(study: Study) -> Html:
         for method in methods:
             some = [one for one in own if one["method"] == method]
             worst = max(some, key=lambda one: one["rms"])
-            cells.append(f"{sum(one['rms'] for one in some) / len(some):.4f} ({worst['rms']:.4f}); {max(one['max'] for one in some):.2f}; "
-                         f"{min(one['cosine'] for one in some):.4f}")  # fmt: skip
+            cells.append(f"{sum(one['rms'] for one in some) / len(some):.3f} ({worst['rms']:.3f}); {max(one['max'] for one in some):.2f}; "
+                         f"{min(one['cosine'] for one in some):.3f}")  # fmt: skip
         rows.append(cells)
     caption = tag(
         "p", "Root mean square error as a share of the weights' own: mean over layers (worst layer); largest error; smallest cosine."
