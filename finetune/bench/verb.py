@@ -91,6 +91,7 @@ def _quantization(settings: Settings) -> None:
         out=Path(settings.get("out", "outputs/quantization.html")),
         backends=_names(settings),
         further=Further(
+            repeats=0 if settings.get("repeats") == "0" else _whole(settings, "quantization", "repeats", 3),
             task=Path(settings["task"]) if "task" in settings else None,
             metric=settings.get("metric", ""),
             rows=_whole(settings, "quantization", "rows", 32),
@@ -165,7 +166,21 @@ BENCHES = {
     "start": Measurement(_start, ("repeats",)),
     "quantization": Measurement(
         _quantization,
-        ("model", "text", "tokens", "grid", "out", "backends", "task", "metric", "rows", "max_new_tokens", "humaneval", "problems"),
+        (
+            "model",
+            "text",
+            "tokens",
+            "grid",
+            "out",
+            "backends",
+            "repeats",
+            "task",
+            "metric",
+            "rows",
+            "max_new_tokens",
+            "humaneval",
+            "problems",
+        ),
     ),
     "tuning": Measurement(
         _tuning,

@@ -69,6 +69,7 @@ class Further:
     """What is measured beside the text, where it is asked for.
 
     Attributes:
+        repeats: Timed turns of each speed; 0 takes none, for a machine that is busy.
         task: JSON Lines in any format that ``data.path`` takes; None for no task.
         metric: How its answers are judged.
         rows: Of it, after the first, which a data stage needs to train on.
@@ -77,6 +78,7 @@ class Further:
         problems: Of it, from the top.
     """
 
+    repeats: int
     task: Path | None
     metric: str
     rows: int
@@ -177,7 +179,7 @@ class _Lab:
         given = {**reference, "records": False} if reference else {"file": self.work / "reference.f32", "records": True}
         request = {
             "overrides": [*self.choice, f"quantization={name}"], "folder": self.folder, "rows": self.rows, "dtype": dtype,
-            "threads": len(os.sched_getaffinity(0)), "batch_tokens": BATCH_TOKENS, "reference": given, "task": self.task,
+            "repeats": self.further.repeats, "threads": len(os.sched_getaffinity(0)), "batch_tokens": BATCH_TOKENS, "reference": given, "task": self.task,
             "humaneval": {"source": self.further.humaneval, "problems": self.further.problems, "quantization": name,
                           "max_new_tokens": self.further.max_new_tokens} if self.further.humaneval and reference else None,
         }  # fmt: skip
@@ -267,4 +269,4 @@ def cells(one: Measured) -> list[str]:
 
 
 def by_batch(speeds: dict[str, float]) -> str:
-    return ", ".join(f"{speed:.0f} (batch {batch})" for batch, speed in speeds.items())
+    return ", ".join(f"{speed:.0f} (batch {batch})" for batch, speed in speeds.items()) or "not taken"

@@ -14,7 +14,6 @@ from finetune.measure import answer
 
 PREFILL_TOKENS = 256
 NEW_TOKENS = 24
-REPEATS = 3
 SHARD = "2GB"
 BATCHES = (1, 8)
 
@@ -24,8 +23,8 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         request: ``overrides`` (the option, as a user types it), ``folder`` (the base), ``rows``, ``threads``, ``dtype``,
-            ``reference`` (of the full-precision model; its file is written where ``records``), ``batch_tokens``, ``task`` and
-            ``humaneval`` (None where they are not asked for).
+            ``reference`` (of the full-precision model; its file is written where ``records``), ``batch_tokens``, ``repeats`` (timed
+            turns of each speed; 0 takes no speeds), ``task`` and ``humaneval`` (None where they are not asked for).
 
     Returns:
         See `finetune.bench.lab.compare.Measured`; ``reference`` beside them.
@@ -67,8 +66,8 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         "tunable": hardware.LIMITS[config.quantization.method].tunable,
         "load_peak_bytes": max(0, rss_bytes() - before),
         "disk_bytes": size,
-        "prefill": {str(batch): tokens_per_second(partial(prefill, model, batch)) for batch in BATCHES},
-        "decode": {str(batch): tokens_per_second(partial(decode, model, batch)) for batch in BATCHES},
+        "prefill": speeds(prefill, model, request["repeats"]),
+        "decode": speeds(decode, model, request["repeats"]),
     }
     rows, tokens = request["rows"], request["batch_tokens"]
     found["losses"] = [[one.loss, one.tokens, one.correct] for one in row_losses(model, rows, batch_tokens=tokens)]
@@ -158,11 +157,16 @@ def decode(model: Any, batch: int) -> int:
     return batch * NEW_TOKENS
 
 
-def tokens_per_second(work: Callable[[], int]) -> float:
+def speeds(work: Callable[[Any, int], int], model: Any, repeats: int) -> dict[str, float]:
+    """Tokens a second by batch size; empty where no turn is to be timed."""
+    return {str(batch): tokens_per_second(partial(work, model, batch), repeats) for batch in BATCHES} if repeats else {}
+
+
+def tokens_per_second(work: Callable[[], int], repeats: int) -> float:
     """The fastest of some turns, after one that warms up."""
     work()
     best = 0.0
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         started = time.perf_counter()
         tokens = work()
         best = max(best, tokens / (time.perf_counter() - started))
