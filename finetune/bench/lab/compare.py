@@ -177,11 +177,12 @@ class _Lab:
         from finetune.measure import run_fresh
 
         given = {**reference, "records": False} if reference else {"file": self.work / "reference.f32", "records": True}
+        programs = {"source": self.further.humaneval, "problems": self.further.problems, "quantization": name}
         request = {
             "overrides": [*self.choice, f"quantization={name}"], "folder": self.folder, "rows": self.rows, "dtype": dtype,
-            "repeats": self.further.repeats, "threads": len(os.sched_getaffinity(0)), "batch_tokens": BATCH_TOKENS, "reference": given, "task": self.task,
-            "humaneval": {"source": self.further.humaneval, "problems": self.further.problems, "quantization": name,
-                          "max_new_tokens": self.further.max_new_tokens} if self.further.humaneval and reference else None,
+            "threads": len(os.sched_getaffinity(0)), "batch_tokens": BATCH_TOKENS, "reference": given, "repeats": self.further.repeats,
+            "task": self.task,
+            "humaneval": {**programs, "max_new_tokens": self.further.max_new_tokens} if self.further.humaneval and reference else None,
         }  # fmt: skip
         # A cache of its own, or a copy that an earlier run left would be read where making one is timed.
         return run_fresh("finetune.bench.lab.one", request, work=self.work, environment={"FINETUNE_CACHE": str(self.work / "cache")})
