@@ -32,7 +32,7 @@ class Measured:
     Attributes:
         backend: The option's name, as in ``quantization=<backend>``.
         status: ``measured``, or ``not run:`` and why.
-        bits_per_parameter: Weights and constants of the quantized layers over the weights that they stand for.
+        bits_per_parameter: Weights and constants of the linear layers but the head over the weights that they stand for.
         disk_bytes, memory_bytes, constant_bytes: Of the checkpoint; of all tensors in memory; of the constants alone.
         make_seconds: To load and quantize in a fresh process, imports of the model's and the library's code included, and to
             write the copy that later starts read.
@@ -211,7 +211,7 @@ def summary(name: str, got: dict[str, Any], reference: dict[str, Any]) -> Measur
     return Measured(
         backend=name,
         status="measured",
-        bits_per_parameter=round(8 * stored / got["quantized_parameters"], 3) if got["quantized_parameters"] else None,
+        bits_per_parameter=round(8 * stored / got["quantized_parameters"], 3),
         disk_bytes=got["disk_bytes"],
         memory_bytes=got["memory_bytes"],
         constant_bytes=got["constant_bytes"],
@@ -251,7 +251,7 @@ def cells(one: Measured) -> list[str]:
     change = one.loss_change
     return [
         one.backend,
-        f"{one.bits_per_parameter:.3f}" if one.bits_per_parameter else "none quantized",
+        f"{one.bits_per_parameter:.3f}",
         human_bytes(one.disk_bytes or 0),
         human_bytes(one.memory_bytes or 0),
         f"{one.make_seconds:.1f}, {one.load_seconds:.1f}",

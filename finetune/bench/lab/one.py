@@ -85,10 +85,16 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
 def packed(model: Any) -> tuple[int, int, int]:
     """Bytes of the quantized layers' codes and of their constants, and the weights that these stand for.
 
-    Code books (64 bytes for 4-bit) are the same for every layer and not counted.
+    Code books (64 bytes for 4-bit) are the same for every layer and not counted. Where nothing is quantized, the layers that would be.
     """
+    from torch import nn
+
     from finetune.quantization import quantized_layers, stored
 
+    if not quantized_layers(model):
+        head = model.get_output_embeddings()
+        dense = [layer.weight for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not head]
+        return sum(weight.nbytes for weight in dense), 0, sum(weight.numel() for weight in dense)
     codes = constants = parameters = 0
     for found in map(stored, quantized_layers(model).values()):
         codes += found.codes.nbytes
