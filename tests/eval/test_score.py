@@ -16,7 +16,7 @@ from finetune.merge.candidates import build
 from finetune.merge.changes import read_changes
 
 CONFIG: dict[str, Any] = {
-    "rows": 4, "loss_rows": 8, "max_new_tokens": 6, "batch_rows": 3, "batch_tokens": 256, "metrics": ["exact_match", "token_f1"],
+    "rows": 4, "loss_rows": 8, "max_new_tokens": 6, "batch_rows": 3, "batch_tokens": 256, "metrics": ["exact_match", "token_f1", "label_known"],
     "bootstrap_samples": 50,
 }  # fmt: skip
 
