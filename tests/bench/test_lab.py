@@ -123,7 +123,8 @@ def test_an_error_is_measured_against_the_weights_own_size() -> None:
 @pytest.mark.slow
 def test_the_verb_writes_a_page_and_one_line_of_json(tmp_path: Path) -> None:
     out = tmp_path / "page.html"
-    command = [sys.executable, "-m", "finetune", "bench", "quantization", "tokens=512", "repeats=1", "backends=nf4_double,int8,awq", f"out={out}"]
+    settings = ["tokens=512", "repeats=1", "backends=nf4_double,int8,awq", f"out={out}"]
+    command = [sys.executable, "-m", "finetune", "bench", "quantization", *settings]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
