@@ -123,8 +123,8 @@ def compare(*, model: str, text: Path, tokens: int, grid: str, out: Path, backen
         lab = _Lab(choice=choice, folder=folder, rows=rows, work=work, task=_task(further, work, choice), further=further)
         reference = lab.run("none", dtype="float32")
         found = [lab.measured(name, reference) for name in names]
-    study_of = study(folder, rows)
     show(found, reference)
+    study_of = study(folder, rows)
     write_page(out, found, reference=summary(REFERENCE, reference, reference), study=study_of, text=text.name, grid=grid, model=base.name)
     say("bench", f"the page: {out}")
     sys.stdout.write(json.dumps([asdict(one) for one in found]) + "\n")
