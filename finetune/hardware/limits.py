@@ -50,25 +50,25 @@ LIMITS = {
         title="HQQ", devices=("cpu", "cuda"), library="hqq", tunable=True, source="hqq 0.2.8.post1, run here on CPU",
     ),
     "torchao_int4": Limit(
-        title="4-bit torchao", library="torchao", packing=4, instead="quantization=hqq",
+        title="4-bit torchao", library="torchao", packing=4, instead="quantization=nf4_double",
         reason="torchao 0.18 packs 4 bits only for GPUs and with the package mslk, and peft 0.21 tunes none of those layers; on a CPU "
         "it keeps 4 bits in a byte each, which torchao_int8 takes too, with a hundredth of the divergence",
         source="torchao 0.18.0: three of its 4-bit forms raised on CPU, IntxWeightOnly ran; peft/tuners/lora/torchao.py",
     ),
     "qat": Limit(
-        title="quantization-aware training", library="torchao", instead="quantization=hqq",
+        title="quantization-aware training", library="torchao", instead="quantization=nf4_double",
         reason="torchao 0.18 rounds a layer's own weight in every pass and not the sum with its adapter, so under LoRA the frozen base is "
         "rounded once for all, as by any method here, and the merged model is rounded anew",
         source="torchao 0.18.0, torchao/quantization/qat/linear.py; LoRA over its layers ran on CPU, at the loss of plain 4-bit rounding",
     ),
     "gptq": Limit(
-        title="GPTQ", library="gptqmodel", packing=4, instead="quantization=hqq",
+        title="GPTQ", library="gptqmodel", packing=4, instead="quantization=nf4_double",
         reason="gptqmodel 7.7 asks for torch 2.14 where this version is tested with 2.13, compiles its kernels with g++ at the first "
         "load, three of its CPU layers cut gradients off after an evaluation, and transformers saves them as noise",
         source="gptqmodel 7.7.0, run on CPU in an environment of its own",
     ),
     "awq": Limit(
-        title="AWQ", library="gptqmodel", packing=4, instead="quantization=hqq",
+        title="AWQ", library="gptqmodel", packing=4, instead="quantization=nf4_double",
         reason="transformers 5 loads it through gptqmodel 7.7 alone, which asks for torch 2.14 where this version is tested with 2.13, "
         "and peft cannot merge it",
         source="gptqmodel 7.7.0, run on CPU in an environment of its own",
