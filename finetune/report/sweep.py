@@ -69,12 +69,12 @@ HEADS = ("state", "held-out loss", "tokens/s", "peak memory", "time", "why")
 
 def _cells(job: Fields, settings: list[str], *, width: int | None = None) -> list[str]:
     loss = job["held_out"]
-    between = f" [{number(loss['low'])}, {number(loss['high'])}]" if loss["low"] is not None else ""
+    between = f" [{loss['low']:.4f}, {loss['high']:.4f}]" if loss["low"] is not None else ""
     reason = job["reason"]
     return [
         *[MISSING if job["changed"][key] is None else job["changed"][key] for key in settings],
         job["state"],
-        MISSING if loss["loss"] is None else f"{number(loss['loss'])}{between}",
+        MISSING if loss["loss"] is None else f"{loss['loss']:.4f}{between}",
         number(job["tokens_per_second"]),
         size(job["peak_bytes"]),
         duration(job["seconds"]),
@@ -126,7 +126,7 @@ def best(jobs: list[Fields]) -> str:
     if not done:
         return "none has a held-out loss"
     first, *others = done
-    said = f"lowest held-out loss: {first['run']}, {number(first['held_out']['loss'])}"
+    said = f"lowest held-out loss: {first['run']}, {first['held_out']['loss']:.4f}"
     near = sum(1 for job in others if (job["held_out"]["low"] or 0) <= (first["held_out"]["high"] or 0) and first["held_out"]["high"])
     return f"{said}; {near} more within its interval's reach" if near else said
 

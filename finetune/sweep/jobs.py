@@ -47,6 +47,10 @@ class Job:
     def file(self) -> Path:
         return self.folder / "job.json"
 
+    @property
+    def title(self) -> str:
+        return " ".join(f"{key.lstrip('+')}={value}" for key, value in self.changed.items())
+
     @classmethod
     def of(cls, sweep: Path, changed: Mapping[str, str], *, number: int = 0) -> Job:
         """The job of these values: as its folder knows it, or new. The name is made from the values, so that any order finds it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 from finetune.errors import ConfigError
@@ -34,8 +35,10 @@ def behind(losses: Losses, others: Sequence[Losses], *, after_jobs: int, after_s
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(pruner=optuna.pruners.MedianPruner(n_startup_trials=after_jobs, n_warmup_steps=after_steps))
-    for other in filter(None, others):
-        study.add_trial(optuna.trial.create_trial(value=other[max(other)], intermediate_values=dict(other)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # stable since Optuna 3, under the same names
+        for other in filter(None, others):
+            study.add_trial(optuna.trial.create_trial(value=other[max(other)], intermediate_values=dict(other)))
     trial = study.ask()
     for step, loss in sorted(losses.items()):
         trial.report(loss, step)

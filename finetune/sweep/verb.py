@@ -33,8 +33,8 @@ FLAGS = ("--multirun", "-m")
 OWN = ("run.name", "run.root", "run.if_exists", "sweep.name", "sweep.prune", "sweep.prune_after_jobs", "sweep.prune_after_steps")
 """What belongs to the sweep as a whole."""
 
-PLUGINS = {"optuna": "optuna", "submitit": "slurm", "ray": "ray"}
-"""Word in a Hydra option's name to the extra that installs it."""
+PLUGINS = {"optuna": "optuna", "tpe": "optuna", "submitit": "slurm", "slurm": "slurm", "local": "slurm", "ray": "ray"}
+"""First word of an option of ``hydra/sweeper`` or ``hydra/launcher`` to the extra that installs it."""
 
 
 def sweep(arguments: Sequence[str]) -> Path:
@@ -65,7 +65,8 @@ def sweep(arguments: Sequence[str]) -> Path:
         require_optuna()
     folder = Path(config.run.root).resolve() / (config.sweep.name or f"{config.run.name}-sweep")
     _claim(folder, [_word(override) for override in fixed if override.key_or_group not in OWN])
-    say("sweep", f"{', '.join(override.key_or_group for override in varied)} in {folder}; the same command goes on where it stops")
+    keys = ", ".join(override.key_or_group for override in varied)
+    say("sweep", f"{keys} in {folder}: a folder for each job, with its log.txt; the same command goes on")
     plan = Sweep(folder=folder, fixed=frozenset(override.get_key_element() for override in fixed), config=config.sweep)
     try:
         _hand_over(["--multirun", *words, f"hydra.sweep.dir={folder / '.hydra'}"], plan)
@@ -90,14 +91,24 @@ def _parsed(words: Sequence[str]) -> tuple[list[Override], bool]:
             params: Any = OmegaConf.to_container(sweeper.get("params") or OmegaConf.create({}))
             more = parser.parse_overrides([f"{key}={value}" for key, value in params.items()])
         except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(*_missing_plugins(error, words) or explain_all(error)) from error
+            raise ConfigError(*_not_there(error, words) or explain_all(error)) from error
     ours = {override.get_key_element(): override for override in [*more, *parsed] if not override.is_hydra_override()}
     return list(ours.values()), sweeper["_target_"].endswith(".BasicSweeper")
 
 
-def _missing_plugins(error: Exception, words: Sequence[str]) -> list[str]:
-    named = [(word, extra) for word in words if word.startswith("hydra/") for part, extra in PLUGINS.items() if part in word]
-    return [f"{word}: not installed; run: pip install 'finetune[{extra}]'" for word, extra in named if "Could not find" in str(error)]
+def _not_there(error: Exception, words: Sequence[str]) -> list[str]:
+    """Options of ``hydra/launcher`` and ``hydra/sweeper`` that do not compose: a plugin is missing, or there is none of that name."""
+    if not any(said in str(error) for said in ("Could not find", "Could not load")):
+        return []
+    problems = []
+    for group, _, option in (word.partition("=") for word in words if word.startswith("hydra/")):
+        extra = PLUGINS.get(option.partition("_")[0])
+        ours = ", ".join(["basic", *sorted(file.stem for file in (CONF / group).glob("*.yaml"))])
+        if extra:
+            problems.append(f"{group}={option} needs a plugin of Hydra's that is not installed; run: pip install 'finetune[{extra}]'")
+        elif option != "basic":
+            problems.append(f"{group}={option}: there is no such option; choose one of {ours}, or one of a plugin of Hydra's")
+    return problems
 
 
 def _checked(varied: Sequence[Override], fixed: Sequence[Override], *, is_grid: bool) -> RunConfig:

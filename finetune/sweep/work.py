@@ -56,12 +56,13 @@ class Sweep:
                 self._run(job, overrides, lock=lock)
         loss = job.held_out().get("loss", math.nan)
         how = f"{job.state} before" if before else f"{job.state} after {job.seconds:.0f} s"
-        say("sweep", f"{job.folder.name}: {how}{f', {job.reason}' if job.reason else ''}, held-out loss {loss:.4f}")
+        reason = f": {job.reason}" if job.reason else ""
+        say("sweep", f"{job.title}: {how}{reason}" + ("" if math.isnan(loss) else f"; held-out loss {loss:.4f}"))
         return math.nan if job.state == "failed" else loss
 
     def _run(self, job: Job, overrides: Sequence[str], *, lock: int) -> None:
         log = job.folder / "log.txt"
-        say("sweep", f"{job.folder.name}: {'starts' if job.state == 'new' else f'goes on, {job.state} before'}; {log}")
+        say("sweep", f"{job.title}: {'starts' if job.state == 'new' else f'goes on, {job.state} before'}")
         # What is said last counts, so these stand behind the user's own.
         own = [f"run.root={self.folder}", f"run.name={job.folder.name}", f"sweep.name={self.folder.name}", "run.if_exists=resume"]
         begun, spent = time.monotonic(), job.seconds

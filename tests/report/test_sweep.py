@@ -35,7 +35,7 @@ def sweep(tmp_path: Path) -> Path:
 def test_every_job_is_in_the_table_with_its_state_and_reason(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not report_sweep(sweep)
     out = capsys.readouterr().out
-    assert "4 jobs: 2 done, 1 pruned, 1 failed; lowest held-out loss: lora.rank-8_optim-adamw, 1.1" in out
+    assert "4 jobs: 2 done, 1 pruned, 1 failed; lowest held-out loss: lora.rank-8_optim-adamw, 1.1000" in out
     assert "no <memory> left" in out
     content = json.loads((sweep / "report.json").read_text())
     assert [one["state"] for one in content["jobs"]] == ["done", "done", "pruned", "failed"]
