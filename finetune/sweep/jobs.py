@@ -90,7 +90,7 @@ class Job:
     def cost(self) -> dict[str, Any]:
         """``tokens_per_second`` of training, and ``peak_bytes``: of the device where there is one, of the process otherwise."""
         manifests = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(self.folder.glob("*/manifest.json"))]
-        training = next((one["product"] for one in manifests if one["stage"] == "train"), {})
+        training: dict[str, Any] = next((one["product"] for one in manifests if one["stage"] == "train"), {})
         peaks = [one.get("peak_device_bytes") or one.get("peak_rss_bytes") or 0 for one in manifests]
         return {"tokens_per_second": training.get("tokens_per_second"), "peak_bytes": max(peaks, default=0) or None}
 
