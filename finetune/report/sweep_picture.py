@@ -12,6 +12,7 @@ LOG_FROM_RATIO = 10
 """Positive numbers that far apart stand on a logarithmic axis."""
 
 MOST_MARKS = 8
+LONGEST_MARK = 22
 
 
 def parallel_picture(settings: Sequence[str], jobs: Sequence[Fields]) -> str:
@@ -32,7 +33,7 @@ def parallel_picture(settings: Sequence[str], jobs: Sequence[Fields]) -> str:
     for index, (name, _, marks) in enumerate(columns):
         x = across(index)
         parts += [text(x, TOP - 22, name, kind="axis", anchor="middle"), line(x, TOP, x, BOTTOM, kind="edge")]
-        parts += [text(x + 8, y + 4, label) for y, label in marks]
+        parts += [text(x + 8, y + 4, label if len(label) <= LONGEST_MARK else f"{label[: LONGEST_MARK - 1]}…") for y, label in marks]
     for job in sorted(jobs, key=lambda job: job is best):
         at = [place(_value(job, name)) for name, place, _ in columns]
         points = [(across(index), y) for index, y in enumerate(at)]

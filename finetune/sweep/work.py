@@ -20,6 +20,7 @@ LOOK_SECONDS = 1.0
 """How often a job that may be stopped is looked at."""
 
 STOPPED = 75
+BEGINS = {"new": "starts", "failed": "is tried again"}
 LONGEST_REASON = 300
 
 
@@ -62,7 +63,7 @@ class Sweep:
 
     def _run(self, job: Job, overrides: Sequence[str], *, lock: int) -> None:
         log = job.folder / "log.txt"
-        say("sweep", f"{job.title}: {'starts' if job.state == 'new' else f'goes on, {job.state} before'}")
+        say("sweep", f"{job.title}: {BEGINS.get(job.state, 'goes on')}")
         # What is said last counts, so these stand behind the user's own.
         own = [f"run.root={self.folder}", f"run.name={job.folder.name}", f"sweep.name={self.folder.name}", "run.if_exists=resume"]
         begun, spent = time.monotonic(), job.seconds

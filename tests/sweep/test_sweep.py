@@ -101,6 +101,11 @@ def test_a_job_that_says_it_runs_and_is_held_by_nobody_was_interrupted(tmp_path:
     assert [one.state for one in jobs_in(tmp_path)] == ["interrupted"]
 
 
+def test_trackers_group_the_jobs_of_a_sweep() -> None:
+    assert load(["+experiment=quickstart", "sweep.name=ranks"]).tracking["wandb"].group == "ranks"
+    assert load(["+experiment=quickstart"]).tracking["wandb"].group is None
+
+
 @pytest.mark.slow
 def test_a_stopped_sweep_goes_on_and_a_failed_job_stays_in_the_table(
     tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
