@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -87,11 +88,14 @@ def _parsed(words: Sequence[str]) -> tuple[list[Override], bool]:
         try:
             parsed = parser.parse_overrides(list(words))
             theirs = [_word(override) for override in parsed if override.is_hydra_override()]
-            sweeper = compose("config", overrides=theirs, return_hydra_config=True).hydra.sweeper
+            chosen = compose("config", overrides=theirs, return_hydra_config=True).hydra
+            sweeper = chosen.sweeper
             params: Any = OmegaConf.to_container(sweeper.get("params") or OmegaConf.create({}))
             more = parser.parse_overrides([f"{key}={value}" for key, value in params.items()])
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(*_not_there(error, words) or explain_all(error)) from error
+    if chosen.launcher["_target_"].endswith(".SlurmLauncher") and not shutil.which("srun"):
+        raise ConfigError("hydra/launcher: Slurm's srun is not found here; start the sweep on a login node, or choose hydra/launcher=local")
     ours = {override.get_key_element(): override for override in [*more, *parsed] if not override.is_hydra_override()}
     return list(ours.values()), sweeper["_target_"].endswith(".BasicSweeper")
 

@@ -113,7 +113,7 @@ def test_a_stopped_sweep_goes_on_and_a_failed_job_stays_in_the_table(
     """The first job is stopped in its training, the second asks for layers that the model does not have."""
     asked = [
         "--multirun", *overrides(tmp_path, tiny_base), "lora.targets=[q_proj],[query]", "sweep.name=targets", "run.until=train",
-        "rehearse=off", "train.steps=60", "train.checkpoints=6",
+        "rehearse=off", "train.steps=30", "train.evaluations=1", "train.checkpoints=3",
     ]  # fmt: skip
     folder = tmp_path / "outputs" / "targets"
     sweep = subprocess.Popen([sys.executable, "-m", "finetune", *asked], cwd=ROOT, stderr=subprocess.PIPE, text=True)
