@@ -1,8 +1,9 @@
-"""Writes scripts/cluster/ from the launch group: a Slurm script, a Kubernetes job and a SkyPilot task.
+"""Writes scripts/cluster/ from the launch group: a Slurm script, a Kubernetes job, a SkyPilot task, and what accelerate reads.
 
 python scripts/make_cluster_files.py [launch.nodes=4 launch.processes=32 ...] [folder=scripts/cluster]
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import yaml
 
 from finetune.config import load
 from finetune.launch import LaunchConfig
+from finetune.launch.start import accelerate_config
 
 FOLDER = Path(__file__).parent / "cluster"
 IMAGE = "pytorch/pytorch:2.13.0-cuda13.0-cudnn9-runtime"
@@ -91,6 +93,12 @@ def skypilot(config: LaunchConfig) -> dict[str, Any]:
     }
 
 
+def accelerate(config: LaunchConfig, strategy: str) -> str:
+    """For one machine: ``accelerate launch --config_file <this> -m finetune ...`` needs no ``launch=``."""
+    alone = dataclasses.replace(config, strategy=strategy, nodes=1, node=0, host="127.0.0.1")
+    return f"# {NOTE}\n" + yaml.safe_dump(accelerate_config(alone), sort_keys=False)
+
+
 def files(config: LaunchConfig) -> dict[str, str]:
     """Every file's name and text."""
     as_yaml = {"sort_keys": False, "width": 1000}
@@ -98,6 +106,7 @@ def files(config: LaunchConfig) -> dict[str, str]:
         "slurm.sh": slurm(config),
         "kubernetes.yaml": f"# {NOTE}\n" + yaml.safe_dump_all(kubernetes(config), **as_yaml),
         "skypilot.yaml": f"# {NOTE}\n" + yaml.safe_dump(skypilot(config), **as_yaml),
+        **{f"accelerate_{strategy}.yaml": accelerate(config, strategy) for strategy in ("ddp", "fsdp")},
     }
 
 

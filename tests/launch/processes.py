@@ -40,10 +40,10 @@ def train_together(folder: Path, base: Path, tokenizer: Any, *, count: int, **se
     return [(one.returncode, output) for one, output in zip(running, outputs, strict=True)]
 
 
-def curve(folder: Path) -> list[float]:
-    """Losses of the steps."""
+def curve(folder: Path, name: str = "train/loss") -> list[float]:
+    """Losses of the steps, or another figure that is logged."""
     lines = [json.loads(line) for line in (folder / "train" / "metrics.jsonl").read_text().splitlines()]
-    return [line["train/loss"] for line in lines if "train/loss" in line]
+    return [line[name] for line in lines if name in line]
 
 
 def seal(folder: Path, step: int) -> dict[str, Any]:
