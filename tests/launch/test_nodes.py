@@ -32,9 +32,12 @@ def check() -> ModuleType:
 
 
 def test_node_that_dies_ends_the_other_and_a_restart_goes_on(
-    tmp_path: Path, tiny_base: Path, check: ModuleType, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tiny_base: Path, check: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = [one for one in SMALL if not one.startswith("train.steps")]
-    told = [*small, f"model.name={tiny_base}", *data_overrides(tmp_path), "rehearse=off", "tracking=[]", "train.checkpoints=20"]
-    assert check.two_machines(tmp_path / "outputs", told, troubles=[(10, "killed", 1)], steps=200)
-    assert "process 1 of this launch ended without a word" in capsys.readouterr().out
+    told = [*small, f"model.name={tiny_base}", *data_overrides(tmp_path), "rehearse=off", "tracking=[]", "train.checkpoints=10"]
+    monkeypatch.setattr(check, "SILENCE_SECONDS", 4)
+    assert check.two_machines(tmp_path / "outputs", told, troubles=[(10, "killed", 1)], steps=100)
+    said = capsys.readouterr().out
+    assert "finetune: process 1" in said
+    assert "run.if_exists=resume goes on from the last checkpoint" in said

@@ -1,6 +1,7 @@
-"""One process of a small training: ``python -m tests.launch.worker <folder> <base> <settings as JSON>``."""
+"""One process of small trainings, one after the other: ``python -m tests.launch.worker <base> <[[port, folder, settings], ...]>``."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import AutoTokenizer
 from finetune.console import say
 from finetune.errors import FinetuneError, Interrupted, RankFailed
 from finetune.launch import Ranks
+from finetune.launch.ranks import VARIABLES
 from tests.train.runs import Stopping, train
 
 
@@ -73,6 +75,7 @@ def main(folder: Path, base: Path, settings: dict[str, Any]) -> int:
         )  # fmt: skip
     except Interrupted as interrupted:
         say("end", str(interrupted))
+        ranks.leave()
         return 75
     except FinetuneError as error:
         say("end", str(error))
@@ -98,4 +101,9 @@ def kept(model: Any) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])))
+    launch = {name: os.environ.pop(name) for name in VARIABLES if name in os.environ}
+    for port, name, asked in json.loads(sys.argv[2]):
+        os.environ.update(launch, MASTER_PORT=str(port))
+        code = main(Path(name), Path(sys.argv[1]), asked)
+        sys.stdout.write(f"ended with {code}\n")
+    sys.exit(code)

@@ -59,7 +59,8 @@ def train(
     )
     if plain:
         config.speed = load_config(["+experiment=quickstart", "speed=plain"]).speed
-    config.speed.layers = layers
+    elif layers != "auto":
+        config.speed.layers = layers
     unfit = PLAIN if ranks.shards else None
     quick = quicken(adapted, config.speed, placement=PLACEMENT, checkpointing=settings.checkpointing, unfit=unfit)
     rows = sum(1 for _ in (folder / "train.jsonl").read_text().splitlines())
