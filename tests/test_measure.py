@@ -144,9 +144,8 @@ def test_batches_keep_within_tokens_and_cover_every_row() -> None:
 
 
 def test_picked_rows_stay_within_the_budget_and_train_something() -> None:
-    assert pick_rows(ROWS, tokens=100, seed=1) == [0, 1, 3]
-    for seed in range(5):
-        picked = pick_rows(ROWS, tokens=4, seed=seed)
-        assert picked
-        assert sum(trained_tokens(ROWS[number]) for number in picked) <= 4
-    assert pick_rows([ROWS[2]], tokens=100, seed=1) == []
+    assert pick_rows(ROWS, tokens=100) == [0, 1, 3]
+    picked = pick_rows(ROWS, tokens=4)
+    assert picked == [0, 1, 3][: len(picked)]
+    assert 0 < sum(trained_tokens(ROWS[number]) for number in picked) <= 4
+    assert pick_rows([ROWS[2]], tokens=100) == []

@@ -103,7 +103,7 @@ def _arrange(config: DataConfig, sources: list[Source], store: Store, where: _Wh
     split_of = selection.split[store.documents["row"]]
     chosen = store.documents["role"] == CHOSEN
     train = np.flatnonzero((split_of == select.TRAIN) & chosen)
-    heldout = _one_piece(store, np.flatnonzero((split_of == select.HELDOUT) & chosen))
+    heldout = select.fair_order(store, _one_piece(store, np.flatnonzero((split_of == select.HELDOUT) & chosen)))
     packs = _packs(config, store, train, seed=where.seed)
     readable = store.rows["full_tokens"] > 0
     measured = lengths.measure(store.rows["full_tokens"][readable], store.rows["full_trained"][readable], max_tokens=config.max_tokens)

@@ -117,6 +117,14 @@ def mixed(values: np.ndarray, *, seed: int) -> np.ndarray:
         return x ^ (x >> np.uint64(31))
 
 
+def fair_order(store: Store, documents: np.ndarray) -> np.ndarray:
+    """Held-out documents ordered by their content: whoever takes the first few gets a fair sample, the same one for each seed.
+
+    Files are often sorted, by label say.
+    """
+    return documents[np.argsort(mixed(store.rows["content"][store.documents["row"][documents]], seed=0), kind="stable")]
+
+
 def _mix(config: DataConfig, sources: list[Source], store: Store, split: np.ndarray, *, seed: int) -> dict[str, int]:
     """Thins the sources to the asked rows or weights."""
     if not config.sources:

@@ -34,7 +34,7 @@ class Work:
         adapter: Its plain peft folder is ``adapter.folder/adapter``.
         merged: Its plain transformers folder is ``merged.folder/model``.
         scores, data: Products of evaluation and data; held-out rows are in ``data.folder/heldout``.
-        seed: Picks the held-out rows.
+        seed: Of the bootstrap.
         chat: Tokenizer and end tokens.
         exports: Descriptions of what is done; a card describes them.
         snippets: Code that opens them, by title.
@@ -80,16 +80,13 @@ class Work:
             )
 
     def expect(self, model: Any, settings: ExportConfig) -> Expected:
-        """What the model gives on the golden chats and on some held-out rows, the same ones for a seed."""
-        import numpy
-
+        """What the model gives on the golden chats and on the first held-out rows."""
         from finetune.export.parity import expected
-        from finetune.measure import open_rows
+        from finetune.measure import read_rows
 
-        rows = open_rows(self.data.folder / "heldout")
-        order = numpy.random.default_rng(self.seed).permutation(len(rows)).tolist()
-        prompts = [rows[number]["prompt_ids"] for number in sorted(order[: settings.golden_rows])]
-        scored = [{key: rows[number][key] for key in ("input_ids", "labels")} for number in sorted(order[: settings.loss_rows])]
+        rows = read_rows(self.data.folder / "heldout", limit=max(settings.golden_rows, settings.loss_rows))
+        prompts = [row["prompt_ids"] for row in rows[: settings.golden_rows]]
+        scored = [{key: row[key] for key in ("input_ids", "labels")} for row in rows[: settings.loss_rows]]
         return expected(model, self.chat, heldout=prompts, scored=scored, max_new_tokens=settings.max_new_tokens)
 
     def expect_merged(self, settings: ExportConfig) -> Expected:

@@ -2,11 +2,14 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +20,9 @@ from finetune.merge.checkpoint import INDEX, PIECE_BYTES, Planned, ShardWriter, 
 
 Source = Callable[[str], Tensor | None]
 """The weight to start from for a tensor's name, where it is not the one on disk; None where it is."""
+
+FILES = 4
+"""Written at a time at most. Each holds some pieces of 4 MiB, and a dense layer where weights are dequantized."""
 
 LEFT_BEHIND = {INDEX, "config.json", "adapter_config.json", "training_args.bin", "trainer_state.json"}
 COPIED = (".json", ".jinja", ".model", ".txt", ".py", ".tiktoken")
@@ -79,19 +85,37 @@ def build(base: Path, changes: dict[str, Change], target: Path, *, dtype: torch.
     planned = {
         name: [Planned(piece.name, _numbers(piece.stored, dtype), piece.shape) for piece in pieces] for name, pieces in files.items()
     }
-    adapted = changed = 0
-    for name, pieces in files.items():
+
+    def write(name: str) -> tuple[int, int]:
         with ShardWriter(target / name, planned[name]) as writer:
-            for piece in pieces:
-                seen, differing = _write(piece, writer, dtype=_numbers(piece.stored, dtype), source=source)
-                adapted, changed = adapted + seen, changed + differing
+            counts = [_write(piece, writer, dtype=_numbers(piece.stored, dtype), source=source) for piece in files[name]]
+        return sum(adapted for adapted, _ in counts), sum(changed for _, changed in counts)
+
+    with _files_at_a_time() as pool:
+        counts = list(pool.map(write, files))
     write_index(target, planned)
     _write_config(config, target / "config.json", dtype=dtype, files=files, untied=untied)
     for file in base.iterdir():
         if file.suffix in COPIED and file.name not in LEFT_BEHIND:
             shutil.copyfile(file, target / file.name)
     size = sum(tensor.size for tensors in planned.values() for tensor in tensors)
-    return Built(folder=target, bytes=size, adapted=adapted, changed=changed)
+    return Built(folder=target, bytes=size, adapted=sum(adapted for adapted, _ in counts), changed=sum(changed for _, changed in counts))
+
+
+@contextmanager
+def _files_at_a_time() -> Iterator[ThreadPoolExecutor]:
+    """Threads that each write a file. A piece is too small for torch to share, so each computes alone.
+
+    Measured on 2 cores beside another busy process: 6.2 GB of bfloat16 in 60 s with torch's two threads on one file, in 15 s with one
+    on each of two files.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(min(threads, FILES), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _numbers(stored: Stored, dtype: torch.dtype) -> torch.dtype:
@@ -115,8 +139,14 @@ def _write(piece: Piece, writer: ShardWriter, *, dtype: torch.dtype, source: Sou
         new = _changed(change, first, old, dtype=dtype)
         writer.write(new)
         adapted += new.numel()
-        changed += int(torch.count_nonzero(new != old.to(dtype)))
+        changed += _differing(new, old.to(dtype))
     return adapted, changed
+
+
+def _differing(new: Tensor, old: Tensor) -> int:
+    """How many numbers differ, by their bits: a third of the time that comparing bfloat16 takes."""
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[new.dtype.itemsize]
+    return int(np.count_nonzero(new.view(bits).numpy() != old.view(bits).numpy()))
 
 
 def _split(weight: Tensor) -> Any:

@@ -194,10 +194,11 @@ def _low_rank(
 
 
 def _scaling(config: dict[str, Any], module: str, *, rank: int) -> float:
-    from peft.utils.other import get_pattern_key
+    alpha = config["lora_alpha"]
+    if patterns := config.get("alpha_pattern"):
+        from peft.utils.other import get_pattern_key  # seconds, which few adapters need
 
-    patterns: dict[str, float] = config.get("alpha_pattern") or {}
-    alpha = patterns.get(get_pattern_key(list(patterns), module), config["lora_alpha"])
+        alpha = patterns.get(get_pattern_key(list(patterns), module), alpha)
     return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.measure import Agreement, Reference, agreement, answer, open_rows
+from finetune.trust import check_remote_code
 
 
 def remeasure(request: dict[str, Any]) -> Agreement:
@@ -12,13 +13,14 @@ def remeasure(request: dict[str, Any]) -> Agreement:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.set_num_threads(request["threads"])
+    check_remote_code(Path(request["folder"]), request["remote_code"])
     AutoTokenizer.from_pretrained(request["folder"])
     model = AutoModelForCausalLM.from_pretrained(
         request["folder"],
         dtype=getattr(torch, request["dtype"]),
         attn_implementation=request["attention"],
         device_map={"": request["device"]},
-        trust_remote_code=request["trust_remote_code"],
+        trust_remote_code=bool(request["remote_code"]),
     )
     heldout = open_rows(Path(request["heldout"]))
     reference = Reference(**{**request["reference"], "file": Path(request["reference"]["file"])})

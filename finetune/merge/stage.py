@@ -60,7 +60,6 @@ def merge(
     placement: Placement,
     adapter: StageProduct,
     data: StageProduct,
-    seed: int,
 ) -> MergedModel:
     """Builds the candidates, measures each against the trained graph, keeps one and measures that again from disk.
 
@@ -70,7 +69,6 @@ def merge(
         base, model, quantization, placement: As they were for training.
         adapter: Its plain peft folder is ``adapter.folder/adapter``.
         data: Its held-out rows are in ``data.folder/heldout``.
-        seed: Picks the held-out rows to compare on.
 
     Raises:
         MergeError: Nothing can be merged, the adapter changes nothing, no candidate is good enough, the disk is too
@@ -83,7 +81,7 @@ def merge(
 
     names = _candidates(config, quantization)
     heldout = open_rows(data.folder / "heldout")
-    picked = pick_rows(heldout, tokens=config.measure_tokens, seed=seed)
+    picked = pick_rows(heldout, tokens=config.measure_tokens)
     if not picked:
         raise MergeError("no held-out row has a trained token, so merges cannot be compared; look at the ledger in the data folder")
     work = folder / ".candidates"
@@ -221,7 +219,7 @@ class _Stage:
 
         request = {
             "folder": kept.resolve(), "dtype": self.config.dtype, "attention": self.placement.attention, "device": self.placement.device,
-            "threads": self.placement.threads, "trust_remote_code": self.model.trust_remote_code, "heldout": heldout.resolve(),
+            "threads": self.placement.threads, "remote_code": self.model.remote_code, "heldout": heldout.resolve(),
             "rows": picked, "batch_tokens": self.config.batch_tokens,
             "reference": {**dataclasses.asdict(reference), "file": reference.file.resolve()},
         }  # fmt: skip

@@ -69,6 +69,14 @@ def test_training_rows_that_are_held_out_are_dropped(run: Callable[..., Prepared
     assert product.heldout_rows == 4
 
 
+def test_the_first_held_out_rows_are_a_fair_sample_of_a_sorted_file(run: Callable[..., PreparedData], tmp_path: Path) -> None:
+    listed = [pair(f"question {number}", f"label {number // 20}") for number in range(80)]
+    file = str(write_jsonl(tmp_path / "sorted.jsonl", listed))
+    first = [[row["reference"] for row in split(run(ROWS, heldout_path=file, seed=seed), "heldout")[:20]] for seed in (1, 2)]
+    assert len(set(first[0])) == 4
+    assert first[0] == first[1]
+
+
 def test_held_out_rows_carry_prompt_reference_and_ledger_row(run: Callable[..., PreparedData], tokenizer: Any) -> None:
     product = run(ROWS, heldout_rows=3, packing=True)
     for row in split(product, "heldout"):

@@ -30,7 +30,7 @@ def run(folder: Path, line: Line, adapter: Made, **settings: Any) -> MergedModel
     config = MergeConfig(**{**CONFIG, **settings})
     return merge(
         config, folder=folder, base=line.base, model=line.model, quantization=line.quantization, placement=line.placement,
-        adapter=adapter, data=line.data, seed=1,
+        adapter=adapter, data=line.data,
     )  # fmt: skip
 
 
