@@ -87,8 +87,8 @@ def refuse_planned(config: LaunchConfig) -> None:
     """
     if config.strategy == "deepspeed":
         raise HardwareError(
-            "launch=deepspeed is planned (finetune plan) and its settings are written (finetune.launch.zero), and it is not trained with: "
-            "ZeRO-3 brings a quantized base whole onto each device first; choose launch=fsdp, which does not"
+            "launch=deepspeed is planned (finetune plan) and its settings are written (scripts/cluster/zero3.json), and it is not trained "
+            "with: ZeRO-3 brings a quantized base whole onto each device first; choose launch=fsdp, which does not"
         )
 
 
