@@ -89,6 +89,9 @@ def execute(verb: str, config: RunConfig, *, overrides: list[str], own: dict[str
         return DONE
     if verb in LAUNCHED:
         config.launch = as_launched(config.launch)
+        problems = list(config.problems())  # a launcher may have brought another strategy
+        if problems:
+            raise ConfigError(*problems)
         if must_start(config.launch):
             return start(config.launch, [verb, *overrides])
     spare_others(STARTED)
@@ -108,7 +111,8 @@ def work(config: RunConfig, *, overrides: list[str], again: frozenset[str]) -> N
     """The line, alone or as one process of several."""
     from finetune.pipeline import follow, run
 
-    ranks = Ranks(silence_seconds=config.launch.silence_seconds)
+    launch = config.launch
+    ranks = Ranks(silence_seconds=launch.silence_seconds, shards=launch.strategy == "fsdp", offload=launch.offload)
     try:
         if ranks.first:
             run(config, overrides=overrides, ranks=ranks, again=again)

@@ -20,7 +20,7 @@ from finetune.errors import ConfigError
 from finetune.eval import EvalConfig
 from finetune.export import ExportConfig
 from finetune.hardware import HardwareConfig
-from finetune.launch import LaunchConfig
+from finetune.launch import SHARDABLE, LaunchConfig
 from finetune.lora import LoraConfig
 from finetune.merge import MergeConfig
 from finetune.model import ModelConfig
@@ -72,10 +72,10 @@ class RunConfig:
             )
         yield from self.lora.conflicts(quantization=self.quantization.method, weight_decay=self.optim.weight_decay)
         yield from self.train.conflicts(rows=self.data.objective, variant=self.lora.variant, dropout=self.lora.dropout)
-        if self.quantization.method == "int8" and self.launch.strategy == "fsdp":
+        if self.launch.strategy in ("fsdp", "deepspeed") and self.quantization.method not in SHARDABLE:
             yield (
-                "quantization.method=int8 cannot be cut into shards: launch.strategy=fsdp needs quantization=nf4_double, "
-                "or choose launch=ddp"
+                f"quantization.method={self.quantization.method} cannot be cut into shards: launch={self.launch.strategy} needs "
+                "quantization=nf4_double, or choose launch=ddp"
             )
         if self.quantization.method == "none" and self.optim.name.startswith("paged_") and self.model.dtype == "float16":
             yield "model.dtype=float16 without quantization trains unstably; use bfloat16 or float32"
