@@ -72,9 +72,15 @@ class RunConfig:
             )
         yield from self.lora.conflicts(quantization=self.quantization.method, weight_decay=self.optim.weight_decay)
         yield from self.train.conflicts(rows=self.data.objective, variant=self.lora.variant, dropout=self.lora.dropout)
-        if self.launch.strategy in ("fsdp", "deepspeed") and self.quantization.method not in SHARDABLE:
+        method = self.quantization.method
+        if method in ("torchao_int8", "hqq") and self.model.upcast != "none":
             yield (
-                f"quantization.method={self.quantization.method} cannot be cut into shards: launch={self.launch.strategy} needs "
+                f"model.upcast={self.model.upcast} gives float32 inputs, which layers of quantization.method={method} do not take: "
+                "set model.upcast=none"
+            )
+        if self.launch.strategy in ("fsdp", "deepspeed") and method not in SHARDABLE:
+            yield (
+                f"quantization.method={method} cannot be cut into shards: launch={self.launch.strategy} needs "
                 "quantization=nf4_double, or choose launch=ddp"
             )
         if self.quantization.method == "none" and self.optim.name.startswith("paged_") and self.model.dtype == "float16":

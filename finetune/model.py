@@ -149,7 +149,7 @@ def load(base: Base, config: ModelConfig, *, quantization: QuantizationConfig, p
     Raises:
         ModelError: The model has nothing to quantize, or transformers cannot load it.
     """
-    from finetune.quantization import copy_of, protect, quantized_layers
+    from finetune.quantization import check_keep, copy_of, protect, quantized_layers
 
     copy = None
     if quantization.method != "none" and not config.trust_remote_code:  # a copy with code beside it would be code from the cache
@@ -165,6 +165,7 @@ def load(base: Base, config: ModelConfig, *, quantization: QuantizationConfig, p
     protect(model)
     if quantization.method != "none" and not quantized_layers(model):
         raise ModelError(f"quantization.method={quantization.method}: {config.name} has no linear layer to quantize; use quantization=none")
+    check_keep(model, quantization.keep)
     if copy and kept is None:
         copy.keep(model)
     model.name_or_path = model.config._name_or_path = str(base.folder)  # peft writes it into the adapter
@@ -177,12 +178,12 @@ def _open(folder: Path, config: ModelConfig, *, placement: Placement, quantizati
     import torch
     from transformers import AutoModelForCausalLM
 
-    from finetune.quantization import loader_arguments, prepare
+    from finetune.quantization import loader_arguments, prepare, quantize
 
     prepare()
     check_remote_code(folder, config.remote_code)
     rank = os.environ.get("LOCAL_RANK") if placement.device == "cuda" else None
-    return AutoModelForCausalLM.from_pretrained(
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=getattr(torch, placement.dtype),
         attn_implementation=placement.attention,
@@ -191,23 +192,23 @@ def _open(folder: Path, config: ModelConfig, *, placement: Placement, quantizati
         use_safetensors=True,
         **(loader_arguments(quantization, dtype=placement.dtype) if quantization else {}),
     )
+    if quantization:
+        quantize(model, quantization, dtype=placement.dtype)
+    return model
 
 
 def resident_bytes(model: Any) -> int:
     """Bytes of parameters, buffers and quantization constants as they lie in memory."""
-    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    total = sum(t.numel() * t.element_size() for t in tensors.values())
-    for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        if state is not None:
-            parts = [state.absmax, state.code, *([state.state2.absmax, state.state2.code] if state.nested else [])]
-            total += sum(part.numel() * part.element_size() for part in parts)
-    return total
+    from finetune.quantization import holdings
+
+    return sum(tensor.numel() * tensor.element_size() for _, tensor in holdings(model))
 
 
 def parameter_count(model: Any) -> int:
-    """Weights of the dense model: a 4-bit parameter holds two weights a byte. Tied weights count once."""
-    return sum(state.shape.numel() if (state := getattr(p, "quant_state", None)) is not None else p.numel() for p in model.parameters())
+    """Weights of the dense model, whatever they are packed into. Tied weights count once."""
+    from finetune.quantization import dense_parameters
+
+    return dense_parameters(model)
 
 
 def weights_sha256(folder: Path) -> str:

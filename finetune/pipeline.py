@@ -22,7 +22,7 @@ from finetune.launch.shards import PLAIN
 from finetune.measure import free
 from finetune.merge import merge
 from finetune.plan import plan, show
-from finetune.quantization import spec
+from finetune.quantization import check_installed, keep_by_measure, spec
 from finetune.rehearse import Ahead, rehearse
 from finetune.report import report
 from finetune.run import RunFolder, plain, write_json
@@ -108,6 +108,9 @@ def line(
     data = folder.once(prepare, config.data, tokenizer=tokenizer, seed=seed)
     yield "data"
 
+    if config.quantization.keep_mib:
+        kept = folder.once(keep_by_measure, config.quantization, base=base, model=config.model, placement=placement, data=data)
+        config = dataclasses.replace(config, quantization=kept.applied(config.quantization))
     ranks.tell("data", not folder.is_done("train"))  # the others load the model, or are not needed
     base_inputs: dict[str, Any] = {"base": base, "model": config.model, "quantization": config.quantization, "placement": placement}
     adapted = quick = None
@@ -166,6 +169,8 @@ def follow(config: RunConfig, *, ranks: Ranks) -> None:
     base = model.fetch(config.model)
     tokenizer = model.load_tokenizer(base, trust_remote_code=config.model.trust_remote_code)
     data = folder.product(prepare)
+    if config.quantization.keep_mib:
+        config = dataclasses.replace(config, quantization=folder.product(keep_by_measure).applied(config.quantization))
     adapted, quick = adapt(config, base=base, data=data, placement=placement, facts={})
     rehearsal = ranks.hear("rehearsal")
     quick.switch.on = quick.switch.on and rehearsal["quick"]
@@ -224,6 +229,7 @@ def make_trainer(*arguments: Any, **inputs: Any) -> Any:
 
 def refuse_what_cannot_run(config: RunConfig, placement: Placement) -> None:
     """Says now what would otherwise fail after the data are prepared."""
+    check_installed(config.quantization)
     refuse(config.launch, device=placement.device, rehearses=config.rehearse.level != "off")
     if config.hardware.name != "auto":
         raise HardwareError(f"hardware={config.hardware.name} describes a machine to plan for; to run on this one, choose hardware=auto")

@@ -45,7 +45,10 @@ BY_DESIGN = (
     Rule(("run.if_exists",), lambda c, _: True, "nothing stood there to decide about: only runs in a new folder are looked at"),
     Rule(("model.architecture",), lambda c, _: True, "each family's closed form reads the dimensions that it has"),
     Rule(("quantization.threshold",), lambda c, part: part.method != "int8", "LLM.int8's own"),
-    Rule(("quantization.double", "quantization.skip"), lambda c, part: part.method == "none", "nothing is quantized"),
+    Rule(("quantization.bits", "quantization.group_size"), lambda c, part: part.method != "hqq", "hqq's own"),
+    Rule(("quantization.double",), lambda c, part: part.method not in ("nf4", "fp4"), "of 4-bit constants"),
+    Rule(("quantization.keep",), lambda c, part: part.method == "none", "nothing is quantized"),
+    Rule(("quantization.keep_tokens",), lambda c, part: not part.keep_mib, "nothing is kept by measurement"),
     Rule(("lora.calibration_tokens",), lambda c, part: part.variant != "eva", "EVA's own"),
     Rule(
         ("data",), lambda c, part: c.data.cache != "", "prepared data may come from the cache; the run that prepared them read the settings"

@@ -193,7 +193,7 @@ def timed(name: str, command: Sequence[str], folder: Path, surroundings: dict[st
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         tail = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")[-2000:]
-        raise ConfigError(f"bench speed: {name} ended with {process.returncode}: {tail}")
+        raise ConfigError(f"bench: {name} ended with {process.returncode}: {tail}")
     return round(time.monotonic() - started, 1), usage.ru_maxrss * 1024
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from finetune.errors import ConfigError
 
 Settings = dict[str, str]
+QUICKSTART = "smollm2_135m"
+"""The quickstart's option of the model group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,19 +78,65 @@ def _merge(settings: Settings) -> None:
 
 
 def _quantization(settings: Settings) -> None:
-    from finetune.bench.lab import compare
+    from finetune.bench.lab import Further, compare
     from finetune.paths import SHIPPED
 
-    grid = settings.get("grid", "moved")
-    if grid not in ("moved", "as_it_is"):
-        raise ConfigError(f"bench quantization: grid must be moved or as_it_is; got {grid}")
+    if "task" in settings and "metric" not in settings:
+        raise ConfigError("bench quantization: task needs metric, which judges its answers, e.g. metric=label")
     compare(
+        model=settings.get("model", QUICKSTART),
         text=Path(settings.get("text") or SHIPPED / "general.txt"),
-        tokens=int(number(settings.get("tokens", "2048"), "bench quantization: tokens")),
-        grid=grid,
+        tokens=_whole(settings, "quantization", "tokens", 2048),
+        grid=_grid(settings, "quantization"),
         out=Path(settings.get("out", "outputs/quantization.html")),
-        backends=[name for name in settings.get("backends", "").split(",") if name],
+        backends=_names(settings),
+        further=Further(
+            repeats=0 if settings.get("repeats") == "0" else _whole(settings, "quantization", "repeats", 3),
+            task=Path(settings["task"]) if "task" in settings else None,
+            metric=settings.get("metric", ""),
+            rows=_whole(settings, "quantization", "rows", 32),
+            max_new_tokens=_whole(settings, "quantization", "max_new_tokens", 256),
+            humaneval=Path(settings["humaneval"]) if "humaneval" in settings else None,
+            problems=_whole(settings, "quantization", "problems", 164),
+        ),
     )
+
+
+def _tuning(settings: Settings) -> None:
+    from finetune.bench.lab import Budget, tune
+
+    tune(
+        source=Path(settings["source"]) if "source" in settings else None,
+        rows=_whole(settings, "tuning", "rows", 64),
+        heldout=_whole(settings, "tuning", "heldout", 64),
+        model=settings.get("model", QUICKSTART),
+        grid=_grid(settings, "tuning"),
+        backends=_names(settings),
+        budget=Budget(
+            steps=_whole(settings, "tuning", "steps", 24),
+            learning_rate=number(settings.get("learning_rate", "1e-3"), "bench tuning: learning_rate"),
+            seeds=_whole(settings, "tuning", "seeds", 3),
+            metric=settings.get("metric", "" if "source" in settings else "json_fields"),
+            max_new_tokens=_whole(settings, "tuning", "max_new_tokens", 48),
+        ),
+        out=Path(settings.get("out", "outputs/tuning.json")),
+    )
+
+
+def _grid(settings: Settings, what: str) -> str:
+    """The quickstart's model comes from a 4-bit file, so it alone is moved off that file's grid unless asked for."""
+    grid = settings.get("grid", "as_it_is" if "model" in settings else "moved")
+    if grid not in ("moved", "as_it_is"):
+        raise ConfigError(f"bench {what}: grid must be moved or as_it_is; got {grid}")
+    return grid
+
+
+def _names(settings: Settings) -> list[str]:
+    return [name for name in settings.get("backends", "").split(",") if name]
+
+
+def _whole(settings: Settings, what: str, name: str, otherwise: int) -> int:
+    return int(number(settings.get(name, str(otherwise)), f"bench {what}: {name}"))
 
 
 def _humaneval(settings: Settings) -> None:
@@ -116,7 +164,28 @@ BENCHES = {
     "data": Measurement(_data, ("source", "tokenizer", "rows"), needs=("source",)),
     "speed": Measurement(_speed, ("source", "rows", "against", "repeats"), needs=("source",)),
     "start": Measurement(_start, ("repeats",)),
-    "quantization": Measurement(_quantization, ("text", "tokens", "grid", "out", "backends")),
+    "quantization": Measurement(
+        _quantization,
+        (
+            "model",
+            "text",
+            "tokens",
+            "grid",
+            "out",
+            "backends",
+            "repeats",
+            "task",
+            "metric",
+            "rows",
+            "max_new_tokens",
+            "humaneval",
+            "problems",
+        ),
+    ),
+    "tuning": Measurement(
+        _tuning,
+        ("source", "rows", "heldout", "model", "grid", "backends", "steps", "learning_rate", "seeds", "metric", "max_new_tokens", "out"),
+    ),
     "merge": Measurement(_merge, ("parameters",)),
     "humaneval": Measurement(
         _humaneval,

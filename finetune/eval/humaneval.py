@@ -101,6 +101,11 @@ def humaneval(
     sys.stdout.flush()
 
 
+def greedy(max_new_tokens: int) -> Sampling:
+    """One completion of each problem, the most probable token each time."""
+    return Sampling(max_new_tokens=max_new_tokens, temperature=0.0, top_p=TOP_P, stops=STOPS)
+
+
 def read_problems(source: Path) -> list[Problem]:
     """All problems of a file.
 

@@ -11,6 +11,7 @@ from finetune.export.config import ExportConfig
 from finetune.export.snippets import adapter_snippet, finetune_snippet
 from finetune.export.travel import write_record
 from finetune.export.work import Work
+from finetune.hardware import LIMITS
 from finetune.model import Base
 
 
@@ -33,7 +34,7 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
     del graph
     free()
     snippet = adapter_snippet(name, dtype=work.placement.dtype, ends=work.chat.ends, **parts)
-    packages = ["peft", "transformers", *(["bitsandbytes"] if work.quantization.method != "none" else [])]
+    packages = ["peft", "transformers", *filter(None, [LIMITS[work.quantization.method].library])]
     parity = work.check(name, settings, wanted, snippet=snippet, ends=work.chat.ends, packages=packages)
     work.snippets["The adapter, in plain peft"] = snippet
     work.snippets["The adapter, as it was trained, refusing any other base"] = finetune_snippet(name)

@@ -57,7 +57,7 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
 def _config(work: Work, name: str, settings: ExportConfig) -> QuantizationConfig:
     """The method asked for, with the run's other settings; without one, the run's own method."""
     run = work.quantization
-    method = settings.numbers or (run.method if run.method != "none" else "nf4")
+    method = settings.numbers or (run.method if run.method in METHODS else "nf4")
     if method not in METHODS:
         raise ExportError(f"export.{name}.numbers must be one of {', '.join(METHODS)}; got {settings.numbers!r}")
     return dataclasses.replace(run, method=method, double=run.double and method != "int8")

@@ -13,6 +13,7 @@ from finetune.console import human_bytes
 from finetune.export.config import ExportConfig
 from finetune.export.facts import DataFacts, MergedFacts, ScoreFacts, TrainedFacts
 from finetune.export.work import Work
+from finetune.hardware import LIMITS
 from finetune.model import Base
 from finetune.quantization import QuantizationConfig, spec
 
@@ -75,8 +76,7 @@ def short_name(base: Base) -> str:
 
 
 def _quantized(config: QuantizationConfig) -> str:
-    kinds = {"none": "unquantized", "nf4": "4-bit NF4", "fp4": "4-bit FP4", "int8": "8-bit LLM.int8"}
-    return kinds[config.method] + (" (double quantization)" if config.double else "")
+    return LIMITS[config.method].title + (" (double quantization)" if config.double else "")
 
 
 def _front_matter(facts: CardFacts) -> Iterator[str]:

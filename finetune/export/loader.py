@@ -115,5 +115,5 @@ def _merged(folder: Path, config: ModelConfig, *, placement: Placement, sha256: 
     from finetune.model import load as load_base
 
     base = Base(folder=folder, name=str(folder), revision=None, sha256=sha256, source="folder")
-    dense = QuantizationConfig(method="none", double=False, skip=[], threshold=0.0)
+    dense = QuantizationConfig(method="none")
     return load_base(base, config, quantization=dense, placement=placement)

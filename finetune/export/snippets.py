@@ -1,9 +1,9 @@
 """How to load each export, as code: printed in the card, and run as it stands by the parity check."""
 
+from finetune.hardware import LIMITS
 from finetune.model import Base, ModelConfig
-from finetune.quantization import QuantizationConfig
-
-SKIPPED_HEAD = "lm_head"
+from finetune.quantization import QuantizationConfig, patterns
+from finetune.quantization.keep import HEADS
 
 
 def adapter_snippet(
@@ -19,16 +19,19 @@ def adapter_snippet(
     """
     source = [repr(base.name), f"revision={base.revision!r}"] if base.source == "hub" else [repr(str(base.folder.resolve()))]
     arguments = [*source, f"dtype=torch.{dtype}", 'device_map="auto"', *_trust(model), *_quantization(quantization, dtype=dtype)]
-    classes = ["AutoModelForCausalLM", "AutoTokenizer"] + (["BitsAndBytesConfig"] if quantization.method != "none" else [])
+    library = LIMITS[quantization.method].library
+    imports, classes = IMPORTS.get(library, ([], []))
     return "\n".join([
         "import torch",
+        *imports,
         "from peft import PeftModel",
-        f"from transformers import {', '.join(classes)}",
+        f"from transformers import {', '.join(['AutoModelForCausalLM', 'AutoTokenizer', *classes])}",
         "",
         f"tokenizer = AutoTokenizer.from_pretrained({folder!r})",
         "base = AutoModelForCausalLM.from_pretrained(",
         *[f"    {argument}," for argument in arguments],
         ")",
+        *(_replaced(quantization, dtype=dtype) if library == "hqq" else []),
         f"model = PeftModel.from_pretrained(base, {folder!r}).eval()",
         "",
         *_answer(ends),
@@ -58,16 +61,39 @@ def _trust(model: ModelConfig) -> list[str]:
     return ["trust_remote_code=True"] if model.trust_remote_code else []
 
 
+IMPORTS = {
+    "bitsandbytes": ([], ["BitsAndBytesConfig"]),
+    "torchao": (["from torchao.quantization import Int8WeightOnlyConfig"], ["TorchAoConfig"]),
+    "hqq": (["import re", "", "from hqq.core.quantize import BaseQuantizeConfig, HQQLinear"], []),
+}
+"""Lines, and names from transformers, by library."""
+
+
 def _quantization(config: QuantizationConfig, *, dtype: str) -> list[str]:
-    skip = [f"llm_int8_skip_modules={[SKIPPED_HEAD, *config.skip]!r}"]
-    if config.method == "none":
+    library, kept = LIMITS[config.method].library, patterns(config.keep)
+    if library == "torchao":
+        return [f"quantization_config=TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert={kept!r})"]
+    if library != "bitsandbytes":
         return []
+    skip = [f"llm_int8_skip_modules={kept!r}"]
     if config.method == "int8":
         settings = ["load_in_8bit=True", f"llm_int8_threshold={config.threshold}", *skip]
     else:
         settings = ["load_in_4bit=True", f'bnb_4bit_quant_type="{config.method}"', f"bnb_4bit_use_double_quant={config.double}",
                     f"bnb_4bit_compute_dtype=torch.{dtype}", *skip]  # fmt: skip
     return ["quantization_config=BitsAndBytesConfig(\n" + "".join(f"        {setting},\n" for setting in settings) + "    )"]
+
+
+def _replaced(config: QuantizationConfig, *, dtype: str) -> list[str]:
+    """hqq works on a loaded model."""
+    return [
+        f"settings = BaseQuantizeConfig(nbits={config.bits}, group_size={config.group_size}, axis=1)",
+        f"kept = re.compile({'|'.join(f'(?:.*[.])?{one}' if one in HEADS else one for one in patterns(config.keep))!r})",
+        "for name, layer in list(base.named_modules()):",
+        "    if isinstance(layer, torch.nn.Linear) and not kept.fullmatch(name):",
+        f"        made = HQQLinear(layer, settings, compute_dtype=torch.{dtype}, device=str(layer.weight.device))",
+        "        base.set_submodule(name, made)",
+    ]
 
 
 def _answer(ends: list[int]) -> list[str]:

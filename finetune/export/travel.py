@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.cache import file_sha256
-from finetune.hardware import Placement
+from finetune.hardware import LIMITS, Placement
 from finetune.measure.chat import Chat
 from finetune.model import Base, ModelConfig, weights_sha256
 from finetune.quantization import QuantizationConfig, spec
@@ -16,7 +16,7 @@ from finetune.run import plain, write_json
 FILE = "finetune.json"
 SCHEMA = 1
 WEIGHTS = (".safetensors", ".gguf", ".onnx", ".data")
-PACKAGES = ("finetune", "torch", "transformers", "peft", "bitsandbytes")
+PACKAGES = ("finetune", "torch", "transformers", "peft")
 
 
 def write_record(
@@ -32,6 +32,7 @@ def write_record(
     """
     settings = {**plain(model), "name": _lasting_name(base), "revision": base.revision}
     settings.pop("architecture")
+    packages = [*PACKAGES, *filter(None, [LIMITS[quantization.method].library])]
     record = {
         "schema": SCHEMA,
         "kind": kind,
@@ -44,7 +45,7 @@ def write_record(
         "quantization": {"settings": plain(quantization), "spec": spec(quantization)},
         "computation": {"dtype": placement.dtype, "attention": placement.attention},
         "tokenizer": tokenizer_record(chat),
-        "versions": {package: _version(package) for package in PACKAGES},
+        "versions": {package: _version(package) for package in packages},
     }  # fmt: skip
     write_json(folder / FILE, record)
     return record

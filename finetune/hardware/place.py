@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from finetune.errors import HardwareError
-from finetune.hardware.limits import LIMITS
+from finetune.hardware.limits import LIMITS, runnable
 from finetune.hardware.probe import Machine
 from finetune.optim import UNPAGED
 
@@ -76,7 +76,7 @@ def _device(machine: Machine, config: RunConfig) -> tuple[str, str]:
     if wish == "mps" and not machine.metal:
         raise HardwareError("hardware.device=mps, but this is no Apple GPU; use hardware.device=cpu or auto")
     if wish not in LIMITS[method].devices:
-        able = ", ".join(name for name, limit in LIMITS.items() if wish in limit.devices)
+        able = ", ".join(runnable(wish))
         raise HardwareError(f"quantization.method={method} does not run on {wish}; choose one of {able}, or hardware.device=cpu")
     return wish, why
 

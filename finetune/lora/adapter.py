@@ -149,13 +149,18 @@ def _show_bias(adapted: Any) -> None:
 
 
 def linear_layers(model: Any) -> Counter[str]:
-    """Linear layers but the head, counted by the last segment of their names. Quantized ones are `nn.Linear` too."""
+    """Linear layers but the head, quantized or not, counted by the last segment of their names."""
+    head = model.get_output_embeddings()
+    return Counter(name.rpartition(".")[2] for name, module in model.named_modules() if is_linear(module) and module is not head)
+
+
+def is_linear(module: Any) -> bool:
+    """Whether a module is a linear layer, quantized or not; most libraries' are `nn.Linear` too."""
     from torch import nn
 
-    head = model.get_output_embeddings()
-    return Counter(
-        name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
-    )
+    from finetune.quantization import library_of
+
+    return isinstance(module, nn.Linear) or library_of(module) is not None
 
 
 def prepare(model: Any, *, upcast: str, checkpointing: bool) -> None:
@@ -170,7 +175,8 @@ def prepare(model: Any, *, upcast: str, checkpointing: bool) -> None:
     aside = {}
     for name, parameter in model.named_parameters():
         is_norm = parameter.dim() == 1 and "norm" in name.lower()
-        if (upcast == "none" or (upcast == "norms" and not is_norm)) and parameter.dtype in (torch.bfloat16, torch.float16):
+        plain = type(parameter) is torch.nn.Parameter and parameter.dtype in (torch.bfloat16, torch.float16)
+        if plain and (upcast == "none" or (upcast == "norms" and not is_norm)):
             aside[name] = parameter.data
             parameter.data = parameter.data.new_empty(0)
     prepare_model_for_kbit_training(

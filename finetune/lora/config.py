@@ -12,6 +12,9 @@ QUANTIZED_ONLY = ("nf4", "fp4")
 """LoftQ starts at the rounding errors of these; LLM.int8's are a hundred times smaller and an unquantized base has none."""
 
 
+DORA_BASES = ("none", "nf4", "fp4")
+
+
 @dataclass(kw_only=True, slots=True)
 class LoraConfig:
     """Which weights learn, how much room they get, and where they start."""
@@ -91,10 +94,13 @@ class LoraConfig:
                 f"lora.variant=loftq starts at the error of 4-bit rounding; got quantization.method={quantization}: "
                 "choose quantization=nf4, or another variant such as lora.variant=eva"
             )
-        if self.variant == "dora" and quantization == "int8":
+        if self.variant == "dora" and quantization not in DORA_BASES:
+            why = (
+                "peft 0.21 loses an int8 layer's scales when it does on a CPU" if quantization == "int8" else "only bitsandbytes' was tried"
+            )
             yield (
-                "lora.variant=dora reads each weight in every pass, and peft 0.21 loses an int8 layer's scales when it does on a CPU; "
-                "got quantization.method=int8: choose quantization=nf4"
+                f"lora.variant=dora reads each weight in every pass, and {why}; "
+                f"got quantization.method={quantization}: choose quantization=nf4"
             )
         if self.variant in DOUBLED and weight_decay != 0:
             yield (

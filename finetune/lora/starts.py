@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from finetune.errors import ModelError
+from finetune.lora.adapter import is_linear
 
 PREFIX = "base_model.model."
 ADAPTER = "default"
@@ -100,8 +101,12 @@ def use_rounding_errors(adapted: Any, original: Path | None, *, rank: int) -> No
         place(layer, b, a)
 
 
-def reader(folder: Path) -> Callable[[str], Tensor]:
+def reader(folder: Path, *, wish: str = "lora.variant=loftq") -> Callable[[str], Tensor]:
     """A function that gives a dense checkpoint's tensor by the name that it has in the model.
+
+    Args:
+        folder: The dense base's.
+        wish: The setting that needs it, for messages.
 
     Raises:
         ModelError: The folder has no safetensors; the function: no tensor, or several, of that name.
@@ -113,12 +118,12 @@ def reader(folder: Path) -> Callable[[str], Tensor]:
         with safe_open(file, "pt") as opened:
             files |= dict.fromkeys(opened.keys(), file)
     if not files:
-        raise ModelError(f"lora.variant=loftq: {folder} holds no *.safetensors file, so what quantization took is not known")
+        raise ModelError(f"{wish}: {folder} holds no *.safetensors file, so what quantization took is not known")
 
     def read(name: str) -> Tensor:
         near = [name] if name in files else [other for other in files if name.endswith("." + other) or other.endswith("." + name)]
         if len(near) != 1:
-            raise ModelError(f"lora.variant=loftq: {folder} has {len(near)} tensors called {name}; use another variant, e.g. pissa")
+            raise ModelError(f"{wish}: {folder} has {len(near)} tensors called {name}, so its rounding error is not known; do without it")
         with safe_open(files[near[0]], "pt") as opened:
             tensor: Tensor = opened.get_tensor(near[0])
         return tensor
@@ -176,7 +181,7 @@ def matching(model: Any, targets: Iterable[str]) -> dict[str, torch.nn.Linear]:
     return {
         name: module
         for name, module in model.named_modules()
-        if name.rpartition(".")[2] in wanted and isinstance(module, torch.nn.Linear) and module is not head
+        if name.rpartition(".")[2] in wanted and is_linear(module) and module is not head
     }
 
 
@@ -238,17 +243,11 @@ def use_row_lengths(adapted: Any, *, dtype: torch.dtype) -> None:
 def dense_weight(layer: Any) -> Tensor:
     """A layer's weight as it multiplies, float32, shape (outputs, inputs).
 
-    peft's own function is not used for int8: it moves the weight, and on a CPU the layer then has lost its scales.
-    Source: bitsandbytes 0.50.2, functional.int8_vectorwise_dequant (a row's largest weight is 127).
+    peft's own function is not used: it moves an int8 weight, and on a CPU the layer then has lost its scales.
     """
-    from peft.utils.integrations import dequantize_module_weight, get_bnb_param_type
+    from finetune.quantization import dense
 
-    weight = layer.weight
-    if get_bnb_param_type(weight) == "8bit":
-        scales = weight.SCB if weight.SCB is not None else layer.state.SCB
-        values = weight.CB if weight.CB is not None else weight.data
-        return values.float() * scales.float()[:, None] / 127
-    return dequantize_module_weight(layer).detach().float()
+    return dense(layer, torch.float32).detach()
 
 
 def lora_layers(adapted: Any) -> dict[str, Any]:

@@ -153,6 +153,10 @@ def build(config: RunConfig, inputs: PlanInputs, *, dtype: str) -> tuple[Any, li
     from finetune import lora
     from finetune.quantization import loader_arguments, quantized_layers
 
+    if config.quantization.method not in ("none", "nf4", "fp4", "int8"):
+        raise ModelError(
+            f"plan exact=true: quantization.method={config.quantization.method} is planned in closed form only; leave exact=true out"
+        )
     if config.lora.variant == "dora":
         raise ModelError(
             "plan exact=true: dora starts from the lengths of the weights' rows, and a count has no weights; leave exact=true out"

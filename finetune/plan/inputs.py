@@ -84,9 +84,11 @@ class PlanInputs:
 
     Attributes:
         architecture: The model's dimensions.
-        method: ``none``, ``nf4``, ``fp4`` or ``int8``.
+        method: ``none``, ``nf4``, ``fp4``, ``int8``, ``torchao_int8`` or ``hqq``.
         double: Whether the 4-bit constants are quantized too.
-        skip: Last name segments of linear layers that stay unquantized.
+        keep: Linear layers that stay unquantized, as `finetune.quantization.is_kept` reads them.
+        keep_bytes: What further unquantized layers may take beyond their quantized form.
+        bits, group_size: hqq's.
         rank: LoRA rank; 0 trains every weight instead (full fine-tuning).
         targets: Last name segments of adapted layers, or ``all-linear``; ``head`` for the output head.
         adapter_bytes: Bytes per element of the adapter.
@@ -118,7 +120,10 @@ class PlanInputs:
     architecture: ArchitectureConfig
     method: str
     double: bool = False
-    skip: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
+    keep_bytes: int = 0
+    bits: int = 4
+    group_size: int = 64
     rank: int
     targets: tuple[str, ...] = (ALL_LINEAR,)
     adapter_bytes: int = 4

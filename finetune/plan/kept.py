@@ -100,7 +100,7 @@ def linear_inputs(inputs: PlanInputs) -> Iterator[Kept]:
     keeps its own cast copy. LLM.int8 holds on to its input. Source: bitsandbytes 0.50, ``MatMul8bitLt.forward``, ``ctx.tensors``.
     """
     c, tokens = inputs.compute_bytes, inputs.step_tokens
-    held = inputs.method == "int8" or (inputs.trainer.keeps_inputs and inputs.packed_4bit)
+    held = inputs.method in ("int8", "hqq") or (inputs.trainer.keeps_inputs and inputs.packed_4bit)
     for index, (width, layers, kept_anyway) in enumerate(sites(inputs)):
         name = "attention" if index < 2 else "feed-forward"
         if inputs.steps.selective and layers[0].name in GATED_LAYERS:

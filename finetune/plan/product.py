@@ -125,7 +125,7 @@ def changes(inputs: PlanInputs) -> dict[str, PlanInputs]:
         found["train.checkpointing=full"] = replace(inputs, checkpointing=True)
     if inputs.rows > 1:
         found[f"train.micro_batch={inputs.rows // 2}"] = replace(inputs, rows=inputs.rows // 2)
-    if inputs.method in ("none", "int8"):
+    if inputs.method not in ("nf4", "fp4"):
         found["quantization=nf4_double"] = replace(inputs, method="nf4", double=True)
     elif not inputs.double:
         found["quantization=nf4_double"] = replace(inputs, double=True)

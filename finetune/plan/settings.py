@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from finetune.config import RunConfig
     from finetune.hardware import Machine
 
+MIB = 1024**2
 FUSED_FAMILIES = ("llama", "mistral", "qwen2")
 """Their layers are what `finetune.speed.blocks` can fuse; Qwen3's attention has norms of its own, so it is not."""
 
@@ -36,7 +37,10 @@ def from_config(config: RunConfig, machine: Machine) -> PlanInputs:
         architecture=architecture,
         method=config.quantization.method,
         double=config.quantization.double,
-        skip=tuple(config.quantization.skip),
+        keep=tuple(config.quantization.keep),
+        keep_bytes=int(config.quantization.keep_mib * MIB),
+        bits=config.quantization.bits,
+        group_size=config.quantization.group_size,
         rank=config.lora.width,
         targets=tuple(config.lora.targets),
         adapter_bytes=4 if config.lora.dtype == "float32" else 2,
@@ -76,7 +80,7 @@ def steps_of(config: RunConfig, machine: Machine, *, architecture: ArchitectureC
         and not half
         and not lora.dropout
         and lora.variant != "dora"
-        and config.quantization.method != "int8"
+        and config.quantization.method in ("none", "nf4", "fp4")
         and config.model.upcast == "none"
         and config.launch.strategy in ("single", "ddp")
     )

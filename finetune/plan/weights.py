@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from finetune.architecture import (
+    Linear,
     embedding_parameters,
     expert_parameters,
     head_parameters,
@@ -14,9 +16,13 @@ from finetune.architecture import (
 )
 from finetune.plan.inputs import PlanInputs
 from finetune.plan.segments import block_bytes
+from finetune.quantization.keep import is_kept
 
 BLOCK = 64
 """Weights that share one constant in bitsandbytes' 4-bit forms. Source: QLoRA paper, section 3; bitsandbytes' default."""
+
+HQQ_BYTES = {8: 1, 6: 1, 5: 1, 4: 1 / 2, 3: 4 / 10, 2: 1 / 4, 1: 1 / 8}
+"""Bytes a weight: 5 and 6 bits lie in a byte, ten of 3 bits in four. Source: hqq 0.2.8, core/bitpack.py."""
 
 DOUBLE_BLOCK = 256
 """Constants that share one second-level constant. Source: QLoRA paper, section 3."""
@@ -56,9 +62,9 @@ class Weights:
 def weight_bytes(inputs: PlanInputs) -> Weights:
     """The frozen model as it lies in memory."""
     a = inputs.architecture
-    inside = [linear for linear in linear_layers(a) if linear.name not in inputs.skip]
-    skipped = sum(linear.weights for linear in linear_layers(a) if linear.name in inputs.skip)
+    inside = quantized_linear(inputs)
     quantized = sum(linear.weights for linear in inside)
+    kept = sum(linear.weights for linear in linear_layers(a)) - quantized
     rows = sum(linear.out_features * linear.count for linear in inside)
     head = head_parameters(a) or (embedding_parameters(a) if inputs.trainer.unties else 0)
     if inputs.trainer.quantizes_head and inputs.method != "none":
@@ -68,13 +74,25 @@ def weight_bytes(inputs: PlanInputs) -> Weights:
     norms = norm_parameters(a) * (FLOAT if inputs.upcast != "none" else inputs.stored_bytes)
     biases = sum(linear.biases for linear in linear_layers(a))
     ends = (embedding_parameters(a) + head) * wide
-    other = ends + (biases + skipped + expert_parameters(a)) * inputs.stored_bytes
+    other = ends + (biases + kept + expert_parameters(a)) * inputs.stored_bytes
     copy = parameters(a) * inputs.compute_bytes if inputs.cast_copy else 0
     unused = 0.0
     for linear in inside:
         size = quantized_bytes(inputs, linear.in_features * linear.out_features, linear.out_features)[0]
         unused += linear.count * (block_bytes(size, inputs) - size)
-    return Weights(codes=codes, constants=constants, unquantized=norms + other + copy, ends=ends, unused=unused)
+    unquantized = norms + other + copy + inputs.keep_bytes
+    return Weights(codes=codes, constants=constants, unquantized=unquantized, ends=ends, unused=unused)
+
+
+def quantized_linear(inputs: PlanInputs) -> list[Linear]:
+    """The linear layers without those kept by name. Names are Llama's: ``model.layers.3.mlp.down_proj``."""
+
+    def quantized(linear: Linear) -> int:
+        names = [[f"model.layers.{layer}.{part}.{linear.name}" for part in ("self_attn", "mlp")] for layer in range(linear.count)]
+        return sum(not any(is_kept(name, inputs.keep) for name in both) for both in names)
+
+    every = linear_layers(inputs.architecture)
+    return [dataclasses.replace(linear, count=quantized(linear)) for linear in every] if inputs.keep else every
 
 
 def quantized_bytes(inputs: PlanInputs, elements: int, rows: int) -> tuple[float, float]:
@@ -83,6 +101,10 @@ def quantized_bytes(inputs: PlanInputs, elements: int, rows: int) -> tuple[float
         return elements * (FLOAT if inputs.upcast == "all" and inputs.rank else inputs.stored_bytes), 0
     if inputs.method == "int8":
         return elements, rows * FLOAT
+    if inputs.method == "torchao_int8":
+        return elements, rows * inputs.compute_bytes
+    if inputs.method == "hqq":
+        return elements * HQQ_BYTES[inputs.bits], 2 * elements / inputs.group_size * inputs.compute_bytes
     constants = elements / BLOCK
     return elements / 2, constants * (1 + FLOAT / DOUBLE_BLOCK) if inputs.double else constants * FLOAT
 
@@ -161,8 +183,7 @@ def cached_bytes(inputs: PlanInputs) -> float:
     """16-bit copies of the quantized weights that fused layers keep on a CPU, or of unquantized ones, whose file stays mapped."""
     if not inputs.steps.cached and not stays_mapped(inputs):
         return 0
-    inside = sum(linear.weights for linear in linear_layers(inputs.architecture) if linear.name not in inputs.skip)
-    return inside * inputs.compute_bytes
+    return sum(linear.weights for linear in quantized_linear(inputs)) * inputs.compute_bytes
 
 
 def workspace_bytes(inputs: PlanInputs) -> float:

@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.cache import cache_folder
 from finetune.console import human_bytes, say
+from finetune.hardware.limits import LIMITS
 from finetune.quantization.config import QuantizationConfig, spec
+from finetune.quantization.libraries import holdings, restore, save
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
 RECORD = "copy.json"
 CONFIGS = ("config.json", "generation_config.json")
-PACKAGES = ("bitsandbytes", "transformers", "torch")
+PACKAGES = ("transformers", "torch")
 UNUSED_DAYS = 30
 """A copy that no run has read for so long goes when the next one is made; quantizing again costs one slow start."""
 
@@ -46,17 +48,23 @@ class Copy:
     Attributes:
         folder: Holds config.json, safetensors and copy.json, which is written last. Its name is the method and a hash
             over everything that decides the quantized numbers.
+        base: Folder of the dense base.
+        quantization: The quantization group.
+        dtype: The computation's numbers.
         threads: Threads that compute the digest.
     """
 
     folder: Path
+    base: Path
+    quantization: QuantizationConfig
+    dtype: str
     threads: int
 
     def read(self, load: Callable[[Path], PreTrainedModel]) -> PreTrainedModel | None:
         """The model, the very tensors that were kept; None where there is no copy, or a damaged one, which is removed.
 
         Args:
-            load: Opens a folder in which `save_pretrained` has put a quantized model.
+            load: Opens a folder with transformers, as it was saved.
         """
         if not (self.folder / RECORD).is_file():
             return None
@@ -64,7 +72,7 @@ class Copy:
 
         try:
             record = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
-            model = load(self.folder)
+            model = restore(self.base, self.quantization, self.folder, dtype=self.dtype, load=load)
             wrong = "" if digest(model, threads=self.threads) == record["digest"] else "its tensors are not those that were kept"
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, AssertionError, AttributeError, SafetensorError) as error:
             wrong = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -95,7 +103,7 @@ class Copy:
                 if not alone or self.folder.is_dir():
                     return
                 _check_space(root, model)
-                model.save_pretrained(partial, max_shard_size=SHARD)
+                save(model, self.quantization, partial, shard=SHARD)
                 size = sum(file.stat().st_size for file in partial.iterdir())
                 (partial / RECORD).write_text(json.dumps(self._record(model, size), indent=2) + "\n", encoding="utf-8")
                 _flush(partial)
@@ -135,35 +143,23 @@ def copy_of(base: Path, *, weights: str, quantization: QuantizationConfig, place
         say("model", f"no quantized copy can be kept or read ({error}); FINETUNE_CACHE names another place")
         return None
     configs = {name: (base / name).read_text(encoding="utf-8") for name in CONFIGS if (base / name).is_file()}
-    versions = [version(package) for package in PACKAGES]
+    versions = [version(package) for package in dict.fromkeys([LIMITS[quantization.method].library, *PACKAGES])]
     content = [weights, configs, spec(quantization), placement.dtype, placement.device, versions, _code()]
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return Copy(folder=root / f"{quantization.method}-{key[:24]}", threads=placement.threads)
+    folder = root / f"{quantization.method}-{key[:24]}"
+    return Copy(folder=folder, base=base, quantization=quantization, dtype=placement.dtype, threads=placement.threads)
 
 
 def digest(model: nn.Module, *, threads: int) -> str:
-    """SHA-256 over names, kinds, shapes and bytes of all parameters, buffers and quantization constants."""
-    parts = list(_tensors(model))
+    """SHA-256 over names, kinds, shapes and bytes of all parameters, buffers and quantization constants.
+
+    Tied weights come once, so that a tie that was lost gives another list.
+    """
+    parts = list(holdings(model))
     with ThreadPoolExecutor(max(1, threads)) as pool:
         hashes = pool.map(_tensor_sha256, [tensor for _, tensor in parts])
         lines = [f"{name} {tensor.dtype} {tuple(tensor.shape)} {one}" for (name, tensor), one in zip(parts, hashes, strict=True)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Tied weights come once, so that a tie that was lost gives another list."""
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        yield name, tensor.data
-        state = getattr(tensor, "quant_state", None)
-        if state is not None:
-            fields = state.as_dict(packed=False)
-            facts = ",".join(f"{key}={value}" for key, value in sorted(fields.items()) if not hasattr(value, "dtype"))
-            for key, value in sorted(fields.items()):
-                if hasattr(value, "dtype"):
-                    yield f"{name}.{key}[{facts}]", value
-        for key in ("SCB", "CB"):  # int8: a row's scale, and the integers
-            if getattr(tensor, key, None) is not None:
-                yield f"{name}.{key}", getattr(tensor, key)
 
 
 def _tensor_sha256(tensor: Tensor) -> str:
@@ -193,7 +189,7 @@ def _alone(root: Path) -> Iterator[bool]:
 
 def _check_space(root: Path, model: nn.Module) -> None:
     """Leaves as much again as the copy takes: the run itself is about to write checkpoints, often to the same disk."""
-    needed, free = 2 * sum(tensor.nbytes for _, tensor in _tensors(model)), shutil.disk_usage(root).free
+    needed, free = 2 * sum(tensor.nbytes for _, tensor in holdings(model)), shutil.disk_usage(root).free
     if free < needed:
         raise OSError(f"the disk of {root} has {human_bytes(free)} left, and twice the copy is {human_bytes(needed)}")
 

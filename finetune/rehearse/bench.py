@@ -16,6 +16,7 @@ from torch import Tensor
 
 from finetune.measure import Collator, unwrap
 from finetune.measure.rows import IGNORED
+from finetune.quantization import holdings
 from finetune.rehearse.batch import Document, learnt
 
 if TYPE_CHECKING:
@@ -190,8 +191,9 @@ class Bench:
             return last_logits(self.model, self.documents[0]["input_ids"], numbers=self.autocast)
 
     def weights(self) -> list[Tensor]:
-        """Some bytes of every frozen parameter: a repacked or requantized one shows there."""
-        flat = [p.detach().reshape(-1).view(torch.uint8) for p in self.model.parameters() if not p.requires_grad]
+        """Some bytes of every frozen tensor: a repacked or requantized one shows there."""
+        learnt = {p.data_ptr() for p in self.model.parameters() if p.requires_grad}
+        flat = [one.reshape(-1).view(torch.uint8) for _, one in holdings(self.model) if one.data_ptr() not in learnt]
         return [one[:: max(1, len(one) // SAMPLES)].clone() for one in flat]
 
     @contextmanager

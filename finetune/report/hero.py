@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from finetune.console import human_bytes
+from finetune.hardware import LIMITS
 from finetune.report.answers import code, last_request, score, tuned_artifact
 from finetune.report.facts import Fields
 from finetune.report.markup import Html, joined, mark, tag, tiles
@@ -87,5 +88,6 @@ def quantization_name(quantization: Any) -> str:
     method = quantization["method"] if isinstance(quantization, dict) else quantization
     if method in (None, "none"):
         return "16 or 32 bit numbers"
-    name = str(method).upper() if str(method) in ("nf4", "fp4") else str(method)
+    name = LIMITS[str(method)].title if str(method) in LIMITS else str(method)
+    name = f"{name} of {quantization['bits']} bits" if isinstance(quantization, dict) and "bits" in quantization else name
     return f"{name} with double quantization" if isinstance(quantization, dict) and quantization.get("double") else name

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from finetune.quantization import dense
+from finetune.quantization import dense, library_of
 
 
 @dataclass(slots=True)
@@ -50,7 +50,7 @@ class Siblings:
         start = 0
         for layer in map(base, self.layers):
             end = start + layer.out_features
-            if not hasattr(layer.weight, "quant_state"):
+            if library_of(layer) is None:
                 layer.weight.data = self.cached[start:end]
             start = end
 

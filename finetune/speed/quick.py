@@ -16,6 +16,7 @@ from torch import Tensor
 
 from finetune.console import say
 from finetune.errors import HardwareError
+from finetune.quantization import library_of
 from finetune.speed import blocks, native, plain
 from finetune.speed.blocks import Switch
 from finetune.speed.choose import Choice, Facts, choose
@@ -147,7 +148,7 @@ def facts_of(model: Any, placement: Placement) -> Facts:
         no_native = "g++ could not compile them"
     return Facts(
         unfit=unfit(model, placement.dtype),
-        quantized=any(hasattr(base(layer).weight, "quant_state") for layer in linear),
+        quantized=any(library_of(base(layer)) is not None for layer in linear),
         dense_bytes=2 * sum(layer.in_features * layer.out_features for layer in linear),
         free_bytes=_free_bytes(placement.device),
         no_split=_no_split(model, placement.dtype),
@@ -174,12 +175,18 @@ def unfit(model: Any, dtype: str) -> str | None:
         return "lora.dropout is not 0"
     if any(getattr(layer, "lora_variant", None) for layer in layers):
         return "this variant of LoRA is computed by peft"
-    bases = {type(base(layer)).__name__ for layer in linear}
-    if bases - {"Linear", "Linear4bit"}:
-        return f"{', '.join(sorted(bases - {'Linear', 'Linear4bit'}))} layers compute in their own way"
+    bases = {_kind(base(layer)) for layer in linear}
+    odd = sorted(bases - {"Parameter", "Linear4bit"})
+    if odd:
+        return f"{', '.join(odd)} layers compute in their own way"
     if any(parameter.dtype != getattr(torch, dtype) for norm in blocks.parts(model, blocks.NORMS) for parameter in norm.parameters()):
         return f"model.upcast keeps norms in other numbers than {dtype}"
     return None
+
+
+def _kind(layer: Any) -> str:
+    """The layer's class, or its weight's, where the layer is torch's own."""
+    return type(layer.weight).__name__ if type(layer) is torch.nn.Linear else type(layer).__name__
 
 
 def _linear_layers(model: Any) -> list[Any]:

@@ -82,7 +82,10 @@ class Trainer(SFTTrainer):
             return self.data_collator(rows)
         nothing = torch.full((1, 1), -100)
         empty = {"input_ids": nothing, "labels": nothing, "padding": 1, "rows": [], "answer_tokens": nothing[0, :0]}
-        return empty | ({"instead": self.data_collator([self.train_dataset[0]])} if self.ranks.shards else {})
+        if not self.ranks.shards:
+            return empty
+        trained: Any = self.train_dataset
+        return empty | {"instead": self.data_collator([trained[0]])}
 
     def training_step(self, model: Any, inputs: dict[str, Any], *arguments: Any, **keywords: Any) -> Any:
         labels = inputs["labels"]

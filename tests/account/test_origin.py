@@ -59,7 +59,7 @@ def test_a_group_lists_all_of_its_keys(capsys: pytest.CaptureFixture[str]) -> No
     assert main(["plan", "explain=quantization"]) == 0
     out = capsys.readouterr().out
     assert [line.split()[0] for line in out.splitlines()[1:]] == [
-        f"quantization.{key}" for key in ("method", "double", "skip", "threshold")
+        f"quantization.{key}" for key in ("method", "double", "keep", "keep_mib", "keep_tokens", "threshold", "bits", "group_size")
     ]
 
 

@@ -46,7 +46,7 @@ def open_it(settings: ModelConfig) -> object:
     from finetune.quantization import QuantizationConfig
 
     placement = Placement(device="cpu", dtype="float32", attention="sdpa", optimizer="", optimizer_why="", threads=1, reasons=())
-    plain = QuantizationConfig(method="none", double=False, skip=[], threshold=0.0)
+    plain = QuantizationConfig(method="none")
     return model.load(model.fetch(settings), settings, quantization=plain, placement=placement)
 
 
@@ -93,7 +93,7 @@ def test_code_that_changes_after_it_was_fetched_is_refused_too(own: Path, tmp_pa
     base = model.fetch(settings)
     (own / "own.py").write_text("raise SystemExit('this ran')")
     placement = Placement(device="cpu", dtype="float32", attention="sdpa", optimizer="", optimizer_why="", threads=1, reasons=())
-    plain = QuantizationConfig(method="none", double=False, skip=[], threshold=0.0)
+    plain = QuantizationConfig(method="none")
     with pytest.raises(ModelError, match="none of it has run"):
         model.load(base, settings, quantization=plain, placement=placement)
 

@@ -118,7 +118,7 @@ def test_card_states_base_quantization_metrics_and_merge(exports: Exports) -> No
 
 def test_adapter_folder_says_all_that_a_loader_needs(exports: Exports) -> None:
     record = json.loads((exports.folder / "adapter" / "finetune.json").read_text())
-    assert record["quantization"]["spec"] == {"method": "nf4", "double": True, "blocksize": 64, "skip": []}
+    assert record["quantization"]["spec"] == {"method": "nf4", "double": True, "blocksize": 64, "keep": []}
     assert record["base"]["files"].keys() == {"model.safetensors"}
     assert record["tokenizer"]["eos"] == {"id": 2, "ends_an_answer": [2]}
     assert record["tokenizer"]["pad"]["is_an_end_token"] is False

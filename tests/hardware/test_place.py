@@ -1,12 +1,18 @@
 """Placement is a pure function, so machines that nobody here has can be tried."""
 
+import re
 import types
 from typing import Any
 
 import pytest
+import yaml
 
-from finetune.errors import HardwareError
-from finetune.hardware import Gpu, Machine, place
+from finetune.bench.lab.compare import options
+from finetune.config import load
+from finetune.errors import ConfigError, HardwareError
+from finetune.hardware import LIMITS, Gpu, Machine, place
+from finetune.hardware.limits import markdown
+from finetune.paths import CONF
 
 GIB = 1024**3
 CPU = Machine(cores=2, ram_bytes=24 * GIB, disk_free_bytes=100 * GIB, features=("avx512_bf16",))
@@ -60,6 +66,7 @@ def test_dense_models_may_use_an_apple_gpu() -> None:
         (CPU, {"device": "cuda"}, "no NVIDIA GPU is visible"),
         (CPU, {"device": "mps"}, "this is no Apple GPU"),
         (MAC, {"device": "mps"}, "quantization.method=nf4 does not run on mps; choose one of none, or hardware.device=cpu"),
+        (MAC, {"device": "mps", "method": "hqq"}, "quantization.method=hqq does not run on mps; choose one of none"),
         (T4, {"dtype": "bfloat16"}, "T4 has 7.5; use model.dtype=float16"),
         (CPU, {"attention": "flash_attention_2"}, "needs a CUDA GPU and this run is on cpu; use model.attention=sdpa"),
     ],
@@ -67,3 +74,30 @@ def test_dense_models_may_use_an_apple_gpu() -> None:
 def test_impossible_wish_names_the_alternative(machine: Machine, changes: dict[str, str], message: str) -> None:
     with pytest.raises(HardwareError, match=message):
         place(machine, config(**changes))
+
+
+@pytest.mark.parametrize("name", [name for name, limit in LIMITS.items() if not limit.devices])
+def test_a_method_that_runs_nowhere_says_why_and_names_one_that_runs(name: str) -> None:
+    limit = LIMITS[name]
+    assert limit.reason
+    assert not limit.tunable
+    alternative = limit.instead.removeprefix("quantization=")
+    assert limit.instead.startswith("model.name=") or LIMITS[alternative].devices
+    with pytest.raises(ConfigError, match=re.escape(f"quantization.method={name} does not run: {limit.reason}; choose {limit.instead}")):
+        load(["+experiment=quickstart", f"quantization={name}"])
+
+
+@pytest.mark.parametrize("machine", [CPU, RTX4090])
+@pytest.mark.parametrize("name", [name for name, limit in LIMITS.items() if limit.devices])
+def test_a_method_that_runs_is_placed(machine: Machine, name: str) -> None:
+    assert place(machine, config(method=name)).device in LIMITS[name].devices
+
+
+def test_every_method_has_a_file_of_the_group_and_every_file_a_method() -> None:
+    methods = [yaml.safe_load((CONF / "quantization" / f"{name}.yaml").read_text())["method"] for name in options()]
+    assert set(methods) == set(LIMITS)
+
+
+@pytest.mark.parametrize(("file", "part"), [("README.md", 0), ("docs/choosing.md", 0), ("docs/choosing.md", 1)])
+def test_what_is_written_of_methods_is_the_table_in_code(file: str, part: int) -> None:
+    assert markdown()[part] in (CONF.parent / file).read_text(encoding="utf-8")

@@ -34,7 +34,7 @@ class Line:
 
 
 def quantization(method: str) -> QuantizationConfig:
-    return QuantizationConfig(method=method, double=method == "nf4", skip=[], threshold=6.0)
+    return QuantizationConfig(method=method, double=method == "nf4")
 
 
 def model_config(folder: Path) -> ModelConfig:

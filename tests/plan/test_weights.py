@@ -26,7 +26,7 @@ def test_base_of_seven_billion_in_nf4_is_as_the_qlora_paper_says() -> None:
 
 
 def test_skipped_layers_stay_dense() -> None:
-    skipped = dataclasses.replace(LLAMA, skip=("down_proj",))
+    skipped = dataclasses.replace(LLAMA, keep=("down_proj",))
     skipping, all_quantized = weights.weight_bytes(skipped), weights.weight_bytes(LLAMA)
     more = skipping.total - skipping.unused - (all_quantized.total - all_quantized.unused)
     assert more == pytest.approx(32 * 11008 * 4096 * (2 - 4.5 / 8))

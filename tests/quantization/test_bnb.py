@@ -18,7 +18,7 @@ PLACEMENT = Placement(device="cpu", dtype="bfloat16", attention="sdpa", optimize
 
 
 def config(method: str, *, double: bool = False) -> QuantizationConfig:
-    return QuantizationConfig(method=method, double=double, skip=[], threshold=6.0)
+    return QuantizationConfig(method=method, double=double)
 
 
 def load(folder: Path, method: str, *, double: bool = False) -> Any:
@@ -70,7 +70,7 @@ def test_int8_loads_and_answers(tiny_base: Path) -> None:
 
 
 def test_the_specification_names_what_a_loader_needs() -> None:
-    assert spec(config("nf4", double=True)) == {"method": "nf4", "double": True, "blocksize": 64, "skip": []}
+    assert spec(config("nf4", double=True)) == {"method": "nf4", "double": True, "blocksize": 64, "keep": []}
     assert spec(config("none")) == {"method": "none"}
 
 
@@ -95,10 +95,10 @@ def test_rows_that_the_cpu_would_read_as_noise_are_refused(tiny_base: Path, tmp_
     settings = json.loads((tmp_path / "base" / "config.json").read_text())
     (tmp_path / "base" / "config.json").write_text(json.dumps({**settings, "intermediate_size": 96}))
     with pytest.raises(
-        ModelError, match=r"no multiple of 64, as in down_proj; keep these unquantized with quantization.skip=\[down_proj\]"
+        ModelError, match=r"no multiple of 64, as in down_proj; keep these unquantized with quantization.keep=\[down_proj\]"
     ):
         load(tmp_path / "base", "nf4")
-    skipped = QuantizationConfig(method="nf4", double=False, skip=["down_proj"], threshold=6.0)
+    skipped = QuantizationConfig(method="nf4", keep=["down_proj"])
     base = model.Base(folder=tmp_path / "base", name="tiny", revision=None, sha256="", source="folder")
     settings = types.SimpleNamespace(name="tiny", trust_remote_code=False, remote_code={})
     assert quantized_layers(model.load(base, settings, quantization=skipped, placement=PLACEMENT))  # type: ignore[arg-type]

@@ -27,9 +27,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "quantized"
 
 
-def load(folder: Path, method: str = "nf4", *, double: bool = True, dtype: str = "bfloat16", skip: tuple[str, ...] = ()) -> Any:
+def load(folder: Path, method: str = "nf4", *, double: bool = True, dtype: str = "bfloat16", keep: tuple[str, ...] = ()) -> Any:
     base = model.Base(folder=folder, name="tiny", revision=None, sha256="", source="folder")
-    quantization = QuantizationConfig(method=method, double=double and method != "int8", skip=list(skip), threshold=6.0)
+    quantization = QuantizationConfig(method=method, double=double and method != "int8", keep=list(keep))
     placement = Placement(device="cpu", dtype=dtype, attention="sdpa", optimizer="adamw_8bit", optimizer_why="", threads=1, reasons=())
     settings = types.SimpleNamespace(name="tiny", trust_remote_code=False, remote_code={})
     return model.load(base, settings, quantization=quantization, placement=placement)  # type: ignore[arg-type]
@@ -111,11 +111,11 @@ def test_keeping_a_copy_leaves_the_model_as_it_was(tiny_base: Path, tmp_path: Pa
 
 def test_each_quantization_and_each_numbers_have_a_copy_of_their_own(tiny_base: Path, cache: Path) -> None:
     for count, arguments in enumerate(
-        [{}, {"double": False}, {"method": "fp4"}, {"dtype": "float32"}, {"skip": ("down_proj",)}], start=1
+        [{}, {"double": False}, {"method": "fp4"}, {"dtype": "float32"}, {"keep": ("down_proj",)}], start=1
     ):  # fmt: skip
         load(tiny_base, **arguments)  # type: ignore[arg-type]
         assert len(list(cache.glob("*4-*"))) == count
-    assert len(quantized_layers(load(tiny_base, skip=("down_proj",)))) == 12
+    assert len(quantized_layers(load(tiny_base, keep=("down_proj",)))) == 12
 
 
 def test_unquantized_base_is_not_copied(tiny_base: Path, cache: Path) -> None:

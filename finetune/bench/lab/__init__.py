@@ -1,5 +1,6 @@
-"""The quantization lab: what each way of storing the base costs and gives, measured side by side."""
+"""The quantization lab: what each way of storing the base costs and gives, and what tuning on it comes to, side by side."""
 
-from finetune.bench.lab.compare import compare
+from finetune.bench.lab.compare import Further, compare
+from finetune.bench.lab.tuning import Budget, tune
 
-__all__ = ["compare"]
+__all__ = ["Budget", "Further", "compare", "tune"]

@@ -34,7 +34,8 @@ class Study:
         codes: By method, the levels of its code book between -1 and 1.
         histogram: Shares of weights by their value over their block's largest, in equal bins between -1 and 1.
         code_errors: By code book, the mean squared error over the weights' mean square.
-        activations: Per layer: ``{"layer", "largest", "median", "outlier_channels", "channels"}`` of its inputs.
+        activations: Per layer: ``{"layer", "largest", "median", "outlier_channels", "channels"}`` of its inputs, and
+            ``weight_unevenness``: how many times its median input channel the largest one of its weight is.
         smoothing: Per layer with the most uneven inputs: ``{"layer", "before", "after"}``, relative error of the layer's
             output in int8 with one scale for activations, without and with SmoothQuant's migration.
     """
@@ -74,7 +75,7 @@ def study(folder: Path, rows: list[dict[str, list[int]]]) -> Study:
         codes={name: code.tolist() for name, code in code_books().items()},
         histogram=(torch.histc(blocks, HISTOGRAM_BINS, -1, 1) / blocks.numel()).tolist(),
         code_errors={name: code_error(blocks, code) for name, code in code_books().items()},
-        activations=[{"layer": name, **spread(seen)} for name, seen in inputs.items()],
+        activations=[{"layer": name, **spread(seen), "weight_unevenness": unevenness(weights[name])} for name, seen in inputs.items()],
         smoothing=[{"layer": name, **smoothed(inputs[name], weights[name])} for name in uneven],
     )
 

@@ -14,7 +14,7 @@ from finetune.measure import answer
 
 PREFILL_TOKENS = 256
 NEW_TOKENS = 24
-REPEATS = 3
+SHARD = "2GB"
 BATCHES = (1, 8)
 
 
@@ -23,7 +23,8 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         request: ``overrides`` (the option, as a user types it), ``folder`` (the base), ``rows``, ``threads``, ``dtype``,
-            ``reference`` (of the full-precision model; its file is written where ``records``), ``batch_tokens``.
+            ``reference`` (of the full-precision model; its file is written where ``records``), ``batch_tokens``, ``repeats`` (timed
+            turns of each speed; 0 takes no speeds), ``task`` and ``humaneval`` (None where they are not asked for).
 
     Returns:
         See `finetune.bench.lab.compare.Measured`; ``reference`` beside them.
@@ -32,30 +33,41 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
 
     from finetune import hardware
     from finetune.config import load as compose
-    from finetune.measure import Reference, agreement, reference_logprobs, row_losses
+    from finetune.measure import Reference, agreement, free, reference_logprobs, row_losses
     from finetune.memory import rss_bytes
     from finetune.model import Base, load, resident_bytes, weights_sha256
 
     torch.set_num_threads(request["threads"])
-    config = compose(["+experiment=quickstart", *request["overrides"]])
+    config = compose(request["overrides"])
     placement = hardware.place(hardware.probe(config.hardware), config)
     placement = dataclasses.replace(placement, dtype=request["dtype"], threads=request["threads"])
     folder = Path(request["folder"])
     base = Base(folder=folder, name=str(folder), revision=None, sha256=weights_sha256(folder), source="folder")
-    before, started = rss_bytes(), time.perf_counter()
-    model = load(base, config.model, quantization=config.quantization, placement=placement)
-    seconds = time.perf_counter() - started
-    weights, constants, parameters = stored(model)
+
+    def loaded() -> tuple[Any, float]:
+        started = time.perf_counter()
+        model = load(base, config.model, quantization=config.quantization, placement=placement)
+        return model, round(time.perf_counter() - started, 2)
+
+    made, make_seconds = loaded()
+    size = disk_bytes(made, config.quantization)  # transformers 5.23 does not save again what it read in 4 bits
+    del made
+    free()
+    before = rss_bytes()
+    model, load_seconds = loaded()  # from the copy that making left
+    weights, constants, parameters = packed(model)
     found: dict[str, Any] = {
-        "load_seconds": round(seconds, 2),
+        "make_seconds": make_seconds,
+        "load_seconds": load_seconds,
         "memory_bytes": resident_bytes(model),
         "weight_bytes": weights,
         "constant_bytes": constants,
         "quantized_parameters": parameters,
+        "tunable": hardware.LIMITS[config.quantization.method].tunable,
         "load_peak_bytes": max(0, rss_bytes() - before),
-        "disk_bytes": disk_bytes(model),
-        "prefill": {str(batch): tokens_per_second(partial(prefill, model, batch)) for batch in BATCHES},
-        "decode": {str(batch): tokens_per_second(partial(decode, model, batch)) for batch in BATCHES},
+        "disk_bytes": size,
+        "prefill": speeds(prefill, model, request["repeats"]),
+        "decode": speeds(decode, model, request["repeats"]),
     }
     rows, tokens = request["rows"], request["batch_tokens"]
     found["losses"] = [[one.loss, one.tokens, one.correct] for one in row_losses(model, rows, batch_tokens=tokens)]
@@ -65,37 +77,68 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     else:
         reference = Reference(**{**given, "file": Path(given["file"])})
     found["agreement"] = dataclasses.asdict(agreement(model, rows, reference, batch_tokens=tokens))
+    found["scores"] = task_scores(model, base, request["task"])
+    found["humaneval"] = programs(folder, request["humaneval"])
     return {**found, "reference": dataclasses.asdict(reference)}
 
 
-def stored(model: Any) -> tuple[int, int, int]:
-    """Bytes of the quantized layers' weights and of their constants, and the weights that these stand for.
+def packed(model: Any) -> tuple[int, int, int]:
+    """Bytes of the quantized layers' codes and of their constants, and the weights that these stand for.
 
-    Code books (64 bytes for 4-bit) are the same for every block and not counted.
+    Code books (64 bytes for 4-bit) are the same for every layer and not counted. Where nothing is quantized, the layers that would be.
     """
-    from finetune.quantization import quantized_layers
+    from torch import nn
 
-    weights = constants = parameters = 0
-    for layer in quantized_layers(model).values():
-        weight = layer.weight
-        weights += weight.numel() * weight.element_size()
-        state = getattr(weight, "quant_state", None)
-        if state is not None:
-            parameters += state.shape.numel()
-            constants += state.absmax.numel() * state.absmax.element_size()
-            constants += state.state2.absmax.numel() * state.state2.absmax.element_size() if state.nested else 0
-        else:
-            parameters += weight.numel()
-            scales = weight.SCB if weight.SCB is not None else layer.state.SCB
-            constants += scales.numel() * scales.element_size()
-    return weights, constants, parameters
+    from finetune.quantization import quantized_layers, stored
+
+    if not quantized_layers(model):
+        head = model.get_output_embeddings()
+        dense = [layer.weight for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not head]
+        return sum(weight.nbytes for weight in dense), 0, sum(weight.numel() for weight in dense)
+    codes = constants = parameters = 0
+    for found in map(stored, quantized_layers(model).values()):
+        codes += found.codes.nbytes
+        constants += sum(tensor.nbytes for tensor in found.constants.values())
+        parameters += found.shape.numel()
+    return codes, constants, parameters
 
 
-def disk_bytes(model: Any) -> int:
-    """Size of the checkpoint that transformers writes of it."""
+def disk_bytes(model: Any, quantization: Any) -> int:
+    """Size of its checkpoint; where the library writes its own layers alone, with the other tensors."""
+    from finetune.quantization import holdings, library_of, save
+
     with tempfile.TemporaryDirectory() as place:
-        model.save_pretrained(place)
-        return sum(file.stat().st_size for file in Path(place).glob("*.safetensors"))
+        folder = Path(place) / "model"
+        save(model, quantization, folder, shard=SHARD)
+        written = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        if (folder / "config.json").is_file():
+            return written
+    layers = [name for name, module in model.named_modules() if library_of(module)]
+    return written + sum(tensor.nbytes for name, tensor in holdings(model) if name.rpartition(".")[0] not in layers and "[" not in name)
+
+
+def task_scores(model: Any, base: Any, asked: dict[str, Any] | None) -> list[float]:
+    """Per held-out row of the task, how good the answer is."""
+    from finetune.bench.lab.task import Task, scores
+    from finetune.measure import read_rows
+
+    if asked is None:
+        return []
+    task = Task(**{**asked, "data": Path(asked["data"])})
+    return scores(model, base, task, read_rows(task.data / "heldout"))
+
+
+def programs(folder: Path, asked: dict[str, Any] | None) -> dict[str, Any]:
+    """HumanEval's pass@1, greedy."""
+    from finetune.eval.humaneval import complete, greedy, read_problems, result
+    from finetune.eval.writers import open_writer
+
+    if asked is None:
+        return {}
+    writer = open_writer(str(folder), greedy(asked["max_new_tokens"]), quantization=asked["quantization"])
+    with tempfile.TemporaryDirectory() as place:
+        tasks = read_problems(Path(asked["source"]))[: asked["problems"]]
+        return result(complete(tasks, writer, Path(place) / "completions.jsonl", samples=1, seed=1), seed=1)
 
 
 def prefill(model: Any, batch: int) -> int:
@@ -120,11 +163,16 @@ def decode(model: Any, batch: int) -> int:
     return batch * NEW_TOKENS
 
 
-def tokens_per_second(work: Callable[[], int]) -> float:
+def speeds(work: Callable[[Any, int], int], model: Any, repeats: int) -> dict[str, float]:
+    """Tokens a second by batch size; empty where no turn is to be timed."""
+    return {str(batch): tokens_per_second(partial(work, model, batch), repeats) for batch in BATCHES} if repeats else {}
+
+
+def tokens_per_second(work: Callable[[], int], repeats: int) -> float:
     """The fastest of some turns, after one that warms up."""
     work()
     best = 0.0
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         started = time.perf_counter()
         tokens = work()
         best = max(best, tokens / (time.perf_counter() - started))

@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 
 from finetune.bench.lab.compare import ROW_TOKENS, Measured, cells
+from finetune.bench.lab.known import claims
 from finetune.bench.lab.layers import BLOCK, OUTLIER, Study
 from finetune.report.markup import Html, figure, joined, section, table, tag
 from finetune.report.page import STYLE
@@ -36,6 +37,7 @@ def write_page(
     parts = [
         section("table", "Every way to store the base", results([reference, *measured]), not_run(found)),
         section("picture", "Size against quality", sizes(measured)),
+        section("known", "Against what is published", published(found)),
         section("inside", "Inside the layers", errors(study), blocks(study), codes(study)),
         section("outliers", "Outliers", activations(study), smoothing(study)),
     ]
@@ -53,14 +55,23 @@ def write_page(
 
 
 def results(lines: list[Measured]) -> Html:
-    """The table."""
-    head = ["backend", "bits a weight", "on disk", "in memory", "load, s", "perplexity", "loss change", "KL", "top-1"]
-    return table([*head, "prefill tok/s", "decode tok/s", "tunable"], [cells(one) for one in lines])
+    """Two tables, each as wide as the page."""
+    size = ["backend", "bits a weight", "on disk", "in memory", "make, load: s", "perplexity", "loss change", "KL", "top-1"]
+    speed = ["backend", "prefill tok/s", "decode tok/s", "task", "HumanEval", "tunable"]
+    rows = [cells(one) for one in lines]
+    tables = [table(size, [row[: len(size)] for row in rows]), table(speed, [[row[0], *row[len(size) :]] for row in rows])]
+    return joined([tables[0], tag("h3", "Speed and answers"), tables[1]])
 
 
 def not_run(found: list[Measured]) -> Html:
     rows = [[one.backend, one.status] for one in found if one.status != "measured"]
     return joined([tag("h3", "Not measured here"), table(["backend", "why"], rows, text_columns=2)]) if rows else Html("")
+
+
+def published(found: list[Measured]) -> Html:
+    rows = [[one.text, one.source, one.seen, "as published" if one.holds else "not here"] for one in claims(found)]
+    lead = "Measured on one model and one text; the sources measured larger ones."
+    return joined([tag("p", lead), table(["published", "where", "seen", ""], rows, text_columns=4)]) if rows else Html("")
 
 
 def sizes(measured: list[Measured]) -> Html:
@@ -92,8 +103,8 @@ def errors(study: Study) -> Html:
         for method in methods:
             some = [one for one in own if one["method"] == method]
             worst = max(some, key=lambda one: one["rms"])
-            cells.append(f"{sum(one['rms'] for one in some) / len(some):.4f} ({worst['rms']:.4f}); {max(one['max'] for one in some):.2f}; "
-                         f"{min(one['cosine'] for one in some):.4f}")  # fmt: skip
+            cells.append(f"{sum(one['rms'] for one in some) / len(some):.3f} ({worst['rms']:.3f}); {max(one['max'] for one in some):.2f}; "
+                         f"{min(one['cosine'] for one in some):.3f}")  # fmt: skip
         rows.append(cells)
     caption = tag(
         "p", "Root mean square error as a share of the weights' own: mean over layers (worst layer); largest error; smallest cosine."
@@ -145,9 +156,12 @@ def activations(study: Study) -> Html:
         plot = type(plot)(x=plot.x, y=plot.y, parts=(*plot.parts, path(points, kind=kind)))
     with_outliers = [one for one in shown if one["outlier_channels"]]
     share = sum(one["outlier_channels"] for one in shown) / sum(one["channels"] for one in shown)
+    weights = sorted(shown, key=lambda one: one["weight_unevenness"])
     caption = (
         f"Upper line: the largest channel; lower line: the median one. {len(with_outliers)} of {len(shown)} layers read a channel beyond "
-        f"{OUTLIER:g}, {share:.2%} of all channels: these are what LLM.int8 computes in 16 bit."
+        f"{OUTLIER:g}, {share:.2%} of all channels: these are what LLM.int8 computes in 16 bit. The weights are more even: a layer's "
+        f"largest input channel is {weights[len(weights) // 2]['weight_unevenness']:.1f} times its median one in the median layer, "
+        f"{weights[-1]['weight_unevenness']:.1f} times in {weights[-1]['layer']}."
     )
     return figure(picture(700, 350, plot.parts, title="outlier channels"), caption, title="Activations")
 

@@ -1,0 +1,96 @@
+"""Rows of a task: rendered by the data room once, read and answered by every model, judged by one metric."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import ConfigError
+
+BATCH_ROWS = 16
+BATCH_TOKENS = 2048
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """What models are judged on.
+
+    Attributes:
+        data: The data stage's folder, with a held-out split.
+        metric: One of `finetune.eval.metrics.METRICS`; empty for the loss alone.
+        max_new_tokens: Of an answer at most.
+    """
+
+    data: Path
+    metric: str
+    max_new_tokens: int
+
+
+def check_metric(metric: str, *, where: str) -> None:
+    """
+    Raises:
+        ConfigError: There is no such metric.
+    """
+    from finetune.eval.metrics import METRICS
+
+    if metric and metric not in METRICS:
+        raise ConfigError(f"{where}: metric must be one of {', '.join(sorted(METRICS))}; got {metric}")
+
+
+def deal(source: Path, folder: Path, *, train: int, heldout: int, where: str) -> list[str]:
+    """Writes a file's first rows to train on and the next to measure on; returns the settings that name them.
+
+    Raises:
+        ConfigError: The file is not there or too short.
+    """
+    if not source.is_file():
+        raise ConfigError(f"{where}={source} is no file; give JSON Lines in any format that data.path takes")
+    lines = [line for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if len(lines) < train + heldout:
+        raise ConfigError(f"{where}: {source} has {len(lines)} rows and {train + heldout} are needed; lower rows or heldout")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, part in (("train", lines[:train]), ("heldout", lines[train : train + heldout])):
+        (folder / f"{name}.jsonl").write_text("\n".join(part) + "\n", encoding="utf-8")
+    return ["data=custom", f"data.path={folder / 'train.jsonl'}", f"data.heldout_path={folder / 'heldout.jsonl'}"]
+
+
+def line(overrides: Sequence[str], *, root: Path, name: str) -> tuple[float, int]:
+    """Runs the line in a process of its own; seconds and peak resident memory of all of it."""
+    from finetune.bench.speed import timed
+
+    own = [f"run.root={root}", f"run.name={name}", "run.if_exists=overwrite", "tracking=[]", "rehearse=off"]
+    return timed(name, [sys.executable, "-m", "finetune", "+experiment=quickstart", *overrides, *own], root, {})
+
+
+def model_choice(model: str) -> list[str]:
+    """Overrides that name a model: an option of the model group, or whatever ``model.name`` takes."""
+    from finetune.paths import CONF
+
+    known = (CONF / "model" / f"{model}.yaml").is_file() and not model.startswith("_")
+    return [f"model={model}"] if known else ["model=custom", f"model.name={json.dumps(model)}"]
+
+
+def losses(model: Any, rows: list[dict[str, Any]]) -> list[tuple[float, int]]:
+    """Per row, nats summed over its trained tokens, and how many those are."""
+    from finetune.measure import row_losses
+
+    return [(one.loss, one.tokens) for one in row_losses(model, rows, batch_tokens=BATCH_TOKENS)]
+
+
+def scores(model: Any, base: Any, task: Task, rows: list[dict[str, Any]]) -> list[float]:
+    """Per row, how good the greedy answer is; empty where no metric was asked for."""
+    from finetune.eval.metrics import METRICS, prepare_rows
+    from finetune.measure import chat_of, generate
+
+    if not task.metric:
+        return []
+    prepare_rows(rows, [task.metric], task.data / "heldout")
+    chat = chat_of(base, task.data, trust_remote_code=False)
+    prompts = [row["prompt_ids"] for row in rows]
+    answers = generate(model, chat.tokenizer, prompts, max_new_tokens=task.max_new_tokens, batch_rows=BATCH_ROWS, ends=chat.ends)
+    texts = [chat.tokenizer.decode(answer.tokens, skip_special_tokens=True) for answer in answers]
+    return [METRICS[task.metric](text, row) for text, row in zip(texts, rows, strict=True)]

@@ -1,0 +1,76 @@
+"""What a byte budget for layers in full precision buys over uniform NF4, on two texts: ``python scripts/measure_keep.py``.
+
+Per text: layers are chosen on its first half, and KL and loss against the dense base are measured on its second half. The
+control keeps layers drawn at random for the same budget. The base is moved off the 4-bit grid that the quickstart's GGUF lies on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import random
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from finetune.bench.lab.compare import rows_of
+from finetune.bench.lab.offgrid import moved_off_the_grid
+from finetune.config import load as compose
+from finetune.hardware import Placement
+from finetune.lora.starts import reader
+from finetune.measure import Reference, agreement, free, reference_logprobs
+from finetune.model import Base, fetch, load, resident_bytes, weights_sha256
+from finetune.quantization import QuantizationConfig, quantized_layers
+from finetune.quantization.sensitivity import MIB, choose, extra_bytes, rounding_costs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("texts", nargs="+", type=Path)
+    parser.add_argument("--tokens", type=int, default=2048, help="of each text, half to choose and half to measure")
+    parser.add_argument("--budgets", nargs="+", type=float, default=[4.0, 16.0], help="MiB")
+    parser.add_argument("--seed", type=int, default=1)
+    given = parser.parse_args()
+    config = compose(["+experiment=quickstart"])
+    base = fetch(config.model)
+    folder = moved_off_the_grid(base)
+    moved = Base(folder=folder, name=base.name, revision=None, sha256=weights_sha256(folder), source="folder")
+    placement = Placement(device="cpu", dtype="bfloat16", attention="sdpa", optimizer="none", optimizer_why="", threads=1, reasons=())
+    print("| text | kept | MiB in memory | KL | loss |")
+    print("|---|---|---|---|---|")
+
+    def measured(name: str, quantization: QuantizationConfig, reference: Reference, *, text: Path, rows: list[Any]) -> Any:
+        model: Any = load(moved, config.model, quantization=quantization, placement=placement)
+        found = agreement(model, rows, reference, batch_tokens=1024)
+        print(f"| {text.name} | {name} | {resident_bytes(model) / MIB:.1f} | {found.kl:.4f} | {found.loss:.4f} |", flush=True)
+        return model
+
+    for text in given.texts:
+        rows = rows_of(text, base.folder, given.tokens)
+        chosen_on, measured_on = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+        with tempfile.TemporaryDirectory() as place:
+            dense = load(moved, config.model, quantization=QuantizationConfig(method="none"), placement=placement)
+            reference = reference_logprobs(dense, measured_on, Path(place) / "reference.f32", batch_tokens=1024)
+            print(f"| {text.name} | everything | {resident_bytes(dense) / MIB:.1f} | 0 | {reference.loss:.4f} |", flush=True)
+            del dense
+            free()
+            uniform = QuantizationConfig(method="nf4", double=True)
+            model = measured("nothing", uniform, reference, text=text, rows=measured_on)
+            costs = rounding_costs(model, reader(folder), [row["input_ids"] for row in chosen_on])
+            found: list[dict[str, Any]] = [
+                {"layer": name, "cost": costs[name], "bytes": extra_bytes(layer, 2)} for name, layer in quantized_layers(model).items()
+            ]
+            del model
+            free()
+            drawn = [{**one, "cost": random.Random(f"{given.seed}{one['layer']}").random() * one["bytes"]} for one in found]
+            for budget in given.budgets:
+                for name, some in (("by measure", found), ("at random", drawn)):
+                    layers, _ = choose(some, budget=int(budget * MIB))
+                    keep = [one["layer"] for one in layers]
+                    kept = dataclasses.replace(uniform, keep=keep)
+                    measured(f"{budget:g} MiB {name}: {len(keep)} layers", kept, reference, text=text, rows=measured_on)
+                    free()
+
+
+if __name__ == "__main__":
+    main()
