@@ -20,7 +20,7 @@ from finetune.errors import ConfigError
 from finetune.eval import EvalConfig
 from finetune.export import ExportConfig
 from finetune.hardware import HardwareConfig
-from finetune.launch import LaunchConfig
+from finetune.launch import SHARDABLE, LaunchConfig
 from finetune.lora import LoraConfig
 from finetune.merge import MergeConfig
 from finetune.model import ModelConfig
@@ -32,6 +32,7 @@ from finetune.quantization import QuantizationConfig
 from finetune.rehearse import RehearseConfig
 from finetune.run import RunSettings
 from finetune.speed import SpeedConfig
+from finetune.sweep import SweepConfig
 from finetune.tracking import TrackerConfig
 from finetune.train import TrainConfig
 
@@ -56,6 +57,7 @@ class RunConfig:
     tracking: dict[str, TrackerConfig] = field(default_factory=dict)
     hardware: HardwareConfig
     launch: LaunchConfig
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
     def problems(self) -> Iterator[str]:
         for group in dataclasses.fields(self):
@@ -76,10 +78,10 @@ class RunConfig:
                 f"model.upcast={self.model.upcast} gives float32 inputs, which layers of quantization.method={method} do not take: "
                 "set model.upcast=none"
             )
-        if method in ("int8", "torchao_int8", "hqq") and self.launch.strategy == "fsdp":
+        if self.launch.strategy in ("fsdp", "deepspeed") and method not in SHARDABLE:
             yield (
-                f"quantization.method={method} cannot be cut into shards: launch.strategy=fsdp needs quantization=nf4_double, "
-                "or choose launch=ddp"
+                f"quantization.method={method} cannot be cut into shards: launch={self.launch.strategy} needs "
+                "quantization=nf4_double, or choose launch=ddp"
             )
         if self.quantization.method == "none" and self.optim.name.startswith("paged_") and self.model.dtype == "float16":
             yield "model.dtype=float16 without quantization trains unstably; use bfloat16 or float32"

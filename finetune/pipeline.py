@@ -17,7 +17,8 @@ from finetune.errors import GateMissed, HardwareError
 from finetune.eval import score
 from finetune.export import export
 from finetune.hardware import Machine, Placement
-from finetune.launch import Ranks, keep_log, refuse_planned
+from finetune.launch import Ranks, keep_log, refuse
+from finetune.launch.shards import PLAIN
 from finetune.measure import free
 from finetune.merge import merge
 from finetune.plan import plan, show
@@ -53,7 +54,7 @@ def run(config: RunConfig, *, overrides: Sequence[str], ranks: Ranks, again: fro
     watch(config)
     machine = hardware.probe(config.hardware)
     placement = hardware.place(machine, config)
-    refuse_what_is_only_planned(config)
+    refuse_what_cannot_run(config, placement)
     folder = RunFolder.open(config.run, again=again)
     with folder.lock():
         ranks.tell("folder", str(folder.path))
@@ -194,7 +195,9 @@ def graph_of(config: RunConfig, base: Base) -> dict[str, Any]:
 
 def adapt(config: RunConfig, *, base: Base, data: PreparedData, placement: Placement, facts: dict[str, Any]) -> tuple[Any, Quick]:
     """The quantized base in memory with fresh adapters on it, and how its steps are computed; ``facts`` receives what it is."""
-    loaded = model.load(base, config.model, quantization=config.quantization, placement=placement)
+    sharded = config.launch.strategy == "fsdp"  # then the base comes together in host memory, and goes to devices in parts
+    home = dataclasses.replace(placement, device="cpu") if sharded else placement
+    loaded = model.load(base, config.model, quantization=config.quantization, placement=home)
     parameters, size = model.parameter_count(loaded), model.resident_bytes(loaded)
     say("model", f"{config.model.name}: {parameters:,} parameters in {human_bytes(size)} as {config.quantization.method}")
     eva = config.lora.variant == "eva"
@@ -203,7 +206,7 @@ def adapt(config: RunConfig, *, base: Base, data: PreparedData, placement: Place
         calibration=lora.read_documents(data.folder / "train", tokens=config.lora.calibration_tokens) if eva else None,
         original=base.folder,
     )  # fmt: skip
-    quick = quicken(adapted, config.speed, placement=placement, checkpointing=config.train.checkpointing)
+    quick = quicken(adapted, config.speed, placement=placement, checkpointing=config.train.checkpointing, unfit=PLAIN if sharded else None)
     facts.update(
         name=config.model.name,
         revision=base.revision,
@@ -224,10 +227,10 @@ def make_trainer(*arguments: Any, **inputs: Any) -> Any:
     return make(*arguments, ranks=Ranks({}), **inputs)  # every process that rehearses does so alone
 
 
-def refuse_what_is_only_planned(config: RunConfig) -> None:
+def refuse_what_cannot_run(config: RunConfig, placement: Placement) -> None:
     """Says now what would otherwise fail after the data are prepared."""
     check_installed(config.quantization)
-    refuse_planned(config.launch)
+    refuse(config.launch, device=placement.device, rehearses=config.rehearse.level != "off")
     if config.hardware.name != "auto":
         raise HardwareError(f"hardware={config.hardware.name} describes a machine to plan for; to run on this one, choose hardware=auto")
 

@@ -107,12 +107,22 @@ def until_step(root: Path, step: int, running: "list[subprocess.Popen[str]]") ->
         time.sleep(0.2)
 
 
-def two_machines(root: Path) -> bool:
-    """Trains on two nodes through a killed node, a cut cable and a killed first node, to the end."""
-    told = [*QUICK, "data.pack_tokens=256", "train.tokens_per_step=512", "train.steps=40", "train.checkpoints=10", "hardware.threads=1"]
+def two_machines(root: Path, told: Sequence[str], *, troubles: Sequence[tuple[int, str, int]], steps: int) -> bool:
+    """Trains on two nodes through all troubles to the end.
+
+    Args:
+        root: Folder of the run, which is called launch-nodes.
+        told: Overrides.
+        troubles: After the checkpoint of which step what happens to which node: it is ``killed`` or ``cut off``.
+        steps: Of the whole training.
+
+    Returns:
+        Whether the other node always ended soon, and the last restart went on from the last checkpoint to the last step.
+    """
+    told = [*told, f"train.steps={steps}", "hardware.threads=1"]
     shutil.rmtree(root / "launch-nodes", ignore_errors=True)
     with Nodes() as nodes:
-        for step, trouble, number in ((4, "killed", 1), (12, "cut off", 1), (20, "killed", 0)):
+        for step, trouble, number in troubles:
             running = [nodes.start(node, *told, "run.if_exists=resume", root=root) for node in range(2)]
             until_step(root, step, running)
             if trouble == "killed":
@@ -134,7 +144,7 @@ def two_machines(root: Path) -> bool:
         finish(running[1])
         found = json.loads((root / "launch-nodes" / "train" / "manifest.json").read_text())["product"]
         print(f"{found['steps']} steps, the last time resumed from {found['resumed_from']}")
-        return found["steps"] == 40 and found["resumed_from"] >= 20
+        return found["steps"] == steps and found["resumed_from"] >= troubles[-1][0]
 
 
 def main() -> None:
@@ -146,7 +156,9 @@ def main() -> None:
     if settings.get("nodes") == "2":
         if os.geteuid() or shutil.which("ip") is None:
             sys.exit("nodes=2 makes network namespaces, which takes root and the program ip (package iproute2)")
-        result["nodes_ok"] = two_machines(root)
+        told = [*QUICK, "data.pack_tokens=256", "train.tokens_per_step=512", "train.checkpoints=10"]
+        troubles = [(4, "killed", 1), (12, "cut off", 1), (20, "killed", 0)]
+        result["nodes_ok"] = two_machines(root, told, troubles=troubles, steps=40)
     print(json.dumps(result))
     sys.exit(result["nodes_ok"] is False)
 

@@ -1,8 +1,10 @@
-"""Writes scripts/cluster/ from the launch group: a Slurm script, a Kubernetes job and a SkyPilot task.
+"""Writes scripts/cluster/ from the launch group: a Slurm script, a Kubernetes job, a SkyPilot task, and what accelerate and DeepSpeed read.
 
 python scripts/make_cluster_files.py [launch.nodes=4 launch.processes=32 ...] [folder=scripts/cluster]
 """
 
+import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,9 @@ import yaml
 
 from finetune.config import load
 from finetune.launch import LaunchConfig
+from finetune.launch.start import accelerate_config
+from finetune.launch.zero import zero3
+from finetune.train.order import micro_batches
 
 FOLDER = Path(__file__).parent / "cluster"
 IMAGE = "pytorch/pytorch:2.13.0-cuda13.0-cudnn9-runtime"
@@ -91,6 +96,24 @@ def skypilot(config: LaunchConfig) -> dict[str, Any]:
     }
 
 
+def accelerate(config: LaunchConfig, strategy: str) -> str:
+    """For one machine: ``accelerate launch --config_file <this> -m finetune ...`` needs no ``launch=``."""
+    alone = dataclasses.replace(config, strategy=strategy, nodes=1, node=0, host="127.0.0.1")
+    return f"# {NOTE}\n" + yaml.safe_dump(accelerate_config(alone), sort_keys=False)
+
+
+def zero() -> str:
+    """ZeRO-3's settings for 70 billion weights, for a trainer of your own: this one trains them with launch=fsdp."""
+    config = load(["+experiment=llama70b_qlora_fsdp", "launch=deepspeed"])
+    train, processes = config.train, config.launch.processes
+    rows = max(1, (train.tokens_per_step or 0) // config.data.max_tokens)
+    accumulate = micro_batches(rows, micro_batch=train.micro_batch, processes=processes)
+    settings = zero3(
+        config.launch, dtype="bfloat16", micro_batch=train.micro_batch, accumulate=accumulate, max_grad_norm=config.optim.max_grad_norm
+    )  # fmt: skip
+    return json.dumps(settings, indent=2) + "\n"
+
+
 def files(config: LaunchConfig) -> dict[str, str]:
     """Every file's name and text."""
     as_yaml = {"sort_keys": False, "width": 1000}
@@ -98,6 +121,8 @@ def files(config: LaunchConfig) -> dict[str, str]:
         "slurm.sh": slurm(config),
         "kubernetes.yaml": f"# {NOTE}\n" + yaml.safe_dump_all(kubernetes(config), **as_yaml),
         "skypilot.yaml": f"# {NOTE}\n" + yaml.safe_dump(skypilot(config), **as_yaml),
+        "zero3.json": zero(),
+        **{f"accelerate_{strategy}.yaml": accelerate(config, strategy) for strategy in ("ddp", "fsdp")},
     }
 
 

@@ -79,8 +79,8 @@ def test_target_that_matches_nothing_ends_with_2(tmp_path: Path, tiny_base: Path
 def test_planned_launches_are_refused_before_anything_is_written(
     tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*overrides(tmp_path, tiny_base), "launch=fsdp"]) == 2
-    assert "trains with a whole base in each process; choose launch=ddp" in capsys.readouterr().err
+    assert main([*overrides(tmp_path, tiny_base), "launch=deepspeed"]) == 2
+    assert "it is not trained with" in capsys.readouterr().err
     assert not (tmp_path / "outputs").exists()
 
 

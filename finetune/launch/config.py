@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 STRATEGIES = ("single", "ddp", "fsdp", "deepspeed")
 
+SHARDABLE = ("none", "nf4", "fp4")
+"""``quantization.method`` whose weights can be cut: one tensor of codes, and constants that stay whole. int8 keeps its scales with
+the codes and lays both out anew in its first pass."""
+
 
 @dataclass(kw_only=True, slots=True)
 class LaunchConfig:
@@ -72,11 +76,20 @@ def as_launched(config: LaunchConfig) -> LaunchConfig:
     """The same, as the launcher that started this process has it: ``torchrun -m finetune`` needs no ``launch=``."""
     import dataclasses
 
-    count = process_count()
+    from finetune.errors import ConfigError
+
+    count, told = process_count(), _told()
+    if told != "ddp" and config.strategy not in ("single", told):
+        raise ConfigError(f"launch={config.strategy}, and the configuration of the launcher that started this says {told}; give the same")
     if count == 1 or (config.strategy != "single" and config.processes == count):
         return config
     if config.strategy == "single":
-        return dataclasses.replace(config, strategy="ddp", processes=count)
-    from finetune.errors import ConfigError
-
+        offload = told == "fsdp" and os.environ.get("FSDP_OFFLOAD_PARAMS") == "true"
+        return dataclasses.replace(config, strategy=told, processes=count, offload=offload)
     raise ConfigError(f"launch.processes={config.processes}, and the launcher that started this has made {count}; give the same number")
+
+
+def _told() -> str:
+    """What accelerate's configuration asks for. Its plugins are taken off: each would wrap the model in its own way."""
+    asked = {name: os.environ.pop(f"ACCELERATE_USE_{name.upper()}", "false") for name in ("fsdp", "deepspeed")}
+    return next((name for name, said in asked.items() if said == "true"), "ddp")

@@ -41,11 +41,16 @@ class Ranks:
         count: All of them.
         local: This process on its machine.
         local_count: Those on its machine.
+        shards: Whether each holds only a part of the base, so that all must compute at the same time.
+        offload: Whether parts that are not in use wait in host memory.
         failure: What another process said before it ended, or what this one knows of its end; None as long as all is well.
     """
 
-    def __init__(self, environment: dict[str, str] | None = None, *, silence_seconds: int = 30) -> None:
+    def __init__(
+        self, environment: dict[str, str] | None = None, *, silence_seconds: int = 30, shards: bool = False, offload: bool = False
+    ) -> None:
         told = os.environ if environment is None else environment
+        self.shards, self.offload = shards, offload
         self.rank, self.count = int(told.get("RANK", "0")), int(told.get("WORLD_SIZE", "1"))
         self.local, self.local_count = int(told.get("LOCAL_RANK", "0")), int(told.get("LOCAL_WORLD_SIZE", "1"))
         self.failure: RankFailed | None = None

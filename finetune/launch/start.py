@@ -25,11 +25,20 @@ def must_start(config: LaunchConfig) -> bool:
 def accelerate_config(config: LaunchConfig) -> dict[str, Any]:
     """What ``accelerate launch --config_file`` reads. Its ``MULTI_GPU`` means torchrun, on CPUs too: its ``MULTI_CPU`` means MPI.
 
-    Models and optimizers are prepared by us, so nothing is said of precision, FSDP or DeepSpeed.
+    Models and optimizers are prepared by us, so nothing is said of precision; what is said of FSDP tells our processes of it.
     """
+    fsdp = {
+        "fsdp_version": 2,
+        "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "fsdp_reshard_after_forward": True,
+        "fsdp_offload_params": config.offload,
+        "fsdp_cpu_ram_efficient_loading": False,
+        "fsdp_activation_checkpointing": False,
+    }
+    kind = {"distributed_type": "FSDP", "fsdp_config": fsdp} if config.strategy == "fsdp" else {"distributed_type": "MULTI_GPU"}
     return {
         "compute_environment": "LOCAL_MACHINE",
-        "distributed_type": "MULTI_GPU",
+        **kind,
         "num_processes": config.processes,
         "num_machines": config.nodes,
         "machine_rank": config.node,
@@ -46,15 +55,40 @@ def accelerate_config(config: LaunchConfig) -> dict[str, Any]:
     }
 
 
+def refuse(config: LaunchConfig, *, device: str, rehearses: bool) -> None:
+    """Says what this launch cannot do on a device.
+
+    Args:
+        config: The launch group.
+        device: ``cpu``, ``cuda`` or ``mps``.
+        rehearses: Whether the run has a rehearsal.
+
+    Raises:
+        HardwareError: With what to choose instead.
+    """
+    refuse_planned(config)
+    if config.strategy == "fsdp" and device == "mps":
+        raise HardwareError("launch=fsdp needs NVIDIA GPUs or CPUs, and this run is on mps; use launch=single")
+    if config.strategy == "fsdp" and device == "cuda" and rehearses:
+        raise HardwareError(
+            "a rehearsal needs the whole base on one device, and launch=fsdp is for bases that have no room there: say rehearse=off, and "
+            "rehearse the same settings with a smaller base first"
+        )
+    if config.offload and device == "cpu":
+        raise HardwareError(
+            "launch.offload=true moves shards from a GPU's memory to the machine's, and this runs on a CPU; set it to false"
+        )
+
+
 def refuse_planned(config: LaunchConfig) -> None:
     """
     Raises:
         HardwareError: The strategy is planned for and not trained with.
     """
-    if config.strategy in ("fsdp", "deepspeed"):
+    if config.strategy == "deepspeed":
         raise HardwareError(
-            f"launch.strategy={config.strategy}: this version plans it (finetune plan) and trains with a whole base in each process; "
-            "choose launch=ddp"
+            "launch=deepspeed is planned (finetune plan) and its settings are written (scripts/cluster/zero3.json), and it is not trained "
+            "with: ZeRO-3 brings a quantized base whole onto each device first; choose launch=fsdp, which does not"
         )
 
 

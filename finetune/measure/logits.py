@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from finetune.errors import EvalError
-from finetune.measure.rows import IGNORED, Row, batches, trained_tokens
+from finetune.measure.rows import IGNORED, Row, measured
 
 CHUNK_BYTES = 64 * 1024**2
 """Size of the float32 logits that are alive at one time. A choice: small beside any model, large enough for a fast product."""
@@ -71,17 +71,23 @@ def trained_logits(model: Any, rows: Sequence[Row], *, batch_tokens: int, progre
         EvalError: A row is longer than the positions that the model has.
     """
     _check_lengths(model, rows)
-    lengths = [len(row["input_ids"]) if trained_tokens(row) else 0 for row in rows]
+    found = measured(rows, batch_tokens=batch_tokens)
+    lengths = [len(row["input_ids"]) for row in rows]
     with (
         evaluating(model),
-        tqdm(total=sum(lengths), desc=progress, unit="tok", file=sys.stderr, disable=progress is None, leave=False) as bar,
+        tqdm(
+            total=sum(lengths[index] for batch in found for index in batch),
+            desc=progress,
+            unit="tok",
+            file=sys.stderr,
+            disable=progress is None,
+            leave=False,
+        ) as bar,
     ):
         graph = _Graph(unwrap(model))
-        for batch in batches(lengths, batch_tokens=batch_tokens):
-            batch = [index for index in batch if lengths[index]]
-            if batch:
-                yield from graph.chunks([rows[index] for index in batch], numbers=batch)
-                bar.update(sum(lengths[index] for index in batch))
+        for batch in found:
+            yield from graph.chunks([rows[index] for index in batch], numbers=batch)
+            bar.update(sum(lengths[index] for index in batch))
 
 
 def _check_lengths(model: Any, rows: Sequence[Row]) -> None:

@@ -68,6 +68,21 @@ def trained_tokens(row: Row) -> int:
     return sum(label != IGNORED for label in row["labels"][1:])
 
 
+def measured(rows: Sequence[Row], *, batch_tokens: int) -> list[list[int]]:
+    """The batches in which rows are measured, one forward pass each: those that train a token.
+
+    Args:
+        rows: ``input_ids`` and ``labels`` each.
+        batch_tokens: Padded tokens per batch.
+
+    Returns:
+        Row numbers of each batch, longest rows first.
+    """
+    numbers = [number for number, row in enumerate(rows) if trained_tokens(row)]
+    lengths = [len(rows[number]["input_ids"]) for number in numbers]
+    return [[numbers[index] for index in batch] for batch in batches(lengths, batch_tokens=batch_tokens)]
+
+
 def batches(lengths: Sequence[int], *, batch_tokens: int, batch_rows: int | None = None) -> Iterator[list[int]]:
     """Groups rows of like length, longest first, so that the memory peak comes at once and padding is small.
 

@@ -108,12 +108,12 @@ def _candidates(inputs: PlanInputs, machine: Machine) -> Iterator[Candidate]:
     for strategy, processes, offload in _launches(inputs, machine):
         for method, double in dict.fromkeys([(inputs.method, inputs.double), ("nf4", True)]):
             for full, selective in _checkpointings(inputs):
-                for optimizer in _optimizers(inputs, strategy):
+                for optimizer in dict.fromkeys([inputs.optimizer, "paged_adamw_8bit"]):
                     for rows in [rows for rows in MICRO_BATCHES if rows * processes <= max(inputs.step_rows, processes)]:
                         steps = dataclasses.replace(
                             inputs.steps,
                             selective=selective,
-                            fused=inputs.steps.fused and strategy == "single",
+                            fused=inputs.steps.fused and strategy != "fsdp",
                             cached=inputs.steps.fused and inputs.device == "cpu" and method == "nf4",
                         )
                         tried = dataclasses.replace(
@@ -128,13 +128,6 @@ def _checkpointings(inputs: PlanInputs) -> list[tuple[bool, bool]]:
     """Full and selective."""
     selective = [(False, True)] if inputs.architecture.family in SELECTIVE_FAMILIES else []
     return [(False, False), *selective, (True, False)]
-
-
-def _optimizers(inputs: PlanInputs, strategy: str) -> list[str]:
-    """The one that was asked for, and the one with the smallest states; bitsandbytes' cannot be cut into shards."""
-    if strategy == "fsdp":
-        return ["adamw_torch" if "bit" in inputs.optimizer else inputs.optimizer]
-    return list(dict.fromkeys([inputs.optimizer, "paged_adamw_8bit"]))
 
 
 def _launches(inputs: PlanInputs, machine: Machine) -> list[tuple[str, int, bool]]:

@@ -31,6 +31,7 @@ class Trainer:
         embedding_gradient: The embedding is left trainable by mistake, so its whole gradient is made.
         reduced_input_copies: Every LoRA branch casts its own copy of the input (autocast with float32 adapters).
         reenters: Checkpointing is the older, reentrant kind, whose first pass makes no graph at all.
+        cuts_all: FSDP cuts adapter, embedding and head too, as accelerate's plugin does, and not only the layers' frozen weights.
     """
 
     logits_bytes: int = 0
@@ -47,6 +48,7 @@ class Trainer:
     embedding_gradient: bool = False
     reduced_input_copies: bool = True
     reenters: bool = False
+    cuts_all: bool = False
 
 
 OURS = Trainer()
@@ -156,8 +158,13 @@ class PlanInputs:
 
     @property
     def shards(self) -> int:
-        """Parts that weights, gradients and states are cut into."""
+        """Parts that the layers' weights are cut into."""
         return self.processes if self.strategy in ("fsdp", "zero3") else 1
+
+    @property
+    def rest_shards(self) -> int:
+        """Parts that adapter, gradients, states, embedding and head are cut into."""
+        return self.shards if self.strategy == "zero3" or self.trainer.cuts_all else 1
 
     @property
     def packed_4bit(self) -> bool:

@@ -48,7 +48,7 @@ def device_phases(inputs: PlanInputs) -> dict[str, Terms]:
     states = {"optimizer": resident["optimizer"]}
     step = step_terms(inputs, resident) | {"allocator": allocator_bytes(inputs)}
     phases = {
-        "load": base | {"workspace": largest_dense_bytes(inputs)},
+        "load": _load(inputs, base),
         "first_step": {**trained, **step, "first weights": resident["adapter"] if inputs.device == "cpu" else 0},
         "step": {**trained, **states, **step},
         "save": {**trained, **states},
@@ -66,7 +66,7 @@ def step_terms(inputs: PlanInputs, resident: Terms) -> Terms:
     earlier = gradients if inputs.accumulates else 0
     at_loss = kept.logits > kept.layer + kept.logits_held
     live = kept.peak + earlier + workspace
-    update = weights.optimizer_peak_bytes(inputs) / inputs.shards
+    update = weights.optimizer_peak_bytes(inputs) / inputs.rest_shards
     if gradients + update > live:
         return {"gradients": gradients, "workspace": update}
     return {
@@ -79,27 +79,45 @@ def step_terms(inputs: PlanInputs, resident: Terms) -> Terms:
 
 def _resident(inputs: PlanInputs) -> Terms:
     """Bytes per device that stay through training."""
-    a, shards = inputs.architecture, inputs.shards
+    a, shards, rest = inputs.architecture, inputs.shards, inputs.rest_shards
     frozen = weights.weight_bytes(inputs)
     adapter, gradients, states = weights.adapter_bytes(inputs), weights.gradient_bytes(inputs), weights.optimizer_bytes(inputs)
     gathered = 0.0
     if shards > 1:
-        gathered = GATHERED_LAYERS * (frozen.codes + adapter) / a.layers
-        gathered += (embedding_parameters(a) + head_parameters(a)) * inputs.compute_bytes
+        gathered = GATHERED_LAYERS * (frozen.codes + (adapter if rest > 1 else 0)) / a.layers
+        gathered += (embedding_parameters(a) + head_parameters(a)) * inputs.compute_bytes if rest > 1 else 0
     away = inputs.offload
-    if inputs.strategy == "ddp":
-        gradients *= 2  # the reducer's buckets are a second copy. Source: torch docs, DDP gradient_as_bucket_view
+    rest_away = away and rest > 1
+    if inputs.processes > 1 and rest == 1:
+        gradients *= 2  # they travel in one message, a second copy: finetune.launch.gradients, as DDP's reducer has it in buckets
     return {
         "weights": 0 if away else (frozen.codes + frozen.unused) / shards,
         "constants": frozen.constants,
-        "unquantized": 0 if away else frozen.unquantized / shards,
+        "unquantized": (0 if away else (frozen.unquantized - frozen.ends) / shards) + (0 if rest_away else frozen.ends / rest),
         "gathered": gathered,
-        "adapter": 0 if away else adapter / shards,
-        "gradients": 0 if away else gradients / shards,
-        "optimizer": 0 if away else states / shards,
+        "adapter": 0 if rest_away else adapter / rest,
+        "gradients": 0 if rest_away else gradients / rest,
+        "optimizer": 0 if rest_away else states / rest,
         "framework": framework_bytes(inputs),
         "cached": weights.cached_bytes(inputs),
     }
+
+
+def _load(inputs: PlanInputs, base: Terms) -> Terms:
+    """While the base comes in.
+
+    ZeRO-3 cuts a quantized base only when each device holds all of it. Source: transformers issue 24395, bitsandbytes issue
+    1249. launch=fsdp quantizes it in host memory, and what comes to a device is a layer at a time.
+    """
+    if inputs.shards == 1 or inputs.trainer.cuts_all:
+        return base | {"workspace": largest_dense_bytes(inputs)}
+    if inputs.strategy == "fsdp":
+        return base
+    if inputs.method == "none":
+        return base | {"workspace": largest_dense_bytes(inputs)}
+    frozen = weights.weight_bytes(inputs)
+    whole = {"weights": frozen.codes + frozen.unused, "unquantized": frozen.unquantized, "gathered": 0.0}
+    return base | whole | {"workspace": largest_dense_bytes(inputs)}
 
 
 def framework_bytes(inputs: PlanInputs) -> float:
@@ -162,12 +180,13 @@ def host_bytes(inputs: PlanInputs) -> dict[str, float]:
         return {}
     start = PROCESS_BYTES * inputs.processes
     frozen = weights.weight_bytes(inputs)
-    trained = weights.adapter_bytes(inputs) + weights.gradient_bytes(inputs) + weights.optimizer_bytes(inputs)
-    away = frozen.codes + frozen.unquantized + trained if inputs.offload else 0
-    away += offloaded_bytes(inputs) * inputs.processes
+    rest = frozen.ends + weights.adapter_bytes(inputs) + weights.gradient_bytes(inputs) + weights.optimizer_bytes(inputs)
+    parts = frozen.codes + frozen.unquantized - frozen.ends + (rest if inputs.rest_shards > 1 else 0)
+    away = (parts if inputs.offload else 0) + offloaded_bytes(inputs) * inputs.processes
+    in_host = inputs.strategy == "fsdp" and not inputs.trainer.cuts_all  # where each process brings a whole base in
     saved = weights.adapter_bytes(inputs) + weights.optimizer_bytes(inputs)
     return {
-        "load": start + largest_dense_bytes(inputs) + away,
+        "load": start + largest_dense_bytes(inputs) + (frozen.total * inputs.processes if in_host else away),
         "step": start + away,
         "save": start + away + saved,
         "merge": start + weights.dense_bytes(inputs) / inputs.architecture.layers,

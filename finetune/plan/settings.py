@@ -56,7 +56,7 @@ def from_config(config: RunConfig, machine: Machine) -> PlanInputs:
         offload_activations=config.train.offload,
         attention="eager" if config.model.attention == "eager" else "fused",
         optimizer=config.optim.name,
-        strategy=config.launch.strategy,
+        strategy="zero3" if config.launch.strategy == "deepspeed" else config.launch.strategy,
         processes=config.launch.processes,
         offload=config.launch.offload,
         device=device,
@@ -82,7 +82,7 @@ def steps_of(config: RunConfig, machine: Machine, *, architecture: ArchitectureC
         and lora.variant != "dora"
         and config.quantization.method in ("none", "nf4", "fp4")
         and config.model.upcast == "none"
-        and config.launch.strategy == "single"
+        and config.launch.strategy in ("single", "ddp")
     )
     trained_only = speed.loss != "all" and not half and architecture.family not in CAPPED_FAMILIES and config.model.upcast != "all"
     native = device == "cpu" and speed.kernels != "plain" and (fused or trained_only) and config.model.dtype != "float32"

@@ -14,6 +14,7 @@ LITGPT = Trainer(
     repeats_kv=True,
     unties=True,
     reduced_input_copies=False,
+    cuts_all=True,
 )
 """litgpt/model.py, lora.py and utils.py @ 26857050. Saved tensors of its block were counted with torch's hooks."""
 
@@ -28,6 +29,7 @@ LITGPT_QUANTIZED = Trainer(
     keeps_inputs=True,
     keeps_last_graph=1,
     reduced_input_copies=False,
+    cuts_all=True,
 )
 """The same with Fabric's BitsandbytesPrecision, which replaces every nn.Linear. bitsandbytes 0.42 until December 2024."""
 
@@ -40,6 +42,7 @@ LITGPT_2023 = Trainer(
     repeats_kv=True,
     unties=True,
     reduced_input_copies=False,
+    cuts_all=True,
 )
 """lit_gpt @ 8641822 (October 2023): RMSNorm stays in bf16."""
 
@@ -55,6 +58,7 @@ LITGPT_2023_QUANTIZED = Trainer(
     keeps_inputs=True,
     keeps_last_graph=0.5,  # the longest row's predecessor is of any length up to the longest; half of it is expected
     reduced_input_copies=False,
+    cuts_all=True,
 )
 """The same with bitsandbytes 0.41.1."""
 
@@ -63,6 +67,7 @@ TRANSFORMERS = Trainer(
     repeats_kv=True,
     keeps_inputs=True,
     reenters=True,
+    cuts_all=True,
 )
 """transformers before 4.45 with peft: ``logits.float()``, a shifted copy, cross entropy in float32."""
 
@@ -72,6 +77,7 @@ TRANSFORMERS_HELD = Trainer(
     repeats_kv=True,
     keeps_inputs=True,
     reduced_input_copies=False,
+    cuts_all=True,
 )
 """The same in a script that keeps the model's output until the step is over: fsdp_qlora/train.py @ 05ed9f2."""
 
@@ -79,10 +85,11 @@ TORCHTUNE = Trainer(
     logits_bytes=2,  # 16-bit logits of all chunks; log-softmax and gradients of one of eight chunks at a time
     norm_bytes=4,
     reduced_input_copies=False,
+    cuts_all=True,
 )
 """torchtune's CEWithChunkedOutputLoss with 8 chunks."""
 
-FUSED_LOSS = Trainer(logits_bytes=0, repeats_kv=False, reduced_input_copies=False, reenters=True)
+FUSED_LOSS = Trainer(logits_bytes=0, repeats_kv=False, reduced_input_copies=False, reenters=True, cuts_all=True)
 """Cut cross entropy or a fused head: no logits beyond a tile."""
 
 __all__ = [

@@ -44,12 +44,14 @@ class Weights:
         codes: Quantized (or dense) weights of the block's linear layers.
         constants: Their quantization constants; never cut into shards.
         unquantized: Embedding, head, norms, biases, experts.
+        ends: Embedding and head alone.
         unused: What is left over in the segments of a GPU's memory that ``codes`` lie in.
     """
 
     codes: float
     constants: float
     unquantized: float
+    ends: float
     unused: float = 0
 
     @property
@@ -71,13 +73,15 @@ def weight_bytes(inputs: PlanInputs) -> Weights:
     wide = FLOAT if inputs.upcast == "all" else inputs.stored_bytes
     norms = norm_parameters(a) * (FLOAT if inputs.upcast != "none" else inputs.stored_bytes)
     biases = sum(linear.biases for linear in linear_layers(a))
-    other = (embedding_parameters(a) + head) * wide + (biases + kept + expert_parameters(a)) * inputs.stored_bytes
+    ends = (embedding_parameters(a) + head) * wide
+    other = ends + (biases + kept + expert_parameters(a)) * inputs.stored_bytes
     copy = parameters(a) * inputs.compute_bytes if inputs.cast_copy else 0
     unused = 0.0
     for linear in inside:
         size = quantized_bytes(inputs, linear.in_features * linear.out_features, linear.out_features)[0]
         unused += linear.count * (block_bytes(size, inputs) - size)
-    return Weights(codes=codes, constants=constants, unquantized=norms + other + copy + inputs.keep_bytes, unused=unused)
+    unquantized = norms + other + copy + inputs.keep_bytes
+    return Weights(codes=codes, constants=constants, unquantized=unquantized, ends=ends, unused=unused)
 
 
 def quantized_linear(inputs: PlanInputs) -> list[Linear]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -94,7 +95,7 @@ class Quick:
         return hidden[trained].to(head.weight.dtype), head.weight, labels[:, 1:][trained], self.kernels
 
 
-def quicken(adapted: Any, config: SpeedConfig, *, placement: Placement, checkpointing: str) -> Quick:
+def quicken(adapted: Any, config: SpeedConfig, *, placement: Placement, checkpointing: str, unfit: str | None = None) -> Quick:
     """Fuses what can be fused, in place.
 
     Args:
@@ -102,12 +103,14 @@ def quicken(adapted: Any, config: SpeedConfig, *, placement: Placement, checkpoi
         config: The speed group.
         placement: Device and numbers.
         checkpointing: ``selective`` computes gated activations again on the way back, fused or not.
+        unfit: Why layers cannot be fused, whatever the model; None where nothing speaks against it.
 
     Raises:
         HardwareError: A wish that this model or machine cannot fulfil.
     """
     model = adapted.get_base_model()
-    choice = choose(config, facts_of(model, placement), device=placement.device)
+    facts = facts_of(model, placement)
+    choice = choose(config, dataclasses.replace(facts, unfit=unfit or facts.unfit), device=placement.device)
     say("speed", *choice.reasons)
     quick = Quick(choice, native if choice.native else plain)
     if choice.fused:

@@ -12,6 +12,7 @@ from finetune.cache import file_sha256
 from finetune.console import human_bytes, say
 from finetune.errors import TrainError
 from finetune.launch.ranks import Ranks
+from finetune.launch.shards import shard
 from finetune.optim import OptimConfig, state_bytes
 from finetune.train.checkpoints import (
     Checkpoint,
@@ -140,6 +141,8 @@ def learn(
     if ranks.first:
         rewind(folder / "metrics.jsonl", step=resumed_from)
     ranks.join(placement.device)
+    if ranks.shards:
+        shard(adapted, processes=ranks.count, device=placement.device, offload=ranks.offload)
     made = {"model": adapted, "tokenizer": tokenizer, "data": data, "lora": lora, "optim": optim, "placement": placement}
     trainer = train(
         config, folder=folder, identity=identity, counts=counts, start=start, trackers=trackers, ranks=ranks,

@@ -113,6 +113,8 @@ class Guard:
 
     def _layer(self, trainer: Any, model: nn.Module, broken: list[tuple[Tensor, list[int], dict[str, Any]]]) -> str | None:
         """Where it goes wrong, as far as this process's rows show it."""
+        if trainer.ranks.shards:
+            return "where it first goes wrong is not looked for with launch=fsdp, since one process alone cannot compute; launch=ddp tells"
         if broken:
             inputs = broken[0][2]
             first = first_broken_output(model, lambda: trainer.compute_loss(model, trainer._prepare_inputs(inputs), num_items_in_batch=1))

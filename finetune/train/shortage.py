@@ -139,8 +139,18 @@ def run_out(trainer: Any, start: Checkpoint | None, *, stopped_early: bool = Fal
     except (RuntimeError, MemoryError) as error:
         if not is_shortage(error):
             raise
-        return (str(error).splitlines() or [type(error).__name__])[0][:160]
+        if trainer.ranks.shards:  # the others wait inside a layer for this process's part of it
+            micro = trainer.args.per_device_train_batch_size
+            remedy = f"train.micro_batch={micro // 2} and run.if_exists=resume, or {SMALLER}" if micro > 1 else SMALLER
+            raise TrainError(
+                f"train: memory runs out ({_first_line(error)}), which launch=fsdp cannot mend on the way. Use {remedy}"
+            ) from error
+        return _first_line(error)
     return None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
 
 
 def load_finished(trainer: Any, start: Checkpoint) -> None:

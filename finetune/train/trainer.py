@@ -18,8 +18,9 @@ from trl import SFTConfig, SFTTrainer
 
 from finetune.console import say
 from finetune.launch.gradients import add_up, spread
+from finetune.launch.shards import keep_up
 from finetune.lora import cast_adapter
-from finetune.measure import Collator, RowLoss, mean_loss, read_rows, row_losses
+from finetune.measure import Collator, RowLoss, mean_loss, measured, read_rows, row_losses
 from finetune.optim import make_optimizer, schedule_arguments
 from finetune.train import preference
 from finetune.train.arguments import arguments, refuse_idle, rows_per_step, step_count
@@ -80,23 +81,36 @@ class Trainer(SFTTrainer):
         if rows:
             return self.data_collator(rows)
         nothing = torch.full((1, 1), -100)
-        return {"input_ids": nothing, "labels": nothing, "padding": 1, "rows": [], "answer_tokens": nothing[0, :0]}
+        empty = {"input_ids": nothing, "labels": nothing, "padding": 1, "rows": [], "answer_tokens": nothing[0, :0]}
+        if not self.ranks.shards:
+            return empty
+        trained: Any = self.train_dataset
+        return empty | {"instead": self.data_collator([trained[0]])}
 
     def training_step(self, model: Any, inputs: dict[str, Any], *arguments: Any, **keywords: Any) -> Any:
         labels = inputs["labels"]
         self.own_tokens += labels.numel() - inputs.pop("padding")
         self.own_trained += int((labels != -100).sum())
         rows = inputs.pop("rows")
+        if "instead" in inputs:
+            self.keep_up(model, inputs["instead"])
         if not rows or self.shortage:
             return torch.zeros((), device=self.args.device)
         try:
             loss = super().training_step(model, inputs, *arguments, **keywords)
         except (RuntimeError, MemoryError) as error:
-            if self.ranks.count == 1 or not is_shortage(error):
+            if self.ranks.count == 1 or self.ranks.shards or not is_shortage(error):
                 raise
             self.shortage = str(error) or type(error).__name__  # the others must hear of it before this step can be given up
             return torch.zeros((), device=self.args.device)
         return self.guard.hear(loss, rows=rows, inputs=inputs) * self.ranks.count  # transformers logs the mean over processes
+
+    def keep_up(self, model: Any, inputs: dict[str, Any]) -> None:
+        """A micro-batch that changes nothing: the others need this process's part of each layer, there and back."""
+        computed = {name: value for name, value in self._prepare_inputs(inputs).items() if name not in ("padding", "rows")}
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, computed, num_items_in_batch=1)
+        (0.0 * loss).backward()
 
     def _clip_grad_norm(self, model: Any) -> Any:
         figures = [float(self.own_tokens), float(self.own_trained), float(self.shortage is not None)]
@@ -126,7 +140,11 @@ class Trainer(SFTTrainer):
 
     def held_out_figures(self, model: Any) -> dict[str, float]:
         """Nats per trained token over the held-out rows: transformers' own mean weighs batches, not tokens."""
-        own = row_losses(model, self.held_out[self.ranks.rank :: self.ranks.count], batch_tokens=EVALUATION_BATCH_TOKENS)
+        shares = [self.held_out[rank :: self.ranks.count] for rank in range(self.ranks.count)]
+        own = row_losses(model, shares[self.ranks.rank], batch_tokens=EVALUATION_BATCH_TOKENS)
+        if self.ranks.shards:
+            passes = [len(measured(share, batch_tokens=EVALUATION_BATCH_TOKENS)) for share in shares]
+            keep_up(model.get_base_model(), passes=max(passes) - passes[self.ranks.rank])
         found = self.ranks.collect([dataclasses.astuple(row) for row in own])
         rows = [RowLoss(*found[number % len(found)][number // len(found)]) for number in range(len(self.held_out))]
         return {"eval_loss": mean_loss(rows)}
@@ -170,6 +188,11 @@ class PreferenceTrainer(Trainer):
         numbers = self.config.preference
         self.sums = self.sums + preference.figures(policy, reference, beta=numbers.beta)
         return preference.pair_losses(policy - reference, tokens, numbers).sum() / num_items_in_batch
+
+    def keep_up(self, model: Any, inputs: dict[str, Any]) -> None:
+        before = self.sums
+        super().keep_up(model, inputs)
+        self.sums = before
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """With the loss goes what the pairs showed since it was last logged."""

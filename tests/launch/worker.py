@@ -1,6 +1,7 @@
-"""One process of a small training: ``python -m tests.launch.worker <folder> <base> <settings as JSON>``."""
+"""One process of small trainings, one after the other: ``python -m tests.launch.worker <base> <[[port, folder, settings], ...]>``."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ import torch
 from transformers import AutoTokenizer
 
 from finetune.console import say
-from finetune.errors import FinetuneError, Interrupted
+from finetune.errors import FinetuneError, Interrupted, RankFailed
 from finetune.launch import Ranks
+from finetune.launch.ranks import VARIABLES
 from tests.train.runs import Stopping, train
 
 
@@ -49,14 +51,17 @@ def scarce(model: Any, *, tokens: int) -> None:
 
 
 def main(folder: Path, base: Path, settings: dict[str, Any]) -> int:
-    ranks = Ranks()
+    ranks = Ranks(shards=settings.pop("shards", False))
     rank = ranks.rank
     torch.set_num_threads(1)
     breaks, short, stop = settings.pop("break_rank", None), settings.pop("short_rank", None), settings.pop("stop_step", None)
     if settings.pop("stranger", None) == rank:
         settings["rank"] = 4
 
+    models = []
+
     def touch(model: Any) -> None:
+        models.append(model)
         seen(model, file=folder / f"seen-{rank}.jsonl")
         if breaks == rank:
             broken(model, calls=2)
@@ -70,13 +75,35 @@ def main(folder: Path, base: Path, settings: dict[str, Any]) -> int:
         )  # fmt: skip
     except Interrupted as interrupted:
         say("end", str(interrupted))
+        ranks.leave()
         return 75
     except FinetuneError as error:
         say("end", str(error))
         ranks.fail(str(error), 2)
         return 2
+    except RuntimeError as error:
+        explained = ranks.explain(error)
+        if not isinstance(explained, RankFailed):
+            raise
+        say("end", str(explained))
+        return explained.code
+    (folder / f"kept-{rank}.json").write_text(json.dumps(kept(models[0])))
     return 0
 
 
+def kept(model: Any) -> dict[str, int]:
+    """Bytes of parameters in this process: those of the layers' base, and the others."""
+    found = {"base": 0, "rest": 0}
+    for name, parameter in model.named_parameters():
+        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        found["base" if ".layers." in name and not parameter.requires_grad else "rest"] += local.numel() * local.element_size()
+    return found
+
+
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])))
+    launch = {name: os.environ.pop(name) for name in VARIABLES if name in os.environ}
+    for port, name, asked in json.loads(sys.argv[2]):
+        os.environ.update(launch, MASTER_PORT=str(port))
+        code = main(Path(name), Path(sys.argv[1]), asked)
+        sys.stdout.write(f"ended with {code}\n")
+    sys.exit(code)

@@ -12,9 +12,9 @@ import pytest
 from finetune.config import load
 from finetune.errors import ConfigError
 from finetune.hardware import Gpu, Machine, probe
-from finetune.plan import PlanConfig, phases, show, with_own
+from finetune.plan import PlanConfig, phases, show, weights, with_own
 from finetune.plan.fit import propose
-from finetune.plan.inputs import PlanInputs
+from finetune.plan.inputs import OURS, PlanInputs
 from finetune.plan.kept import layer_bytes
 from finetune.plan.product import Plan, make_plan
 from finetune.plan.settings import from_config
@@ -191,9 +191,35 @@ def test_a_heap_has_half_as_many_holes_as_blocks() -> None:
     assert phases.device_phases(cpu)["step"]["allocator"] == pytest.approx(15 * layer_bytes(cpu))
 
 
-def test_zero3_shards_as_fsdp_does() -> None:
-    sharded = inputs("llama2_70b", strategy="fsdp", processes=2)
+def test_zero3_shards_as_everyone_elses_fsdp_does() -> None:
+    sharded = inputs("llama2_70b", strategy="fsdp", processes=2, trainer=dataclasses.replace(OURS, cuts_all=True))
     assert phases.step_peak(dataclasses.replace(sharded, strategy="zero3")) == phases.step_peak(sharded)
+
+
+def test_zero3_loads_a_whole_quantized_base_on_each_device_and_fsdp_in_host_memory() -> None:
+    sharded = inputs("llama2_70b", strategy="fsdp", processes=8)
+    zero = dataclasses.replace(sharded, strategy="zero3")
+    whole = weights.weight_bytes(sharded).total
+    loads = {one.strategy: phases.total(phases.device_phases(one)["load"]) for one in (sharded, zero)}
+    assert loads["zero3"] > whole
+    assert loads["fsdp"] < whole / 4
+    assert phases.host_bytes(sharded)["load"] > 8 * whole > phases.host_bytes(zero)["load"]
+    dense = dataclasses.replace(zero, method="none")
+    assert phases.total(phases.device_phases(dense)["load"]) < weights.weight_bytes(dense).total / 4
+
+
+def test_our_fsdp_cuts_the_layers_alone() -> None:
+    ours = inputs("llama2_70b", strategy="fsdp", processes=2)
+    theirs = dataclasses.replace(ours, trainer=dataclasses.replace(OURS, cuts_all=True))
+    found, other = (phases.device_phases(one)["step"] for one in (ours, theirs))
+    assert found["adapter"] == weights.adapter_bytes(ours) == 2 * other["adapter"]
+    assert found["unquantized"] > weights.weight_bytes(ours).ends > other["unquantized"]
+    assert found["gathered"] < other["gathered"]
+
+
+def test_deepspeed_is_planned_as_zero3() -> None:
+    config = load(["+experiment=llama7b_qlora", "launch=deepspeed"])
+    assert from_config(config, machine(24, 24)).strategy == "zero3"
 
 
 @pytest.mark.parametrize(

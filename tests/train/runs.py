@@ -13,6 +13,7 @@ from finetune import lora
 from finetune.config import load as load_config
 from finetune.data import PreparedData
 from finetune.launch import Ranks
+from finetune.launch.shards import PLAIN
 from finetune.model import Base
 from finetune.speed import quicken
 from finetune.train import TrainedAdapter, assist, fit
@@ -37,7 +38,7 @@ def untouched(_: Any) -> None:
 def train(
     folder: Path, *, tiny_base: Path, tokenizer: Any, trackers: Any = None, touch: Callable[[Any], object] = untouched,
     packing: bool = True, rank: int = 8, dropout: float = 0.1, fingerprint: str = "", ranks: Ranks | None = None,
-    plain: bool = False, **changes: Any,
+    plain: bool = False, layers: str = "auto", **changes: Any,
 ) -> TrainedAdapter:  # fmt: skip
     """Twelve steps on packed rows, from a fresh 4-bit base; of several processes, the others return None."""
     ranks = ranks or Ranks({})
@@ -58,7 +59,10 @@ def train(
     )
     if plain:
         config.speed = load_config(["+experiment=quickstart", "speed=plain"]).speed
-    quick = quicken(adapted, config.speed, placement=PLACEMENT, checkpointing=settings.checkpointing)
+    elif layers != "auto":
+        config.speed.layers = layers
+    unfit = PLAIN if ranks.shards else None
+    quick = quicken(adapted, config.speed, placement=PLACEMENT, checkpointing=settings.checkpointing, unfit=unfit)
     rows = sum(1 for _ in (folder / "train.jsonl").read_text().splitlines())
     data = PreparedData(
         folder=folder / "data", rows={}, tokens=1101, trained_tokens=310, packed_rows=10, train_rows=rows, heldout_rows=12, longest=128,

@@ -13,6 +13,9 @@ from finetune.report.markup import Html, figure, joined, section, table, tag
 from finetune.report.page import STYLE
 from finetune.report.svg import box, decades, dot, frame, path, picture, text, ticks
 
+NAME_WIDTH, NAME_HEIGHT = 60, 14
+"""Pixels that a method's name takes in the picture."""
+
 MOVED = (
     "The model was moved off the grid first: it comes from a 4-bit file, and methods whose groups match that file's would look lossless. "
     "A random scale on one side of each weight and its inverse on the other (seed 17) leave what the model computes as it is."
@@ -86,9 +89,12 @@ def sizes(measured: list[Measured]) -> Html:
         x_text=lambda value: f"{value:g}", y_text=lambda value: f"{value:g}", log=True,
     )  # fmt: skip
     parts = list(plot.parts)
-    for one in shown:
+    placed: list[tuple[float, float]] = []
+    for one in sorted(shown, key=lambda one: -(one.kl or 1)):  # from the top: a name moves down where another stands
         x, y = plot.x((one.disk_bytes or 0) / 2**20), plot.y(one.kl or 1)
-        parts += [dot(x, y, 5, kind="bar", title=f"{one.backend}: KL {one.kl}"), text(x + 9, y + 4, one.backend)]
+        line = max([y + 4, *[other + NAME_HEIGHT for left, other in placed if abs(left - x) < NAME_WIDTH and abs(other - y) < NAME_WIDTH]])
+        placed.append((x, line))
+        parts += [dot(x, y, 5, kind="bar", title=f"{one.backend}: KL {one.kl}"), text(x + 9, line, one.backend)]
     return figure(picture(700, 370, parts, title="size against KL"), "Lower left is better: small and near to the model in float32.")
 
 

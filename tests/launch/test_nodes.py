@@ -1,0 +1,43 @@
+"""Two machines on one: network namespaces with a cable between them, as scripts/check_launch.py makes them."""
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.launch.processes import ROOT
+from tests.rows import data_overrides
+from tests.test_pipeline import SMALL
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not hasattr(os, "geteuid") or os.geteuid() != 0 or shutil.which("ip") is None,
+        reason="network namespaces take root on Linux and the program ip (package iproute2)",
+    ),
+]
+
+
+@pytest.fixture
+def check() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("check_launch", ROOT / "scripts" / "check_launch.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_node_that_dies_ends_the_other_and_a_restart_goes_on(
+    tmp_path: Path, tiny_base: Path, check: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = [one for one in SMALL if not one.startswith("train.steps")]
+    told = [*small, f"model.name={tiny_base}", *data_overrides(tmp_path), "rehearse=off", "tracking=[]", "train.checkpoints=10"]
+    monkeypatch.setattr(check, "SILENCE_SECONDS", 4)
+    assert check.two_machines(tmp_path / "outputs", told, troubles=[(10, "killed", 1)], steps=100)
+    said = capsys.readouterr().out
+    assert "finetune: process 1" in said
+    assert "run.if_exists=resume goes on from the last checkpoint" in said
