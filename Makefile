@@ -8,8 +8,9 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 quickstart: .venv/.run
 	$(BIN)/python -m finetune run.if_exists=resume
 
+# Each test computes with one thread, so two processes halve the time.
 test: .venv/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: .venv/.dev
 	$(BIN)/ruff check .

@@ -20,7 +20,7 @@ from finetune.hardware.busy import Look, spare_others
 from finetune.launch import Ranks, as_launched, must_start, start
 from finetune.overrides import opened
 from finetune.run import STAGES
-from finetune.verbs import LOOKS, recorded, split_own, with_experiment
+from finetune.verbs import LOOKS, recorded, split_own, sweep, with_experiment
 
 STAGE_VERBS = ("train", "merge", "eval", "export", "report")
 """One stage of a run that exists, done again with those that build on it."""
@@ -70,7 +70,7 @@ def dispatch(verb: str, arguments: list[str]) -> int:
         bench(arguments)
         return DONE
     own, overrides = split_own(verb, arguments)
-    for setting in ("", *own):
+    for setting in (*own, ""):
         if (verb, setting) in LOOKS:
             return DONE if LOOKS[verb, setting](own, overrides) else OURS
     if verb in STAGE_VERBS:
@@ -129,6 +129,11 @@ def work(config: RunConfig, *, overrides: list[str], again: frozenset[str]) -> N
 
 def with_hydra(verb: str, arguments: list[str]) -> int:
     """A command with Hydra's own flags: ``--cfg``, ``--help``, ``--info``, ``--multirun``, ``--config-dir``, completion."""
+    if {"--multirun", "-m"} & set(arguments):
+        if verb == "run":
+            return DONE if sweep(with_experiment(arguments)) else OURS
+        if verb != "plan":
+            raise ConfigError(f"--multirun: each job is a whole run, or a plan; finetune {verb} takes one run at a time")
     import hydra
     from hydra.core.hydra_config import HydraConfig
 
@@ -139,11 +144,7 @@ def with_hydra(verb: str, arguments: list[str]) -> int:
 
     @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
     def task(config: DictConfig) -> None:
-        settings = HydraConfig.get()
-        made = make(config)
-        if settings.mode is not None and settings.mode.name == "MULTIRUN":
-            made.run.name = f"{made.run.name}-{settings.job.num}"
-        results.append(execute(verb, made, overrides=list(settings.overrides.task), own={}))
+        results.append(execute(verb, make(config), overrides=list(HydraConfig.get().overrides.task), own={}))
 
     os.environ["HYDRA_FULL_ERROR"] = "1"
     before, sys.argv = sys.argv, ["finetune", *opened(arguments, RunConfig), *added]

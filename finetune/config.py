@@ -32,6 +32,7 @@ from finetune.quantization import QuantizationConfig
 from finetune.rehearse import RehearseConfig
 from finetune.run import RunSettings
 from finetune.speed import SpeedConfig
+from finetune.sweep import SweepConfig
 from finetune.tracking import TrackerConfig
 from finetune.train import TrainConfig
 
@@ -56,6 +57,7 @@ class RunConfig:
     tracking: dict[str, TrackerConfig] = field(default_factory=dict)
     hardware: HardwareConfig
     launch: LaunchConfig
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
     def problems(self) -> Iterator[str]:
         for group in dataclasses.fields(self):

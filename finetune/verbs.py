@@ -13,7 +13,14 @@ from finetune.errors import ConfigError
 
 Settings = dict[str, str]
 
-OWN = {"data": ("why",), "eval": ("compare",), "plan": ("explain", "fit", "exact"), "replay": ("force",), "diff": ("json",)}
+OWN = {
+    "data": ("why",),
+    "eval": ("compare",),
+    "plan": ("explain", "fit", "exact"),
+    "replay": ("force",),
+    "diff": ("json",),
+    "report": ("sweep",),
+}
 """Settings of a verb itself."""
 
 
@@ -30,6 +37,26 @@ def report_again(own: Settings, overrides: list[str]) -> bool:
 
     config = load(with_experiment([*recorded(overrides), *overrides]))
     report(Path(config.run.root) / config.run.name)
+    return True
+
+
+def sweep(arguments: list[str]) -> bool:
+    """``--multirun lora.rank=8,16``: the jobs one by one, then their table; whether all came through."""
+    from finetune.report.sweep import report_sweep
+    from finetune.sweep.verb import sweep as start
+
+    return report_sweep(start(arguments))
+
+
+def sweep_again(own: Settings, overrides: list[str]) -> bool:
+    """``report sweep=x``: the table of a sweep from what its jobs' folders hold."""
+    from finetune.report.sweep import report_sweep
+
+    settings = dict(override.split("=", 1) for override in overrides if "=" in override)
+    folder = Path(settings.pop("run.root", "outputs")) / own["sweep"]
+    if settings:
+        raise ConfigError(f"report: beside sweep={own['sweep']} there is only run.root; got {' '.join(overrides)}")
+    report_sweep(folder)
     return True
 
 
@@ -127,6 +154,7 @@ def recorded(overrides: list[str]) -> list[str]:
 
 LOOKS: dict[tuple[str, str], Callable[[Settings, list[str]], bool]] = {
     ("report", ""): report_again,
+    ("report", "sweep"): sweep_again,
     ("diff", ""): diff,
     ("replay", ""): replay,
     ("data", "why"): explain_row,

@@ -14,7 +14,8 @@ FURNITURE = {
     "bitsandbytes": {"quantization", "measure", "merge", "bench"},
     "lm_eval": {"eval"},
     "peft": {"lora", "measure", "export", "merge"},
-    "hydra": {"config", "__main__", "account"},
+    "hydra": {"config", "__main__", "account", "sweep"},
+    "optuna": {"sweep"},
 }
 """Which rooms may import a third-party framework."""
 

@@ -71,6 +71,7 @@ BY_DESIGN = (
         lambda c, part: True,
         "the launcher reads them before the run",
     ),
+    Rule(("sweep",), lambda c, part: True, "what starts the jobs reads it, not the jobs"),
     Rule(("export.*.shard_bytes",), lambda c, part: part.format != "safetensors", "only its files are cut"),
     Rule(("eval.max_new_tokens", "eval.batch_rows"), lambda c, part: part.rows == 0, "no answers are written"),
     Rule(

@@ -88,8 +88,8 @@ def number_given(answer: str, reference: str) -> float:
 
 
 def label_known(answer: str, row: Row) -> float:
-    """The answer is one of ``row["labels"]``, right or not: the classes that held-out answers have."""
-    return float(_label(answer) in {_label(known) for known in row["labels"]})
+    """The answer is one of ``row["classes"]``, right or not: the classes that held-out answers have."""
+    return float(_label(answer) in {_label(known) for known in row["classes"]})
 
 
 def code_valid(answer: str, reference: str) -> float:
@@ -142,10 +142,10 @@ NEEDS = {"pass_at_1": "tests"}
 
 
 def prepare_rows(rows: Sequence[dict[str, Any]], metrics: Sequence[str], heldout: Path) -> None:
-    """Sees that the rows have what the metrics ask for, and gives each the ``labels`` that held-out answers have.
+    """Sees that the rows have what the metrics ask for, and gives each the ``classes`` that held-out answers have.
 
     Args:
-        heldout: The split that the rows are from, for the labels of the others.
+        heldout: The split that the rows are from, for the classes of the others.
 
     Raises:
         EvalError: A row has no tests.
@@ -159,9 +159,9 @@ def prepare_rows(rows: Sequence[dict[str, Any]], metrics: Sequence[str], heldout
                 f"add it to the data, or leave {metric} out"
             )
     if "label_known" in metrics:
-        labels = sorted(set(open_rows(heldout)["reference"]))
+        classes = sorted(set(open_rows(heldout)["reference"]))
         for row in rows:
-            row["labels"] = labels
+            row["classes"] = classes
 
 
 def repetition(tokens: Sequence[int]) -> float:

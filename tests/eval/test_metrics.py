@@ -71,7 +71,7 @@ def test_rouge_keeps_letters_that_are_not_english() -> None:
 def test_known_label_is_one_of_the_held_out_answers(heldout: Any) -> None:
     rows: list[dict[str, Any]] = [{"row": 0, "reference": "x"}]
     prepare_rows(rows, ["label_known"], heldout.folder / "heldout")
-    assert len(rows[0]["labels"]) == 10
+    assert len(rows[0]["classes"]) == 10
     assert METRICS["label_known"]('{"intent": "alarm", "time": "03:00"}', rows[0]) == 1.0
     assert METRICS["label_known"]('{"intent": "alarm", "time": "17:00"}', rows[0]) == 0.0
 

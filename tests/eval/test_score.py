@@ -16,8 +16,8 @@ from finetune.merge.candidates import build
 from finetune.merge.changes import read_changes
 
 CONFIG: dict[str, Any] = {
-    "rows": 4, "loss_rows": 8, "max_new_tokens": 6, "batch_rows": 3, "batch_tokens": 256, "metrics": ["exact_match", "token_f1"],
-    "bootstrap_samples": 50,
+    "rows": 4, "loss_rows": 8, "max_new_tokens": 6, "batch_rows": 3, "batch_tokens": 256,
+    "metrics": ["exact_match", "token_f1", "label_known"], "bootstrap_samples": 50,
 }  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def test_each_sample_has_the_answer_of_every_artifact(scores: Scores) -> None:
     samples = [json.loads(text) for text in (scores.folder / "samples.jsonl").read_text().splitlines()]
     assert [sample["row"] for sample in samples] == [0, 1, 2, 3]
     assert set(samples[0]) == {"row", "prompt", "reference", "base", "base_quantized", "adapter", "merged", "scores"}
-    assert set(samples[0]["scores"]["merged"]) == {"exact_match", "token_f1"}
+    assert set(samples[0]["scores"]["merged"]) == set(CONFIG["metrics"])
 
 
 def test_product_survives_json(scores: Scores) -> None:

@@ -1,0 +1,196 @@
+"""From ``--multirun`` to jobs: every one is checked before the first starts, then Hydra's sweeper and launcher deal them out."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from finetune.config import CONF, RunConfig, explain_all, load, register
+from finetune.console import say
+from finetune.errors import ConfigError, Interrupted
+from finetune.launch.config import process_count
+from finetune.overrides import opened
+from finetune.run import write_json
+from finetune.sweep.median import require_optuna
+from finetune.sweep.work import Sweep
+
+FLAGS = ("--multirun", "-m")
+OWN = ("run.name", "run.root", "run.if_exists", "sweep.name", "sweep.prune", "sweep.prune_after_jobs", "sweep.prune_after_steps")
+"""What belongs to the sweep as a whole."""
+
+PLUGINS = {"optuna": "optuna", "tpe": "optuna", "submitit": "slurm", "slurm": "slurm", "local": "slurm", "ray": "ray"}
+"""First word of an option of ``hydra/sweeper`` or ``hydra/launcher`` to the extra that installs it."""
+
+
+def sweep(arguments: Sequence[str]) -> Path:
+    """Runs the jobs of a command line.
+
+    Args:
+        arguments: ``--multirun`` and overrides with their sweeps, Hydra's own among them, as typed; with an experiment.
+
+    Returns:
+        The sweep's folder.
+
+    Raises:
+        ConfigError: Any job's configuration is wrong, or the folder is another command's; nothing was started.
+        Interrupted: A signal came; the jobs that ran have saved.
+    """
+    register()
+    words = opened([argument for argument in arguments if argument not in FLAGS], RunConfig)
+    flags = [word for word in words if word.startswith("-")]
+    if flags:
+        raise ConfigError(f"{flags[0]} does not go with --multirun: the jobs are started without it")
+    if process_count() > 1:
+        raise ConfigError("--multirun starts the jobs itself: run it without torchrun or accelerate launch, and give the jobs launch=ddp")
+    ours, is_grid = _parsed(words)
+    varied = [override for override in ours if override.is_sweep_override()]
+    fixed = [override for override in ours if not override.is_sweep_override()]
+    config = _checked(varied, fixed, is_grid=is_grid)
+    if config.sweep.prune:
+        require_optuna()
+    folder = Path(config.run.root).resolve() / (config.sweep.name or f"{config.run.name}-sweep")
+    _claim(folder, [_word(override) for override in fixed if override.key_or_group not in OWN])
+    keys = ", ".join(override.key_or_group for override in varied)
+    say("sweep", f"{keys} in {folder}: a folder for each job, with its log.txt; the same command goes on")
+    plan = Sweep(folder=folder, fixed=frozenset(override.get_key_element() for override in fixed), config=config.sweep)
+    try:
+        _hand_over(["--multirun", *words, f"hydra.sweep.dir={folder / '.hydra'}"], plan)
+    except KeyboardInterrupt:
+        raise Interrupted(f"sweep: stopped; the same command goes on with what is missing in {folder}") from None
+    return folder
+
+
+def _parsed(words: Sequence[str]) -> tuple[list[Override], bool]:
+    """The jobs' overrides, those of ``hydra.sweeper.params`` among them; and whether every combination is a job.
+
+    Raises:
+        ConfigError: A word cannot be read, or names a plugin of Hydra's that is not installed.
+    """
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        try:
+            parsed = parser.parse_overrides(list(words))
+            theirs = [_word(override) for override in parsed if override.is_hydra_override()]
+            sweeper = compose("config", overrides=theirs, return_hydra_config=True).hydra.sweeper
+            params: Any = OmegaConf.to_container(sweeper.get("params") or OmegaConf.create({}))
+            more = parser.parse_overrides([f"{key}={value}" for key, value in params.items()])
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(*_not_there(error, words) or explain_all(error)) from error
+    ours = {override.get_key_element(): override for override in [*more, *parsed] if not override.is_hydra_override()}
+    return list(ours.values()), sweeper["_target_"].endswith(".BasicSweeper")
+
+
+def _not_there(error: Exception, words: Sequence[str]) -> list[str]:
+    """Options of ``hydra/launcher`` and ``hydra/sweeper`` that do not compose: a plugin is missing, or there is none of that name."""
+    if not any(said in str(error) for said in ("Could not find", "Could not load")):
+        return []
+    problems = []
+    for group, _, option in (word.partition("=") for word in words if word.startswith("hydra/")):
+        extra = PLUGINS.get(option.partition("_")[0])
+        ours = ", ".join(["basic", *sorted(file.stem for file in (CONF / group).glob("*.yaml"))])
+        if extra:
+            problems.append(f"{group}={option} needs a plugin of Hydra's that is not installed; run: pip install 'finetune[{extra}]'")
+        elif option != "basic":
+            problems.append(f"{group}={option}: there is no such option; choose one of {ours}, or one of a plugin of Hydra's")
+    return problems
+
+
+def _checked(varied: Sequence[Override], fixed: Sequence[Override], *, is_grid: bool) -> RunConfig:
+    """The first job's configuration, after those of all jobs were composed.
+
+    Args:
+        is_grid: Every combination is a job. Otherwise a sampler proposes them, and each value is tried beside the others' first ones.
+    """
+    problems: dict[str, list[str]] = {}
+    for override in varied:
+        if override.key_or_group in OWN:
+            problems[f"{override.key_or_group} belongs to the whole sweep and cannot be swept; give it one value"] = []
+    if not varied:
+        problems["--multirun needs a setting with several values, e.g. lora.rank=8,16,32"] = []
+    first: RunConfig | None = None
+    values = [[f"{override.get_key_element()}={value}" for value in _values(override)] for override in varied]
+    count = 0
+    for job in [] if problems else itertools.product(*values) if is_grid else _alone(values):
+        count += 1
+        try:
+            made = load([*[_word(override) for override in fixed], *job])
+            first = first or made
+        except ConfigError as error:
+            for problem in error.problems:
+                problems.setdefault(problem, []).append(" ".join(job))
+    if problems:
+        raise ConfigError(*[_in_jobs(problem, jobs, count) for problem, jobs in problems.items()])
+    assert first is not None
+    return first
+
+
+def _in_jobs(problem: str, jobs: list[str], count: int) -> str:
+    return problem if len(jobs) in (0, count) else f"{problem} (in the job{'s' if len(jobs) > 1 else ''} {', '.join(jobs)})"
+
+
+def _values(override: Override) -> list[str]:
+    """What a swept setting may be: every value, or the two ends of an interval."""
+    value = override.value()
+    if isinstance(value, IntervalSweep):
+        return [str(value.start), str(value.end)]
+    return list(override.sweep_string_iterator())
+
+
+def _alone(values: Sequence[Sequence[str]]) -> Iterator[tuple[str, ...]]:
+    start = tuple(options[0] for options in values)
+    yield start
+    for index, options in enumerate(values):
+        yield from ((*start[:index], option, *start[index + 1 :]) for option in options[1:])
+
+
+def _claim(folder: Path, fixed: list[str]) -> None:
+    """Keeps what the sweep is made with; another command under its name would mix jobs that cannot be compared."""
+    file = folder / "sweep.json"
+    if (folder / "config.yaml").is_file():
+        raise ConfigError(f"sweep.name: {folder} holds a run; give another sweep.name")
+    before = json.loads(file.read_text(encoding="utf-8"))["fixed"] if file.is_file() else fixed
+    if sorted(before) != sorted(fixed):
+        raise ConfigError(
+            f"sweep.name: {folder} was made with {' '.join(before)} and this command says {' '.join(fixed)}; "
+            "give the same settings to go on, or another sweep.name"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(file, {"fixed": fixed})
+
+
+def _word(override: Override) -> str:
+    return override.input_line or ""
+
+
+def _hand_over(words: list[str], plan: Sweep) -> None:
+    """Lets Hydra's sweeper and launcher call `Sweep.do` for each job."""
+
+    @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
+    def task(config: DictConfig) -> float:
+        settings: Any = HydraConfig.get()
+        return plan.do(list(settings.overrides.task), number=int(settings.job.num))
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    before, sys.argv = sys.argv, ["finetune", *words]
+    try:
+        task()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(*explain_all(error)) from error
+    finally:
+        sys.argv = before
