@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 QUICK = ["lora.dropout=0", "train.tokens_per_step=2048", "train.evaluations=0", "train.checkpoints=0", "rehearse=off", "tracking=[]"]
 HOSTS = ("10.77.0.1", "10.77.0.2")
 SILENCE_SECONDS = 10
+SOON_SECONDS = 30
 
 
 def finetune(*overrides: str, root: Path, name: str, prefix: Sequence[str] = ()) -> "subprocess.Popen[str]":
@@ -137,7 +138,7 @@ def two_machines(root: Path, told: Sequence[str], *, troubles: Sequence[tuple[in
                 said = finish(running[number], code=1)
                 print(f"and itself after {time.monotonic() - since:.1f} s: {said[said.rindex('finetune: ') :][:200]}")
                 nodes.switch(number, "up")
-            if seconds > 3 * SILENCE_SECONDS:
+            if seconds > SOON_SECONDS:
                 return False
         running = [nodes.start(node, *told, "run.if_exists=resume", root=root) for node in range(2)]
         said = finish(running[0])

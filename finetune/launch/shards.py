@@ -2,7 +2,7 @@
 
 Only the layers' frozen weights are cut. The adapter stays whole everywhere, and its gradients are added up as under DDP, in
 float32; embedding, last norm and head stay whole because they work at both ends of a step, for which FSDP would fetch them whole.
-No mixed precision is asked for: it would cast packed 4-bit codes as if they were numbers. So a step computes what DDP computes.
+FSDP's own mixed precision is left out: it would add gradients up in bfloat16. So a step computes what DDP computes, bit for bit.
 """
 
 from __future__ import annotations

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import load_from_disk
 from torch.utils.data import DataLoader
-from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from finetune.console import say
-from finetune.launch.gradients import add_up, spread
-from finetune.launch.shards import keep_up
+from finetune.launch.gradients import add_up
 from finetune.lora import cast_adapter
-from finetune.measure import Collator, RowLoss, mean_loss, measured, read_rows, row_losses
+from finetune.measure import Collator, mean_loss, read_rows
 from finetune.optim import make_optimizer, schedule_arguments
 from finetune.train import preference
 from finetune.train.arguments import arguments, refuse_idle, rows_per_step, step_count
 from finetune.train.guard import Numbered
 from finetune.train.order import Order, micro_batches
 from finetune.train.shortage import is_shortage
+from finetune.train.together import go_together, losses_together
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -81,11 +78,9 @@ class Trainer(SFTTrainer):
         if rows:
             return self.data_collator(rows)
         nothing = torch.full((1, 1), -100)
+        dataset: Any = self.train_dataset
         empty = {"input_ids": nothing, "labels": nothing, "padding": 1, "rows": [], "answer_tokens": nothing[0, :0]}
-        if not self.ranks.shards:
-            return empty
-        trained: Any = self.train_dataset
-        return empty | {"instead": self.data_collator([trained[0]])}
+        return empty | ({"instead": self.data_collator([dataset[0]])} if self.ranks.shards else {})
 
     def training_step(self, model: Any, inputs: dict[str, Any], *arguments: Any, **keywords: Any) -> Any:
         labels = inputs["labels"]
@@ -140,14 +135,7 @@ class Trainer(SFTTrainer):
 
     def held_out_figures(self, model: Any) -> dict[str, float]:
         """Nats per trained token over the held-out rows: transformers' own mean weighs batches, not tokens."""
-        shares = [self.held_out[rank :: self.ranks.count] for rank in range(self.ranks.count)]
-        own = row_losses(model, shares[self.ranks.rank], batch_tokens=EVALUATION_BATCH_TOKENS)
-        if self.ranks.shards:
-            passes = [len(measured(share, batch_tokens=EVALUATION_BATCH_TOKENS)) for share in shares]
-            keep_up(model.get_base_model(), passes=max(passes) - passes[self.ranks.rank])
-        found = self.ranks.collect([dataclasses.astuple(row) for row in own])
-        rows = [RowLoss(*found[number % len(found)][number // len(found)]) for number in range(len(self.held_out))]
-        return {"eval_loss": mean_loss(rows)}
+        return {"eval_loss": mean_loss(losses_together(model, self.held_out, batch_tokens=EVALUATION_BATCH_TOKENS, ranks=self.ranks))}
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Takes the held-out figures and tells everyone."""
@@ -297,17 +285,3 @@ def make_trainer(
     for callback in callbacks:
         trainer.add_callback(callback)
     return trainer
-
-
-def go_together(trainer: Trainer, model: Any, *, ranks: Ranks, seed: int) -> None:
-    """Prepares one trainer of several processes.
-
-    accelerate puts a model that is only evaluated under autocast and into no wrapper; DistributedDataParallel would have
-    to see the forward pass, which quick steps do not go through. TRL gathers metrics in each micro-batch, which nobody
-    reads, and where a process without rows takes no part.
-    """
-    trainer.accelerator.prepare_model = partial(trainer.accelerator.prepare_model, evaluation_mode=True)
-    trainer.accelerator.gather_for_metrics = lambda tensor: tensor
-    spread(parameter for parameter in model.parameters() if parameter.requires_grad)
-    if not ranks.first:
-        set_seed(seed + ranks.rank)  # other dropout for other rows
