@@ -1,8 +1,8 @@
 """ZeRO-3's settings: made from the launch group, and such that accelerate's plugin and DeepSpeed's own validation take them."""
 
 import copy
+import dataclasses
 import importlib.util
-from types import SimpleNamespace
 
 import pytest
 
@@ -37,8 +37,9 @@ def test_deepspeeds_own_validation_takes_them(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    read = DeepSpeedConfig(SETTINGS, mpu=SimpleNamespace(get_data_parallel_world_size=lambda: 8))
-    assert (read.zero_config.stage, read.gradient_clipping, read.train_batch_size) == (3, 0.3, 64)
+    alone = dataclasses.replace(LAUNCH, processes=1)  # it counts the processes that are there
+    read = DeepSpeedConfig(zero3(alone, dtype="bfloat16", micro_batch=2, accumulate=4, max_grad_norm=0.3))
+    assert (read.zero_config.stage, read.gradient_clipping, read.train_batch_size) == (3, 0.3, 8)
 
 
 def test_training_with_it_is_refused_with_the_reason() -> None:
