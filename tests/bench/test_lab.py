@@ -121,16 +121,15 @@ def test_an_error_is_measured_against_the_weights_own_size() -> None:
 
 
 @pytest.mark.slow
-def test_the_verb_writes_a_page_and_one_line_of_json(tmp_path: Path) -> None:
+def test_the_verb_writes_a_page_and_one_line_of_json(tiny_base: Path, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
-    settings = ["tokens=512", "repeats=1", "backends=nf4_double,int8,awq", f"out={out}"]
+    settings = [f"model={tiny_base}", "tokens=512", "repeats=1", "backends=nf4_double,int8,awq", f"out={out}"]
     command = [sys.executable, "-m", "finetune", "bench", "quantization", *settings]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     by_name = {one["backend"]: one for one in found}
-    assert by_name["nf4_double"]["bits_per_parameter"] == pytest.approx(4.127, abs=0.001)
-    assert 8 <= by_name["int8"]["bits_per_parameter"] < 8.1
+    assert 4.1 < by_name["nf4_double"]["bits_per_parameter"] < by_name["int8"]["bits_per_parameter"] < 9
     assert by_name["int8"]["kl"] < by_name["nf4_double"]["kl"]
     assert by_name["awq"]["status"].startswith("not run: transformers 5 loads it through gptqmodel")
     page = out.read_text()

@@ -145,7 +145,7 @@ def prefill(model: Any, batch: int) -> int:
     """One forward pass; returns its tokens."""
     import torch
 
-    ids = (torch.arange(batch * PREFILL_TOKENS) % 1000 + 100).view(batch, -1).to(model.device)
+    ids = some_tokens(model, batch, PREFILL_TOKENS)
     with torch.no_grad():
         model(input_ids=ids, use_cache=False, logits_to_keep=1)
     return batch * PREFILL_TOKENS
@@ -155,12 +155,19 @@ def decode(model: Any, batch: int) -> int:
     """Greedy tokens after a short prompt; returns how many."""
     import torch
 
-    ids = (torch.arange(batch * 16) % 1000 + 100).view(batch, -1).to(model.device)
+    ids = some_tokens(model, batch, 16)
     model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False,
         pad_token_id=0,
     )  # fmt: skip
     return batch * NEW_TOKENS
+
+
+def some_tokens(model: Any, rows: int, length: int) -> Any:
+    """Token ids that every vocabulary has, none of them the same as the one before. Speed does not depend on which they are."""
+    import torch
+
+    return (torch.arange(rows * length) % min(1000, model.config.vocab_size)).view(rows, length).to(model.device)
 
 
 def speeds(work: Callable[[Any, int], int], model: Any, repeats: int) -> dict[str, float]:
