@@ -41,10 +41,14 @@ def test_each_bad_setting_gets_one_sentence(override: str, expected: str | None)
         assert problems([override]) == [expected]
 
 
+NO_NF5 = (
+    "quantization=nf5: there is no such option; choose one of awq, fp4, gguf, gptq, hqq, int8, nf4, nf4_double, none, qat, "
+    "torchao_int4, torchao_int8; did you mean nf4?"
+)
+
+
 def test_option_that_does_not_exist_lists_those_that_do() -> None:
-    assert problems(["quantization=nf5"]) == [
-        "quantization=nf5: there is no such option; choose one of fp4, int8, nf4, nf4_double, none; did you mean nf4?"
-    ]
+    assert problems(["quantization=nf5"]) == [NO_NF5]
 
 
 def test_experiment_that_does_not_exist_lists_those_that_do() -> None:
@@ -54,7 +58,7 @@ def test_experiment_that_does_not_exist_lists_those_that_do() -> None:
 
 def test_all_problems_are_named_at_once() -> None:
     assert problems(["lora.rnak=3", "lora.rank=many", "quantization=nf5"]) == [
-        "quantization=nf5: there is no such option; choose one of fp4, int8, nf4, nf4_double, none; did you mean nf4?",
+        NO_NF5,
         "lora.rnak: there is no such setting; did you mean lora.rank?",
         "lora.rank: must be a whole number; got 'many'",
     ]

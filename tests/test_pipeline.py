@@ -84,6 +84,7 @@ def test_planned_launches_are_refused_before_anything_is_written(
     assert not (tmp_path / "outputs").exists()
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.slow
 def test_the_quickstart_runs_on_the_real_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["+experiment=quickstart", "+debug=limit", f"run.root={tmp_path}"]) == 0, capsys.readouterr().err

@@ -94,7 +94,10 @@ def library_of(layer: Any) -> Any:
     kind = type(layer)
     if (kind.__module__, kind.__name__) == ("torch.nn.modules.linear", "Linear"):  # torchao's have another kind of weight
         kind = type(layer.weight)
-    return LIBRARIES.get(kind.__module__.partition(".")[0])
+    library = LIBRARIES.get(kind.__module__.partition(".")[0])
+    if library is bnb and not (hasattr(layer.weight, "quant_state") or hasattr(layer.weight, "CB")):
+        return None  # plain weights in its layer: the plan's count of sizes
+    return library
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Any]:
