@@ -17,7 +17,7 @@ from finetune.config import CONF, RunConfig, compose_config, explain_all, load, 
 from finetune.console import complain
 from finetune.errors import ConfigError, FinetuneError, GateMissed, Interrupted, RankFailed
 from finetune.hardware.busy import Look, spare_others
-from finetune.launch import Ranks, as_launched, must_start, start
+from finetune.launch import Ranks, as_launched, end, must_start, start
 from finetune.overrides import opened
 from finetune.run import STAGES
 from finetune.verbs import LOOKS, recorded, split_own, sweep, with_experiment
@@ -161,4 +161,4 @@ def with_hydra(verb: str, arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

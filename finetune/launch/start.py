@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from finetune.console import complain, say
 from finetune.errors import HardwareError
@@ -130,3 +131,13 @@ def start(config: LaunchConfig, arguments: Sequence[str]) -> int:
         except SignalException:
             return INTERRUPTED
     return 0
+
+
+def end(code: int) -> NoReturn:
+    """Ends this process. One of several that failed goes at once: the interpreter's own end would abort (exit code -6) in
+    threads of the process group that still wait for a process that is gone."""
+    if code and process_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

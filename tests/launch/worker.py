@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from finetune.console import say
 from finetune.errors import FinetuneError, Interrupted, RankFailed
-from finetune.launch import Ranks
+from finetune.launch import Ranks, end
 from finetune.launch.ranks import VARIABLES
 from tests.train.runs import Stopping, train
 
@@ -106,4 +106,4 @@ if __name__ == "__main__":
         os.environ.update(launch, MASTER_PORT=str(port))
         code = main(Path(name), Path(sys.argv[1]), asked)
         sys.stdout.write(f"ended with {code}\n")
-    sys.exit(code)
+    end(code)
