@@ -88,8 +88,8 @@ def execute(verb: str, config: RunConfig, *, overrides: list[str], own: dict[str
         show(plan(config, probe(config.hardware)))
         return DONE
     if verb in LAUNCHED:
-        config.launch = as_launched(config.launch)
-        problems = list(config.problems())  # a launcher may have brought another strategy
+        asked, config.launch = config.launch, as_launched(config.launch)
+        problems = list(config.problems()) if config.launch is not asked else []  # a launcher may have brought another strategy
         if problems:
             raise ConfigError(*problems)
         if must_start(config.launch):

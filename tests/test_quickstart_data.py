@@ -1,4 +1,3 @@
-import importlib.util
 import json
 from collections import Counter
 from pathlib import Path
@@ -7,18 +6,15 @@ from typing import Any
 
 import pytest
 
+from tests.scripts import script as open_script
+
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "data" / "quickstart"
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_quickstart_data", ROOT / "scripts" / "make_quickstart_data.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return open_script("make_quickstart_data")
 
 
 def _rows(part: str) -> list[dict[str, Any]]:

@@ -1,6 +1,5 @@
 """The files for clusters are those that the launch group gives, and each is one that its system reads."""
 
-import importlib.util
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,18 +10,14 @@ import yaml
 
 from finetune.launch.start import accelerate_config
 from tests.launch.processes import ROOT
+from tests.scripts import script as open_script
 
 CLUSTER = ROOT / "scripts" / "cluster"
 
 
 @pytest.fixture(scope="module")
 def maker() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_cluster_files", ROOT / "scripts" / "make_cluster_files.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return open_script("make_cluster_files")
 
 
 def test_shipped_files_are_what_the_launch_group_gives(maker: ModuleType) -> None:

@@ -1,6 +1,5 @@
 """Two machines on one: network namespaces with a cable between them, as scripts/check_launch.py makes them."""
 
-import importlib.util
 import os
 import shutil
 from pathlib import Path
@@ -8,8 +7,8 @@ from types import ModuleType
 
 import pytest
 
-from tests.launch.processes import ROOT
 from tests.rows import data_overrides
+from tests.scripts import script as open_script
 from tests.test_pipeline import SMALL
 
 pytestmark = [
@@ -23,12 +22,7 @@ pytestmark = [
 
 @pytest.fixture
 def check() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("check_launch", ROOT / "scripts" / "check_launch.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return open_script("check_launch")
 
 
 def test_node_that_dies_ends_the_other_and_a_restart_goes_on(

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.bench.lab.task import Task, check_metric, deal, line, model_choice
+from finetune.bench.lab.task import Task, change_figures, change_text, check_metric, deal, line, model_choice
 from finetune.console import human_bytes, say, table
 from finetune.errors import ConfigError
 from finetune.hardware import LIMITS
@@ -109,10 +109,7 @@ def compare(*, model: str, text: Path, tokens: int, grid: str, out: Path, backen
     from finetune.model import fetch
 
     check_metric(further.metric, where="bench quantization")
-    names = backends or options()
-    unknown = sorted(set(names) - set(options()))
-    if unknown:
-        raise ConfigError(f"bench quantization: {', '.join(unknown)} is no option of quantization; there are {', '.join(options())}")
+    names = chosen(backends, where="bench quantization")
     choice = ["+experiment=quickstart", *model_choice(model)]
     base = fetch(load(choice).model)
     folder = base.folder if grid == "as_it_is" else moved_off_the_grid(base)
@@ -130,9 +127,17 @@ def compare(*, model: str, text: Path, tokens: int, grid: str, out: Path, backen
     sys.stdout.write(json.dumps([asdict(one) for one in found]) + "\n")
 
 
-def options() -> list[str]:
-    """All files of the quantization group."""
-    return sorted(file.stem for file in (CONF / "quantization").glob("*.yaml"))
+def chosen(backends: list[str], *, where: str) -> list[str]:
+    """The options of the quantization group that were named, or all of them.
+
+    Raises:
+        ConfigError: There is no such option.
+    """
+    options = sorted(file.stem for file in (CONF / "quantization").glob("*.yaml"))
+    unknown = sorted(set(backends) - set(options))
+    if unknown:
+        raise ConfigError(f"{where}: {', '.join(unknown)} is no option of quantization; there are {', '.join(options)}")
+    return backends or options
 
 
 def refused(name: str) -> str:
@@ -220,7 +225,7 @@ def summary(name: str, got: dict[str, Any], reference: dict[str, Any]) -> Measur
         perplexity=round(math.exp(ours.value), 3),
         kl=round(got["agreement"]["kl"], 5),
         top1_agreement=round(got["agreement"]["top1_agreement"], 4),
-        loss_change={"difference": round(change.value, 4), "low": round(change.low, 4), "high": round(change.high, 4)},
+        loss_change=change_figures(change),
         prefill_tokens_per_second=got["prefill"],
         decode_tokens_per_second=got["decode"],
         task=_level(got["scores"]),
@@ -248,7 +253,6 @@ def show(found: list[Measured], reference: dict[str, Any]) -> None:
 
 def cells(one: Measured) -> list[str]:
     """A measured backend's figures as text."""
-    change = one.loss_change
     return [
         one.backend,
         f"{one.bits_per_parameter:.3f}",
@@ -256,7 +260,7 @@ def cells(one: Measured) -> list[str]:
         human_bytes(one.memory_bytes or 0),
         f"{one.make_seconds:.1f}, {one.load_seconds:.1f}",
         f"{one.perplexity:.2f}",
-        f"{change['difference']:+.4f} [{change['low']:+.4f}, {change['high']:+.4f}]",
+        change_text(one.loss_change),
         f"{one.kl:.4f}",
         f"{one.top1_agreement:.3f}",
         by_batch(one.prefill_tokens_per_second),

@@ -94,3 +94,12 @@ def scores(model: Any, base: Any, task: Task, rows: list[dict[str, Any]]) -> lis
     answers = generate(model, chat.tokenizer, prompts, max_new_tokens=task.max_new_tokens, batch_rows=BATCH_ROWS, ends=chat.ends)
     texts = [chat.tokenizer.decode(answer.tokens, skip_special_tokens=True) for answer in answers]
     return [METRICS[task.metric](text, row) for text, row in zip(texts, rows, strict=True)]
+
+
+def change_figures(change: Any) -> dict[str, float]:
+    """A difference of `finetune.measure.bootstrap` as the tables' JSON has it."""
+    return {"difference": round(change.value, 4), "low": round(change.low, 4), "high": round(change.high, 4)}
+
+
+def change_text(change: dict[str, float]) -> str:
+    return f"{change['difference']:+.4f} [{change['low']:+.4f}, {change['high']:+.4f}]"

@@ -16,9 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from finetune.bench.lab.task import check_metric, deal, line, model_choice
+from finetune.bench.lab.task import change_figures, change_text, check_metric, deal, line, model_choice
 from finetune.console import human_bytes, say, table
-from finetune.errors import ConfigError
 
 TOKENS_PER_STEP = 512
 RESAMPLES = 2000
@@ -100,16 +99,13 @@ def tune(*, source: Path | None, rows: int, heldout: int, model: str, grid: str,
     Raises:
         ConfigError: The source is too short, or there is no such backend or metric.
     """
-    from finetune.bench.lab.compare import options, refused
+    from finetune.bench.lab.compare import chosen, refused
     from finetune.bench.lab.offgrid import moved_off_the_grid
     from finetune.config import load
     from finetune.model import fetch
 
     check_metric(budget.metric, where="bench tuning")
-    names = [YARDSTICK, *[name for name in backends or options() if name != YARDSTICK]]
-    unknown = sorted(set(names) - set(options()))
-    if unknown:
-        raise ConfigError(f"bench tuning: {', '.join(unknown)} is no option of quantization; there are {', '.join(options())}")
+    names = [YARDSTICK, *[name for name in chosen(backends, where="bench tuning") if name != YARDSTICK]]
     choice = model_choice(model)
     if grid == "moved":
         choice = model_choice(str(moved_off_the_grid(fetch(load(["+experiment=quickstart", *choice]).model))))
@@ -162,8 +158,8 @@ def summary(name: str, runs: list[dict[str, Any]], yardstick: list[dict[str, Any
     metric, metric_change = {}, {}
     if runs[0]["scores"]:
         ours, others = (mean_of(list(np.mean([run["scores"] for run in side], axis=0))) for side in (runs, yardstick))
-        metric, moved = _rounded(asdict(draw.level(ours))), draw.difference(others, ours)
-        metric_change = _rounded({"difference": moved.value, "low": moved.low, "high": moved.high})
+        metric = {name: round(value, 4) for name, value in asdict(draw.level(ours)).items()}
+        metric_change = change_figures(draw.difference(others, ours))
     losses = [_loss(run["losses"]) for run in runs]
     return Tuned(
         backend=name,
@@ -171,7 +167,7 @@ def summary(name: str, runs: list[dict[str, Any]], yardstick: list[dict[str, Any
         untuned_loss=round(_loss(runs[0]["untuned"]), 4),
         loss=round(mean(losses), 4),
         losses=[round(loss, 4) for loss in losses],
-        loss_change=_rounded({"difference": change.value, "low": change.low, "high": change.high}),
+        loss_change=change_figures(change),
         loss_change_by_seed=[round(loss - _loss(other["losses"]), 4) for loss, other in zip(losses, yardstick, strict=True)],
         metric=metric,
         metric_change=metric_change,
@@ -187,23 +183,15 @@ def _loss(rows: list[list[float]]) -> float:
     return float(totals[0] / totals[1])
 
 
-def _rounded(figures: dict[str, float]) -> dict[str, float]:
-    return {name: round(value, 4) for name, value in figures.items()}
-
-
 def show(lines: list[Tuned], budget: Budget) -> None:
     """The table in the terminal."""
     measured = [one for one in lines if one.status == "measured"]
     head = ["backend", "base", "untuned loss", "loss", "against none", "by seed", "peak memory", "seconds", "tokens/s"]
     rows = [
-        [one.backend, human_bytes(one.base_bytes or 0), f"{one.untuned_loss:.3f}", f"{one.loss:.4f}", _change(one.loss_change),
+        [one.backend, human_bytes(one.base_bytes or 0), f"{one.untuned_loss:.3f}", f"{one.loss:.4f}", change_text(one.loss_change),
          " ".join(f"{by:+.3f}" for by in one.loss_change_by_seed), human_bytes(one.peak_rss_bytes or 0), f"{one.seconds:.0f}",
-         f"{one.tokens_per_second:.0f}", *([f"{one.metric['value']:.3f}", _change(one.metric_change)] if one.metric else [])]
+         f"{one.tokens_per_second:.0f}", *([f"{one.metric['value']:.3f}", change_text(one.metric_change)] if one.metric else [])]
         for one in measured
     ]  # fmt: skip
     table("bench", [*head, *([budget.metric, "against none"] if budget.metric else [])], rows)
     say("bench", *[f"{one.backend}: {one.status}" for one in lines if one.status != "measured"])
-
-
-def _change(change: dict[str, float]) -> str:
-    return f"{change['difference']:+.4f} [{change['low']:+.4f}, {change['high']:+.4f}]"
