@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from finetune.bench.lab.compare import options
+from finetune.bench.lab.compare import chosen
 from finetune.config import load
 from finetune.errors import ConfigError, HardwareError
 from finetune.hardware import LIMITS, Gpu, Machine, place
@@ -82,7 +82,7 @@ def test_a_method_that_runs_nowhere_says_why_and_names_one_that_runs(name: str) 
     assert limit.reason
     assert not limit.tunable
     alternative = limit.instead.removeprefix("quantization=")
-    assert limit.instead.startswith("model.name=") or alternative in options()
+    assert limit.instead.startswith("model.name=") or alternative in chosen([], where="test")
     with pytest.raises(ConfigError, match=re.escape(f"quantization.method={name} does not run: {limit.reason}; choose {limit.instead}")):
         load(["+experiment=quickstart", f"quantization={name}"])
 
@@ -94,7 +94,7 @@ def test_a_method_that_runs_is_placed(machine: Machine, name: str) -> None:
 
 
 def test_every_method_has_a_file_of_the_group_and_every_file_a_method() -> None:
-    methods = [yaml.safe_load((CONF / "quantization" / f"{name}.yaml").read_text())["method"] for name in options()]
+    methods = [yaml.safe_load((CONF / "quantization" / f"{name}.yaml").read_text())["method"] for name in chosen([], where="test")]
     assert set(methods) == set(LIMITS)
 
 
