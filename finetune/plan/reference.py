@@ -12,7 +12,7 @@ from finetune.architecture import ArchitectureConfig, parameters
 from finetune.plan import phases, trainers, weights
 from finetune.plan.inputs import ALL_LINEAR, PlanInputs, Trainer
 
-UNITS = {"GiB": 1024**3, "GB": 1e9, "MB": 1e6, "MiB": 1024**2}
+UNITS = {"TB": 1e12, "GiB": 1024**3, "GB": 1e9, "MiB": 1024**2, "MB": 1e6}
 GIB = 1024**3
 QLORA_RANK = 64
 """Taken where a source of QLoRA's authors states no rank, with every linear layer adapted: their script's defaults."""
@@ -107,7 +107,7 @@ def compare(row: Mapping[str, Any], architectures: Mapping[str, ArchitectureConf
 
 def _planned(row: Mapping[str, Any], architectures: Mapping[str, ArchitectureConfig]) -> float:
     if row["method"] == "load only":
-        return row["params_b"] * 1e9 * {"float32": 4, "float16": 2, "int8": 1, "int4": 0.5}[row["quantisation"]]
+        return row["params_b"] * 1e9 * {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "int4": 0.5}[row["quantisation"]]
     inputs = _inputs(row, architectures)
     by_phase = phases.device_phases(inputs)
     framework = phases.framework_bytes(inputs)
@@ -136,6 +136,7 @@ def _inputs(row: Mapping[str, Any], architectures: Mapping[str, ArchitectureConf
         architecture=architecture,
         method=method,
         double=double,
+        bits=_bits(row),
         rank=0 if full else row.get("lora_rank") or (QLORA_RANK if "1b4d85d9" in source else 8),
         targets=_targets(row),
         adapter_bytes=2 if pure or "axolotl" in source else 4,
@@ -177,10 +178,18 @@ def _quantization(row: Mapping[str, Any]) -> tuple[str, bool]:
         return "none", False
     if "int8" in text or "8-bit" in text:
         return "int8", False
+    if "hqq" in text or _bits(row) < 4:
+        return "hqq", False
     stated = row.get("double_quant")
     # bitsandbytes.nn.Linear4bit compresses its statistics unless told otherwise, and fsdp_qlora does not tell it.
     double = stated if stated is not None else "double" in text or "-dq" in text or "fsdp_qlora" in row["source"]
     return ("fp4" if "fp4" in text else "nf4"), bool(double)
+
+
+def _bits(row: Mapping[str, Any]) -> int:
+    """bitsandbytes knows no 2 and 3 bits; LLaMA-Factory names HQQ for them, which needs no calibration."""
+    found = re.match(r"([23])-?bit", row.get("quantisation") or "")
+    return int(found.group(1)) if found else 4
 
 
 def _targets(row: Mapping[str, Any]) -> tuple[str, ...]:

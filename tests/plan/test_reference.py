@@ -49,6 +49,18 @@ def test_two_gpus_in_shards_are_met_within_a_sixth() -> None:
     assert compare(peft, KNOWN).error == pytest.approx(0, abs=1 / 6)
 
 
+def test_two_bits_take_half_of_four() -> None:
+    # 4 GB and 6 GB for a 7B: LLaMA-Factory's README.
+    table = row(
+        model="7B (generic)", params_b=7, method="qlora", kind="rule-of-thumb estimate", gpu=None, fits=None, source="github x/y @ 1",
+        gradient_checkpointing=None, seq_len=None, lora_targets=None,
+    )  # fmt: skip
+    two, four = (compare(table | {"quantisation": f"{bits}-bit", "reported": gb}, KNOWN) for bits, gb in ((2, 4), (4, 6)))
+    assert two.error is not None
+    assert two.error < 0.15
+    assert four.planned_bytes - two.planned_bytes == pytest.approx(7e9 / 4, rel=0.2)
+
+
 @pytest.mark.parametrize(
     ("name", "key"), [("Llama-2-7B", "llama2_7b"), ("Llama 2 7 B", "llama2_7b"), ("LLaMA-7B", "llama1_7b"), ("phi-1.5 1.3 B", "phi15")]
 )
