@@ -144,7 +144,7 @@ def line(
     set_threads(placement)
     yield "train"
 
-    merged = folder.once(merge, config.merge, adapter=adapter, data=data, **base_inputs)
+    merged = folder.once(merge, config.merge, adapter=adapter, data=data, seed=seed, **base_inputs)
     trackers.summary(figures("merge", merged))
     yield "merge"
 
