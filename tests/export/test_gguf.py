@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from artifacts import Made
-from test_export import Facts, merged, run  # noqa: F401  # fixtures
+from test_export import Facts, judge, merged, run  # noqa: F401  # fixtures
 
 from finetune.errors import ExportError
 from finetune.export import Exports
