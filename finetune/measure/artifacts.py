@@ -67,7 +67,7 @@ def _exported(exports: Sequence[Fields]) -> Iterator[dict[str, Any]]:
         difference = from_merged.get("loss_difference") or parity.get("loss_difference")
         answers = parity.get("answers") or {}
         yield _line(
-            f"Export {Path(one['path']).name}, in {parity['runtime']}",
+            f"Export {Path(one['path']).name}",
             {**parity, **answers},
             change={"from": before, **difference} if difference else None,
             loss_rows=parity.get("rows"),

@@ -1,5 +1,7 @@
 """What came out: the scores of the four artifacts, the merge, the exports."""
 
+from html import escape
+
 from finetune.measure.artifacts import beside, cells, heads, metric_names, sentence
 from finetune.report.facts import Fields
 from finetune.report.intervals import agreement_picture, artifact_picture, change_picture
@@ -43,7 +45,8 @@ def artifacts(report: Fields) -> Html:
         return Html("")
     names = metric_names(lines)
     kept = frozenset(index for index, line in enumerate(lines) if line["kept"])
-    listed = table(heads(lines, metric_title), [cells(line, names) for line in lines], strong=kept)
+    broken = [[Html(escape(cell).replace(" [", "<br>[").replace(" from ", "<br>from ")) for cell in cells(line, names)] for line in lines]
+    listed = table(heads(lines, metric_title), broken, strong=kept)
     beneath = joined(tag("p", text, kind="caption") for text in beside(lines, metric_title))
     return section("artifacts", "Every artifact on the same rows", tag("p", sentence(lines)), listed, beneath)
 
