@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = arguments.pop(0) if arguments and arguments[0] in VERBS else "run"
     try:
-        if any(argument.startswith("-") for argument in arguments):
+        if verb != "bench" and any(argument.startswith("-") for argument in arguments):
             return with_hydra(verb, arguments)
         return dispatch(verb, arguments)
     except FinetuneError as error:

@@ -123,3 +123,5 @@ def test_composing_and_planning_import_nothing_heavy(arguments: list[str]) -> No
 def test_bench_names_what_it_can_measure(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "weather"]) == 2
     assert "say what to measure, one of data, speed, start" in capsys.readouterr().err
+    assert main(["bench", "merge", "--help"]) == 0
+    assert "merge [parameters=]: merging a large checkpoint" in capsys.readouterr().out

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune.console import say
 from finetune.errors import ConfigError
 
 Settings = dict[str, str]
@@ -18,22 +19,27 @@ class Measurement:
     """Something to measure.
 
     Attributes:
+        about: What is measured.
         run: Takes the settings that the user gave.
         takes: Names of the settings.
         needs: Those that must be given.
     """
 
+    about: str
     run: Callable[[Settings], None]
     takes: tuple[str, ...]
     needs: tuple[str, ...] = ()
 
 
 def bench(arguments: Sequence[str]) -> None:
-    """Runs one measurement.
+    """Runs one measurement, or with ``--help`` says which there are and what they take.
 
     Raises:
         ConfigError: There is no such measurement, or a setting is missing or unknown.
     """
+    if "--help" in arguments:
+        say("bench", *[_explained(name) for name in BENCHES if name in arguments or not set(BENCHES) & set(arguments)])
+        return
     if not arguments or arguments[0] not in BENCHES:
         raise ConfigError(f"bench: say what to measure, one of {', '.join(BENCHES)}; got {' '.join(arguments) or 'nothing'}")
     what, measurement = arguments[0], BENCHES[arguments[0]]
@@ -45,6 +51,12 @@ def bench(arguments: Sequence[str]) -> None:
     if missing:
         raise ConfigError(f"bench {what}: {', '.join(missing)} is missing; {NEEDED[missing[0]]}")
     measurement.run(settings)
+
+
+def _explained(name: str) -> str:
+    measurement = BENCHES[name]
+    settings = [f"{key}=" if key in measurement.needs else f"[{key}=]" for key in measurement.takes]
+    return f"{' '.join([name, *settings])}: {measurement.about}"
 
 
 def _data(settings: Settings) -> None:
@@ -161,10 +173,16 @@ NEEDED = {
 }
 
 BENCHES = {
-    "data": Measurement(_data, ("source", "tokenizer", "rows"), needs=("source",)),
-    "speed": Measurement(_speed, ("source", "rows", "against", "repeats"), needs=("source",)),
-    "start": Measurement(_start, ("repeats",)),
+    "data": Measurement("preparing rows, beside TRL and the bare tokenizer", _data, ("source", "tokenizer", "rows"), needs=("source",)),
+    "speed": Measurement(
+        "training, an option at a time, or with against=trl beside `trl sft`",
+        _speed,
+        ("source", "rows", "against", "repeats"),
+        needs=("source",),
+    ),
+    "start": Measurement("from the start of a process to its first step", _start, ("repeats",)),
     "quantization": Measurement(
+        "every way to store a base: error, size, loss, speed",
         _quantization,
         (
             "model",
@@ -183,11 +201,13 @@ BENCHES = {
         ),
     ),
     "tuning": Measurement(
+        "one task tuned on every kind of base, over seeds",
         _tuning,
         ("source", "rows", "heldout", "model", "grid", "backends", "steps", "learning_rate", "seeds", "metric", "max_new_tokens", "out"),
     ),
-    "merge": Measurement(_merge, ("parameters",)),
+    "merge": Measurement("merging a large checkpoint, beside cp and peft", _merge, ("parameters",)),
     "humaneval": Measurement(
+        "problems solved by a model or a GGUF, in a sandbox",
         _humaneval,
         ("source", "model", "problems", "samples", "temperature", "max_new_tokens", "seed", "quantization", "out"),
         needs=("source", "model"),
