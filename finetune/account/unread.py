@@ -78,7 +78,14 @@ BY_DESIGN = (
     Rule(("export.*.shard_bytes",), lambda c, part: part.format != "safetensors", "only its files are cut"),
     Rule(("eval.max_new_tokens", "eval.batch_rows"), lambda c, part: part.rows == 0, "no answers are written"),
     Rule(
-        ("export.*.golden_rows", "export.*.loss_rows", "export.*.max_logit_difference", "export.*.max_kl", "export.*.max_new_tokens"),
+        (
+            "export.*.golden_rows",
+            "export.*.loss_rows",
+            "export.*.rows",
+            "export.*.max_logit_difference",
+            "export.*.max_kl",
+            "export.*.max_new_tokens",
+        ),
         lambda c, part: part.format in ("card", "hub"),
         "they write no weights that could be compared",
     ),

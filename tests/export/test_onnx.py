@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_export import Facts, merged, run  # noqa: F401  # fixtures
+from test_export import Facts, judge, merged, run  # noqa: F401  # fixtures
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, MistralConfig
 
 from finetune.errors import ExportError
