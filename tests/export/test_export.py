@@ -271,7 +271,7 @@ def test_export_beyond_its_bound_is_refused(tmp_path: Path) -> None:
     import numpy as np
 
     wanted = Expected(
-        chats=[], chat_tokens=[], prompts=[[1]], logits=[np.zeros((1, 4), dtype=np.float32)], rows=[], losses=[], stopped=False
+        chats=[], chat_tokens=[], prompts=[[1]], logits=[np.zeros((1, 4), dtype=np.float32)], rows=[], losses=[], stopped=False, ending=[1]
     )
     file = tmp_path / "logits.npz"
     np.savez(file, prompt_0=np.array([[0, 0, 0, 1.0]], dtype=np.float32))
