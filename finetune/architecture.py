@@ -199,7 +199,10 @@ def from_config_json(path: Path) -> ArchitectureConfig:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ModelError(f"model.name: {file} cannot be read: {error.strerror}; a local model folder must hold config.json") from error
+        raise ModelError(
+            f"model.name: {file} cannot be read: {error.strerror}; a local model folder must hold config.json, and the "
+            "dimensions of any other model are given under model.architecture"
+        ) from error
     except json.JSONDecodeError as error:
         raise ModelError(f"model.name: {file} is not JSON: line {error.lineno}: {error.msg}") from error
     content = content.get("text_config", content)

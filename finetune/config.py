@@ -19,6 +19,7 @@ from finetune.data import DataConfig
 from finetune.errors import ConfigError
 from finetune.eval import EvalConfig
 from finetune.export import ExportConfig
+from finetune.export.needs import conflicts as export_conflicts
 from finetune.hardware import HardwareConfig
 from finetune.launch import SHARDABLE, LaunchConfig
 from finetune.lora import LoraConfig
@@ -70,6 +71,7 @@ class RunConfig:
                 f"data.path={self.data.path} would be measured on the quickstart's held-out rows; "
                 "choose data=custom, or set data.heldout_path"
             )
+        yield from export_conflicts(self.export, lora=self.lora)
         yield from self.lora.conflicts(quantization=self.quantization.method, weight_decay=self.optim.weight_decay)
         yield from self.train.conflicts(rows=self.data.objective, variant=self.lora.variant, dropout=self.lora.dropout)
         method = self.quantization.method
