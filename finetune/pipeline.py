@@ -15,7 +15,7 @@ from finetune.console import human_bytes, quiet_libraries, say
 from finetune.data import prepare
 from finetune.errors import GateMissed, HardwareError
 from finetune.eval import score
-from finetune.export import export
+from finetune.export import ExportConfig, export
 from finetune.export.needs import check_packages
 from finetune.hardware import Machine, Placement
 from finetune.launch import Ranks, keep_log, refuse
@@ -154,8 +154,25 @@ def line(
     trackers.summary(figures("eval", scores))
     yield "eval"
 
-    folder.once(export, config.export, adapter=adapter, merged=merged, scores=scores, data=data, seed=seed, **base_inputs)
+    folder.once(
+        export,
+        pushed(config.export, missed=scores.missed),
+        adapter=adapter,
+        merged=merged,
+        scores=scores,
+        data=data,
+        seed=seed,
+        **base_inputs,
+    )
     yield "export"
+
+
+def pushed(exports: dict[str, ExportConfig], *, missed: Sequence[str]) -> dict[str, ExportConfig]:
+    """The exports as asked for, but a model that misses a threshold of ``eval.gate`` goes nowhere."""
+    if not missed or not any(one.push for one in exports.values()):
+        return exports
+    say("export", "nothing is pushed, since a threshold of eval.gate was not met; what would go is shown")
+    return {name: dataclasses.replace(one, push=False) for name, one in exports.items()}
 
 
 def follow(config: RunConfig, *, ranks: Ranks) -> None:

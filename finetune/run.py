@@ -110,7 +110,18 @@ class RunFolder:
                     raise BlockingIOError  # deleted and made anew in between: what is locked is no longer the run's
             except BlockingIOError as error:
                 raise ConfigError(f"run.name: another process works in {self.path}; wait for it, or choose another run.name") from error
+            self._end_swaps()
             yield
+
+    def _end_swaps(self) -> None:
+        """Ends what a killed `_swap` left: the earlier product goes back to its place, or away where the new one stands there."""
+        for old in self.path.glob(".*.old"):
+            final = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
+            if final.exists():
+                shutil.rmtree(old)
+            else:
+                os.replace(old, final)
+                say("run", f"{final} is the earlier one again: putting the new one in its place was interrupted")
 
     def is_done(self, stage: str) -> bool:
         """Whether a stage has finished and was not asked for again."""
@@ -234,6 +245,7 @@ def _cost(started: float, peak: PeakMemory) -> dict[str, Any]:
 
 
 def _swap(work: Path, final: Path) -> None:
+    """Puts a stage done again in the place of the earlier one; `RunFolder.lock` mends what a kill in between leaves."""
     old = final.with_name(f".{final.name}.old")
     os.replace(final, old)
     os.replace(work, final)

@@ -1,6 +1,7 @@
 """Compares the plan's closed form with published memory figures: python scripts/check_plan.py FILE [--rows]
 
-FILE holds {"rows": [...]}. Prints each source's median and 90th-percentile error, and ends with one line of JSON.
+FILE holds {"rows": [...]}. Prints each source's median and 90th-percentile error, and ends with one line of JSON. Rows that the plan
+has no figure for are named and not counted.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from finetune.architecture import ArchitectureConfig
 from finetune.config import load
 from finetune.hardware import probe
 from finetune.plan.inputs import PlanInputs
-from finetune.plan.reference import Comparison, compare, compare_run
+from finetune.plan.reference import Comparison, compare, compare_run, unplanned
 from finetune.plan.settings import from_config
 
 MODELS = Path(__file__).parents[1] / "conf" / "model"
@@ -27,7 +28,13 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--rows", action="store_true", help="print every row")
     arguments = parser.parse_args()
-    rows = json.loads(arguments.file.read_text())["rows"]
+    rows = []
+    for row in read(arguments.file, parser):
+        why = None if "overrides" in row else unplanned(row)
+        if why:
+            print(f"row {row.get('id')} is left out: {why}")
+        else:
+            rows.append(row)
     known = architectures()
     compared = [compare_run(row, inputs_of(row)) if "overrides" in row else compare(row, known) for row in rows]
     if arguments.rows:
@@ -41,6 +48,15 @@ def main() -> None:
     print(summary("every condition known", [c for c in compared if c.known]))
     print(summary("all", compared))
     print(json.dumps(verdict(compared)))
+
+
+def read(file: Path, parser: argparse.ArgumentParser) -> list[dict[str, Any]]:
+    """The rows; a file that is none of ours ends the script with a sentence and exit code 2."""
+    try:
+        rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        parser.error(f'{file} must hold {{"rows": [...]}} as JSON; {type(error).__name__}: {error}')
+    return rows
 
 
 def inputs_of(row: Mapping[str, Any]) -> PlanInputs:

@@ -32,6 +32,12 @@ def problems(overrides: list[str]) -> list[str]:
         ("lora.rank=0", "lora.rank must be at least 1; got 0"),
         ("experiment=quickstart", "experiment=quickstart: experiment is an overlay and needs a plus: write +experiment=quickstart"),
         ("quantization.double=true", None),
+        ("eval.gate=high", "eval.gate: must be names with a number each, e.g. 'eval.gate={<name>: ...}'; got 'high'"),
+        ("eval.gate=[1]", "eval.gate: must be names with a number each, e.g. 'eval.gate={<name>: ...}'; got '[1]'"),
+        ("lora.targets=q_proj", "lora.targets: must be a list, e.g. 'lora.targets=[q_proj]'; got 'q_proj'"),
+        ("tracking=[slate]", "tracking=slate: there is no such option; choose one of tensorboard, wandb"),
+        ("export.safetensors.numbers=int4", "export.safetensors.numbers must be one of bfloat16, float16, float32; got 'int4'"),
+        ("export.adapter.numbers=int8", "export.adapter.numbers must be left out, since it is written in one way only; got 'int8'"),
     ],
 )
 def test_each_bad_setting_gets_one_sentence(override: str, expected: str | None) -> None:
@@ -39,6 +45,52 @@ def test_each_bad_setting_gets_one_sentence(override: str, expected: str | None)
         load(["+experiment=quickstart", override])
     else:
         assert problems([override]) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["export=[onnx]", "export.onnx.numbers=bf8"], "export.onnx.numbers must be one of float32, int8, int4; got 'bf8'"),
+        (["export=[bitsandbytes]", "export.bitsandbytes.numbers=nf5"], "export.bitsandbytes.numbers must be one of nf4, fp4, int8; got 'nf5'"),
+        (["export=[adapter,hub]"], "export.hub: a push needs a card"),
+        (["export=[gguf_lora]", "lora=dora"], "export.gguf_lora: lora.variant=dora, and llama.cpp adds nothing but low-rank products"),
+        (["export=[gguf_lora]", "lora.tokens=[<tool>]"], "export.gguf_lora: lora.tokens=['<tool>'] trains embeddings, and llama.cpp adds"),
+    ],
+)
+def test_exports_that_could_only_fail_after_training_are_refused_before(overrides: list[str], expected: str) -> None:
+    (said,) = problems(overrides)
+    assert said.startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nonsense"], "nonsense: it is no setting (write key=value) and no verb (run, plan, bench, replay, diff, data,"),
+        (["replay", "run.name=a", "now"], "now: it is no setting"),
+        (["plan", "explain="], "plan explain: name a setting or a group, e.g. explain=lora.rank"),
+        (["plan", "fit=true", "explain=lora.rank"], "plan explain=lora.rank stands alone; leave out fit"),
+        (["plan", "fit"], "plan fit: it needs a value, fit=true"),
+        (["plan", "fit=yes"], "plan fit must be true or false; got 'yes'"),
+        (["data", "why"], "data why: it needs a value, why=..."),
+        (["eval", "compare"], "eval compare: it needs a value, compare=..."),
+        (["eval", "compare=b", "run.name=a", "eval.rows=5"], "eval compare: eval.rows=5 would have no effect; it takes run.name,"),
+        (["replay", "force=maybe"], "replay force must be true or false; got 'maybe'"),
+        (["replay", "run.name=a", "lora.rank=3"], "replay: lora.rank=3 would have no effect; it takes run.name, run.root"),
+        (["diff", "json=yes", "a", "b"], "diff json must be true or false; got 'yes'"),
+        (["bench", "merge", "parameters"], "bench merge: parameters: there is no such setting; it takes parameters=..."),
+        (["bench", "merge", "parameters=nan"], "bench merge: parameters must be a positive number; got 'nan'"),
+        (["bench", "start", "repeats=0.5"], "bench start: repeats must be a whole number; got '0.5'"),
+        (["plan", "model=custom", "model.name=/not/there"], "model.name: /not/there cannot be read: No such file or directory"),
+        (["merge.adapters={/not/there: 0.5}"], "merge.adapters: /not/there is no adapter"),
+    ],
+)  # fmt: skip
+def test_what_would_be_dropped_or_could_only_fail_ends_with_2_and_one_sentence(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 NO_NF5 = (

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from finetune.__main__ import main
+from finetune.config import load
+from finetune.pipeline import pushed
 from tests.rows import data_overrides
 
 SMALL = [
@@ -82,6 +84,14 @@ def test_planned_launches_are_refused_before_anything_is_written(
     assert main([*overrides(tmp_path, tiny_base), "launch=deepspeed"]) == 2
     assert "it is not trained with" in capsys.readouterr().err
     assert not (tmp_path / "outputs").exists()
+
+
+def test_a_model_that_misses_a_threshold_is_not_pushed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "x")
+    exports = load(["+experiment=quickstart", "export=[adapter,card,hub]", "export.hub.repository=me/mine", "export.hub.push=true"]).export
+    assert pushed(exports, missed=[])["hub"].push
+    assert not pushed(exports, missed=["adapter.loss is 2, and at most 1 was asked for"])["hub"].push
+    assert "nothing is pushed" in capsys.readouterr().out
 
 
 @pytest.mark.timeout(1800)

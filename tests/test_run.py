@@ -81,6 +81,28 @@ def test_stage_asked_for_again_replaces_the_old_one_only_when_done(tmp_path: Pat
     assert sorted(path.name for path in (tmp_path / "r").iterdir()) == ["memory.jsonl", "thing"]
 
 
+@pytest.mark.parametrize(("killed_at", "stands"), [("second rename", "3"), ("deletion", "4")])
+def test_a_kill_while_products_change_places_loses_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: str, stands: str
+) -> None:
+    RunFolder.open(settings(tmp_path)).once(make, StageConfig(size=3), calls=[])
+    again = RunFolder.open(settings(tmp_path, "resume"), again=frozenset({"thing"}))
+
+    def killed(path: Path, target: Path | None = None) -> None:
+        if target is None or path.name == ".thing.new":
+            raise KeyboardInterrupt
+        path.rename(target)
+
+    with monkeypatch.context() as moment:
+        moment.setattr("finetune.run.shutil.rmtree" if killed_at == "deletion" else "finetune.run.os.replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            again._run(make, stage="thing", key="k", config=StageConfig(size=4), inputs={"calls": []}, redo=True)
+    with again.lock():
+        assert (tmp_path / "r" / "thing" / "thing.txt").read_text() == stands
+        assert not list((tmp_path / "r").glob(".thing.old"))
+        assert again.once(make, StageConfig(size=5), calls=[]).size == 5
+
+
 def test_existing_run_is_not_written_over_unless_asked(tmp_path: Path) -> None:
     RunFolder.open(settings(tmp_path)).once(make, StageConfig(size=3), calls=[])
     with pytest.raises(ConfigError, match="holds a run already and nothing is written over it"):

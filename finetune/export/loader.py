@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.console import say
 from finetune.errors import ModelError
+from finetune.export.travel import FILE, SCHEMA, settings_sha256, template_sha256, version
 from finetune.hardware import Placement
 from finetune.model import ModelConfig
 from finetune.quantization import QuantizationConfig
@@ -14,7 +16,6 @@ from finetune.quantization import QuantizationConfig
 if TYPE_CHECKING:
     from finetune.model import Base
 
-FILE = "finetune.json"
 PLACES = ("", "export/adapter", "adapter", "export/safetensors", "safetensors")
 """Where the record is looked for, seen from the folder that was named."""
 
@@ -30,15 +31,16 @@ def load(run_or_folder: str | Path, *, device: str | None = None) -> tuple[Any, 
         Model (in evaluation mode, without gradients) and tokenizer.
 
     Raises:
-        ModelError: No record, or base, weights, template or tokens are other than they were.
+        ModelError: No record, or base, weights, settings, template or tokens are other than they were.
     """
     folder = find(Path(run_or_folder))
-    record: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
-    _check_weights(folder, record)
+    record = _record(folder / FILE)
+    _check_files(folder, record)
     tokenizer = _tokenizer(folder, record)
     placement = _placement(record, device=device)
     config = ModelConfig(**record["model"], architecture=None)
     if record["kind"] == "merged":
+        say("load", f"the merged model in {folder}")
         return _merged(folder, config, placement=placement, sha256=record["weights_sha256"]), tokenizer
     from finetune.measure import trained_graph
 
@@ -57,14 +59,33 @@ def find(folder: Path) -> Path:
         if (folder / place / FILE).is_file():
             return folder / place
     raise ModelError(
-        f"{folder} holds no {FILE}; name a run folder whose export stage is done, or one of its exports. "
+        f"{folder} holds no {FILE}; name a run folder whose export stage wrote adapter or safetensors, or one of these exports. "
         "A bare peft folder does not say which base it was trained on: open it with PeftModel.from_pretrained"
     )
 
 
-def _check_weights(folder: Path, record: dict[str, Any]) -> None:
+def _record(file: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{file} is damaged ({error}); export again") from error
+    if record.get("schema") != SCHEMA:
+        raise ModelError(
+            f"{file} was written by another version of finetune (schema {record.get('schema')}, this one reads {SCHEMA}); export again"
+        )
+    others = [f"{name} {then} (here {version(name)})" for name, then in record["versions"].items() if then != version(name)]
+    if others:
+        say("load", f"{file.parent} was made with {', '.join(others)}: figures may differ by rounding")
+    return record
+
+
+def _check_files(folder: Path, record: dict[str, Any]) -> None:
     from finetune.model import weights_sha256
 
+    settings, kept = settings_sha256(folder), record["settings_sha256"]
+    changed = sorted(name for name in kept if settings.get(name) != kept[name])
+    if changed:
+        raise ModelError(f"{folder}: {' and '.join(changed)} changed or missing since the export; restore what was exported")
     found = weights_sha256(folder)
     if found != record["weights_sha256"]:
         raise ModelError(
@@ -74,8 +95,6 @@ def _check_weights(folder: Path, record: dict[str, Any]) -> None:
 
 def _tokenizer(folder: Path, record: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
-
-    from finetune.export.travel import template_sha256
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     kept = record["tokenizer"]

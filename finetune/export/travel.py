@@ -14,7 +14,10 @@ from finetune.quantization import QuantizationConfig, spec
 from finetune.run import plain, write_json
 
 FILE = "finetune.json"
-SCHEMA = 1
+SCHEMA = 2
+"""Of the record; raised when a field changes its place or meaning, so that an older one is refused in a sentence."""
+
+SETTINGS = (".json", ".jinja", ".model")
 WEIGHTS = (".safetensors", ".gguf", ".onnx", ".data")
 PACKAGES = ("finetune", "torch", "transformers", "peft")
 
@@ -37,6 +40,7 @@ def write_record(
         "schema": SCHEMA,
         "kind": kind,
         "weights_sha256": weights_sha256(folder),
+        "settings_sha256": settings_sha256(folder),
         "base": {
             "name": base.name, "revision": base.revision, "source": base.source, "sha256": base.sha256,
             "files": {file.name: file_sha256(file) for file in sorted(base.folder.glob("*.safetensors"))},
@@ -45,7 +49,7 @@ def write_record(
         "quantization": {"settings": plain(quantization), "spec": spec(quantization)},
         "computation": {"dtype": placement.dtype, "attention": placement.attention},
         "tokenizer": tokenizer_record(chat),
-        "versions": {package: _version(package) for package in packages},
+        "versions": {package: version(package) for package in packages},
     }  # fmt: skip
     write_json(folder / FILE, record)
     return record
@@ -86,7 +90,12 @@ def folder_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _version(package: str) -> str | None:
+def settings_sha256(folder: Path) -> dict[str, str]:
+    """Hash of each file that says how the weights are used: adapter, model, generation, tokenizer."""
+    return {file.name: file_sha256(file) for file in sorted(folder.iterdir()) if file.suffix in SETTINGS and file.name != FILE}
+
+
+def version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -55,7 +55,7 @@ def bench(*, parameters: float = 3e9, folder: Path | None = None) -> dict[str, A
         ours |= run_fresh("finetune.merge.bench", {"mode": "logits", "folder": work, "model": "ours"}, work=work)
         theirs = run_fresh("finetune.merge.bench", {"mode": "peft", "folder": work}, work=work)
         theirs |= run_fresh("finetune.merge.bench", {"mode": "logits", "folder": work, "model": "peft"}, work=work)
-    rows = [["cp", f"{copied:.1f}", ""], ["finetune", f"{ours['seconds']:.1f}", human_bytes(ours["peak_rss_bytes"])]]
+    rows = [["cp", f"{copied:.1f}", ""], ["finetune, original + BA", f"{ours['seconds']:.1f}", human_bytes(ours["peak_rss_bytes"])]]
     rows.append(["peft merge_and_unload", f"{theirs['seconds']:.1f}", human_bytes(theirs["peak_rss_bytes"])])
     table("bench", ["", "seconds", "peak memory"], rows)
     difference = max(abs(one - other) for one, other in zip(ours["logits"], theirs["logits"], strict=True))

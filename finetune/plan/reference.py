@@ -13,6 +13,11 @@ from finetune.plan import phases, trainers, weights
 from finetune.plan.inputs import ALL_LINEAR, PlanInputs, Trainer
 
 UNITS = {"TB": 1e12, "GiB": 1024**3, "GB": 1e9, "MiB": 1024**2, "MB": 1e6}
+NUMBERS = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "int4": 0.5}
+"""Bytes of a parameter, by the names that accelerate's tables use."""
+
+METHODS = re.compile(r"nf4|fp4|int4|int8|hqq|[2348]-?bit")
+OTHERS = re.compile(r"gptq|awq|aqlm|fp8|float8")
 GIB = 1024**3
 QLORA_RANK = 64
 """Taken where a source of QLoRA's authors states no rank, with every linear layer adapted: their script's defaults."""
@@ -72,6 +77,20 @@ class Comparison:
         return abs(planned - reported) / reported
 
 
+def unplanned(row: Mapping[str, Any]) -> str | None:
+    """Why the closed form has no figure for a row; None where it has one."""
+    missing = [key for key in ("id", "source", "model", "method", "kind", "reported", "unit") if key not in row]
+    if missing:
+        return f"{' and '.join(missing)} missing"
+    if row["reported"] is not None and row["unit"] not in UNITS:
+        return f"unit {row['unit']} is none of {', '.join(UNITS)}"
+    numbers = row.get("quantisation")
+    if row["method"] == "load only":
+        return None if row.get("params_b") and numbers in NUMBERS else f"a model of {row.get('params_b')} B in {numbers}"
+    known = not numbers or (METHODS.search(numbers.lower()) and not OTHERS.search(numbers.lower()))
+    return None if known or row["method"].startswith("full") else f"quantisation {numbers} is not one that trains here"
+
+
 def compare_run(row: Mapping[str, Any], inputs: PlanInputs) -> Comparison:
     """A training measured here: resident memory of its whole process, which is what the plan says of a CPU."""
     return Comparison(
@@ -101,13 +120,13 @@ def compare(row: Mapping[str, Any], architectures: Mapping[str, ArchitectureConf
         reported_bytes=row["reported"] * _unit(row) if is_figure else None,
         fits=verdict,
         planned_fits=needed <= room if verdict is not None else None,
-        known=not row["unknown_conditions"],
+        known=row.get("unknown_conditions") == [],
     )
 
 
 def _planned(row: Mapping[str, Any], architectures: Mapping[str, ArchitectureConfig]) -> float:
     if row["method"] == "load only":
-        return row["params_b"] * 1e9 * {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "int4": 0.5}[row["quantisation"]]
+        return row["params_b"] * 1e9 * NUMBERS[row["quantisation"]]
     inputs = _inputs(row, architectures)
     by_phase = phases.device_phases(inputs)
     framework = phases.framework_bytes(inputs)
@@ -137,14 +156,14 @@ def _inputs(row: Mapping[str, Any], architectures: Mapping[str, ArchitectureConf
         method=method,
         double=double,
         bits=_bits(row),
-        rank=0 if full else row.get("lora_rank") or (QLORA_RANK if "1b4d85d9" in source else 8),
+        rank=0 if full else row.get("lora_rank") or (QLORA_RANK if "1b4d85d9" in source else 8),  # that post announces QLoRA
         targets=_targets(row),
         adapter_bytes=2 if pure or "axolotl" in source else 4,
         dropout=any(name in source for name in ("litgpt", "fsdp_qlora", "peft", "QLoRA")),
         upcast="all" if any(name in source for name in ("QLoRA", "1b4d85d9")) else "none",
         stored_bytes=4 if "mixed" in row["method"] or "prime-rl" in source else 2,  # prime-rl: optimization_dtype float32
         cast_copy="mixed" in row["method"],
-        rows=row.get("batch_per_gpu") or (8 if strategy == "zero3" and "peft" in source else 1),
+        rows=row.get("batch_per_gpu") or (8 if strategy == "zero3" and "peft" in source else 1),  # PEFT's DeepSpeed guide: batch size 8
         tokens=row.get("seq_len") or SHORTEST_TOKENS,
         checkpointing=bool(row.get("gradient_checkpointing")) if row.get("gradient_checkpointing") is not None else True,
         attention="eager" if architecture.softcap or "1b4d85d9" in source else "fused",

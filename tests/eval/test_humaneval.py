@@ -14,7 +14,7 @@ from finetune.eval.writers import LlamaCppWriter, Sampling, TransformersWriter, 
 ROWS = [
     {
         "task_id": f"T/{number}", "prompt": f"def add_{number}(x):\n    ", "entry_point": f"add_{number}",
-        "test": f"def check(candidate):\n    assert candidate(1) == {number + 1}\n",
+        "test": f"def check(candidate):\n    assert candidate(1) == {number + 1}\n", "canonical_solution": f"    return x + {number}\n",
     }
     for number in range(3)
 ]  # fmt: skip
@@ -63,6 +63,11 @@ def test_interrupted_run_goes_on_and_gives_the_same(source: Path, tmp_path: Path
     again = Scripted()
     assert complete(tasks, again, tmp_path / "half.jsonl", samples=2, seed=1) == whole
     assert 0 < again.written < 6
+
+
+def test_the_files_own_solutions_pass(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    humaneval(source, model="solutions", out=tmp_path)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["pass_at_1"] == 1.0
 
 
 def test_more_problems_are_added_to_those_that_are_there(source: Path, tmp_path: Path) -> None:

@@ -166,6 +166,7 @@ def test_loader_opens_the_merged_model(exports: Exports, merged: Facts) -> None:
         (lambda record: record["base"].update(sha256="0" * 64), "is not the one that the adapter was trained on"),
         (lambda record: record.update(weights_sha256="0" * 64), "weights are not those that were exported"),
         (lambda record: record["tokenizer"].update(template_sha256="0" * 64), "its template_sha256 changed"),
+        (lambda record: record.update(schema=1), "another version of finetune"),
     ],
 )
 def test_loader_refuses_what_does_not_match(exports: Exports, tmp_path: Path, change: Callable[[Any], None], message: str) -> None:
@@ -174,6 +175,28 @@ def test_loader_refuses_what_does_not_match(exports: Exports, tmp_path: Path, ch
     record = json.loads(file.read_text())
     change(record)
     file.write_text(json.dumps(record))
+    with pytest.raises(ModelError, match=message):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("adapter_config.json", lambda text: text.replace('"lora_alpha": ', '"lora_alpha": 1'), "adapter_config.json changed"),
+        ("tokenizer.json", None, "tokenizer.json changed or missing"),
+        ("tokenizer_config.json", lambda text: text + " ", "tokenizer_config.json changed"),
+        ("finetune.json", lambda text: text[:100], "finetune.json is damaged"),
+    ],
+)
+def test_loader_refuses_files_that_are_not_the_exported_ones(
+    exports: Exports, tmp_path: Path, name: str, content: Callable[[str], str] | None, message: str
+) -> None:
+    shutil.copytree(exports.folder / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter" / name
+    if content:
+        file.write_text(content(file.read_text()))
+    else:
+        file.unlink()
     with pytest.raises(ModelError, match=message):
         load(tmp_path)
 

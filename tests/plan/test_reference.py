@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from finetune.architecture import parameters
-from finetune.plan.reference import compare, find_architecture
+from finetune.plan.reference import compare, find_architecture, unplanned
 from tests.plan.test_architecture import MODELS, architecture
 
 ROOT = Path(__file__).parents[2]
@@ -72,12 +72,28 @@ def test_an_unknown_name_gets_layers_until_it_is_as_large() -> None:
     assert parameters(find_architecture("9B (generic)", 9, KNOWN)) == pytest.approx(9e9, rel=0.03)
 
 
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"unit": "KB"}, "unit KB is none of"),
+        ({"method": "load only", "quantisation": "fp8"}, "a model of 13.016 B in fp8"),
+        ({"method": "qlora", "quantisation": "gptq 4-bit"}, "quantisation gptq 4-bit is not one"),
+        ({"method": "qlora", "quantisation": "nf4"}, None),
+        ({"method": "full (bf16)", "quantisation": None}, None),
+    ],
+)
+def test_a_row_without_a_plan_says_why(change: dict[str, Any], why: str | None) -> None:
+    found = unplanned(row(**change))
+    assert found == why if why is None else why in str(found)
+
+
 def test_the_script_ends_with_one_line_of_json(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
-    file.write_text(json.dumps({"rows": [row()]}))
+    file.write_text(json.dumps({"rows": [row(), row(unit="KB")]}))
     command = [sys.executable, "scripts/check_plan.py", str(file), "--rows"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env={"PYTHONPATH": str(ROOT)})
     last = json.loads(done.stdout.splitlines()[-1])
+    assert done.stdout.startswith("row 67 is left out: unit KB")
     assert set(last) == {"rows", "median_error", "p90_error", "fit_verdicts_right"}
     assert last["rows"] == 1
     assert MODELS.is_dir()
