@@ -25,6 +25,9 @@ KINDS = {
 }
 """OmegaConf's names of types to words."""
 
+UNREADABLE = ("missing EQUAL", "mismatched input", "no viable alternative", "extraneous input", "token recognition", "LexerNoViableAlt")
+"""What Hydra's grammar says of a word that it cannot read."""
+
 ELSEWHERE = {
     "batch_size": "train.micro_batch", "per_device_train_batch_size": "train.micro_batch",
     "gradient_accumulation_steps": "train.tokens_per_step", "gradient_checkpointing": "train.checkpointing",
@@ -144,14 +147,8 @@ def explain(error: Exception, override: str | None, schema: type, conf: Path) ->
         return f"{where}: must be names with {KINDS[mapping.group(1)]} each, e.g. '{where}={{<name>: ...}}'; got {value!r}"
     if "is not a ListConfig" in text:
         return f"{where}: must be a list, e.g. '{where}=[{value}]'; got {value!r}"
-    if (
-        "missing EQUAL" in text
-        or "mismatched input" in text
-        or "no viable alternative" in text
-        or "extraneous input" in text
-        or "token recognition" in text
-    ):
-        return f"{override or text}: cannot be read as an override; write key=value, and quote values that hold spaces, commas or braces"
+    if any(sign in text for sign in UNREADABLE):
+        return f"{override or text}: cannot be read as an override; write key=value, and quote values that hold spaces or signs"
     first = " ".join(line.strip() for line in text.splitlines() if line.strip() and "object_type" not in line and "full_key" not in line)
     return f"{(full.group(1) if full else where) or 'configuration'}: {first}"
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from finetune.config import load
-from finetune.errors import ConfigError
 from finetune.hardware import Gpu, Machine, probe
 from finetune.plan import PlanConfig, phases, show, weights, with_own
 from finetune.plan.fit import propose
