@@ -14,7 +14,7 @@ from finetune.config import RunConfig, to_dict, to_yaml
 from finetune.console import human_bytes, quiet_libraries, say
 from finetune.data import prepare
 from finetune.errors import GateMissed, HardwareError
-from finetune.eval import score
+from finetune.eval import Judge, score
 from finetune.export import ExportConfig, export
 from finetune.export.needs import check_packages
 from finetune.hardware import Machine, Placement
@@ -146,7 +146,7 @@ def line(
     set_threads(placement)
     yield "train"
 
-    merged = folder.once(merge, config.merge, adapter=adapter, data=data, **base_inputs)
+    merged = folder.once(merge, config.merge, adapter=adapter, data=data, seed=seed, **base_inputs)
     trackers.summary(figures("merge", merged))
     yield "merge"
 
@@ -154,16 +154,9 @@ def line(
     trackers.summary(figures("eval", scores))
     yield "eval"
 
-    folder.once(
-        export,
-        pushed(config.export, missed=scores.missed),
-        adapter=adapter,
-        merged=merged,
-        scores=scores,
-        data=data,
-        seed=seed,
-        **base_inputs,
-    )
+    judge = Judge(config=config.eval, folder=scores.folder, seed=seed)
+    products: dict[str, Any] = {"adapter": adapter, "merged": merged, "scores": scores, "data": data}
+    folder.once(export, pushed(config.export, missed=scores.missed), judge=judge, seed=seed, **products, **base_inputs)
     yield "export"
 
 

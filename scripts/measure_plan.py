@@ -75,7 +75,7 @@ def measure(name: str, *, number: int, libraries: int) -> dict[str, Any]:
         plan = json.loads((Path(folder) / "measured" / "plan" / "manifest.json").read_text())["product"]
         return {
             "id": number, "model": "smollm2_135m", "params_b": plan["parameters"] / 1e9, "method": "qlora" if "nf4" in name else "lora",
-            "overrides": [o.replace(folder, "{folder}") for o in overrides], "gpu": None, "n_gpus": 0,
+            "overrides": [o.replace(f"{folder}/", "") for o in overrides], "gpu": None, "n_gpus": 0,
             "reported": trained["peak_rss_bytes"] / 1e6, "unit": "MB", "libraries": libraries / 1e6, "kind": "peak RSS of the process",
             "source": f"scripts/measure_plan.py, {platform.machine()}, {os.cpu_count()} cores", "unknown_conditions": [], "note": name,
         }  # fmt: skip

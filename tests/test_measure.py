@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from finetune.errors import EvalError
-from finetune.measure import agreement, generate, mean_loss, pick_rows, reference_logprobs, row_losses, trained_tokens
+from finetune.measure import agreement, generate, mean_loss, reference_logprobs, row_losses
 from finetune.measure.rows import batches
 
 ROWS = [
@@ -84,9 +84,17 @@ def test_model_agrees_with_itself(model: Any, tmp_path: Path) -> None:
     found = agreement(model, ROWS, reference, batch_tokens=1000)
     assert found.kl < 1e-6
     assert found.top1_agreement == 1
-    assert found.tokens == 7
+    assert found.compared_tokens == 7
     assert found.loss == pytest.approx(mean_loss(row_losses(model, ROWS, batch_tokens=1000)), abs=1e-5)
     assert reference.loss == pytest.approx(found.loss, abs=1e-5)
+
+
+def test_few_distributions_are_compared_and_every_row_has_its_loss(model: Any, tmp_path: Path) -> None:
+    reference = reference_logprobs(model, ROWS, tmp_path / "reference.f32", batch_tokens=1000, tokens=3)
+    found = agreement(model, ROWS, reference, batch_tokens=1000)
+    assert (tmp_path / "reference.f32").stat().st_size == 3 * 512 * 4
+    assert (found.compared_tokens, found.top1_agreement) == (3, 1)
+    assert found.losses == reference.losses == row_losses(model, ROWS, batch_tokens=1000)
 
 
 def test_divergence_is_that_of_the_definition(model: Any, tmp_path: Path) -> None:
@@ -141,11 +149,3 @@ def test_batches_keep_within_tokens_and_cover_every_row() -> None:
     assert sorted(index for batch in found for index in batch) == list(range(6))
     assert found[0] == [5]
     assert all(len(batch) * max(lengths[i] for i in batch) <= 14 for batch in found[1:])
-
-
-def test_picked_rows_stay_within_the_budget_and_train_something() -> None:
-    assert pick_rows(ROWS, tokens=100) == [0, 1, 3]
-    picked = pick_rows(ROWS, tokens=4)
-    assert picked == [0, 1, 3][: len(picked)]
-    assert 0 < sum(trained_tokens(ROWS[number]) for number in picked) <= 4
-    assert pick_rows([ROWS[2]], tokens=100) == []

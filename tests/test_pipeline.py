@@ -36,7 +36,14 @@ def test_the_whole_line_leaves_what_the_contract_promises(tmp_path: Path, tiny_b
     assert report["model"]["quantization"]["method"] == "nf4"
     assert report["train"]["optimizer"]["asked"] == "paged_adamw_8bit"
     assert set(report["eval"]["artifacts"]) == {"base", "base_quantized", "adapter", "merged"}
-    assert {candidate["name"] for candidate in report["merge"]["candidates"]} == {"dequantized", "original"}
+    candidates = {candidate["name"]: candidate for candidate in report["merge"]["candidates"]}
+    assert set(candidates) == {"dequantized", "original"}
+    measured = report["eval"]["artifacts"]
+    assert report["merge"]["reference"]["loss"] == pytest.approx(measured["adapter"]["loss"], abs=1e-9)
+    assert candidates[report["merge"]["chosen"]]["loss"] == pytest.approx(measured["merged"]["loss"], abs=1e-9)
+    for export in report["export"][:3]:
+        assert export["parity"]["tokens"] == measured["merged"]["tokens"]
+    assert report["export"][2]["parity"]["answers"]["rows"] == 4
     assert {export["format"] for export in report["export"]} == {"adapter", "safetensors", "gguf", "card"}
     assert all(report["stages"][stage]["peak_rss_bytes"] > 0 for stage in ("data", "model", "train", "merge", "eval", "export"))
     assert "<svg" in (run / "report.html").read_text()

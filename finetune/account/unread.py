@@ -92,6 +92,7 @@ BY_DESIGN = (
     Rule(("data.revision", "data.streaming"), lambda c, part: not _from_hub(c), "no data come from the hub"),
     Rule(("data.pack_tokens",), lambda c, part: not part.packing, "data.packing=false"),
     Rule(("data.checks.largest_label_share",), unforeseen, "compared only where answers repeat like labels"),
+    Rule(("data.checks.overlap_share",), unforeseen, "compared only where rows are held out"),
     Rule(("train.epochs",), lambda c, part: part.steps is not None, "train.steps={part.steps} is set"),
     Rule(("train.preference",), lambda c, part: c.train.objective == "sft", "train.objective=sft compares no answers"),
     Rule(("train.preference.label_smoothing",), lambda c, part: part.loss != "sigmoid", "DPO's own loss alone smooths labels"),
@@ -117,7 +118,14 @@ BY_DESIGN = (
     Rule(("export.*.shard_bytes",), lambda c, part: part.format != "safetensors", "only its files are cut"),
     Rule(("eval.max_new_tokens", "eval.batch_rows"), lambda c, part: part.rows == 0, "no answers are written"),
     Rule(
-        ("export.*.golden_rows", "export.*.loss_rows", "export.*.max_logit_difference", "export.*.max_kl", "export.*.max_new_tokens"),
+        (
+            "export.*.golden_rows",
+            "export.*.loss_rows",
+            "export.*.rows",
+            "export.*.max_logit_difference",
+            "export.*.max_kl",
+            "export.*.max_new_tokens",
+        ),
         lambda c, part: part.format in ("card", "hub"),
         "they write no weights that could be compared",
     ),

@@ -13,8 +13,7 @@ import numpy as np
 from numpy import ndarray
 
 from finetune.errors import ConfigError, EvalError
-from finetune.eval.figures import perplexity
-from finetune.measure.bootstrap import Bootstrap, Ratio, mean_of
+from finetune.measure.bootstrap import Bootstrap, Ratio, mean_of, perplexity
 from finetune.measure.rows import open_rows
 from finetune.run import write_json
 

@@ -4,22 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy import ndarray
-
 from finetune.eval.config import ARTIFACTS, CHANGES, LOWER_IS_BETTER, EvalConfig
 from finetune.eval.metrics import METRICS, repetition
 from finetune.eval.records import Record
-from finetune.measure.bootstrap import Bootstrap, Interval, Ratio, mean_of
-from finetune.measure.losses import RowLoss
+from finetune.measure.bootstrap import Bootstrap, Ratio, mean_of, perplexity, token_loss
 from finetune.measure.rows import Row
-
-LARGEST_EXPONENT = 700.0
-"""exp of more overflows a float64."""
-
-
-def perplexity(loss: ndarray) -> ndarray:
-    return np.exp(np.minimum(loss, LARGEST_EXPONENT))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +37,8 @@ def tabulate(records: dict[str, Record], *, rows: Sequence[Row], metrics: list[s
         metrics: Names in `METRICS`.
         decode: Token ids to text, without special tokens.
     """
-    losses = {name: _loss(record.losses) for name, record in records.items()}
-    general = {name: _loss(record.general) for name, record in records.items() if record.general}
+    losses = {name: token_loss(record.losses) for name, record in records.items()}
+    general = {name: token_loss(record.general) for name, record in records.items() if record.general}
     texts = {name: [decode(record.answers[number].tokens) for number in range(len(rows))] for name, record in records.items()}
     answers = {}
     for name, record in records.items():
@@ -62,31 +51,29 @@ def tabulate(records: dict[str, Record], *, rows: Sequence[Row], metrics: list[s
     return Table(losses=losses, general=general, answers=answers, texts=texts)
 
 
-def _loss(losses: list[RowLoss]) -> Ratio:
-    totals = np.array([row.loss for row in losses], dtype=float)
-    return Ratio(totals=totals, weights=np.array([row.tokens for row in losses], dtype=float))
-
-
 def levels(table: Table, records: dict[str, Record], *, config: EvalConfig, seed: int) -> dict[str, dict[str, Any]]:
     """Each artifact's figures: ``loss``, ``perplexity``, ``tokens``, ``token_accuracy``, ``metrics`` with intervals, ..."""
     found: dict[str, dict[str, Any]] = {}
     for name in ARTIFACTS:
         losses = records[name].losses
-        loss, tokens = _draw(table.losses[name], config, seed).level(table.losses[name]), sum(row.tokens for row in losses)
-        entry: dict[str, Any] = {
-            "loss": loss.value, "loss_low": loss.low, "loss_high": loss.high, "tokens": tokens,
-            "perplexity": float(perplexity(np.array([loss.value]))[0]),
-            "token_accuracy": sum(row.correct for row in losses) / max(tokens, 1), "metrics": {},
-        }  # fmt: skip
+        told = _draw(table.losses[name], config, seed).loss(table.losses[name])
+        right = sum(row.correct for row in losses) / max(told["tokens"], 1)
+        entry: dict[str, Any] = {**told, "token_accuracy": right, **answer_levels(table.answers[name], config=config, seed=seed)}
         if table.general:
-            entry["general_loss"] = _level(_draw(table.general[name], config, seed).level(table.general[name]))
-        for figure, ratio in table.answers[name].items():
-            if figure in config.metrics:
-                entry["metrics"][figure] = _level(_draw(ratio, config, seed).level(ratio))
-            else:
-                entry[figure] = ratio.value
+            entry["general_loss"] = _draw(table.general[name], config, seed).level(table.general[name]).level
         found[name] = entry
     return found
+
+
+def answer_levels(answers: dict[str, Ratio], *, config: EvalConfig, seed: int) -> dict[str, Any]:
+    """``metrics`` with intervals, and how the answers ended."""
+    metrics = {figure: _draw(ratio, config, seed).level(ratio).level for figure, ratio in answers.items() if figure in config.metrics}
+    return {"metrics": metrics, **{figure: ratio.value for figure, ratio in answers.items() if figure not in config.metrics}}
+
+
+def answer_changes(before: dict[str, Ratio], after: dict[str, Ratio], *, config: EvalConfig, seed: int) -> dict[str, dict[str, float]]:
+    """Each figure of the answers, after minus before, paired by row."""
+    return {figure: _draw(ratio, config, seed).difference(ratio, after[figure]).change for figure, ratio in before.items()}
 
 
 def changes(table: Table, *, config: EvalConfig, seed: int) -> dict[str, dict[str, dict[str, float]]]:
@@ -96,14 +83,13 @@ def changes(table: Table, *, config: EvalConfig, seed: int) -> dict[str, dict[st
         one, other = table.losses[before], table.losses[after]
         draw = _draw(one, config, seed)
         found[change] = {
-            "loss": _difference(draw.difference(one, other)),
-            "perplexity": _difference(draw.difference(one, other, shape=perplexity)),
+            "loss": draw.difference(one, other).change,
+            "perplexity": draw.difference(one, other, shape=perplexity).change,
         }
         if table.general:
             one, other = table.general[before], table.general[after]
-            found[change]["general_loss"] = _difference(_draw(one, config, seed).difference(one, other))
-        for figure, ratio in table.answers[before].items():
-            found[change][figure] = _difference(_draw(ratio, config, seed).difference(ratio, table.answers[after][figure]))
+            found[change]["general_loss"] = _draw(one, config, seed).difference(one, other).change
+        found[change] |= answer_changes(table.answers[before], table.answers[after], config=config, seed=seed)
     return found
 
 
@@ -129,11 +115,3 @@ def missed_gates(
 def _figure(artifact: dict[str, Any], figure: str) -> float:
     found = artifact["metrics"].get(figure, artifact.get(figure))
     return float(found["value"] if isinstance(found, dict) else found)
-
-
-def _level(interval: Interval) -> dict[str, float]:
-    return {"value": interval.value, "low": interval.low, "high": interval.high}
-
-
-def _difference(interval: Interval) -> dict[str, float]:
-    return {"difference": interval.value, "low": interval.low, "high": interval.high}

@@ -32,8 +32,7 @@ class RecordFile:
         self.record = Record(losses=[], general=[], answers={})
         lines = whole_lines(file)
         if lines and lines[0] == {"key": key}:
-            for line in lines[1:]:
-                self._take(line)
+            self.record = _record(lines)
         else:
             file.write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
 
@@ -53,19 +52,28 @@ class RecordFile:
         self._append({"harness": found})
         self.record.harness = found
 
-    def _take(self, line: dict[str, Any]) -> None:
-        if "losses" in line:
-            self.record.losses = _losses(line["losses"])
-        elif "general" in line:
-            self.record.general = _losses(line["general"])
-        elif "harness" in line:
-            self.record.harness = line["harness"]
-        else:
-            self.record.answers[line["row"]] = Answer(tokens=line["tokens"], stopped=line["stopped"])
-
     def _append(self, line: dict[str, Any]) -> None:
         with open(self.file, "a", encoding="utf-8") as handle:
             handle.write(json.dumps(line) + "\n")
+
+
+def read_record(file: Path) -> Record:
+    """What an artifact did, after the stage is done."""
+    return _record(whole_lines(file))
+
+
+def _record(lines: list[dict[str, Any]]) -> Record:
+    record = Record(losses=[], general=[], answers={})
+    for line in lines[1:]:
+        if "losses" in line:
+            record.losses = _losses(line["losses"])
+        elif "general" in line:
+            record.general = _losses(line["general"])
+        elif "harness" in line:
+            record.harness = line["harness"]
+        else:
+            record.answers[line["row"]] = Answer(tokens=line["tokens"], stopped=line["stopped"])
+    return record
 
 
 def _losses(content: list[list[Any]]) -> list[RowLoss]:

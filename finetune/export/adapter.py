@@ -30,7 +30,7 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
     parts: dict[str, Any] = {"base": work.base, "model": work.model, "quantization": work.quantization}
     write_record(target, "adapter", placement=work.placement, chat=work.chat, **parts)
     graph = trained_graph(work.base, work.model, quantization=work.quantization, placement=work.placement, adapter=source)
-    wanted = work.expect(graph, settings)
+    wanted = work.expect(graph, settings, artifact="adapter")
     del graph
     free()
     snippet = adapter_snippet(name, dtype=work.placement.dtype, ends=work.chat.ends, **parts)

@@ -14,13 +14,13 @@ from finetune.export.config import ExportConfig
 from finetune.export.facts import DataFacts, MergedFacts, ScoreFacts, TrainedFacts
 from finetune.export.work import Work
 from finetune.hardware import LIMITS
+from finetune.measure.artifacts import beside, cells, heads, metric_names, same_rows, sentence
 from finetune.model import Base
 from finetune.quantization import QuantizationConfig, spec
 
 CARD = "README.md"
 
 WORDS = {
-    "base": "base", "base_quantized": "base, quantized", "adapter": "adapter on the quantized base", "merged": "merged model",
     "quantization": "cost of quantization", "tuning": "gain of tuning", "merge": "cost of the merge", "total": "base to merged",
 }  # fmt: skip
 
@@ -62,7 +62,7 @@ def write_card(facts: CardFacts) -> str:
         f"A LoRA adapter for `{facts.base.name}`, trained on a frozen {_quantized(facts.quantization)} base, "
         "and the model that the two merge into.",
         "\n".join(_made_from(facts)),
-        "\n".join(_quality(facts.scores)),
+        "\n".join(_quality(facts)),
         "\n".join(_merge(facts.merged)),
         "\n".join(_files(facts.exports)),
         "\n".join(_loading(facts.snippets)),
@@ -103,30 +103,31 @@ def _made_from(facts: CardFacts) -> Iterator[str]:
     yield f"- Training: {adapter.steps:,} steps with {adapter.optimizer['used']}, {sizes}"
 
 
-def _quality(scores: ScoreFacts) -> Iterator[str]:
-    metrics = list(next(iter(scores.artifacts.values()))["metrics"])
-    yield "## How good it is\n"
-    yield f"On held-out rows: the loss on {scores.loss_rows}, answers on {scores.rows}. Brackets are 95 % bootstrap intervals over rows.\n"
-    yield from _table(
-        ["Model", "Loss", "Perplexity", *metrics],
-        [[WORDS[name], _level(one, "loss"), f"{one['perplexity']:.3f}", *[_interval(one["metrics"][metric]) for metric in metrics]]
-         for name, one in scores.artifacts.items()],
-    )  # fmt: skip
-    yield "\nWhat each step changed, paired by row:\n"
-    shown = ["loss", *metrics]
-    yield from _table(
-        ["Step", *shown], [[WORDS[name], *[_change(one[figure]) for figure in shown]] for name, one in scores.changes.items()]
+def _quality(facts: CardFacts) -> Iterator[str]:
+    scores, merged = facts.scores, facts.merged
+    lines = same_rows(
+        {"artifacts": scores.artifacts, "changes": scores.changes, "rows": scores.rows, "loss_rows": scores.loss_rows},
+        {"candidates": merged.candidates, "chosen": merged.chosen, "loss_rows": merged.loss_rows},
+        facts.exports,
     )
+    names = metric_names(lines)
+    yield "## How good it is\n"
+    yield sentence(lines) + "\n"
+    yield from _table(heads(lines, str), [cells(line, names) for line in lines])
+    for text in beside(lines, str):
+        yield f"\n{text}"
+    if names:
+        yield "\nWhat each step changed in the answers, paired by row:\n"
+        rows = [[WORDS[name], *[_change(one[metric]) for metric in names]] for name, one in scores.changes.items()]
+        yield from _table(["Step", *names], rows)
 
 
 def _merge(merged: MergedFacts) -> Iterator[str]:
     yield "## Merge\n"
-    tokens = f"{merged.reference['tokens']:,} held-out tokens"
+    tokens = f"{merged.candidates[0]['compared_tokens']:,} held-out tokens"
     yield f"Kept: `{merged.chosen}`, {merged.rule}. KL and top-1 compare with the graph that was trained, on {tokens}.\n"
-    rows = [["trained graph", "0", "1.000", f"{merged.reference['loss']:.4f}", f"{merged.reference['perplexity']:.3f}"]]
-    for one in merged.candidates:
-        rows.append([one["name"], f"{one['kl']:.5f}", f"{one['top1_agreement']:.3f}", f"{one['loss']:.4f}", f"{one['perplexity']:.3f}"])
-    yield from _table(["Candidate", "KL", "Top-1", "Loss", "Perplexity"], rows)
+    rows = [[one["name"], f"{one['kl']:.5f}", f"{one['top1_agreement']:.3f}"] for one in merged.candidates]
+    yield from _table(["Candidate", "KL", "Top-1"], rows)
 
 
 def _files(exports: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -169,14 +170,6 @@ def _table(header: list[str], rows: list[list[str]]) -> Iterator[str]:
     yield f"|{'|'.join(['---'] * len(header))}|"
     for row in rows:
         yield f"| {' | '.join(row)} |"
-
-
-def _level(artifact: dict[str, Any], figure: str) -> str:
-    return f"{artifact[figure]:.4f} [{artifact[f'{figure}_low']:.4f}, {artifact[f'{figure}_high']:.4f}]"
-
-
-def _interval(level: dict[str, float]) -> str:
-    return f"{level['value']:.3f} [{level['low']:.3f}, {level['high']:.3f}]"
 
 
 def _change(change: dict[str, float]) -> str:

@@ -27,7 +27,7 @@ class ExportConfig:
     """Held-out prompts to compare logits on, besides the golden chats."""
 
     loss_rows: int
-    """Held-out rows to compare the loss on."""
+    """Held-out rows to compare the loss on, from the top: those of ``eval.loss_rows``, or fewer."""
 
     max_logit_difference: float
     """Largest difference of a logit, anywhere in the compared distributions, before the export fails."""
@@ -37,6 +37,10 @@ class ExportConfig:
 
     max_new_tokens: int
     """Length within which the export must end its answer, where the model did."""
+
+    rows: int = 0
+    """Held-out prompts that it answers in its own runtime, from the top: as many as ``eval.rows``, or fewer. Judged by
+    ``eval.metrics`` beside the model's answers. 0 asks for none: a large model on a CPU writes a few tokens a second."""
 
     numbers: str = ""
     """How weights are written, where a format knows several, e.g. ``q4_k_m``."""
@@ -59,6 +63,7 @@ class ExportConfig:
         for key, number in (
             ("golden_rows", self.golden_rows),
             ("loss_rows", self.loss_rows),
+            ("rows", self.rows),
             ("shard_bytes", self.shard_bytes),
             ("max_logit_difference", self.max_logit_difference),
             ("max_kl", self.max_kl),

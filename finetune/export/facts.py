@@ -1,8 +1,32 @@
 """What exports and their card read of the products of the stages before."""
 
-from typing import Any, Protocol
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from finetune.measure.stage import StageProduct
+
+if TYPE_CHECKING:
+    from finetune.measure import Answer, RowLoss
+
+
+class AnswerSettings(Protocol):
+    """How the models before were measured."""
+
+    max_new_tokens: int
+    batch_rows: int
+    batch_tokens: int
+
+
+class Rules(Protocol):
+    """The evaluation's, and what it measured."""
+
+    @property
+    def config(self) -> AnswerSettings: ...
+    def losses(self, artifact: str, *, rows: int) -> list[RowLoss]: ...
+    def beside(self, artifact: str, answers: Sequence[Answer], *, heldout: Path, tokenizer: Any, file: Path) -> dict[str, Any]: ...
 
 
 class TrainedFacts(StageProduct, Protocol):
@@ -41,7 +65,7 @@ class MergedFacts(StageProduct, Protocol):
     @property
     def rule(self) -> str: ...
     @property
-    def reference(self) -> dict[str, Any]: ...
+    def loss_rows(self) -> int: ...
     @property
     def candidates(self) -> list[dict[str, Any]]: ...
     @property

@@ -6,7 +6,9 @@ import importlib.metadata
 import json
 import os
 import runpy
+import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,15 @@ from finetune.export.gguf.library import Model
 from finetune.export.parity import POSITIONS
 from finetune.measure import answer
 
+SLOTS = 4
+"""Answers that the server writes at a time: a choice. One pass over the weights gives a token of each, and each holds a cache."""
+
 
 def ask(request: dict[str, Any]) -> dict[str, Any]:
     """Runs the card's snippet in the folder of the exports: its server writes chats and an answer, its library gives logits.
 
     Returns:
-        ``chat_tokens``, ``losses``, ``stopped`` and ``runtime``; the logits go into a file.
+        ``chat_tokens``, ``losses``, ``stopped``, ``answers``, ``answer_seconds`` and ``runtime``; the logits go into a file.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # where others compute too, llama.cpp's threads would wait by spinning
     os.chdir(request["folder"])
@@ -41,9 +46,32 @@ def ask(request: dict[str, Any]) -> dict[str, Any]:
     np.savez(Path(request["logits"]), **logits)  # type: ignore[arg-type]
     losses = [_loss(model, row) for row in request["rows"]]
     model.close()
+    started = time.monotonic()
+    answers = _answers(params, request["asked"], threads=request["threads"]) if request["asked"]["prompts"] else []
+    seconds = time.monotonic() - started
     versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in request["packages"])
     stopped = written["choices"][0]["finish_reason"] == "stop"
-    return {"chat_tokens": tokens, "losses": losses, "stopped": stopped, "runtime": versions}
+    told = {"answers": answers, "answer_seconds": seconds, "runtime": versions}
+    return {"chat_tokens": tokens, "losses": losses, "stopped": stopped, **told}
+
+
+def _answers(params: Any, asked: dict[str, Any], *, threads: int) -> list[dict[str, Any]]:
+    """Greedy answers, as the card's settings give them, in a server that has room for the longest."""
+    from xllamacpp import Server
+
+    room = max(map(len, asked["prompts"])) + asked["max_new_tokens"]
+    params.n_parallel, params.n_ctx, params.cpuparams.n_threads = SLOTS, SLOTS * room, threads
+    server = Server(params)
+    wish = {"n_predict": asked["max_new_tokens"], "temperature": 0, "cache_prompt": False, "return_tokens": True}
+    with ThreadPoolExecutor(SLOTS) as pool:
+        return [_answer(got) for got in pool.map(lambda prompt: _post(server, "/completion", {"prompt": prompt, **wish}), asked["prompts"])]
+
+
+def _answer(got: dict[str, Any]) -> dict[str, Any]:
+    if got["truncated"]:
+        raise ExportError(f"llama.cpp cut a prompt of {got['tokens_evaluated']} tokens short, so its answer says nothing")
+    stopped = got["stop_type"] == "eos"
+    return {"tokens": got["tokens"][:-1] if stopped else got["tokens"], "stopped": stopped}
 
 
 def _chat_tokens(server: Any, messages: list[dict[str, str]]) -> list[int]:

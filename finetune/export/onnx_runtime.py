@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import runpy
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ def ask(request: dict[str, Any]) -> dict[str, Any]:
     """Runs the card's snippet in the folder of the exports and asks the session that it opened.
 
     Returns:
-        ``chat_tokens``, ``losses``, ``stopped`` and ``runtime``; the logits go into a file.
+        ``chat_tokens``, ``losses``, ``stopped``, ``answers``, ``answer_seconds`` and ``runtime``; the logits go into a file.
     """
     os.chdir(request["folder"])
     names = runpy.run_path(request["snippet"])
@@ -28,12 +29,21 @@ def ask(request: dict[str, Any]) -> dict[str, Any]:
     logits = {f"prompt_{number}": _last_logits(forward, empty, prompt) for number, prompt in enumerate(request["prompts"])}
     np.savez(Path(request["logits"]), **logits)  # type: ignore[arg-type]
     written = names["generate"](request["prompts"][-1], request["max_new_tokens"])
+    asked, started = request["asked"], time.monotonic()
+    answers = [_answer(names["generate"](prompt, asked["max_new_tokens"]), request["ends"]) for prompt in asked["prompts"]]
     return {
+        "answers": answers,
+        "answer_seconds": time.monotonic() - started,
         "chat_tokens": [chat_tokens(names["tokenizer"], messages) for messages in request["chats"]],
         "losses": [_loss(forward(row["input_ids"], empty)[0], row["labels"]) for row in request["rows"]],
         "stopped": bool(set(written) & set(request["ends"])),
         "runtime": ", ".join(f"{package} {importlib.metadata.version(package)}" for package in request["packages"]),
     }
+
+
+def _answer(written: list[int], ends: list[int]) -> dict[str, Any]:
+    stopped = bool(set(written[-1:]) & set(ends))
+    return {"tokens": written[:-1] if stopped else written, "stopped": stopped}
 
 
 def _last_logits(forward: Forward, empty: Past, prompt: list[int]) -> np.ndarray:

@@ -11,13 +11,10 @@ import numpy as np
 
 from finetune.errors import ExportError
 from finetune.export.config import ExportConfig
-from finetune.measure.bootstrap import Bootstrap, Ratio
+from finetune.measure.bootstrap import RESAMPLES, Bootstrap, Ratio
 
 if TYPE_CHECKING:
-    from finetune.measure import Chat
-
-RESAMPLES = 2000
-"""Behind the interval of a difference of losses."""
+    from finetune.measure import Chat, RowLoss
 
 POSITIONS = 8
 """Compared at the end of each prompt: there the next token is an answer's, and a file of logits stays small."""
@@ -59,7 +56,13 @@ class Expected:
 
 
 def expected(
-    model: Any, chat: Chat, *, heldout: Sequence[Sequence[int]], scored: list[dict[str, list[int]]], max_new_tokens: int
+    model: Any,
+    chat: Chat,
+    *,
+    heldout: Sequence[Sequence[int]],
+    scored: list[dict[str, list[int]]],
+    losses: Sequence[RowLoss],
+    max_new_tokens: int,
 ) -> Expected:
     """Asks the model in this process.
 
@@ -68,6 +71,7 @@ def expected(
         chat: Its tokenizer and end tokens.
         heldout: Held-out prompts.
         scored: Held-out rows to take the loss on.
+        losses: The model's on these.
         max_new_tokens: Limit of the answer.
     """
     from finetune.measure import generate
@@ -80,15 +84,13 @@ def expected(
     answer = generate(model, chat.tokenizer, prompts[-1:], max_new_tokens=max_new_tokens, batch_rows=1, ends=chat.ends)[0]
     logits = [last_logits(model, prompt) for prompt in prompts]
     return Expected(
-        chats=chats, chat_tokens=tokens, prompts=prompts, logits=logits, rows=scored, losses=losses(model, scored), stopped=answer.stopped
+        chats=chats, chat_tokens=tokens, prompts=prompts, logits=logits, rows=scored, losses=pairs(losses), stopped=answer.stopped
     )
 
 
-def losses(model: Any, rows: list[dict[str, list[int]]]) -> list[list[float]]:
-    """``[nats, trained tokens]`` of each row, a row at a time."""
-    from finetune.measure import row_losses
-
-    return [[one.loss, one.tokens] for one in row_losses(model, rows, batch_tokens=1)]
+def pairs(losses: Sequence[RowLoss]) -> list[list[float]]:
+    """``[nats, trained tokens]`` of each row."""
+    return [[one.loss, one.tokens] for one in losses]
 
 
 def chat_tokens(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
@@ -133,7 +135,8 @@ def compare(name: str, wanted: Expected, got: dict[str, Any], logits: Path, *, c
 
     Returns:
         ``{"passed", "runtime", "chats", "prompts", "max_logit_difference", "kl", "top1_agreement", "stops", "rows", "loss",
-        "model_loss", "loss_difference": {"difference", "low", "high"}}``; the last three where ``rows`` is not 0.
+        "loss_low", "loss_high", "perplexity", "tokens", "model_loss", "loss_difference": {"difference", "low", "high"}}``; those
+        from ``loss`` on where ``rows``, which it was taken on, is not 0.
 
     Raises:
         ExportError: Token ids differ, a bound is broken, or the answer does not end.
@@ -145,8 +148,8 @@ def compare(name: str, wanted: Expected, got: dict[str, Any], logits: Path, *, c
             f"wrote {len(wanted.chat_tokens[number])}: {got['chat_tokens'][number][:20]}... for {wanted.chat_tokens[number][:20]}..."
         )
     with np.load(logits) as arrays:
-        pairs = [(want, arrays[f"prompt_{number}"]) for number, want in enumerate(wanted.logits)]
-    difference, kl, top1 = _distances(pairs)
+        both = [(want, arrays[f"prompt_{number}"]) for number, want in enumerate(wanted.logits)]
+    difference, kl, top1 = _distances(both)
     found = {
         "passed": True,
         "runtime": got["runtime"],
@@ -176,9 +179,8 @@ def compare(name: str, wanted: Expected, got: dict[str, Any], logits: Path, *, c
 def _loss_change(before: list[list[float]], after: list[list[float]], *, seed: int) -> dict[str, Any]:
     """Held-out loss of the export and of its model, and the difference with its interval, paired by row."""
     one, other = (Ratio(totals=np.array(side)[:, 0], weights=np.array(side)[:, 1]) for side in (before, after))
-    change = Bootstrap(len(before), samples=RESAMPLES, seed=seed).difference(one, other)
-    difference = {"difference": round(change.value, 6), "low": round(change.low, 6), "high": round(change.high, 6)}
-    return {"loss": round(other.value, 6), "model_loss": round(one.value, 6), "loss_difference": difference}
+    draw = Bootstrap(len(before), samples=RESAMPLES, seed=seed)
+    return {**draw.loss(other), "model_loss": one.value, "loss_difference": draw.difference(one, other).change}
 
 
 def _distances(pairs: list[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float, float]:

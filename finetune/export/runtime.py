@@ -3,20 +3,21 @@
 import importlib.metadata
 import os
 import runpy
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from finetune.export.parity import chat_tokens, last_logits, losses
-from finetune.measure import answer
+from finetune.export.parity import chat_tokens, last_logits, pairs
+from finetune.measure import answer, generate, row_losses
 
 
 def ask(request: dict[str, Any]) -> dict[str, Any]:
     """Runs the card's snippet in the folder of the exports and asks the model that it made.
 
     Returns:
-        ``chat_tokens``, ``losses``, ``stopped`` and ``runtime``; the logits go into a file.
+        ``chat_tokens``, ``losses``, ``stopped``, ``answers``, ``answer_seconds`` and ``runtime``; the logits go into a file.
     """
     import torch
 
@@ -35,10 +36,17 @@ def ask(request: dict[str, Any]) -> dict[str, Any]:
     configured = model.generation_config.eos_token_id
     ends = request["ends"] or (configured if isinstance(configured, list) else [configured])
     versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in request["packages"])
+    asked, started = request["asked"], time.monotonic()
+    answers = generate(
+        model, tokenizer, asked["prompts"], max_new_tokens=asked["max_new_tokens"], batch_rows=asked["batch_rows"], ends=ends
+    )
+    seconds = time.monotonic() - started
     return {
         "chat_tokens": [chat_tokens(tokenizer, messages) for messages in request["chats"]],
-        "losses": losses(model, request["rows"]),
+        "losses": pairs(row_losses(model, request["rows"], batch_tokens=request["batch_tokens"])),
         "stopped": bool(set(written[0, ids.shape[1] :].tolist()) & set(ends)),
+        "answers": answers,
+        "answer_seconds": seconds,
         "runtime": versions,
     }
 

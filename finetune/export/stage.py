@@ -12,7 +12,7 @@ from finetune.console import human_bytes, say
 from finetune.export import adapter as adapters
 from finetune.export import bitsandbytes, card, gguf, gguf_lora, hub, onnx, safetensors
 from finetune.export.config import ExportConfig
-from finetune.export.facts import DataFacts, MergedFacts, ScoreFacts, TrainedFacts
+from finetune.export.facts import DataFacts, MergedFacts, Rules, ScoreFacts, TrainedFacts
 from finetune.export.work import Work
 from finetune.hardware import Placement
 from finetune.model import Base, ModelConfig
@@ -57,6 +57,7 @@ def export(
     merged: MergedFacts,
     scores: ScoreFacts,
     data: DataFacts,
+    judge: Rules,
     seed: int,
 ) -> Exports:
     """Writes every export and holds each against the model that it was made from.
@@ -64,7 +65,7 @@ def export(
     Args:
         config: The export group: one entry per export, by the name of its folder.
         folder: The stage's folder.
-        base, model, quantization, placement, adapter, merged, scores, data, seed: See `Work`.
+        base, model, quantization, placement, adapter, merged, scores, data, judge, seed: See `Work`.
 
     Raises:
         ExportError: An export cannot be opened by its own runtime, or differs from its model.
@@ -77,7 +78,7 @@ def export(
     chat = chat_of(base, data.folder, trust_remote_code=model.trust_remote_code)
     work = Work(
         folder=folder, desk=desk, base=base, model=model, quantization=quantization, placement=placement, adapter=adapter, merged=merged,
-        scores=scores, data=data, seed=seed, chat=chat,
+        scores=scores, data=data, judge=judge, seed=seed, chat=chat,
     )  # fmt: skip
     order = list(WRITERS)
     for name, settings in sorted(config.items(), key=lambda item: order.index(item[1].format)):
@@ -88,10 +89,18 @@ def export(
     return Exports(folder=folder, exports=work.exports)
 
 
+def _answers(answers: dict[str, Any]) -> str:
+    figures = ", ".join(
+        f"{name} {one['value']:.3f} ({answers['model']['metrics'][name]['value']:.3f})" for name, one in answers["metrics"].items()
+    )
+    return f"; {answers['rows']} held-out answers in {answers['seconds']:.0f} s: {figures}, in brackets the model's"
+
+
 def _sentence(parity: dict[str, Any]) -> str:
     if not parity:
         return ""
     loss = f", held-out loss {parity['loss']:.4f} where the model has {parity['model_loss']:.4f}" if parity["rows"] else ""
+    loss += _answers(parity["answers"]) if "answers" in parity else ""
     cost = f"; {parity['cost']['note']}" if "cost" in parity else ""
     return (
         f"; opened by {parity['runtime']}: {parity['chats']} golden chats give the same token ids, logits of {parity['prompts']} prompts "

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.console import human_bytes
 from finetune.errors import ExportError
 from finetune.export.config import ExportConfig
-from finetune.export.facts import DataFacts, MergedFacts, ScoreFacts, TrainedFacts
+from finetune.export.facts import DataFacts, MergedFacts, Rules, ScoreFacts, TrainedFacts
 from finetune.hardware import Placement
 from finetune.model import Base, ModelConfig
 from finetune.quantization import QuantizationConfig
@@ -21,6 +21,9 @@ from finetune.quantization import QuantizationConfig
 if TYPE_CHECKING:
     from finetune.export.parity import Expected
     from finetune.measure import Chat
+
+ANSWERED_BESIDE = {"adapter": "adapter", "gguf_lora": "adapter"}
+"""Whose answers an export's are held beside, by format; the merged model's otherwise."""
 
 
 @dataclass(kw_only=True)
@@ -34,6 +37,7 @@ class Work:
         adapter: Its plain peft folder is ``adapter.folder/adapter``.
         merged: Its plain transformers folder is ``merged.folder/model``.
         scores, data: Products of evaluation and data; held-out rows are in ``data.folder/heldout``.
+        judge: Knows the losses and answers of the models before, and how answers are judged.
         seed: Of the bootstrap.
         chat: Tokenizer and end tokens.
         exports: Descriptions of what is done; a card describes them.
@@ -51,6 +55,7 @@ class Work:
     merged: MergedFacts
     scores: ScoreFacts
     data: DataFacts
+    judge: Rules
     seed: int
     chat: Chat
     exports: list[dict[str, Any]] = field(default_factory=list)
@@ -79,15 +84,25 @@ class Work:
                 "or choose another run.root"
             )
 
-    def expect(self, model: Any, settings: ExportConfig) -> Expected:
-        """What the model gives on the golden chats and on the first held-out rows."""
+    def expect(self, model: Any, settings: ExportConfig, *, artifact: str | None = None) -> Expected:
+        """What the model gives on the golden chats and on the first held-out rows.
+
+        Args:
+            model: In this process.
+            settings: How many rows.
+            artifact: What the evaluation calls this very model; its losses are known then and not taken again.
+        """
         from finetune.export.parity import expected
-        from finetune.measure import read_rows
+        from finetune.measure import read_rows, row_losses
 
         rows = read_rows(self.data.folder / "heldout", limit=max(settings.golden_rows, settings.loss_rows))
         prompts = [row["prompt_ids"] for row in rows[: settings.golden_rows]]
         scored = [{key: row[key] for key in ("input_ids", "labels")} for row in rows[: settings.loss_rows]]
-        return expected(model, self.chat, heldout=prompts, scored=scored, max_new_tokens=settings.max_new_tokens)
+        if artifact and scored:
+            losses = self.judge.losses(artifact, rows=len(scored))
+        else:
+            losses = row_losses(model, scored, batch_tokens=self.judge.config.batch_tokens)
+        return expected(model, self.chat, heldout=prompts, scored=scored, losses=losses, max_new_tokens=settings.max_new_tokens)
 
     def expect_merged(self, settings: ExportConfig) -> Expected:
         """What the merged model gives in its own numbers; asked once for all exports that ask for the same."""
@@ -100,7 +115,7 @@ class Work:
             placement = dataclasses.replace(self.placement, dtype=self.merged_dtype)
             base = dataclasses.replace(self.base, folder=self.merged.folder / "model")
             merged = load(base, self.model, quantization=dense, placement=placement)
-            self.merged_gives[asked] = self.expect(merged, settings)
+            self.merged_gives[asked] = self.expect(merged, settings, artifact="merged")
             del merged
             free()
         return self.merged_gives[asked]
@@ -131,21 +146,30 @@ class Work:
             ExportError: It cannot be opened, or differs from its model.
         """
         from finetune.export.parity import compare
-        from finetune.measure import FreshProcessError, run_fresh
+        from finetune.measure import Answer, FreshProcessError, read_rows, run_fresh
 
+        heldout, limits, rows = self.data.folder / "heldout", self.judge.config, min(settings.rows, self.scores.rows)
+        asked = [row["prompt_ids"] for row in read_rows(heldout, limit=rows)]
         code, logits = self.desk / "snippet.py", self.desk / "logits.npz"
         code.write_text(snippet + "\n", encoding="utf-8")
         request = {
             "folder": self.desk.resolve(), "snippet": code.resolve(), "logits": logits.resolve(), "threads": self.placement.threads,
             "prompts": wanted.prompts, "rows": wanted.rows, "chats": wanted.chats, "ends": ends,
-            "max_new_tokens": settings.max_new_tokens, "packages": packages,
+            "max_new_tokens": settings.max_new_tokens, "packages": packages, "batch_tokens": limits.batch_tokens,
+            "asked": {"prompts": asked, "max_new_tokens": limits.max_new_tokens, "batch_rows": limits.batch_rows},
         }  # fmt: skip
         hidden = {"CUDA_VISIBLE_DEVICES": ""} if self.placement.device == "cpu" else {}
         try:
             got = run_fresh(runtime, request, work=self.desk, environment=hidden)
         except FreshProcessError as error:
             raise ExportError(f"export.{name} cannot be opened by {' and '.join(packages)}: {error}") from error
-        return compare(name, wanted, got, logits, config=settings, seed=self.seed)
+        parity = compare(name, wanted, got, logits, config=settings, seed=self.seed)
+        if asked:
+            answers = [Answer(**one) for one in got["answers"]]
+            place = {"heldout": heldout, "tokenizer": self.chat.tokenizer, "file": self.folder / f"{name}.answers.jsonl"}
+            judged = self.judge.beside(ANSWERED_BESIDE.get(settings.format, "merged"), answers, **place)
+            parity["answers"] = {**judged, "seconds": round(got["answer_seconds"], 1)}
+        return parity
 
     def keep(self, name: str, settings: ExportConfig, parity: dict[str, Any]) -> dict[str, Any]:
         """Puts a finished export in its place and describes it."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from finetune.measure.graph import check_adapter, free, put_adapter, trained_graph
     from finetune.measure.logits import evaluating, unwrap
     from finetune.measure.losses import RowLoss, mean_loss, row_losses
-    from finetune.measure.rows import batches, measured, open_rows, pick_rows, read_rows, trained_tokens
+    from finetune.measure.rows import batches, measured, open_rows, read_rows, trained_tokens
 
 _HOMES = {
     "chat": ("Chat", "chat_of"),
@@ -26,7 +26,7 @@ _HOMES = {
     "graph": ("check_adapter", "free", "put_adapter", "trained_graph"),
     "logits": ("evaluating", "unwrap"),
     "losses": ("RowLoss", "mean_loss", "row_losses"),
-    "rows": ("batches", "measured", "open_rows", "pick_rows", "read_rows", "trained_tokens"),
+    "rows": ("batches", "measured", "open_rows", "read_rows", "trained_tokens"),
 }
 
 __all__ = [
@@ -50,7 +50,6 @@ __all__ = [
     "mean_loss",
     "measured",
     "open_rows",
-    "pick_rows",
     "put_adapter",
     "read_rows",
     "reference_logprobs",

@@ -3,17 +3,29 @@
 Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13 (percentile intervals).
 """
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy import ndarray
 
+if TYPE_CHECKING:
+    from finetune.measure.losses import RowLoss
+
 LOW, HIGH = 2.5, 97.5
 """Percentiles of a 95 % interval."""
 
+RESAMPLES = 2000
+"""Where no setting says how many: Efron and Tibshirani, chapter 13, ask for 1000 or more."""
+
 BLOCK_CELLS = 4_000_000
 """Resample counts that are in memory at a time: 32 MB."""
+
+LARGEST_EXPONENT = 700.0
+"""exp of more overflows a float64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +35,14 @@ class Interval:
     value: float
     low: float
     high: float
+
+    @property
+    def level(self) -> dict[str, float]:
+        return {"value": self.value, "low": self.low, "high": self.high}
+
+    @property
+    def change(self) -> dict[str, float]:
+        return {"difference": self.value, "low": self.low, "high": self.high}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +65,16 @@ class Ratio:
     @property
     def value(self) -> float:
         return float(self.of(np.ones((1, len(self.totals))))[0])
+
+
+def perplexity(loss: ndarray) -> ndarray:
+    return np.exp(np.minimum(loss, LARGEST_EXPONENT))
+
+
+def token_loss(rows: Sequence[RowLoss]) -> Ratio:
+    """Nats per trained token; every token weighs the same."""
+    totals = np.array([row.loss for row in rows], dtype=float)
+    return Ratio(totals=totals, weights=np.array([row.tokens for row in rows], dtype=float))
 
 
 def mean_of(values: list[float]) -> Ratio:
@@ -73,6 +103,12 @@ class Bootstrap:
         """After minus before, on the same rows in each resample."""
         value = float((shape(np.array([after.value])) - shape(np.array([before.value])))[0])
         return _interval(value, shape(self._resampled(after)) - shape(self._resampled(before)))
+
+    def loss(self, figure: Ratio) -> dict[str, Any]:
+        """A `token_loss` as every artifact's is told."""
+        found = self.level(figure)
+        told = {"loss": found.value, "loss_low": found.low, "loss_high": found.high}
+        return {**told, "perplexity": float(perplexity(np.array(found.value))), "tokens": int(figure.weights.sum())}
 
     def _resampled(self, figure: Ratio) -> ndarray:
         generator = np.random.default_rng(self.seed)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from finetune.measure.logits import trained_logits
+from finetune.measure.logits import Chunk, trained_logits
 from finetune.measure.rows import Row
 
 
@@ -26,6 +26,28 @@ class RowLoss:
     correct: int
 
 
+class Totals:
+    """Losses of so many rows, summed while their logits stream by."""
+
+    def __init__(self, rows: int) -> None:
+        self._losses = np.zeros(rows)
+        self._tokens = np.zeros(rows, dtype=np.int64)
+        self._correct = np.zeros(rows, dtype=np.int64)
+
+    def add(self, chunk: Chunk) -> None:
+        cost = torch.nn.functional.cross_entropy(chunk.logits, chunk.targets, reduction="none").double().cpu().numpy()
+        hits = (chunk.logits.argmax(-1) == chunk.targets).cpu().numpy()
+        owners = chunk.rows.numpy()
+        np.add.at(self._losses, owners, cost)
+        np.add.at(self._tokens, owners, 1)
+        np.add.at(self._correct, owners, hits)
+
+    @property
+    def rows(self) -> list[RowLoss]:
+        found = zip(self._losses, self._tokens, self._correct, strict=True)
+        return [RowLoss(loss=float(loss), tokens=int(tokens), correct=int(correct)) for loss, tokens, correct in found]
+
+
 def row_losses(model: Any, rows: Sequence[Row], *, batch_tokens: int, progress: str | None = None) -> list[RowLoss]:
     """Teacher-forced loss of each row over its trained tokens (label not -100, predicted from what stands before).
 
@@ -41,17 +63,10 @@ def row_losses(model: Any, rows: Sequence[Row], *, batch_tokens: int, progress: 
     Raises:
         EvalError: A row is longer than the positions that the model has.
     """
-    losses = np.zeros(len(rows))
-    tokens = np.zeros(len(rows), dtype=np.int64)
-    correct = np.zeros(len(rows), dtype=np.int64)
+    totals = Totals(len(rows))
     for chunk in trained_logits(model, rows, batch_tokens=batch_tokens, progress=progress):
-        cost = torch.nn.functional.cross_entropy(chunk.logits, chunk.targets, reduction="none").double().cpu().numpy()
-        hits = (chunk.logits.argmax(-1) == chunk.targets).cpu().numpy()
-        owners = chunk.rows.numpy()
-        np.add.at(losses, owners, cost)
-        np.add.at(tokens, owners, 1)
-        np.add.at(correct, owners, hits)
-    return [RowLoss(loss=float(x), tokens=int(n), correct=int(c)) for x, n, c in zip(losses, tokens, correct, strict=True)]
+        totals.add(chunk)
+    return totals.rows
 
 
 def mean_loss(losses: Sequence[RowLoss]) -> float:

@@ -41,28 +41,6 @@ def read_rows(folder: Path, *, limit: int | None = None) -> list[dict[str, Any]]
     return [split[number] for number in range(len(split) if limit is None else min(limit, len(split)))]
 
 
-def pick_rows(split: Sequence[Row], *, tokens: int) -> list[int]:
-    """Numbers of the first rows that hold at most so many trained tokens together.
-
-    Args:
-        split: From `open_rows`; the data room has put it into a fair order.
-        tokens: Trained tokens at most; the first row with any is taken whatever it holds.
-
-    Returns:
-        Row numbers in ascending order; empty where no row trains a token.
-    """
-    picked: list[int] = []
-    total = 0
-    for number, row in enumerate(split):
-        found = trained_tokens(row)
-        if picked and total + found > tokens:
-            break
-        if found:
-            picked.append(number)
-            total += found
-    return picked
-
-
 def trained_tokens(row: Row) -> int:
     """Tokens that a loss is taken on: labelled, and with something before them to be predicted from."""
     return sum(label != IGNORED for label in row["labels"][1:])

@@ -1,6 +1,5 @@
 """Which candidate is kept: two questions, 'is it better?' and 'is it what I trained?', and one rule."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,10 +41,12 @@ def choose(figures: Sequence[dict[str, Any]], *, config: MergeConfig, trained_lo
     return best, rule
 
 
-def table_rows(figures: Sequence[dict[str, Any]], *, trained: float) -> list[list[str]]:
+def table_rows(figures: Sequence[dict[str, Any]], *, trained: dict[str, Any]) -> list[list[str]]:
     """The merge table as text, the trained graph first."""
-    rows = [["trained graph", "0", "1.000", f"{trained:.4f}", f"{math.exp(min(trained, 700.0)):.3f}", ""]]
+    rows = [["trained graph", "0", "1.000", f"{trained['loss']:.4f}", "", f"{trained['perplexity']:.3f}", ""]]
     for one in figures:
-        loss = [f"{one['loss']:.4f}", f"{one['perplexity']:.3f}"]
-        rows.append([one["name"], f"{one['kl']:.5f}", f"{one['top1_agreement']:.3f}", *loss, human_bytes(one["bytes"])])
+        change = one["loss_difference"]
+        loss = [f"{one['loss']:.4f}", f"{change['difference']:+.4f} [{change['low']:+.4f}, {change['high']:+.4f}]"]
+        figure = [f"{one['perplexity']:.3f}", human_bytes(one["bytes"])]
+        rows.append([one["name"], f"{one['kl']:.5f}", f"{one['top1_agreement']:.3f}", *loss, *figure])
     return rows

@@ -24,8 +24,13 @@ class MergeConfig:
     max_loss_increase: float
     """Nats per token that the chosen one may be worse than the trained graph on held-out rows before the stage fails."""
 
+    loss_rows: int
+    """Held-out rows that the losses of the trained graph, of each candidate and of the kept one are taken on, from the top:
+    the very rows of ``eval.loss_rows``."""
+
     measure_tokens: int
-    """Held-out trained tokens to compare on; each takes 4 bytes times the vocabulary on disk meanwhile."""
+    """Trained tokens of these rows, from the top, whose whole distributions are compared; each takes 4 bytes times the
+    vocabulary on disk meanwhile."""
 
     batch_tokens: int
     """Padded tokens per forward pass while measuring."""
@@ -52,7 +57,7 @@ class MergeConfig:
             yield f"merge.choose={self.choose} is not among merge.candidates={self.candidates}; add it there"
         if self.dtype not in DTYPES:
             yield f"merge.dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}"
-        for key, value in (("measure_tokens", self.measure_tokens), ("batch_tokens", self.batch_tokens)):
+        for key, value in (("loss_rows", self.loss_rows), ("measure_tokens", self.measure_tokens), ("batch_tokens", self.batch_tokens)):
             if value < 1:
                 yield f"merge.{key} must be at least 1; got {value}"
         for folder, weight in self.adapters.items():

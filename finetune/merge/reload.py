@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from finetune.measure import Agreement, Reference, agreement, answer, open_rows
+from finetune.measure import Agreement, Reference, agreement, answer, read_rows
 from finetune.trust import check_remote_code
 
 
@@ -22,9 +22,9 @@ def remeasure(request: dict[str, Any]) -> Agreement:
         device_map={"": request["device"]},
         trust_remote_code=bool(request["remote_code"]),
     )
-    heldout = open_rows(Path(request["heldout"]))
+    rows = read_rows(Path(request["heldout"]), limit=request["rows"])
     reference = Reference(**{**request["reference"], "file": Path(request["reference"]["file"])})
-    return agreement(model, [heldout[number] for number in request["rows"]], reference, batch_tokens=request["batch_tokens"])
+    return agreement(model, rows, reference, batch_tokens=request["batch_tokens"])
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from finetune.model import Base, ModelConfig
 from finetune.quantization import QuantizationConfig
 
 if TYPE_CHECKING:
-    from finetune.measure import Reference
+    from finetune.measure import Agreement, Reference, RowLoss
     from finetune.merge.candidates import Built
     from finetune.merge.changes import Change
 
@@ -32,10 +33,12 @@ class MergedModel:
         folder: The stage's folder; the model is in ``folder/model``, with its tokenizer.
         chosen: Name of the candidate that was kept.
         rule: Why that one.
-        reference: The trained graph itself: ``{"loss", "perplexity", "tokens"}``.
-        candidates: ``{"name", "kl", "top1_agreement", "max_difference", "loss", "perplexity", "tokens", "bytes",
-            "adapted_weights", "changed_weights"}`` each; ``changed_weights`` differ from the base after rounding.
-        reloaded: The chosen one again, measured by a fresh process from the files that were kept.
+        loss_rows: Held-out rows that the losses below were taken on.
+        reference: The trained graph itself: ``{"loss", "loss_low", "loss_high", "perplexity", "tokens"}``.
+        candidates: The same of each, and ``{"name", "loss_difference": {"difference", "low", "high"}, "kl", "top1_agreement",
+            "max_difference", "compared_tokens", "bytes", "adapted_weights", "changed_weights"}``; the difference is to the
+            trained graph, paired by row, and ``changed_weights`` differ from the base after rounding.
+        reloaded: The chosen one's losses and distances again, measured by a fresh process from the files that were kept.
         sha256: Over the weight files of ``folder/model``.
         adapters: Weights of further adapters that are in it too, by folder.
     """
@@ -43,6 +46,7 @@ class MergedModel:
     folder: Path
     chosen: str
     rule: str
+    loss_rows: int
     reference: dict[str, Any]
     candidates: list[dict[str, Any]]
     reloaded: dict[str, Any]
@@ -60,6 +64,7 @@ def merge(
     placement: Placement,
     adapter: StageProduct,
     data: StageProduct,
+    seed: int,
 ) -> MergedModel:
     """Builds the candidates, measures each against the trained graph, keeps one and measures that again from disk.
 
@@ -69,45 +74,50 @@ def merge(
         base, model, quantization, placement: As they were for training.
         adapter: Its plain peft folder is ``adapter.folder/adapter``.
         data: Its held-out rows are in ``data.folder/heldout``.
+        seed: Of the intervals.
 
     Raises:
         MergeError: Nothing can be merged, the adapter changes nothing, no candidate is good enough, the disk is too
             small, or the model that was written measures differently when it is opened again.
     """
-    from finetune.measure import chat_of, open_rows, pick_rows
+    from finetune.measure import chat_of, read_rows, trained_tokens
     from finetune.merge.candidates import write_chat
     from finetune.merge.changes import add_changes, read_changes
     from finetune.model import weights_sha256
 
     names = _candidates(config, quantization)
-    heldout = open_rows(data.folder / "heldout")
-    picked = pick_rows(heldout, tokens=config.measure_tokens)
-    if not picked:
-        raise MergeError("no held-out row has a trained token, so merges cannot be compared; look at the ledger in the data folder")
+    rows = read_rows(data.folder / "heldout", limit=config.loss_rows)
+    if not any(map(trained_tokens, rows)):
+        raise MergeError(
+            f"none of the first {len(rows)} held-out rows has a trained token, so merges cannot be compared; look at the ledger in the "
+            "data folder"
+        )
     work = folder / ".candidates"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     _check_disk(base, folder, candidates=len(names), tokens=config.measure_tokens)
-    stage = _Stage(config=config, base=base, model=model, quantization=quantization, placement=placement, work=work)
-    rows = [heldout[number] for number in picked]
+    stage = _Stage(
+        config=config, base=base, model=model, quantization=quantization, placement=placement, work=work, rows=rows, seed=seed
+    )  # fmt: skip
     changes = read_changes(adapter.folder / "adapter")
     for further, weight in config.adapters.items():
         changes = add_changes(changes, Path(further).expanduser(), weight=weight)
-    reference, built = stage.build(adapter.folder / "adapter", changes, rows=rows, names=names)
-    figures = [stage.measure(one, rows=rows, reference=reference) for one in built]
-    table("merge", ["candidate", "KL", "top-1", "loss", "perplexity", "size"], table_rows(figures, trained=reference.loss))
+    reference, built = stage.build(adapter.folder / "adapter", changes, names=names)
+    trained, figures = stage.losses(reference.losses), [stage.measure(one, reference) for one in built]
+    table("merge", ["candidate", "KL", "top-1", "loss", "change of loss", "perplexity", "size"], table_rows(figures, trained=trained))
     chosen, rule = choose(figures, config=config, trained_loss=reference.loss)
     say("merge", f"{chosen['name']} is kept: {rule}")
     chat = chat_of(base, data.folder, trust_remote_code=model.trust_remote_code)
     write_chat(work / chosen["name"], chat)
-    reloaded = stage.reload(work / chosen["name"], chosen, heldout=data.folder / "heldout", picked=picked, reference=reference)
+    reloaded = stage.reload(work / chosen["name"], chosen, heldout=data.folder / "heldout", reference=reference)
     kept = _publish(work / chosen["name"], folder / "model")
     shutil.rmtree(work)
     return MergedModel(
         folder=folder,
         chosen=chosen["name"],
         rule=rule,
-        reference={"loss": reference.loss, "perplexity": _perplexity(reference.loss), "tokens": reference.positions},
+        loss_rows=len(rows),
+        reference=trained,
         candidates=figures,
         reloaded=reloaded,
         sha256=weights_sha256(kept),
@@ -148,12 +158,6 @@ def _publish(built: Path, target: Path) -> Path:
     return target
 
 
-def _perplexity(loss: float) -> float:
-    import math
-
-    return math.exp(min(loss, 700.0))
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Stage:
     """What every step of the stage needs."""
@@ -164,8 +168,10 @@ class _Stage:
     quantization: QuantizationConfig
     placement: Placement
     work: Path
+    rows: list[dict[str, Any]]
+    seed: int
 
-    def build(self, adapter: Path, changes: dict[str, Change], *, rows: list[Any], names: list[str]) -> tuple[Reference, list[Built]]:
+    def build(self, adapter: Path, changes: dict[str, Change], *, names: list[str]) -> tuple[Reference, list[Built]]:
         """Records the trained graph, then writes the candidates; the graph is gone before the first one is loaded."""
         import torch
 
@@ -178,9 +184,11 @@ class _Stage:
             add_adapters(graph, self.config.adapters, base_sha256=self.base.sha256)
             say("merge", "with the run's adapter: " + ", ".join(f"{name} x {weight:g}" for name, weight in self.config.adapters.items()))
         reference = reference_logprobs(
-            graph, rows, self.work / "reference.f32", batch_tokens=self.config.batch_tokens, progress="trained graph"
+            graph, self.rows, self.work / "reference.f32", batch_tokens=self.config.batch_tokens, tokens=self.config.measure_tokens,
+            progress="trained graph",
         )  # fmt: skip
-        say("merge", f"the trained graph on {len(rows)} held-out rows, {reference.positions:,} trained tokens: loss {reference.loss:.4f}")
+        say("merge", f"the trained graph on {len(self.rows)} held-out rows: loss {reference.loss:.4f}; the distributions of "
+            f"{reference.positions:,} trained tokens are kept to compare with")  # fmt: skip
         built = []
         for name in names:
             source = dequantized(graph) if name == "dequantized" else from_disk
@@ -197,7 +205,19 @@ class _Stage:
                 "would be the base; train longer or with a higher learning rate, or use merge.dtype=float32"
             )
 
-    def measure(self, built: Built, *, rows: list[Any], reference: Reference) -> dict[str, Any]:
+    def losses(self, rows: Sequence[RowLoss]) -> dict[str, Any]:
+        from finetune.measure.bootstrap import RESAMPLES, Bootstrap, token_loss
+
+        return Bootstrap(len(rows), samples=RESAMPLES, seed=self.seed).loss(token_loss(rows))
+
+    def figures(self, found: Agreement, reference: Reference) -> dict[str, Any]:
+        from finetune.measure.bootstrap import RESAMPLES, Bootstrap, token_loss
+
+        draw = Bootstrap(len(self.rows), samples=RESAMPLES, seed=self.seed)
+        difference = draw.difference(token_loss(reference.losses), token_loss(found.losses))
+        return {**self.losses(found.losses), "loss_difference": difference.change, **found.distances}
+
+    def measure(self, built: Built, reference: Reference) -> dict[str, Any]:
         from finetune.measure import agreement, free
         from finetune.model import load
 
@@ -208,25 +228,26 @@ class _Stage:
             quantization=dataclasses.replace(self.quantization, method="none", double=False),
             placement=dataclasses.replace(self.placement, dtype=self.config.dtype),
         )
-        found = agreement(merged, rows, reference, batch_tokens=self.config.batch_tokens, progress=name)
+        found = agreement(merged, self.rows, reference, batch_tokens=self.config.batch_tokens, progress=name)
         del merged
         free()
         sizes = {"bytes": built.bytes, "adapted_weights": built.adapted, "changed_weights": built.changed}
-        return {"name": name, **dataclasses.asdict(found), **sizes}
+        return {"name": name, **self.figures(found, reference), **sizes}
 
-    def reload(self, kept: Path, first: dict[str, Any], *, heldout: Path, picked: list[int], reference: Reference) -> dict[str, Any]:
-        from finetune.measure import FreshProcessError, run_fresh
+    def reload(self, kept: Path, first: dict[str, Any], *, heldout: Path, reference: Reference) -> dict[str, Any]:
+        from finetune.measure import Agreement, FreshProcessError, RowLoss, run_fresh
 
         request = {
             "folder": kept.resolve(), "dtype": self.config.dtype, "attention": self.placement.attention, "device": self.placement.device,
             "threads": self.placement.threads, "remote_code": self.model.remote_code, "heldout": heldout.resolve(),
-            "rows": picked, "batch_tokens": self.config.batch_tokens,
-            "reference": {**dataclasses.asdict(reference), "file": reference.file.resolve()},
+            "rows": len(self.rows), "batch_tokens": self.config.batch_tokens,
+            "reference": dataclasses.replace(reference, file=reference.file.resolve(), losses=()),
         }  # fmt: skip
         try:
-            again = run_fresh("finetune.merge.reload", request, work=self.work)
+            got = run_fresh("finetune.merge.reload", request, work=self.work)
         except FreshProcessError as error:
             raise MergeError(f"the merged model in {kept} cannot be opened by a fresh process: {error}") from error
+        again = self.figures(Agreement(**{**got, "losses": [RowLoss(**row) for row in got["losses"]]}), reference)
         furthest = max(abs(again["loss"] - first["loss"]), abs(again["kl"] - first["kl"]))
         if furthest > self.config.max_reload_difference:
             raise MergeError(

@@ -17,6 +17,11 @@ SLIDING_FAMILIES = ("gemma2", "gemma3_text")
 TRAINED_ROWS = 256
 """Positions whose logits are alive at one time. Source: finetune/speed/steps.py, LOSS_ROWS."""
 
+TILE_COPIES_BYTES = 7 * FLOAT + 1
+"""For each entry of a tile of logits, what torch alone makes of it on the way back: in float32 the logits, scaled and divided by
+the temperature, their log-probabilities, probabilities and gradient, what is added to it and a product on the way there, and
+which entry is the target. A soft cap keeps its tanh besides. Source: TRL 1.16, kernels/chunked_logprob.py, ``_backward_tile``."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Activations:
@@ -133,8 +138,7 @@ def loss_bytes(inputs: PlanInputs) -> float:
 
     On trained tokens: their hidden states twice and the gradient, in the numbers of the computation (all tokens are taken
     as trained), and the logits of some of them; in torch alone also two float32 copies. TRL's own tiled loss holds one
-    tile of logits and the float32 gradient of the last hidden state; torch's fallback, where there is no Triton, makes
-    float32 copies of the tile: the shifted logits and their exponential.
+    tile of logits and the float32 gradient of the last hidden state; where there is no Triton, also `TILE_COPIES_BYTES`.
     """
     a, c, tokens = inputs.architecture, inputs.compute_bytes, inputs.step_tokens
     if inputs.trainer.logits_bytes:
@@ -145,7 +149,7 @@ def loss_bytes(inputs: PlanInputs) -> float:
         return TRAINED_ROWS * a.vocab_size * each + 3 * c * a.hidden_size * tokens
     tile_tokens, tile_entries = inputs.trainer.loss_tile
     tile = min(tokens, tile_tokens) * min(a.vocab_size, tile_entries)
-    each = c + (2 * FLOAT if inputs.device == "cpu" else 0)
+    each = c + (TILE_COPIES_BYTES + FLOAT * a.softcap if inputs.device == "cpu" else 0)
     return tile * each + tokens * a.hidden_size * FLOAT
 
 

@@ -63,5 +63,5 @@ def eval_seconds(config: RunConfig, inputs: PlanInputs, speed: Throughput) -> fl
 def merge_seconds(config: RunConfig, inputs: PlanInputs, speed: Throughput) -> float:
     """Each candidate is read, written and measured; the trained graph and the file that is kept are measured too."""
     candidates = len(config.merge.candidates)
-    measured = forward_seconds(inputs, speed, tokens=(candidates + 2) * config.merge.measure_tokens)
+    measured = forward_seconds(inputs, speed, tokens=(candidates + 2) * config.merge.loss_rows * config.data.max_tokens)
     return 2 * candidates * weights.dense_bytes(inputs) / DISK_BANDWIDTH + measured

@@ -175,7 +175,11 @@ def single_process_bytes(inputs: PlanInputs) -> float:
 
 
 def host_bytes(inputs: PlanInputs) -> dict[str, float]:
-    """Host memory per phase for all processes of one machine, besides what a CPU run counts as its device."""
+    """Host memory per phase for all processes of one machine, besides what a CPU run counts as its device.
+
+    The base's files are mapped, so what is read of them is resident too, once for all processes, but the system takes those
+    pages back when it needs the memory: no process has to have them. Source: safetensors; proc(5), RssFile.
+    """
     if inputs.device == "cpu":
         return {}
     start = PROCESS_BYTES * inputs.processes
@@ -186,7 +190,7 @@ def host_bytes(inputs: PlanInputs) -> dict[str, float]:
     in_host = inputs.strategy == "fsdp" and not inputs.trainer.cuts_all  # where each process brings a whole base in
     saved = weights.adapter_bytes(inputs) + weights.optimizer_bytes(inputs)
     return {
-        "load": start + largest_dense_bytes(inputs) + (frozen.total * inputs.processes if in_host else away),
+        "load": start + largest_dense_bytes(inputs) * inputs.processes + (frozen.total * inputs.processes if in_host else away),
         "step": start + away,
         "save": start + away + saved,
         "merge": start + weights.dense_bytes(inputs) / inputs.architecture.layers,

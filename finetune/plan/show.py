@@ -20,7 +20,9 @@ def show(plan: Plan) -> Plan:
     totals = ["together", *[human_bytes(sum(terms.values())) for terms in plan.phases.values()]]
     table("plan", [where, *[phase.replace("_", " ") for phase in plan.phases]], [*rows, totals])
     if plan.host:
-        say("plan", "host memory: " + ", ".join(f"{phase} {human_bytes(size)}" for phase, size in plan.host.items()))
+        phases = ", ".join(f"{phase} {human_bytes(size)}" for phase, size in plan.host.items())
+        mapped = f"as far as there is room, load also shows pages of the base's files, {human_bytes(plan.disk['base'])} at most"
+        say("plan", f"host memory: {phases}; {mapped}")
     say("plan", "disk: " + ", ".join(f"{name} {human_bytes(size)}" for name, size in plan.disk.items()))
     say("plan", *_verdict(plan), *([_time(plan)] if plan.seconds else []), *plan.notes)
     if plan.exact:

@@ -2,12 +2,11 @@
 
 from collections.abc import Iterable, Sequence
 
+from finetune.measure.artifacts import beside, cells, heads, metric_names, sentence
 from finetune.report.facts import Fields
 from finetune.report.hero import VERDICTS, quantization_name, short_name
-from finetune.report.results import metric_names
 from finetune.report.words import (
     ARTIFACTS,
-    MISSING,
     count,
     duration,
     figure,
@@ -24,7 +23,7 @@ from finetune.report.words import (
 
 def markdown(report: Fields) -> str:
     """The content of report.json as a page of Markdown."""
-    parts = [f"# {report['run']}", _status(report), _headline(report), _facts(report), _scores(report), _merge(report), _proofs(report),
+    parts = [f"# {report['run']}", _status(report), _headline(report), _facts(report), _artifacts(report), _merge(report), _proofs(report),
              _exports(report), _costs(report), _decisions(report)]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -69,20 +68,12 @@ def _facts(report: Fields) -> str:
     return _table(["", "this run"], rows)
 
 
-def _scores(report: Fields) -> str:
-    if report["eval"] is None:
+def _artifacts(report: Fields) -> str:
+    lines = report["artifacts"]
+    if not lines:
         return ""
-    artifacts = report["eval"]["artifacts"]
-    names = metric_names(artifacts)
-    rows = []
-    for name in [name for name in ARTIFACTS if artifacts.get(name)]:
-        row = [ARTIFACTS[name], number(artifacts[name].get("perplexity"))]
-        for metric in names:
-            found = artifacts[name]["metrics"].get(metric)
-            share = bool(found) and is_share([found["value"]])
-            row.append(f"{figure(found['value'], share=share)} ({interval(found, share=share)})" if found else MISSING)
-        rows.append(row)
-    return "## Scores on held-out rows\n\n" + _table(["Artifact", "Perplexity", *map(metric_title, names)], rows)
+    listed = _table(heads(lines, metric_title), [cells(line, metric_names(lines)) for line in lines])
+    return "\n\n".join(["## Every artifact on the same rows", sentence(lines), listed, *beside(lines, metric_title)])
 
 
 def _merge(report: Fields) -> str:
@@ -91,8 +82,8 @@ def _merge(report: Fields) -> str:
     rows = []
     for item in report["merge"]["candidates"] or []:
         name = f"**{item['name']}**" if item["name"] == report["merge"]["chosen"] else item["name"]
-        rows.append([name, number(item.get("kl")), percent(item.get("top1_agreement")), number(item.get("perplexity"))])
-    return "## Merge\n\n" + _table(["Candidate (chosen in bold)", "KL to the trained model", "Same top token", "Perplexity"], rows)
+        rows.append([name, number(item.get("kl")), percent(item.get("top1_agreement"))])
+    return "## Merge\n\n" + _table(["Candidate (chosen in bold)", "KL to the trained model", "Same top token"], rows)
 
 
 def _proofs(report: Fields) -> str:

@@ -18,6 +18,7 @@ def page(report: Fields, facts: Facts) -> str:
     """The whole page from report.json's content and the series behind its figures."""
     parts = [
         results.scores(report),
+        results.artifacts(report),
         answers(report, facts.samples),
         process.learning(report, facts),
         process.data(report, facts),

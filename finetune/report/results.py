@@ -1,5 +1,8 @@
 """What came out: the scores of the four artifacts, the merge, the exports."""
 
+from html import escape
+
+from finetune.measure.artifacts import beside, cells, heads, metric_names, sentence
 from finetune.report.facts import Fields
 from finetune.report.intervals import agreement_picture, artifact_picture, change_picture
 from finetune.report.markup import Html, figure, joined, mark, section, table, tag
@@ -12,13 +15,13 @@ def scores(report: Fields) -> Html:
     scored = report["eval"]
     if scored is None:
         return Html("")
-    artifacts, changes = scored["artifacts"], scored.get("changes") or {}
+    measured, changes = scored["artifacts"], scored.get("changes") or {}
     blocks = []
     headline = headline_metric(scored)
-    for name in sorted(metric_names(artifacts), key=lambda name: name != headline):
-        share = is_share([item["metrics"][name]["value"] for item in artifacts.values() if name in (item.get("metrics") or {})])
+    for name in sorted(metric_names(report["artifacts"]), key=lambda name: name != headline):
+        share = is_share([item["metrics"][name]["value"] for item in measured.values() if name in (item.get("metrics") or {})])
         unit = ", in points" if share else ""
-        blocks.append(figure(artifact_picture(artifacts, name), "", title=metric_title(name)))
+        blocks.append(figure(artifact_picture(measured, name), "", title=metric_title(name)))
         blocks.append(figure(change_picture(changes, name, share=share), "", title=f"{metric_title(name)}: what each step changed{unit}"))
     text = (
         f"Each artifact answered the same {count(scored.get('rows'))} held-out rows, which no training step has seen. The dot is the score "
@@ -29,27 +32,23 @@ def scores(report: Fields) -> Html:
         "Did it learn the task?",
         tag("p", text),
         tag("div", joined(blocks), kind="pairs"),
-        _loss_table(artifacts),
         _loss_words(changes),
         _forgotten(changes),
-        _tasks(artifacts),
+        _tasks(measured),
     )
 
 
-def metric_names(artifacts: Fields) -> list[str]:
-    """The task's metrics, in the order in which they were asked for."""
-    return list(next((item["metrics"] for item in artifacts.values() if item.get("metrics")), {}))
-
-
-def _loss_table(artifacts: Fields) -> Html:
-    """Loss and how the answers ended: figures without a picture."""
-    rows = [
-        [ARTIFACTS[name], number(item.get("loss")), number(item.get("perplexity")), percent(item.get("token_accuracy")),
-         percent(item.get("stop_rate"), digits=0), number(item.get("mean_tokens"))]
-        for name in ARTIFACTS if (item := artifacts.get(name))
-    ]  # fmt: skip
-    header = ["Artifact", "Loss, nats a token", "Perplexity", "Next token right", "Answers that ended", "Tokens an answer"]
-    return table(header, rows)
+def artifacts(report: Fields) -> Html:
+    """One table of all that was measured on the same rows: every artifact, from the base to each export."""
+    lines = report["artifacts"]
+    if not lines:
+        return Html("")
+    names = metric_names(lines)
+    kept = frozenset(index for index, line in enumerate(lines) if line["kept"])
+    broken = [[Html(escape(cell).replace(" [", "<br>[").replace(" from ", "<br>from ")) for cell in cells(line, names)] for line in lines]
+    listed = table(heads(lines, metric_title), broken, strong=kept)
+    beneath = joined(tag("p", text, kind="caption") for text in beside(lines, metric_title))
+    return section("artifacts", "Every artifact on the same rows", tag("p", sentence(lines)), listed, beneath)
 
 
 def _loss_words(changes: Fields) -> Html:
@@ -83,10 +82,9 @@ def merged(report: Fields) -> Html:
     merge = report["merge"]
     if merge is None:
         return Html("")
-    candidates, reference = merge["candidates"] or [], merge.get("reference") or {}
-    rows = [_candidate("as trained", {"kl": 0, "top1_agreement": 1, **reference})] if reference else []
-    rows += [_candidate(f"{item['name'].replace('_', ' ')} + adapter", item) for item in candidates]
-    kept = [index + bool(reference) for index, item in enumerate(candidates) if item["name"] == merge["chosen"]]
+    candidates = merge["candidates"] or []
+    rows = [_candidate(f"{item['name'].replace('_', ' ')} + adapter", item) for item in candidates]
+    kept = [index for index, item in enumerate(candidates) if item["name"] == merge["chosen"]]
     text = (
         "The adapter is added into the weights, so that the result needs no adapter any more. It can be added to the original weights or "
         "to the quantized ones that it was trained on. Each way is measured against the model as trained; KL is how far the two "
@@ -99,15 +97,14 @@ def merged(report: Fields) -> Html:
         "Merge",
         tag("p", text),
         figure(agreement_picture(candidates, merge["chosen"]), "KL to the model as trained, on powers of ten; further left is closer."),
-        table(["Weights", "KL", "Same top token", "Loss", "Perplexity", "Size"], rows, strong=frozenset(kept)),
+        table(["Weights", "KL", "Same top token", "Size"], rows, strong=frozenset(kept)),
         tag("p", f"Kept: {merge['chosen']} + adapter" + (f", by this rule: {merge['rule']}." if merge.get("rule") else ".")),
         tag("p", f"Opened again from disk by a fresh process: {again}.") if again else "",
     )
 
 
 def _candidate(name: str, item: Fields) -> list[str]:
-    figures = [number(item.get("kl")), percent(item.get("top1_agreement")), number(item.get("loss")), number(item.get("perplexity"))]
-    return [name, *figures, size(item.get("bytes"))]
+    return [name, number(item.get("kl")), percent(item.get("top1_agreement")), size(item.get("bytes"))]
 
 
 def exported(report: Fields) -> Html:
@@ -126,7 +123,6 @@ def exported(report: Fields) -> Html:
         "Logits within",
         "KL",
         "First token",
-        "Held-out loss, change",
         "Ends its answer",
     ]
     listed = table(head, rows, text_columns=2)
@@ -136,15 +132,12 @@ def exported(report: Fields) -> Html:
 def _parity(parity: Fields) -> list[object]:
     """One cell for each thing that was compared; dashes where no runtime opens it."""
     if not parity:
-        return [MISSING] * 7
-    change = parity.get("loss_difference")
-    loss = f"{number(parity['loss'])}, {change['difference']:+.4f} [{change['low']:+.4f}, {change['high']:+.4f}]" if change else MISSING
+        return [MISSING] * 6
     return [
         parity["runtime"],
         mark(True, f"{parity['chats']} chats the same"),
         f"{number(parity['max_logit_difference'])} (bound {parity['bound']:g})",
         number(parity["kl"]),
         percent(parity["top1_agreement"]),
-        loss,
         "yes" if parity["stops"] else "no, nor does the model",
     ]

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from finetune.measure.artifacts import same_rows
 from finetune.report.facts import Facts, Fields
 
 SCHEMA = 1
@@ -39,6 +40,7 @@ def summarize(facts: Facts, *, status: str) -> Fields:
         "eval": _section(facts, "eval"),
         "merge": _section(facts, "merge"),
         "export": exports["exports"] if exports else [],
+        "artifacts": same_rows(scores, facts.product("merge"), exports["exports"] if exports else []),
         "stages": {stage: _cost(manifest) for stage, manifest in facts.manifests.items()},
         "plan": facts.product("plan"),
         "decisions": _decisions(facts),

@@ -125,6 +125,10 @@ class Trainer(SFTTrainer):
             self.optimizer = make_optimizer(self.model if model is None else model, self.optim, self.args)
         return self.optimizer
 
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+        """accelerate puts autocast around the model's own forward pass alone, which a loss on trained tokens goes past."""
+        return self.accelerator.autocast()
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from artifacts import Line, Made
-from test_export import Facts, merged, run  # noqa: F401  # fixtures
+from test_export import Facts, judge, merged, run  # noqa: F401  # fixtures
 from transformers import AutoModelForCausalLM
 
 from finetune.errors import ExportError

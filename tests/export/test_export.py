@@ -17,16 +17,23 @@ from artifacts import Line, Made
 from safetensors.torch import load_file, save_file
 
 from finetune.errors import ExportError, ModelError
+from finetune.eval import EvalConfig, Judge
+from finetune.eval.records import RecordFile
 from finetune.export import ExportConfig, Exports, export, load
 from finetune.export.parity import Expected, compare, last_logits
-from finetune.measure import trained_graph
+from finetune.measure import Answer, read_rows, row_losses, trained_graph
 from finetune.merge.candidates import build, write_chat
 from finetune.merge.changes import read_changes
 
 BOUNDS: dict[str, Any] = {"golden_rows": 2, "loss_rows": 3, "max_logit_difference": 0.5, "max_kl": 0.01, "max_new_tokens": 6}
 LEVEL = {"value": 0.5, "low": 0.4, "high": 0.6}
 CHANGE = {"difference": 0.5, "low": 0.4, "high": 0.6}
-ARTIFACT = {"loss": 1.0, "loss_low": 0.9, "loss_high": 1.1, "perplexity": 2.7, "metrics": {"exact_match": LEVEL}}
+LOSS = {"loss": 1.0, "loss_low": 0.9, "loss_high": 1.1, "perplexity": 2.7}
+ARTIFACT = {**LOSS, "metrics": {"exact_match": LEVEL}, "stop_rate": 1.0, "mean_tokens": 5.0, "repetition": 0.0}
+CANDIDATE = {**LOSS, "name": "dequantized", "kl": 1e-4, "top1_agreement": 1.0, "compared_tokens": 100, "loss_difference": CHANGE}
+RULES = EvalConfig(
+    rows=4, loss_rows=10, max_new_tokens=6, batch_rows=4, batch_tokens=256, metrics=["exact_match", "label_known"], bootstrap_samples=50
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +52,7 @@ class Facts:
     chosen: str = "dequantized"
     adapters: dict[str, float] = field(default_factory=dict)
     rule: str = "nearest to the trained graph"
-    reference: dict[str, Any] = field(default_factory=lambda: {"loss": 1.0, "perplexity": 2.7, "tokens": 100})
-    candidates: list[dict[str, Any]] = field(
-        default_factory=lambda: [{"name": "dequantized", "kl": 1e-4, "top1_agreement": 1.0, "loss": 1.0, "perplexity": 2.7}]
-    )
+    candidates: list[dict[str, Any]] = field(default_factory=lambda: [CANDIDATE])
     artifacts: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(("base", "base_quantized", "adapter", "merged"), ARTIFACT))
     changes: dict[str, Any] = field(
         default_factory=lambda: {name: {"loss": CHANGE, "exact_match": CHANGE} for name in ("quantization", "tuning", "merge", "total")}
@@ -68,14 +72,32 @@ def merged(loud_base: Path, adapter: Made, tokenizer: Any, tmp_path_factory: pyt
 
 
 @pytest.fixture(scope="module")
-def run(line: Callable[..., Line], adapter: Made, merged: Facts) -> Callable[..., Exports]:
+def judge(line: Callable[..., Line], adapter: Made, merged: Facts, tmp_path_factory: pytest.TempPathFactory) -> Judge:
+    """The evaluation's records: what the models that exports are made from cost, and answers that they could have given."""
+    from transformers import AutoModelForCausalLM
+
+    folder, parts = tmp_path_factory.mktemp("eval"), line()
+    rows = read_rows(parts.data.folder / "heldout")
+    graph = trained_graph(
+        parts.base, parts.model, quantization=parts.quantization, placement=parts.placement, adapter=adapter.folder / "adapter"
+    )  # fmt: skip
+    for name, model in {"adapter": graph, "merged": AutoModelForCausalLM.from_pretrained(merged.folder / "model")}.items():
+        record = RecordFile(folder / f"{name}.rows.jsonl", key="")
+        record.add_losses(row_losses(model, rows, batch_tokens=RULES.batch_tokens))
+        for number in range(RULES.rows):
+            record.add_answer(number, Answer(tokens=[40, 50], stopped=True))
+    return Judge(config=RULES, folder=folder, seed=1)
+
+
+@pytest.fixture(scope="module")
+def run(line: Callable[..., Line], adapter: Made, merged: Facts, judge: Judge) -> Callable[..., Exports]:
     def run(folder: Path, *formats: str, from_merged: Facts = merged, from_adapter: Path = adapter.folder, **bounds: Any) -> Exports:
         parts = line()
         config = {name: ExportConfig(**{**BOUNDS, **bounds, "format": name}) for name in formats}
         return export(
             config, folder=folder, base=parts.base, model=parts.model, quantization=parts.quantization, placement=parts.placement,
             adapter=Facts(folder=from_adapter), merged=from_merged, scores=Facts(folder=folder), data=Facts(folder=parts.data.folder),
-            seed=1,
+            judge=judge, seed=1,
         )  # fmt: skip
 
     return run
@@ -83,7 +105,7 @@ def run(line: Callable[..., Line], adapter: Made, merged: Facts) -> Callable[...
 
 @pytest.fixture(scope="module")
 def exports(run: Callable[..., Exports], tmp_path_factory: pytest.TempPathFactory) -> Exports:
-    return run(tmp_path_factory.mktemp("run") / "export", "card", "adapter", "safetensors")
+    return run(tmp_path_factory.mktemp("run") / "export", "card", "adapter", "safetensors", rows=4)
 
 
 def test_each_export_passed_in_its_own_runtime(exports: Exports) -> None:
@@ -96,7 +118,26 @@ def test_each_export_passed_in_its_own_runtime(exports: Exports) -> None:
     assert abs(merged["parity"]["loss_difference"]["difference"]) < 1e-3
     assert merged["parity"]["loss"] > 0
     assert all(one["parity"]["chats"] == 4 and one["parity"]["passed"] for one in (adapter, merged))
-    assert {file.name for file in exports.folder.iterdir()} == {"adapter", "safetensors", "README.md"}
+    listed = {"adapter", "safetensors", "adapter.answers.jsonl", "safetensors.answers.jsonl", "README.md"}
+    assert {file.name for file in exports.folder.iterdir()} == listed
+
+
+def test_loss_of_an_export_stands_beside_the_evaluations_on_the_same_rows(exports: Exports, judge: Judge) -> None:
+    for one, name in zip(exports.exports, ("adapter", "merged"), strict=False):
+        losses = judge.losses(name, rows=3)
+        assert one["parity"]["tokens"] == sum(row.tokens for row in losses)
+        assert one["parity"]["model_loss"] == pytest.approx(sum(row.loss for row in losses) / one["parity"]["tokens"])
+
+
+def test_answers_of_an_export_are_judged_beside_the_models_to_the_same_prompts(exports: Exports) -> None:
+    for one, model in zip(exports.exports, ("adapter", "merged"), strict=False):
+        answers = one["parity"]["answers"]
+        assert (answers["rows"], answers["model"]["name"], answers["model"]["mean_tokens"]) == (4, model, 2)
+        assert answers["metrics"].keys() == {"exact_match", "label_known"}
+        assert answers["changes"]["stop_rate"]["difference"] == answers["stop_rate"] - 1
+        lines = [json.loads(text) for text in (exports.folder / f"{Path(one['path']).name}.answers.jsonl").read_text().splitlines()]
+        assert [line["row"] for line in lines] == [0, 1, 2, 3]
+        assert lines[0]["scores"].keys() == answers["metrics"].keys()
 
 
 def test_every_snippet_of_the_card_runs(exports: Exports) -> None:
@@ -112,7 +153,15 @@ def test_every_snippet_of_the_card_runs(exports: Exports) -> None:
 
 def test_card_states_base_quantization_metrics_and_merge(exports: Exports) -> None:
     card = (exports.folder / "adapter" / "README.md").read_text()
-    for text in ("4-bit NF4 (double quantization)", "0.500 [0.400, 0.600]", "| dequantized | 0.00010 |", "Licence", "library_name: peft"):
+    for text in (
+        "4-bit NF4 (double quantization)",
+        "0.500 [0.400, 0.600]",
+        "| dequantized | 0.00010 |",
+        "Merged: dequantized + adapter (kept) | 1.0000 [0.9000, 1.1000]",
+        "4 rows: exact_match",
+        "Licence",
+        "library_name: peft",
+    ):
         assert text in card
 
 

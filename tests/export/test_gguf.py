@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from artifacts import Made
-from test_export import Facts, merged, run  # noqa: F401  # fixtures
+from test_export import Facts, judge, merged, run  # noqa: F401  # fixtures
 
 from finetune.errors import ExportError
 from finetune.export import Exports
@@ -32,7 +32,7 @@ BOUNDS = {
 
 @pytest.fixture(scope="module")
 def exported(run: Callable[..., Exports], tmp_path_factory: pytest.TempPathFactory) -> Exports:  # noqa: F811
-    return run(tmp_path_factory.mktemp("run") / "export", "gguf", "card", numbers="q8_0")
+    return run(tmp_path_factory.mktemp("run") / "export", "gguf", "card", numbers="q8_0", rows=3)
 
 
 def test_gguf_runs_in_llama_cpp_as_the_model_does(exported: Exports) -> None:
@@ -42,6 +42,8 @@ def test_gguf_runs_in_llama_cpp_as_the_model_does(exported: Exports) -> None:
     assert parity["chats"] == 4
     assert parity["kl"] < BOUNDS["q8_0"]
     assert abs(parity["loss_difference"]["difference"]) < 0.01
+    assert (parity["answers"]["rows"], parity["answers"]["model"]["name"]) == (3, "merged")
+    assert 0 < parity["answers"]["mean_tokens"] <= 6
     assert {file.name for file in (exported.folder / "gguf").iterdir()} == {"model.gguf", "Modelfile", "README.md"}
     assert "KL" in (exported.folder / "README.md").read_text()
 

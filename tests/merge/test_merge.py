@@ -14,15 +14,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.errors import FinetuneError, MergeError
-from finetune.measure import agreement, read_rows, reference_logprobs, trained_graph
+from finetune.measure import agreement, mean_loss, read_rows, reference_logprobs, row_losses, trained_graph
 from finetune.merge import MergeConfig, MergedModel, merge
 from finetune.merge.candidates import build
 from finetune.merge.changes import read_changes
 from finetune.merge.graph import dequantized
 
 CONFIG: dict[str, Any] = {
-    "choose": "fidelity", "candidates": ["dequantized", "original"], "max_loss_increase": 0.5, "measure_tokens": 200, "batch_tokens": 512,
-    "dtype": "bfloat16", "max_reload_difference": 0.001,
+    "choose": "fidelity", "candidates": ["dequantized", "original"], "max_loss_increase": 0.5, "loss_rows": 8, "measure_tokens": 60,
+    "batch_tokens": 512, "dtype": "bfloat16", "max_reload_difference": 0.001,
 }  # fmt: skip
 
 
@@ -30,7 +30,7 @@ def run(folder: Path, line: Line, adapter: Made, **settings: Any) -> MergedModel
     config = MergeConfig(**{**CONFIG, **settings})
     return merge(
         config, folder=folder, base=line.base, model=line.model, quantization=line.quantization, placement=line.placement,
-        adapter=adapter, data=line.data,
+        adapter=adapter, data=line.data, seed=1,
     )  # fmt: skip
 
 
@@ -48,6 +48,24 @@ def test_dequantized_candidate_is_the_trained_graph_and_the_original_is_not(merg
     assert figures(merged, "dequantized")["top1_agreement"] > 0.9  # a random model's first two tokens are nearly tied
     assert figures(merged, "original")["kl"] > 20 * figures(merged, "dequantized")["kl"]
     assert merged.chosen == "dequantized"
+    assert {one["compared_tokens"] for one in merged.candidates} == {60}
+
+
+def test_losses_are_those_of_the_first_rows_with_paired_intervals(merged: MergedModel, line: Callable[..., Line], adapter: Made) -> None:
+    """More rows than the distributions are kept of: the very rows that the evaluation takes."""
+    parts = line()
+    rows = read_rows(parts.data.folder / "heldout", limit=8)
+    graph = trained_graph(
+        parts.base, parts.model, quantization=parts.quantization, placement=parts.placement, adapter=adapter.folder / "adapter"
+    )  # fmt: skip
+    kept = AutoModelForCausalLM.from_pretrained(merged.folder / "model", dtype=torch.bfloat16)
+    assert merged.loss_rows == 8
+    assert merged.reference["loss"] == pytest.approx(mean_loss(row_losses(graph, rows, batch_tokens=512)), abs=1e-9)
+    assert figures(merged, "dequantized")["loss"] == pytest.approx(mean_loss(row_losses(kept, rows, batch_tokens=512)), abs=1e-9)
+    change = figures(merged, "original")["loss_difference"]
+    assert change["difference"] == pytest.approx(figures(merged, "original")["loss"] - merged.reference["loss"], abs=1e-9)
+    assert change["low"] <= change["difference"] <= change["high"]
+    assert change["low"] < change["high"]
 
 
 def test_fresh_process_measures_what_the_stage_measured(merged: MergedModel) -> None:
@@ -196,5 +214,5 @@ def test_base_in_shards_gives_the_same_weights_as_in_one_file(loud_base: Path, a
 
 
 def test_wishes_that_cannot_be_are_named_at_once() -> None:
-    config = MergeConfig(**{**CONFIG, "choose": "best", "candidates": ["magic"], "dtype": "int4", "measure_tokens": 0})
-    assert len(list(config.problems())) == 4
+    config = MergeConfig(**{**CONFIG, "choose": "best", "candidates": ["magic"], "dtype": "int4", "loss_rows": 0, "measure_tokens": 0})
+    assert len(list(config.problems())) == 5

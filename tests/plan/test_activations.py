@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from finetune.architecture import ArchitectureConfig
-from finetune.plan.activations import activations, saved_in_layer
+from finetune.plan.activations import activations, loss_bytes, saved_in_layer
 from finetune.plan.inputs import PlanInputs, Steps, Trainer
 
 TINY = ArchitectureConfig(
@@ -86,6 +86,26 @@ def test_dropout_keeps_a_mask_and_a_copy_for_each_branch() -> None:
 def test_a_pair_of_answers_is_two_documents() -> None:
     one, pair = activations(INPUTS), activations(dataclasses.replace(INPUTS, documents=2))
     assert pair.stored > 1.9 * one.stored
+
+
+@pytest.mark.parametrize("cap", [None, 30.0])
+def test_trls_loss_without_triton_is_counted_on_its_own_code(cap: float | None) -> None:
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    from finetune.plan.fake import Alive
+
+    wide = dataclasses.replace(TINY, vocab_size=65536, softcap=cap is not None)
+    inputs = dataclasses.replace(INPUTS, architecture=wide)
+    with FakeTensorMode():
+        hidden = torch.empty(inputs.step_tokens, TINY.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+        head = torch.empty(wide.vocab_size, TINY.hidden_size, dtype=torch.bfloat16)
+        targets = torch.empty(inputs.step_tokens, dtype=torch.long)
+        with Alive([hidden, head, targets], size=float) as alive:
+            logprobs = ChunkedLogProbFunction.apply(hidden, head, None, targets, 1.0, inputs.trainer.loss_tile[1], cap, 1.0, ())[0]
+            logprobs.sum().backward()
+    assert loss_bytes(inputs) == pytest.approx(alive.peak, rel=0.01)
 
 
 def test_int8_holds_on_to_its_inputs_although_layers_are_computed_again() -> None:

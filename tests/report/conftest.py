@@ -16,11 +16,18 @@ def _metric(value: float, spread: float = 0.07) -> dict[str, float]:
     return {"value": value, "low": max(0.0, round(value - spread, 4)), "high": min(1.0, round(value + spread, 4))}
 
 
+SAME = {"difference": 0.0, "low": -0.001, "high": 0.001}
+
+
+def _loss(loss: float) -> dict[str, Any]:
+    return {"loss": loss, "loss_low": loss * 0.95, "loss_high": loss * 1.05, "perplexity": round(math.exp(loss), 4), "tokens": 3360}
+
+
 def _artifact(loss: float, exact: float, fields: float, valid: float) -> dict[str, Any]:
     metrics = {"json_valid": _metric(valid, 0.03), "json_fields": _metric(fields, 0.05), "json_exact": _metric(exact)}
     return {
-        "loss": loss, "loss_low": loss * 0.95, "loss_high": loss * 1.05, "perplexity": round(math.exp(loss), 4), "tokens": 3360,
-        "token_accuracy": 0.97 if loss < 1 else 0.49, "metrics": metrics, "stop_rate": 0.98, "mean_tokens": 21.2, "repetition": 0.01,
+        **_loss(loss), "token_accuracy": 0.97 if loss < 1 else 0.49, "metrics": metrics,
+        "stop_rate": 0.98, "mean_tokens": 21.2, "repetition": 0.01,
     }  # fmt: skip
 
 
@@ -81,11 +88,14 @@ def _train() -> dict[str, Any]:
 
 
 def _merge() -> dict[str, Any]:
-    dequantized = {"name": "dequantized", "kl": 0.00008, "top1_agreement": 0.999, "loss": 0.121, "perplexity": 1.129, "bytes": 269060552}
+    dequantized = {
+        "name": "dequantized", "kl": 0.00008, "top1_agreement": 0.999, "loss": 0.121, "perplexity": 1.129, "bytes": 269060552,
+        "loss_difference": SAME,
+    }  # fmt: skip
     original = {"name": "original", "kl": 0.0312, "top1_agreement": 0.971, "loss": 0.118, "perplexity": 1.125, "bytes": 269060552}
     return {
         "chosen": "dequantized", "rule": "nearest to the trained graph, KL 0.00008 (merge.choose=fidelity)", "sha256": "cd" * 32,
-        "reference": {"loss": 0.121, "perplexity": 1.129, "tokens": 3360}, "candidates": [dequantized, original],
+        "loss_rows": 160, "reference": {"loss": 0.121, "perplexity": 1.129, "tokens": 3360}, "candidates": [dequantized, original],
         "reloaded": {"kl": 0.00008, "top1_agreement": 0.999, "loss": 0.121},
     }  # fmt: skip
 
@@ -107,11 +117,23 @@ def _eval() -> dict[str, Any]:
 def _exports() -> list[dict[str, Any]]:
     same = {
         "passed": True, "runtime": "peft 0.21.2", "chats": 4, "prompts": 12, "max_logit_difference": 0.0, "bound": 0.5, "kl": 0.0,
-        "top1_agreement": 1.0, "stops": True,
+        "top1_agreement": 1.0, "stops": True, "rows": 160, **_loss(0.121), "model_loss": 0.121, "loss_difference": SAME,
+    }  # fmt: skip
+    model = {"name": "merged", "metrics": {"json_valid": _metric(0.95, 0.03)}, "stop_rate": 1.0, "mean_tokens": 21.0}
+    answered = {
+        "rows": 20, "metrics": {name: _metric(0.9, 0.03) for name in ("json_valid", "json_fields", "json_exact")}, "stop_rate": 1.0,
+        "mean_tokens": 21.0, "repetition": 0.0, "model": model, "changes": {"json_valid": {"difference": -0.05, "low": -0.1, "high": 0.0}},
     }  # fmt: skip
     return [
         {"format": "adapter", "path": "export/adapter", "bytes": 19580040, "sha256": "ef" * 32, "parity": same},
         {"format": "safetensors", "path": "export/safetensors", "bytes": 269060552, "sha256": "01" * 32, "parity": same},
+        {
+            "format": "gguf",
+            "path": "export/gguf",
+            "bytes": 144060552,
+            "sha256": "45" * 32,
+            "parity": {**same, "runtime": "xllamacpp 1", "answers": answered},
+        },
         {"format": "card", "path": "export/README.md", "bytes": 5120, "sha256": "23" * 32, "parity": {}},
     ]
 

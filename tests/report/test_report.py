@@ -19,6 +19,7 @@ CONTRACT: dict[str, Any] = {
               "final_loss": NUMBER, "optimizer": {"asked": str, "used": str, "why": str}},
     "eval": {"artifacts": {"base": dict, "base_quantized": dict, "adapter": dict, "merged": dict}},
     "merge": {"candidates": [{"name": str, "kl": NUMBER, "top1_agreement": NUMBER, "perplexity": NUMBER}], "chosen": str},
+    "artifacts": [{"title": str, "kept": bool, "loss_rows": int, "loss": NUMBER, "answer_rows": int, "metrics": dict}],
     "export": [{"format": str, "path": str, "bytes": int, "sha256": str, "parity": dict}],
     "stages": {stage: {"seconds": NUMBER, "peak_rss_bytes": int, "peak_device_bytes": int} for stage in ("data", "train", "merge", "eval")},
 }  # fmt: skip
@@ -124,6 +125,25 @@ def test_markdown_states_the_headline_and_the_merge(run: Path) -> None:
     text = report(run).markdown.read_text()
     assert "**Whole answer right: 0.0 % → 63.8 %** (95 % interval 56.8 to 70.8 %)" in text
     assert "| **dequantized** | 0.00008 |" in text
+
+
+def test_one_table_has_every_artifact_on_the_same_rows(run: Path) -> None:
+    files = report(run)
+    lines = json.loads(files.json.read_text())["artifacts"]
+    assert [line["title"] for line in lines if line["kept"]] == ["Merged: dequantized + adapter"]
+    text = files.markdown.read_text()
+    assert "The same 160 held-out rows went through every artifact" in text
+    assert "Fewer: Export gguf: 20 rows for the answers." in text
+    for row in (
+        "| Quantized base + adapter | 0.1210 [0.1149, 0.1270] | 1.129 | -2.2000 [-2.2500, -2.1500] from base, quantized |",
+        "| Merged: dequantized + adapter (kept) | 0.1210 [0.1149, 0.1270] | 1.129 | +0.0000 [-0.0010, +0.0010] from adapter | 0.981",
+        "| Merged: original + adapter | 0.1180 | 1.125 | – | not asked |",
+        "| Export adapter | 0.1210 [0.1149, 0.1270] | 1.129 | +0.0000 [-0.0010, +0.0010] from adapter | not asked |",
+        "| Export gguf | 0.1210 [0.1149, 0.1270] | 1.129 | +0.0000 [-0.0010, +0.0010] from merged | 0.900 [0.870, 0.930] |",
+    ):
+        assert row in text
+        assert row.split(" | ")[1].replace(" [", "<br>[") in files.html.read_text()
+    assert "beside merged model on the same 20 rows: Valid JSON -0.0500 [-0.1000, +0.0000] from 0.950" in text
 
 
 def test_decisions_come_with_their_reasons(run: Path) -> None:

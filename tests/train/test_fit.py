@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from finetune.errors import Interrupted, TrainError
 from finetune.train.fit import mean_of_last_tenth, read_curve, rewind
@@ -27,6 +28,21 @@ def test_adapter_keeps_the_numbers_that_were_asked_for(tmp_path: Path, tiny_base
 
     trained = train(tmp_path, tiny_base=tiny_base, tokenizer=tokenizer, steps=2)
     assert {str(tensor.dtype) for tensor in load_file(trained.adapter / "adapter_model.safetensors").values()} == {"torch.float32"}
+
+
+def test_plain_layers_compute_their_adapter_in_16_bit_also_where_the_loss_is_taken_past_the_models_own_pass(
+    tmp_path: Path, tiny_base: Path, tokenizer: Any
+) -> None:
+    """In float32, each branch would keep a float32 copy of its input: twice of what the plan counts and the rehearsal proves."""
+    numbers = set()
+
+    def listen(adapted: Any) -> None:
+        for name, module in adapted.named_modules():
+            if name.endswith("lora_A.default"):
+                module.register_forward_hook(lambda lora, _, out: numbers.add(str(out.dtype)) if torch.is_grad_enabled() else None)
+
+    train(tmp_path, tiny_base=tiny_base, tokenizer=tokenizer, steps=2, evaluations=0, layers="plain", touch=listen)
+    assert numbers == {"torch.bfloat16"}
 
 
 def test_same_seed_gives_the_same_losses_and_the_same_file(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:

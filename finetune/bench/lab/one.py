@@ -33,7 +33,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
 
     from finetune import hardware
     from finetune.config import load as compose
-    from finetune.measure import Reference, agreement, free, reference_logprobs, row_losses
+    from finetune.measure import Reference, agreement, free, reference_logprobs
     from finetune.memory import rss_bytes
     from finetune.model import Base, load, resident_bytes, weights_sha256
 
@@ -70,16 +70,16 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         "decode": speeds(decode, model, request["repeats"]),
     }
     rows, tokens = request["rows"], request["batch_tokens"]
-    found["losses"] = [[one.loss, one.tokens, one.correct] for one in row_losses(model, rows, batch_tokens=tokens)]
     given = dict(request["reference"])
     if given.pop("records"):
         reference = reference_logprobs(model, rows, Path(given["file"]), batch_tokens=tokens)
     else:
         reference = Reference(**{**given, "file": Path(given["file"])})
-    found["agreement"] = dataclasses.asdict(agreement(model, rows, reference, batch_tokens=tokens))
+    agreed = agreement(model, rows, reference, batch_tokens=tokens)
+    found["losses"], found["agreement"] = [[one.loss, one.tokens, one.correct] for one in agreed.losses], agreed.distances
     found["scores"] = task_scores(model, base, request["task"])
     found["humaneval"] = programs(folder, request["humaneval"])
-    return {**found, "reference": dataclasses.asdict(reference)}
+    return {**found, "reference": dataclasses.asdict(dataclasses.replace(reference, losses=()))}
 
 
 def packed(model: Any) -> tuple[int, int, int]:
