@@ -148,7 +148,8 @@ def explain(error: Exception, override: str | None, schema: type, conf: Path) ->
     if "is not a ListConfig" in text:
         return f"{where}: must be a list, e.g. '{where}=[{value}]'; got {value!r}"
     if any(sign in text for sign in UNREADABLE):
-        return f"{override or text}: cannot be read as an override; write key=value, and quote values that hold spaces or signs"
+        word = override or re.sub(r"(?s).*override '(.*?)'\n.*", r"\1", text)
+        return f"{word}: cannot be read as an override; write key=value, and quote values that hold spaces or signs"
     first = " ".join(line.strip() for line in text.splitlines() if line.strip() and "object_type" not in line and "full_key" not in line)
     return f"{(full.group(1) if full else where) or 'configuration'}: {first}"
 

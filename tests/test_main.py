@@ -48,6 +48,15 @@ def test_each_bad_setting_gets_one_sentence(override: str, expected: str | None)
         assert problems([override]) == [expected]
 
 
+def test_a_base_whose_dimensions_are_not_known_yet_has_no_plan_and_that_is_no_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "base.gguf").write_bytes(b"GGUF\xff\xfe")
+    for name in (tmp_path / "base.gguf", "someone/model"):
+        assert main(["plan", "model=custom", f"model.name={name}"]) == 0
+        assert f"no plan: model.name: {name}" in " ".join(capsys.readouterr().out.split())
+
+
 def test_exports_that_could_only_fail_after_training_are_refused_before_all_at_once() -> None:
     asked = ["safetensors", "bitsandbytes", "onnx", "adapter"]
     numbers = [f"export.{name}.numbers=int3" for name in asked]
@@ -67,6 +76,7 @@ def test_exports_that_could_only_fail_after_training_are_refused_before_all_at_o
     [
         (["nonsense"], "nonsense: it is no setting (write key=value) and no verb (run, plan, bench, replay, diff, data,"),
         (["replay", "run.name=a", "now"], "now: it is no setting"),
+        (["--cfg", "job", "nonsense"], "- nonsense: cannot be read as an override; write key=value"),
         (["plan", "explain="], "plan explain: name a setting or a group, e.g. explain=lora.rank"),
         (["plan", "fit=true", "explain=lora.rank"], "plan explain=lora.rank stands alone; leave out fit"),
         (["plan", "fit"], "plan fit: it needs a value, fit=true"),
