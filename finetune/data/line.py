@@ -125,6 +125,7 @@ def _arrange(config: DataConfig, sources: list[Source], store: Store, where: _Wh
         fingerprint=where.key,
         warnings=warnings_of(config, store, selection, tokenizer=tokenizer, renderer=renderer),
         lengths=measured,
+        sources=[source.title() for source in sources],
     )
     write_json(where.folder / "lengths.json", measured)
     write_json(where.folder / "rendering.json", _rendering(config, tokenizer, renderer, selection.mix))

@@ -1,6 +1,6 @@
 """What the stages after this one get."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ class PreparedData:
         fingerprint: Hash of the data, template, tokenizer, settings and code.
         warnings: One sentence each.
         lengths: Quantiles, histogram, and what each threshold would cut.
+        sources: What was read, by name: files without their folders, data sets on the hub with their revision.
     """
 
     folder: Path
@@ -35,3 +36,4 @@ class PreparedData:
     fingerprint: str
     warnings: list[str]
     lengths: dict[str, Any]
+    sources: list[str] = field(default_factory=list)

@@ -48,6 +48,11 @@ class Source:
         raw = files.rows(self.path, text_unit=self.text_unit) if self.path else hub_rows(self)
         return islice(raw, limit)
 
+    def title(self) -> str:
+        """For readers elsewhere: nothing of this machine's folders."""
+        version = f" at {self.revision}" if self.hub and self.revision else ""
+        return f"{self.name}{version}{' (held out)' if self.heldout else ''}"
+
     def digest(self) -> str:
         """Hash of the bytes; for the hub, of the name and the revision that was read."""
         if self.path is None:

@@ -98,7 +98,8 @@ def _made_from(facts: CardFacts) -> Iterator[str]:
     settings = ", ".join(f"{key} {value}" for key, value in spec(facts.quantization).items())
     yield f"- Quantization while training: {settings}"
     learnt = f"{data.tokens:,} tokens of which {data.trained_tokens:,} are learnt"
-    yield f"- Data: {data.train_rows:,} rows trained on, {data.heldout_rows:,} held out; {learnt}; fingerprint `{data.fingerprint}`"
+    read = ", ".join(f"`{source}`" for source in data.sources)
+    yield f"- Data: {read}: {data.train_rows:,} rows trained on, {data.heldout_rows:,} held out; {learnt}; fingerprint `{data.fingerprint}`"
     sizes = f"{adapter.trained_tokens:,} trained tokens, {adapter.trainable_parameters:,} trainable parameters"
     yield f"- Training: {adapter.steps:,} steps with {adapter.optimizer['used']}, {sizes}"
 
@@ -116,10 +117,11 @@ def _quality(facts: CardFacts) -> Iterator[str]:
     yield from _table(heads(lines, str), [cells(line, names) for line in lines])
     for text in beside(lines, str):
         yield f"\n{text}"
-    if names:
-        yield "\nWhat each step changed in the answers, paired by row:\n"
-        rows = [[WORDS[name], *[_change(one[metric]) for metric in names]] for name, one in scores.changes.items()]
-        yield from _table(["Step", *names], rows)
+    figures = [*names, *(["general_loss"] if "general_loss" in scores.changes["total"] else [])]
+    if figures:
+        yield "\nWhat each step changed in the answers, and in the loss on general text (`general_loss`), paired by row:\n"
+        rows = [[WORDS[name], *[_change(one[figure]) for figure in figures]] for name, one in scores.changes.items()]
+        yield from _table(["Step", *figures], rows)
 
 
 def _merge(merged: MergedFacts) -> Iterator[str]:

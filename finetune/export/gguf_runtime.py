@@ -35,7 +35,7 @@ def ask(request: dict[str, Any]) -> dict[str, Any]:
     params, server = names.pop("params"), names.pop("server")
     tokens = [_chat_tokens(server, messages) for messages in request["chats"]]
     written = server.handle_completions(
-        {"prompt": request["prompts"][-1], "max_tokens": request["max_new_tokens"], "temperature": 0.0}
+        {"prompt": request["ending"], "max_tokens": request["max_new_tokens"], "temperature": 0.0}
     )  # fmt: skip
     del server
     adapters = [Path(one.path) for one in params.lora_adapters]

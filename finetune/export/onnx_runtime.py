@@ -28,7 +28,7 @@ def ask(request: dict[str, Any]) -> dict[str, Any]:
     forward, empty = names["forward"], names["empty"]
     logits = {f"prompt_{number}": _last_logits(forward, empty, prompt) for number, prompt in enumerate(request["prompts"])}
     np.savez(Path(request["logits"]), **logits)  # type: ignore[arg-type]
-    written = names["generate"](request["prompts"][-1], request["max_new_tokens"])
+    written = names["generate"](request["ending"], request["max_new_tokens"])
     asked, started = request["asked"], time.monotonic()
     answers = [_answer(names["generate"](prompt, asked["max_new_tokens"]), request["ends"]) for prompt in asked["prompts"]]
     return {

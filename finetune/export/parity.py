@@ -44,6 +44,8 @@ class Expected:
         rows: Held-out rows that the loss is taken on, ``input_ids`` and ``labels`` each.
         losses: Of these rows, ``[nats, trained tokens]`` each.
         stopped: Whether the greedy answer to the last prompt ended within the limit.
+        ending: The last prompt and that answer, up to where it ended: what reads the end as the model does ends here too. Left
+            to itself, an export whose rounding turns one near tie would write, and perhaps end, something else.
     """
 
     chats: list[list[dict[str, str]]]
@@ -53,6 +55,7 @@ class Expected:
     rows: list[dict[str, list[int]]]
     losses: list[list[float]]
     stopped: bool
+    ending: list[int]
 
 
 def expected(
@@ -84,8 +87,9 @@ def expected(
     answer = generate(model, chat.tokenizer, prompts[-1:], max_new_tokens=max_new_tokens, batch_rows=1, ends=chat.ends)[0]
     logits = [last_logits(model, prompt) for prompt in prompts]
     return Expected(
-        chats=chats, chat_tokens=tokens, prompts=prompts, logits=logits, rows=scored, losses=pairs(losses), stopped=answer.stopped
-    )
+        chats=chats, chat_tokens=tokens, prompts=prompts, logits=logits, rows=scored, losses=pairs(losses), stopped=answer.stopped,
+        ending=[*prompts[-1], *(answer.tokens if answer.stopped else [])],
+    )  # fmt: skip
 
 
 def pairs(losses: Sequence[RowLoss]) -> list[list[float]]:
@@ -171,7 +175,8 @@ def compare(name: str, wanted: Expected, got: dict[str, Any], logits: Path, *, c
         )
     if wanted.stopped and not got["stopped"]:
         raise ExportError(
-            f"export.{name} talks on after {config.max_new_tokens} tokens where the model ends its answer: its end tokens are lost"
+            f"export.{name}, behind the model's own answer, writes {config.max_new_tokens} more tokens where the model ends: "
+            "its end tokens are lost"
         )
     return found
 

@@ -28,7 +28,7 @@ def ask(request: dict[str, Any]) -> dict[str, Any]:
     with torch.no_grad():
         logits = {f"prompt_{number}": last_logits(model, prompt) for number, prompt in enumerate(request["prompts"])}
         np.savez(Path(request["logits"]), **logits)  # type: ignore[arg-type]
-        ids = torch.tensor([request["prompts"][-1]], device=model.device)
+        ids = torch.tensor([request["ending"]], device=model.device)
         settings = {"eos_token_id": request["ends"]} if request["ends"] else {}
         written = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=request["max_new_tokens"], do_sample=False, **settings

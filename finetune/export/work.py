@@ -154,7 +154,7 @@ class Work:
         code.write_text(snippet + "\n", encoding="utf-8")
         request = {
             "folder": self.desk.resolve(), "snippet": code.resolve(), "logits": logits.resolve(), "threads": self.placement.threads,
-            "prompts": wanted.prompts, "rows": wanted.rows, "chats": wanted.chats, "ends": ends,
+            "prompts": wanted.prompts, "rows": wanted.rows, "chats": wanted.chats, "ends": ends, "ending": wanted.ending,
             "max_new_tokens": settings.max_new_tokens, "packages": packages, "batch_tokens": limits.batch_tokens,
             "asked": {"prompts": asked, "max_new_tokens": limits.max_new_tokens, "batch_rows": limits.batch_rows},
         }  # fmt: skip

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from finetune.data import PreparedData, SourceConfig
+from finetune.data import DataConfig, PreparedData, SourceConfig
+from finetune.data.sources import resolve
 from finetune.errors import DataError
 from tests.data.helpers import ledger, pair, split, write_jsonl
 
@@ -148,3 +149,13 @@ def test_folder_that_datasets_saved_is_read_without_its_notes(run: Callable[...,
     datasets.DatasetDict(train=rows, test=rows.select(range(2))).save_to_disk(str(tmp_path / "saved"))
     assert run(path=str(tmp_path / "saved")).rows["in"] == 5
     assert run(path=str(tmp_path / "saved" / "train")).rows["in"] == 5
+
+
+def test_a_source_is_called_by_its_name_and_revision_and_no_folder_of_this_machine(
+    make_config: Callable[..., DataConfig], tmp_path: Path
+) -> None:
+    for name in ("rows.jsonl", "held.jsonl"):
+        write_jsonl(tmp_path / name, ROWS)
+    found = resolve(make_config(path=str(tmp_path / "rows.jsonl"), heldout_path=str(tmp_path / "held.jsonl")))
+    assert [source.title() for source in found] == ["rows.jsonl", "held.jsonl (held out)"]
+    assert resolve(make_config(path=None, hub="org/name", revision="v2"))[0].title() == "org/name at v2"

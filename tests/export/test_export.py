@@ -49,13 +49,16 @@ class Facts:
     heldout_rows: int = 10
     tokens: int = 1000
     fingerprint: str = "f00d"
+    sources: list[str] = field(default_factory=lambda: ["rows.jsonl"])
     chosen: str = "dequantized"
     adapters: dict[str, float] = field(default_factory=dict)
     rule: str = "nearest to the trained graph"
     candidates: list[dict[str, Any]] = field(default_factory=lambda: [CANDIDATE])
     artifacts: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(("base", "base_quantized", "adapter", "merged"), ARTIFACT))
     changes: dict[str, Any] = field(
-        default_factory=lambda: {name: {"loss": CHANGE, "exact_match": CHANGE} for name in ("quantization", "tuning", "merge", "total")}
+        default_factory=lambda: {
+            name: {"loss": CHANGE, "exact_match": CHANGE, "general_loss": CHANGE} for name in ("quantization", "tuning", "merge", "total")
+        }
     )
     rows: int = 10
     loss_rows: int = 10
@@ -159,6 +162,8 @@ def test_card_states_base_quantization_metrics_and_merge(exports: Exports) -> No
         "| dequantized | 0.00010 |",
         "Merged: dequantized + adapter (kept) | 1.0000 [0.9000, 1.1000]",
         "4 rows: exact_match",
+        "| Step | exact_match | general_loss |",
+        "Data: `rows.jsonl`: 90 rows",
         "Licence",
         "library_name: peft",
     ):
@@ -271,7 +276,7 @@ def test_export_beyond_its_bound_is_refused(tmp_path: Path) -> None:
     import numpy as np
 
     wanted = Expected(
-        chats=[], chat_tokens=[], prompts=[[1]], logits=[np.zeros((1, 4), dtype=np.float32)], rows=[], losses=[], stopped=False
+        chats=[], chat_tokens=[], prompts=[[1]], logits=[np.zeros((1, 4), dtype=np.float32)], rows=[], losses=[], stopped=False, ending=[1]
     )
     file = tmp_path / "logits.npz"
     np.savez(file, prompt_0=np.array([[0, 0, 0, 1.0]], dtype=np.float32))

@@ -15,7 +15,6 @@ from test_export import Facts, judge, merged, run  # noqa: F401  # fixtures
 
 from finetune.errors import ExportError
 from finetune.export import Exports
-from finetune.export.config import ExportConfig
 
 pytest.importorskip("gguf", reason="needs pip install 'finetune[gguf]'")
 pytest.importorskip("xllamacpp", reason="needs pip install 'finetune[gguf]'")
@@ -179,12 +178,10 @@ def test_model_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
 
 
 def test_every_shipped_format_is_known() -> None:
-    import yaml
+    from finetune.config import load
 
-    for numbers in MIXTURES:
-        settings = yaml.safe_load((Path(__file__).parents[2] / "conf" / "export" / f"gguf_{numbers}.yaml").read_text())
-        assert settings["numbers"] == numbers
-        assert not list(ExportConfig(**settings).problems())
+    shipped = load(["+experiment=quickstart", f"export=[{','.join(f'gguf_{numbers}' for numbers in MIXTURES)}]"]).export
+    assert [shipped[f"gguf_{numbers}"].numbers for numbers in MIXTURES] == list(MIXTURES)
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"alpha_pattern": {"up_proj": 32}, "rank_pattern": {"q_proj": 2}}], ids=str)
