@@ -33,26 +33,21 @@ def split_own(verb: str, arguments: list[str]) -> tuple[Settings, list[str]]:
     Raises:
         ConfigError: One has no value or a wrong one, or asks for something else than another does.
     """
-    named = [argument.partition("=") for argument in arguments if argument.split("=", 1)[0] in OWN.get(verb, ())]
-    own = {name: value.lower() if name in SWITCHES else value for name, _, value in named}
-    problems = [f"{verb} {name}: it needs a value, {name}={_sample(name)}" for name, equals, _ in named if not equals]
-    problems += [
-        f"{verb} {name} must be true or false; got {own[name]!r}"
-        for name, equals, _ in named
-        if equals and name in SWITCHES and own[name] not in ("true", "false")
+    names = OWN.get(verb, ())
+    given = [argument.partition("=") for argument in arguments]
+    own = {name: value.lower() if name in SWITCHES else value for name, equals, value in given if equals and name in names}
+    problems = [
+        f"{verb} {name}: it needs a value, e.g. {name}={'true' if name in SWITCHES else '...'}" for name in names if name in arguments
     ]
-    problems += [
-        f"{verb} {name}={own[name]} stands alone; leave out {', '.join(other for other in own if other != name)}"
-        for name in own
-        if (verb, name) in LOOKS and len(own) > 1
-    ]
+    for name, value in own.items():
+        others = [other for other in own if other != name]
+        if name in SWITCHES and value not in ("true", "false"):
+            problems.append(f"{verb} {name} must be true or false; got {value!r}")
+        if (verb, name) in LOOKS and others:
+            problems.append(f"{verb} {name}={value} stands alone; leave out {', '.join(others)}")
     if problems:
         raise ConfigError(*problems)
-    return own, [argument for argument in arguments if argument.split("=", 1)[0] not in OWN.get(verb, ())]
-
-
-def _sample(name: str) -> str:
-    return "true" if name in SWITCHES else "..."
+    return own, [argument for argument in arguments if argument.split("=", 1)[0] not in names]
 
 
 def settings_of(what: str, overrides: list[str], *, takes: tuple[str, ...], example: str) -> Settings:
