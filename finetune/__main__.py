@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from finetune.config import CONF, RunConfig, compose_config, explain_all, load, make, register
-from finetune.console import complain
+from finetune.console import complain, say
 from finetune.errors import ConfigError, FinetuneError, GateMissed, Interrupted, RankFailed
 from finetune.hardware.busy import Look, spare_others
 from finetune.launch import Ranks, as_launched, end, must_start, start
@@ -70,6 +70,10 @@ def dispatch(verb: str, arguments: list[str]) -> int:
         bench(arguments)
         return DONE
     own, overrides = split_own(verb, arguments)
+    words = [word for word in overrides if "=" not in word and not word.startswith("~")]
+    if words and verb != "diff":
+        known = f"no setting (write key=value) and no verb ({', '.join(VERBS)}), which would stand first"
+        raise ConfigError(*[f"{word}: it is {known}" for word in words])
     for setting in (*own, ""):
         if (verb, setting) in LOOKS:
             return DONE if LOOKS[verb, setting](own, overrides) else OURS
@@ -81,11 +85,13 @@ def dispatch(verb: str, arguments: list[str]) -> int:
 def execute(verb: str, config: RunConfig, *, overrides: list[str], own: dict[str, str]) -> int:
     """A composed command."""
     if verb == "plan":
+        from finetune.account import idle
         from finetune.hardware import probe
         from finetune.plan import plan, show, with_own
 
         config.plan = with_own(config.plan, own)
         show(plan(config, probe(config.hardware)))
+        say("plan", *idle(config, overrides))
         return DONE
     if verb in LAUNCHED:
         asked, config.launch = config.launch, as_launched(config.launch)

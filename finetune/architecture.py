@@ -199,9 +199,12 @@ def from_config_json(path: Path) -> ArchitectureConfig:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ModelError(f"model.name: {file} cannot be read: {error.strerror}; a local model folder must hold config.json") from error
-    except json.JSONDecodeError as error:
-        raise ModelError(f"model.name: {file} is not JSON: line {error.lineno}: {error.msg}") from error
+        raise ModelError(
+            f"model.name: {file} cannot be read: {error.strerror}; a local model folder must hold config.json, and the "
+            "dimensions of any other model are given under model.architecture"
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:  # a GGUF is no text at all
+        raise ModelError(f"model.name: {file} is not JSON: {error}; give the dimensions under model.architecture") from error
     content = content.get("text_config", content)
     try:
         return _from_transformers(content)

@@ -19,6 +19,7 @@ from finetune.data import DataConfig
 from finetune.errors import ConfigError
 from finetune.eval import EvalConfig
 from finetune.export import ExportConfig
+from finetune.export.needs import conflicts as export_conflicts
 from finetune.hardware import HardwareConfig
 from finetune.launch import SHARDABLE, LaunchConfig
 from finetune.lora import LoraConfig
@@ -70,6 +71,7 @@ class RunConfig:
                 f"data.path={self.data.path} would be measured on the quickstart's held-out rows; "
                 "choose data=custom, or set data.heldout_path"
             )
+        yield from export_conflicts(self.export, lora=self.lora)
         for name, export in self.export.items():
             for key, asked, measured in (("rows", export.rows, self.eval.rows), ("loss_rows", export.loss_rows, self.eval.loss_rows)):
                 if asked > measured:

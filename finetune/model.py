@@ -67,7 +67,7 @@ class ModelConfig:
                 yield f"model.{key} must be one of {', '.join(allowed)}; got {value!r}"
         if not self.name.strip():
             yield "model.name is empty; give a folder, a hub id such as org/model, or a .gguf file"
-        yield from remote_code_problems(self.remote_code, revision=None if _looks_local(self.name) else self.revision or "none")
+        yield from remote_code_problems(self.remote_code, revision=None if looks_local(self.name) else self.revision or "none")
 
     @property
     def trust_remote_code(self) -> bool:
@@ -105,7 +105,7 @@ def fetch(config: ModelConfig) -> Base:
         folder, source = _from_gguf(_package_file(name)), "gguf"
     elif name.endswith(".gguf"):
         folder, source = _from_gguf(Path(name).expanduser()), "gguf"
-    elif _looks_local(name):
+    elif looks_local(name):
         folder, source = _local(Path(name).expanduser()), "folder"
     else:
         folder, source = _from_hub(config), "hub"
@@ -221,7 +221,8 @@ def weights_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _looks_local(name: str) -> bool:
+def looks_local(name: str) -> bool:
+    """Whether a name is a path here; anything else is looked for on the hub."""
     return Path(name).expanduser().exists() or name.startswith(("/", "./", "../", "~"))
 
 

@@ -14,8 +14,19 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 OVERLAYS = ("experiment", "debug")
-KINDS = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false", "bool": "true or false", "String": "text"}
+KINDS = {
+    "Integer": "a whole number",
+    "Float": "a number",
+    "Boolean": "true or false",
+    "bool": "true or false",
+    "String": "text",
+    "float": "a number",
+    "str": "text",
+}
 """OmegaConf's names of types to words."""
+
+UNREADABLE = ("missing EQUAL", "mismatched input", "no viable alternative", "extraneous input", "token recognition", "LexerNoViableAlt")
+"""What Hydra's grammar says of a word that it cannot read."""
 
 ELSEWHERE = {
     "batch_size": "train.micro_batch", "per_device_train_batch_size": "train.micro_batch",
@@ -118,7 +129,7 @@ def explain(error: Exception, override: str | None, schema: type, conf: Path) ->
     where = override.split("=", 1)[0].lstrip("+~") if override else ""
     value = override.split("=", 1)[1] if override and "=" in override else ""
     known = set(paths(schema))
-    missing_option = re.search(r"Could not find '([\w/]+)/([^']+)'|In '.*': Could not find '([^']+)'", text)
+    missing_option = re.search(r"Could not (?:find|load) '([\w/]+)/([^']+)'|In '.*': Could not find '([^']+)'", text)
     if missing_option or ("Could not override" in text and (conf / where).is_dir()):
         found = missing_option.groups() if missing_option else (where, value, None)
         group, option = (found[0], found[1]) if found[0] else (found[2] or where).rpartition("/")[::2]
@@ -131,8 +142,14 @@ def explain(error: Exception, override: str | None, schema: type, conf: Path) ->
     full = re.search(r"full_key: (\S+)", text)
     if wrong:
         return f"{full.group(1) if full else where}: must be {KINDS.get(wrong.group(2), wrong.group(2))}; got {wrong.group(1)!r}"
-    if "mismatched input" in text or "no viable alternative" in text or "extraneous input" in text or "token recognition" in text:
-        return f"{override or text}: cannot be read as an override; write key=value, and quote values that hold spaces, commas or braces"
+    mapping = re.search(r"(?:Cannot assign \w+ to |with ListConfig\s[\s\S]*reference_type=)Dict\[str, (\w+)\]", text)
+    if mapping:
+        return f"{where}: must be names with {KINDS[mapping.group(1)]} each, e.g. '{where}={{<name>: ...}}'; got {value!r}"
+    if "is not a ListConfig" in text:
+        return f"{where}: must be a list, e.g. '{where}=[{value}]'; got {value!r}"
+    if any(sign in text for sign in UNREADABLE):
+        word = override or re.sub(r"(?s).*override '(.*?)'\n.*", r"\1", text)
+        return f"{word}: cannot be read as an override; write key=value, and quote values that hold spaces or signs"
     first = " ".join(line.strip() for line in text.splitlines() if line.strip() and "object_type" not in line and "full_key" not in line)
     return f"{(full.group(1) if full else where) or 'configuration'}: {first}"
 

@@ -9,23 +9,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune import environment, hardware, lora, model
-from finetune.account import tell_unread, watch
+from finetune.account import tell_idle, tell_unread, watch
 from finetune.config import RunConfig, to_dict, to_yaml
 from finetune.console import human_bytes, quiet_libraries, say
 from finetune.data import prepare
 from finetune.errors import GateMissed, HardwareError
 from finetune.eval import Judge, score
 from finetune.export import ExportConfig, export
+from finetune.export.needs import check_packages
 from finetune.hardware import Machine, Placement
 from finetune.launch import Ranks, keep_log, refuse
 from finetune.launch.shards import PLAIN
-from finetune.measure import free
+from finetune.measure import check_adapter, free
 from finetune.merge import merge
 from finetune.plan import plan, show
 from finetune.quantization import check_installed, keep_by_measure, spec
 from finetune.rehearse import Ahead, rehearse
 from finetune.report import report
-from finetune.run import RunFolder, plain, write_json
+from finetune.run import STAGES, RunFolder, plain, write_json
 from finetune.speed import quicken
 from finetune.tracking import Trackers, figures, open_trackers
 from finetune.train import assist, fit
@@ -55,6 +56,7 @@ def run(config: RunConfig, *, overrides: Sequence[str], ranks: Ranks, again: fro
     machine = hardware.probe(config.hardware)
     placement = hardware.place(machine, config)
     refuse_what_cannot_run(config, placement)
+    tell_idle(config, overrides)
     folder = RunFolder.open(config.run, again=again)
     with folder.lock():
         ranks.tell("folder", str(folder.path))
@@ -77,7 +79,7 @@ def run(config: RunConfig, *, overrides: Sequence[str], ranks: Ranks, again: fro
         finally:
             trackers.finish()
     if is_new and config.run.until == "report":  # a run that leaves stages out leaves their settings unread
-        tell_unread(config)
+        tell_unread(config, overrides)
     missed = (folder.manifest("eval") or {"product": {"missed": []}})["product"]["missed"]
     if missed:
         raise GateMissed("; ".join(missed))
@@ -240,6 +242,11 @@ def make_trainer(*arguments: Any, **inputs: Any) -> Any:
 def refuse_what_cannot_run(config: RunConfig, placement: Placement) -> None:
     """Says now what would otherwise fail after the data are prepared."""
     check_installed(config.quantization)
+    stages = STAGES[: STAGES.index(config.run.until) + 1]
+    for further in config.merge.adapters if "merge" in stages else ():
+        check_adapter(Path(further).expanduser(), setting="merge.adapters")
+    if "export" in stages:
+        check_packages(config.export)
     refuse(config.launch, device=placement.device, rehearses=config.rehearse.level != "off")
     if config.hardware.name != "auto":
         raise HardwareError(f"hardware={config.hardware.name} describes a machine to plan for; to run on this one, choose hardware=auto")

@@ -23,12 +23,43 @@ OWN = {
 }
 """Settings of a verb itself."""
 
+SWITCHES = ("fit", "exact", "force", "json")
+"""Those of them that are true or false."""
+
 
 def split_own(verb: str, arguments: list[str]) -> tuple[Settings, list[str]]:
-    """Settings of a verb itself, like ``data why=train.jsonl:3``, apart from the overrides."""
+    """Settings of a verb itself, like ``data why=train.jsonl:3``, apart from the overrides.
+
+    Raises:
+        ConfigError: One has no value or a wrong one, or asks for something else than another does.
+    """
     names = OWN.get(verb, ())
-    own = {name: argument.split("=", 1)[1] for argument in arguments for name in names if argument.startswith(f"{name}=")}
+    given = [argument.partition("=") for argument in arguments]
+    own = {name: value.lower() if name in SWITCHES else value for name, equals, value in given if equals and name in names}
+    problems = [
+        f"{verb} {name}: it needs a value, e.g. {name}={'true' if name in SWITCHES else '...'}" for name in names if name in arguments
+    ]
+    for name, value in own.items():
+        others = [other for other in own if other != name]
+        if name in SWITCHES and value not in ("true", "false"):
+            problems.append(f"{verb} {name} must be true or false; got {value!r}")
+        if (verb, name) in LOOKS and others:
+            problems.append(f"{verb} {name}={value} stands alone; leave out {', '.join(others)}")
+    if problems:
+        raise ConfigError(*problems)
     return own, [argument for argument in arguments if argument.split("=", 1)[0] not in names]
+
+
+def settings_of(what: str, overrides: list[str], *, takes: tuple[str, ...], example: str) -> Settings:
+    """The settings of a verb that takes few of them.
+
+    Raises:
+        ConfigError: There are others.
+    """
+    wrong = [override for override in overrides if override.split("=", 1)[0].lstrip("+") not in takes or "=" not in override]
+    if wrong:
+        raise ConfigError(f"{what}: {' '.join(wrong)} would have no effect; it takes {', '.join(takes)}, e.g. finetune {example}")
+    return dict(override.lstrip("+").split("=", 1) for override in overrides)
 
 
 def report_again(own: Settings, overrides: list[str]) -> bool:
@@ -52,11 +83,8 @@ def sweep_again(own: Settings, overrides: list[str]) -> bool:
     """``report sweep=x``: the table of a sweep from what its jobs' folders hold."""
     from finetune.report.sweep import report_sweep
 
-    settings = dict(override.split("=", 1) for override in overrides if "=" in override)
-    folder = Path(settings.pop("run.root", "outputs")) / own["sweep"]
-    if settings:
-        raise ConfigError(f"report: beside sweep={own['sweep']} there is only run.root; got {' '.join(overrides)}")
-    report_sweep(folder)
+    settings = settings_of("report sweep", overrides, takes=("run.root",), example=f"report sweep={own['sweep']} run.root=outputs")
+    report_sweep(Path(settings.get("run.root", "outputs")) / own["sweep"])
     return True
 
 
@@ -65,6 +93,7 @@ def compare_scores(own: Settings, overrides: list[str]) -> bool:
     from finetune.eval.compare import compare
     from finetune.report.compare import show_comparison
 
+    settings_of("eval compare", overrides, takes=("run.name", "run.root", "run.seed", "experiment"), example="eval run.name=a compare=b")
     config = load(with_experiment([*recorded(overrides), *overrides]))
     root = Path(config.run.root)
     comparison = compare(root / config.run.name, root / own["compare"], seed=config.run.seed)
@@ -85,9 +114,9 @@ def diff(own: Settings, overrides: list[str]) -> bool:
     from finetune.account import compare
 
     names = [word for word in overrides if "=" not in word]
-    settings = dict(override.split("=", 1) for override in overrides if "=" in override)
-    root = Path(settings.pop("run.root", "outputs"))
-    if len(names) != 2 or settings:
+    settings = settings_of("diff", [word for word in overrides if "=" in word], takes=("run.root",), example="diff a b json=true")
+    root = Path(settings.get("run.root", "outputs"))
+    if len(names) != 2:
         raise ConfigError(f"diff: name two runs, e.g. finetune diff a b (and json=true); got {' '.join(overrides) or 'nothing'}")
     compare(*[Path(name) if "/" in name else root / name for name in names], as_json=own.get("json") == "true")
     return True
@@ -97,10 +126,10 @@ def replay(own: Settings, overrides: list[str]) -> bool:
     """``replay run.name=x``: the run again, held against itself; false where it does not come out as it did."""
     from finetune import account
 
-    settings = dict(override.split("=", 1) for override in overrides if "=" in override)
-    root, name = Path(settings.pop("run.root", "outputs")), settings.pop("run.name", None)
-    if name is None or settings:
-        raise ConfigError(f"replay: say run.name=<a finished run> (besides run.root and force=true, nothing else); got {overrides}")
+    settings = settings_of("replay", overrides, takes=("run.name", "run.root"), example="replay run.name=a force=true")
+    root, name = Path(settings.get("run.root", "outputs")), settings.get("run.name")
+    if name is None:
+        raise ConfigError("replay: say run.name=<a finished run>; got none")
     from finetune.launch import Ranks
     from finetune.pipeline import run, surroundings
 

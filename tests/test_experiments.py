@@ -29,6 +29,7 @@ NEEDS = {
 NAMED = ("quickstart", "guanaco", "alpaca_cleaned", "ultrafeedback")
 """Data options that bring their rows; the others are formats, and the user names the rows."""
 LISTS = ("export", "tracking")
+BESIDE = {("export", "hub"): "card,"}
 
 
 def test_the_promised_experiments_ship() -> None:
@@ -55,7 +56,7 @@ def test_debug_overlay_composes_on_every_experiment(overlay: str) -> None:
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda value: value)
 def test_every_option_of_every_group_composes(group: str, option: str) -> None:
-    choice = f"{group}=[{option}]" if group in LISTS else f"{group}={option}"
+    choice = f"{group}=[{BESIDE.get((group, option), '')}{option}]" if group in LISTS else f"{group}={option}"
     rows = ["data.path=x.jsonl"] if group == "data" and option not in NAMED else []
     assert load(["+experiment=quickstart", choice, *rows, *NEEDS.get((group, option), [])]).run.name == "quickstart"
 

@@ -32,6 +32,13 @@ def problems(overrides: list[str]) -> list[str]:
         ("lora.rank=0", "lora.rank must be at least 1; got 0"),
         ("experiment=quickstart", "experiment=quickstart: experiment is an overlay and needs a plus: write +experiment=quickstart"),
         ("quantization.double=true", None),
+        ("eval.gate=high", "eval.gate: must be names with a number each, e.g. 'eval.gate={<name>: ...}'; got 'high'"),
+        ("lora.targets=q_proj", "lora.targets: must be a list, e.g. 'lora.targets=[q_proj]'; got 'q_proj'"),
+        (
+            "lora.tokens=[<tool>]",
+            "lora.tokens=[<tool>]: cannot be read as an override; write key=value, and quote values that hold spaces or signs",
+        ),
+        ("tracking=[slate]", "tracking=slate: there is no such option; choose one of tensorboard, wandb"),
     ],
 )
 def test_each_bad_setting_gets_one_sentence(override: str, expected: str | None) -> None:
@@ -39,6 +46,61 @@ def test_each_bad_setting_gets_one_sentence(override: str, expected: str | None)
         load(["+experiment=quickstart", override])
     else:
         assert problems([override]) == [expected]
+
+
+def test_a_base_whose_dimensions_are_not_known_yet_has_no_plan_and_that_is_no_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "base.gguf").write_bytes(b"GGUF\xff\xfe")
+    for name in (tmp_path / "base.gguf", "someone/model"):
+        assert main(["plan", "model=custom", f"model.name={name}"]) == 0
+        assert f"no plan: model.name: {name}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_exports_that_could_only_fail_after_training_are_refused_before_all_at_once() -> None:
+    asked = ["safetensors", "bitsandbytes", "onnx", "adapter"]
+    numbers = [f"export.{name}.numbers=int3" for name in asked]
+    found = problems([f"export=[{','.join(asked)},gguf_lora,hub]", *numbers, "lora=dora", "lora.tokens=[tool]"])
+    assert [problem[: problem.find("; got") if "; got" in problem else 60] for problem in found] == [
+        "export.safetensors.numbers must be one of bfloat16, float16, float32",
+        "export.bitsandbytes.numbers must be one of nf4, fp4, int8",
+        "export.onnx.numbers must be one of float32, int8, int4",
+        "export.adapter.numbers must be left out, since it is written in one way only",
+        "export.gguf_lora: lora.variant=dora, and llama.cpp adds noth",
+        "export.hub: a push needs a card, so that others know what it",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nonsense"], "nonsense: it is no setting (write key=value) and no verb (run, plan, bench, replay, diff, data,"),
+        (["replay", "run.name=a", "now"], "now: it is no setting"),
+        (["--cfg", "job", "nonsense"], "- nonsense: cannot be read as an override; write key=value"),
+        (["plan", "explain="], "plan explain: name a setting or a group, e.g. explain=lora.rank"),
+        (["plan", "fit=true", "explain=lora.rank"], "plan explain=lora.rank stands alone; leave out fit"),
+        (["plan", "fit"], "plan fit: it needs a value, e.g. fit=true"),
+        (["plan", "fit=yes"], "plan fit must be true or false; got 'yes'"),
+        (["data", "why"], "data why: it needs a value, e.g. why=..."),
+        (["eval", "compare"], "eval compare: it needs a value, e.g. compare=..."),
+        (["eval", "compare=b", "run.name=a", "eval.rows=5"], "eval compare: eval.rows=5 would have no effect; it takes run.name,"),
+        (["replay", "force=maybe"], "replay force must be true or false; got 'maybe'"),
+        (["replay", "run.name=a", "lora.rank=3"], "replay: lora.rank=3 would have no effect; it takes run.name, run.root"),
+        (["diff", "json=yes", "a", "b"], "diff json must be true or false; got 'yes'"),
+        (["bench", "merge", "parameters"], "bench merge: parameters: there is no such setting; it takes parameters=..."),
+        (["bench", "merge", "parameters=nan"], "bench merge: parameters must be a positive number; got 'nan'"),
+        (["bench", "start", "repeats=0.5"], "bench start: repeats must be a whole number; got '0.5'"),
+        (["plan", "model=custom", "model.name=/not/there"], "model.name: /not/there cannot be read: No such file or directory"),
+        (["merge.adapters={/not/there: 0.5}"], "merge.adapters: /not/there is no adapter"),
+    ],
+)  # fmt: skip
+def test_what_would_be_dropped_or_could_only_fail_ends_with_2_and_one_sentence(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 NO_NF5 = (

@@ -3,6 +3,6 @@
 from finetune.account.difference import compare
 from finetune.account.origin import explain
 from finetune.account.replay import replay
-from finetune.account.unread import UnreadSetting, tell_unread, watch
+from finetune.account.unread import UnreadSetting, idle, tell_idle, tell_unread, watch
 
-__all__ = ["UnreadSetting", "compare", "explain", "replay", "tell_unread", "watch"]
+__all__ = ["UnreadSetting", "compare", "explain", "idle", "replay", "tell_idle", "tell_unread", "watch"]

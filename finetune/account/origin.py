@@ -123,6 +123,12 @@ def layers(overrides: Sequence[str]) -> tuple[list[Layer], Keys, Keys]:
     return [*files, *typed], dict(choices), {group: usual[group] for group in usual if isinstance(usual[group], str)}
 
 
+def typed(overrides: Sequence[str]) -> dict[str, str]:
+    """The word of the command line that sets each key."""
+    parsed = OverridesParser.create().parse_overrides(opened(overrides, RunConfig))
+    return {key: word for one, word in zip(parsed, overrides, strict=True) for key in flat(one.value(), one.key_or_group)}
+
+
 def flat(content: Any, prefix: str = "") -> Keys:
     """Nested mappings as dotted keys; an empty mapping is a value."""
     if not isinstance(content, Mapping) or not content:
@@ -186,8 +192,9 @@ def _fields(owner: type) -> tuple[Path, dict[str, int]]:
 
 
 def _why_not(asked: str) -> str:
-    problem = unknown(asked, RunConfig)
-    return problem or f"{asked}: this configuration has none of it, because a part above it is null or not chosen"
+    if not asked:
+        return "plan explain: name a setting or a group, e.g. explain=lora.rank or explain=train"
+    return unknown(asked, RunConfig) or f"{asked}: this configuration has none of it, because a part above it is null or not chosen"
 
 
 def _with_option(key: str, overrides: Sequence[str], group: str, option: str) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any
+
+from finetune.account.origin import typed
 
 if TYPE_CHECKING:
     from finetune.config import RunConfig
@@ -25,7 +27,7 @@ class Rule:
     Attributes:
         keys: Dotted keys, or what all of them begin with; ``*`` stands for a segment that users name.
         when: Given the whole configuration and the part that holds the key.
-        why: The reason, for whoever reads or changes the table.
+        why: The reason, said to whoever typed such a setting; ``{part.steps}`` stands for the value of another one beside it.
     """
 
     keys: tuple[str, ...]
@@ -41,29 +43,67 @@ def _begins(key: list[str], wanted: list[str]) -> bool:
     return len(key) >= len(wanted) and all(one in ("*", other) for one, other in zip(wanted, key, strict=False))
 
 
+def elsewhere(config: RunConfig, part: Any) -> bool:
+    """Read before the run, or by an earlier one: what was typed had its effect there."""
+    return True
+
+
+def unforeseen(config: RunConfig, part: Any) -> bool:
+    """Only the run shows whether it is read."""
+    return True
+
+
+def _from_hub(config: RunConfig) -> bool:
+    return bool(config.data.hub) or any(source.hub for source in config.data.sources.values())
+
+
+def _rounds_again(config: RunConfig) -> bool:
+    """An export is quantized with the run's own settings."""
+    return any(export.format == "bitsandbytes" for export in config.export.values())
+
+
 BY_DESIGN = (
-    Rule(("run.if_exists",), lambda c, _: True, "nothing stood there to decide about: only runs in a new folder are looked at"),
-    Rule(("model.architecture",), lambda c, _: True, "each family's closed form reads the dimensions that it has"),
-    Rule(("quantization.threshold",), lambda c, part: part.method != "int8", "LLM.int8's own"),
-    Rule(("quantization.bits", "quantization.group_size"), lambda c, part: part.method != "hqq", "hqq's own"),
-    Rule(("quantization.double",), lambda c, part: part.method not in ("nf4", "fp4"), "of 4-bit constants"),
-    Rule(("quantization.keep",), lambda c, part: part.method == "none", "nothing is quantized"),
-    Rule(("quantization.keep_tokens",), lambda c, part: not part.keep_mib, "nothing is kept by measurement"),
-    Rule(("lora.calibration_tokens",), lambda c, part: part.variant != "eva", "EVA's own"),
+    Rule(("run.if_exists",), elsewhere, "nothing stood there to decide about: only runs in a new folder are looked at"),
+    Rule(("model.architecture",), elsewhere, "each family's closed form reads the dimensions that it has"),
     Rule(
-        ("data",), lambda c, part: c.data.cache != "", "prepared data may come from the cache; the run that prepared them read the settings"
+        ("quantization.threshold",),
+        lambda c, part: part.method != "int8" and not _rounds_again(c),
+        "it is LLM.int8's, and quantization.method={part.method}",
     ),
-    Rule(("data.heldout_share", "data.heldout_rows"), lambda c, part: part.heldout_path is not None, "held-out rows were named"),
-    Rule(("data.heldout_share",), lambda c, part: part.heldout_rows is not None, "their number was named"),
-    Rule(("data.checks.largest_label_share",), lambda c, part: True, "compared only where answers repeat like labels"),
-    Rule(("train.epochs",), lambda c, part: part.steps is not None, "the steps were named"),
-    Rule(("train.preference",), lambda c, part: c.train.objective == "sft", "of objectives that compare answers"),
+    Rule(
+        ("quantization.bits", "quantization.group_size"),
+        lambda c, part: part.method != "hqq",
+        "it is hqq's, and quantization.method={part.method}",
+    ),
+    Rule(
+        ("quantization.double",),
+        lambda c, part: part.method not in ("nf4", "fp4") and not _rounds_again(c),
+        "it is for nf4 and fp4, and quantization.method={part.method}",
+    ),
+    Rule(("quantization.keep",), lambda c, part: part.method == "none", "nothing is quantized"),
+    Rule(("quantization.keep_tokens",), lambda c, part: not part.keep_mib, "quantization.keep_mib=0 measures nothing"),
+    Rule(("lora.calibration_tokens",), lambda c, part: part.variant != "eva", "it is EVA's, and lora.variant={part.variant}"),
+    Rule(
+        ("data.heldout_share", "data.heldout_rows"),
+        lambda c, part: part.heldout_path is not None,
+        "data.heldout_path={part.heldout_path} names the held-out rows",
+    ),
+    Rule(("data.heldout_share",), lambda c, part: part.heldout_rows is not None, "data.heldout_rows={part.heldout_rows} is set"),
+    Rule(("data.revision", "data.streaming"), lambda c, part: not _from_hub(c), "no data come from the hub"),
+    Rule(("data.pack_tokens",), lambda c, part: not part.packing, "data.packing=false"),
+    Rule(("data.checks.largest_label_share",), unforeseen, "compared only where answers repeat like labels"),
+    Rule(("data.checks.overlap_share",), unforeseen, "compared only where rows are held out"),
+    Rule(("train.epochs",), lambda c, part: part.steps is not None, "train.steps={part.steps} is set"),
+    Rule(("train.preference",), lambda c, part: c.train.objective == "sft", "train.objective=sft compares no answers"),
     Rule(("train.preference.label_smoothing",), lambda c, part: part.loss != "sigmoid", "DPO's own loss alone smooths labels"),
-    Rule(("optim.decay",), lambda c, part: part.schedule != "wsd", "only this schedule has an end of its own"),
-    Rule(("optim.warmup", "optim.warmup_tokens"), lambda c, part: part.warmup_steps is not None, "the steps were named"),
-    Rule(("optim.warmup",), lambda c, part: part.warmup_tokens is not None, "the tokens were named"),
-    Rule(("rehearse.rows", "rehearse.steps"), lambda c, _: True, "a rehearsal that held is remembered; the run that made it read them"),
-    Rule(("merge.candidates",), lambda c, part: part.choose == "dequantized", "one was named"),
+    Rule(("optim.decay",), lambda c, part: part.schedule != "wsd", "optim.schedule={part.schedule} has no end of its own"),
+    Rule(
+        ("optim.warmup", "optim.warmup_tokens"),
+        lambda c, part: part.warmup_steps is not None,
+        "optim.warmup_steps={part.warmup_steps} is set",
+    ),
+    Rule(("optim.warmup",), lambda c, part: part.warmup_tokens is not None, "optim.warmup_tokens={part.warmup_tokens} is set"),
+    Rule(("rehearse.rows", "rehearse.steps"), elsewhere, "a rehearsal that held is remembered; the run that made it read them"),
     Rule(
         ("eval.harness.include_path", "eval.harness.limit", "eval.harness.shots", "eval.harness.chat", "eval.harness.batch_rows"),
         lambda c, part: not c.eval.harness.tasks,
@@ -71,10 +111,10 @@ BY_DESIGN = (
     ),
     Rule(
         ("launch.nodes", "launch.node", "launch.host", "launch.port", "launch.silence_seconds", "launch.grace_seconds"),
-        lambda c, part: True,
+        elsewhere,
         "the launcher reads them before the run",
     ),
-    Rule(("sweep",), lambda c, part: True, "what starts the jobs reads it, not the jobs"),
+    Rule(("sweep",), elsewhere, "what starts the jobs reads it, not the jobs"),
     Rule(("export.*.shard_bytes",), lambda c, part: part.format != "safetensors", "only its files are cut"),
     Rule(("eval.max_new_tokens", "eval.batch_rows"), lambda c, part: part.rows == 0, "no answers are written"),
     Rule(
@@ -98,7 +138,7 @@ BY_DESIGN = (
         "they describe a machine to plan for",
     ),
 )
-"""Settings of what a run did not choose. A key that no rule here explains has to be read, or to go."""
+"""Settings of what a run did not choose. A key that no rule here explains has to be read, or to go; so has one that was typed."""
 
 
 class _Watched:
@@ -130,21 +170,55 @@ def watch(config: RunConfig) -> None:
         part.__class__ = type(base.__name__, (base,), {"__slots__": (), "__module__": base.__module__, "__reduce__": _unwatched, **fields})
 
 
-def unread(config: RunConfig) -> list[str]:
-    """Dotted keys of a watched configuration that nothing has read, those left out that `BY_DESIGN` explains."""
-    found = []
-    for prefix, part in _parts(config):
-        names = [name for name, field in vars(type(part)).items() if isinstance(field, _Watched) and not _holds_parts(_peek(part, name))]
-        keys = [f"{prefix}{name}" for name in names]
-        found += [key for key in keys if not any(rule.covers(key) and rule.when(config, part) for rule in BY_DESIGN)]
+def idle(config: RunConfig, overrides: Sequence[str]) -> list[str]:
+    """What was typed and cannot have an effect beside the other settings, one sentence each; known before the run."""
+    words = typed(overrides)
+    found = [(word, rule, part) for key, part in _keys(config) if (word := _word(key, words)) and (rule := _rule(config, part, key))]
+    return [f"{word} has no effect: {rule.why.format(part=part)}" for word, rule, part in found if rule.when not in (elsewhere, unforeseen)]
+
+
+def tell_idle(config: RunConfig, overrides: Sequence[str]) -> None:
+    """Warns, when a run begins, of what its user typed in vain."""
+    for sentence in idle(config, overrides):
+        warnings.warn(UnreadSetting(sentence), stacklevel=2)
+
+
+def unread(config: RunConfig, overrides: Sequence[str] = ()) -> list[str]:
+    """Dotted keys of a watched configuration that nothing has read.
+
+    Those that `BY_DESIGN` explains are left out, unless they were typed and only the run could show it.
+    """
+    words, found = typed(overrides), []
+    for key, part in _keys(config):
+        if isinstance(vars(type(part)).get(key.rpartition(".")[2]), _Watched):
+            rule = _rule(config, part, key)
+            if rule is None or (rule.when is unforeseen and _word(key, words)):
+                found.append(key)
     return found
 
 
-def tell_unread(config: RunConfig) -> None:
+def tell_unread(config: RunConfig, overrides: Sequence[str]) -> None:
     """Warns of the settings that a whole run did not read."""
-    keys = unread(config)
+    keys = unread(config, overrides)
     if keys:
         warnings.warn(UnreadSetting(f"nothing read {', '.join(keys)} during this run: setting it had no effect"), stacklevel=2)
+
+
+def _rule(config: RunConfig, part: Any, key: str) -> Rule | None:
+    return next((rule for rule in BY_DESIGN if rule.covers(key) and rule.when(config, part)), None)
+
+
+def _word(key: str, words: dict[str, str]) -> str | None:
+    """What was typed of a key, or of one inside it that the user named."""
+    return next((word for name, word in words.items() if name == key or name.startswith(f"{key}.")), None)
+
+
+def _keys(config: RunConfig) -> Iterator[tuple[str, Any]]:
+    """Each setting's dotted key, with the config object that holds it."""
+    for prefix, part in _parts(config):
+        for field in dataclasses.fields(part):
+            if not _holds_parts(_peek(part, field.name)):
+                yield f"{prefix}{field.name}", part
 
 
 def _parts(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

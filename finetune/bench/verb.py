@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,9 +45,10 @@ def bench(arguments: Sequence[str]) -> None:
         raise ConfigError(f"bench: say what to measure, one of {', '.join(BENCHES)}; got {' '.join(arguments) or 'nothing'}")
     what, measurement = arguments[0], BENCHES[arguments[0]]
     settings = dict(argument.split("=", 1) for argument in arguments[1:] if "=" in argument)
-    wrong = [argument for argument in arguments[1:] if argument.split("=", 1)[0] not in measurement.takes]
+    wrong = [argument for argument in arguments[1:] if argument.split("=", 1)[0] not in measurement.takes or "=" not in argument]
     if wrong:
-        raise ConfigError(f"bench {what}: {', '.join(wrong)}: there is no such setting; it takes {', '.join(measurement.takes)}")
+        takes = ", ".join(f"{name}=..." for name in measurement.takes)
+        raise ConfigError(f"bench {what}: {', '.join(wrong)}: there is no such setting; it takes {takes}")
     missing = [name for name in measurement.needs if name not in settings]
     if missing:
         raise ConfigError(f"bench {what}: {', '.join(missing)} is missing; {NEEDED[missing[0]]}")
@@ -62,7 +64,7 @@ def _explained(name: str) -> str:
 def _data(settings: Settings) -> None:
     from finetune.bench.data import bench
 
-    rows = int(number(settings.get("rows", "100000"), "bench data: rows"))
+    rows = _whole(settings, "data", "rows", 100_000)
     bench(Path(settings["source"]), tokenizer=settings.get("tokenizer") or quickstart_tokenizer(), rows=rows)
 
 
@@ -72,15 +74,15 @@ def _speed(settings: Settings) -> None:
     if settings.get("against", "trl") != "trl":
         raise ConfigError(f"bench speed: against must be trl, or left out to compare the speed options; got {settings['against']}")
     bench(
-        Path(settings["source"]), rows=int(number(settings.get("rows", "128"), "bench speed: rows")), against=settings.get("against"),
-        repeats=int(number(settings.get("repeats", "1"), "bench speed: repeats")),
+        Path(settings["source"]), rows=_whole(settings, "speed", "rows", 128), against=settings.get("against"),
+        repeats=_whole(settings, "speed", "repeats", 1),
     )  # fmt: skip
 
 
 def _start(settings: Settings) -> None:
     from finetune.bench.start import bench
 
-    bench(repeats=int(number(settings.get("repeats", "3"), "bench start: repeats")))
+    bench(repeats=_whole(settings, "start", "repeats", 3))
 
 
 def _merge(settings: Settings) -> None:
@@ -148,14 +150,18 @@ def _names(settings: Settings) -> list[str]:
 
 
 def _whole(settings: Settings, what: str, name: str, otherwise: int) -> int:
-    return int(number(settings.get(name, str(otherwise)), f"bench {what}: {name}"))
+    value = number(settings.get(name, str(otherwise)), f"bench {what}: {name}")
+    if not value.is_integer():
+        raise ConfigError(f"bench {what}: {name} must be a whole number; got {settings[name]!r}")
+    return int(value)
 
 
 def _humaneval(settings: Settings) -> None:
     from finetune.eval.humaneval import humaneval
 
-    counts = {name: int(number(settings[name], f"bench humaneval: {name}"))
-              for name in ("problems", "samples", "max_new_tokens", "seed") if name in settings}  # fmt: skip
+    counts = {
+        name: _whole(settings, "humaneval", name, 1) for name in ("problems", "samples", "max_new_tokens", "seed") if name in settings
+    }
     temperature = settings.get("temperature", "0")
     humaneval(
         Path(settings["source"]),
@@ -222,7 +228,7 @@ def number(text: str, where: str) -> float:
         value = float(text)
     except ValueError:
         value = 0.0
-    if value <= 0:
+    if not 0 < value < math.inf:
         raise ConfigError(f"{where} must be a positive number; got {text!r}")
     return value
 

@@ -1,6 +1,7 @@
 """Prepared data by content: the same bytes, template, tokenizer, settings and code are not worked through twice."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -57,6 +58,15 @@ def restore(root: Path, key: str, folder: Path) -> dict[str, Any] | None:
         (folder / name).unlink(missing_ok=True)
         shutil.copyfile(kept / name, folder / name)
     return content["product"]
+
+
+def credit(config: Any) -> None:
+    """Reads every setting, so that none counts as unread: what comes from the cache was prepared with these."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        for part in value.values() if isinstance(value, dict) else [value]:
+            if dataclasses.is_dataclass(part):
+                credit(part)
 
 
 def keep(root: Path, key: str, folder: Path, product: dict[str, Any]) -> None:

@@ -53,6 +53,7 @@ def run(config: DataConfig, *, folder: Path, tokenizer: Any, seed: int) -> Prepa
     with exclusive(root, key[:24], what="these data"):
         known = cache.restore(root, key, folder)
         if known is not None:
+            cache.credit(config)
             say("data", f"taken from the cache {root}, because data, template, tokenizer, settings and code are those of {key[:12]}")
             product = PreparedData(folder=folder, **known)
             say_summary(product, config)

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import ExportError
-from finetune.export.config import ExportConfig
+from finetune.export.config import NUMBERS, ExportConfig
 from finetune.export.snippets import merged_snippet
 from finetune.export.travel import write_record
 from finetune.export.work import Work
 from finetune.quantization import QuantizationConfig
 
-METHODS = ("nf4", "fp4", "int8")
 SHARD = "2GB"
 
 
@@ -28,12 +27,12 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
     """Quantizes dense weights on the way in, saves them before anything is computed, and opens them again.
 
     Raises:
-        ExportError: An unknown method, several adapters in the dequantized base, or a checkpoint that differs.
+        ExportError: Several adapters in the dequantized base, or a checkpoint that differs.
     """
     from finetune.export.cost import cost
     from finetune.measure import free
 
-    config = _config(work, name, settings)
+    config = _config(work, settings)
     work.need(name, 1.6 * work.merged_bytes)  # the dense weights meanwhile, and embedding, head and quantized layers
     target, merged_folder = work.desk / name, work.merged.folder / "model"
     placement = dataclasses.replace(work.placement, dtype=work.merged_dtype)
@@ -54,12 +53,10 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
     return work.keep(name, settings, parity)
 
 
-def _config(work: Work, name: str, settings: ExportConfig) -> QuantizationConfig:
+def _config(work: Work, settings: ExportConfig) -> QuantizationConfig:
     """The method asked for, with the run's other settings; without one, the run's own method."""
     run = work.quantization
-    method = settings.numbers or (run.method if run.method in METHODS else "nf4")
-    if method not in METHODS:
-        raise ExportError(f"export.{name}.numbers must be one of {', '.join(METHODS)}; got {settings.numbers!r}")
+    method = settings.numbers or (run.method if run.method in NUMBERS["bitsandbytes"] else "nf4")
     return dataclasses.replace(run, method=method, double=run.double and method != "int8")
 
 

@@ -7,6 +7,11 @@ from dataclasses import dataclass
 
 FORMATS = ("adapter", "safetensors", "bitsandbytes", "gguf", "gguf_lora", "onnx", "card", "hub")
 GGUF_NUMBERS = ("f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
+NUMBERS = {
+    "safetensors": ("", "bfloat16", "float16", "float32"), "bitsandbytes": ("", "nf4", "fp4", "int8"), "gguf": GGUF_NUMBERS,
+    "gguf_lora": GGUF_NUMBERS, "onnx": ("", "float32", "int8", "int4"),
+}  # fmt: skip
+"""By format; empty leaves it to the format. The others know one kind only."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -65,8 +70,10 @@ class ExportConfig:
         ):
             if number < 0:
                 yield f"export.{self.format}.{key} must not be negative; got {number}"
-        if self.format in ("gguf", "gguf_lora") and self.numbers not in GGUF_NUMBERS:
-            yield f"export.{self.format}.numbers must be one of {', '.join(GGUF_NUMBERS)}; got {self.numbers!r}"
+        if self.numbers not in NUMBERS.get(self.format, ("",)):
+            allowed = ", ".join(filter(None, NUMBERS.get(self.format, ())))
+            rule = f"must be one of {allowed}" if allowed else "must be left out, since it is written in one way only"
+            yield f"export.{self.format}.numbers {rule}; got {self.numbers!r}"
         named = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", self.repository))
         if self.format == "hub" and not named and (self.repository or self.push):
             yield f"export.hub.repository must be owner/name, e.g. me/my-model; got {self.repository!r}"

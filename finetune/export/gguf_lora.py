@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from finetune.console import say
 from finetune.errors import ExportError
 from finetune.export.config import ExportConfig
-from finetune.export.gguf import FILE, check, require, server_snippet
+from finetune.export.gguf import FILE, check, server_snippet
+from finetune.export.needs import LOW_RANK_ONLY, check_packages
 from finetune.export.work import Work
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ PARTS = {".lora_A.weight": ".lora_a", ".lora_B.weight": ".lora_b"}
 
 def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
     """Converts the adapter and the base, and opens the one on the other by llama.cpp."""
-    require(name)
+    check_packages({name: settings})
     from finetune.export.gguf import ollama
     from finetune.export.gguf.file import write_model
     from finetune.measure import check_adapter
@@ -115,10 +116,7 @@ def _tensors(saved: dict[str, Tensor], *, config: dict[str, Any], layout: Layout
         module = key.removeprefix(PREFIX).removesuffix(ending or "")
         renamed = layout.rename(f"{module}.weight") if ending else None
         if ending is None or renamed is None:
-            raise ExportError(
-                f"the adapter holds {key.removeprefix(PREFIX)}, and llama.cpp adds nothing but low-rank products of linear layers: DoRA, "
-                "embeddings, biases, tied heads and whole trained modules are not known there; merge it and export gguf_q8_0"
-            )
+            raise ExportError(f"the adapter holds {key.removeprefix(PREFIX)}, and {LOW_RANK_ONLY}")
         if ending == ".lora_B.weight":
             share = _scaling(config, module, rank=tensor.shape[1]) * tensor.shape[1] / config["lora_alpha"]
             tensor = layout.arrange(f"{module}.weight", tensor.float() * share)

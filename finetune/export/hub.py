@@ -15,6 +15,7 @@ from finetune.cache import file_sha256
 from finetune.console import human_bytes, say, table
 from finetune.errors import ExportError
 from finetune.export.config import ExportConfig
+from finetune.export.needs import without_card
 from finetune.export.work import Work
 from finetune.model import Base
 from finetune.run import write_json
@@ -95,10 +96,8 @@ def prepare(folder: Path, exports: list[dict[str, Any]], settings: ExportConfig,
     Raises:
         ExportError: There is no card, or a file holds a secret.
     """
-    if not any(one["format"] == "card" for one in exports):
-        raise ExportError(
-            f"export.{name}: a push needs a card, so that others know what it is; add card, e.g. export=[adapter,card,{name}]"
-        )
+    for problem in without_card(name, [one["format"] for one in exports]):
+        raise ExportError(problem)
     files = {path.relative_to(folder).as_posix(): path for one in exports for path in _files(folder / Path(one["path"]).name)}
     leaks = [f"{path} holds {what}" for path, file in files.items() for what in found_secrets(file)]
     if leaks:

@@ -7,17 +7,16 @@ names that optimum and transformers.js know: ``past_key_values.<layer>.key`` goe
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import shutil
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import ExportError
 from finetune.export.config import ExportConfig
+from finetune.export.needs import check_packages
 from finetune.export.work import Work
 
 FILE = "model.onnx"
-PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 BITS = {"float32": None, "int8": 8, "int4": 4}
 BLOCK = 32
 """Weights of a row that share a scale and a zero point in int8 and int4."""
@@ -36,7 +35,8 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
     from finetune.model import load
 
     numbers = settings.numbers or "float32"
-    _check(work, name, numbers)
+    check_packages({name: settings})
+    _check_space(work, name, numbers)
     source, target = work.merged.folder / "model", work.desk / name
     dense = dataclasses.replace(work.quantization, method="none", double=False)
     placement = dataclasses.replace(work.placement, device="cpu", dtype="float32")
@@ -64,14 +64,7 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
     return work.keep(name, settings, parity)
 
 
-def _check(work: Work, name: str, numbers: str) -> None:
-    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ExportError(
-            f"export.{name} needs {', '.join(PACKAGES)}, and {', '.join(missing)} is missing; run: pip install 'finetune[onnx]'"
-        )
-    if numbers not in BITS:
-        raise ExportError(f"export.{name}.numbers must be one of {', '.join(BITS)}; got {numbers!r}")
+def _check_space(work: Work, name: str, numbers: str) -> None:
     # float32, and beside it the rounded graph, whose embedding stays as it is
     work.need(name, work.merged_bytes * (4 if BITS[numbers] else 2) / (2 if work.merged_dtype == "float32" else 1))
 

@@ -17,7 +17,6 @@ from finetune.export.work import Work
 if TYPE_CHECKING:
     from finetune.export.parity import Expected
 
-NUMBERS = ("bfloat16", "float16", "float32")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
@@ -25,15 +24,13 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
     """Links or converts the merged weights, adds the record, and opens the folder by plain transformers.
 
     Raises:
-        ExportError: Unknown numbers, weights or activations beyond them, or the folder differs from the model.
+        ExportError: Weights or activations beyond them, or the folder differs from the model.
     """
     from finetune.export.cost import cost
     from finetune.measure import free
     from finetune.model import load
 
     numbers = settings.numbers or work.merged_dtype
-    if numbers not in NUMBERS:
-        raise ExportError(f"export.{name}.numbers must be one of {', '.join(NUMBERS)}; got {numbers!r}")
     work.need(name, work.merged_bytes * (2 if numbers == "float32" != work.merged_dtype else 1))
     source, target = work.merged.folder / "model", work.desk / name
     dense = dataclasses.replace(work.quantization, method="none", double=False)

@@ -27,15 +27,20 @@ def trained_graph(base: Base, model: ModelConfig, *, quantization: QuantizationC
     return put_adapter(load(base, model, quantization=quantization, placement=placement), adapter, upcast=model.upcast)
 
 
-def check_adapter(folder: Path) -> None:
+def check_adapter(folder: Path, *, setting: str = "") -> None:
     """Both files of a plain peft adapter are there.
+
+    Args:
+        folder: Of the adapter.
+        setting: What named it, for the message.
 
     Raises:
         ModelError: One is missing.
     """
     missing = [name for name in ADAPTER_FILES if not (folder / name).is_file()]
     if missing:
-        raise ModelError(f"{folder} is no adapter: {' and '.join(missing)} missing; train first, or name the folder that peft wrote")
+        where = f"{setting}: {folder}" if setting else str(folder)
+        raise ModelError(f"{where} is no adapter: {' and '.join(missing)} missing; train first, or name the folder that peft wrote")
 
 
 def put_adapter(model: Any, folder: Path, *, upcast: str) -> Any:

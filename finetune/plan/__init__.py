@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.errors import ModelError
+from finetune.model import looks_local
 from finetune.plan.config import PlanConfig, with_own
 from finetune.plan.duration import seconds
 from finetune.plan.fit import propose
@@ -29,11 +30,13 @@ def plan(config: RunConfig, machine: Machine) -> Plan:
     A model whose dimensions are not known gives a plan that says so, since training it is possible all the same.
 
     Raises:
-        ModelError: ``plan.exact`` was asked for and the model cannot be counted.
+        ModelError: The model's folder is not there, or ``plan.exact`` was asked for and the model cannot be counted.
     """
     try:
         inputs = from_config(config, machine)
     except ModelError as error:
+        if looks_local(config.model.name) and isinstance(error.__cause__, OSError):
+            raise
         return Plan(known=False, notes=[f"no plan: {error}"])
     made = make_plan(inputs, machine, checkpoints=config.train.keep_checkpoints + (config.train.keep == "best"))
     speed = throughput(inputs, machine, runs=Path(config.run.root) if config.hardware.name == "auto" else None)

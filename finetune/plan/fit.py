@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from finetune.console import human_bytes
 from finetune.plan import phases
 from finetune.plan.inputs import PlanInputs
-from finetune.plan.product import device_memory, fits
+from finetune.plan.product import device_memory, obstacle
 from finetune.plan.throughput import throughput
 
 if TYPE_CHECKING:
@@ -139,7 +139,8 @@ def _launches(inputs: PlanInputs, machine: Machine) -> list[tuple[str, int, bool
 
 def _fits(inputs: PlanInputs, machine: Machine) -> bool:
     host = max(phases.host_bytes(inputs).values(), default=0.0)
-    return fits(inputs, machine, host=host, memory=round(device_memory(inputs, machine) * MARGIN)) is True
+    memory = round(device_memory(inputs, machine) * MARGIN)
+    return memory > 0 and not obstacle(inputs, machine, host=host, memory=memory)
 
 
 def _longest(best: Candidate, machine: Machine) -> str:

@@ -36,7 +36,9 @@ class Plan:
         largest_term: The largest part of it, and its bytes.
         parameters: Of the base model, and those that train.
         advice: The one change that saves most, as an override, and the bytes that it saves.
+        needed_bytes: What must be there for training: the peak, on a GPU without the allocator's idle blocks.
         fits: Whether training fits in the memory of device and host; None where the machine's are not known.
+        obstacle: Why it does not.
         seconds: Rough time of the stages train, merge and eval; train is missing where the data's size is not known.
         tokens_per_second: Of training, over all devices; rough.
         speed_source: Where that figure comes from.
@@ -61,7 +63,9 @@ class Plan:
     trainable_parameters: int = 0
     advice: str = ""
     advice_saves_bytes: int = 0
+    needed_bytes: int = 0
     fits: bool | None = None
+    obstacle: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     tokens_per_second: float = 0.0
     speed_source: str = ""
@@ -82,6 +86,7 @@ def make_plan(inputs: PlanInputs, machine: Machine, *, checkpoints: int) -> Plan
     host = phases.host_bytes(inputs)
     memory = device_memory(inputs, machine)
     advice, saves = best_change(inputs)
+    stands = obstacle(inputs, machine, host=max(host.values(), default=0.0), memory=memory)
     return Plan(
         known=True,
         device=inputs.device,
@@ -98,7 +103,9 @@ def make_plan(inputs: PlanInputs, machine: Machine, *, checkpoints: int) -> Plan
         trainable_parameters=weights.trainable_parameters(inputs),
         advice=advice,
         advice_saves_bytes=round(saves),
-        fits=fits(inputs, machine, host=max(host.values(), default=0.0), memory=memory),
+        needed_bytes=round(phases.needed(inputs)),
+        fits=not stands if memory else None,
+        obstacle=stands,
         notes=_notes(
             inputs,
             machine,
@@ -144,12 +151,19 @@ def device_memory(inputs: PlanInputs, machine: Machine) -> int:
     return min((gpu.memory_bytes for gpu in machine.gpus[: inputs.processes]), default=0)
 
 
-def fits(inputs: PlanInputs, machine: Machine, *, host: float, memory: int) -> bool | None:
+def obstacle(inputs: PlanInputs, machine: Machine, *, host: float, memory: int) -> str:
+    """Why training does not fit in the memory of device and host; empty where it does, or where there is no device."""
     if not memory:
-        return None
+        return ""
     if inputs.device == "cuda" and len(machine.gpus) < inputs.processes:
-        return False
-    return phases.needed(inputs) <= memory * _usable(inputs) and (host <= machine.ram_bytes or not machine.ram_bytes)
+        here = "1 GPU" if len(machine.gpus) == 1 else f"{len(machine.gpus)} GPUs"
+        return f"launch.processes={inputs.processes}, but the machine has {here}"
+    needed, usable = phases.needed(inputs), memory * _usable(inputs)
+    if needed > usable:
+        return f"{human_bytes(needed)} must be there and a process gets {human_bytes(usable)} of {human_bytes(memory)}"
+    if machine.ram_bytes and host > machine.ram_bytes:
+        return f"the host needs {human_bytes(host)} and has {human_bytes(machine.ram_bytes)}"
+    return ""
 
 
 def _usable(inputs: PlanInputs) -> float:
@@ -158,8 +172,6 @@ def _usable(inputs: PlanInputs) -> float:
 
 def _notes(inputs: PlanInputs, machine: Machine, *, disk: float, after: dict[str, float], memory: int) -> list[str]:
     notes = []
-    if inputs.device == "cuda" and len(machine.gpus) < inputs.processes:
-        notes.append(f"launch.processes={inputs.processes}, but the machine has {len(machine.gpus)} GPUs")
     if disk > machine.disk_free_bytes:
         notes.append(f"the disk needs {human_bytes(disk)} in all and has {human_bytes(machine.disk_free_bytes)} left")
     notes += [_too_large(phase, size, inputs, memory=memory) for phase, size in after.items() if memory and size > memory * _usable(inputs)]

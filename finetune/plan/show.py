@@ -59,10 +59,14 @@ def _verdict(plan: Plan) -> list[str]:
         f"the peak is {plan.peak_phase.replace('_', ' ')} with {human_bytes(plan.peak_bytes)}, most of it {plan.largest_term} "
         f"({human_bytes(plan.largest_term_bytes)})"
     )
+    if plan.needed_bytes < plan.peak_bytes:
+        need += f"; without the allocator's idle blocks {human_bytes(plan.needed_bytes)} must be there"
     if plan.fits is None:
         verdict = f"{need}; no such device is here, so whether it fits is open: name one, e.g. hardware=rtx4090"
+    elif plan.obstacle:
+        verdict = f"{need}: it does not fit, since {plan.obstacle}"
     else:
-        verdict = f"{need}: it {'fits' if plan.fits else 'does not fit'} in {human_bytes(plan.memory_bytes)}"
+        verdict = f"{need}: it fits in {human_bytes(plan.memory_bytes)}"
     if not plan.advice:
         return [verdict]
     return [verdict, f"what would help most: {plan.advice} saves {human_bytes(plan.advice_saves_bytes)} of the peak"]

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from finetune.account.unread import BY_DESIGN, UnreadSetting, tell_unread, unread, watch
+from finetune.account.unread import BY_DESIGN, UnreadSetting, idle, tell_unread, unread, watch
 from finetune.config import RunConfig, load, to_dict, to_yaml
+from finetune.data.cache import credit
 from finetune.lora import LoraConfig
 from finetune.overrides import paths, unknown
 from finetune.run import fingerprint, plain
@@ -87,10 +88,10 @@ def test_a_planted_dead_key_is_an_error_here_and_a_warning_in_runs() -> None:
     read_all_but(loaded, "nobody")
     assert unread(loaded) == ["lora.nobody"]
     with pytest.raises(UnreadSetting, match=r"nothing read lora\.nobody during this run: setting it had no effect"):
-        tell_unread(loaded)
+        tell_unread(loaded, [])
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("default")
-        tell_unread(loaded)
+        tell_unread(loaded, [])
     assert [one.category for one in told] == [UnreadSetting]
 
 
@@ -109,6 +110,38 @@ def test_a_key_of_what_was_not_chosen_is_no_dead_key() -> None:
         watch(config)
     assert "quantization.threshold" in unread(chosen)
     assert "quantization.threshold" not in unread(other)
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["train.epochs=3"], ["train.epochs=3 has no effect: train.steps=72 is set"]),
+        (["train.epochs=3", "train.steps=null"], []),
+        (["quantization=int8", "quantization.bits=3"], ["quantization.bits=3 has no effect: it is hqq's, and quantization.method=int8"]),
+        (["quantization=int8", "quantization.double=false"],
+         ["quantization.double=false has no effect: it is for nf4 and fp4, and quantization.method=int8"]),
+        (["optim.warmup=null", "optim.warmup_steps=2"], ["optim.warmup=null has no effect: optim.warmup_steps=2 is set"]),
+        (["export.card.numbers="], ["export.card.numbers= has no effect: left to the format, which may know one kind only"]),
+        (["data.columns={prompt: request}", "launch.silence_seconds=9", "run.if_exists=resume"], []),
+    ],
+)  # fmt: skip
+def test_what_was_typed_in_vain_is_said_before_the_run_with_its_reason(typed: list[str], said: list[str]) -> None:
+    overrides = ["+experiment=quickstart", *typed]
+    assert idle(load(overrides), overrides) == said
+
+
+def test_a_rule_of_what_only_the_run_shows_excuses_no_typed_setting() -> None:
+    overrides = ["+experiment=quickstart", "data.checks.largest_label_share=0.5"]
+    loaded = load(overrides)
+    watch(loaded)
+    key = "data.checks.largest_label_share"
+    assert (key in unread(loaded, overrides), key in unread(loaded)) == (True, False)
+
+
+def test_data_settings_count_as_read_where_the_cache_has_what_was_made_with_them(config: RunConfig) -> None:
+    assert {"data.max_tokens", "data.checks.secret_share"} <= set(unread(config))
+    credit(config.data)
+    assert not [key for key in unread(config) if key.startswith("data.")]
 
 
 def test_every_rule_is_about_settings_that_exist_and_says_why() -> None:

@@ -110,11 +110,6 @@ def test_other_methods_are_written_too(run: Callable[..., Exports], tmp_path: Pa
     assert settings["load_in_8bit"] == (method == "int8")
 
 
-def test_unknown_method_is_named(run: Callable[..., Exports], tmp_path: Path) -> None:  # noqa: F811
-    with pytest.raises(ExportError, match=r"export.bitsandbytes.numbers must be one of nf4, fp4, int8; got 'nf5'"):
-        run(tmp_path / "export", "bitsandbytes", numbers="nf5")
-
-
 def test_several_adapters_in_the_dequantized_base_are_refused(
     run: Callable[..., Exports],  # noqa: F811
     dequantized_merge: Facts,

@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, Mistral
 
 from finetune.errors import ExportError
 from finetune.export import Exports
-from finetune.export.onnx import PACKAGES, make, onnx_snippet
+from finetune.export.needs import PACKAGES
+from finetune.export.onnx import make, onnx_snippet
 from finetune.export.onnx_runtime import _last_logits, _loss
 
 needs_onnx = pytest.mark.skipif(
-    any(importlib.util.find_spec(package) is None for package in PACKAGES), reason="needs pip install 'finetune[onnx]'"
+    any(importlib.util.find_spec(package) is None for package in PACKAGES["onnx"]), reason="needs pip install 'finetune[onnx]'"
 )
 
 
@@ -94,18 +95,13 @@ def test_other_architectures_give_their_logits_beyond_a_window_too(tmp_path: Pat
     assert np.abs(_last_logits(names["forward"], names["empty"], prompt) - wanted).max() < 1e-5
 
 
-def test_unknown_numbers_are_named(run: Callable[..., Exports], tmp_path: Path) -> None:  # noqa: F811
-    with pytest.raises(ExportError, match=r"export.onnx.numbers must be one of float32, int8, int4; got 'bf8'"):
-        run(tmp_path / "export", "onnx", numbers="bf8")
-
-
 def test_missing_package_is_named_with_the_line_that_installs_it(
     run: Callable[..., Exports],  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("finetune.export.onnx.PACKAGES", ("onnx", "onnx_not_there"))
-    with pytest.raises(ExportError, match=r"onnx_not_there is missing; run: pip install 'finetune\[onnx\]'"):
+    monkeypatch.setitem(PACKAGES, "onnx", ("onnx", "onnx_not_there"))
+    with pytest.raises(ExportError, match=r"export.onnx needs onnx_not_there: pip install 'finetune\[onnx\]'"):
         run(tmp_path / "export", "onnx")
 
 

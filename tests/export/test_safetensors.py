@@ -69,11 +69,6 @@ def test_figures_between_layers_beyond_float16_are_said(run: Run, merged: Facts,
         run(tmp_path / "export", "safetensors", from_merged=other, numbers="float16")
 
 
-def test_unknown_numbers_are_named(run: Run, tmp_path: Path) -> None:  # noqa: F811
-    with pytest.raises(ExportError, match=r"export.safetensors.numbers must be one of bfloat16, float16, float32; got 'int4'"):
-        run(tmp_path / "export", "safetensors", numbers="int4")
-
-
 @pytest.mark.parametrize("format", ["safetensors", "bitsandbytes", "onnx", "adapter"])
 def test_full_disk_is_said_before_anything_is_written(
     run: Run,  # noqa: F811

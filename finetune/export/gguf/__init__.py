@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from finetune.console import say
-from finetune.errors import ExportError
 from finetune.export.config import ExportConfig
+from finetune.export.needs import check_packages
 from finetune.export.work import Work
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ FILE = "model.gguf"
 
 def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
     """Converts the merged model, and opens it by llama.cpp."""
-    require(name)
+    check_packages({name: settings})
     from transformers import AutoTokenizer
 
     from finetune.export.gguf import ollama
@@ -39,13 +38,6 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
         say("export", f"{name}: {note}")
     work.snippets[f"The merged model as {settings.numbers.upper()}, in llama.cpp"] = snippet
     return {**work.keep(name, settings, parity), "notes": notes}
-
-
-def require(name: str) -> None:
-    """Refuses where a package is missing."""
-    missing = [package for package in ("gguf", "xllamacpp") if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ExportError(f"export.{name} needs {' and '.join(missing)}: pip install 'finetune[gguf]'")
 
 
 def check(work: Work, name: str, settings: ExportConfig, wanted: Expected, *, snippet: str) -> dict[str, Any]:
