@@ -120,7 +120,7 @@ def cells(line: Fields, names: Sequence[str]) -> list[str]:
     elif line["metrics"]:
         answered = [*[_level(line["metrics"][name]) for name in names], f"{line['stop_rate']:.2f}", f"{line['mean_tokens']:.1f}"]
     else:
-        answered = ["not asked"] * (len(names) + 2)
+        answered = [*["not asked"] * len(names), "", ""]
     return [line["title"] + kept, loss, perplexity, change, *answered]
 
 
