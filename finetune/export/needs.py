@@ -25,7 +25,8 @@ LOW_RANK_ONLY = (
 
 
 def check_packages(config: Mapping[str, ExportConfig]) -> None:
-    """
+    """Refuses exports that this environment cannot write or open again.
+
     Raises:
         ExportError: Packages of an export are missing.
     """
