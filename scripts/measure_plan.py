@@ -39,9 +39,9 @@ SETTINGS: dict[str, list[str]] = {
     "nf4, 2 x 512, dropout": ["train.micro_batch=2", "data.pack_tokens=512", "lora.dropout=0.1"],
     "nf4, 2 x 512, plain layers": ["speed=plain", "train.micro_batch=2", "data.pack_tokens=512"],
     "nf4, 2 x 512, plain, checkpointing": ["speed=plain", "train.micro_batch=2", "data.pack_tokens=512", "train.checkpointing=full"],
-    "nf4, 8 pairs of 128": [
+    "nf4, 8 pairs of up to 72": [
         "data=preference", "data.objective=preference", "train.objective=dpo", "data.path={pairs}", "data.heldout_share=0.05",
-        "data.max_tokens=128", "train.micro_batch=8",
+        "data.max_tokens=72", "train.micro_batch=8",
     ],
 }  # fmt: skip
 

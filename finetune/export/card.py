@@ -140,6 +140,8 @@ def _files(exports: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         proof = f"logits within {parity['max_logit_difference']:.4g}, KL {parity['kl']:.2g}, in {parity['runtime']}" if parity else ""
         rows.append([f"`{Path(one['path']).name}`", one["format"], human_bytes(one["bytes"]), f"`{one['sha256'][:16]}`", proof])
     yield from _table(["Path", "Format", "Size", "SHA-256", "Opened again and compared"], rows)
+    notes = [f"- `{Path(one['path']).name}`: {note}" for one in exports for note in one.get("notes", [])]
+    yield from ["", *notes] if notes else []
 
 
 def _loading(snippets: Mapping[str, str]) -> Iterator[str]:

@@ -170,6 +170,20 @@ def test_card_states_base_quantization_metrics_and_merge(exports: Exports) -> No
         assert text in card
 
 
+def test_card_says_what_a_format_could_not_do() -> None:
+    from finetune.export.card import _files
+
+    one = {
+        "path": "export/gguf_q4_k_m",
+        "format": "gguf",
+        "bytes": 1,
+        "sha256": "a" * 64,
+        "parity": {},
+        "notes": ["rows of 576 are in q5_0"],
+    }
+    assert list(_files([one]))[-1] == "- `gguf_q4_k_m`: rows of 576 are in q5_0"
+
+
 def test_adapter_folder_says_all_that_a_loader_needs(exports: Exports) -> None:
     record = json.loads((exports.folder / "adapter" / "finetune.json").read_text())
     assert record["quantization"]["spec"] == {"method": "nf4", "double": True, "blocksize": 64, "keep": []}
