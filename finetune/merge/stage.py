@@ -151,7 +151,7 @@ def _check_disk(base: Base, folder: Path, *, candidates: int, tokens: int) -> No
 
 
 def _publish(built: Path, target: Path) -> Path:
-    """Two renames: whoever looks, or is interrupted, finds the earlier model or the new one, whole."""
+    """Puts the model in its place, whole. What stood there was of a stage that never ended: one that did is redone in another folder."""
     if target.exists():
         os.replace(target, built.parent / "earlier")
     os.replace(built, target)
