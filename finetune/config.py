@@ -71,14 +71,7 @@ class RunConfig:
                 f"data.path={self.data.path} would be measured on the quickstart's held-out rows; "
                 "choose data=custom, or set data.heldout_path"
             )
-        yield from export_conflicts(self.export, lora=self.lora)
-        for name, export in self.export.items():
-            for key, asked, measured in (("rows", export.rows, self.eval.rows), ("loss_rows", export.loss_rows, self.eval.loss_rows)):
-                if asked > measured:
-                    yield (
-                        f"export.{name}.{key}={asked} is more than eval.{key}={measured}, and an export is held beside the model on rows "
-                        "that both were measured on; lower the one or raise the other"
-                    )
+        yield from export_conflicts(self.export, lora=self.lora, rows=self.eval.rows, loss_rows=self.eval.loss_rows)
         yield from self.lora.conflicts(quantization=self.quantization.method, weight_decay=self.optim.weight_decay)
         yield from self.train.conflicts(rows=self.data.objective, variant=self.lora.variant, dropout=self.lora.dropout)
         method = self.quantization.method

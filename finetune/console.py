@@ -3,7 +3,7 @@
 import sys
 import textwrap
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TextIO
 
 WIDTH = 110
@@ -50,3 +50,9 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     raise AssertionError("unreachable: the last unit always returns")
+
+
+def change_text(change: Mapping[str, float], *, digits: int = 4) -> str:
+    """``+0.0012 [-0.0003, +0.0027]``: a difference with its interval."""
+    form = f"+.{digits}f"
+    return f"{change['difference']:{form}} [{change['low']:{form}}, {change['high']:{form}}]"

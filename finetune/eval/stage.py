@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.console import say, table
+from finetune.console import change_text, say, table
 from finetune.errors import EvalError
 from finetune.eval.config import ARTIFACTS, EvalConfig
 from finetune.eval.harness import Harness
@@ -256,7 +256,7 @@ def _show(artifacts: dict[str, dict[str, Any]], changed: dict[str, dict[str, dic
     differences = []
     for name, figures in changed.items():
         shown = [figures[figure] for figure in ["loss", *general, *metrics]]
-        differences.append([name, *[f"{one['difference']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}]" for one in shown]])
+        differences.append([name, *[change_text(one, digits=3) for one in shown]])
     table("eval", ["change", "loss", *general, *metrics], differences)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.console import human_bytes
+from finetune.console import change_text, human_bytes
 from finetune.export.config import ExportConfig
 from finetune.export.facts import DataFacts, MergedFacts, ScoreFacts, TrainedFacts
 from finetune.export.work import Work
@@ -120,7 +120,7 @@ def _quality(facts: CardFacts) -> Iterator[str]:
     figures = [*names, *(["general_loss"] if "general_loss" in scores.changes["total"] else [])]
     if figures:
         yield "\nWhat each step changed in the answers, and in the loss on general text (`general_loss`), paired by row:\n"
-        rows = [[WORDS[name], *[_change(one[figure]) for figure in figures]] for name, one in scores.changes.items()]
+        rows = [[WORDS[name], *[change_text(one[figure], digits=3) for figure in figures]] for name, one in scores.changes.items()]
         yield from _table(["Step", *figures], rows)
 
 
@@ -174,7 +174,3 @@ def _table(header: list[str], rows: list[list[str]]) -> Iterator[str]:
     yield f"|{'|'.join(['---'] * len(header))}|"
     for row in rows:
         yield f"| {' | '.join(row)} |"
-
-
-def _change(change: dict[str, float]) -> str:
-    return f"{change['difference']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]"

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from finetune.console import change_text
 from finetune.export.config import ExportConfig
 from finetune.export.parity import Expected, compare
 
@@ -44,8 +45,4 @@ def _sentence(found: dict[str, Any]) -> str:
     text = f"beside the merged model before that rounding KL {found['kl']:.4f}, top-1 agreement {found['top1_agreement']:.3f}"
     if not found["rows"]:
         return text
-    change = found["loss_difference"]
-    return (
-        f"{text}, held-out loss {found['loss']:.4f} where that has {found['model_loss']:.4f} "
-        f"({change['difference']:+.4f} [{change['low']:+.4f}, {change['high']:+.4f}])"
-    )
+    return f"{text}, held-out loss {found['loss']:.4f} where that has {found['model_loss']:.4f} ({change_text(found['loss_difference'])})"

@@ -46,9 +46,15 @@ def without_card(name: str, formats: Iterable[str]) -> Iterator[str]:
         yield f"export.{name}: a push needs a card, so that others know what it is; add card, e.g. export=[adapter,card,{name}]"
 
 
-def conflicts(config: Mapping[str, ExportConfig], *, lora: LoraConfig) -> Iterator[str]:
-    """Problems of exports with each other, and with the adapter."""
+def conflicts(config: Mapping[str, ExportConfig], *, lora: LoraConfig, rows: int, loss_rows: int) -> Iterator[str]:
+    """Problems of exports with each other, with the adapter, and with the rows that the evaluation measures."""
     for name, settings in config.items():
+        for key, asked, measured in (("rows", settings.rows, rows), ("loss_rows", settings.loss_rows, loss_rows)):
+            if asked > measured:
+                yield (
+                    f"export.{name}.{key}={asked} is more than eval.{key}={measured}, and an export is held beside the model on rows "
+                    "that both were measured on; lower the one or raise the other"
+                )
         if settings.format == "hub":
             yield from without_card(name, [one.format for one in config.values()])
         if settings.format == "gguf_lora" and (lora.variant == "dora" or lora.tokens):

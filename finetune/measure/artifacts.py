@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.console import change_text
+
 Fields = Mapping[str, Any]
 
 BEFORE = {"base": None, "base_quantized": ("quantization", "base"), "adapter": ("tuning", "base, quantized")}
@@ -114,7 +116,7 @@ def cells(line: Fields, names: Sequence[str]) -> list[str]:
     if line["loss_low"] is not None:
         loss += f" [{line['loss_low']:.4f}, {line['loss_high']:.4f}]"
     perplexity = "–" if line["perplexity"] is None else f"{line['perplexity']:.3f}"
-    change = f"{_change(line['change'])} from {line['change']['from']}" if line["change"] else "–"
+    change = f"{change_text(line['change'])} from {line['change']['from']}" if line["change"] else "–"
     if not names:
         answered = []
     elif line["metrics"]:
@@ -129,7 +131,9 @@ def beside(lines: Sequence[Fields], title: Callable[[str], str]) -> Iterator[str
     for line in lines:
         if line["beside"]:
             model, changes = line["beside"]["model"], line["beside"]["changes"]
-            told = ", ".join(f"{title(name)} {_change(changes[name])} from {one['value']:.3f}" for name, one in model["metrics"].items())
+            told = ", ".join(
+                f"{title(name)} {change_text(changes[name])} from {one['value']:.3f}" for name, one in model["metrics"].items()
+            )
             yield f"{line['title']}, beside {TITLES[model['name']].lower()} on the same {line['answer_rows']} rows: {told}."
 
 
@@ -140,7 +144,3 @@ def metric_names(lines: Sequence[Fields]) -> list[str]:
 
 def _level(level: Fields) -> str:
     return f"{level['value']:.3f} [{level['low']:.3f}, {level['high']:.3f}]"
-
-
-def _change(change: Fields) -> str:
-    return f"{change['difference']:+.4f} [{change['low']:+.4f}, {change['high']:+.4f}]"

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from finetune.console import human_bytes
+from finetune.console import change_text, human_bytes
 from finetune.errors import MergeError
 from finetune.merge.config import MergeConfig
 
@@ -45,8 +45,7 @@ def table_rows(figures: Sequence[dict[str, Any]], *, trained: dict[str, Any]) ->
     """The merge table as text, the trained graph first."""
     rows = [["trained graph", "0", "1.000", f"{trained['loss']:.4f}", "", f"{trained['perplexity']:.3f}", ""]]
     for one in figures:
-        change = one["loss_difference"]
-        loss = [f"{one['loss']:.4f}", f"{change['difference']:+.4f} [{change['low']:+.4f}, {change['high']:+.4f}]"]
+        loss = [f"{one['loss']:.4f}", change_text(one["loss_difference"])]
         figure = [f"{one['perplexity']:.3f}", human_bytes(one["bytes"])]
         rows.append([one["name"], f"{one['kl']:.5f}", f"{one['top1_agreement']:.3f}", *loss, *figure])
     return rows

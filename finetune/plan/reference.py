@@ -16,8 +16,10 @@ UNITS = {"TB": 1e12, "GiB": 1024**3, "GB": 1e9, "MiB": 1024**2, "MB": 1e6}
 NUMBERS = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "int4": 0.5}
 """Bytes of a parameter, by the names that accelerate's tables use."""
 
-METHODS = re.compile(r"nf4|fp4|int4|int8|hqq|[2348]-?bit")
-OTHERS = re.compile(r"gptq|awq|aqlm|fp8|float8")
+TRAINABLE = re.compile(r"nf4|fp4|int4|int8|hqq|[2348]-?bit")
+NOT_TRAINABLE = re.compile(r"gptq|awq|aqlm|fp8|float8")
+"""What a row says of quantization: forms that a base can have here while it is trained, and forms that it cannot."""
+
 GIB = 1024**3
 QLORA_RANK = 64
 """Taken where a source of QLoRA's authors states no rank, with every linear layer adapted: their script's defaults."""
@@ -87,7 +89,7 @@ def unplanned(row: Mapping[str, Any]) -> str | None:
     numbers = row.get("quantisation")
     if row["method"] == "load only":
         return None if row.get("params_b") and numbers in NUMBERS else f"a model of {row.get('params_b')} B in {numbers}"
-    known = not numbers or (METHODS.search(numbers.lower()) and not OTHERS.search(numbers.lower()))
+    known = not numbers or (TRAINABLE.search(numbers.lower()) and not NOT_TRAINABLE.search(numbers.lower()))
     return None if known or row["method"].startswith("full") else f"quantisation {numbers} is not one that trains here"
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from html import escape
 from pathlib import Path
 
-from finetune.console import say, table
+from finetune.console import change_text, say, table
 from finetune.report.answers import code, last_request
 from finetune.report.facts import Fields
 from finetune.report.markup import Html, folded, joined, section, tag
@@ -78,8 +78,7 @@ def _rows(comparison: Fields) -> str:
 def _figures(artifact: Fields) -> Iterator[list[str]]:
     """Metric, both levels, difference with its interval, and what that says."""
     for name, found in artifact["figures"].items():
-        change = f"{found['difference']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
-        yield [name, *[f"{level:.4f}" for level in found["levels"]], change, _verdict(found)]
+        yield [name, *[f"{level:.4f}" for level in found["levels"]], change_text(found), _verdict(found)]
 
 
 def _verdict(found: Fields) -> str:

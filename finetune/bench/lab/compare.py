@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from finetune.bench.lab.task import Task, change_figures, change_text, check_metric, deal, line, model_choice
-from finetune.console import human_bytes, say, table
+from finetune.bench.lab.task import Task, change_figures, check_metric, deal, line, model_choice
+from finetune.console import change_text, human_bytes, say, table
 from finetune.errors import ConfigError
 from finetune.hardware import LIMITS
 from finetune.paths import CONF

@@ -99,7 +99,3 @@ def scores(model: Any, base: Any, task: Task, rows: list[dict[str, Any]]) -> lis
 def change_figures(change: Any) -> dict[str, float]:
     """A difference of `finetune.measure.bootstrap` as the tables' JSON has it."""
     return {"difference": round(change.value, 4), "low": round(change.low, 4), "high": round(change.high, 4)}
-
-
-def change_text(change: dict[str, float]) -> str:
-    return f"{change['difference']:+.4f} [{change['low']:+.4f}, {change['high']:+.4f}]"

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from finetune.bench.lab.task import change_figures, change_text, check_metric, deal, line, model_choice
-from finetune.console import human_bytes, say, table
+from finetune.bench.lab.task import change_figures, check_metric, deal, line, model_choice
+from finetune.console import change_text, human_bytes, say, table
 
 TOKENS_PER_STEP = 512
 RESAMPLES = 2000
