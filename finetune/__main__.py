@@ -14,9 +14,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from finetune.config import CONF, RunConfig, compose_config, explain_all, load, make, register
-from finetune.console import complain, say
+from finetune.console import log, print_error
 from finetune.errors import ConfigError, FinetuneError, GateMissed, Interrupted, RankFailed
-from finetune.hardware.busy import Look, spare_others
+from finetune.hardware.busy import Look, yield_to_busy_cpu
 from finetune.launch import Ranks, as_launched, end, must_start, start
 from finetune.overrides import opened
 from finetune.run import STAGES
@@ -25,7 +25,7 @@ from finetune.verbs import LOOKS, recorded, split_own, sweep, with_experiment
 STAGE_VERBS = ("train", "merge", "eval", "export", "report")
 """One stage of a run that exists, done again with those that build on it."""
 
-LOOK_VERBS = {"data": "data", "rehearse": "rehearse"}
+LOOK_VERBS = {"data": "data", "preflight": "preflight"}
 """Verbs that stop early and work in a folder of their own, so that the run's name stays free."""
 
 LAUNCHED = ("run", "train")
@@ -43,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 done; 2 the user can mend it; 1 our fault or the machine's (with a traceback); 75 stopped by a signal, saved.
     """
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # before training takes signals over, TERM ends as INT does
+        signal.signal(
+            signal.SIGTERM, signal.default_int_handler
+        )  # before training takes signals over, TERM ends as INT does
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = arguments.pop(0) if arguments and arguments[0] in VERBS else "run"
     try:
@@ -51,15 +53,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             return with_hydra(verb, arguments)
         return dispatch(verb, arguments)
     except FinetuneError as error:
-        return complain(error, YOURS)
+        return print_error(error, YOURS)
     except GateMissed as missed:
-        return complain(missed, OURS)
+        return print_error(missed, OURS)
     except RankFailed as failed:
-        return complain(failed, failed.code)
+        return print_error(failed, failed.code)
     except Interrupted as stop:
-        return complain(stop, INTERRUPTED)
+        return print_error(stop, INTERRUPTED)
     except KeyboardInterrupt:
-        return complain("stopped; go on with run.if_exists=resume", INTERRUPTED)
+        return print_error("stopped; go on with run.if_exists=resume", INTERRUPTED)
 
 
 def dispatch(verb: str, arguments: list[str]) -> int:
@@ -85,25 +87,31 @@ def dispatch(verb: str, arguments: list[str]) -> int:
 def execute(verb: str, config: RunConfig, *, overrides: list[str], own: dict[str, str]) -> int:
     """A composed command."""
     if verb == "plan":
-        from finetune.account import idle
         from finetune.hardware import probe
         from finetune.plan import plan, show, with_own
+        from finetune.provenance import idle
 
         config.plan = with_own(config.plan, own)
         show(plan(config, probe(config.hardware)))
-        say("plan", *idle(config, overrides))
+        log("plan", *idle(config, overrides))
         return DONE
     if verb in LAUNCHED:
         asked, config.launch = config.launch, as_launched(config.launch)
-        problems = list(config.problems()) if config.launch is not asked else []  # a launcher may have brought another strategy
+        problems = (
+            list(config.problems()) if config.launch is not asked else []
+        )  # a launcher may have brought another strategy
         if problems:
             raise ConfigError(*problems)
         if must_start(config.launch):
             return start(config.launch, [verb, *overrides])
-    spare_others(STARTED)
+    yield_to_busy_cpu(STARTED)
     gc.disable()  # until the model is there: looking through a million objects that stay takes a tenth of the start
     if verb in LOOK_VERBS:
-        config.run.name, config.run.until, config.run.if_exists = f"{config.run.name}-{verb}", LOOK_VERBS[verb], "overwrite"
+        config.run.name, config.run.until, config.run.if_exists = (
+            f"{config.run.name}-{verb}",
+            LOOK_VERBS[verb],
+            "overwrite",
+        )
     if verb in STAGE_VERBS:
         config.run.if_exists = "resume"
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
@@ -120,10 +128,10 @@ def work(config: RunConfig, *, overrides: list[str], again: frozenset[str]) -> N
     launch = config.launch
     ranks = Ranks(silence_seconds=launch.silence_seconds, shards=launch.strategy == "fsdp", offload=launch.offload)
     try:
-        if ranks.first:
+        if ranks.is_main:
             run(config, overrides=overrides, ranks=ranks, again=again)
-            ranks.tell("data", False)
-            ranks.leave()
+            ranks.put("data", False)
+            ranks.shutdown()
         else:
             follow(config, ranks=ranks)
     except BaseException as error:
@@ -139,7 +147,9 @@ def with_hydra(verb: str, arguments: list[str]) -> int:
         if verb == "run":
             return DONE if sweep(with_experiment(arguments)) else OURS
         if verb != "plan":
-            raise ConfigError(f"--multirun: each job is a whole run, or a plan; finetune {verb} takes one run at a time")
+            raise ConfigError(
+                f"--multirun: each job is a whole run, or a plan; finetune {verb} takes one run at a time"
+            )
     import hydra
     from hydra.core.hydra_config import HydraConfig
 

@@ -89,7 +89,16 @@ class ArchitectureConfig:
     """Attention scores are capped by a tanh, which fused attention kernels but the newest cannot do (Gemma 2)."""
 
     def problems(self) -> Iterator[str]:
-        for name in ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "head_dim", "vocab_size", "max_positions"):
+        for name in (
+            "hidden_size",
+            "intermediate_size",
+            "layers",
+            "heads",
+            "kv_heads",
+            "head_dim",
+            "vocab_size",
+            "max_positions",
+        ):
             if getattr(self, name) < 1:
                 yield f"model.architecture.{name} must be at least 1; got {getattr(self, name)}"
         if self.kv_heads > 0 and self.heads % self.kv_heads:
@@ -126,7 +135,9 @@ def linear_layers(architecture: ArchitectureConfig) -> list[Linear]:
     Experts are fused 3-D parameters in transformers 5, not linear layers, so they are not listed either.
     """
     a = architecture
-    q_name, k_name, v_name, qkv_name, o_name, gate_name, up_name, gate_up_name, down_name = _NAMES.get(a.family, _LLAMA_NAMES)
+    q_name, k_name, v_name, qkv_name, o_name, gate_name, up_name, gate_up_name, down_name = _NAMES.get(
+        a.family, _LLAMA_NAMES
+    )
     query, key = a.heads * a.head_dim, a.kv_heads * a.head_dim
     bias = a.linear_bias
     qkv_bias = a.qkv_bias or bias
@@ -134,7 +145,11 @@ def linear_layers(architecture: ArchitectureConfig) -> list[Linear]:
     if a.fused_qkv:
         shapes.append((qkv_name, a.hidden_size, query + 2 * key, qkv_bias))
     else:
-        shapes += [(q_name, a.hidden_size, query, qkv_bias), (k_name, a.hidden_size, key, qkv_bias), (v_name, a.hidden_size, key, qkv_bias)]
+        shapes += [
+            (q_name, a.hidden_size, query, qkv_bias),
+            (k_name, a.hidden_size, key, qkv_bias),
+            (v_name, a.hidden_size, key, qkv_bias),
+        ]
     shapes.append((o_name, query, a.hidden_size, bias))
     if not a.experts:
         if a.fused_gate_up:
@@ -204,12 +219,16 @@ def from_config_json(path: Path) -> ArchitectureConfig:
             "dimensions of any other model are given under model.architecture"
         ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:  # a GGUF is no text at all
-        raise ModelError(f"model.name: {file} is not JSON: {error}; give the dimensions under model.architecture") from error
+        raise ModelError(
+            f"model.name: {file} is not JSON: {error}; give the dimensions under model.architecture"
+        ) from error
     content = content.get("text_config", content)
     try:
         return _from_transformers(content)
     except KeyError as error:
-        raise ModelError(f"model.name: {file} has no {error.args[0]}; give the dimensions under model.architecture") from error
+        raise ModelError(
+            f"model.name: {file} has no {error.args[0]}; give the dimensions under model.architecture"
+        ) from error
 
 
 # What each family has that its config.json does not say; read in the modelling code of transformers 5.23.

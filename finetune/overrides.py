@@ -25,7 +25,14 @@ KINDS = {
 }
 """OmegaConf's names of types to words."""
 
-UNREADABLE = ("missing EQUAL", "mismatched input", "no viable alternative", "extraneous input", "token recognition", "LexerNoViableAlt")
+UNREADABLE = (
+    "missing EQUAL",
+    "mismatched input",
+    "no viable alternative",
+    "extraneous input",
+    "token recognition",
+    "LexerNoViableAlt",
+)
 """What Hydra's grammar says of a word that it cannot read."""
 
 ELSEWHERE = {
@@ -48,7 +55,9 @@ def misplaced(overrides: Sequence[str]) -> list[str]:
         if override.split("=")[0] in OVERLAYS
     ]
     if "experiment" in order and "debug" in order and order.index("debug") < order.index("experiment"):
-        problems.append("+debug stands before +experiment, so the experiment would undo it; write +experiment=... +debug=...")
+        problems.append(
+            "+debug stands before +experiment, so the experiment would undo it; write +experiment=... +debug=..."
+        )
     return problems
 
 
@@ -138,19 +147,28 @@ def explain(error: Exception, override: str | None, schema: type, conf: Path) ->
         named = re.search(r"Key '([^']+)'", text)
         full = re.search(r"full_key: (\S+)", text)
         return _unknown(where or (full.group(1) if full else named.group(1) if named else text), known)
-    wrong = re.search(r"Value '(.*?)'.* (?:could not be converted to|is not a valid|of type '.*' could not be converted to) (\w+)", text)
+    wrong = re.search(
+        r"Value '(.*?)'.* (?:could not be converted to|is not a valid|of type '.*' could not be converted to) (\w+)",
+        text,
+    )
     full = re.search(r"full_key: (\S+)", text)
     if wrong:
         return f"{full.group(1) if full else where}: must be {KINDS.get(wrong.group(2), wrong.group(2))}; got {wrong.group(1)!r}"
     mapping = re.search(r"(?:Cannot assign \w+ to |with ListConfig\s[\s\S]*reference_type=)Dict\[str, (\w+)\]", text)
     if mapping:
-        return f"{where}: must be names with {KINDS[mapping.group(1)]} each, e.g. '{where}={{<name>: ...}}'; got {value!r}"
+        return (
+            f"{where}: must be names with {KINDS[mapping.group(1)]} each, e.g. '{where}={{<name>: ...}}'; got {value!r}"
+        )
     if "is not a ListConfig" in text:
         return f"{where}: must be a list, e.g. '{where}=[{value}]'; got {value!r}"
     if any(sign in text for sign in UNREADABLE):
         word = override or re.sub(r"(?s).*override '(.*?)'\n.*", r"\1", text)
         return f"{word}: cannot be read as an override; write key=value, and quote values that hold spaces or signs"
-    first = " ".join(line.strip() for line in text.splitlines() if line.strip() and "object_type" not in line and "full_key" not in line)
+    first = " ".join(
+        line.strip()
+        for line in text.splitlines()
+        if line.strip() and "object_type" not in line and "full_key" not in line
+    )
     return f"{(full.group(1) if full else where) or 'configuration'}: {first}"
 
 
@@ -188,7 +206,9 @@ def _unknown(key: str, known: set[str]) -> str:
 
 
 def _no_option(group: str, option: str, conf: Path) -> str:
-    options = sorted(file.stem for file in (conf / group).glob("*.yaml") if not file.stem.startswith("_")) if group else []
+    options = (
+        sorted(file.stem for file in (conf / group).glob("*.yaml") if not file.stem.startswith("_")) if group else []
+    )
     near = difflib.get_close_matches(option, options, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     return f"{group}={option}: there is no such option; choose one of {', '.join(options) or '(none)'}{hint}"

@@ -9,32 +9,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune import environment, hardware, lora, model
-from finetune.account import tell_idle, tell_unread, watch
 from finetune.config import RunConfig, to_dict, to_yaml
-from finetune.console import human_bytes, quiet_libraries, say
+from finetune.console import human_bytes, log, quiet_libraries
 from finetune.data import prepare
 from finetune.errors import GateMissed, HardwareError
 from finetune.eval import Judge, score
 from finetune.export import ExportConfig, export
 from finetune.export.needs import check_packages
 from finetune.hardware import Machine, Placement
-from finetune.launch import Ranks, keep_log, refuse
+from finetune.inference.adapted import check_adapter, free
+from finetune.kernels import apply_fusion
+from finetune.launch import Ranks, log_to_file, refuse
 from finetune.launch.shards import PLAIN
-from finetune.measure import check_adapter, free
 from finetune.merge import merge
 from finetune.plan import plan, show
-from finetune.quantization import check_installed, keep_by_measure, spec
-from finetune.rehearse import Ahead, rehearse
+from finetune.preflight import UpcomingRun, run_preflight
+from finetune.provenance import tell_idle, tell_unread, watch
+from finetune.quantization import check_installed, choose_skip_modules, spec
 from finetune.report import report
-from finetune.run import STAGES, RunFolder, plain, write_json
-from finetune.speed import quicken
+from finetune.run import STAGES, RunFolder, to_jsonable, write_json
 from finetune.tracking import Trackers, figures, open_trackers
 from finetune.train import assist, fit
 
 if TYPE_CHECKING:
     from finetune.data import PreparedData
+    from finetune.kernels import Fusion
     from finetune.model import Base
-    from finetune.speed import Quick
 
 
 def run(config: RunConfig, *, overrides: Sequence[str], ranks: Ranks, again: frozenset[str] = frozenset()) -> RunFolder:
@@ -55,24 +55,30 @@ def run(config: RunConfig, *, overrides: Sequence[str], ranks: Ranks, again: fro
     watch(config)
     machine = hardware.probe(config.hardware)
     placement = hardware.place(machine, config)
-    refuse_what_cannot_run(config, placement)
+    validate_environment(config, placement)
     tell_idle(config, overrides)
     folder = RunFolder.open(config.run, again=again)
     with folder.lock():
-        ranks.tell("folder", str(folder.path))
-        keep_log(ranks, folder.path)
+        ranks.put("folder", str(folder.path))
+        log_to_file(ranks, folder.path)
         surroundings = environment.environment(machine, placement)
         is_new = not (folder.path / "config.yaml").exists()
         if is_new:
             write_record(folder, config, overrides=overrides, surroundings=surroundings)
-        say("run", f"{folder.path}: {config.model.name}, {config.quantization.method}")
-        say("hardware", *placement.reasons)
-        trackers = open_trackers(config.tracking, run_name=config.run.name, folder=folder.path, run_config=to_dict(config))
+        log("run", f"{folder.path}: {config.model.name}, {config.quantization.method}")
+        log("hardware", *placement.reasons)
+        trackers = open_trackers(
+            config.tracking, run_name=config.run.name, folder=folder.path, run_config=to_dict(config)
+        )
         try:
-            for stage in line(config, folder=folder, machine=machine, placement=placement, trackers=trackers, ranks=ranks):
+            for stage in line(
+                config, folder=folder, machine=machine, placement=placement, trackers=trackers, ranks=ranks
+            ):
                 if stage == config.run.until:
                     break
-            if not is_new:  # only now: settings that a finished stage refuses must not replace the ones it was made with
+            if (
+                not is_new
+            ):  # only now: settings that a finished stage refuses must not replace the ones it was made with
                 write_record(folder, config, overrides=overrides, surroundings=surroundings)
             files = report(folder.path, status="complete" if config.run.until == "report" else "partial")
             publish(trackers, folder, files)
@@ -99,24 +105,31 @@ def line(
     seed = config.run.seed
     with folder.measured("plan") as facts:
         planned = plan(config, machine)
-        facts.update(plain(planned))
+        facts.update(to_jsonable(planned))
     show(planned)
     yield "plan"
 
     set_threads(placement, processes=ranks.local_count)
     base = model.fetch(config.model)
     tokenizer = model.load_tokenizer(base, trust_remote_code=config.model.trust_remote_code)
-    say("model", model.padding(tokenizer))
+    log("model", model.padding(tokenizer))
     data = folder.once(prepare, config.data, tokenizer=tokenizer, seed=seed)
     yield "data"
 
     if config.quantization.keep_mib:
-        kept = folder.once(keep_by_measure, config.quantization, base=base, model=config.model, placement=placement, data=data)
+        kept = folder.once(
+            choose_skip_modules, config.quantization, base=base, model=config.model, placement=placement, data=data
+        )
         config = dataclasses.replace(config, quantization=kept.applied(config.quantization))
-    ranks.tell("data", not folder.is_done("train"))  # the others load the model, or are not needed
-    base_inputs: dict[str, Any] = {"base": base, "model": config.model, "quantization": config.quantization, "placement": placement}
+    ranks.put("data", not folder.is_done("train"))  # the others load the model, or are not needed
+    base_inputs: dict[str, Any] = {
+        "base": base,
+        "model": config.model,
+        "quantization": config.quantization,
+        "placement": placement,
+    }
     adapted = quick = None
-    if not folder.is_done("rehearse") or not folder.is_done("train"):
+    if not folder.is_done("preflight") or not folder.is_done("train"):
         with folder.measured("model") as facts:
             adapted, quick = adapt(config, base=base, data=data, placement=placement, facts=facts)
     gc.freeze()
@@ -125,24 +138,29 @@ def line(
 
     shared: dict[str, Any] = {"data": data, "placement": placement, "seed": seed}
     graph = graph_of(config, base)
-    ahead = Ahead(
+    ahead = UpcomingRun(
         train=config.train, optim=config.optim, model=config.model, quantization=config.quantization, until=config.run.until,
         make_trainer=make_trainer,
     )  # fmt: skip
-    with ranks.apart():
-        rehearsal = folder.once(
-            rehearse, config.rehearse, adapted=adapted, tokenizer=tokenizer, quick=quick, ahead=ahead, **graph, **shared
+    with ranks.hidden():
+        rehearsal = folder.once(run_preflight, config.preflight, adapted=adapted, tokenizer=tokenizer, quick=quick, ahead=ahead, **graph, **shared
         )  # fmt: skip
     if quick and not rehearsal.quick:
         quick.switch.on = False
-    yield "rehearse"
+    yield "preflight"
 
-    ranks.tell("rehearsal", {"isolates": rehearsal.isolates, "quick": rehearsal.quick})
-    steps: dict[str, Any] = {"optim": config.optim, "trackers": trackers, "packing": rehearsal.isolates, "quick": quick, "ranks": ranks}
+    ranks.put("preflight", {"isolates": rehearsal.isolates, "quick": rehearsal.quick})
+    steps: dict[str, Any] = {
+        "optim": config.optim,
+        "trackers": trackers,
+        "packing": rehearsal.isolates,
+        "quick": quick,
+        "ranks": ranks,
+    }
     adapter = folder.once(fit, config.train, adapted=adapted, tokenizer=tokenizer, **steps, **graph, **shared)
     del adapted, quick, steps
     free()
-    ranks.leave()
+    ranks.shutdown()
     set_threads(placement)
     yield "train"
 
@@ -164,17 +182,17 @@ def pushed(exports: dict[str, ExportConfig], *, missed: Sequence[str]) -> dict[s
     """The exports as asked for, but a model that misses a threshold of ``eval.gate`` goes nowhere."""
     if not missed or not any(one.push for one in exports.values()):
         return exports
-    say("export", "nothing is pushed, since a threshold of eval.gate was not met; what would go is shown")
+    log("export", "nothing is pushed, since a threshold of eval.gate was not met; what would go is shown")
     return {name: dataclasses.replace(one, push=False) for name, one in exports.items()}
 
 
 def follow(config: RunConfig, *, ranks: Ranks) -> None:
     """What every process but the first does: waits for the data, loads the model, trains, and leaves the rest to the first."""
     quiet_libraries()
-    folder = RunFolder(Path(ranks.hear("folder")))
-    keep_log(ranks, folder.path)
-    if not ranks.hear("data"):
-        ranks.leave()
+    folder = RunFolder(Path(ranks.get("folder")))
+    log_to_file(ranks, folder.path)
+    if not ranks.get("data"):
+        ranks.shutdown()
         return
     placement = hardware.place(hardware.probe(config.hardware), config)
     set_threads(placement, processes=ranks.local_count)
@@ -182,12 +200,14 @@ def follow(config: RunConfig, *, ranks: Ranks) -> None:
     tokenizer = model.load_tokenizer(base, trust_remote_code=config.model.trust_remote_code)
     data = folder.product(prepare)
     if config.quantization.keep_mib:
-        config = dataclasses.replace(config, quantization=folder.product(keep_by_measure).applied(config.quantization))
+        config = dataclasses.replace(
+            config, quantization=folder.product(choose_skip_modules).applied(config.quantization)
+        )
     adapted, quick = adapt(config, base=base, data=data, placement=placement, facts={})
-    rehearsal = ranks.hear("rehearsal")
+    rehearsal = ranks.get("preflight")
     quick.switch.on = quick.switch.on and rehearsal["quick"]
     graph = graph_of(config, base)
-    del graph["speed"]
+    del graph["kernels"]
     assist(
         config=config.train, adapted=adapted, tokenizer=tokenizer, data=data, optim=config.optim, placement=placement, quick=quick,
         packing=rehearsal["isolates"], seed=config.run.seed, ranks=ranks, **graph,
@@ -201,24 +221,37 @@ def graph_of(config: RunConfig, base: Base) -> dict[str, Any]:
         "quantization": spec(config.quantization),
         "lora": config.lora,
         "upcast": config.model.upcast,
-        "speed": config.speed,
+        "kernels": config.kernels,
     }
 
 
-def adapt(config: RunConfig, *, base: Base, data: PreparedData, placement: Placement, facts: dict[str, Any]) -> tuple[Any, Quick]:
+def adapt(
+    config: RunConfig, *, base: Base, data: PreparedData, placement: Placement, facts: dict[str, Any]
+) -> tuple[Any, Fusion]:
     """The quantized base in memory with fresh adapters on it, and how its steps are computed; ``facts`` receives what it is."""
-    sharded = config.launch.strategy == "fsdp"  # then the base comes together in host memory, and goes to devices in parts
+    sharded = (
+        config.launch.strategy == "fsdp"
+    )  # then the base comes together in host memory, and goes to devices in parts
     home = dataclasses.replace(placement, device="cpu") if sharded else placement
     loaded = model.load(base, config.model, quantization=config.quantization, placement=home)
     parameters, size = model.parameter_count(loaded), model.resident_bytes(loaded)
-    say("model", f"{config.model.name}: {parameters:,} parameters in {human_bytes(size)} as {config.quantization.method}")
+    log(
+        "model",
+        f"{config.model.name}: {parameters:,} parameters in {human_bytes(size)} as {config.quantization.method}",
+    )
     eva = config.lora.variant == "eva"
     adapted = lora.attach(
         loaded, config.lora, upcast=config.model.upcast, checkpointing=config.train.checkpointing == "full", seed=config.run.seed,
         calibration=lora.read_documents(data.folder / "train", tokens=config.lora.calibration_tokens) if eva else None,
         original=base.folder,
     )  # fmt: skip
-    quick = quicken(adapted, config.speed, placement=placement, checkpointing=config.train.checkpointing, unfit=PLAIN if sharded else None)
+    quick = apply_fusion(
+        adapted,
+        config.kernels,
+        placement=placement,
+        checkpointing=config.train.checkpointing,
+        fusion_obstacle=PLAIN if sharded else None,
+    )
     facts.update(
         name=config.model.name,
         revision=base.revision,
@@ -227,7 +260,7 @@ def adapt(config: RunConfig, *, base: Base, data: PreparedData, placement: Place
         trainable_parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
         quantization=spec(config.quantization),
         bytes=size,
-        speed=list(quick.choice.reasons),
+        kernels=list(quick.choice.reasons),
     )
     return adapted, quick
 
@@ -239,7 +272,7 @@ def make_trainer(*arguments: Any, **inputs: Any) -> Any:
     return make(*arguments, ranks=Ranks({}), **inputs)  # every process that rehearses does so alone
 
 
-def refuse_what_cannot_run(config: RunConfig, placement: Placement) -> None:
+def validate_environment(config: RunConfig, placement: Placement) -> None:
     """Says now what would otherwise fail after the data are prepared."""
     check_installed(config.quantization)
     stages = STAGES[: STAGES.index(config.run.until) + 1]
@@ -247,9 +280,11 @@ def refuse_what_cannot_run(config: RunConfig, placement: Placement) -> None:
         check_adapter(Path(further).expanduser(), setting="merge.adapters")
     if "export" in stages:
         check_packages(config.export)
-    refuse(config.launch, device=placement.device, rehearses=config.rehearse.level != "off")
+    refuse(config.launch, device=placement.device, rehearses=config.preflight.level != "off")
     if config.hardware.name != "auto":
-        raise HardwareError(f"hardware={config.hardware.name} describes a machine to plan for; to run on this one, choose hardware=auto")
+        raise HardwareError(
+            f"hardware={config.hardware.name} describes a machine to plan for; to run on this one, choose hardware=auto"
+        )
 
 
 def set_threads(placement: Placement, *, processes: int = 1) -> None:
@@ -259,7 +294,9 @@ def set_threads(placement: Placement, *, processes: int = 1) -> None:
     torch.set_num_threads(max(1, placement.threads // processes))
 
 
-def write_record(folder: RunFolder, config: RunConfig, *, overrides: Sequence[str], surroundings: dict[str, Any]) -> None:
+def write_record(
+    folder: RunFolder, config: RunConfig, *, overrides: Sequence[str], surroundings: dict[str, Any]
+) -> None:
     """What was asked for and what it was run with."""
     (folder.path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     (folder.path / "command.txt").write_text(" ".join(["python -m finetune", *overrides]) + "\n", encoding="utf-8")

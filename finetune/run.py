@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from finetune.console import human_bytes, say
+from finetune.console import human_bytes, log
 from finetune.errors import ConfigError
 from finetune.memory import PeakMemory
 
 IF_EXISTS = ("fail", "resume", "overwrite")
-STAGES = ("plan", "data", "model", "rehearse", "train", "merge", "eval", "export", "report")
+STAGES = ("plan", "data", "model", "preflight", "train", "merge", "eval", "export", "report")
 SMALLEST_FREE_DISK_BYTES = 64 * 1024**2
 
 Product = TypeVar("Product")
@@ -91,7 +91,9 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"run.root: {self.path} cannot be made: {error.strerror}; choose another run.root") from error
+            raise ConfigError(
+                f"run.root: {self.path} cannot be made: {error.strerror}; choose another run.root"
+            ) from error
         free = shutil.disk_usage(self.path).free
         if free < SMALLEST_FREE_DISK_BYTES:
             raise ConfigError(
@@ -109,7 +111,9 @@ class RunFolder:
                 if not file.exists() or not os.path.samestat(os.fstat(handle.fileno()), file.stat()):
                     raise BlockingIOError  # deleted and made anew in between: what is locked is no longer the run's
             except BlockingIOError as error:
-                raise ConfigError(f"run.name: another process works in {self.path}; wait for it, or choose another run.name") from error
+                raise ConfigError(
+                    f"run.name: another process works in {self.path}; wait for it, or choose another run.name"
+                ) from error
             self._end_swaps()
             yield
 
@@ -121,7 +125,7 @@ class RunFolder:
                 shutil.rmtree(old)
             else:
                 os.replace(old, final)
-                say("run", f"{final} is the earlier one again: putting the new one in its place was interrupted")
+                log("run", f"{final} is the earlier one again: putting the new one in its place was interrupted")
 
     def is_done(self, stage: str) -> bool:
         """Whether a stage has finished and was not asked for again."""
@@ -135,7 +139,9 @@ class RunFolder:
         with PeakMemory(self.path / "memory.jsonl", stage=stage) as peak:
             yield facts
         (self.path / stage).mkdir(exist_ok=True)
-        write_json(self.path / stage / "manifest.json", {"stage": stage, "product": plain(facts), **_cost(started, peak)})
+        write_json(
+            self.path / stage / "manifest.json", {"stage": stage, "product": to_jsonable(facts), **_cost(started, peak)}
+        )
 
     def manifest(self, stage: str) -> dict[str, Any] | None:
         """What a finished stage wrote about itself, or None where it has not finished."""
@@ -166,7 +172,7 @@ class RunFolder:
         if done is not None and stage not in self.again:
             if done["key"] != key:
                 raise ConfigError(_changed(self.path / stage, stage, done, config))
-            say(stage, f"done before: {self.path / stage} is used as it is")
+            log(stage, f"done before: {self.path / stage} is used as it is")
             return product_type(folder=self.path / stage, **done["product"])  # type: ignore[call-arg]
         return self._run(verb, stage=stage, key=key, config=config, inputs=inputs, redo=done is not None)
 
@@ -176,7 +182,9 @@ class RunFolder:
         done = json.loads((self.path / stage / "manifest.json").read_text())
         return product_of(verb)(folder=self.path / stage, **done["product"])  # type: ignore[call-arg]
 
-    def _run(self, verb: Callable[..., Product], *, stage: str, key: str, config: Any, inputs: dict[str, Any], redo: bool) -> Product:
+    def _run(
+        self, verb: Callable[..., Product], *, stage: str, key: str, config: Any, inputs: dict[str, Any], redo: bool
+    ) -> Product:
         final = self.path / stage
         work = self.path / f".{stage}.new" if redo else final
         if redo and work.exists():
@@ -189,8 +197,8 @@ class RunFolder:
         manifest = {
             "stage": stage,
             "key": key,
-            "config": plain(config),
-            "product": plain(fields),
+            "config": to_jsonable(config),
+            "product": to_jsonable(fields),
             **_cost(started, peak),
         }
         write_json(work / "manifest.json", manifest)
@@ -208,22 +216,26 @@ def product_of(verb: Callable[..., Product]) -> type[Product]:
 def fingerprint(config: Any, inputs: dict[str, Any]) -> str:
     """Names a stage's work: its config and the products that it starts from; live objects are left out."""
     kinds = (str, int, float, dict)
-    products = {name: plain(value) for name, value in sorted(inputs.items()) if dataclasses.is_dataclass(value) or isinstance(value, kinds)}
+    products = {
+        name: to_jsonable(value)
+        for name, value in sorted(inputs.items())
+        if dataclasses.is_dataclass(value) or isinstance(value, kinds)
+    }
     for product in products.values():
         if isinstance(product, dict):
             product.pop("folder", None)  # a run folder may be moved
-    content = json.dumps([plain(config), products], sort_keys=True)
+    content = json.dumps([to_jsonable(config), products], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def plain(value: Any) -> Any:
+def to_jsonable(value: Any) -> Any:
     """A dataclass, path or tuple as what JSON can hold."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.repr}
+        return {f.name: to_jsonable(getattr(value, f.name)) for f in dataclasses.fields(value) if f.repr}
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): to_jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [to_jsonable(item) for item in value]
     if isinstance(value, Path):
         return str(value)
     return value
@@ -253,7 +265,7 @@ def _swap(work: Path, final: Path) -> None:
 
 
 def _changed(path: Path, stage: str, done: dict[str, Any], config: Any) -> str:
-    before, now = done["config"], plain(config)
+    before, now = done["config"], to_jsonable(config)
     differences = [
         f"{stage}.{name} was {before.get(name)!r} and is {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())

@@ -64,7 +64,11 @@ def check_remote_code(folder: Path, files: Mapping[str, str]) -> None:
         return
     there = hashes(folder)
     wrong = [f"{name} is missing" for name in files if name not in there]
-    wrong += [f"{name} has hash {there[name]}, not {digest}" for name, digest in files.items() if name in there and there[name] != digest]
+    wrong += [
+        f"{name} has hash {there[name]}, not {digest}"
+        for name, digest in files.items()
+        if name in there and there[name] != digest
+    ]
     wrong += [f"{name} is not named" for name in there if name not in files]
     wrong += [f"{target} lies in another repository" for target in code_of(folder) if "--" in target]
     if wrong:
@@ -76,7 +80,10 @@ def check_remote_code(folder: Path, files: Mapping[str, str]) -> None:
 
 def hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of each Python file below a folder, by its path in it. Never from a memory: a file may change within its times."""
-    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.rglob("*.py"))}
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*.py"))
+    }
 
 
 def code_of(folder: Path) -> list[str]:

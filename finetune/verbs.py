@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from finetune.config import load
-from finetune.console import say
+from finetune.console import log
 from finetune.errors import ConfigError
 
 Settings = dict[str, str]
@@ -35,9 +35,13 @@ def split_own(verb: str, arguments: list[str]) -> tuple[Settings, list[str]]:
     """
     names = OWN.get(verb, ())
     given = [argument.partition("=") for argument in arguments]
-    own = {name: value.lower() if name in SWITCHES else value for name, equals, value in given if equals and name in names}
+    own = {
+        name: value.lower() if name in SWITCHES else value for name, equals, value in given if equals and name in names
+    }
     problems = [
-        f"{verb} {name}: it needs a value, e.g. {name}={'true' if name in SWITCHES else '...'}" for name in names if name in arguments
+        f"{verb} {name}: it needs a value, e.g. {name}={'true' if name in SWITCHES else '...'}"
+        for name in names
+        if name in arguments
     ]
     for name, value in own.items():
         others = [other for other in own if other != name]
@@ -56,9 +60,13 @@ def settings_of(what: str, overrides: list[str], *, takes: tuple[str, ...], exam
     Raises:
         ConfigError: There are others.
     """
-    wrong = [override for override in overrides if override.split("=", 1)[0].lstrip("+") not in takes or "=" not in override]
+    wrong = [
+        override for override in overrides if override.split("=", 1)[0].lstrip("+") not in takes or "=" not in override
+    ]
     if wrong:
-        raise ConfigError(f"{what}: {' '.join(wrong)} would have no effect; it takes {', '.join(takes)}, e.g. finetune {example}")
+        raise ConfigError(
+            f"{what}: {' '.join(wrong)} would have no effect; it takes {', '.join(takes)}, e.g. finetune {example}"
+        )
     return dict(override.lstrip("+").split("=", 1) for override in overrides)
 
 
@@ -83,7 +91,9 @@ def sweep_again(own: Settings, overrides: list[str]) -> bool:
     """``report sweep=x``: the table of a sweep from what its jobs' folders hold."""
     from finetune.report.sweep import report_sweep
 
-    settings = settings_of("report sweep", overrides, takes=("run.root",), example=f"report sweep={own['sweep']} run.root=outputs")
+    settings = settings_of(
+        "report sweep", overrides, takes=("run.root",), example=f"report sweep={own['sweep']} run.root=outputs"
+    )
     report_sweep(Path(settings.get("run.root", "outputs")) / own["sweep"])
     return True
 
@@ -93,7 +103,12 @@ def compare_scores(own: Settings, overrides: list[str]) -> bool:
     from finetune.eval.compare import compare
     from finetune.report.compare import show_comparison
 
-    settings_of("eval compare", overrides, takes=("run.name", "run.root", "run.seed", "experiment"), example="eval run.name=a compare=b")
+    settings_of(
+        "eval compare",
+        overrides,
+        takes=("run.name", "run.root", "run.seed", "experiment"),
+        example="eval run.name=a compare=b",
+    )
     config = load(with_experiment([*recorded(overrides), *overrides]))
     root = Path(config.run.root)
     comparison = compare(root / config.run.name, root / own["compare"], seed=config.run.seed)
@@ -103,7 +118,7 @@ def compare_scores(own: Settings, overrides: list[str]) -> bool:
 
 def explain_setting(own: Settings, overrides: list[str]) -> bool:
     """``plan explain=lora.rank``: who set it, and what it would be otherwise."""
-    from finetune.account import explain
+    from finetune.provenance import explain
 
     explain(own["explain"], with_experiment(overrides))
     return True
@@ -111,20 +126,24 @@ def explain_setting(own: Settings, overrides: list[str]) -> bool:
 
 def diff(own: Settings, overrides: list[str]) -> bool:
     """``diff a b``: what differs between two runs."""
-    from finetune.account import compare
+    from finetune.provenance import compare
 
     names = [word for word in overrides if "=" not in word]
-    settings = settings_of("diff", [word for word in overrides if "=" in word], takes=("run.root",), example="diff a b json=true")
+    settings = settings_of(
+        "diff", [word for word in overrides if "=" in word], takes=("run.root",), example="diff a b json=true"
+    )
     root = Path(settings.get("run.root", "outputs"))
     if len(names) != 2:
-        raise ConfigError(f"diff: name two runs, e.g. finetune diff a b (and json=true); got {' '.join(overrides) or 'nothing'}")
+        raise ConfigError(
+            f"diff: name two runs, e.g. finetune diff a b (and json=true); got {' '.join(overrides) or 'nothing'}"
+        )
     compare(*[Path(name) if "/" in name else root / name for name in names], as_json=own.get("json") == "true")
     return True
 
 
 def replay(own: Settings, overrides: list[str]) -> bool:
     """``replay run.name=x``: the run again, held against itself; false where it does not come out as it did."""
-    from finetune import account
+    from finetune import provenance
 
     settings = settings_of("replay", overrides, takes=("run.name", "run.root"), example="replay run.name=a force=true")
     root, name = Path(settings.get("run.root", "outputs")), settings.get("run.name")
@@ -133,7 +152,9 @@ def replay(own: Settings, overrides: list[str]) -> bool:
     from finetune.launch import Ranks
     from finetune.pipeline import run, surroundings
 
-    return account.replay(root / name, run=partial(run, ranks=Ranks({})), surroundings=surroundings, force=own.get("force") == "true").holds
+    return provenance.replay(
+        root / name, run=partial(run, ranks=Ranks({})), surroundings=surroundings, force=own.get("force") == "true"
+    ).holds
 
 
 def explain_row(own: Settings, overrides: list[str]) -> bool:
@@ -150,16 +171,22 @@ def explain_row(own: Settings, overrides: list[str]) -> bool:
             f"data.path: {folder} was prepared from {config.data.path or config.data.hub}, not from {asked.data.path or asked.data.hub}; "
             "run `finetune data` with the same settings first, or give its run.name"
         )
-    say("data", f"as prepared in {folder}")
+    log("data", f"as prepared in {folder}")
     explain(folder / "data", own["why"], tokenizer=model.load_tokenizer(model.fetch(config.model)))
     return True
 
 
 def prepared(folder: Path) -> Path:
     """The run, or the look at its data, that was prepared last."""
-    there = [path for path in (folder, folder.with_name(f"{folder.name}-data")) if (path / "data" / "ledger.parquet").is_file()]
+    there = [
+        path
+        for path in (folder, folder.with_name(f"{folder.name}-data"))
+        if (path / "data" / "ledger.parquet").is_file()
+    ]
     if not there:
-        raise ConfigError(f"run.name: {folder} holds no prepared data; run `finetune data` with the same settings first")
+        raise ConfigError(
+            f"run.name: {folder} holds no prepared data; run `finetune data` with the same settings first"
+        )
     return max(there, key=lambda path: (path / "data" / "ledger.parquet").stat().st_mtime)
 
 
@@ -177,8 +204,14 @@ def recorded(overrides: list[str]) -> list[str]:
         return []
     file = Path(settings.get("run.root", "outputs")) / name / "overrides.json"
     if not file.is_file():
-        raise ConfigError(f"run.name={name}: {file.parent} holds no run; start one first, or give the name of one that exists")
-    return [str(override) for override in json.loads(file.read_text(encoding="utf-8")) if not override.startswith("run.if_exists=")]
+        raise ConfigError(
+            f"run.name={name}: {file.parent} holds no run; start one first, or give the name of one that exists"
+        )
+    return [
+        str(override)
+        for override in json.loads(file.read_text(encoding="utf-8"))
+        if not override.startswith("run.if_exists=")
+    ]
 
 
 LOOKS: dict[tuple[str, str], Callable[[Settings, list[str]], bool]] = {

@@ -18,7 +18,11 @@ from finetune.config import load
 from finetune.environment import environment
 from finetune.run import write_json
 
-CONTENDERS: dict[str, list[str]] = {"quick": [], "plain": ["speed=plain"], "checkpointing full": ["train.checkpointing=full"]}
+CONTENDERS: dict[str, list[str]] = {
+    "quick": [],
+    "plain": ["kernels=plain"],
+    "checkpointing full": ["train.checkpointing=full"],
+}
 
 
 def main() -> int:

@@ -18,7 +18,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-QUICK = ["lora.dropout=0", "train.tokens_per_step=2048", "train.evaluations=0", "train.checkpoints=0", "rehearse=off", "tracking=[]"]
+QUICK = [
+    "lora.dropout=0",
+    "train.tokens_per_step=2048",
+    "train.evaluations=0",
+    "train.checkpoints=0",
+    "preflight=off",
+    "tracking=[]",
+]
 HOSTS = ("10.77.0.1", "10.77.0.2")
 SILENCE_SECONDS = 10
 SOON_SECONDS = 30
@@ -90,7 +97,12 @@ class Nodes:
             os.kill(int(pid), 9)
 
     def start(self, number: int, *overrides: str, root: Path) -> "subprocess.Popen[str]":
-        told = ["launch=multinode", f"launch.host={HOSTS[0]}", f"launch.node={number}", f"launch.silence_seconds={SILENCE_SECONDS}"]
+        told = [
+            "launch=multinode",
+            f"launch.host={HOSTS[0]}",
+            f"launch.node={number}",
+            f"launch.silence_seconds={SILENCE_SECONDS}",
+        ]
         inside = ["ip", "netns", "exec", f"finetune{number}"]
         return finetune(*told, *overrides, root=root, name="launch-nodes", prefix=inside)
 
@@ -133,7 +145,9 @@ def two_machines(root: Path, told: Sequence[str], *, troubles: Sequence[tuple[in
             since = time.monotonic()
             said = finish(running[1 - number], code=1)
             seconds = time.monotonic() - since
-            print(f"node {number} {trouble}: the other ended after {seconds:.1f} s: {said[said.rindex('finetune: ') :][:300]}")
+            print(
+                f"node {number} {trouble}: the other ended after {seconds:.1f} s: {said[said.rindex('finetune: ') :][:300]}"
+            )
             if trouble == "cut off":
                 said = finish(running[number], code=1)
                 print(f"and itself after {time.monotonic() - since:.1f} s: {said[said.rindex('finetune: ') :][:200]}")

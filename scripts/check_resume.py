@@ -89,7 +89,13 @@ def main() -> int:
                 last = kills.total() >= settings.moments
                 moment = None if last else (chance.random() < STARTING_SHARE, chance.random(), chance.choice(SIGNALS))
                 one = live(
-                    folder, run, base=base, settings=settings, moment=moment, whole=whole, stretch=2 * training_seconds / settings.moments
+                    folder,
+                    run,
+                    base=base,
+                    settings=settings,
+                    moment=moment,
+                    whole=whole,
+                    stretch=2 * training_seconds / settings.moments,
                 )
                 if one.code == 0:
                     late += one.sent is not None
@@ -97,7 +103,10 @@ def main() -> int:
                 assert one.sent is not None, "live() ends the check where a process fails by itself"
                 kills[one.sent.name] += 1
                 while_training += one.training
-                print(f"{kills.total():3} of {settings.moments}: {one.sent.name} {where(folder / run, one)}, exit {one.code}", flush=True)
+                print(
+                    f"{kills.total():3} of {settings.moments}: {one.sent.name} {where(folder / run, one)}, exit {one.code}",
+                    flush=True,
+                )
             got = result(folder / run)
             unequal += [] if got == expected else [run]
             print(f"{run} came to its end: {'equal' if got == expected else f'DIFFERENT: {got[:16]}'}", flush=True)
@@ -128,7 +137,11 @@ def live(
     started = time.monotonic()
     with open(folder / f"{run}.log", "a") as log:
         process = subprocess.Popen(
-            command(folder, run, base=base, settings=settings), cwd=ROOT, env=environment(folder), stdout=log, stderr=log
+            command(folder, run, base=base, settings=settings),
+            cwd=ROOT,
+            env=environment(folder),
+            stdout=log,
+            stderr=log,
         )
         began = time.time()
         begun: float | None = None
@@ -142,7 +155,13 @@ def live(
                 sys.exit(f"check_resume: {run} took longer than {LONGEST_LIFE_SECONDS} s")
             if moment is not None and sent is None and whole is not None:
                 starting, share, wish = moment
-                due = started + share * (whole.start_seconds or 0) if starting else begun + share * stretch if begun else None
+                due = (
+                    started + share * (whole.start_seconds or 0)
+                    if starting
+                    else begun + share * stretch
+                    if begun
+                    else None
+                )
                 if due is not None and now >= due:
                     process.send_signal(wish)
                     sent = wish
@@ -165,7 +184,7 @@ def last_figure(metrics: Path) -> float:
 def command(folder: Path, run: str, *, base: Path, settings: Settings) -> list[str]:
     """The real command line, up to the end of training."""
     return [
-        sys.executable, "-m", "finetune", "+experiment=quickstart", "model=custom", f"model.name={base}", "rehearse=off",
+        sys.executable, "-m", "finetune", "+experiment=quickstart", "model=custom", f"model.name={base}", "preflight=off",
         "tracking=[]", "hardware.threads=1",
         f"run.root={folder}", f"run.name={run}", "run.if_exists=resume", "run.until=train", "data.limit=160", "data.cache=''",
         f"data.path={ROWS / 'train.jsonl'}", f"data.heldout_path={ROWS / 'heldout.jsonl'}", "data.max_tokens=512", "data.pack_tokens=512",
@@ -176,7 +195,12 @@ def command(folder: Path, run: str, *, base: Path, settings: Settings) -> list[s
 
 def environment(folder: Path) -> dict[str, str]:
     """One thread: sums in one order, and no more of the machine than needed."""
-    own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "FINETUNE_CACHE": str(folder / "cache"), "TOKENIZERS_PARALLELISM": "false"}
+    own = {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "FINETUNE_CACHE": str(folder / "cache"),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     return {**os.environ, **own, "PYTHONPATH": str(ROOT)}
 
 
@@ -190,7 +214,9 @@ def where(run: Path, one: Life) -> str:
     """What there was to go on from after a life."""
     if not one.training:
         return "before training began"
-    checkpoints = sorted((run / "train" / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    checkpoints = sorted(
+        (run / "train" / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2])
+    )
     if not checkpoints:
         return "while training, before the first checkpoint"
     newest = checkpoints[-1]
@@ -211,7 +237,9 @@ def make_base(folder: Path) -> Path:
         show_progress=False,
     )  # fmt: skip
     raw.train_from_iterator((ROWS / "train.jsonl").read_text(encoding="utf-8").splitlines()[:500], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<|pad|>", bos_token="<|im_start|>", eos_token="<|im_end|>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<|pad|>", bos_token="<|im_start|>", eos_token="<|im_end|>"
+    )
     tokenizer.chat_template = CHATML
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -14,7 +14,9 @@ import numpy as np
 
 from finetune import hardware
 from finetune.config import load
-from finetune.measure import free, read_rows, row_losses, trained_graph
+from finetune.inference.adapted import free, load_adapted_model
+from finetune.inference.losses import row_losses
+from finetune.inference.rows import read_rows
 from finetune.model import fetch
 
 DTYPES = ("float32", "bfloat16")
@@ -33,7 +35,14 @@ def main() -> None:
     generator = np.random.default_rng(0)
     picks = generator.integers(0, len(tokens), (RESAMPLES, len(tokens)))
     low, high = np.quantile(change[picks].sum(1) / tokens[picks].sum(1), [0.025, 0.975])
-    result = {"difference": change.sum() / tokens.sum(), "low": low, "high": high, "rows": len(tokens), "seeds": seeds, "steps": steps}
+    result = {
+        "difference": change.sum() / tokens.sum(),
+        "low": low,
+        "high": high,
+        "rows": len(tokens),
+        "seeds": seeds,
+        "steps": steps,
+    }
     print("bfloat16 minus float32, nats a trained token, mean over seeds, 95 % interval by bootstrap over rows:")
     print(json.dumps({name: round(float(value), 5) for name, value in result.items()}))
 
@@ -41,15 +50,25 @@ def main() -> None:
 def train_and_measure(dtype: str, seed: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Loss in nats and trained tokens of every held-out row."""
     name = f"{dtype}-{seed}"
-    settings = [f"lora.dtype={dtype}", f"run.seed={seed}", f"run.name={name}", f"run.root={ROOT}", f"train.steps={steps}"]
+    settings = [
+        f"lora.dtype={dtype}",
+        f"run.seed={seed}",
+        f"run.name={name}",
+        f"run.root={ROOT}",
+        f"train.steps={steps}",
+    ]
     command = [sys.executable, "-m", "finetune", *settings, "run.until=train", "run.if_exists=resume", "tracking=[]",
                "train.evaluations=0"]  # fmt: skip
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     config = load(["+experiment=quickstart"])
     placement = hardware.place(hardware.probe(config.hardware), config)
     folder = ROOT / name
-    graph = trained_graph(
-        fetch(config.model), config.model, quantization=config.quantization, placement=placement, adapter=folder / "train" / "adapter"
+    graph = load_adapted_model(
+        fetch(config.model),
+        config.model,
+        quantization=config.quantization,
+        placement=placement,
+        adapter=folder / "train" / "adapter",
     )
     losses = row_losses(graph, read_rows(folder / "data" / "heldout"), batch_tokens=2048)
     del graph

@@ -15,7 +15,7 @@ from finetune.config import load
 from finetune.launch import LaunchConfig
 from finetune.launch.start import accelerate_config
 from finetune.launch.zero import zero3
-from finetune.train.order import micro_batches
+from finetune.train.sampler import micro_batches
 
 FOLDER = Path(__file__).parent / "cluster"
 IMAGE = "pytorch/pytorch:2.13.0-cuda13.0-cudnn9-runtime"
@@ -49,12 +49,20 @@ srun --kill-on-bad-exit=1 bash -c 'exec {run}' "$host" "$@"
 def kubernetes(config: LaunchConfig) -> list[dict[str, Any]]:
     """A headless service, which gives the first pod a name, and an indexed job."""
     labels = {"app": "finetune"}
-    run = command(config, node='"$JOB_COMPLETION_INDEX"', host="finetune-0.finetune", arguments="$ARGUMENTS run.root=/shared/outputs")
+    run = command(
+        config,
+        node='"$JOB_COMPLETION_INDEX"',
+        host="finetune-0.finetune",
+        arguments="$ARGUMENTS run.root=/shared/outputs",
+    )
     container = {
         "name": "finetune",
         "image": IMAGE,
         "command": ["bash", "-c", f"pip install --quiet finetune && exec {run}"],
-        "env": [{"name": "ARGUMENTS", "value": "+experiment=llama7b_qlora run.name=first"}, {"name": "HF_HOME", "value": "/shared/hf"}],
+        "env": [
+            {"name": "ARGUMENTS", "value": "+experiment=llama7b_qlora run.name=first"},
+            {"name": "HF_HOME", "value": "/shared/hf"},
+        ],
         "ports": [{"containerPort": config.port}],
         "resources": {"limits": {"nvidia.com/gpu": config.processes // config.nodes}},
         "volumeMounts": [{"name": "shared", "mountPath": "/shared"}, {"name": "memory", "mountPath": "/dev/shm"}],
@@ -78,13 +86,20 @@ def kubernetes(config: LaunchConfig) -> list[dict[str, Any]]:
         "template": {"metadata": {"labels": labels}, "spec": pod},
     }
     return [
-        {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "finetune"}, "spec": {"clusterIP": "None", "selector": labels}},
+        {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": {"name": "finetune"},
+            "spec": {"clusterIP": "None", "selector": labels},
+        },
         {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "finetune"}, "spec": job},
     ]
 
 
 def skypilot(config: LaunchConfig) -> dict[str, Any]:
-    run = command(config, node="$SKYPILOT_NODE_RANK", host='$(echo "$SKYPILOT_NODE_IPS" | head -n 1)', arguments="$ARGUMENTS")
+    run = command(
+        config, node="$SKYPILOT_NODE_RANK", host='$(echo "$SKYPILOT_NODE_IPS" | head -n 1)', arguments="$ARGUMENTS"
+    )
     return {
         "name": "finetune",
         "num_nodes": config.nodes,

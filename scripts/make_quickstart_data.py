@@ -46,7 +46,9 @@ class Speaker:
             "people": lambda: self.number(range(2, 11)),
             "percent": lambda: self.figure(range(10, 100, 5)),
             "degrees": lambda: self.number(range(16, 26)),
-            "amount": lambda: self.figure([5, 10, 12, 15, 20, 25, 30, 35, 40, 50, 60, 75, 80, 90, 100, 120, 150, 200, 250, 300, 500]),
+            "amount": lambda: self.figure(
+                [5, 10, 12, 15, 20, 25, 30, 35, 40, 50, 60, 75, 80, 90, 100, 120, 150, 200, 250, 300, 500]
+            ),
             "items": self.items,
         }
 

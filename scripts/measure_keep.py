@@ -17,8 +17,9 @@ from finetune.bench.lab.compare import rows_of
 from finetune.bench.lab.offgrid import moved_off_the_grid
 from finetune.config import load as compose
 from finetune.hardware import Placement
-from finetune.lora.starts import reader
-from finetune.measure import Reference, agreement, free, reference_logprobs
+from finetune.inference.adapted import free
+from finetune.inference.kl_divergence import Reference, agreement, reference_logprobs
+from finetune.lora.init import reader
 from finetune.model import Base, fetch, load, resident_bytes, weights_sha256
 from finetune.quantization import QuantizationConfig, quantized_layers
 from finetune.quantization.sensitivity import MIB, choose, extra_bytes, rounding_costs
@@ -35,14 +36,21 @@ def main() -> None:
     base = fetch(config.model)
     folder = moved_off_the_grid(base)
     moved = Base(folder=folder, name=base.name, revision=None, sha256=weights_sha256(folder), source="folder")
-    placement = Placement(device="cpu", dtype="bfloat16", attention="sdpa", optimizer="none", optimizer_why="", threads=1, reasons=())
+    placement = Placement(
+        device="cpu", dtype="bfloat16", attention="sdpa", optimizer="none", optimizer_reason="", threads=1, reasons=()
+    )
     print("| text | kept | MiB in memory | KL | loss |")
     print("|---|---|---|---|---|")
 
-    def measured(name: str, quantization: QuantizationConfig, reference: Reference, *, text: Path, rows: list[Any]) -> Any:
+    def measured(
+        name: str, quantization: QuantizationConfig, reference: Reference, *, text: Path, rows: list[Any]
+    ) -> Any:
         model: Any = load(moved, config.model, quantization=quantization, placement=placement)
         found = agreement(model, rows, reference, batch_tokens=1024)
-        print(f"| {text.name} | {name} | {resident_bytes(model) / MIB:.1f} | {found.kl:.4f} | {found.loss:.4f} |", flush=True)
+        print(
+            f"| {text.name} | {name} | {resident_bytes(model) / MIB:.1f} | {found.kl:.4f} | {found.loss:.4f} |",
+            flush=True,
+        )
         return model
 
     for text in given.texts:
@@ -51,18 +59,24 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as place:
             dense = load(moved, config.model, quantization=QuantizationConfig(method="none"), placement=placement)
             reference = reference_logprobs(dense, measured_on, Path(place) / "reference.f32", batch_tokens=1024)
-            print(f"| {text.name} | everything | {resident_bytes(dense) / MIB:.1f} | 0 | {reference.loss:.4f} |", flush=True)
+            print(
+                f"| {text.name} | everything | {resident_bytes(dense) / MIB:.1f} | 0 | {reference.loss:.4f} |",
+                flush=True,
+            )
             del dense
             free()
             uniform = QuantizationConfig(method="nf4", double=True)
             model = measured("nothing", uniform, reference, text=text, rows=measured_on)
             costs = rounding_costs(model, reader(folder), [row["input_ids"] for row in chosen_on])
             found: list[dict[str, Any]] = [
-                {"layer": name, "cost": costs[name], "bytes": extra_bytes(layer, 2)} for name, layer in quantized_layers(model).items()
+                {"layer": name, "cost": costs[name], "bytes": extra_bytes(layer, 2)}
+                for name, layer in quantized_layers(model).items()
             ]
             del model
             free()
-            drawn = [{**one, "cost": random.Random(f"{given.seed}{one['layer']}").random() * one["bytes"]} for one in found]
+            drawn = [
+                {**one, "cost": random.Random(f"{given.seed}{one['layer']}").random() * one["bytes"]} for one in found
+            ]
             for budget in given.budgets:
                 for name, some in (("by measure", found), ("at random", drawn)):
                     layers, _ = choose(some, budget=int(budget * MIB))

@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "data" / "quickstart" / "train.jsonl"
 COMMON = [
-    "+experiment=quickstart", "rehearse=off", "tracking=[]", "train.steps=3", "train.tokens_per_step=null",
+    "+experiment=quickstart", "preflight=off", "tracking=[]", "train.steps=3", "train.tokens_per_step=null",
     "train.evaluations=0", "train.checkpoints=0",
 ]  # fmt: skip
 
@@ -37,8 +37,8 @@ SETTINGS: dict[str, list[str]] = {
     "none, 4 x 512, q and v": ["quantization=none", "train.micro_batch=4", "data.pack_tokens=512", "lora.targets=[q_proj,v_proj]"],
     "int8, 2 x 512": ["quantization=int8", "train.micro_batch=2", "data.pack_tokens=512"],
     "nf4, 2 x 512, dropout": ["train.micro_batch=2", "data.pack_tokens=512", "lora.dropout=0.1"],
-    "nf4, 2 x 512, plain layers": ["speed=plain", "train.micro_batch=2", "data.pack_tokens=512"],
-    "nf4, 2 x 512, plain, checkpointing": ["speed=plain", "train.micro_batch=2", "data.pack_tokens=512", "train.checkpointing=full"],
+    "nf4, 2 x 512, plain layers": ["kernels=plain", "train.micro_batch=2", "data.pack_tokens=512"],
+    "nf4, 2 x 512, plain, checkpointing": ["kernels=plain", "train.micro_batch=2", "data.pack_tokens=512", "train.checkpointing=full"],
     "nf4, 8 pairs of up to 72": [
         "data=preference", "data.objective=preference", "train.objective=dpo", "data.path={pairs}", "data.heldout_share=0.05",
         "data.max_tokens=72", "train.micro_batch=8",
@@ -59,7 +59,9 @@ def main() -> None:
             continue
         row = measure(name, number=number, libraries=libraries)
         rows.append(row)
-        arguments.file.write_text(json.dumps({"made": "scripts/measure_plan.py", "n": len(rows), "rows": rows}, indent=1) + "\n")
+        arguments.file.write_text(
+            json.dumps({"made": "scripts/measure_plan.py", "n": len(rows), "rows": rows}, indent=1) + "\n"
+        )
         print(f"{name}: {row['reported']:.0f} MB", flush=True)
 
 
@@ -69,8 +71,13 @@ def measure(name: str, *, number: int, libraries: int) -> dict[str, Any]:
         micro_batch = next(int(o.split("=")[1]) for o in SETTINGS[name] if o.startswith("train.micro_batch="))
         overrides = [*COMMON, *(o.format(pairs=pairs(Path(folder))) if "{pairs}" in o else o for o in SETTINGS[name])]
         overrides.append(f"train.rows_per_step={2 * micro_batch}")
-        for until in ("model", "train"):  # the first start of a base quantizes it; every later one reads the copy that it keeps
-            train([*overrides, f"run.until={until}", "run.name=measured", "run.if_exists=overwrite", f"run.root={folder}"])
+        for until in (
+            "model",
+            "train",
+        ):  # the first start of a base quantizes it; every later one reads the copy that it keeps
+            train(
+                [*overrides, f"run.until={until}", "run.name=measured", "run.if_exists=overwrite", f"run.root={folder}"]
+            )
         trained = json.loads((Path(folder) / "measured" / "train" / "manifest.json").read_text())
         plan = json.loads((Path(folder) / "measured" / "plan" / "manifest.json").read_text())["product"]
         return {
@@ -83,7 +90,9 @@ def measure(name: str, *, number: int, libraries: int) -> dict[str, Any]:
 
 def train(overrides: list[str]) -> None:
     command = [sys.executable, "-m", "finetune", *overrides]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
 
@@ -94,8 +103,13 @@ def pairs(folder: Path) -> Path:
     if not file.is_file():
         rows = [json.loads(line)["messages"] for line in QUICKSTART.read_text(encoding="utf-8").splitlines()]
         texts = [{message["role"]: message["content"] for message in row} for row in rows]
-        made = [{"prompt": a["user"], "chosen": a["assistant"], "rejected": b["assistant"]} for a, b in itertools.pairwise(texts)]
-        file.write_text("".join(json.dumps(row) + "\n" for row in made if row["chosen"] != row["rejected"]), encoding="utf-8")
+        made = [
+            {"prompt": a["user"], "chosen": a["assistant"], "rejected": b["assistant"]}
+            for a, b in itertools.pairwise(texts)
+        ]
+        file.write_text(
+            "".join(json.dumps(row) + "\n" for row in made if row["chosen"] != row["rejected"]), encoding="utf-8"
+        )
     return file
 
 
@@ -103,7 +117,9 @@ def libraries_bytes() -> int:
     """Resident memory of a process that has imported what a training imports, and done nothing."""
     code = "import finetune.pipeline, finetune.train.trainer, psutil; print(psutil.Process().memory_info().rss)"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    answer = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
     return int(answer.stdout.split()[-1])
 
 

@@ -1,4 +1,4 @@
-"""Plants each bug of tests/rehearse/bugs.py and prints which proof of the rehearsal caught it, and with which figure.
+"""Plants each bug of tests/preflight/bugs.py and prints which proof of the rehearsal caught it, and with which figure.
 
 python scripts/planted_bugs.py [fast]
 
@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TESTS = ROOT / "tests" / "rehearse" / "test_planted_bugs.py"
+TESTS = ROOT / "tests" / "preflight" / "test_planted_bugs.py"
 WIDEST = 160
 """Characters of a message in the table."""
 
@@ -40,7 +40,9 @@ def main(arguments: list[str]) -> int:
     rows, chosen = Rows(), ["-m", "not slow"] if "fast" in arguments else []
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        code = pytest.main([str(TESTS), "-q", "--rootdir", str(ROOT), "-p", "no:cacheprovider", *chosen], plugins=[rows])
+        code = pytest.main(
+            [str(TESTS), "-q", "--rootdir", str(ROOT), "-p", "no:cacheprovider", *chosen], plugins=[rows]
+        )
     if not rows.rows:
         sys.stdout.write(said.getvalue())
         return 1

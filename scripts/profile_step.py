@@ -2,7 +2,7 @@
 
     python scripts/profile_step.py ROWS.jsonl [tokens] [key=value ...]
 
-ROWS.jsonl holds ``question`` and ``answer``. Overrides such as speed=plain show another way of computing the same.
+ROWS.jsonl holds ``question`` and ``answer``. Overrides such as kernels=plain show another way of computing the same.
 """
 
 import json
@@ -21,8 +21,9 @@ from finetune import hardware, lora, model
 from finetune.bench.speed import write_rows
 from finetune.config import load
 from finetune.data import prepare
-from finetune.measure import Collator, read_rows
-from finetune.speed import native, quicken
+from finetune.inference.collate import Collator
+from finetune.inference.rows import read_rows
+from finetune.kernels import apply_fusion, native
 
 STEPS = 4
 KINDS = {
@@ -32,8 +33,25 @@ KINDS = {
     "optimizer": ("kind: optimizer",),
     "matmul": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "aten::matmul", "mkldnn"),
     "dequantization": ("dequantize", "bitsandbytes"),
-    "copies": ("aten::copy_", "aten::cat", "aten::fill_", "aten::zero_", "aten::empty", "aten::index", "aten::contiguous"),
-    "other elementwise": ("aten::add", "aten::mul", "aten::silu", "aten::pow", "aten::mean", "aten::neg", "aten::sum", "aten::div"),
+    "copies": (
+        "aten::copy_",
+        "aten::cat",
+        "aten::fill_",
+        "aten::zero_",
+        "aten::empty",
+        "aten::index",
+        "aten::contiguous",
+    ),
+    "other elementwise": (
+        "aten::add",
+        "aten::mul",
+        "aten::silu",
+        "aten::pow",
+        "aten::mean",
+        "aten::neg",
+        "aten::sum",
+        "aten::div",
+    ),
 }
 NATIVE = {
     "attention": ("attention_forward", "attention_backward"),
@@ -45,7 +63,9 @@ NATIVE = {
 def main() -> None:
     source, rest = Path(sys.argv[1]), sys.argv[2:]
     tokens = int(rest.pop(0)) if rest and rest[0].isdigit() else 2048
-    config = load(["+experiment=quickstart", "data=custom", "data.path=-", "data.heldout_share=0", "data.max_tokens=1024", *rest])
+    config = load(
+        ["+experiment=quickstart", "data=custom", "data.path=-", "data.heldout_share=0", "data.max_tokens=1024", *rest]
+    )
     with tempfile.TemporaryDirectory() as place:
         write_rows(source, Path(place), 64)
         config.data.path = f"{place}/trl/train.jsonl"
@@ -73,19 +93,23 @@ def build(config: Any, folder: Path, tokens: int) -> tuple[Callable[[], None], i
     rows = read_rows(data.folder / "train", limit=max(1, tokens // 1024))
     loaded = model.load(base, config.model, quantization=config.quantization, placement=placement)
     checkpointing = config.train.checkpointing
-    adapted = lora.attach(loaded, config.lora, upcast=config.model.upcast, checkpointing=checkpointing == "full", seed=1)
-    quick = quicken(adapted, config.speed, placement=placement, checkpointing=checkpointing)
+    adapted = lora.attach(
+        loaded, config.lora, upcast=config.model.upcast, checkpointing=checkpointing == "full", seed=1
+    )
+    quick = apply_fusion(adapted, config.kernels, placement=placement, checkpointing=checkpointing)
     batch = Collator(flat=True, pad_token_id=tokenizer.pad_token_id)(rows)
     count = batch["input_ids"].numel() - batch.pop("padding")
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=config.optim.learning_rate)
     adapted.train()
 
     def step() -> None:
-        if quick.trained_only:
+        if quick.loss_on_trained_tokens:
             loss = quick.loss(adapted, batch) / count
         else:
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=quick.autocast):
-                loss = adapted(**{key: value for key, value in batch.items() if not key.startswith("max_length")}, use_cache=False).loss
+                loss = adapted(
+                    **{key: value for key, value in batch.items() if not key.startswith("max_length")}, use_cache=False
+                ).loss
         loss.backward()
         with record_function("kind: optimizer"):
             optimizer.step()
@@ -106,14 +130,21 @@ def report(found: profile, tokens: int, seconds: float) -> None:
     shares: Counter[str] = Counter()
     optimizer = next((event.cpu_time_total for event in found.key_averages() if event.key == "kind: optimizer"), 0)
     for event in found.key_averages():
-        kind = next((kind for kind, names in KINDS.items() if any(name in event.key for name in names)), "Python and the rest")
+        kind = next(
+            (kind for kind, names in KINDS.items() if any(name in event.key for name in names)), "Python and the rest"
+        )
         shares[kind] += optimizer if kind == "optimizer" else event.self_cpu_time_total
     total = sum(shares.values())
     print(f"{tokens} tokens in {seconds * 1e3:.0f} ms: {tokens / seconds:.0f} tokens/s")
     for kind, share in shares.most_common():
         print(f"  {kind:22} {share / total:6.1%}")
     print(
-        json.dumps({"tokens_per_second": round(tokens / seconds, 1), **{kind: round(share / total, 3) for kind, share in shares.items()}})
+        json.dumps(
+            {
+                "tokens_per_second": round(tokens / seconds, 1),
+                **{kind: round(share / total, 3) for kind, share in shares.items()},
+            }
+        )
     )
 
 

@@ -18,7 +18,18 @@ from finetune.plan.product import device_memory
 from finetune.plan.settings import from_config
 from finetune.plan.throughput import UTILISATION, busy_share, stated_figures, token_operations
 
-HEADS = ["strategy", "fits", "each GPU", "sends a step", "of it gradients", "computes", "sends", "tokens/s", "hours", "price"]
+HEADS = [
+    "strategy",
+    "fits",
+    "each GPU",
+    "sends a step",
+    "of it gradients",
+    "computes",
+    "sends",
+    "tokens/s",
+    "hours",
+    "price",
+]
 
 
 def main() -> None:
@@ -35,7 +46,11 @@ def main() -> None:
         f"adapter of {weights.trainable_parameters(asked):,} parameters, link {own['link']} GB/s, {tokens:,.0f} tokens"
     )
     kinds = [("ddp", False), ("fsdp", False), ("fsdp", True)]
-    table("scale", HEADS, [row(dataclasses.replace(asked, strategy=s, offload=o), machine, link, tokens, price) for s, o in kinds])
+    table(
+        "scale",
+        HEADS,
+        [row(dataclasses.replace(asked, strategy=s, offload=o), machine, link, tokens, price) for s, o in kinds],
+    )
 
 
 def row(inputs: PlanInputs, machine: Machine, link: float, tokens: float, price: float | None) -> list[str]:
@@ -45,7 +60,9 @@ def row(inputs: PlanInputs, machine: Machine, link: float, tokens: float, price:
     step_tokens = inputs.step_rows * inputs.documents * inputs.tokens
     operations = stated_figures(inputs, machine)[0] * UTILISATION
     alone = dataclasses.replace(inputs, strategy="ddp", offload=False)
-    own_tokens = micro_batches(inputs) * inputs.step_tokens  # some processes idle where the rows of a step do not come out even
+    own_tokens = (
+        micro_batches(inputs) * inputs.step_tokens
+    )  # some processes idle where the rows of a step do not come out even
     computing = own_tokens * token_operations(inputs) / operations / busy_share(alone)
     sending = (gradients + shards) / link
     speed = step_tokens / (computing + sending)
@@ -82,7 +99,9 @@ def shard_bytes(inputs: PlanInputs) -> float:
     if inputs.strategy == "ddp":
         return 0.0
     held = weights.weight_bytes(dataclasses.replace(inputs, strategy="ddp", offload=False))
-    others = 1.0 if inputs.offload else (inputs.processes - 1) / inputs.processes  # offloaded, its own shard comes from the host
+    others = (
+        1.0 if inputs.offload else (inputs.processes - 1) / inputs.processes
+    )  # offloaded, its own shard comes from the host
     return 2 * micro_batches(inputs) * (held.codes + held.unquantized) * others
 
 

@@ -46,11 +46,18 @@ def tokenizer() -> Any:
     raw.train_from_iterator(
         CORPUS * 4,
         trainers.BpeTrainer(
-            vocab_size=500, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+            vocab_size=500,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
         ),
     )
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<|pad|>", bos_token="<|im_start|>", eos_token="<|im_end|>", model_max_length=512
+        tokenizer_object=raw,
+        pad_token="<|pad|>",
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        model_max_length=512,
     )
     fast.chat_template = CHATML
     return fast

@@ -15,7 +15,10 @@ def write_rows(file: Path, *, count: int, start: int = 0) -> Path:
     lines = []
     for number in range(start, start + count):
         question, answer = REQUESTS[number % 2]
-        turns = [{"role": "user", "content": question.format(number)}, {"role": "assistant", "content": answer.format(number)}]
+        turns = [
+            {"role": "user", "content": question.format(number)},
+            {"role": "assistant", "content": answer.format(number)},
+        ]
         lines.append(json.dumps({"messages": turns}))
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return file
@@ -25,7 +28,13 @@ def data_overrides(folder: Path, *, rows: int = 40, heldout: int = 12) -> list[s
     """Overrides that take the rows of a folder instead of the quickstart's."""
     train = write_rows(folder / "train.jsonl", count=rows)
     held = write_rows(folder / "heldout.jsonl", count=heldout, start=1000)
-    return [f"data.path={train}", f"data.heldout_path={held}", "data.max_tokens=128", "data.pack_tokens=128", "data.cache=''"]
+    return [
+        f"data.path={train}",
+        f"data.heldout_path={held}",
+        "data.max_tokens=128",
+        "data.pack_tokens=128",
+        "data.cache=''",
+    ]
 
 
 def prepared_rows(folder: Path, tokenizer: Any) -> PreparedData:

@@ -18,7 +18,8 @@ OPTIONS = sorted(
     for folder in CONF.iterdir()
     if folder.is_dir() and folder.name not in OVERLAYS
     for file in folder.glob("*.yaml")
-    if not file.stem.startswith("_") and not (folder.name == "quantization" and file.stem in LIMITS and LIMITS[file.stem].reason)
+    if not file.stem.startswith("_")
+    and not (folder.name == "quantization" and file.stem in LIMITS and LIMITS[file.stem].reason)
 )
 """Methods that do not run are refused by name: tests/hardware."""
 NEEDS = {
@@ -63,7 +64,12 @@ def test_every_option_of_every_group_composes(group: str, option: str) -> None:
 
 def test_guanaco_is_the_papers_recipe() -> None:
     config = load(["+experiment=guanaco_7b"])
-    assert (config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.targets) == (64, 16, 0.1, ["all-linear"])
+    assert (config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.targets) == (
+        64,
+        16,
+        0.1,
+        ["all-linear"],
+    )
     assert (config.optim.learning_rate, config.optim.schedule, config.optim.max_grad_norm, config.optim.beta2) == (
         2e-4,
         "constant",
@@ -87,7 +93,14 @@ def test_own_rows_take_the_place_of_any_experiments_data(experiment: str) -> Non
 def test_names_of_the_users_own_need_no_plus() -> None:
     base = ["+experiment=quickstart", "data=custom"]
     whole = load([*base, "data.path=x.jsonl", "data.columns={prompt: question}"]).data.columns
-    assert whole == load([*base, "data.path=x.jsonl", "data.columns.prompt=question"]).data.columns == {"prompt": "question"}
+    assert (
+        whole
+        == load([*base, "data.path=x.jsonl", "data.columns.prompt=question"]).data.columns
+        == {"prompt": "question"}
+    )
     sources = load([*base, "data.path=null", "data.sources.a.path=x.jsonl", "data.sources.a.weight=2", "data.sources.b.path=y.jsonl",
                     "data.sources.b.weight=1"]).data.sources  # fmt: skip
-    assert {name: (source.path, source.weight) for name, source in sources.items()} == {"a": ("x.jsonl", 2.0), "b": ("y.jsonl", 1.0)}
+    assert {name: (source.path, source.weight) for name, source in sources.items()} == {
+        "a": ("x.jsonl", 2.0),
+        "b": ("y.jsonl", 1.0),
+    }

@@ -22,7 +22,9 @@ def test_all_linear_takes_every_linear_layer_but_the_head(tiny_base: Path) -> No
 
 
 def test_target_that_matches_nothing_is_an_error_that_lists_what_there_is(tiny_base: Path) -> None:
-    with pytest.raises(ModelError, match=r"lora.targets: qkv_proj match no linear layer. This model has down_proj, gate_proj"):
+    with pytest.raises(
+        ModelError, match=r"lora.targets: qkv_proj match no linear layer. This model has down_proj, gate_proj"
+    ):
         resolve(load(tiny_base, "none"), ["q_proj", "qkv_proj"])
 
 
@@ -45,7 +47,8 @@ def test_only_the_adapter_trains_in_the_dtype_asked_for(tiny_base: Path, dtype: 
 
 def test_the_same_seed_gives_the_same_first_weights(tiny_base: Path) -> None:
     first, second, other = (
-        attach(load(tiny_base, "nf4"), config(), upcast="none", checkpointing=False, seed=seed).state_dict() for seed in (1, 1, 2)
+        attach(load(tiny_base, "nf4"), config(), upcast="none", checkpointing=False, seed=seed).state_dict()
+        for seed in (1, 1, 2)
     )
     name = next(name for name in first if "lora_A" in name)
     assert torch.equal(first[name], second[name])
@@ -79,7 +82,10 @@ def test_cast_counts_what_it_changed(tiny_base: Path) -> None:
         ({"rank": 0}, "lora.rank must be at least 1; got 0"),
         ({"alpha": 0.0}, "lora.alpha must be positive, or the adapter has no effect; got 0.0"),
         ({"dropout": 1.0}, "lora.dropout must be at least 0 and below 1; got 1.0"),
-        ({"targets": []}, "lora.targets is empty, so nothing would train; name a layer, e.g. [q_proj, v_proj], or [all-linear]"),
+        (
+            {"targets": []},
+            "lora.targets is empty, so nothing would train; name a layer, e.g. [q_proj, v_proj], or [all-linear]",
+        ),
         ({"dtype": "int8"}, "lora.dtype must be float32 or bfloat16; got 'int8'"),
     ],
 )

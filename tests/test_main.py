@@ -30,7 +30,10 @@ def problems(overrides: list[str]) -> list[str]:
         ("optim.learning_rate=fast", "optim.learning_rate: must be a number; got 'fast'"),
         ("data.packing=maybe", "data.packing: must be true or false; got 'maybe'"),
         ("lora.rank=0", "lora.rank must be at least 1; got 0"),
-        ("experiment=quickstart", "experiment=quickstart: experiment is an overlay and needs a plus: write +experiment=quickstart"),
+        (
+            "experiment=quickstart",
+            "experiment=quickstart: experiment is an overlay and needs a plus: write +experiment=quickstart",
+        ),
         ("quantization.double=true", None),
         ("eval.gate=high", "eval.gate: must be names with a number each, e.g. 'eval.gate={<name>: ...}'; got 'high'"),
         ("lora.targets=q_proj", "lora.targets: must be a list, e.g. 'lora.targets=[q_proj]'; got 'q_proj'"),
@@ -114,7 +117,9 @@ def test_option_that_does_not_exist_lists_those_that_do() -> None:
 
 
 def test_experiment_that_does_not_exist_lists_those_that_do() -> None:
-    with pytest.raises(ConfigError, match=r"experiment=llama7b: there is no such option; choose one of .*llama7b_qlora"):
+    with pytest.raises(
+        ConfigError, match=r"experiment=llama7b: there is no such option; choose one of .*llama7b_qlora"
+    ):
         load(["+experiment=llama7b"])
 
 
@@ -160,7 +165,9 @@ def test_stage_of_a_run_that_does_not_exist_is_refused(tmp_path: Path) -> None:
 
 def test_stage_verbs_compose_what_the_run_was_started_with(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "overrides.json").write_text(json.dumps(["+experiment=quickstart", "lora.rank=4", "run.if_exists=overwrite"]))
+    (tmp_path / "a" / "overrides.json").write_text(
+        json.dumps(["+experiment=quickstart", "lora.rank=4", "run.if_exists=overwrite"])
+    )
     assert recorded([f"run.root={tmp_path}", "run.name=a"]) == ["+experiment=quickstart", "lora.rank=4"]
 
 
@@ -172,7 +179,9 @@ def test_existing_run_is_refused_with_2_and_left_alone(tmp_path: Path, capsys: p
     assert (tmp_path / "quickstart" / "precious.txt").read_text() == "kept"
 
 
-@pytest.mark.parametrize("arguments", [["--cfg", "job", "+experiment=llama7b_qlora"], ["plan", "+experiment=llama7b_qlora"]])
+@pytest.mark.parametrize(
+    "arguments", [["--cfg", "job", "+experiment=llama7b_qlora"], ["plan", "+experiment=llama7b_qlora"]]
+)
 def test_composing_and_planning_import_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys; from finetune.__main__ import main; code = main(sys.argv[1:]); "

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from finetune.errors import EvalError
-from finetune.measure import agreement, generate, mean_loss, reference_logprobs, row_losses
-from finetune.measure.rows import batches
+from finetune.inference.generation import generate
+from finetune.inference.kl_divergence import agreement, reference_logprobs
+from finetune.inference.losses import mean_loss, row_losses
+from finetune.inference.rows import batches
 
 ROWS = [
     {"input_ids": [1, 40, 50, 60, 2], "labels": [-100, -100, 50, 60, 2]},
@@ -40,8 +42,10 @@ def test_row_losses_equal_those_from_whole_logits(model: Any, batch_tokens: int)
 
 def test_loss_in_chunks_equals_loss_in_one_piece(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     at_once = row_losses(model, ROWS, batch_tokens=1000)
-    monkeypatch.setattr("finetune.measure.logits.CHUNK_BYTES", 2 * 4 * 512)
-    assert [row.loss for row in row_losses(model, ROWS, batch_tokens=1000)] == pytest.approx([row.loss for row in at_once], abs=1e-5)
+    monkeypatch.setattr("finetune.inference.logits.CHUNK_BYTES", 2 * 4 * 512)
+    assert [row.loss for row in row_losses(model, ROWS, batch_tokens=1000)] == pytest.approx(
+        [row.loss for row in at_once], abs=1e-5
+    )
 
 
 def test_model_in_training_mode_is_measured_in_evaluation_mode_and_trains_on(model: Any) -> None:

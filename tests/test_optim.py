@@ -93,7 +93,9 @@ def test_wsd_rises_stays_and_falls_to_zero() -> None:
 
 
 def test_wsd_on_few_steps_leaves_the_decay_what_warmup_does_not_take() -> None:
-    told = schedule_arguments(config(schedule="wsd", warmup=None, warmup_steps=9, decay=0.5), steps=10, tokens_per_step=1)
+    told = schedule_arguments(
+        config(schedule="wsd", warmup=None, warmup_steps=9, decay=0.5), steps=10, tokens_per_step=1
+    )
     assert told["warmup_steps"] == 9
     assert told["lr_scheduler_kwargs"] == {"num_decay_steps": 1, "decay_type": "1-sqrt"}
 
@@ -151,7 +153,11 @@ def test_without_a_ratio_the_order_is_the_models(tiny_base: Path) -> None:
 def test_lengths_of_dora_do_not_decay(tiny_base: Path) -> None:
     model = adapt(tiny_base, "dora")
     names = {id(p): name for name, p in model.named_parameters()}
-    decays = {names[id(p)]: group["weight_decay"] for group in parameter_groups(model, config(weight_decay=0.1)) for p in group["params"]}
+    decays = {
+        names[id(p)]: group["weight_decay"]
+        for group in parameter_groups(model, config(weight_decay=0.1))
+        for p in group["params"]
+    }
     assert {decay for name, decay in decays.items() if "magnitude" in name} == {0.0}
     assert {decay for name, decay in decays.items() if "magnitude" not in name} == {0.1}
 
@@ -160,7 +166,11 @@ def test_lengths_of_dora_do_not_decay(tiny_base: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_no_optimizer_moves_the_start_that_pissa_takes_off(tiny_base: Path, tmp_path: Path, name: str) -> None:
     model = adapt(tiny_base, "pissa")
-    starts = {key: (p[4:] if "lora_A" in key else p[:, 4:]).detach().clone() for key, p in model.named_parameters() if p.requires_grad}
+    starts = {
+        key: (p[4:] if "lora_A" in key else p[:, 4:]).detach().clone()
+        for key, p in model.named_parameters()
+        if p.requires_grad
+    }
     optimizer = make_optimizer(model, config(name=name), arguments(tmp_path, config(name=name)))
     step(model, optimizer, steps=4)
     for key, p in model.named_parameters():
@@ -184,7 +194,14 @@ def test_trainer_takes_our_groups_through_create_optimizer(tiny_base: Path, tmp_
     rows = [{"input_ids": list(range(3, 19)), "labels": list(range(3, 19))}] * 8
     told = schedule_arguments(optim, steps=4, tokens_per_step=16)
     settings = arguments(
-        tmp_path, optim, max_steps=4, per_device_train_batch_size=1, logging_steps=1, disable_tqdm=True, save_strategy="no", **told
+        tmp_path,
+        optim,
+        max_steps=4,
+        per_device_train_batch_size=1,
+        logging_steps=1,
+        disable_tqdm=True,
+        save_strategy="no",
+        **told,
     )
     trainer = Ours(model=adapt(tiny_base), args=settings, train_dataset=rows)
     trainer.train()

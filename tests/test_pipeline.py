@@ -25,7 +25,9 @@ def overrides(folder: Path, base: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_whole_line_leaves_what_the_contract_promises(tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_whole_line_leaves_what_the_contract_promises(
+    tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     asked = overrides(tmp_path, tiny_base)
     assert main(asked) == 0, capsys.readouterr().err
     run = tmp_path / "outputs" / "tiny"
@@ -45,7 +47,9 @@ def test_the_whole_line_leaves_what_the_contract_promises(tmp_path: Path, tiny_b
         assert export["parity"]["tokens"] == measured["merged"]["tokens"]
     assert report["export"][2]["parity"]["answers"]["rows"] == 4
     assert {export["format"] for export in report["export"]} == {"adapter", "safetensors", "gguf", "card"}
-    assert all(report["stages"][stage]["peak_rss_bytes"] > 0 for stage in ("data", "model", "train", "merge", "eval", "export"))
+    assert all(
+        report["stages"][stage]["peak_rss_bytes"] > 0 for stage in ("data", "model", "train", "merge", "eval", "export")
+    )
     assert "<svg" in (run / "report.html").read_text()
 
     assert main(asked) == 2
@@ -73,14 +77,22 @@ def test_bad_data_ends_with_2_and_says_where(
     file = tmp_path / "rows.jsonl"
     if content is not None:
         file.write_text(content)
-    asked = [*overrides(tmp_path, tiny_base), f"data.path={file}", "data.heldout_path=null", "tracking=[]", "run.until=data"]
+    asked = [
+        *overrides(tmp_path, tiny_base),
+        f"data.path={file}",
+        "data.heldout_path=null",
+        "tracking=[]",
+        "run.until=data",
+    ]
     assert main(asked) == 2
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
 
 
-def test_target_that_matches_nothing_ends_with_2(tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_target_that_matches_nothing_ends_with_2(
+    tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([*overrides(tmp_path, tiny_base), "lora.targets=[query]", "tracking=[]"]) == 2
     assert "lora.targets: query match no linear layer. This model has down_proj" in capsys.readouterr().err
 
@@ -93,9 +105,13 @@ def test_planned_launches_are_refused_before_anything_is_written(
     assert not (tmp_path / "outputs").exists()
 
 
-def test_a_model_that_misses_a_threshold_is_not_pushed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_misses_a_threshold_is_not_pushed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_TOKEN", "x")
-    exports = load(["+experiment=quickstart", "export=[adapter,card,hub]", "export.hub.repository=me/mine", "export.hub.push=true"]).export
+    exports = load(
+        ["+experiment=quickstart", "export=[adapter,card,hub]", "export.hub.repository=me/mine", "export.hub.push=true"]
+    ).export
     assert pushed(exports, missed=[])["hub"].push
     assert not pushed(exports, missed=["adapter.loss is 2, and at most 1 was asked for"])["hub"].push
     assert "nothing is pushed" in capsys.readouterr().out
@@ -110,16 +126,22 @@ def test_the_quickstart_runs_on_the_real_model(tmp_path: Path, capsys: pytest.Ca
     assert report["train"]["final_loss"] < report["train"]["first_loss"]
     dequantized = next(one for one in report["merge"]["candidates"] if one["name"] == "dequantized")
     assert dequantized["kl"] < 0.05, "bfloat16 cannot hold all of what four steps changed"
-    assert all(proof["passed"] for proof in report["rehearse"]["proofs"])
+    assert all(proof["passed"] for proof in report["preflight"]["proofs"])
 
 
 @pytest.mark.slow
 def test_the_wheel_brings_configuration_and_data(tmp_path: Path) -> None:
     root = Path(__file__).parent.parent
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(root)], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(root)],
+        check=True,
+    )
     wheel = next(tmp_path.glob("finetune-*.whl"))
     target = tmp_path / "site"
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)],
+        check=True,
+    )
     load = "import finetune.config as c; print(c.CONF, c.load(['+experiment=quickstart']).data.path)"
     code = f"import sys; sys.path.insert(0, {str(target)!r}); {load}"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)

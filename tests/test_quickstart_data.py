@@ -27,7 +27,9 @@ def _request(row: dict[str, Any]) -> str:
 
 def test_shipped_files_are_what_the_script_writes_byte_for_byte(script: ModuleType, tmp_path: Path) -> None:
     for part, file in script.write(tmp_path).items():
-        assert file.read_bytes() == (FOLDER / f"{part}.jsonl").read_bytes(), f"run scripts/make_quickstart_data.py: {part}.jsonl differs"
+        assert file.read_bytes() == (FOLDER / f"{part}.jsonl").read_bytes(), (
+            f"run scripts/make_quickstart_data.py: {part}.jsonl differs"
+        )
 
 
 @pytest.mark.parametrize(("part", "of_each_intent"), [("train", 80), ("heldout", 10)])
@@ -79,7 +81,11 @@ def test_rows_are_short_enough_for_a_cpu(part: str) -> None:
 
 @pytest.mark.parametrize(
     ("hour", "minute", "spoken"),
-    [(7, 0, "seven in the morning"), (12, 45, "quarter to one in the afternoon"), (19, 30, "half past seven in the evening")],
+    [
+        (7, 0, "seven in the morning"),
+        (12, 45, "quarter to one in the afternoon"),
+        (19, 30, "half past seven in the evening"),
+    ],
 )
 def test_times_are_spoken_as_people_say_them(script: ModuleType, hour: int, minute: int, spoken: str) -> None:
     assert script._spoken(hour, minute) == spoken

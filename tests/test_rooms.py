@@ -7,14 +7,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "finetune"
 FILES = sorted(ROOT.rglob("*.py"))
-STAGES = ("plan", "data", "rehearse", "train", "merge", "eval", "export", "report")
+STAGES = ("plan", "data", "preflight", "train", "merge", "eval", "export", "report")
 FURNITURE = {
     "trl": {"train", "bench"},
     "wandb": {"tracking"},
-    "bitsandbytes": {"quantization", "measure", "merge", "bench"},
+    "bitsandbytes": {"quantization", "inference", "merge", "bench"},
     "lm_eval": {"eval"},
-    "peft": {"lora", "measure", "export", "merge"},
-    "hydra": {"config", "__main__", "account", "sweep"},
+    "peft": {"lora", "inference", "export", "merge"},
+    "hydra": {"config", "__main__", "provenance", "sweep"},
     "optuna": {"sweep"},
 }
 """Which rooms may import a third-party framework."""
@@ -44,7 +44,9 @@ def imports(file: Path, *, with_types: bool = False) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if room(file) in STAGES], ids=lambda file: str(file.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "file", [file for file in FILES if room(file) in STAGES], ids=lambda file: str(file.relative_to(ROOT))
+)
 def test_no_stage_imports_another(file: Path) -> None:
     others = {name.split(".")[1] for name in imports(file) if name.startswith("finetune.")} & set(STAGES) - {room(file)}
     assert not others
@@ -73,5 +75,9 @@ def test_no_file_grows_beyond_300_lines(file: Path) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_room_exports_five_names_at_most(stage: str) -> None:
     tree = ast.parse((ROOT / stage / "__init__.py").read_text(encoding="utf-8"))
-    exported = next(node.value for node in tree.body if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__")
+    exported = next(
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"
+    )
     assert len(ast.literal_eval(exported)) <= 5

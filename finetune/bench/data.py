@@ -17,14 +17,19 @@ from typing import Any
 
 import numpy as np
 
-from finetune.console import human_bytes, say, table
+from finetune.console import human_bytes, log, table
 from finetune.errors import DataError
 
 MAX_TOKENS = 1024
 SAMPLE_SECONDS = 0.1
 TOKENIZER_BATCH_ROWS = 1000
 CONTENDERS = ("bare", "ours", "trl", "trl_processes")
-NAMES = {"bare": "bare batch tokenizer", "ours": "finetune", "trl": "TRL, as it comes", "trl_processes": "TRL, one process per core"}
+NAMES = {
+    "bare": "bare batch tokenizer",
+    "ours": "finetune",
+    "trl": "TRL, as it comes",
+    "trl_processes": "TRL, one process per core",
+}
 
 
 def bench(source: Path, *, tokenizer: str, rows: int = 100_000) -> dict[str, float]:
@@ -78,13 +83,17 @@ def write_rows(source: Path, target: Path, *, rows: int, seed: int = 0) -> None:
         originals = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
         pairs = [(row["question"], row["answer"]) for row in originals]
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{source}: the bench needs JSON lines with question and answer: {error}; give such a file") from error
+        raise DataError(
+            f"{source}: the bench needs JSON lines with question and answer: {error}; give such a file"
+        ) from error
     generator = np.random.default_rng(seed)
     with open(target, "w", encoding="utf-8") as handle:
         for number in range(rows):
             question, answer = (_other_numbers(text, generator) for text in pairs[number % len(pairs)])
             prompt = [{"role": "user", "content": f"{question} ({number})"}]
-            handle.write(json.dumps({"prompt": prompt, "completion": [{"role": "assistant", "content": answer}]}) + "\n")
+            handle.write(
+                json.dumps({"prompt": prompt, "completion": [{"role": "assistant", "content": answer}]}) + "\n"
+            )
 
 
 def _other_numbers(text: str, generator: np.random.Generator) -> str:
@@ -92,7 +101,7 @@ def _other_numbers(text: str, generator: np.random.Generator) -> str:
 
 
 def _measure(name: str, folder: Path, tokenizer: str) -> dict[str, float]:
-    say("bench", f"{NAMES[name]} ...")
+    log("bench", f"{NAMES[name]} ...")
     command = [sys.executable, "-m", "finetune.bench.data", name, str(folder), tokenizer]
     environment = {
         **os.environ,
@@ -101,8 +110,8 @@ def _measure(name: str, folder: Path, tokenizer: str) -> dict[str, float]:
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
     output = folder / f"{name}.log"
-    with open(output, "w") as log:
-        child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    with open(output, "w") as log_file:
+        child = subprocess.Popen(command, stdout=log_file, stderr=subprocess.STDOUT, env=environment)
         peak = 0
         while child.poll() is None:
             peak = max(peak, memory_of_tree(child.pid))
@@ -177,7 +186,10 @@ def _ours(folder: Path, tokenizer: Any) -> dict[str, float]:
 def _bare(folder: Path, tokenizer: Any) -> dict[str, float]:
     """Token ids of rendered text, in batches on all cores, thrown away."""
     with open(folder / "rows.jsonl", encoding="utf-8") as handle:
-        texts = [tokenizer.apply_chat_template([*row["prompt"], *row["completion"]], tokenize=False) for row in map(json.loads, handle)]
+        texts = [
+            tokenizer.apply_chat_template([*row["prompt"], *row["completion"]], tokenize=False)
+            for row in map(json.loads, handle)
+        ]
     start, clock = memory_of_tree(os.getpid()), Clock()
     for batch in _batches(texts):
         tokenizer(batch, add_special_tokens=False)
@@ -206,10 +218,17 @@ def _trl(folder: Path, tokenizer: Any, *, processes: int | None) -> dict[str, fl
 
     rows = datasets.load_dataset("json", data_files=str(folder / "rows.jsonl"), split="train")
     model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+        )
     )
     arguments = SFTConfig(
-        output_dir=str(folder / "trl"), packing=True, max_length=MAX_TOKENS, dataset_num_proc=processes, report_to="none", use_cpu=True
+        output_dir=str(folder / "trl"),
+        packing=True,
+        max_length=MAX_TOKENS,
+        dataset_num_proc=processes,
+        report_to="none",
+        use_cpu=True,
     )
     start = memory_of_tree(os.getpid())
     Timed(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 
-from finetune.console import human_bytes, say
+from finetune.console import human_bytes, log
 from finetune.errors import ConfigError
 
 PACK_TOKENS = 1024
@@ -32,12 +32,12 @@ FLOP_PER_TOKEN_AND_PARAMETER = 4
 """Two each forward and for the gradient of the input; frozen weights have no gradient of their own."""
 
 ABLATIONS = {
-    "everything plain": ["speed=plain"],
-    "layers plain": ["speed.layers=plain"],
-    "weights quantized": ["speed.weights=quantized"],
-    "loss on all tokens": ["speed.loss=all"],
-    "kernels plain": ["speed.kernels=plain"],
-    "memory plain": ["speed.memory=plain"],
+    "everything plain": ["kernels=plain"],
+    "layers plain": ["kernels.layers=plain"],
+    "weights quantized": ["kernels.weights=quantized"],
+    "loss on all tokens": ["kernels.loss=all"],
+    "kernels plain": ["kernels.implementation=plain"],
+    "memory plain": ["kernels.memory=plain"],
     "checkpointing selective": ["train.checkpointing=selective"],
     "checkpointing full": ["train.checkpointing=full"],
 }
@@ -85,7 +85,10 @@ def bench(source: Path, *, rows: int, against: str | None, repeats: int) -> None
     with tempfile.TemporaryDirectory(prefix="finetune-bench-") as place:
         folder = Path(place)
         write_rows(source, folder, rows)
-        contenders: dict[str, list[str]] = {"ours": [], **(OTHER_STARTS | {LIKE_TRL: LIKE_TRL_OVERRIDES} if against else ABLATIONS)}
+        contenders: dict[str, list[str]] = {
+            "ours": [],
+            **(OTHER_STARTS | {LIKE_TRL: LIKE_TRL_OVERRIDES} if against else ABLATIONS),
+        }
         found: dict[str, list[Measured]] = {}
         for turn in range(repeats):
             for name, overrides in contenders.items():
@@ -95,9 +98,11 @@ def bench(source: Path, *, rows: int, against: str | None, repeats: int) -> None
             if against:
                 found.setdefault("trl tuned by hand", []).append(trl("trl tuned by hand", folder, tuned=True))
         best = {name: max(turns, key=lambda turn: turn.tokens_per_second) for name, turns in found.items()}
-        parameters = json.loads((folder / "runs" / "ours" / "model" / "manifest.json").read_text())["product"]["parameters"]
+        parameters = json.loads((folder / "runs" / "ours" / "model" / "manifest.json").read_text())["product"][
+            "parameters"
+        ]
     for measured in best.values():
-        say(
+        log(
             "bench",
             f"{measured.name:24} {measured.tokens_per_second:7.0f} tokens/s, peak {human_bytes(measured.peak_rss_bytes)}, "
             f"{measured.seconds:.0f} s, held-out loss {measured.held_out_loss:.4f}",
@@ -111,7 +116,7 @@ def summary(best: dict[str, Measured], parameters: int) -> dict[str, float]:
     mine, tuned = best["ours"], best["trl tuned by hand"]
     starts = [best[name].held_out_loss for name in ("ours", *OTHER_STARTS)]
     limit = matmul_limit()
-    say("bench", f"the machine's products reach {limit / 1e12:.2f} TFLOP/s at the widest shape of this model")
+    log("bench", f"the machine's products reach {limit / 1e12:.2f} TFLOP/s at the widest shape of this model")
     return {
         "ratio_trl_default": round(mine.tokens_per_second / best["trl as it comes"].tokens_per_second, 2),
         "ratio_trl_tuned": round(mine.tokens_per_second / tuned.tokens_per_second, 2),
@@ -130,7 +135,9 @@ def write_rows(source: Path, folder: Path, rows: int) -> None:
         raise ConfigError(f"bench speed: source={source} is no file; give JSON Lines with question and answer")
     lines = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()[: rows + HELD_OUT_ROWS]]
     if len(lines) < rows + HELD_OUT_ROWS:
-        raise ConfigError(f"bench speed: {source} has {len(lines)} rows and {rows + HELD_OUT_ROWS} are needed; lower rows")
+        raise ConfigError(
+            f"bench speed: {source} has {len(lines)} rows and {rows + HELD_OUT_ROWS} are needed; lower rows"
+        )
     turned = [
         {
             "prompt": [{"role": "user", "content": line["question"]}],
@@ -180,8 +187,8 @@ def trl(name: str, folder: Path, *, tuned: bool) -> Measured:
     seconds, peak = timed(name, [*command, *batch], folder, threads)
     runs = folder / "runs" / "ours"
     product = json.loads((runs / "data" / "manifest.json").read_text())["product"]
-    log = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")
-    runtime = float(log.rpartition("'train_runtime':")[2].split(",")[0].strip(" '\""))
+    text = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")
+    runtime = float(text.rpartition("'train_runtime':")[2].split(",")[0].strip(" '\""))
     loss = held_out_loss(out, runs / "data" / "heldout")
     return Measured(name, round(product["tokens"] / runtime, 1), peak, seconds, loss)
 
@@ -192,10 +199,12 @@ def timed(name: str, command: Sequence[str], folder: Path, surroundings: dict[st
     Raises:
         ConfigError: It failed; its last words are given.
     """
-    say("bench", f"{name} ...")
+    log("bench", f"{name} ...")
     started = time.monotonic()
-    with open(folder / "log.txt", "wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"HF_HUB_OFFLINE": "1"} | surroundings)
+    with open(folder / "log.txt", "wb") as log_file:
+        process = subprocess.Popen(
+            command, stdout=log_file, stderr=subprocess.STDOUT, env=os.environ | {"HF_HUB_OFFLINE": "1"} | surroundings
+        )
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
@@ -208,13 +217,17 @@ def held_out_loss(adapter: Path, rows: Path) -> float:
     """Nats per trained token of the quantized base with an adapter, whoever trained it."""
     from finetune import hardware
     from finetune.config import load
-    from finetune.measure import free, mean_loss, read_rows, row_losses, trained_graph
+    from finetune.inference.adapted import free, load_adapted_model
+    from finetune.inference.losses import mean_loss, row_losses
+    from finetune.inference.rows import read_rows
     from finetune.model import fetch
 
     config = load(["+experiment=quickstart"])
     placement = hardware.place(hardware.probe(config.hardware), config)
     base = fetch(config.model)
-    graph = trained_graph(base, config.model, quantization=config.quantization, placement=placement, adapter=adapter)
+    graph = load_adapted_model(
+        base, config.model, quantization=config.quantization, placement=placement, adapter=adapter
+    )
     loss = mean_loss(row_losses(graph, read_rows(rows), batch_tokens=2048))
     del graph
     free()

@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from finetune.console import say
+from finetune.console import log
 from finetune.errors import TrainError
 
 ONE_STEP = ["+experiment=quickstart", "train.steps=1", "train.evaluations=0", "run.until=train"]
@@ -29,10 +29,10 @@ def bench(*, repeats: int) -> None:
     """
     with tempfile.TemporaryDirectory(prefix="finetune-start-") as place:
         first = seconds_to_first_step(Path(place), "first")
-        say("bench", f"first start: {first:.1f} s to the end of the first optimizer step")
+        log("bench", f"first start: {first:.1f} s to the end of the first optimizer step")
         again = [seconds_to_first_step(Path(place), f"again{number}") for number in range(repeats)]
-    say("bench", f"prepared starts: {', '.join(f'{seconds:.1f}' for seconds in again)} s")
-    say("bench", json.dumps({"first_start_seconds": round(first, 2), "prepared_start_seconds": round(min(again), 2)}))
+    log("bench", f"prepared starts: {', '.join(f'{seconds:.1f}' for seconds in again)} s")
+    log("bench", json.dumps({"first_start_seconds": round(first, 2), "prepared_start_seconds": round(min(again), 2)}))
 
 
 def seconds_to_first_step(folder: Path, name: str) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.console import say
+from finetune.console import log
 from finetune.errors import ConfigError
 
 Settings = dict[str, str]
@@ -39,13 +39,19 @@ def bench(arguments: Sequence[str]) -> None:
         ConfigError: There is no such measurement, or a setting is missing or unknown.
     """
     if "--help" in arguments:
-        say("bench", *[_explained(name) for name in BENCHES if name in arguments or not set(BENCHES) & set(arguments)])
+        log("bench", *[_explained(name) for name in BENCHES if name in arguments or not set(BENCHES) & set(arguments)])
         return
     if not arguments or arguments[0] not in BENCHES:
-        raise ConfigError(f"bench: say what to measure, one of {', '.join(BENCHES)}; got {' '.join(arguments) or 'nothing'}")
+        raise ConfigError(
+            f"bench: say what to measure, one of {', '.join(BENCHES)}; got {' '.join(arguments) or 'nothing'}"
+        )
     what, measurement = arguments[0], BENCHES[arguments[0]]
     settings = dict(argument.split("=", 1) for argument in arguments[1:] if "=" in argument)
-    wrong = [argument for argument in arguments[1:] if argument.split("=", 1)[0] not in measurement.takes or "=" not in argument]
+    wrong = [
+        argument
+        for argument in arguments[1:]
+        if argument.split("=", 1)[0] not in measurement.takes or "=" not in argument
+    ]
     if wrong:
         takes = ", ".join(f"{name}=..." for name in measurement.takes)
         raise ConfigError(f"bench {what}: {', '.join(wrong)}: there is no such setting; it takes {takes}")
@@ -72,7 +78,9 @@ def _speed(settings: Settings) -> None:
     from finetune.bench.speed import bench
 
     if settings.get("against", "trl") != "trl":
-        raise ConfigError(f"bench speed: against must be trl, or left out to compare the speed options; got {settings['against']}")
+        raise ConfigError(
+            f"bench speed: against must be trl, or left out to compare the speed options; got {settings['against']}"
+        )
     bench(
         Path(settings["source"]), rows=_whole(settings, "speed", "rows", 128), against=settings.get("against"),
         repeats=_whole(settings, "speed", "repeats", 1),
@@ -160,7 +168,9 @@ def _humaneval(settings: Settings) -> None:
     from finetune.eval.humaneval import humaneval
 
     counts = {
-        name: _whole(settings, "humaneval", name, 1) for name in ("problems", "samples", "max_new_tokens", "seed") if name in settings
+        name: _whole(settings, "humaneval", name, 1)
+        for name in ("problems", "samples", "max_new_tokens", "seed")
+        if name in settings
     }
     temperature = settings.get("temperature", "0")
     humaneval(
@@ -179,7 +189,9 @@ NEEDED = {
 }
 
 BENCHES = {
-    "data": Measurement("preparing rows, beside TRL and the bare tokenizer", _data, ("source", "tokenizer", "rows"), needs=("source",)),
+    "data": Measurement(
+        "preparing rows, beside TRL and the bare tokenizer", _data, ("source", "tokenizer", "rows"), needs=("source",)
+    ),
     "speed": Measurement(
         "training, an option at a time, or with against=trl beside `trl sft`",
         _speed,
@@ -209,7 +221,20 @@ BENCHES = {
     "tuning": Measurement(
         "one task tuned on every kind of base, over seeds",
         _tuning,
-        ("source", "rows", "heldout", "model", "grid", "backends", "steps", "learning_rate", "seeds", "metric", "max_new_tokens", "out"),
+        (
+            "source",
+            "rows",
+            "heldout",
+            "model",
+            "grid",
+            "backends",
+            "steps",
+            "learning_rate",
+            "seeds",
+            "metric",
+            "max_new_tokens",
+            "out",
+        ),
     ),
     "merge": Measurement("merging a large checkpoint, beside cp and peft", _merge, ("parameters",)),
     "humaneval": Measurement(

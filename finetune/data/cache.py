@@ -11,19 +11,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from finetune.console import say
+from finetune.console import log
 from finetune.data.config import DataConfig
 from finetune.data.sources import Source
-from finetune.run import plain
+from finetune.run import to_jsonable
 
 NOT_CONTENT = ("cache", "workers", "path", "heldout_path", "preview_rows")
 """Settings that change where or how fast, not what. Paths count by what their files hold."""
 
 
-def key(config: DataConfig, sources: list[Source], *, tokenizer: str, template: str | None, extra: dict[str, Any], seed: int) -> str:
+def key(
+    config: DataConfig, sources: list[Source], *, tokenizer: str, template: str | None, extra: dict[str, Any], seed: int
+) -> str:
     """Names the result of a preparation before it is made."""
     hasher = hashlib.sha256()
-    content = {name: value for name, value in plain(config).items() if name not in NOT_CONTENT}
+    content = {name: value for name, value in to_jsonable(config).items() if name not in NOT_CONTENT}
     described = [(source.name, source.mix, source.heldout, source.digest()) for source in sources]
     # A template that writes today's date gives other tokens tomorrow.
     today = datetime.now(UTC).date().isoformat() if template and "strftime_now" in template else ""
@@ -50,7 +52,7 @@ def restore(root: Path, key: str, folder: Path) -> dict[str, Any] | None:
     for name, digest in content["files"].items():
         file = kept / name
         if not file.is_file() or _digest(file) != digest:
-            say("data", f"the cached {file} is not what was written, so everything is prepared again")
+            log("data", f"the cached {file} is not what was written, so everything is prepared again")
             shutil.rmtree(kept)
             return None
     for name in content["files"]:
@@ -75,9 +77,11 @@ def keep(root: Path, key: str, folder: Path, product: dict[str, Any]) -> None:
         root.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=".new-", dir=root))
     except OSError as error:
-        say("data", f"not kept for the next start, because data.cache={root} cannot be written: {error.strerror}")
+        log("data", f"not kept for the next start, because data.cache={root} cannot be written: {error.strerror}")
         return
-    files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file() and file.name != "manifest.json")
+    files = sorted(
+        str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file() and file.name != "manifest.json"
+    )
     for name in files:
         (work / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / name, work / name)

@@ -39,7 +39,9 @@ def rows(path: Path, *, text_unit: str) -> Iterator[Raw]:
     """
     kind = kind_of(path)
     if kind not in SUFFIXES:
-        raise DataError(f"{path}: files of this kind are not known; known are {', '.join(SUFFIXES)}, each also as .gz, .bz2, .xz")
+        raise DataError(
+            f"{path}: files of this kind are not known; known are {', '.join(SUFFIXES)}, each also as .gz, .bz2, .xz"
+        )
     seen = False
     try:
         for raw in _of_kind(path, kind, text_unit):
@@ -132,7 +134,9 @@ def _wrapped(path: Path, content: bytes) -> Iterator[Raw]:
     try:
         value = json.loads(content)
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg}, column {error.colno}; mend the file") from error
+        raise DataError(
+            f"{path}:{error.lineno}: not valid JSON: {error.msg}, column {error.colno}; mend the file"
+        ) from error
     lists = {name: item for name, item in value.items() if isinstance(item, list)}
     if len(lists) != 1:
         inside = f"{', '.join(list(value)[:8])}{' ...' if len(value) > 8 else ''}" if value else "nothing in it"
@@ -151,9 +155,16 @@ def _csv(path: Path, delimiter: str) -> Iterator[Raw]:
             _check_header(path, header, delimiter)
             for cells in reader:
                 if cells:
-                    yield reader.line_num, dict(zip(header, cells, strict=True)) if len(cells) == len(header) else (len(cells), len(header))
+                    yield (
+                        reader.line_num,
+                        dict(zip(header, cells, strict=True))
+                        if len(cells) == len(header)
+                        else (len(cells), len(header)),
+                    )
         except csv.Error as error:
-            raise DataError(f"{path}:{reader.line_num}: not valid CSV: {error}; quotes inside a cell are written twice") from error
+            raise DataError(
+                f"{path}:{reader.line_num}: not valid CSV: {error}; quotes inside a cell are written twice"
+            ) from error
 
 
 def _check_header(path: Path, header: list[str], delimiter: str) -> None:
@@ -161,7 +172,9 @@ def _check_header(path: Path, header: list[str], delimiter: str) -> None:
     if twice:
         raise DataError(f"{path}:1: the column {twice[0]!r} stands twice; give each column its own name")
     if len(header) == 1 and delimiter == "," and any(mark in header[0] for mark in ";\t|"):
-        raise DataError(f"{path}:1: one column named {header[0]!r}: the cells are not divided by commas; save the file with commas")
+        raise DataError(
+            f"{path}:1: one column named {header[0]!r}: the cells are not divided by commas; save the file with commas"
+        )
 
 
 def _text(path: Path, unit: str) -> Iterator[Raw]:

@@ -26,16 +26,22 @@ def cross_check(template: Template, renderer: Renderer) -> None:
     try:
         ours = renderer.spans_of(Conversation([dict(turn) for turn in TURNS]))
     except BadRow as error:
-        raise DataError(f"data.template: {error}; mend the template, or choose another with data.template=...") from error
+        raise DataError(
+            f"data.template: {error}; mend the template, or choose another with data.template=..."
+        ) from error
     if not MARK.search(template.source):
         return
     from transformers.utils.chat_template_utils import render_jinja_template
 
     special: Any = template.special
-    result: Any = render_jinja_template([TURNS], chat_template=template.source, return_assistant_tokens_mask=True, **special)
+    result: Any = render_jinja_template(
+        [TURNS], chat_template=template.source, return_assistant_tokens_mask=True, **special
+    )
     (text,), (marks,) = result
     theirs = [(start, end) for start, end in marks]
-    if len(ours) != len(theirs) or not all(_same(text, a, b, template.end_of_turn) for a, b in zip(ours, theirs, strict=True)):
+    if len(ours) != len(theirs) or not all(
+        _same(text, a, b, template.end_of_turn) for a, b in zip(ours, theirs, strict=True)
+    ):
         raise DataError(
             f"data.template: the template's generation marks hold {[text[a:b] for a, b in theirs]}, but answers and their ends are "
             f"{[text[a:b] for a, b in ours]}; mend the marks, or take them out"

@@ -50,7 +50,9 @@ class ArrayReader:
         if not opening:
             return
         if opening != "[":
-            raise DataError(f"{self.path}:{self.line}: starts with {self.buffer[:10]!r}, not with a JSON array or object; check the file")
+            raise DataError(
+                f"{self.path}:{self.line}: starts with {self.buffer[:10]!r}, not with a JSON array or object; check the file"
+            )
         self._take(1)
         number = 0
         if self._next() == "]":
@@ -61,7 +63,9 @@ class ArrayReader:
             mark = self._next()
             if mark not in (",", "]"):
                 what = repr(self.buffer[:10]) if mark else "the end of the file"
-                raise DataError(f"{self.path}:{self.line}: not valid JSON: a comma or ] must follow element {number}, not {what}")
+                raise DataError(
+                    f"{self.path}:{self.line}: not valid JSON: a comma or ] must follow element {number}, not {what}"
+                )
             self._take(1)
             if mark == "]":
                 break
@@ -85,7 +89,9 @@ class ArrayReader:
             except json.JSONDecodeError as error:
                 if not self._more(block):
                     at = self.line + self.buffer.count("\n", 0, error.pos)
-                    raise DataError(f"{self.path}:{at}: not valid JSON: {error.msg}, in element {number}; mend the file") from error
+                    raise DataError(
+                        f"{self.path}:{at}: not valid JSON: {error.msg}, in element {number}; mend the file"
+                    ) from error
             except ValueError as error:
                 raise DataError(f"{self.path}:{self.line}: element {number}: {error}; mend the file") from error
             else:

@@ -12,7 +12,7 @@ from finetune.data.pack import Packs
 from finetune.data.select import SPLITS, Selection
 from finetune.data.sources import Source
 from finetune.data.store import Store
-from finetune.data.work import CHOSEN
+from finetune.data.worker import CHOSEN
 
 FILE = "ledger.parquet"
 ROWS_AT_ONCE = 50_000
@@ -38,7 +38,9 @@ SCHEMA = pyarrow.schema(
 )  # fmt: skip
 
 
-def write(folder: Path, store: Store, selection: Selection, sources: list[Source], *, train: Packs, heldout: np.ndarray) -> None:
+def write(
+    folder: Path, store: Store, selection: Selection, sources: list[Source], *, train: Packs, heldout: np.ndarray
+) -> None:
     """Writes ``ledger.parquet``.
 
     Args:
@@ -80,7 +82,9 @@ def _columns(store: Store, selection: Selection, *, train: Packs, heldout: np.nd
 
 def _first_pieces(documents: np.ndarray) -> np.ndarray:
     """Whether each document is the first of its row."""
-    return np.concatenate([[True], documents["row"][1:] != documents["row"][:-1]]) if len(documents) else np.zeros(0, bool)
+    return (
+        np.concatenate([[True], documents["row"][1:] != documents["row"][:-1]]) if len(documents) else np.zeros(0, bool)
+    )
 
 
 def _table(store: Store, names: list[str], columns: dict[str, np.ndarray]) -> pyarrow.Table:
@@ -88,10 +92,14 @@ def _table(store: Store, names: list[str], columns: dict[str, np.ndarray]) -> py
     arrays: dict[str, Any] = {}
     for field in SCHEMA:
         if field.name == "detail":
-            arrays["detail"] = pyarrow.array([store.details.get(int(row), "") for row in columns["row"]], pyarrow.string())
+            arrays["detail"] = pyarrow.array(
+                [store.details.get(int(row), "") for row in columns["row"]], pyarrow.string()
+            )
         elif field.name in words:
             codes = pyarrow.array(columns[field.name].astype(np.int16))
-            arrays[field.name] = pyarrow.DictionaryArray.from_arrays(codes, pyarrow.array(words[field.name], pyarrow.string()))
+            arrays[field.name] = pyarrow.DictionaryArray.from_arrays(
+                codes, pyarrow.array(words[field.name], pyarrow.string())
+            )
         else:
             arrays[field.name] = pyarrow.array(columns[field.name]).cast(field.type)
     return pyarrow.table(list(arrays.values()), schema=SCHEMA)

@@ -11,7 +11,12 @@ SLACK = 1.05
 
 
 def fit(
-    encoded: Encoded, conversation: Conversation, *, max_tokens: int, policy: str, again: Callable[[Conversation], Encoded]
+    encoded: Encoded,
+    conversation: Conversation,
+    *,
+    max_tokens: int,
+    policy: str,
+    again: Callable[[Conversation], Encoded],
 ) -> tuple[list[Encoded], int]:
     """Applies a policy to a document that is too long.
 
@@ -57,7 +62,9 @@ def _windows(encoded: Encoded, max_tokens: int) -> list[Encoded]:
     return [piece for piece in pieces if piece.trained]
 
 
-def _shorter_prompt(encoded: Encoded, conversation: Conversation, *, max_tokens: int, again: Callable[[Conversation], Encoded]) -> Encoded:
+def _shorter_prompt(
+    encoded: Encoded, conversation: Conversation, *, max_tokens: int, again: Callable[[Conversation], Encoded]
+) -> Encoded:
     """Cuts the beginning of the longest user or tool message until the whole fits; the answer stays whole."""
     messages = [dict(message) for message in conversation.messages]
     for _ in range(TRIES):
@@ -76,7 +83,9 @@ def _shorter_prompt(encoded: Encoded, conversation: Conversation, *, max_tokens:
     raise BadRow("longer than max_tokens even without its prompt", f"{len(encoded.ids)} tokens")
 
 
-def _exchanges(conversation: Conversation, *, max_tokens: int, again: Callable[[Conversation], Encoded]) -> list[Encoded]:
+def _exchanges(
+    conversation: Conversation, *, max_tokens: int, again: Callable[[Conversation], Encoded]
+) -> list[Encoded]:
     """A long conversation as several shorter ones, cut before user turns; the system message is kept in each."""
     system = [message for message in conversation.messages if message["role"] == "system"]
     marks = conversation.train or [None] * len(conversation.messages)
@@ -88,7 +97,11 @@ def _exchanges(conversation: Conversation, *, max_tokens: int, again: Callable[[
 
     def encode(part: list[tuple[Message, bool | None]]) -> Encoded:
         turns = [message for message, _ in part]
-        return again(Conversation([*system, *turns], train=marks[: len(system)] + [mark for _, mark in part], tools=conversation.tools))
+        return again(
+            Conversation(
+                [*system, *turns], train=marks[: len(system)] + [mark for _, mark in part], tools=conversation.tools
+            )
+        )
 
     pieces: list[Encoded] = []
     gathered: list[tuple[Message, bool | None]] = []

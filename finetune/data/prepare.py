@@ -22,9 +22,9 @@ def prepare(config: DataConfig, *, folder: Path, tokenizer: Any, seed: int) -> P
     Raises:
         DataError: Something the user can mend, with its place.
     """
-    from finetune.data import line
+    from finetune.data import pipeline
 
-    return line.run(config, folder=folder, tokenizer=tokenizer, seed=seed)
+    return pipeline.run(config, folder=folder, tokenizer=tokenizer, seed=seed)
 
 
 def explain(folder: Path, where: str, tokenizer: Any) -> None:

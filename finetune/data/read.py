@@ -12,13 +12,13 @@ from itertools import islice
 
 from tqdm import tqdm
 
-from finetune.console import say
+from finetune.console import log
 from finetune.data.config import DataConfig
 from finetune.data.files import Raw
 from finetune.data.formats import COLUMNS, detect, unread
 from finetune.data.sources import Source
 from finetune.data.store import Store
-from finetune.data.work import Job, Processed, Worker, as_object
+from finetune.data.worker import Job, Processed, Worker, as_object
 from finetune.errors import DataError
 
 BATCH_ROWS = 500
@@ -49,8 +49,12 @@ def formats_of(sources: list[Source]) -> dict[int, tuple[str, dict[str, str]]]:
             said.setdefault(f"format {source.format}, as asked{_left(rows, *chosen[number])}", []).append(source.name)
             continue
         if not rows:
-            raise DataError(f"{source.name}: none of its first rows is an object, so its format cannot be seen; check the file")
-        mapped = [{**row, **{ours: row[actual] for ours, actual in source.columns.items() if actual in row}} for row in rows]
+            raise DataError(
+                f"{source.name}: none of its first rows is an object, so its format cannot be seen; check the file"
+            )
+        mapped = [
+            {**row, **{ours: row[actual] for ours, actual in source.columns.items() if actual in row}} for row in rows
+        ]
         try:
             name, columns = detect(mapped)
         except DataError as error:
@@ -58,11 +62,11 @@ def formats_of(sources: list[Source]) -> dict[int, tuple[str, dict[str, str]]]:
         columns = {**columns, **source.columns}
         chosen[number] = (name, columns)
         mapping = f" ({', '.join(f'{actual} -> {ours}' for ours, actual in columns.items())})" if columns else ""
-        said.setdefault(f"format {name}{mapping}, because the first rows have its columns{_left(rows, name, columns)}", []).append(
-            source.name
-        )
+        said.setdefault(
+            f"format {name}{mapping}, because the first rows have its columns{_left(rows, name, columns)}", []
+        ).append(source.name)
     for sentence, names in said.items():
-        say("data", f"{', '.join(names[:4])}{' ...' if len(names) > 4 else ''}: {sentence}")
+        log("data", f"{', '.join(names[:4])}{' ...' if len(names) > 4 else ''}: {sentence}")
     return chosen
 
 
@@ -72,13 +76,21 @@ def _left(rows: list[dict], name: str, columns: dict[str, str]) -> str:
 
 
 def _check_columns(source: Source, rows: list[dict]) -> None:
-    known = {name for names in COLUMNS.values() for name in names} if source.format == "auto" else set(COLUMNS[source.format])
+    known = (
+        {name for names in COLUMNS.values() for name in names}
+        if source.format == "auto"
+        else set(COLUMNS[source.format])
+    )
     known.add("tests")
     for ours, actual in source.columns.items():
         if ours not in known:
-            raise DataError(f"data.columns.{ours}: the format {source.format} has no such column; it has {', '.join(sorted(known))}")
+            raise DataError(
+                f"data.columns.{ours}: the format {source.format} has no such column; it has {', '.join(sorted(known))}"
+            )
         if rows and not any(actual in row for row in rows):
-            raise DataError(f"data.columns.{ours}: no column {actual!r} in {source.name}; it has {', '.join(map(str, rows[0]))}")
+            raise DataError(
+                f"data.columns.{ours}: no column {actual!r} in {source.name}; it has {', '.join(map(str, rows[0]))}"
+            )
 
 
 def run(config: DataConfig, sources: list[Source], job: Job, store: Store) -> None:
@@ -94,7 +106,9 @@ def run(config: DataConfig, sources: list[Source], job: Job, store: Store) -> No
             bar.update(len(done.rows))
 
 
-def _chain(first: list[tuple[int, list[Raw]]], rest: Iterator[tuple[int, list[Raw]]]) -> Iterator[tuple[int, list[Raw]]]:
+def _chain(
+    first: list[tuple[int, list[Raw]]], rest: Iterator[tuple[int, list[Raw]]]
+) -> Iterator[tuple[int, list[Raw]]]:
     yield from first
     first.clear()
     yield from rest

@@ -120,11 +120,14 @@ class _Turns:
     def _check_tools(self, text: str) -> None:
         """A name that also stands in the prose proves nothing, so the text must differ from the one without tools or calls."""
         if self.tools and (
-            not all(tool["function"]["name"] in text for tool in self.tools) or self.template.render(self.messages, tools=None) == text
+            not all(tool["function"]["name"] in text for tool in self.tools)
+            or self.template.render(self.messages, tools=None) == text
         ):
             raise BadRow("the chat template does not write the tools", "use data.tools=text or another template")
         if any(message.get("tool_calls") for message in self.messages):
-            bare = [{name: value for name, value in message.items() if name != "tool_calls"} for message in self.messages]
+            bare = [
+                {name: value for name, value in message.items() if name != "tool_calls"} for message in self.messages
+            ]
             if self.template.render(bare, tools=self.tools) == text:
                 raise BadRow("the chat template does not write tool calls", "use data.tools=text or another template")
 
@@ -165,7 +168,9 @@ class _Turns:
     def _after(self, text: str, before: str) -> int:
         """Where two renderings part, moved out of the control token that it may lie in."""
         shared = _shared(before, text)
-        inside = (match.start() for match in self.template.control.finditer(text) if match.start() < shared < match.end())
+        inside = (
+            match.start() for match in self.template.control.finditer(text) if match.start() < shared < match.end()
+        )
         return next(inside, shared)
 
     def _find(self, text: str, turn: int) -> int:

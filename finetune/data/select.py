@@ -47,7 +47,9 @@ def select(config: DataConfig, sources: list[Source], store: Store, *, seed: int
     _refuse_bad(config, sources, store)
     heldout_source = np.array([source.heldout for source in sources])[rows["source"]]
     if config.objective == "supervised":
-        rows["reason"][(rows["reason"] == 0) & (rows["desirable"] == 0)] = _reason_if(store, (rows["desirable"] == 0).any(), UNDESIRABLE)
+        rows["reason"][(rows["reason"] == 0) & (rows["desirable"] == 0)] = _reason_if(
+            store, (rows["desirable"] == 0).any(), UNDESIRABLE
+        )
     ok = rows["reason"] == 0
     duplicate_of = np.full(len(rows), -1, dtype=np.int64)
     for side in (heldout_source, ~heldout_source):
@@ -83,9 +85,13 @@ def _refuse_bad(config: DataConfig, sources: list[Source], store: Store) -> None
     for number in numbers[:SHOWN_BAD_ROWS]:
         detail = store.details.get(int(number), "")
         row = rows[number]
-        lines.append(f"  {sources[row['source']].name}:{row['line']}: {names[row['reason']]}{f' ({detail})' if detail else ''}")
+        lines.append(
+            f"  {sources[row['source']].name}:{row['line']}: {names[row['reason']]}{f' ({detail})' if detail else ''}"
+        )
     counts = np.bincount(rows["reason"][numbers], minlength=len(names))
-    more = "; ".join(f"{names[number]}: {counts[number]:,}" for number in np.argsort(-counts, kind="stable") if counts[number])
+    more = "; ".join(
+        f"{names[number]}: {counts[number]:,}" for number in np.argsort(-counts, kind="stable") if counts[number]
+    )
     total = f"\n  ... {len(numbers):,} in all: {more}" if len(numbers) > SHOWN_BAD_ROWS else ""
     only_long = by_length[rows["reason"][numbers]].all()
     remedy = (
@@ -117,7 +123,7 @@ def mixed(values: np.ndarray, *, seed: int) -> np.ndarray:
         return x ^ (x >> np.uint64(31))
 
 
-def fair_order(store: Store, documents: np.ndarray) -> np.ndarray:
+def hash_order(store: Store, documents: np.ndarray) -> np.ndarray:
     """Held-out documents ordered by their content: whoever takes the first few gets a fair sample, the same one for each seed.
 
     Files are often sorted, by label say.
@@ -141,7 +147,9 @@ def _mix(config: DataConfig, sources: list[Source], store: Store, split: np.ndar
     for name, entry in config.sources.items():
         if entry.rows is not None:
             if entry.rows > have[name]:
-                raise DataError(f"data.sources.{name}.rows={entry.rows:,} but only {have[name]:,} usable rows are there; ask for fewer")
+                raise DataError(
+                    f"data.sources.{name}.rows={entry.rows:,} but only {have[name]:,} usable rows are there; ask for fewer"
+                )
             want[name] = entry.rows
     for number, name in enumerate(names):
         mine = np.flatnonzero(group == number)
@@ -159,7 +167,9 @@ def _split_off(config: DataConfig, rows: np.ndarray, split: np.ndarray, *, seed:
     if not count:
         return
     if count >= len(numbers):
-        raise DataError(f"data.heldout_rows={count:,} would leave nothing to train on: {len(numbers):,} rows are usable; ask for fewer")
+        raise DataError(
+            f"data.heldout_rows={count:,} would leave nothing to train on: {len(numbers):,} rows are usable; ask for fewer"
+        )
     order = np.lexsort((mixed(rows["content"][numbers], seed=seed), mixed(rows["prompt"][numbers], seed=seed)))
     split[numbers[order[:count]]] = HELDOUT
 

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from finetune.console import say
+from finetune.console import log
 from finetune.data import files
 from finetune.data.config import DataConfig, SourceConfig
 from finetune.errors import DataError
@@ -73,7 +73,9 @@ def resolve(config: DataConfig) -> list[Source]:
     Raises:
         DataError: A path matches nothing.
     """
-    entries = config.sources or {"": SourceConfig(path=config.path, hub=config.hub, revision=config.revision, split=config.split)}
+    entries = config.sources or {
+        "": SourceConfig(path=config.path, hub=config.hub, revision=config.revision, split=config.split)
+    }
     found: list[Source] = []
     for mix, entry in entries.items():
         where = f"data.sources.{mix}.path" if mix else "data.path"
@@ -93,7 +95,9 @@ def _resolve_one(config: DataConfig, entry: SourceConfig, *, mix: str, where: st
     )  # fmt: skip
     if entry.path is None:
         return [replace(base, name=str(entry.hub))]
-    paths = [path for part in entry.path.split(",") if part.strip() for path in _expand(part.strip(), where, base.split)]
+    paths = [
+        path for part in entry.path.split(",") if part.strip() for path in _expand(part.strip(), where, base.split)
+    ]
     return [replace(base, path=path, name=path.name) for path in dict.fromkeys(paths)]
 
 
@@ -107,7 +111,9 @@ def _expand(part: str, where: str, split: str) -> list[Path]:
     usable = [match for match in matches if match.is_file()]
     if not usable:
         near = _near(path)
-        raise DataError(f"{where}: {part} does not exist{near}; give a file, a folder or a glob, relative to {Path.cwd()}")
+        raise DataError(
+            f"{where}: {part} does not exist{near}; give a file, a folder or a glob, relative to {Path.cwd()}"
+        )
     return usable
 
 
@@ -120,7 +126,7 @@ def _folder(path: Path, where: str, split: str) -> list[Path]:
     mine = [file for file in data if _split_of(file.relative_to(path)) == split]
     if mine and len(mine) < len(data):
         left = [file for file in data if file not in mine]
-        say("data", f"{path}: read {_listed(mine, path)} because data.split={split}; left out {_listed(left, path)}")
+        log("data", f"{path}: read {_listed(mine, path)} because data.split={split}; left out {_listed(left, path)}")
         return mine
     kinds = {files.kind_of(file) for file in data}
     if ".txt" in kinds and len(kinds) > 1:
@@ -169,7 +175,9 @@ def _refuse_shared(sources: list[Source]) -> None:
     training = {source.path.resolve() for source in sources if source.path and not source.heldout}
     for source in sources:
         if source.heldout and source.path and source.path.resolve() in training:
-            raise DataError(f"data.heldout_path: {source.path} is among the training files too; held-out rows must be others")
+            raise DataError(
+                f"data.heldout_path: {source.path} is among the training files too; held-out rows must be others"
+            )
 
 
 def _named(sources: list[Source]) -> list[Source]:
@@ -190,7 +198,9 @@ def hub_rows(source: Source) -> Iterator[files.Raw]:
     Raises:
         DataError: The hub, the name, the revision or the split cannot be had.
     """
-    return enumerate(hub_dataset(str(source.hub), revision=source.revision, split=source.split, streaming=source.streaming), 1)
+    return enumerate(
+        hub_dataset(str(source.hub), revision=source.revision, split=source.split, streaming=source.streaming), 1
+    )
 
 
 @lru_cache(maxsize=16)

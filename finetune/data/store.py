@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from finetune.data.checks.shingles import SIGNATURE
-from finetune.data.work import DOCUMENT, ROW, Processed
+from finetune.data.worker import DOCUMENT, ROW, Processed
 
 IDS, LEARNT = np.dtype(np.int32), np.dtype(np.uint8)
 

@@ -6,7 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from finetune.console import say
+from finetune.console import log
 from finetune.data.conversation import BadRow, Message
 from finetune.errors import DataError
 from finetune.paths import CONF
@@ -54,15 +54,19 @@ def choose(name: str | None, tokenizer: Any) -> None:
     if name is None:
         if not getattr(tokenizer, "chat_template", None):
             names = ", ".join(sorted(file.stem for file in shipped("x").parent.glob("*.jinja")))
-            raise DataError(f"data.template: the tokenizer brings no chat template and none is assumed; choose one of {names}, or a file")
+            raise DataError(
+                f"data.template: the tokenizer brings no chat template and none is assumed; choose one of {names}, or a file"
+            )
         return
     file = Path(name) if name.endswith((".jinja", ".j2")) else shipped(name)
     if not file.is_file():
         names = ", ".join(sorted(other.stem for other in shipped("x").parent.glob("*.jinja")))
-        raise DataError(f"data.template: there is no template {name!r} ({file} is no file); choose one of {names}, or a .jinja file")
+        raise DataError(
+            f"data.template: there is no template {name!r} ({file} is no file); choose one of {names}, or a .jinja file"
+        )
     text = file.read_text(encoding="utf-8").rstrip("\n")
     if getattr(tokenizer, "chat_template", None) not in (None, text):
-        say("data", f"the tokenizer's own chat template is replaced because data.template={name} was asked for")
+        log("data", f"the tokenizer's own chat template is replaced because data.template={name} was asked for")
     tokenizer.chat_template = text
 
 
@@ -76,15 +80,21 @@ def probe(tokenizer: Any) -> Template:
     if isinstance(source, dict):
         source = source["default"] if "default" in source else next(iter(source.values()))
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-    controls = sorted({str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}, key=len, reverse=True)
+    controls = sorted(
+        {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}, key=len, reverse=True
+    )
     if not controls:
-        raise DataError("data.template: the tokenizer has no control tokens, so nothing could end a turn; choose another tokenizer")
+        raise DataError(
+            "data.template: the tokenizer has no control tokens, so nothing could end a turn; choose another tokenizer"
+        )
     control = re.compile("|".join(map(re.escape, controls)))
     question, answer = {"role": "user", "content": PROBE_QUESTION}, {"role": "assistant", "content": PROBE_ANSWER}
     try:
         text = _render(source, special, [question, answer])
     except BadRow as error:
-        raise DataError(f"data.template: the chat template cannot render a question and its answer: {error}; choose another") from error
+        raise DataError(
+            f"data.template: the chat template cannot render a question and its answer: {error}; choose another"
+        ) from error
     bos = special.get("bos_token")
     if bos and text.startswith(bos + bos):
         raise DataError(
@@ -96,7 +106,9 @@ def probe(tokenizer: Any) -> Template:
 def _end_of_turn(text: str, control: re.Pattern[str]) -> str:
     at = text.find(PROBE_ANSWER)
     if at < 0:
-        raise DataError("data.template: the chat template does not write the assistant's words; choose another with data.template=...")
+        raise DataError(
+            "data.template: the chat template does not write the assistant's words; choose another with data.template=..."
+        )
     tail = text[at + len(PROBE_ANSWER) :]
     match = control.match(tail.lstrip())
     if not match:
@@ -107,11 +119,15 @@ def _end_of_turn(text: str, control: re.Pattern[str]) -> str:
     return match.group()
 
 
-def _render(source: str, special: Any, messages: list[Message], *, tools: list[Any] | None = None, prompt: bool = False) -> str:
+def _render(
+    source: str, special: Any, messages: list[Message], *, tools: list[Any] | None = None, prompt: bool = False
+) -> str:
     from jinja2 import TemplateError
 
     try:
-        return _compiled(source).render(messages=messages, tools=tools, documents=None, add_generation_prompt=prompt, **special)
+        return _compiled(source).render(
+            messages=messages, tools=tools, documents=None, add_generation_prompt=prompt, **special
+        )
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise BadRow("the chat template refuses the turns", str(error)) from error
 

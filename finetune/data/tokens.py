@@ -56,7 +56,11 @@ class Encoder:
         if rendered.literals:
             return self._in_pieces(rendered, [*borders, rendered.answer])
         found = [_token_at(encoding, position, len(rendered.text)) for position in borders]
-        answer = found[-2] if rendered.answer == rendered.spans[-1][0] else _token_at(encoding, rendered.answer, len(rendered.text))
+        answer = (
+            found[-2]
+            if rendered.answer == rendered.spans[-1][0]
+            else _token_at(encoding, rendered.answer, len(rendered.text))
+        )
         if any(position is None for position in [*found, answer]):
             return self._in_pieces(rendered, [*borders, rendered.answer])
         return Encoded(encoding.ids, list(zip(found[::2], found[1::2], strict=True)), answer)  # type: ignore[arg-type]
@@ -74,10 +78,17 @@ class Encoder:
             ids += self._piece(rendered.text[start:end], rendered.literals)
             at[end] = len(ids)
         spans = [(at[start], at[end]) for start, end in rendered.spans]
-        spelt = "".join(rendered.literals.get(character, character) for character in rendered.text) if rendered.literals else rendered.text
+        spelt = (
+            "".join(rendered.literals.get(character, character) for character in rendered.text)
+            if rendered.literals
+            else rendered.text
+        )
         if self.core.decode(ids, skip_special_tokens=False) != spelt:
             if rendered.literals:
-                raise BadRow("the tokenizer cannot spell out the control tokens in the text", ", ".join(rendered.literals.values()))
+                raise BadRow(
+                    "the tokenizer cannot spell out the control tokens in the text",
+                    ", ".join(rendered.literals.values()),
+                )
             raise BadRow("a token lies across the border between prompt and answer")
         return Encoded(ids, spans, at[rendered.answer], in_pieces=True)
 

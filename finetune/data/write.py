@@ -10,7 +10,7 @@ import pyarrow
 
 from finetune.data.pack import Packs
 from finetune.data.store import Store
-from finetune.data.work import REJECTED
+from finetune.data.worker import REJECTED
 
 ROWS_AT_ONCE = 256
 LIST = "list"
@@ -55,7 +55,11 @@ def _others(store: Store, rejected: dict[int, int], rows: np.ndarray) -> dict[st
     ids, labels = store.gather(others)
     borders = np.concatenate([[0], np.cumsum(lengths)])
     desirable = pyarrow.array(store.rows["desirable"][rows].astype(np.int32))
-    return {"rejected_input_ids": _lists(ids, borders), "rejected_labels": _lists(labels, borders), "desirable": desirable}
+    return {
+        "rejected_input_ids": _lists(ids, borders),
+        "rejected_labels": _lists(labels, borders),
+        "desirable": desirable,
+    }
 
 
 def _rejected(store: Store) -> dict[int, int]:
@@ -78,7 +82,9 @@ def heldout(folder: Path, store: Store, documents: np.ndarray, *, preference: bo
         fields["tests"] = "string"
     if preference:
         fields |= OTHER_FIELDS
-    _write(folder, fields, _heldout_batches(store, documents, preference=preference), fingerprint=f"{fingerprint}-heldout")
+    _write(
+        folder, fields, _heldout_batches(store, documents, preference=preference), fingerprint=f"{fingerprint}-heldout"
+    )
 
 
 def _heldout_batches(store: Store, documents: np.ndarray, *, preference: bool) -> Iterator[dict[str, Any]]:

@@ -13,8 +13,8 @@ import numpy as np
 from numpy import ndarray
 
 from finetune.errors import ConfigError, EvalError
-from finetune.measure.bootstrap import Bootstrap, Ratio, mean_of, perplexity
-from finetune.measure.rows import open_rows
+from finetune.inference.bootstrap import Bootstrap, Ratio, mean_of, perplexity
+from finetune.inference.rows import open_dataset
 from finetune.run import write_json
 
 Key = tuple[str, int]
@@ -84,7 +84,9 @@ def compare(run: Path, other: Path, *, seed: int) -> dict[str, Any]:
         "seed": seed,
         "samples": one.config["bootstrap_samples"],
         "rows": rows,
-        "artifacts": {name: _artifact(name, one, two, samples=one.config["bootstrap_samples"], seed=seed) for name in artifacts},
+        "artifacts": {
+            name: _artifact(name, one, two, samples=one.config["bootstrap_samples"], seed=seed) for name in artifacts
+        },
         "remarks": list(_remarks(one, two, rows)),
     }
     write_json(run / "eval" / f"compare-{two.name}.json", content)
@@ -99,17 +101,24 @@ def read(run: Path) -> Measured:
     """
     manifest = run / "eval" / "manifest.json"
     if not manifest.is_file():
-        raise EvalError(f"{run} holds no finished evaluation; run `finetune eval run.name={run.name}` first, or name another run")
+        raise EvalError(
+            f"{run} holds no finished evaluation; run `finetune eval run.name={run.name}` first, or name another run"
+        )
     made = json.loads(manifest.read_text(encoding="utf-8"))
     lines = (run / "eval" / "samples.jsonl").read_text(encoding="utf-8").splitlines()
     samples = [json.loads(line) for line in lines]
-    heldout = open_rows(run / "data" / "heldout").select(range(made["product"]["loss_rows"]))
+    heldout = open_dataset(run / "data" / "heldout").select(range(made["product"]["loss_rows"]))
     keys = _numbered(json.dumps([row["input_ids"], row["labels"]]) for row in heldout)
     return Measured(
         name=run.name,
         config=made["config"],
-        samples=dict(zip(_numbered(json.dumps([row["prompt"], row["reference"]]) for row in samples), samples, strict=True)),
-        losses={name: dict(zip(keys, _losses(run / "eval", name, "losses"), strict=True)) for name in made["product"]["artifacts"]},
+        samples=dict(
+            zip(_numbered(json.dumps([row["prompt"], row["reference"]]) for row in samples), samples, strict=True)
+        ),
+        losses={
+            name: dict(zip(keys, _losses(run / "eval", name, "losses"), strict=True))
+            for name in made["product"]["artifacts"]
+        },
         general={name: _losses(run / "eval", name, "general") for name in made["product"]["artifacts"]},
         references=dict(zip(keys, heldout["reference"], strict=True)),
     )
@@ -144,7 +153,9 @@ def _check_settings(one: Measured, two: Measured) -> None:
     settings = {key: [sorted(value) if isinstance(value := run.config[key], list) else value for run in (one, two)]
                 for key in ("metrics", "max_new_tokens")}  # fmt: skip
     different = [
-        f"eval.{key} is {ours} in {one.name} and {theirs} in {two.name}" for key, (ours, theirs) in settings.items() if ours != theirs
+        f"eval.{key} is {ours} in {one.name} and {theirs} in {two.name}"
+        for key, (ours, theirs) in settings.items()
+        if ours != theirs
     ]
     if different:
         raise EvalError(
@@ -183,7 +194,9 @@ def _artifact(name: str, one: Measured, two: Measured, *, samples: int, seed: in
 def _same_general(one: Measured, two: Measured) -> bool:
     """Whether both were measured on the same general text: the same file, giving pieces of the same lengths."""
     lengths = [[tokens for _, tokens in next(iter(run.general.values()), [])] for run in (one, two)]
-    return bool(lengths[0]) and lengths[0] == lengths[1] and one.config.get("forgetting") == two.config.get("forgetting")
+    return (
+        bool(lengths[0]) and lengths[0] == lengths[1] and one.config.get("forgetting") == two.config.get("forgetting")
+    )
 
 
 def _ratio(losses: list[Loss]) -> Ratio:
@@ -191,7 +204,9 @@ def _ratio(losses: list[Loss]) -> Ratio:
     return Ratio(totals=totals, weights=weights)
 
 
-def _figure(draw: Bootstrap, before: Ratio, after: Ratio, *, shape: Callable[[ndarray], ndarray] = np.asarray) -> dict[str, Any]:
+def _figure(
+    draw: Bootstrap, before: Ratio, after: Ratio, *, shape: Callable[[ndarray], ndarray] = np.asarray
+) -> dict[str, Any]:
     found = draw.difference(before, after, shape=shape)
     levels = [float(shape(np.array([level.value]))[0]) for level in (before, after)]
     return {"levels": levels, "difference": found.value, "low": found.low, "high": found.high}
@@ -205,7 +220,12 @@ def _changed_answers(name: str, one: Measured, two: Measured, rows: list[Key]) -
         scores = [ours["scores"][name], theirs["scores"][name]]
         size = float(np.mean([abs(scores[1][metric] - scores[0][metric]) for metric in one.config["metrics"]]))
         if size:
-            row = {"prompt": ours["prompt"], "reference": ours["reference"], "answers": [ours[name], theirs[name]], "scores": scores}
+            row = {
+                "prompt": ours["prompt"],
+                "reference": ours["reference"],
+                "answers": [ours[name], theirs[name]],
+                "scores": scores,
+            }
             found.append((size, row))
     return _largest(found)
 
@@ -217,7 +237,12 @@ def _changed_losses(name: str, one: Measured, two: Measured, rows: list[Key]) ->
         totals = [run.losses[name][key] for run in (one, two)]
         ours, theirs = (loss / tokens if tokens else 0.0 for loss, tokens in totals)
         if ours != theirs:
-            row = {"prompt": None, "reference": one.references[key], "answers": [None, None], "scores": [{"loss": ours}, {"loss": theirs}]}
+            row = {
+                "prompt": None,
+                "reference": one.references[key],
+                "answers": [None, None],
+                "scores": [{"loss": ours}, {"loss": theirs}],
+            }
             found.append((abs(theirs - ours), row))
     return _largest(found)
 
@@ -237,7 +262,9 @@ def _remarks(one: Measured, two: Measured, rows: dict[str, dict[str, Any]]) -> I
             yield f"{what}: not compared, since no row is in both ({why}): {ours} only in {one.name}, {theirs} only in {two.name}"
     if any(any(run.general.values()) for run in (one, two)) and not _same_general(one, two):
         yield "general_loss: not compared, since eval.forgetting is not the same text in both"
-    alone = {run.name: [name for name in run.losses if name not in other.losses] for run, other in ((one, two), (two, one))}
+    alone = {
+        run.name: [name for name in run.losses if name not in other.losses] for run, other in ((one, two), (two, one))
+    }
     for name, artifacts in alone.items():
         if artifacts:
             yield f"{', '.join(artifacts)}: measured only in {name}"

@@ -70,7 +70,11 @@ class EvalConfig:
         if self.rows and not self.metrics:
             yield f"eval.metrics is empty, so the answers of eval.rows={self.rows} would not be judged; name one, or set eval.rows=0"
         numbers = {"loss_rows": self.loss_rows, "max_new_tokens": self.max_new_tokens, "batch_rows": self.batch_rows}
-        for key, value in {**numbers, "batch_tokens": self.batch_tokens, "bootstrap_samples": self.bootstrap_samples}.items():
+        for key, value in {
+            **numbers,
+            "batch_tokens": self.batch_tokens,
+            "bootstrap_samples": self.bootstrap_samples,
+        }.items():
             if value < 1:
                 yield f"eval.{key} must be at least 1; got {value}"
         if self.forgetting is not None and not Path(self.forgetting).is_file():

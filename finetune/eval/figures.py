@@ -7,8 +7,8 @@ from typing import Any
 from finetune.eval.config import ARTIFACTS, CHANGES, LOWER_IS_BETTER, EvalConfig
 from finetune.eval.metrics import METRICS, repetition
 from finetune.eval.records import Record
-from finetune.measure.bootstrap import Bootstrap, Ratio, mean_of, perplexity, token_loss
-from finetune.measure.rows import Row
+from finetune.inference.bootstrap import Bootstrap, Ratio, mean_of, perplexity, token_loss
+from finetune.inference.rows import Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,9 @@ class Table:
     texts: dict[str, list[str]]
 
 
-def tabulate(records: dict[str, Record], *, rows: Sequence[Row], metrics: list[str], decode: Callable[[list[int]], str]) -> Table:
+def tabulate(
+    records: dict[str, Record], *, rows: Sequence[Row], metrics: list[str], decode: Callable[[list[int]], str]
+) -> Table:
     """Scores every answer.
 
     Args:
@@ -39,11 +41,16 @@ def tabulate(records: dict[str, Record], *, rows: Sequence[Row], metrics: list[s
     """
     losses = {name: token_loss(record.losses) for name, record in records.items()}
     general = {name: token_loss(record.general) for name, record in records.items() if record.general}
-    texts = {name: [decode(record.answers[number].tokens) for number in range(len(rows))] for name, record in records.items()}
+    texts = {
+        name: [decode(record.answers[number].tokens) for number in range(len(rows))] for name, record in records.items()
+    }
     answers = {}
     for name, record in records.items():
         written = [record.answers[number] for number in range(len(rows))]
-        scored = {metric: [METRICS[metric](text, row) for text, row in zip(texts[name], rows, strict=True)] for metric in metrics}
+        scored = {
+            metric: [METRICS[metric](text, row) for text, row in zip(texts[name], rows, strict=True)]
+            for metric in metrics
+        }
         scored["stop_rate"] = [float(answer.stopped) for answer in written]
         scored["mean_tokens"] = [float(len(answer.tokens)) for answer in written]
         scored["repetition"] = [repetition(answer.tokens) for answer in written]
@@ -58,7 +65,11 @@ def levels(table: Table, records: dict[str, Record], *, config: EvalConfig, seed
         losses = records[name].losses
         told = _draw(table.losses[name], config, seed).loss(table.losses[name])
         right = sum(row.correct for row in losses) / max(told["tokens"], 1)
-        entry: dict[str, Any] = {**told, "token_accuracy": right, **answer_levels(table.answers[name], config=config, seed=seed)}
+        entry: dict[str, Any] = {
+            **told,
+            "token_accuracy": right,
+            **answer_levels(table.answers[name], config=config, seed=seed),
+        }
         if table.general:
             entry["general_loss"] = _draw(table.general[name], config, seed).level(table.general[name]).level
         found[name] = entry
@@ -67,13 +78,24 @@ def levels(table: Table, records: dict[str, Record], *, config: EvalConfig, seed
 
 def answer_levels(answers: dict[str, Ratio], *, config: EvalConfig, seed: int) -> dict[str, Any]:
     """``metrics`` with intervals, and how the answers ended."""
-    metrics = {figure: _draw(ratio, config, seed).level(ratio).level for figure, ratio in answers.items() if figure in config.metrics}
-    return {"metrics": metrics, **{figure: ratio.value for figure, ratio in answers.items() if figure not in config.metrics}}
+    metrics = {
+        figure: _draw(ratio, config, seed).level(ratio).level
+        for figure, ratio in answers.items()
+        if figure in config.metrics
+    }
+    return {
+        "metrics": metrics,
+        **{figure: ratio.value for figure, ratio in answers.items() if figure not in config.metrics},
+    }
 
 
-def answer_changes(before: dict[str, Ratio], after: dict[str, Ratio], *, config: EvalConfig, seed: int) -> dict[str, dict[str, float]]:
+def answer_changes(
+    before: dict[str, Ratio], after: dict[str, Ratio], *, config: EvalConfig, seed: int
+) -> dict[str, dict[str, float]]:
     """Each figure of the answers, after minus before, paired by row."""
-    return {figure: _draw(ratio, config, seed).difference(ratio, after[figure]).change for figure, ratio in before.items()}
+    return {
+        figure: _draw(ratio, config, seed).difference(ratio, after[figure]).change for figure, ratio in before.items()
+    }
 
 
 def changes(table: Table, *, config: EvalConfig, seed: int) -> dict[str, dict[str, dict[str, float]]]:

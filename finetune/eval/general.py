@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import EvalError
-from finetune.measure.rows import Row
+from finetune.inference.rows import Row
 
 
 def general_rows(file: Path, tokenizer: Any, *, longest: int) -> list[Row]:
@@ -24,7 +24,8 @@ def general_rows(file: Path, tokenizer: Any, *, longest: int) -> list[Row]:
     for text in _rendered(file, tokenizer) if file.suffix == ".jsonl" else _paragraphs(file):
         ids = text if isinstance(text, list) else tokenizer(text)["input_ids"]
         rows += [
-            {"input_ids": ids[start : start + longest], "labels": ids[start : start + longest]} for start in range(0, len(ids), longest)
+            {"input_ids": ids[start : start + longest], "labels": ids[start : start + longest]}
+            for start in range(0, len(ids), longest)
         ]
     if not any(len(row["input_ids"]) > 1 for row in rows):
         raise EvalError(f"eval.forgetting: {file} holds no text; give a file of general text, or null")
@@ -49,4 +50,6 @@ def _rendered(file: Path, tokenizer: Any) -> Iterator[str | list[int]]:
             elif isinstance(row, dict) and isinstance(row.get("messages"), list):
                 yield tokenizer.apply_chat_template(row["messages"], return_dict=False)
             else:
-                raise EvalError(f"eval.forgetting: {file}, line {number} has neither text nor messages; give one of them in each row")
+                raise EvalError(
+                    f"eval.forgetting: {file}, line {number} has neither text nor messages; give one of them in each row"
+                )

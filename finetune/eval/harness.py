@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.console import table
 from finetune.errors import EvalError
-from finetune.run import plain
+from finetune.run import to_jsonable
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -48,7 +48,11 @@ class HarnessConfig:
             yield f"eval.harness.tasks={self.tasks} needs a package that is not installed; run: pip install {PACKAGE}"
         if self.include_path is not None and not Path(self.include_path).is_dir():
             yield f"eval.harness.include_path must be a folder of task files; got {self.include_path}, which is none"
-        for key, value, least in (("limit", self.limit, 1), ("shots", self.shots, 0), ("batch_rows", self.batch_rows, 1)):
+        for key, value, least in (
+            ("limit", self.limit, 1),
+            ("shots", self.shots, 0),
+            ("batch_rows", self.batch_rows, 1),
+        ):
             if value is not None and value < least:
                 yield f"eval.harness.{key} must be at least {least}; got {value}"
 
@@ -80,7 +84,7 @@ class Harness:
     @property
     def key(self) -> list[Any]:
         """Names what is measured: while it stays the same, an earlier measurement of the same model holds."""
-        return [plain(self.config), importlib.metadata.version("lm-eval"), self.samples, self.seed]
+        return [to_jsonable(self.config), importlib.metadata.version("lm-eval"), self.samples, self.seed]
 
     def measure(self, model: Any, tokenizer: Any) -> dict[str, Any]:
         """Puts the tasks to one model.
@@ -96,7 +100,7 @@ class Harness:
         from lm_eval.evaluator import evaluate
         from transformers import set_seed
 
-        from finetune.measure import evaluating
+        from finetune.inference.logits import evaluating
 
         set_seed(self.seed)
         for task in self.loaded["tasks"].values():
@@ -108,7 +112,10 @@ class Harness:
                 fewshot_as_multiturn=self.config.chat,
             )  # fmt: skip
         tasks = {name: _task(name, figures, found) for name, figures in found["results"].items()}
-        return {"lm_eval": importlib.metadata.version("lm-eval"), "tasks": {name: task for name, task in tasks.items() if task["metrics"]}}
+        return {
+            "lm_eval": importlib.metadata.version("lm-eval"),
+            "tasks": {name: task for name, task in tasks.items() if task["metrics"]},
+        }
 
 
 def show(harness: dict[str, dict[str, Any]]) -> None:
@@ -137,7 +144,9 @@ def _load(config: HarnessConfig) -> Any:
         unknown = [name for name in config.tasks if name not in manager.all_tasks]
         if unknown:
             where = f"{config.include_path} and " if config.include_path else ""
-            raise EvalError(f"eval.harness.tasks: {', '.join(unknown)} unknown; name what {where}`lm-eval ls tasks` list")
+            raise EvalError(
+                f"eval.harness.tasks: {', '.join(unknown)} unknown; name what {where}`lm-eval ls tasks` list"
+            )
         return manager.load(list(config.tasks))
     except ConnectionError as error:
         raise EvalError(
@@ -145,11 +154,17 @@ def _load(config: HarnessConfig) -> Any:
             "and its folder as eval.harness.include_path"
         ) from error
     except ImportError as error:
-        raise EvalError(f"eval.harness.tasks={asked}: a task needs a package that is not installed ({error}); pip install it") from error
+        raise EvalError(
+            f"eval.harness.tasks={asked}: a task needs a package that is not installed ({error}); pip install it"
+        ) from error
     except StopIteration as error:
-        raise EvalError(f"eval.harness.tasks={asked}: a data file of a task is empty; lm-eval looks at its first row") from error
+        raise EvalError(
+            f"eval.harness.tasks={asked}: a data file of a task is empty; lm-eval looks at its first row"
+        ) from error
     except (OSError, KeyError, ValueError, TypeError, AssertionError, YAMLError, TemplateError, DatasetsError) as error:
-        raise EvalError(f"eval.harness.tasks={asked} cannot be loaded: {type(error).__name__}: {error}{offline}") from error
+        raise EvalError(
+            f"eval.harness.tasks={asked} cannot be loaded: {type(error).__name__}: {error}{offline}"
+        ) from error
 
 
 def _manager(config: HarnessConfig) -> TaskManager:
@@ -171,7 +186,7 @@ def _wrap(model: Any, tokenizer: Any, *, batch_rows: int) -> Any:
     """
     from lm_eval.models.huggingface import HFLM
 
-    from finetune.measure import unwrap
+    from finetune.inference.logits import unwrap
 
     core, logger = unwrap(model), logging.getLogger("lm_eval.models.huggingface")
     level = logger.level

@@ -18,13 +18,13 @@ from typing import Any
 from tqdm import tqdm
 
 from finetune.cache import file_sha256
-from finetune.console import say, table
+from finetune.console import log, table
 from finetune.errors import EvalError
+from finetune.eval.completers import Sampling, Writer, open_writer
 from finetune.eval.metrics import pass_at_k
 from finetune.eval.records import whole_lines
 from finetune.eval.sandbox import PASSED, run
-from finetune.eval.writers import Sampling, Writer, open_writer
-from finetune.measure.bootstrap import Bootstrap, mean_of
+from finetune.inference.bootstrap import Bootstrap, mean_of
 
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 """What ends a completion. Source: Chen et al. 2021, section 2.3."""
@@ -100,7 +100,9 @@ def humaneval(
         EvalError: The source cannot be read, the settings contradict each other, or the model cannot be opened.
     """
     if samples > 1 and temperature == 0:
-        raise EvalError(f"samples={samples} with temperature=0 writes the same completion again; set temperature, e.g. temperature=0.8")
+        raise EvalError(
+            f"samples={samples} with temperature=0 writes the same completion again; set temperature, e.g. temperature=0.8"
+        )
     tasks = read_problems(source)[:problems]
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=TOP_P, stops=STOPS)
     writer = Solutions(tasks) if model == "solutions" else open_writer(model, sampling, quantization=quantization)
@@ -108,7 +110,7 @@ def humaneval(
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     file = out / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', Path(model).name)}-{key}.jsonl"
     lines = complete(tasks, writer, file, samples=samples, seed=seed)
-    say("bench", f"completions and how they ended: {file}")
+    log("bench", f"completions and how they ended: {file}")
     _show(lines)
     sys.stdout.write(json.dumps(result(lines, seed=seed)) + "\n")
     sys.stdout.flush()
@@ -137,10 +139,18 @@ def read_problems(source: Path) -> list[Problem]:
         try:
             row = json.loads(line)
             found.append(
-                Problem(row["task_id"], row["prompt"].rstrip(), row["entry_point"], row["test"], row.get("canonical_solution", ""))
+                Problem(
+                    row["task_id"],
+                    row["prompt"].rstrip(),
+                    row["entry_point"],
+                    row["test"],
+                    row.get("canonical_solution", ""),
+                )
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise EvalError(f"source: {source}, line {number} is no problem of HumanEval: each needs {', '.join(FIELDS)}") from error
+            raise EvalError(
+                f"source: {source}, line {number} is no problem of HumanEval: each needs {', '.join(FIELDS)}"
+            ) from error
     if not found:
         raise EvalError(f"source: {source} is empty; give HumanEval.jsonl or HumanEval.jsonl.gz")
     return found
@@ -157,7 +167,7 @@ def complete(tasks: list[Problem], writer: Writer, file: Path, *, samples: int, 
     wanted = [(task, sample) for task in tasks for sample in range(samples)]
     open_ones = [(task, sample) for task, sample in wanted if (task.task_id, sample) not in done]
     if len(open_ones) < len(wanted):
-        say("bench", f"{len(wanted) - len(open_ones)} of {len(wanted)} completions were there already")
+        log("bench", f"{len(wanted) - len(open_ones)} of {len(wanted)} completions were there already")
     unclosed: set[str] = set()
     with open(file, "a", encoding="utf-8") as handle:
         for task, sample in tqdm(open_ones, desc="HumanEval", unit="program", file=sys.stderr, leave=False):
@@ -175,7 +185,7 @@ def complete(tasks: list[Problem], writer: Writer, file: Path, *, samples: int, 
             done[task.task_id, sample] = line
             unclosed |= set(verdict.unclosed)
     if unclosed:
-        say("bench", f"this machine could not keep the programs from: {', '.join(sorted(unclosed))}")
+        log("bench", f"this machine could not keep the programs from: {', '.join(sorted(unclosed))}")
     return [done[task.task_id, sample] for task, sample in wanted]
 
 
@@ -190,7 +200,11 @@ def result(lines: list[dict[str, Any]], *, seed: int) -> dict[str, Any]:
         if k <= samples:
             estimates = [pass_at_k(len(outcomes), sum(outcomes), k) for outcomes in passed.values()]
             interval = Bootstrap(len(estimates), samples=RESAMPLES, seed=seed).level(mean_of(estimates))
-            found |= {f"pass_at_{k}": interval.value, f"pass_at_{k}_low": interval.low, f"pass_at_{k}_high": interval.high}
+            found |= {
+                f"pass_at_{k}": interval.value,
+                f"pass_at_{k}_low": interval.low,
+                f"pass_at_{k}_high": interval.high,
+            }
     return {**found, "problems": len(passed), "samples": samples}
 
 

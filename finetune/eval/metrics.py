@@ -12,7 +12,7 @@ from typing import Any
 
 from finetune.errors import EvalError
 from finetune.eval.sandbox import run
-from finetune.measure.rows import Row, open_rows
+from finetune.inference.rows import Row, open_dataset
 
 FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
@@ -96,7 +96,12 @@ def code_valid(answer: str, reference: str) -> float:
     """The answer's code can be read as Python, whatever it does."""
     try:
         ast.parse(code_of(answer))
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # ValueError: a null byte; the last two: nested too deeply
+    except (
+        SyntaxError,
+        ValueError,
+        RecursionError,
+        MemoryError,
+    ):  # ValueError: a null byte; the last two: nested too deeply
         return 0.0
     return 1.0
 
@@ -159,7 +164,7 @@ def prepare_rows(rows: Sequence[dict[str, Any]], metrics: Sequence[str], heldout
                 f"add it to the data, or leave {metric} out"
             )
     if "label_known" in metrics:
-        classes = sorted(set(open_rows(heldout)["reference"]))
+        classes = sorted(set(open_dataset(heldout)["reference"]))
         for row in rows:
             row["classes"] = classes
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.measure.generation import Answer
-from finetune.measure.losses import RowLoss
+from finetune.inference.generation import Answer
+from finetune.inference.losses import RowLoss
 
 
 @dataclass(slots=True)

@@ -70,7 +70,10 @@ def run(program: str, *, limits: Limits | None = None) -> Verdict:
     """
     limits = limits or Limits()
     request = json.dumps({"program": program, "limits": limits.resources()}).encode()
-    with tempfile.TemporaryDirectory(prefix="finetune-", ignore_cleanup_errors=True) as folder, tempfile.TemporaryFile() as report:
+    with (
+        tempfile.TemporaryDirectory(prefix="finetune-", ignore_cleanup_errors=True) as folder,
+        tempfile.TemporaryFile() as report,
+    ):
         # A pipe would keep us waiting for whoever still holds its other end; a file does not, and has a size limit.
         process = subprocess.Popen(
             [sys.executable, "-I", str(JAIL)], stdin=subprocess.PIPE, stdout=report, stderr=subprocess.DEVNULL, cwd=folder, env={},

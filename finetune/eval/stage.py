@@ -10,22 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.console import change_text, say, table
+from finetune.console import change_text, log, table
 from finetune.errors import EvalError
 from finetune.eval.config import ARTIFACTS, EvalConfig
 from finetune.eval.harness import Harness
 from finetune.eval.harness import show as show_harness
 from finetune.hardware import Placement
-from finetune.measure.stage import StageProduct
+from finetune.inference.stage import StageProduct
 from finetune.model import Base, ModelConfig
 from finetune.quantization import QuantizationConfig
-from finetune.run import plain
+from finetune.run import to_jsonable
 
 if TYPE_CHECKING:
     from finetune.eval.figures import Table
     from finetune.eval.records import Record
-    from finetune.measure import Chat
-    from finetune.measure.rows import Row
+    from finetune.inference.chat import Chat
+    from finetune.inference.rows import Row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,19 +83,24 @@ def score(
     from finetune.eval.figures import changes, levels, missed_gates, tabulate
     from finetune.eval.general import general_rows
     from finetune.eval.metrics import prepare_rows
-    from finetune.measure import chat_of, read_rows, trained_tokens
+    from finetune.inference.chat import chat_of
+    from finetune.inference.rows import read_rows, trained_tokens
 
     heldout = read_rows(data.folder / "heldout", limit=max(config.rows, config.loss_rows))
     loss_rows, rows = heldout[: config.loss_rows], heldout[: config.rows]
     if not any(trained_tokens(row) for row in loss_rows):
-        raise EvalError(f"none of the first {len(loss_rows)} held-out rows has a trained token; look at the ledger in {data.folder}")
+        raise EvalError(
+            f"none of the first {len(loss_rows)} held-out rows has a trained token; look at the ledger in {data.folder}"
+        )
     for asked, got, name in ((config.rows, len(rows), "rows"), (config.loss_rows, len(loss_rows), "loss_rows")):
         if got < asked:
-            say("eval", f"eval.{name}={asked}, and the held-out split has {got} rows: all of them are used")
+            log("eval", f"eval.{name}={asked}, and the held-out split has {got} rows: all of them are used")
     prepare_rows(rows, config.metrics, data.folder / "heldout")
     chat = chat_of(base, data.folder, trust_remote_code=model.trust_remote_code)
     tokenizer = chat.tokenizer
-    models = _Models(base, model, quantization, placement, adapter=adapter.folder / "adapter", merged=merged.folder / "model")
+    models = _Models(
+        base, model, quantization, placement, adapter=adapter.folder / "adapter", merged=merged.folder / "model"
+    )
     longest = min(config.batch_tokens, tokenizer.model_max_length)
     general = general_rows(Path(config.forgetting), tokenizer, longest=longest) if config.forgetting else []
     tasks = Harness(config.harness, samples=config.bootstrap_samples, seed=seed) if config.harness.tasks else None
@@ -110,8 +115,10 @@ def score(
     _show(artifacts, changed, config.metrics if rows else [])
     show_harness(harness)
     missed = missed_gates(config.gate, artifacts, changed)
-    say("eval", *missed)
-    return Scores(folder=folder, artifacts=artifacts, changes=changed, rows=len(rows), loss_rows=len(loss_rows), missed=missed)
+    log("eval", *missed)
+    return Scores(
+        folder=folder, artifacts=artifacts, changes=changed, rows=len(rows), loss_rows=len(loss_rows), missed=missed
+    )
 
 
 @dataclass(frozen=True)
@@ -126,17 +133,21 @@ class _Models:
     merged: Path
 
     def load(self, name: str) -> Any:
-        from finetune.measure import check_adapter, trained_graph
+        from finetune.inference.adapted import check_adapter, load_adapted_model
         from finetune.model import load
 
         if name == "adapter":
             check_adapter(self.adapter)
-            return trained_graph(self.base, self.model, quantization=self.quantization, placement=self.placement, adapter=self.adapter)
+            return load_adapted_model(
+                self.base, self.model, quantization=self.quantization, placement=self.placement, adapter=self.adapter
+            )
         dense = dataclasses.replace(self.quantization, method="none", double=False)
         if name == "merged":
             numbers = json.loads((self.merged / "config.json").read_text(encoding="utf-8"))["dtype"]
             merged = dataclasses.replace(self.base, folder=self.merged)
-            return load(merged, self.model, quantization=dense, placement=dataclasses.replace(self.placement, dtype=numbers))
+            return load(
+                merged, self.model, quantization=dense, placement=dataclasses.replace(self.placement, dtype=numbers)
+            )
         quantization = self.quantization if name == "base_quantized" else dense
         return load(self.base, self.model, quantization=quantization, placement=self.placement)
 
@@ -147,8 +158,8 @@ class _Models:
         parts: list[Any] = [
             name,
             self.base.sha256,
-            plain(self.model),
-            plain(self.quantization),
+            to_jsonable(self.model),
+            to_jsonable(self.quantization),
             self.placement.dtype,
             self.placement.device,
         ]
@@ -175,7 +186,10 @@ class _Line:
         records: dict[str, Record] = {}
         for name in ARTIFACTS:
             if name == "base_quantized" and models.quantization.method == "none":
-                say("eval", "base_quantized is the base itself, since quantization.method=none; it is not measured twice")
+                log(
+                    "eval",
+                    "base_quantized is the base itself, since quantization.method=none; it is not measured twice",
+                )
                 records[name] = records["base"]
             else:
                 records[name] = self.measure(name, models)
@@ -184,25 +198,33 @@ class _Line:
     def measure(self, name: str, models: _Models) -> Record:
         """One artifact; what an interrupted stage had measured of it already is used."""
         from finetune.eval.records import RecordFile
-        from finetune.measure import free, generations, row_losses
+        from finetune.inference.adapted import free
+        from finetune.inference.generation import generations
+        from finetune.inference.losses import row_losses
 
         kept = RecordFile(self.folder / f"{name}.rows.jsonl", key=self._key(models.key(name)))
-        open_rows = [number for number in range(len(self.rows)) if number not in kept.record.answers]
+        open_dataset = [number for number in range(len(self.rows)) if number not in kept.record.answers]
         asked = self.tasks is not None and kept.record.harness is None
-        if kept.record.losses and len(kept.record.general) == len(self.general) and not open_rows and not asked:
-            say("eval", f"{name}: measured before, and nothing about it changed")
+        if kept.record.losses and len(kept.record.general) == len(self.general) and not open_dataset and not asked:
+            log("eval", f"{name}: measured before, and nothing about it changed")
             return kept.record
         loaded = models.load(name)
         if not kept.record.losses:
-            kept.add_losses(row_losses(loaded, self.loss_rows, batch_tokens=self.config.batch_tokens, progress=f"{name}: loss"))
+            kept.add_losses(
+                row_losses(loaded, self.loss_rows, batch_tokens=self.config.batch_tokens, progress=f"{name}: loss")
+            )
         if self.general and not kept.record.general:
-            kept.add_general(row_losses(loaded, self.general, batch_tokens=self.config.batch_tokens, progress=f"{name}: general text"))
+            kept.add_general(
+                row_losses(
+                    loaded, self.general, batch_tokens=self.config.batch_tokens, progress=f"{name}: general text"
+                )
+            )
         for place, answer in generations(
-            loaded, self.chat.tokenizer, [self.rows[number]["prompt_ids"] for number in open_rows],
+            loaded, self.chat.tokenizer, [self.rows[number]["prompt_ids"] for number in open_dataset],
             max_new_tokens=self.config.max_new_tokens, batch_rows=self.config.batch_rows, ends=self.chat.ends,
-            progress=f"{name}: answers" if open_rows else None,
+            progress=f"{name}: answers" if open_dataset else None,
         ):  # fmt: skip
-            kept.add_answer(open_rows[place], answer)
+            kept.add_answer(open_dataset[place], answer)
         if self.tasks is not None and asked:
             kept.add_harness(self.tasks.measure(loaded, self.chat.tokenizer))
         del loaded
@@ -245,7 +267,9 @@ def _row_scores(table: Table, name: str, metrics: list[str], number: int) -> Ite
         yield metric, float(table.answers[name][metric].totals[number])
 
 
-def _show(artifacts: dict[str, dict[str, Any]], changed: dict[str, dict[str, dict[str, float]]], metrics: list[str]) -> None:
+def _show(
+    artifacts: dict[str, dict[str, Any]], changed: dict[str, dict[str, dict[str, float]]], metrics: list[str]
+) -> None:
     general = ["general_loss"] if "general_loss" in artifacts["base"] else []
     rows = []
     for name, figures in artifacts.items():

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from finetune.export.config import ExportConfig
+from finetune.export.context import Work
+from finetune.export.manifest import write_record
 from finetune.export.snippets import adapter_snippet, finetune_snippet
-from finetune.export.travel import write_record
-from finetune.export.work import Work
 from finetune.hardware import LIMITS
 from finetune.model import Base
 
 
 def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
     """Copies the adapter with its tokenizer and all that its loader needs, and opens it by plain peft."""
-    from finetune.measure import check_adapter, free, trained_graph
+    from finetune.inference.adapted import check_adapter, free, load_adapted_model
 
     source, target = work.adapter.folder / "adapter", work.desk / name
     check_adapter(source)
@@ -29,7 +29,9 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
     work.chat.tokenizer.save_pretrained(target)
     parts: dict[str, Any] = {"base": work.base, "model": work.model, "quantization": work.quantization}
     write_record(target, "adapter", placement=work.placement, chat=work.chat, **parts)
-    graph = trained_graph(work.base, work.model, quantization=work.quantization, placement=work.placement, adapter=source)
+    graph = load_adapted_model(
+        work.base, work.model, quantization=work.quantization, placement=work.placement, adapter=source
+    )
     wanted = work.expect(graph, settings, artifact="adapter")
     del graph
     free()

@@ -15,9 +15,9 @@ from typing import Any
 
 from finetune.errors import ExportError
 from finetune.export.config import NUMBERS, ExportConfig
+from finetune.export.context import Work
+from finetune.export.manifest import write_record
 from finetune.export.snippets import merged_snippet
-from finetune.export.travel import write_record
-from finetune.export.work import Work
 from finetune.quantization import QuantizationConfig
 
 SHARD = "2GB"
@@ -30,19 +30,23 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
         ExportError: Several adapters in the dequantized base, or a checkpoint that differs.
     """
     from finetune.export.cost import cost
-    from finetune.measure import free
+    from finetune.inference.adapted import free
 
     config = _config(work, settings)
     work.need(name, 1.6 * work.merged_bytes)  # the dense weights meanwhile, and embedding, head and quantized layers
     target, merged_folder = work.desk / name, work.merged.folder / "model"
     placement = dataclasses.replace(work.placement, dtype=work.merged_dtype)
     before = work.expect_merged(settings)
-    source = _originals(work, name) if work.merged.chosen == "dequantized" and config.method != "int8" else merged_folder
+    source = (
+        _originals(work, name) if work.merged.chosen == "dequantized" and config.method != "int8" else merged_folder
+    )
     model = _open(work, source, config)
     model.save_pretrained(target, max_shard_size=SHARD)
     shutil.copyfile(merged_folder / "generation_config.json", target / "generation_config.json")
     work.chat.tokenizer.save_pretrained(target)
-    write_record(target, "merged", base=work.base, model=work.model, quantization=config, placement=placement, chat=work.chat)
+    write_record(
+        target, "merged", base=work.base, model=work.model, quantization=config, placement=placement, chat=work.chat
+    )
     wanted = work.expect(model, settings)
     del model
     free()
@@ -62,14 +66,16 @@ def _config(work: Work, settings: ExportConfig) -> QuantizationConfig:
 
 def _originals(work: Work, name: str) -> Path:
     """A folder with the original base and the adapter in one, as peft adds them."""
-    from finetune.measure import free, put_adapter
+    from finetune.inference.adapted import free, load_adapter
 
     if work.merged.adapters:
         raise ExportError(
             f"export.{name}: several adapters were merged into the dequantized base, and rounding that again would lose them; "
             "set merge.choose=original"
         )
-    model = put_adapter(_open(work, work.base.folder), work.adapter.folder / "adapter", upcast="none").merge_and_unload()
+    model = load_adapter(
+        _open(work, work.base.folder), work.adapter.folder / "adapter", upcast="none"
+    ).merge_and_unload()
     if model.get_input_embeddings().weight is not model.get_output_embeddings().weight:
         model.config.tie_word_embeddings = False  # one of the two was trained: saved as tied, it would be lost
     model.save_pretrained(work.desk / "dense", max_shard_size=SHARD)

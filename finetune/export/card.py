@@ -11,10 +11,10 @@ from typing import Any
 
 from finetune.console import change_text, human_bytes
 from finetune.export.config import ExportConfig
+from finetune.export.context import Work
 from finetune.export.facts import DataFacts, MergedFacts, ScoreFacts, TrainedFacts
-from finetune.export.work import Work
 from finetune.hardware import LIMITS
-from finetune.measure.artifacts import beside, cells, heads, metric_names, same_rows, sentence
+from finetune.inference.artifacts import beside, cells, heads, metric_names, same_rows, sentence
 from finetune.model import Base
 from finetune.quantization import QuantizationConfig, spec
 
@@ -50,7 +50,13 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
     for file in [target, *[work.folder / Path(one["path"]).name / CARD for one in work.exports]]:
         file.write_text(text, encoding="utf-8")
     digest = hashlib.sha256(text.encode()).hexdigest()
-    return {"format": settings.format, "path": f"export/{CARD}", "bytes": target.stat().st_size, "sha256": digest, "parity": {}}
+    return {
+        "format": settings.format,
+        "path": f"export/{CARD}",
+        "bytes": target.stat().st_size,
+        "sha256": digest,
+        "parity": {},
+    }
 
 
 def write_card(facts: CardFacts) -> str:
@@ -92,7 +98,11 @@ def _front_matter(facts: CardFacts) -> Iterator[str]:
 def _made_from(facts: CardFacts) -> Iterator[str]:
     base, data, adapter = facts.base, facts.data, facts.adapter
     yield "## Made from\n"
-    yield f"- Base: `{base.name}`" + (f" at revision `{base.revision}`" if base.revision else "") + f", weights SHA-256 `{base.sha256}`"
+    yield (
+        f"- Base: `{base.name}`"
+        + (f" at revision `{base.revision}`" if base.revision else "")
+        + f", weights SHA-256 `{base.sha256}`"
+    )
     if base.source == "gguf":
         yield "- The base was a GGUF file; its blocks were turned into dense weights, so it is full precision only by convention"
     settings = ", ".join(f"{key} {value}" for key, value in spec(facts.quantization).items())
@@ -120,7 +130,10 @@ def _quality(facts: CardFacts) -> Iterator[str]:
     figures = [*names, *(["general_loss"] if "general_loss" in scores.changes["total"] else [])]
     if figures:
         yield "\nWhat each step changed in the answers, and in the loss on general text (`general_loss`), paired by row:\n"
-        rows = [[WORDS[name], *[change_text(one[figure], digits=3) for figure in figures]] for name, one in scores.changes.items()]
+        rows = [
+            [WORDS[name], *[change_text(one[figure], digits=3) for figure in figures]]
+            for name, one in scores.changes.items()
+        ]
         yield from _table(["Step", *figures], rows)
 
 
@@ -137,8 +150,14 @@ def _files(exports: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     rows = []
     for one in exports:
         parity = one["parity"]
-        proof = f"logits within {parity['max_logit_difference']:.4g}, KL {parity['kl']:.2g}, in {parity['runtime']}" if parity else ""
-        rows.append([f"`{Path(one['path']).name}`", one["format"], human_bytes(one["bytes"]), f"`{one['sha256'][:16]}`", proof])
+        proof = (
+            f"logits within {parity['max_logit_difference']:.4g}, KL {parity['kl']:.2g}, in {parity['runtime']}"
+            if parity
+            else ""
+        )
+        rows.append(
+            [f"`{Path(one['path']).name}`", one["format"], human_bytes(one["bytes"]), f"`{one['sha256'][:16]}`", proof]
+        )
     yield from _table(["Path", "Format", "Size", "SHA-256", "Opened again and compared"], rows)
     notes = [f"- `{Path(one['path']).name}`: {note}" for one in exports for note in one.get("notes", [])]
     yield from ["", *notes] if notes else []

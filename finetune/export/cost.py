@@ -14,7 +14,9 @@ from finetune.export.config import ExportConfig
 from finetune.export.parity import Expected, compare
 
 
-def cost(name: str, *, merged: Expected, export: Expected, config: ExportConfig, desk: Path, seed: int) -> dict[str, Any]:
+def cost(
+    name: str, *, merged: Expected, export: Expected, config: ExportConfig, desk: Path, seed: int
+) -> dict[str, Any]:
     """How far an export in fewer bits is from the merged model: no bound is set, the user decides.
 
     Args:
@@ -36,7 +38,9 @@ def cost(name: str, *, merged: Expected, export: Expected, config: ExportConfig,
     found = compare(name, merged, got, file, config=boundless, seed=seed)
     file.unlink()
     kept: dict[str, Any] = {
-        key: found[key] for key in ("kl", "top1_agreement", "rows", "loss", "model_loss", "loss_difference") if key in found
+        key: found[key]
+        for key in ("kl", "top1_agreement", "rows", "loss", "model_loss", "loss_difference")
+        if key in found
     }
     return {**kept, "note": _sentence(found)}
 

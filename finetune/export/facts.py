@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from finetune.measure.stage import StageProduct
+from finetune.inference.stage import StageProduct
 
 if TYPE_CHECKING:
-    from finetune.measure import Answer, RowLoss
+    from finetune.inference.generation import Answer
+    from finetune.inference.losses import RowLoss
 
 
 class AnswerSettings(Protocol):
@@ -26,7 +27,9 @@ class Rules(Protocol):
     @property
     def config(self) -> AnswerSettings: ...
     def losses(self, artifact: str, *, rows: int) -> list[RowLoss]: ...
-    def beside(self, artifact: str, answers: Sequence[Answer], *, heldout: Path, tokenizer: Any, file: Path) -> dict[str, Any]: ...
+    def beside(
+        self, artifact: str, answers: Sequence[Answer], *, heldout: Path, tokenizer: Any, file: Path
+    ) -> dict[str, Any]: ...
 
 
 class TrainedFacts(StageProduct, Protocol):

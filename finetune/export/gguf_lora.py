@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.console import say
+from finetune.console import log
 from finetune.errors import ExportError
 from finetune.export.config import ExportConfig
+from finetune.export.context import Work
 from finetune.export.gguf import FILE, check, server_snippet
 from finetune.export.needs import LOW_RANK_ONLY, check_packages
-from finetune.export.work import Work
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +37,7 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
     check_packages({name: settings})
     from finetune.export.gguf import ollama
     from finetune.export.gguf.file import write_model
-    from finetune.measure import check_adapter
+    from finetune.inference.adapted import check_adapter
 
     source, target = work.adapter.folder / "adapter", work.desk / name
     check_adapter(source)
@@ -50,17 +50,17 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
     snippet = server_snippet(f"{name}/{FILE}", adapter=f"{name}/{ADAPTER}", ollama=f"{name}/Modelfile")
     parity = check(work, name, settings, _expects(work, settings), snippet=snippet)
     for note in notes:
-        say("export", f"{name}: {note}")
+        log("export", f"{name}: {note}")
     work.snippets["The adapter on a GGUF of the base, in llama.cpp"] = snippet
     return {**work.keep(name, settings, parity), "notes": notes}
 
 
 def _expects(work: Work, settings: ExportConfig) -> Expected:
     """What the adapter gives on the dense base, in peft."""
-    from finetune.measure import free, trained_graph
+    from finetune.inference.adapted import free, load_adapted_model
 
     dense = dataclasses.replace(work.quantization, method="none", double=False)
-    graph = trained_graph(
+    graph = load_adapted_model(
         work.base, work.model, quantization=dense, placement=work.placement, adapter=work.adapter.folder / "adapter"
     )  # fmt: skip
     wanted = work.expect(graph, settings)
@@ -104,7 +104,7 @@ def write_adapter(folder: Path, base: Path, target: Path, *, name: str) -> None:
 
 def _planned(name: str, tensor: Tensor) -> Planned:
     from finetune.export.gguf.file import Planned
-    from finetune.export.gguf.numbers import Kind
+    from finetune.export.gguf.quant_types import Kind
 
     return Planned(name, name, tuple(tensor.shape), Kind.F32, False)
 

@@ -17,7 +17,7 @@ import numpy as np
 from finetune.errors import ExportError
 from finetune.export.gguf.library import Model
 from finetune.export.parity import POSITIONS
-from finetune.measure import answer
+from finetune.inference.fresh_process import answer
 
 SLOTS = 4
 """Answers that the server writes at a time: a choice. One pass over the weights gives a token of each, and each holds a cache."""
@@ -29,7 +29,9 @@ def ask(request: dict[str, Any]) -> dict[str, Any]:
     Returns:
         ``chat_tokens``, ``losses``, ``stopped``, ``answers``, ``answer_seconds`` and ``runtime``; the logits go into a file.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # where others compute too, llama.cpp's threads would wait by spinning
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "passive"
+    )  # where others compute too, llama.cpp's threads would wait by spinning
     os.chdir(request["folder"])
     names = runpy.run_path(request["snippet"])
     params, server = names.pop("params"), names.pop("server")
@@ -40,7 +42,9 @@ def ask(request: dict[str, Any]) -> dict[str, Any]:
     del server
     adapters = [Path(one.path) for one in params.lora_adapters]
     longest = max(len(text) for text in [*request["prompts"], *[row["input_ids"] for row in request["rows"]]])
-    model = Model(Path(params.model.path), adapter=adapters[0] if adapters else None, context=longest, threads=request["threads"])
+    model = Model(
+        Path(params.model.path), adapter=adapters[0] if adapters else None, context=longest, threads=request["threads"]
+    )
     _check_ends(model, request["ends"])
     logits = {f"prompt_{number}": _last_logits(model, prompt) for number, prompt in enumerate(request["prompts"])}
     np.savez(Path(request["logits"]), **logits)  # type: ignore[arg-type]
@@ -64,12 +68,19 @@ def _answers(params: Any, asked: dict[str, Any], *, threads: int) -> list[dict[s
     server = Server(params)
     wish = {"n_predict": asked["max_new_tokens"], "temperature": 0, "cache_prompt": False, "return_tokens": True}
     with ThreadPoolExecutor(SLOTS) as pool:
-        return [_answer(got) for got in pool.map(lambda prompt: _post(server, "/completion", {"prompt": prompt, **wish}), asked["prompts"])]
+        return [
+            _answer(got)
+            for got in pool.map(
+                lambda prompt: _post(server, "/completion", {"prompt": prompt, **wish}), asked["prompts"]
+            )
+        ]
 
 
 def _answer(got: dict[str, Any]) -> dict[str, Any]:
     if got["truncated"]:
-        raise ExportError(f"llama.cpp cut a prompt of {got['tokens_evaluated']} tokens short, so its answer says nothing")
+        raise ExportError(
+            f"llama.cpp cut a prompt of {got['tokens_evaluated']} tokens short, so its answer says nothing"
+        )
     stopped = got["stop_type"] == "eos"
     return {"tokens": got["tokens"][:-1] if stopped else got["tokens"], "stopped": stopped}
 
@@ -77,12 +88,16 @@ def _answer(got: dict[str, Any]) -> dict[str, Any]:
 def _chat_tokens(server: Any, messages: list[dict[str, str]]) -> list[int]:
     """As the server's own chat does it: the file's template, then the file's tokenizer."""
     prompt = _post(server, "/apply-template", {"messages": messages})["prompt"]
-    tokens: list[int] = _post(server, "/tokenize", {"content": prompt, "add_special": True, "parse_special": True})["tokens"]
+    tokens: list[int] = _post(server, "/tokenize", {"content": prompt, "add_special": True, "parse_special": True})[
+        "tokens"
+    ]
     return tokens
 
 
 def _post(server: Any, path: str, body: dict[str, Any]) -> dict[str, Any]:
-    asked = urllib.request.Request(server.listening_address + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    asked = urllib.request.Request(
+        server.listening_address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it listens on this machine
     with opener.open(asked) as found:
         got: dict[str, Any] = json.load(found)
@@ -92,7 +107,9 @@ def _post(server: Any, path: str, body: dict[str, Any]) -> dict[str, Any]:
 def _check_ends(model: Model, ends: list[int]) -> None:
     lost = [end for end in ends if not model.ends(end)]
     if lost:
-        raise ExportError(f"llama.cpp would talk on after the tokens {lost}, which end an answer: a GGUF has room for three")
+        raise ExportError(
+            f"llama.cpp would talk on after the tokens {lost}, which end an answer: a GGUF has room for three"
+        )
 
 
 def _last_logits(model: Model, prompt: list[int]) -> np.ndarray:

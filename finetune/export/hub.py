@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from finetune.cache import file_sha256
-from finetune.console import human_bytes, say, table
+from finetune.console import human_bytes, log, table
 from finetune.errors import ExportError
 from finetune.export.config import ExportConfig
+from finetune.export.context import Work
 from finetune.export.needs import without_card
-from finetune.export.work import Work
 from finetune.model import Base
 from finetune.run import write_json
 
@@ -75,7 +75,7 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
     }  # fmt: skip
     if settings.push:
         record |= {"pushed": True, "commit": send(push, token=_token(name))}
-        say("export", f"{name}: sent to {record['commit']}")
+        log("export", f"{name}: sent to {record['commit']}")
     file = work.folder / f"{name}.json"
     write_json(file, record)
     return {
@@ -98,10 +98,14 @@ def prepare(folder: Path, exports: list[dict[str, Any]], settings: ExportConfig,
     """
     for problem in without_card(name, [one["format"] for one in exports]):
         raise ExportError(problem)
-    files = {path.relative_to(folder).as_posix(): path for one in exports for path in _files(folder / Path(one["path"]).name)}
+    files = {
+        path.relative_to(folder).as_posix(): path for one in exports for path in _files(folder / Path(one["path"]).name)
+    }
     leaks = [f"{path} holds {what}" for path, file in files.items() for what in found_secrets(file)]
     if leaks:
-        raise ExportError(f"export.{name}: nothing is pushed, since {'; '.join(leaks)}; take it out and make that key invalid")
+        raise ExportError(
+            f"export.{name}: nothing is pushed, since {'; '.join(leaks)}; take it out and make that key invalid"
+        )
     header = read_header(folder / CARD)
     return Push(
         repository=settings.repository, private=settings.private, files=files, licence=header.get("license"),
@@ -141,7 +145,9 @@ def read_header(card: Path) -> dict[str, Any]:
     try:
         header = yaml.safe_load(found.group(1)) if found else None
     except yaml.YAMLError as error:
-        raise ExportError(f"{card}: what stands between its first --- lines is no YAML ({' '.join(str(error).split())})") from error
+        raise ExportError(
+            f"{card}: what stands between its first --- lines is no YAML ({' '.join(str(error).split())})"
+        ) from error
     return header if isinstance(header, dict) else {}
 
 
@@ -160,17 +166,19 @@ def show(push: Push, *, name: str, sent: bool) -> None:
     kind = "private" if push.private else "public"
     licence = f"licence {push.licence}" if push.licence else "no licence stated"
     table("export", ["file", "size"], [[path, human_bytes(file.stat().st_size)] for path, file in push.files.items()])
-    say("export", *[f"{name}: {remark}" for remark in push.remarks])
+    log("export", *[f"{name}: {remark}" for remark in push.remarks])
     verb = "are sent" if sent else "would be sent"
     how = "" if sent else f"; nothing was: say export.{name}.repository=owner/name export.{name}.push=true to send them"
     where = f"the {kind} repository {push.repository or '(none is named yet)'}, {licence}"
-    say("export", f"{name}: {len(push.files)} files, {human_bytes(push.bytes)}, {verb} to {where}{how}")
+    log("export", f"{name}: {len(push.files)} files, {human_bytes(push.bytes)}, {verb} to {where}{how}")
 
 
 def _token(name: str) -> str:
     token = os.environ.get(TOKEN, "").strip()
     if not token:
-        raise ExportError(f"export.{name}.push=true needs a token with the right to write: set {TOKEN} in the environment")
+        raise ExportError(
+            f"export.{name}.push=true needs a token with the right to write: set {TOKEN} in the environment"
+        )
     return token
 
 
@@ -195,7 +203,9 @@ def send(push: Push, *, token: str) -> str:
         commit = api.create_commit(push.repository, additions, commit_message="Exports of a finetune run")
         left_out = sorted(set(push.files) - set(api.list_repo_files(push.repository)))
     except OfflineModeIsEnabled as error:
-        raise ExportError(f"{where}: HF_HUB_OFFLINE is set, so the hub is not asked; unset it, or leave out push=true") from error
+        raise ExportError(
+            f"{where}: HF_HUB_OFFLINE is set, so the hub is not asked; unset it, or leave out push=true"
+        ) from error
     except HfHubHTTPError as error:
         raise ExportError(f"{where}: the hub says {_said(error)}{_remedy(error)}") from error
     except HFValidationError as error:
@@ -207,7 +217,9 @@ def send(push: Push, *, token: str) -> str:
     except (ValueError, RuntimeError) as error:  # the hub's own checks of the card, and its upload protocols
         raise ExportError(f"{where}: the upload failed: {error}; push again, what arrived is not sent twice") from error
     if left_out:
-        raise ExportError(f"{where}: the hub left out {', '.join(left_out)}; a .gitignore in the repository may name them")
+        raise ExportError(
+            f"{where}: the hub left out {', '.join(left_out)}; a .gitignore in the repository may name them"
+        )
     return str(commit.commit_url)
 
 

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.console import say
+from finetune.console import log
 from finetune.errors import ModelError
-from finetune.export.travel import FILE, SCHEMA, settings_sha256, template_sha256, version
+from finetune.export.manifest import FILE, SCHEMA, settings_sha256, template_sha256, version
 from finetune.hardware import Placement
 from finetune.model import ModelConfig
 from finetune.quantization import QuantizationConfig
@@ -40,13 +40,13 @@ def load(run_or_folder: str | Path, *, device: str | None = None) -> tuple[Any, 
     placement = _placement(record, device=device)
     config = ModelConfig(**record["model"], architecture=None)
     if record["kind"] == "merged":
-        say("load", f"the merged model in {folder}")
+        log("load", f"the merged model in {folder}")
         return _merged(folder, config, placement=placement, sha256=record["weights_sha256"]), tokenizer
-    from finetune.measure import trained_graph
+    from finetune.inference.adapted import load_adapted_model
 
     quantization = QuantizationConfig(**record["quantization"]["settings"])
     base = _base(config, record)
-    return trained_graph(base, config, quantization=quantization, placement=placement, adapter=folder), tokenizer
+    return load_adapted_model(base, config, quantization=quantization, placement=placement, adapter=folder), tokenizer
 
 
 def find(folder: Path) -> Path:
@@ -73,9 +73,11 @@ def _record(file: Path) -> dict[str, Any]:
         raise ModelError(
             f"{file} was written by another version of finetune (schema {record.get('schema')}, this one reads {SCHEMA}); export again"
         )
-    others = [f"{name} {then} (here {version(name)})" for name, then in record["versions"].items() if then != version(name)]
+    others = [
+        f"{name} {then} (here {version(name)})" for name, then in record["versions"].items() if then != version(name)
+    ]
     if others:
-        say("load", f"{file.parent} was made with {', '.join(others)}: figures may differ by rounding")
+        log("load", f"{file.parent} was made with {', '.join(others)}: figures may differ by rounding")
     return record
 
 
@@ -85,7 +87,9 @@ def _check_files(folder: Path, record: dict[str, Any]) -> None:
     settings, kept = settings_sha256(folder), record["settings_sha256"]
     changed = sorted(name for name in kept if settings.get(name) != kept[name])
     if changed:
-        raise ModelError(f"{folder}: {' and '.join(changed)} changed or missing since the export; restore what was exported")
+        raise ModelError(
+            f"{folder}: {' and '.join(changed)} changed or missing since the export; restore what was exported"
+        )
     found = weights_sha256(folder)
     if found != record["weights_sha256"]:
         raise ModelError(
@@ -102,7 +106,9 @@ def _tokenizer(folder: Path, record: dict[str, Any]) -> Any:
     then = {"template_sha256": kept["template_sha256"], "eos": kept["eos"]["id"], "pad": kept["pad"]["id"]}
     changed = [name for name in now if now[name] != then[name]]
     if changed:
-        raise ModelError(f"{folder}: the tokenizer is not the one of the training, its {' and '.join(changed)} changed; restore the export")
+        raise ModelError(
+            f"{folder}: the tokenizer is not the one of the training, its {' and '.join(changed)} changed; restore the export"
+        )
     return tokenizer
 
 
@@ -124,7 +130,7 @@ def _placement(record: dict[str, Any], *, device: str | None) -> Placement:
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     computation = record["computation"]
     return Placement(
-        device=chosen, dtype=computation["dtype"], attention=computation["attention"], optimizer="none", optimizer_why="nothing is trained",
+        device=chosen, dtype=computation["dtype"], attention=computation["attention"], optimizer="none", optimizer_reason="nothing is trained",
         threads=torch.get_num_threads(), reasons=(f"device {chosen}", "dtype and attention as they were for training"),
     )  # fmt: skip
 

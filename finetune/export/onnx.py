@@ -13,8 +13,8 @@ from typing import Any
 
 from finetune.errors import ExportError
 from finetune.export.config import ExportConfig
+from finetune.export.context import Work
 from finetune.export.needs import check_packages
-from finetune.export.work import Work
 
 FILE = "model.onnx"
 BITS = {"float32": None, "int8": 8, "int4": 4}
@@ -31,7 +31,8 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
     Raises:
         ExportError: A package is missing, the disk is too small, torch cannot trace this model, or the graph differs.
     """
-    from finetune.measure import FreshProcessError, free, run_fresh
+    from finetune.inference.adapted import free
+    from finetune.inference.fresh_process import FreshProcessError, run_in_fresh_process
     from finetune.model import load
 
     numbers = settings.numbers or "float32"
@@ -53,12 +54,18 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
         "threads": work.placement.threads, "trust_remote_code": work.model.trust_remote_code,
     }  # fmt: skip
     try:
-        run_fresh("finetune.export.onnx", request, work=work.desk)
+        run_in_fresh_process("finetune.export.onnx", request, work=work.desk)
     except FreshProcessError as error:
         raise ExportError(f"export.{name}: torch.onnx cannot make a graph of this model: {error}") from error
     snippet = onnx_snippet(name, ends=work.chat.ends)
     parity = work.check(
-        name, settings, wanted, snippet=snippet, ends=work.chat.ends, packages=["onnxruntime"], runtime="finetune.export.onnx_runtime"
+        name,
+        settings,
+        wanted,
+        snippet=snippet,
+        ends=work.chat.ends,
+        packages=["onnxruntime"],
+        runtime="finetune.export.onnx_runtime",
     )
     work.snippets[f"The merged model in {numbers}, in ONNX Runtime"] = snippet
     return work.keep(name, settings, parity)
@@ -138,7 +145,10 @@ def _example(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     import torch
     from transformers import DynamicCache
 
-    ids = torch.arange(TRACED_ROWS * (TRACED_SEEN + TRACED_NEW)).reshape(TRACED_ROWS, -1) % model.config.get_text_config().vocab_size
+    ids = (
+        torch.arange(TRACED_ROWS * (TRACED_SEEN + TRACED_NEW)).reshape(TRACED_ROWS, -1)
+        % model.config.get_text_config().vocab_size
+    )
     cache = DynamicCache()  # without the model's config: it keeps all tokens, and a sliding window is left to the mask
     with torch.no_grad():
         model(input_ids=ids[:, :TRACED_SEEN], past_key_values=cache, use_cache=True)
@@ -147,7 +157,10 @@ def _example(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         inputs["position_ids"] = torch.arange(TRACED_SEEN, TRACED_SEEN + TRACED_NEW)[None].repeat(TRACED_ROWS, 1)
     free = torch.export.Dim.AUTO
     shapes: dict[str, Any] = {name: {0: free, 1: free} for name in inputs}
-    return {**inputs, "past_key_values": cache}, {**shapes, "past_key_values": [{0: free, 2: free}] * (2 * len(cache.layers))}
+    return {**inputs, "past_key_values": cache}, {
+        **shapes,
+        "past_key_values": [{0: free, 2: free}] * (2 * len(cache.layers)),
+    }
 
 
 def _name(graph: Any) -> None:
@@ -171,6 +184,6 @@ def _round(file: Path, *, bits: int) -> None:
 
 
 if __name__ == "__main__":
-    from finetune.measure import answer
+    from finetune.inference.fresh_process import answer
 
     answer(make)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from finetune.export.parity import POSITIONS, chat_tokens
-from finetune.measure import answer
+from finetune.inference.fresh_process import answer
 
 Past = dict[str, np.ndarray]
 Forward = Callable[[list[int], Past], tuple[np.ndarray, Past]]
@@ -26,11 +26,15 @@ def ask(request: dict[str, Any]) -> dict[str, Any]:
     os.chdir(request["folder"])
     names = runpy.run_path(request["snippet"])
     forward, empty = names["forward"], names["empty"]
-    logits = {f"prompt_{number}": _last_logits(forward, empty, prompt) for number, prompt in enumerate(request["prompts"])}
+    logits = {
+        f"prompt_{number}": _last_logits(forward, empty, prompt) for number, prompt in enumerate(request["prompts"])
+    }
     np.savez(Path(request["logits"]), **logits)  # type: ignore[arg-type]
     written = names["generate"](request["ending"], request["max_new_tokens"])
     asked, started = request["asked"], time.monotonic()
-    answers = [_answer(names["generate"](prompt, asked["max_new_tokens"]), request["ends"]) for prompt in asked["prompts"]]
+    answers = [
+        _answer(names["generate"](prompt, asked["max_new_tokens"]), request["ends"]) for prompt in asked["prompts"]
+    ]
     return {
         "answers": answers,
         "answer_seconds": time.monotonic() - started,

@@ -11,10 +11,11 @@ import numpy as np
 
 from finetune.errors import ExportError
 from finetune.export.config import ExportConfig
-from finetune.measure.bootstrap import RESAMPLES, Bootstrap, Ratio
+from finetune.inference.bootstrap import RESAMPLES, Bootstrap, Ratio
 
 if TYPE_CHECKING:
-    from finetune.measure import Chat, RowLoss
+    from finetune.inference.chat import Chat
+    from finetune.inference.losses import RowLoss
 
 POSITIONS = 8
 """Compared at the end of each prompt: there the next token is an answer's, and a file of logits stays small."""
@@ -77,14 +78,18 @@ def expected(
         losses: The model's on these.
         max_new_tokens: Limit of the answer.
     """
-    from finetune.measure import generate
+    from finetune.inference.generation import generate
 
     chats = [messages for messages in GOLDEN_CHATS if _writes(chat.tokenizer, messages)]
     tokens = [chat_tokens(chat.tokenizer, messages) for messages in chats]
     prompts = [*tokens, *[list(prompt) for prompt in heldout]]
     if not prompts:
-        raise ExportError("there is nothing to compare an export on: no golden chat can be written and no held-out prompt is asked for")
-    answer = generate(model, chat.tokenizer, prompts[-1:], max_new_tokens=max_new_tokens, batch_rows=1, ends=chat.ends)[0]
+        raise ExportError(
+            "there is nothing to compare an export on: no golden chat can be written and no held-out prompt is asked for"
+        )
+    answer = generate(model, chat.tokenizer, prompts[-1:], max_new_tokens=max_new_tokens, batch_rows=1, ends=chat.ends)[
+        0
+    ]
     logits = [last_logits(model, prompt) for prompt in prompts]
     return Expected(
         chats=chats, chat_tokens=tokens, prompts=prompts, logits=logits, rows=scored, losses=pairs(losses), stopped=answer.stopped,
@@ -99,7 +104,9 @@ def pairs(losses: Sequence[RowLoss]) -> list[list[float]]:
 
 def chat_tokens(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     """Token ids of a chat, ready for an answer."""
-    tokens: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    tokens: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
+        "input_ids"
+    ]
     return list(tokens)
 
 
@@ -126,7 +133,9 @@ def _writes(tokenizer: Any, messages: list[dict[str, str]]) -> bool:
     return True
 
 
-def compare(name: str, wanted: Expected, got: dict[str, Any], logits: Path, *, config: ExportConfig, seed: int) -> dict[str, Any]:
+def compare(
+    name: str, wanted: Expected, got: dict[str, Any], logits: Path, *, config: ExportConfig, seed: int
+) -> dict[str, Any]:
     """Holds what the export's own runtime gave against what the model gives.
 
     Args:
@@ -146,7 +155,9 @@ def compare(name: str, wanted: Expected, got: dict[str, Any], logits: Path, *, c
         ExportError: Token ids differ, a bound is broken, or the answer does not end.
     """
     if got["chat_tokens"] != wanted.chat_tokens:
-        number = next(n for n, (one, other) in enumerate(zip(got["chat_tokens"], wanted.chat_tokens, strict=True)) if one != other)
+        number = next(
+            n for n, (one, other) in enumerate(zip(got["chat_tokens"], wanted.chat_tokens, strict=True)) if one != other
+        )
         raise ExportError(
             f"export.{name}: its tokenizer writes the chat {wanted.chats[number]} as {len(got['chat_tokens'][number])} tokens and training "
             f"wrote {len(wanted.chat_tokens[number])}: {got['chat_tokens'][number][:20]}... for {wanted.chat_tokens[number][:20]}..."

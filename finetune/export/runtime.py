@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from finetune.export.parity import chat_tokens, last_logits, pairs
-from finetune.measure import answer, generate, row_losses
+from finetune.inference.fresh_process import answer
+from finetune.inference.generation import generate
+from finetune.inference.losses import row_losses
 
 
 def ask(request: dict[str, Any]) -> dict[str, Any]:
@@ -38,7 +40,12 @@ def ask(request: dict[str, Any]) -> dict[str, Any]:
     versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in request["packages"])
     asked, started = request["asked"], time.monotonic()
     answers = generate(
-        model, tokenizer, asked["prompts"], max_new_tokens=asked["max_new_tokens"], batch_rows=asked["batch_rows"], ends=ends
+        model,
+        tokenizer,
+        asked["prompts"],
+        max_new_tokens=asked["max_new_tokens"],
+        batch_rows=asked["batch_rows"],
+        ends=ends,
     )
     seconds = time.monotonic() - started
     return {

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import ExportError
 from finetune.export.config import ExportConfig
+from finetune.export.context import Work
+from finetune.export.manifest import write_record
 from finetune.export.snippets import merged_snippet
-from finetune.export.travel import write_record
-from finetune.export.work import Work
 
 if TYPE_CHECKING:
     from finetune.export.parity import Expected
@@ -27,7 +27,7 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
         ExportError: Weights or activations beyond them, or the folder differs from the model.
     """
     from finetune.export.cost import cost
-    from finetune.measure import free
+    from finetune.inference.adapted import free
     from finetune.model import load
 
     numbers = settings.numbers or work.merged_dtype
@@ -49,7 +49,9 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
     else:
         for file in (file for pattern in WEIGHTS for file in source.glob(pattern)):
             _link(file, target / file.name)
-    write_record(target, "merged", base=work.base, model=work.model, quantization=dense, placement=placement, chat=work.chat)
+    write_record(
+        target, "merged", base=work.base, model=work.model, quantization=dense, placement=placement, chat=work.chat
+    )
     snippet = merged_snippet(name, model=work.model, dtype=numbers)
     parity = work.check(name, settings, wanted, snippet=snippet, ends=[], packages=["transformers"])
     if converted:

@@ -3,7 +3,7 @@
 from finetune.hardware import LIMITS
 from finetune.model import Base, ModelConfig
 from finetune.quantization import QuantizationConfig, patterns
-from finetune.quantization.keep import HEADS
+from finetune.quantization.skip_modules import HEADS
 
 
 def adapter_snippet(
@@ -17,8 +17,16 @@ def adapter_snippet(
         dtype: Numbers of the computation.
         ends: Tokens that end an answer.
     """
-    source = [repr(base.name), f"revision={base.revision!r}"] if base.source == "hub" else [repr(str(base.folder.resolve()))]
-    arguments = [*source, f"dtype=torch.{dtype}", 'device_map="auto"', *_trust(model), *_quantization(quantization, dtype=dtype)]
+    source = (
+        [repr(base.name), f"revision={base.revision!r}"] if base.source == "hub" else [repr(str(base.folder.resolve()))]
+    )
+    arguments = [
+        *source,
+        f"dtype=torch.{dtype}",
+        'device_map="auto"',
+        *_trust(model),
+        *_quantization(quantization, dtype=dtype),
+    ]
     library = LIMITS[quantization.method].library
     imports, classes = IMPORTS.get(library, ([], []))
     return "\n".join([
@@ -81,7 +89,9 @@ def _quantization(config: QuantizationConfig, *, dtype: str) -> list[str]:
     else:
         settings = ["load_in_4bit=True", f'bnb_4bit_quant_type="{config.method}"', f"bnb_4bit_use_double_quant={config.double}",
                     f"bnb_4bit_compute_dtype=torch.{dtype}", *skip]  # fmt: skip
-    return ["quantization_config=BitsAndBytesConfig(\n" + "".join(f"        {setting},\n" for setting in settings) + "    )"]
+    return [
+        "quantization_config=BitsAndBytesConfig(\n" + "".join(f"        {setting},\n" for setting in settings) + "    )"
+    ]
 
 
 def _replaced(config: QuantizationConfig, *, dtype: str) -> list[str]:

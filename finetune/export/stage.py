@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.console import human_bytes, say
+from finetune.console import human_bytes, log
 from finetune.export import adapter as adapters
 from finetune.export import bitsandbytes, card, gguf, gguf_lora, hub, onnx, safetensors
 from finetune.export.config import ExportConfig
+from finetune.export.context import Work
 from finetune.export.facts import DataFacts, MergedFacts, Rules, ScoreFacts, TrainedFacts
-from finetune.export.work import Work
 from finetune.hardware import Placement
 from finetune.model import Base, ModelConfig
 from finetune.quantization import QuantizationConfig
@@ -70,7 +70,7 @@ def export(
     Raises:
         ExportError: An export cannot be opened by its own runtime, or differs from its model.
     """
-    from finetune.measure import chat_of
+    from finetune.inference.chat import chat_of
 
     desk = folder / ".work"
     shutil.rmtree(desk, ignore_errors=True)
@@ -84,14 +84,18 @@ def export(
     for name, settings in sorted(config.items(), key=lambda item: order.index(item[1].format)):
         made = WRITERS[settings.format](work, name, settings)
         work.exports.append(made)
-        say("export", f"{name}: {folder / Path(made['path']).name}, {human_bytes(made['bytes'])}{_sentence(made['parity'])}")
+        log(
+            "export",
+            f"{name}: {folder / Path(made['path']).name}, {human_bytes(made['bytes'])}{_sentence(made['parity'])}",
+        )
     shutil.rmtree(desk)
     return Exports(folder=folder, exports=work.exports)
 
 
 def _answers(answers: dict[str, Any]) -> str:
     figures = ", ".join(
-        f"{name} {one['value']:.3f} ({answers['model']['metrics'][name]['value']:.3f})" for name, one in answers["metrics"].items()
+        f"{name} {one['value']:.3f} ({answers['model']['metrics'][name]['value']:.3f})"
+        for name, one in answers["metrics"].items()
     )
     return f"; {answers['rows']} held-out answers in {answers['seconds']:.0f} s: {figures}, in brackets the model's"
 
@@ -99,7 +103,9 @@ def _answers(answers: dict[str, Any]) -> str:
 def _sentence(parity: dict[str, Any]) -> str:
     if not parity:
         return ""
-    loss = f", held-out loss {parity['loss']:.4f} where the model has {parity['model_loss']:.4f}" if parity["rows"] else ""
+    loss = (
+        f", held-out loss {parity['loss']:.4f} where the model has {parity['model_loss']:.4f}" if parity["rows"] else ""
+    )
     loss += _answers(parity["answers"]) if "answers" in parity else ""
     cost = f"; {parity['cost']['note']}" if "cost" in parity else ""
     return (

@@ -1,6 +1,6 @@
 """What this machine is, and what follows from it: `probe` looks, `place` decides."""
 
-from finetune.hardware.limits import LIMITS, Limit
+from finetune.hardware.backends import LIMITS, Limit
 from finetune.hardware.place import Placement, place
 from finetune.hardware.probe import Gpu, HardwareConfig, Machine, probe
 

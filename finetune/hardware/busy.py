@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 
-from finetune.console import say
+from finetune.console import log
 
 BUSY_PERCENT = 30
 SPINS = "20000"
@@ -25,11 +25,13 @@ class Look:
         times = psutil.cpu_times()
         idle = times.idle + getattr(times, "iowait", 0.0)
         own = os.times()
-        busy = sum(times) - idle - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)  # these are part of user and nice
+        busy = (
+            sum(times) - idle - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)
+        )  # these are part of user and nice
         return cls(others=busy - own.user - own.system, all=busy + idle)
 
 
-def spare_others(since: Look) -> None:
+def yield_to_busy_cpu(since: Look) -> None:
     """Lets waiting threads sleep early where other programs need the processors. OpenMP reads it when torch is imported.
 
     Args:
@@ -39,4 +41,4 @@ def spare_others(since: Look) -> None:
     share = 100 * (now.others - since.others) / max(now.all - since.all, 1e-9)
     if share > BUSY_PERCENT and "GOMP_SPINCOUNT" not in os.environ:
         os.environ["GOMP_SPINCOUNT"] = SPINS
-        say("hardware", f"waiting threads sleep early, because other programs use {share:.0f} % of the processors")
+        log("hardware", f"waiting threads sleep early, because other programs use {share:.0f} % of the processors")

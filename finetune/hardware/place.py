@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from finetune.errors import HardwareError
-from finetune.hardware.limits import LIMITS, runnable
+from finetune.hardware.backends import LIMITS, runnable
 from finetune.hardware.probe import Machine
 from finetune.optim import UNPAGED
 
@@ -23,7 +23,7 @@ class Placement:
         dtype: Numbers of the forward and backward pass: ``bfloat16``, ``float16`` or ``float32``.
         attention: transformers' ``attn_implementation``.
         optimizer: The optimizer that is used, by its transformers name.
-        optimizer_why: Why it is that one.
+        optimizer_reason: Why it is that one.
         threads: CPU threads of this process.
         reasons: One sentence for each choice, as printed and recorded.
     """
@@ -32,7 +32,7 @@ class Placement:
     dtype: str
     attention: str
     optimizer: str
-    optimizer_why: str
+    optimizer_reason: str
     threads: int
     reasons: tuple[str, ...]
 
@@ -46,17 +46,17 @@ def place(machine: Machine, config: RunConfig) -> Placement:
     device, device_why = _device(machine, config)
     dtype, dtype_why = _dtype(machine, device, config.model.dtype)
     attention, attention_why = _attention(device, config.model.attention)
-    optimizer, optimizer_why = _optimizer(device, config.optim.name)
+    optimizer, optimizer_reason = _optimizer(device, config.optim.name)
     threads = config.hardware.threads or machine.cores
     reasons = (
         f"device {device}: {device_why}",
         f"dtype {dtype}: {dtype_why}",
         f"attention {attention}: {attention_why}",
-        f"optimizer {optimizer}: {optimizer_why}",
+        f"optimizer {optimizer}: {optimizer_reason}",
         f"threads {threads}: {'as set' if config.hardware.threads else 'the cores that this process may use'}",
     )
     return Placement(
-        device=device, dtype=dtype, attention=attention, optimizer=optimizer, optimizer_why=optimizer_why, threads=threads, reasons=reasons
+        device=device, dtype=dtype, attention=attention, optimizer=optimizer, optimizer_reason=optimizer_reason, threads=threads, reasons=reasons
     )  # fmt: skip
 
 
@@ -72,12 +72,16 @@ def _device(machine: Machine, config: RunConfig) -> tuple[str, str]:
     else:
         why = "as set by hardware.device"
     if wish == "cuda" and not machine.gpus:
-        raise HardwareError("hardware.device=cuda, but no NVIDIA GPU is visible (nvidia-smi lists none); use hardware.device=cpu or auto")
+        raise HardwareError(
+            "hardware.device=cuda, but no NVIDIA GPU is visible (nvidia-smi lists none); use hardware.device=cpu or auto"
+        )
     if wish == "mps" and not machine.metal:
         raise HardwareError("hardware.device=mps, but this is no Apple GPU; use hardware.device=cpu or auto")
     if wish not in LIMITS[method].devices:
         able = ", ".join(runnable(wish))
-        raise HardwareError(f"quantization.method={method} does not run on {wish}; choose one of {able}, or hardware.device=cpu")
+        raise HardwareError(
+            f"quantization.method={method} does not run on {wish}; choose one of {able}, or hardware.device=cpu"
+        )
     return wish, why
 
 
@@ -85,7 +89,9 @@ def _dtype(machine: Machine, device: str, wish: str) -> tuple[str, str]:
     bfloat16 = device != "cuda" or all(gpu.has_bfloat16 for gpu in machine.gpus)
     if wish == "bfloat16" and not bfloat16:
         old = next(gpu for gpu in machine.gpus if not gpu.has_bfloat16)
-        raise HardwareError(f"model.dtype=bfloat16 needs compute capability 8.0; {old.name} has {old.capability}; use model.dtype=float16")
+        raise HardwareError(
+            f"model.dtype=bfloat16 needs compute capability 8.0; {old.name} has {old.capability}; use model.dtype=float16"
+        )
     if wish != "auto":
         return wish, "as set by model.dtype"
     if not bfloat16:
@@ -98,7 +104,9 @@ def _dtype(machine: Machine, device: str, wish: str) -> tuple[str, str]:
 def _attention(device: str, wish: str) -> tuple[str, str]:
     if wish != "auto":
         if wish.startswith("flash") and device != "cuda":
-            raise HardwareError(f"model.attention={wish} needs a CUDA GPU and this run is on {device}; use model.attention=sdpa")
+            raise HardwareError(
+                f"model.attention={wish} needs a CUDA GPU and this run is on {device}; use model.attention=sdpa"
+            )
         return wish, "as set by model.attention"
     return "sdpa", "torch's own, on every device, and it keeps packed documents apart"
 
@@ -106,4 +114,6 @@ def _attention(device: str, wish: str) -> tuple[str, str]:
 def _optimizer(device: str, wish: str) -> tuple[str, str]:
     if device == "cuda" or wish not in UNPAGED:
         return wish, "as set by optim.name"
-    return UNPAGED[wish], f"{wish} was asked for; {device} has no unified memory to page to, and this is the same optimizer without paging"
+    return UNPAGED[
+        wish
+    ], f"{wish} was asked for; {device} has no unified memory to page to, and this is the same optimizer without paging"

@@ -119,7 +119,10 @@ def _nvidia_gpus() -> tuple[Gpu, ...]:
     except (subprocess.SubprocessError, OSError):
         return ()
     rows = [[cell.strip() for cell in line.split(",")] for line in answer.splitlines() if line.strip()]
-    gpus = tuple(Gpu(name=name, memory_bytes=int(mebibytes) * 1024**2, capability=capability) for name, mebibytes, capability in rows)
+    gpus = tuple(
+        Gpu(name=name, memory_bytes=int(mebibytes) * 1024**2, capability=capability)
+        for name, mebibytes, capability in rows
+    )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return gpus

@@ -80,13 +80,17 @@ def as_launched(config: LaunchConfig) -> LaunchConfig:
 
     count, told = process_count(), _told()
     if told != "ddp" and config.strategy not in ("single", told):
-        raise ConfigError(f"launch={config.strategy}, and the configuration of the launcher that started this says {told}; give the same")
+        raise ConfigError(
+            f"launch={config.strategy}, and the configuration of the launcher that started this says {told}; give the same"
+        )
     if count == 1 or (config.strategy != "single" and config.processes == count):
         return config
     if config.strategy == "single":
         offload = told == "fsdp" and os.environ.get("FSDP_OFFLOAD_PARAMS") == "true"
         return dataclasses.replace(config, strategy=told, processes=count, offload=offload)
-    raise ConfigError(f"launch.processes={config.processes}, and the launcher that started this has made {count}; give the same number")
+    raise ConfigError(
+        f"launch.processes={config.processes}, and the launcher that started this has made {count}; give the same number"
+    )
 
 
 def _told() -> str:

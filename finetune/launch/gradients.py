@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def add_up(parameters: Iterable[nn.Parameter], figures: list[float], *, device: str = "cpu") -> list[float]:
+def all_reduce_gradients(
+    parameters: Iterable[nn.Parameter], figures: list[float], *, device: str = "cpu"
+) -> list[float]:
     """Sums the gradients of all processes in place, in one message, and some figures in another.
 
     A parameter that no process has a gradient for keeps none: an optimizer leaves such a one alone.

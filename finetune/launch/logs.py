@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from finetune.launch.ranks import Ranks
 
 
-class Both:
+class Tee:
     """A stream that also writes into a file; what only redraws a line, a progress bar, stays out of it."""
 
     def __init__(self, stream: TextIO, file: TextIO) -> None:
@@ -30,14 +30,14 @@ class Both:
         return getattr(self.stream, name)
 
 
-def keep_log(ranks: Ranks, folder: Path) -> None:
+def log_to_file(ranks: Ranks, folder: Path) -> None:
     """Writes ``logs/rank-<n>.log``: the first process also to the console, the others to the file alone, libraries included."""
     if ranks.count == 1:
         return
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     file = open(folder / "logs" / f"rank-{ranks.rank}.log", "a", encoding="utf-8", buffering=1)  # noqa: SIM115  # as long as the process
-    if ranks.first:
-        sys.stdout, sys.stderr = Both(sys.stdout, file), Both(sys.stderr, file)
+    if ranks.is_main:
+        sys.stdout, sys.stderr = Tee(sys.stdout, file), Tee(sys.stderr, file)
         return
     for stream in (sys.stdout, sys.stderr):
         stream.flush()

@@ -18,7 +18,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import FinetuneError, Interrupted, RankFailed
-from finetune.launch.pulse import BEAT_SECONDS, FAILURE, HEARD, LAST_WORD_SECONDS, Pulse, is_lost_connection, short
+from finetune.launch.heartbeat import BEAT_SECONDS, FAILURE, HEARD, LAST_WORD_SECONDS, Pulse, is_lost_connection, short
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -47,7 +47,12 @@ class Ranks:
     """
 
     def __init__(
-        self, environment: dict[str, str] | None = None, *, silence_seconds: int = 30, shards: bool = False, offload: bool = False
+        self,
+        environment: dict[str, str] | None = None,
+        *,
+        silence_seconds: int = 30,
+        shards: bool = False,
+        offload: bool = False,
     ) -> None:
         told = os.environ if environment is None else environment
         self.shards, self.offload = shards, offload
@@ -60,19 +65,21 @@ class Ranks:
         self.store: Store | None = None
         if self.count > 1:
             self.store = self._connect()
-            Pulse(self, self._connect(), silence_seconds=silence_seconds).start()  # on a line of its own: waiting holds the other one
+            Pulse(
+                self, self._connect(), silence_seconds=silence_seconds
+            ).start()  # on a line of its own: waiting holds the other one
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process prints, writes and tracks."""
         return self.rank == 0
 
-    def tell(self, key: str, value: Any) -> None:
+    def put(self, key: str, value: Any) -> None:
         """Leaves word for the others."""
         if self.store is not None:
             self.store.set(key, json.dumps(value))
 
-    def hear(self, key: str) -> Any:
+    def get(self, key: str) -> Any:
         """Waits for another's word, as long as it takes.
 
         Raises:
@@ -85,26 +92,26 @@ class Ranks:
             time.sleep(POLL_SECONDS)
         return json.loads(self.store.get(key))
 
-    def share(self, value: Any = None) -> Any:
+    def broadcast(self, value: Any = None) -> Any:
         """The first process's value, in all of them. What JSON can hold; every process must call it."""
         if self.count == 1:
             return value
         self.said += 1
-        if self.first:
-            self.tell(f"share/{self.said}", value)
+        if self.is_main:
+            self.put(f"share/{self.said}", value)
             return value
-        return self.hear(f"share/{self.said}")
+        return self.get(f"share/{self.said}")
 
-    def collect(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """Every process's value, in all of them, in their order. What JSON can hold; every process must call it."""
         if self.count == 1:
             return [value]
         self.said += 1
-        self.tell(f"collect/{self.said}/{self.rank}", value)
-        return [self.hear(f"collect/{self.said}/{rank}") for rank in range(self.count)]
+        self.put(f"collect/{self.said}/{self.rank}", value)
+        return [self.get(f"collect/{self.said}/{rank}") for rank in range(self.count)]
 
     @contextmanager
-    def apart(self) -> Iterator[None]:
+    def hidden(self) -> Iterator[None]:
         """Hides the launch for a while: what one process does alone must not look for the others, as a trainer would."""
         if self.store is None:
             yield
@@ -118,9 +125,9 @@ class Ranks:
             os.environ.update(told)
             AcceleratorState._reset_state(reset_partial_state=True)
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Waits until every process is here."""
-        self.collect(None)
+        self.all_gather(None)
 
     def join(self, device: str) -> None:
         """Makes the process group: from here on gradients can be added up.
@@ -144,7 +151,7 @@ class Ranks:
             world_size=self.count,
         )  # fmt: skip
 
-    def leave(self) -> None:
+    def shutdown(self) -> None:
         """Ends the launch for this process, which is alone from here on: nothing may take it for one of many."""
         if self.store is None:
             return
@@ -162,8 +169,8 @@ class Ranks:
 
     def _say_goodbye(self) -> None:
         """The first process goes last: the store may live in it."""
-        if not self.first:
-            self.tell(f"bye/{self.rank}", True)
+        if not self.is_main:
+            self.put(f"bye/{self.rank}", True)
             return
         assert self.store is not None
         deadline = time.monotonic() + LAST_WORD_SECONDS
@@ -229,13 +236,13 @@ class Ranks:
         except RuntimeError:  # the store is gone with its machine: there is nobody left to tell
             return
 
-    def any(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         """Whether any process says so. A message of the process group, to be called by all."""
         if self.count == 1:
             return flag
-        from finetune.launch.gradients import add_up
+        from finetune.launch.gradients import all_reduce_gradients
 
-        return bool(add_up([], [float(flag)])[0])
+        return bool(all_reduce_gradients([], [float(flag)])[0])
 
     def _connect(self) -> Store:
         from torch.distributed import DistNetworkError, DistStoreError, PrefixStore
@@ -245,7 +252,9 @@ class Ranks:
             store, _, _ = next(rendezvous("env://", timeout=CONNECT))
         except (DistNetworkError, DistStoreError) as error:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            raise RankFailed(f"the first process of this launch does not answer at {where} ({short(error)})", code=1) from error
+            raise RankFailed(
+                f"the first process of this launch does not answer at {where} ({short(error)})", code=1
+            ) from error
         return PrefixStore("finetune", store)
 
 

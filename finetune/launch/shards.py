@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from finetune.console import human_bytes, say
+from finetune.console import human_bytes, log
 from finetune.errors import ModelError
 
 if TYPE_CHECKING:
@@ -38,14 +38,19 @@ def shard(adapted: Any, *, processes: int, device: str, offload: bool) -> None:
     decoder = causal.get_decoder()
     layers = list(getattr(decoder, "layers", ()))
     if not layers:
-        raise ModelError(f"launch=fsdp cuts a model layer by layer, and {type(decoder).__name__} has no list of layers; use launch=ddp")
+        raise ModelError(
+            f"launch=fsdp cuts a model layer by layer, and {type(decoder).__name__} has no list of layers; use launch=ddp"
+        )
     cut = {parameter for layer in layers for parameter in layer.parameters() if not parameter.requires_grad}
     whole = {parameter for parameter in adapted.parameters() if parameter not in cut}
     size = sum(parameter.numel() * parameter.element_size() for parameter in cut)
     for parameter in whole:
         parameter.data = parameter.data.to(device)
     mesh = init_device_mesh(device, (processes,))
-    for module in (*layers, decoder):  # the decoder has nothing left to cut; as their root it lets the layers fetch ahead
+    for module in (
+        *layers,
+        decoder,
+    ):  # the decoder has nothing left to cut; as their root it lets the layers fetch ahead
         fully_shard(
             module, mesh=mesh, reshard_after_forward=True, ignored_params=whole,
             offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy(),
@@ -53,10 +58,13 @@ def shard(adapted: Any, *, processes: int, device: str, offload: bool) -> None:
     for model in (adapted, causal):
         vars(model).pop("hf_device_map", None)  # where the model was loaded; peft would put it back there
     where = ", in host memory while not in use" if offload else ""
-    say("launch", f"the base's layers, {human_bytes(size)}, are cut into {processes} parts{where}; embedding, head and adapter are not")
+    log(
+        "launch",
+        f"the base's layers, {human_bytes(size)}, are cut into {processes} parts{where}; embedding, head and adapter are not",
+    )
 
 
-def keep_up(model: nn.Module, *, passes: int) -> None:
+def join_collectives(model: nn.Module, *, passes: int) -> None:
     """Forward passes of nothing: while another process computes a layer, this one must hand out its part of it.
 
     Args:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from finetune.console import complain, say
+from finetune.console import log, print_error
 from finetune.errors import HardwareError
 from finetune.launch.config import LaunchConfig, process_count
 
@@ -36,7 +36,11 @@ def accelerate_config(config: LaunchConfig) -> dict[str, Any]:
         "fsdp_cpu_ram_efficient_loading": False,
         "fsdp_activation_checkpointing": False,
     }
-    kind = {"distributed_type": "FSDP", "fsdp_config": fsdp} if config.strategy == "fsdp" else {"distributed_type": "MULTI_GPU"}
+    kind = (
+        {"distributed_type": "FSDP", "fsdp_config": fsdp}
+        if config.strategy == "fsdp"
+        else {"distributed_type": "MULTI_GPU"}
+    )
     return {
         "compute_environment": "LOCAL_MACHINE",
         **kind,
@@ -72,7 +76,7 @@ def refuse(config: LaunchConfig, *, device: str, rehearses: bool) -> None:
         raise HardwareError("launch=fsdp needs NVIDIA GPUs or CPUs, and this run is on mps; use launch=single")
     if config.strategy == "fsdp" and device == "cuda" and rehearses:
         raise HardwareError(
-            "a rehearsal needs the whole base on one device, and launch=fsdp is for bases that have no room there: say rehearse=off, and "
+            "a rehearsal needs the whole base on one device, and launch=fsdp is for bases that have no room there: say preflight=off, and "
             "rehearse the same settings with a smaller base first"
         )
     if config.offload and device == "cpu":
@@ -113,7 +117,10 @@ def start(config: LaunchConfig, arguments: Sequence[str]) -> int:
 
     here = config.processes // config.nodes
     where = f" on machine {config.node + 1} of {config.nodes}, {config.processes} in all" if config.nodes > 1 else ""
-    say("launch", f"{config.strategy}: {here} processes{where}; logs/rank-<n>.log in the run's folder has what each of them says")
+    log(
+        "launch",
+        f"{config.strategy}: {here} processes{where}; logs/rank-<n>.log in the run's folder has what each of them says",
+    )
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a process that fails has said why
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(config.grace_seconds)
     with tempfile.TemporaryDirectory() as folder:
@@ -126,7 +133,10 @@ def start(config: LaunchConfig, arguments: Sequence[str]) -> int:
             rank, failure = failed.get_first_failure()
             code = failure.exitcode if failure.exitcode > 0 else 1
             if rank:  # the first process has said it here itself
-                complain(f"process {rank} ended with exit code {failure.exitcode}; logs/rank-{rank}.log in the run's folder says why", code)
+                print_error(
+                    f"process {rank} ended with exit code {failure.exitcode}; logs/rank-{rank}.log in the run's folder says why",
+                    code,
+                )
             return code
         except SignalException:
             return INTERRUPTED

@@ -7,7 +7,9 @@ from typing import Any
 from finetune.launch.config import LaunchConfig
 
 
-def zero3(config: LaunchConfig, *, dtype: str, micro_batch: int, accumulate: int, max_grad_norm: float) -> dict[str, Any]:
+def zero3(
+    config: LaunchConfig, *, dtype: str, micro_batch: int, accumulate: int, max_grad_norm: float
+) -> dict[str, Any]:
     """The settings that accelerate's DeepSpeed plugin takes; nothing in them is left to ``auto``.
 
     Args:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.console import human_bytes, say
+from finetune.console import human_bytes, log
 from finetune.errors import ModelError
 from finetune.lora.config import ALL_LINEAR, DOUBLED, LoraConfig
 
@@ -51,24 +51,24 @@ def attach(
     import torch
     from transformers import set_seed
 
-    from finetune.lora import starts
+    from finetune.lora import init
 
     targets = resolve(model, config.targets)
     rows = token_rows(model, config.tokens, tokenizer)
     inputs = {}
     if config.variant == "eva":
-        inputs = starts.input_directions(model, targets, documents=calibration, rank=config.rank, seed=seed)
+        inputs = init.input_directions(model, targets, documents=calibration, rank=config.rank, seed=seed)
     prepare(model, upcast=upcast, checkpointing=checkpointing)
     set_seed(seed)
     adapted = peft.get_peft_model(model, settings(config, targets, rows))
     if config.variant == "eva":
-        starts.use_input_directions(adapted, inputs)
+        init.init_eva(adapted, inputs)
     elif config.variant in DOUBLED:
-        starts.use_weight_parts(adapted, config.variant, rank=config.rank)
+        init.use_weight_parts(adapted, config.variant, rank=config.rank)
     elif config.variant == "loftq":
-        starts.use_rounding_errors(adapted, original, rank=config.rank)
+        init.init_loftq(adapted, original, rank=config.rank)
     elif config.variant == "dora":
-        starts.use_row_lengths(adapted, dtype=getattr(torch, config.dtype))
+        init.use_row_lengths(adapted, dtype=getattr(torch, config.dtype))
     if rows:
         _show_bias(adapted)
     cast_adapter(adapted, config.dtype)
@@ -99,8 +99,13 @@ def _say(adapted: nn.Module, config: LoraConfig, targets: dict[str, int]) -> Non
     size = human_bytes(sum(p.numel() * p.element_size() for p in parameters))
     kind = "" if config.variant == "lora" else f"{config.variant}, "
     rows = f", and the embeddings of {', '.join(config.tokens)}" if config.tokens else ""
-    start = f", with the start that is taken off again: rank {config.width} on disk" if config.width != config.rank else ""
-    say("lora", f"{kind}rank {config.rank} on {matched}{rows}: {count:,} trainable parameters, {size} in {config.dtype}{start}")
+    start = (
+        f", with the start that is taken off again: rank {config.width} on disk" if config.width != config.rank else ""
+    )
+    log(
+        "lora",
+        f"{kind}rank {config.rank} on {matched}{rows}: {count:,} trainable parameters, {size} in {config.dtype}{start}",
+    )
 
 
 def resolve(model: nn.Module, wished: list[str]) -> dict[str, int]:
@@ -116,7 +121,9 @@ def resolve(model: nn.Module, wished: list[str]) -> dict[str, int]:
         return dict(available)
     unmatched = sorted(set(wished) - set(available))
     if unmatched:
-        raise ModelError(f"lora.targets: {', '.join(unmatched)} match no linear layer. This model has {', '.join(sorted(available))}.")
+        raise ModelError(
+            f"lora.targets: {', '.join(unmatched)} match no linear layer. This model has {', '.join(sorted(available))}."
+        )
     return {name: available[name] for name in wished}
 
 
@@ -151,7 +158,9 @@ def _show_bias(adapted: Any) -> None:
 def linear_layers(model: Any) -> Counter[str]:
     """Linear layers but the head, quantized or not, counted by the last segment of their names."""
     head = model.get_output_embeddings()
-    return Counter(name.rpartition(".")[2] for name, module in model.named_modules() if is_linear(module) and module is not head)
+    return Counter(
+        name.rpartition(".")[2] for name, module in model.named_modules() if is_linear(module) and module is not head
+    )
 
 
 def is_linear(module: Any) -> bool:
@@ -180,7 +189,9 @@ def prepare(model: Any, *, upcast: str, checkpointing: bool) -> None:
             aside[name] = parameter.data
             parameter.data = parameter.data.new_empty(0)
     prepare_model_for_kbit_training(
-        model, use_gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None
+        model,
+        use_gradient_checkpointing=checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
     )
     parameters = dict(model.named_parameters())
     for name, data in aside.items():

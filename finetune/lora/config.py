@@ -96,7 +96,9 @@ class LoraConfig:
             )
         if self.variant == "dora" and quantization not in DORA_BASES:
             why = (
-                "peft 0.21 loses an int8 layer's scales when it does on a CPU" if quantization == "int8" else "only bitsandbytes' was tried"
+                "peft 0.21 loses an int8 layer's scales when it does on a CPU"
+                if quantization == "int8"
+                else "only bitsandbytes' was tried"
             )
             yield (
                 f"lora.variant=dora reads each weight in every pass, and {why}; "

@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from finetune.console import human_bytes, say, table
+from finetune.console import human_bytes, log, table
 from finetune.errors import MergeError
-from finetune.measure.fresh import answer, run_fresh
+from finetune.inference.fresh_process import answer, run_in_fresh_process
 
 HIDDEN, INTERMEDIATE, HEADS, KEY_VALUE_HEADS, VOCABULARY = 4096, 11008, 32, 32, 32000
 """Widths of Llama 2 7B; the number of layers follows from the size that is asked for."""
@@ -45,22 +45,34 @@ def bench(*, parameters: float = 3e9, folder: Path | None = None) -> dict[str, A
         work = Path(scratch)
         free = shutil.disk_usage(work).free
         if free < 3 * 2.2 * parameters:
-            raise MergeError(f"the bench needs {human_bytes(6.6 * parameters)} of disk in {work.parent} and {human_bytes(free)} are free")
-        made = run_fresh("finetune.merge.bench", {"mode": "make", "folder": work, "layers": layers_for(parameters)}, work=work)
+            raise MergeError(
+                f"the bench needs {human_bytes(6.6 * parameters)} of disk in {work.parent} and {human_bytes(free)} are free"
+            )
+        made = run_in_fresh_process(
+            "finetune.merge.bench", {"mode": "make", "folder": work, "layers": layers_for(parameters)}, work=work
+        )
         size = f"{made['parameters']:,} random weights, {human_bytes(made['bytes'])} in {made['files']} files"
-        say("bench", f"a Llama of {made['layers']} layers, {size}")
+        log("bench", f"a Llama of {made['layers']} layers, {size}")
         copied = _copy_seconds(work / "base", work / "copy")
         shutil.rmtree(work / "copy")
-        ours = run_fresh("finetune.merge.bench", {"mode": "ours", "folder": work}, work=work)
-        ours |= run_fresh("finetune.merge.bench", {"mode": "logits", "folder": work, "model": "ours"}, work=work)
-        theirs = run_fresh("finetune.merge.bench", {"mode": "peft", "folder": work}, work=work)
-        theirs |= run_fresh("finetune.merge.bench", {"mode": "logits", "folder": work, "model": "peft"}, work=work)
-    rows = [["cp", f"{copied:.1f}", ""], ["finetune, original + BA", f"{ours['seconds']:.1f}", human_bytes(ours["peak_rss_bytes"])]]
+        ours = run_in_fresh_process("finetune.merge.bench", {"mode": "ours", "folder": work}, work=work)
+        ours |= run_in_fresh_process(
+            "finetune.merge.bench", {"mode": "logits", "folder": work, "model": "ours"}, work=work
+        )
+        theirs = run_in_fresh_process("finetune.merge.bench", {"mode": "peft", "folder": work}, work=work)
+        theirs |= run_in_fresh_process(
+            "finetune.merge.bench", {"mode": "logits", "folder": work, "model": "peft"}, work=work
+        )
+    rows = [
+        ["cp", f"{copied:.1f}", ""],
+        ["finetune, original + BA", f"{ours['seconds']:.1f}", human_bytes(ours["peak_rss_bytes"])],
+    ]
     rows.append(["peft merge_and_unload", f"{theirs['seconds']:.1f}", human_bytes(theirs["peak_rss_bytes"])])
     table("bench", ["", "seconds", "peak memory"], rows)
     difference = max(abs(one - other) for one, other in zip(ours["logits"], theirs["logits"], strict=True))
-    say(
-        "bench", f"logits of the two merged models differ by {difference:.5f} at most; the largest is {max(map(abs, theirs['logits'])):.3f}"
+    log(
+        "bench",
+        f"logits of the two merged models differ by {difference:.5f} at most; the largest is {max(map(abs, theirs['logits'])):.3f}",
     )
     result = {
         "peak_rss_bytes": ours["peak_rss_bytes"],
@@ -115,7 +127,11 @@ def _shapes(layers: int) -> dict[str, dict[str, tuple[int, ...]]]:
             file[f"{at}.mlp.{name}.weight"] = shape
         for name in ("input_layernorm", "post_attention_layernorm"):
             file[f"{at}.{name}.weight"] = (HIDDEN,)
-    ends = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "lm_head.weight": (VOCABULARY, HIDDEN), "model.norm.weight": (HIDDEN,)}
+    ends = {
+        "model.embed_tokens.weight": (VOCABULARY, HIDDEN),
+        "lm_head.weight": (VOCABULARY, HIDDEN),
+        "model.norm.weight": (HIDDEN,),
+    }
     files["model-ends.safetensors"] = dict(ends)
     return files
 
@@ -130,13 +146,20 @@ def _make(request: dict[str, Any]) -> dict[str, Any]:
     base.mkdir()
     torch.manual_seed(0)
     files = _shapes(request["layers"])
-    planned = {file: [Planned(name, torch.bfloat16, shape) for name, shape in tensors.items()] for file, tensors in files.items()}
+    planned = {
+        file: [Planned(name, torch.bfloat16, shape) for name, shape in tensors.items()]
+        for file, tensors in files.items()
+    }
     noise = torch.randn(1 << 22).to(torch.bfloat16) * 0.02
     for file, tensors in planned.items():
         with ShardWriter(base / file, tensors) as writer:
             for tensor in tensors:
                 count = tensor.size // 2
-                piece = torch.ones(count, dtype=torch.bfloat16) if len(tensor.shape) == 1 else noise.repeat(count // len(noise) + 1)[:count]
+                piece = (
+                    torch.ones(count, dtype=torch.bfloat16)
+                    if len(tensor.shape) == 1
+                    else noise.repeat(count // len(noise) + 1)[:count]
+                )
                 writer.write(piece)
     write_index(base, planned)
     LlamaConfig(
@@ -161,15 +184,17 @@ def _make_adapter(folder: Path, files: dict[str, dict[str, tuple[int, ...]]]) ->
         if module.endswith(TARGETS):
             tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(RANK, shape[1]) * 0.02
             tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(shape[0], RANK) * 0.02
-    LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(TARGETS), task_type="CAUSAL_LM").save_pretrained(str(folder))
+    LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(TARGETS), task_type="CAUSAL_LM").save_pretrained(
+        str(folder)
+    )
     save_file(tensors, folder / "adapter_model.safetensors")
 
 
 def _ours(request: dict[str, Any]) -> dict[str, Any]:
     import torch
 
+    from finetune.merge.adapter_deltas import read_changes
     from finetune.merge.candidates import build
-    from finetune.merge.changes import read_changes
 
     folder = Path(request["folder"])
     started = time.monotonic()

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from finetune.errors import MergeError
-from finetune.measure.chat import Chat
-from finetune.merge.changes import Change, LowRank, Rows, Whole
+from finetune.inference.chat import Chat
+from finetune.merge.adapter_deltas import Change, LowRank, Rows, Whole
 from finetune.merge.checkpoint import INDEX, PIECE_BYTES, Planned, ShardWriter, Stored, read_checkpoint, write_index
 
 Source = Callable[[str], Tensor | None]
@@ -64,7 +64,9 @@ def from_disk(name: str) -> None:
     """The source of the ``original`` candidate: every weight as it was downloaded."""
 
 
-def build(base: Path, changes: dict[str, Change], target: Path, *, dtype: torch.dtype, source: Source = from_disk) -> Built:
+def build(
+    base: Path, changes: dict[str, Change], target: Path, *, dtype: torch.dtype, source: Source = from_disk
+) -> Built:
     """Writes base plus changes as a plain transformers folder, in about 200 MB of memory beside one dequantized layer.
 
     Args:
@@ -79,16 +81,21 @@ def build(base: Path, changes: dict[str, Change], target: Path, *, dtype: torch.
     """
     config = json.loads((base / "config.json").read_text())
     if config.get("quantization_config"):
-        raise MergeError(f"{base} is quantized on disk, so its weights cannot be added to; give the full-precision base as model.name")
+        raise MergeError(
+            f"{base} is quantized on disk, so its weights cannot be added to; give the full-precision base as model.name"
+        )
     files, untied = _plan(read_checkpoint(base), changes, base=base, config=config)
     target.mkdir(parents=True)
     planned = {
-        name: [Planned(piece.name, _numbers(piece.stored, dtype), piece.shape) for piece in pieces] for name, pieces in files.items()
+        name: [Planned(piece.name, _numbers(piece.stored, dtype), piece.shape) for piece in pieces]
+        for name, pieces in files.items()
     }
 
     def write(name: str) -> tuple[int, int]:
         with ShardWriter(target / name, planned[name]) as writer:
-            counts = [_write(piece, writer, dtype=_numbers(piece.stored, dtype), source=source) for piece in files[name]]
+            counts = [
+                _write(piece, writer, dtype=_numbers(piece.stored, dtype), source=source) for piece in files[name]
+            ]
         return sum(adapted for adapted, _ in counts), sum(changed for _, changed in counts)
 
     with _files_at_a_time() as pool:
@@ -99,7 +106,12 @@ def build(base: Path, changes: dict[str, Change], target: Path, *, dtype: torch.
         if file.suffix in COPIED and file.name not in LEFT_BEHIND:
             shutil.copyfile(file, target / file.name)
     size = sum(tensor.size for tensors in planned.values() for tensor in tensors)
-    return Built(folder=target, bytes=size, adapted=sum(adapted for adapted, _ in counts), changed=sum(changed for _, changed in counts))
+    return Built(
+        folder=target,
+        bytes=size,
+        adapted=sum(adapted for adapted, _ in counts),
+        changed=sum(changed for _, changed in counts),
+    )
 
 
 @contextmanager
@@ -130,7 +142,9 @@ def _write(piece: Piece, writer: ShardWriter, *, dtype: torch.dtype, source: Sou
         return change.value.numel(), change.value.numel()
     own = change.start if isinstance(change, LowRank) and change.start is not None else source(piece.name)
     if tuple(piece.stored.shape if own is None else own.shape) != piece.shape:
-        raise MergeError(f"{piece.name}: the adapter is for {piece.shape} weights and the base has {piece.stored.shape}: another base")
+        raise MergeError(
+            f"{piece.name}: the adapter is for {piece.shape} weights and the base has {piece.stored.shape}: another base"
+        )
     adapted = changed = 0
     for first, old in piece.stored.pieces() if own is None else _split(own):
         if change is None:
@@ -180,7 +194,9 @@ def _plan(
             continue
         found = _resolve(name, stored)
         if found is None:
-            raise MergeError(f"the adapter changes {name}, which {base} does not have; give the base that it was trained on")
+            raise MergeError(
+                f"the adapter changes {name}, which {base} does not have; give the base that it was trained on"
+            )
         resolved[found] = change
     trunk = _resolve(embedding, stored) if tied else None
     untied = (
@@ -188,11 +204,16 @@ def _plan(
         and (apart is not None or isinstance(resolved.get(trunk or ""), LowRank | Whole))
         and not _same(apart, resolved.get(trunk or ""))
     )
-    files = {file: [Piece(name, entry, resolved.get(name)) for name, entry in tensors] for file, tensors in checkpoint.items()}
+    files = {
+        file: [Piece(name, entry, resolved.get(name)) for name, entry in tensors]
+        for file, tensors in checkpoint.items()
+    }
     if untied and head not in stored:
         last = list(files)[-1]
         grown = resolved.get(trunk or "")
-        alone = Whole(grown.start) if apart is None and isinstance(grown, LowRank) and grown.start is not None else apart
+        alone = (
+            Whole(grown.start) if apart is None and isinstance(grown, LowRank) and grown.start is not None else apart
+        )
         files[last] = [*files[last], Piece(head, stored[trunk or ""], alone)]
     return files, untied
 
@@ -232,7 +253,9 @@ def write_chat(folder: Path, chat: Chat) -> None:
     file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_config(config: dict[str, Any], file: Path, *, dtype: torch.dtype, files: dict[str, list[Piece]], untied: bool) -> None:
+def _write_config(
+    config: dict[str, Any], file: Path, *, dtype: torch.dtype, files: dict[str, list[Piece]], untied: bool
+) -> None:
     written = {key: value for key, value in config.items() if key not in ("quantization_config", "torch_dtype")}
     written["dtype"] = str(dtype).removeprefix("torch.")
     if untied:

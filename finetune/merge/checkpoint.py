@@ -105,7 +105,9 @@ def read_header(file: Path) -> list[tuple[str, Stored]]:
             raise MergeError(
                 f"{file}: {name} is stored as {entry['dtype']}; a merge needs one of {', '.join(DTYPES)}: use the unquantized base"
             )
-        stored = Stored(file=file, dtype=DTYPES[entry["dtype"]], shape=tuple(entry["shape"]), start=begin + entry["data_offsets"][0])
+        stored = Stored(
+            file=file, dtype=DTYPES[entry["dtype"]], shape=tuple(entry["shape"]), start=begin + entry["data_offsets"][0]
+        )
         tensors.append((name, stored))
     return tensors
 
@@ -118,7 +120,9 @@ def _weight_files(folder: Path) -> list[str]:
     found = sorted(file.name for file in folder.glob("*.safetensors"))
     if len(found) == 1:
         return found
-    raise MergeError(f"{folder} holds {len(found)} safetensors files and no {INDEX}, so it is unclear which belong together; save it again")
+    raise MergeError(
+        f"{folder} holds {len(found)} safetensors files and no {INDEX}, so it is unclear which belong together; save it again"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +179,11 @@ def _header(planned: list[Planned]) -> bytes:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in planned:
-        entries[tensor.name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + tensor.size]}
+        entries[tensor.name] = {
+            "dtype": CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.size],
+        }
         offset += tensor.size
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

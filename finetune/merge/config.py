@@ -57,12 +57,19 @@ class MergeConfig:
             yield f"merge.choose={self.choose} is not among merge.candidates={self.candidates}; add it there"
         if self.dtype not in DTYPES:
             yield f"merge.dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}"
-        for key, value in (("loss_rows", self.loss_rows), ("measure_tokens", self.measure_tokens), ("batch_tokens", self.batch_tokens)):
+        for key, value in (
+            ("loss_rows", self.loss_rows),
+            ("measure_tokens", self.measure_tokens),
+            ("batch_tokens", self.batch_tokens),
+        ):
             if value < 1:
                 yield f"merge.{key} must be at least 1; got {value}"
         for folder, weight in self.adapters.items():
             if weight == 0:
                 yield f"merge.adapters: {folder} has weight 0, which adds nothing; leave it out"
-        for key, bound in (("max_loss_increase", self.max_loss_increase), ("max_reload_difference", self.max_reload_difference)):
+        for key, bound in (
+            ("max_loss_increase", self.max_loss_increase),
+            ("max_reload_difference", self.max_reload_difference),
+        ):
             if bound < 0:
                 yield f"merge.{key} must not be negative; got {bound}"

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from finetune.errors import MergeError
+from finetune.merge.adapter_deltas import PREFIX
 from finetune.merge.candidates import Source
-from finetune.merge.changes import PREFIX
 
 
 def dequantized(graph: Any) -> Source:
@@ -50,11 +50,15 @@ def add_adapters(graph: Any, adapters: dict[str, float], *, base_sha256: str) ->
         place, name = Path(folder).expanduser(), f"further_{len(names)}"
         record = place / "finetune.json"
         if record.is_file() and json.loads(record.read_text(encoding="utf-8"))["base"]["sha256"] != base_sha256:
-            raise MergeError(f"merge.adapters: {folder} says that it was trained on another base (finetune.json); leave it out")
+            raise MergeError(
+                f"merge.adapters: {folder} says that it was trained on another base (finetune.json); leave it out"
+            )
         try:
             graph.load_adapter(str(place), adapter_name=name)
         except (ValueError, RuntimeError, KeyError) as error:
-            raise MergeError(f"merge.adapters: {folder} does not fit this base: {str(error).splitlines()[0]}") from error
+            raise MergeError(
+                f"merge.adapters: {folder} does not fit this base: {str(error).splitlines()[0]}"
+            ) from error
         saved = load_file(place / "adapter_model.safetensors")
         for key, parameter in graph.named_parameters():
             if f".{name}" in key:

@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from finetune.measure import Agreement, Reference, agreement, answer, read_rows
+from finetune.inference.fresh_process import answer
+from finetune.inference.kl_divergence import KLResult, Reference, agreement
+from finetune.inference.rows import read_rows
 from finetune.trust import check_remote_code
 
 
-def remeasure(request: dict[str, Any]) -> Agreement:
+def remeasure(request: dict[str, Any]) -> KLResult:
     """Agreement of the model in a folder with the reference that an earlier process recorded."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

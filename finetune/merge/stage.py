@@ -10,19 +10,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.console import human_bytes, say, table
+from finetune.console import human_bytes, log, table
 from finetune.errors import MergeError
 from finetune.hardware import Placement
-from finetune.measure.stage import StageProduct
-from finetune.merge.choice import choose, table_rows
+from finetune.inference.stage import StageProduct
 from finetune.merge.config import MergeConfig
+from finetune.merge.select import choose, table_rows
 from finetune.model import Base, ModelConfig
 from finetune.quantization import QuantizationConfig
 
 if TYPE_CHECKING:
-    from finetune.measure import Agreement, Reference, RowLoss
+    from finetune.inference.kl_divergence import KLResult, Reference
+    from finetune.inference.losses import RowLoss
+    from finetune.merge.adapter_deltas import Change
     from finetune.merge.candidates import Built
-    from finetune.merge.changes import Change
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +81,10 @@ def merge(
         MergeError: Nothing can be merged, the adapter changes nothing, no candidate is good enough, the disk is too
             small, or the model that was written measures differently when it is opened again.
     """
-    from finetune.measure import chat_of, read_rows, trained_tokens
+    from finetune.inference.chat import chat_of
+    from finetune.inference.rows import read_rows, trained_tokens
+    from finetune.merge.adapter_deltas import add_changes, read_changes
     from finetune.merge.candidates import write_chat
-    from finetune.merge.changes import add_changes, read_changes
     from finetune.model import weights_sha256
 
     names = _candidates(config, quantization)
@@ -104,9 +106,13 @@ def merge(
         changes = add_changes(changes, Path(further).expanduser(), weight=weight)
     reference, built = stage.build(adapter.folder / "adapter", changes, names=names)
     trained, figures = stage.losses(reference.losses), [stage.measure(one, reference) for one in built]
-    table("merge", ["candidate", "KL", "top-1", "loss", "change of loss", "perplexity", "size"], table_rows(figures, trained=trained))
+    table(
+        "merge",
+        ["candidate", "KL", "top-1", "loss", "change of loss", "perplexity", "size"],
+        table_rows(figures, trained=trained),
+    )
     chosen, rule = choose(figures, config=config, trained_loss=reference.loss)
-    say("merge", f"{chosen['name']} is kept: {rule}")
+    log("merge", f"{chosen['name']} is kept: {rule}")
     chat = chat_of(base, data.folder, trust_remote_code=model.trust_remote_code)
     write_chat(work / chosen["name"], chat)
     reloaded = stage.reload(work / chosen["name"], chosen, heldout=data.folder / "heldout", reference=reference)
@@ -133,7 +139,7 @@ def _candidates(config: MergeConfig, quantization: QuantizationConfig) -> list[s
             "merge.choose=dequantized, but quantization.method=none, so there is nothing to dequantize; use merge.choose=original"
         )
     if config.candidates != ["original"]:
-        say("merge", "only the candidate original: the base was not quantized, so dequantized would be the same")
+        log("merge", "only the candidate original: the base was not quantized, so dequantized would be the same")
     return ["original"]
 
 
@@ -175,24 +181,35 @@ class _Stage:
         """Records the trained graph, then writes the candidates; the graph is gone before the first one is loaded."""
         import torch
 
-        from finetune.measure import free, reference_logprobs, trained_graph
+        from finetune.inference.adapted import free, load_adapted_model
+        from finetune.inference.kl_divergence import reference_logprobs
         from finetune.merge.candidates import build, from_disk
         from finetune.merge.graph import add_adapters, dequantized
 
-        graph = trained_graph(self.base, self.model, quantization=self.quantization, placement=self.placement, adapter=adapter)
+        graph = load_adapted_model(
+            self.base, self.model, quantization=self.quantization, placement=self.placement, adapter=adapter
+        )
         if self.config.adapters:
             add_adapters(graph, self.config.adapters, base_sha256=self.base.sha256)
-            say("merge", "with the run's adapter: " + ", ".join(f"{name} x {weight:g}" for name, weight in self.config.adapters.items()))
+            log(
+                "merge",
+                "with the run's adapter: "
+                + ", ".join(f"{name} x {weight:g}" for name, weight in self.config.adapters.items()),
+            )
         reference = reference_logprobs(
             graph, self.rows, self.work / "reference.f32", batch_tokens=self.config.batch_tokens, tokens=self.config.measure_tokens,
             progress="trained graph",
         )  # fmt: skip
-        say("merge", f"the trained graph on {len(self.rows)} held-out rows: loss {reference.loss:.4f}; the distributions of "
+        log("merge", f"the trained graph on {len(self.rows)} held-out rows: loss {reference.loss:.4f}; the distributions of "
             f"{reference.positions:,} trained tokens are kept to compare with")  # fmt: skip
         built = []
         for name in names:
             source = dequantized(graph) if name == "dequantized" else from_disk
-            built.append(build(self.base.folder, changes, self.work / name, dtype=getattr(torch, self.config.dtype), source=source))
+            built.append(
+                build(
+                    self.base.folder, changes, self.work / name, dtype=getattr(torch, self.config.dtype), source=source
+                )
+            )
             self._check_not_inert(built[-1])
         del graph, source
         free()
@@ -206,19 +223,20 @@ class _Stage:
             )
 
     def losses(self, rows: Sequence[RowLoss]) -> dict[str, Any]:
-        from finetune.measure.bootstrap import RESAMPLES, Bootstrap, token_loss
+        from finetune.inference.bootstrap import RESAMPLES, Bootstrap, token_loss
 
         return Bootstrap(len(rows), samples=RESAMPLES, seed=self.seed).loss(token_loss(rows))
 
-    def figures(self, found: Agreement, reference: Reference) -> dict[str, Any]:
-        from finetune.measure.bootstrap import RESAMPLES, Bootstrap, token_loss
+    def figures(self, found: KLResult, reference: Reference) -> dict[str, Any]:
+        from finetune.inference.bootstrap import RESAMPLES, Bootstrap, token_loss
 
         draw = Bootstrap(len(self.rows), samples=RESAMPLES, seed=self.seed)
         difference = draw.difference(token_loss(reference.losses), token_loss(found.losses))
         return {**self.losses(found.losses), "loss_difference": difference.change, **found.distances}
 
     def measure(self, built: Built, reference: Reference) -> dict[str, Any]:
-        from finetune.measure import agreement, free
+        from finetune.inference.adapted import free
+        from finetune.inference.kl_divergence import agreement
         from finetune.model import load
 
         name = built.folder.name
@@ -235,7 +253,9 @@ class _Stage:
         return {"name": name, **self.figures(found, reference), **sizes}
 
     def reload(self, kept: Path, first: dict[str, Any], *, heldout: Path, reference: Reference) -> dict[str, Any]:
-        from finetune.measure import Agreement, FreshProcessError, RowLoss, run_fresh
+        from finetune.inference.fresh_process import FreshProcessError, run_in_fresh_process
+        from finetune.inference.kl_divergence import KLResult
+        from finetune.inference.losses import RowLoss
 
         request = {
             "folder": kept.resolve(), "dtype": self.config.dtype, "attention": self.placement.attention, "device": self.placement.device,
@@ -244,15 +264,18 @@ class _Stage:
             "reference": dataclasses.replace(reference, file=reference.file.resolve(), losses=()),
         }  # fmt: skip
         try:
-            got = run_fresh("finetune.merge.reload", request, work=self.work)
+            got = run_in_fresh_process("finetune.merge.reload", request, work=self.work)
         except FreshProcessError as error:
             raise MergeError(f"the merged model in {kept} cannot be opened by a fresh process: {error}") from error
-        again = self.figures(Agreement(**{**got, "losses": [RowLoss(**row) for row in got["losses"]]}), reference)
+        again = self.figures(KLResult(**{**got, "losses": [RowLoss(**row) for row in got["losses"]]}), reference)
         furthest = max(abs(again["loss"] - first["loss"]), abs(again["kl"] - first["kl"]))
         if furthest > self.config.max_reload_difference:
             raise MergeError(
                 f"{kept} measures differently in a fresh process: loss {again['loss']:.5f} after {first['loss']:.5f}, KL {again['kl']:.5f} "
                 f"after {first['kl']:.5f}; the bound merge.max_reload_difference is {self.config.max_reload_difference}"
             )
-        say("merge", f"opened again by plain transformers in a fresh process: loss {again['loss']:.4f}, KL {again['kl']:.5f}, as before")
+        log(
+            "merge",
+            f"opened again by plain transformers in a fresh process: loss {again['loss']:.4f}, KL {again['kl']:.5f}, as before",
+        )
         return again

@@ -54,4 +54,6 @@ def plan(config: RunConfig, machine: Machine) -> Plan:
 def _counted(config: RunConfig, inputs: PlanInputs, machine: Machine) -> dict[str, dict[str, int]]:
     from finetune.plan.exact import compare  # imports torch
 
-    return {name: {"closed": term.closed, "exact": term.exact} for name, term in compare(config, inputs, machine).items()}
+    return {
+        name: {"closed": term.closed, "exact": term.exact} for name, term in compare(config, inputs, machine).items()
+    }

@@ -6,8 +6,17 @@ import dataclasses
 from dataclasses import dataclass
 
 from finetune.architecture import ArchitectureConfig
+from finetune.plan.activations_saved import (
+    adapter_copies,
+    attention,
+    feed_forward,
+    held_inputs,
+    kept_inputs,
+    layer_bytes,
+    layer_tensors,
+    norms,
+)
 from finetune.plan.inputs import FLOAT, PlanInputs
-from finetune.plan.kept import adapter_copies, attention, feed_forward, held_inputs, kept_inputs, layer_bytes, layer_tensors, norms
 from finetune.plan.segments import block_bytes
 from finetune.plan.weights import workspace_bytes
 
@@ -15,7 +24,7 @@ SLIDING_FAMILIES = ("gemma2", "gemma3_text")
 """Every other layer of theirs looks back a few thousand tokens only, and so has a mask of its own."""
 
 TRAINED_ROWS = 256
-"""Positions whose logits are alive at one time. Source: finetune/speed/steps.py, LOSS_ROWS."""
+"""Positions whose logits are alive at one time. Source: finetune/kernels/steps.py, LOSS_ROWS."""
 
 TILE_COPIES_BYTES = 7 * FLOAT + 1
 """For each entry of a tile of logits, what torch alone makes of it on the way back: in float32 the logits, scaled and divided by
@@ -51,7 +60,9 @@ def activations(inputs: PlanInputs) -> Activations:
     boundary = block_bytes(inputs.stream_bytes * a.hidden_size * tokens, inputs)
     norm = inputs.stream_bytes if inputs.steps.fused or a.norm_bias else inputs.trainer.norm_bytes
     positions = 2 * a.head_dim * inputs.compute_bytes * tokens  # cosine and sine, once for all layers
-    gradient = inputs.compute_bytes * a.hidden_size * (whole_tiles(tokens) if inputs.steps.trained_only else tokens)
+    gradient = (
+        inputs.compute_bytes * a.hidden_size * (whole_tiles(tokens) if inputs.steps.loss_on_trained_tokens else tokens)
+    )
     last = norm * a.hidden_size * tokens + gradient + positions + mask_bytes(inputs)
     earlier = inputs.trainer.keeps_last_graph * kept_inputs(inputs)
     held = 0 if inputs.offload_activations else boundary
@@ -64,7 +75,7 @@ def activations(inputs: PlanInputs) -> Activations:
 
 
 def whole_tiles(tokens: int) -> int:
-    """Positions of the loss on trained tokens, filled up. Source: finetune/speed/steps.py, ``token_losses``."""
+    """Positions of the loss on trained tokens, filled up. Source: finetune/kernels/steps.py, ``token_losses``."""
     return -(-tokens // TRAINED_ROWS) * TRAINED_ROWS
 
 
@@ -100,7 +111,9 @@ def recomputed_bytes(inputs: PlanInputs) -> float:
     """What ``checkpointing=selective`` makes again in one layer at a time: the gated step's tensors."""
     if not inputs.steps.selective:
         return 0
-    return layer_bytes(dataclasses.replace(inputs, steps=dataclasses.replace(inputs.steps, selective=False))) - layer_bytes(inputs)
+    return layer_bytes(
+        dataclasses.replace(inputs, steps=dataclasses.replace(inputs.steps, selective=False))
+    ) - layer_bytes(inputs)
 
 
 def backward_temporaries(inputs: PlanInputs) -> float:
@@ -109,7 +122,7 @@ def backward_temporaries(inputs: PlanInputs) -> float:
     Eager attention's scores may be wider; when their gradients are there, what the feed-forward kept is gone.
 
     The fused gated step in torch alone works in float32: gate and up, the gradient, the sigmoid, both results and both of
-    them side by side. Source: finetune/speed/plain.py, ``swiglu_backward``; compiled, it writes one result.
+    them side by side. Source: finetune/kernels/plain.py, ``swiglu_backward``; compiled, it writes one result.
     """
     a, c, tokens = inputs.architecture, inputs.wide_bytes, inputs.step_tokens
     width = a.intermediate_size * max(1, a.active_experts)
@@ -129,7 +142,12 @@ def forward_bytes(inputs: PlanInputs, *, tokens: int) -> float:
     """A forward pass that keeps nothing for later: one layer's tensors, and a tile of float32 logits."""
     a = inputs.architecture
     tile = min(tokens, inputs.trainer.loss_tile[0]) * min(a.vocab_size, inputs.trainer.loss_tile[1])
-    layer = sum(kept.size * kept.times for part in (norms, attention, feed_forward) for kept in part(inputs) if kept.name != "mask")
+    layer = sum(
+        kept.size * kept.times
+        for part in (norms, attention, feed_forward)
+        for kept in part(inputs)
+        if kept.name != "mask"
+    )
     return tokens * layer / inputs.step_tokens + tile * FLOAT
 
 
@@ -143,7 +161,7 @@ def loss_bytes(inputs: PlanInputs) -> float:
     a, c, tokens = inputs.architecture, inputs.compute_bytes, inputs.step_tokens
     if inputs.trainer.logits_bytes:
         return inputs.trainer.logits_bytes * a.vocab_size * tokens
-    if inputs.steps.trained_only:
+    if inputs.steps.loss_on_trained_tokens:
         tiles = 2 if tokens > TRAINED_ROWS else 1  # the next one is made before the last one goes
         each = max(tiles * c, c + (0 if inputs.steps.native else 2 * FLOAT))
         return TRAINED_ROWS * a.vocab_size * each + 3 * c * a.hidden_size * tokens
@@ -160,7 +178,7 @@ def largest_block_bytes(inputs: PlanInputs) -> float:
         return (FLOAT if inputs.trainer.logits_bytes > 2 * FLOAT else inputs.compute_bytes) * a.vocab_size * tokens
     largest = max(kept.size for kept in layer_tensors(inputs))
     tile = min(tokens, inputs.trainer.loss_tile[0]) * min(a.vocab_size, inputs.trainer.loss_tile[1])
-    if inputs.steps.trained_only:
+    if inputs.steps.loss_on_trained_tokens:
         tile = TRAINED_ROWS * a.vocab_size
     return max(largest, tile * inputs.compute_bytes, FLOAT * a.hidden_size * tokens)
 

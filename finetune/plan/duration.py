@@ -33,7 +33,11 @@ def training_tokens(config: RunConfig, inputs: PlanInputs) -> float | None:
     """Tokens that training reads; None where neither the steps nor the data's size are known here."""
     if config.train.steps is not None:
         rows = config.train.rows_per_step
-        per_step = rows * inputs.documents * inputs.tokens if rows is not None else config.train.tokens_per_step or inputs.tokens
+        per_step = (
+            rows * inputs.documents * inputs.tokens
+            if rows is not None
+            else config.train.tokens_per_step or inputs.tokens
+        )
         return float(config.train.steps * per_step)
     file = Path(config.data.path).expanduser() if config.data.path else None
     if file is None or not file.is_file():

@@ -53,8 +53,14 @@ def compare(config: RunConfig, inputs: PlanInputs, machine: Machine) -> dict[str
         "kept activations": kept.stored,
         "at the peak besides": moment,
     }
-    terms = {name: Term(closed=round(closed[name]), exact=round(counted[name])) for name in closed if closed[name] or counted[name]}
-    together = Term(closed=sum(term.closed for term in terms.values()), exact=sum(term.exact for term in terms.values()))
+    terms = {
+        name: Term(closed=round(closed[name]), exact=round(counted[name]))
+        for name in closed
+        if closed[name] or counted[name]
+    }
+    together = Term(
+        closed=sum(term.closed for term in terms.values()), exact=sum(term.exact for term in terms.values())
+    )
     return terms | {"together": together}
 
 
@@ -88,7 +94,9 @@ def count(config: RunConfig, inputs: PlanInputs, *, dtype: str) -> dict[str, flo
             found |= step(model, quantized, inputs, dtype=getattr(torch, dtype))
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             family = inputs.architecture.family
-            raise ModelError(f"plan exact=true: {family} decides by its data which weights it uses, which cannot be counted") from error
+            raise ModelError(
+                f"plan exact=true: {family} decides by its data which weights it uses, which cannot be counted"
+            ) from error
     return found
 
 
@@ -96,8 +104,8 @@ def step(model: Any, quantized: list[str], inputs: PlanInputs, *, dtype: Any) ->
     """One forward and backward pass: what is alive when the forward pass ends, and how much more at the worst moment."""
     import torch
 
+    from finetune.kernels.autograd import FusedLinearCrossEntropy
     from finetune.plan.fake import Alive, drop_as_a_gpu, quickened, stand_in
-    from finetune.speed.steps import HeadLoss
 
     if not inputs.steps.fused:
         stand_in(model, quantized, dtype=dtype, holds=inputs.method == "int8")
@@ -110,16 +118,22 @@ def step(model: Any, quantized: list[str], inputs: PlanInputs, *, dtype: Any) ->
         resident = [*model.parameters(), *model.buffers(), *gradients]
         alive = Alive(resident, size=lambda size: block_bytes(size, inputs))
         batch = inputs_of(inputs)
-        autocast = torch.autocast("cpu", dtype, enabled=not (inputs.steps.fused and inputs.steps.trained_only) and dtype != torch.float32)
+        autocast = torch.autocast(
+            "cpu",
+            dtype,
+            enabled=not (inputs.steps.fused and inputs.steps.loss_on_trained_tokens) and dtype != torch.float32,
+        )
         with alive:
             with autocast:
                 causal = model.get_base_model()
                 hidden = causal.get_decoder()(**batch, use_cache=False).last_hidden_state
                 ended = alive.live
-                if inputs.steps.trained_only:
+                if inputs.steps.loss_on_trained_tokens:
                     head = causal.get_output_embeddings().weight
                     trained = hidden.reshape(-1, hidden.shape[-1]).clone().to(head.dtype)
-                    loss = HeadLoss.apply(trained, head, torch.empty(len(trained), dtype=torch.long), kernels)
+                    loss = FusedLinearCrossEntropy.apply(
+                        trained, head, torch.empty(len(trained), dtype=torch.long), kernels
+                    )
                     del hidden, trained
                 else:  # TRL's own loss is as in the closed form: it keeps the hidden states, and the backward pass starts there
                     loss = hidden.float().sum()
@@ -139,7 +153,13 @@ def inputs_of(inputs: PlanInputs) -> dict[str, Any]:
     ids = torch.empty((1, inputs.step_tokens), dtype=torch.long)
     borders = Borders(documents=documents, tokens=inputs.tokens)
     lengths = {"max_length_q": inputs.tokens, "max_length_k": inputs.tokens}
-    return {"input_ids": ids, "position_ids": torch.empty_like(ids), "cu_seq_lens_q": borders, "cu_seq_lens_k": borders, **lengths}
+    return {
+        "input_ids": ids,
+        "position_ids": torch.empty_like(ids),
+        "cu_seq_lens_q": borders,
+        "cu_seq_lens_k": borders,
+        **lengths,
+    }
 
 
 def packed(model: Any, quantized: list[str], inputs: PlanInputs) -> dict[str, float]:

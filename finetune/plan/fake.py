@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_leaves
 
 from finetune.architecture import ArchitectureConfig
 from finetune.errors import ModelError
+from finetune.kernels import attention as fused_attention
+from finetune.kernels import plain
 from finetune.plan.inputs import PlanInputs
-from finetune.speed import attention as fused_attention
-from finetune.speed import plain
 
 if TYPE_CHECKING:
     from finetune.config import RunConfig
@@ -79,7 +79,7 @@ class Borders:
 
 
 class Compiled:
-    """The shapes that finetune/speed's compiled kernels write; they make no float32 copies."""
+    """The shapes that finetune/kernels's compiled kernels write; they make no float32 copies."""
 
     @staticmethod
     def rms_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -102,7 +102,9 @@ class Compiled:
         return logits.new_empty(len(logits), dtype=torch.float32)
 
     @staticmethod
-    def attention_forward(joint: Tensor, cosine: Tensor, sine: Tensor, borders: Tensor, shape: Any) -> tuple[Tensor, Tensor]:
+    def attention_forward(
+        joint: Tensor, cosine: Tensor, sine: Tensor, borders: Tensor, shape: Any
+    ) -> tuple[Tensor, Tensor]:
         tokens = len(joint)
         return joint.new_empty((tokens, shape.sizes[0])), joint.new_empty((tokens, shape.heads), dtype=torch.float32)
 
@@ -165,7 +167,9 @@ def build(config: RunConfig, inputs: PlanInputs, *, dtype: str) -> tuple[Any, li
     described = transformers_config(config, inputs.architecture)
     with torch.device("meta"), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_config(described, dtype=getattr(torch, dtype), attn_implementation=_attention(inputs))
+        model = AutoModelForCausalLM.from_config(
+            described, dtype=getattr(torch, dtype), attn_implementation=_attention(inputs)
+        )
         if told is not None:
             replace_with_bnb_linear(model, modules_to_not_convert=told.llm_int8_skip_modules, quantization_config=told)
             model.is_loaded_in_4bit, model.is_loaded_in_8bit = inputs.packed_4bit, config.quantization.method == "int8"
@@ -215,8 +219,14 @@ def materialize(model: Any, quantized: list[str]) -> None:
                 continue
             if id(parameter) not in made:
                 dtype = torch.float32 if id(module) in frozen and name == "weight" else parameter.dtype
-                shape = (module.out_features, module.in_features) if id(module) in frozen and name == "weight" else parameter.shape
-                made[id(parameter)] = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=parameter.requires_grad)
+                shape = (
+                    (module.out_features, module.in_features)
+                    if id(module) in frozen and name == "weight"
+                    else parameter.shape
+                )
+                made[id(parameter)] = nn.Parameter(
+                    torch.empty(shape, dtype=dtype), requires_grad=parameter.requires_grad
+                )
             module._parameters[name] = made[id(parameter)]
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
@@ -245,9 +255,9 @@ def drop_as_a_gpu(model: Any) -> None:
 @contextlib.contextmanager
 def quickened(model: Any, inputs: PlanInputs, *, dtype: torch.dtype) -> Iterator[Any]:
     """Our fused layers where the plan has them; hands over the kernels that the loss is computed with."""
-    from finetune.speed import blocks
-    from finetune.speed.blocks import Switch
-    from finetune.speed.linear import Siblings
+    from finetune.kernels import blocks
+    from finetune.kernels.blocks import Switch
+    from finetune.kernels.linear import FusedLinears
 
     kernels: Any = Compiled if inputs.steps.native else plain
     causal, switch = model.get_base_model(), Switch()
@@ -256,16 +266,16 @@ def quickened(model: Any, inputs: PlanInputs, *, dtype: torch.dtype) -> Iterator
     try:
         if inputs.steps.fused:
             cache = inputs.steps.cached or inputs.method == "none"
-            siblings = partial(Siblings.of, cache=cache, dtype=dtype)
+            siblings = partial(FusedLinears.of, cache=cache, dtype=dtype)
             for attention in blocks.parts(causal, blocks.ATTENTIONS):
                 blocks.fuse_attention(attention, siblings=siblings, tiles=inputs.steps.tiles, switch=switch)
-            for mlp in blocks.parts(causal, blocks.GATED):
-                blocks.fuse_gated(mlp, siblings=siblings, kernels=kernels, switch=switch)
+            for mlp in blocks.parts(causal, blocks.GATED_MLPS):
+                blocks.fuse_swiglu_mlp(mlp, siblings=siblings, kernels=kernels, switch=switch)
             for norm in blocks.parts(causal, blocks.NORMS):
                 blocks.fuse_norm(norm, kernels=kernels, switch=switch)
         if inputs.steps.selective:
-            for mlp in blocks.parts(causal, blocks.GATED):
-                blocks.recompute_gated(mlp)
+            for mlp in blocks.parts(causal, blocks.GATED_MLPS):
+                blocks.checkpoint_mlp(mlp)
         yield kernels
     finally:
         fused_attention.native = before

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 SMALLEST_TOKENS = 256
 SELECTIVE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""Those whose gated layers ``train.checkpointing=selective`` knows. Source: finetune/speed/blocks.py, GATED."""
+"""Those whose gated layers ``train.checkpointing=selective`` knows. Source: finetune/kernels/blocks.py, GATED_MLPS."""
 
 MARGIN = 0.93
 """A proposal must hold, so it leaves room for the closed form's own error: 7 % for nine in ten of litgpt's published
@@ -65,7 +65,9 @@ def propose(inputs: PlanInputs, machine: Machine) -> list[str]:
         slower = 1 - other.speed / best.speed
         reason = f"about {slower:.0%} slower" if slower >= SAME_SPEED else "as fast"
         memory = "more" if other.bytes > best.bytes else "less"
-        sentences.append(f"runner-up: {overrides(inputs, other.inputs)}: {reason}, with {human_bytes(other.bytes)}, {memory} memory")
+        sentences.append(
+            f"runner-up: {overrides(inputs, other.inputs)}: {reason}, with {human_bytes(other.bytes)}, {memory} memory"
+        )
     return sentences + _too_large(inputs, tried, best)
 
 
@@ -98,7 +100,11 @@ def _ranked(found: list[Candidate], inputs: PlanInputs) -> list[Candidate]:
 
     def order(candidate: Candidate) -> tuple[float, int, float]:
         after = candidate.inputs
-        changed = (after.method != inputs.method) + (after.optimizer != inputs.optimizer) + (after.strategy != inputs.strategy)
+        changed = (
+            (after.method != inputs.method)
+            + (after.optimizer != inputs.optimizer)
+            + (after.strategy != inputs.strategy)
+        )
         return (-round(candidate.speed / top / SAME_SPEED), changed, candidate.bytes)
 
     return sorted(found, key=order)
@@ -109,7 +115,9 @@ def _candidates(inputs: PlanInputs, machine: Machine) -> Iterator[Candidate]:
         for method, double in dict.fromkeys([(inputs.method, inputs.double), ("nf4", True)]):
             for full, selective in _checkpointings(inputs):
                 for optimizer in dict.fromkeys([inputs.optimizer, "paged_adamw_8bit"]):
-                    for rows in [rows for rows in MICRO_BATCHES if rows * processes <= max(inputs.step_rows, processes)]:
+                    for rows in [
+                        rows for rows in MICRO_BATCHES if rows * processes <= max(inputs.step_rows, processes)
+                    ]:
                         steps = dataclasses.replace(
                             inputs.steps,
                             selective=selective,
@@ -160,7 +168,9 @@ def _too_large(inputs: PlanInputs, tried: list[Candidate], best: Candidate) -> l
         return []
     nearest = min(faster, key=lambda c: c.bytes)
     gain = nearest.speed / best.speed - 1
-    return [f"faster by about {gain:.0%}, but it needs {human_bytes(nearest.bytes)}: {overrides(inputs, nearest.inputs)}"]
+    return [
+        f"faster by about {gain:.0%}, but it needs {human_bytes(nearest.bytes)}: {overrides(inputs, nearest.inputs)}"
+    ]
 
 
 def _kind(inputs: PlanInputs) -> tuple[str, bool, str, str]:

@@ -57,11 +57,11 @@ OURS = Trainer()
 
 @dataclass(frozen=True, kw_only=True)
 class Steps:
-    """How this project computes a step, as `finetune.speed` chooses it; the defaults are transformers' and peft's own way.
+    """How this project computes a step, as `finetune.kernels` chooses it; the defaults are transformers' and peft's own way.
 
     Attributes:
         fused: q, k, v and gate, up as one product each, which keep only what the way back needs.
-        trained_only: Head and loss on trained tokens, a few at a time.
+        loss_on_trained_tokens: Head and loss on trained tokens, a few at a time.
         native: Steps between products are compiled, without float32 copies.
         tiles: Attention in AMX tiles, which keeps q, k and v as they came.
         cached: Quantized weights are kept in 16 bit too, dequantized once.
@@ -70,7 +70,7 @@ class Steps:
     """
 
     fused: bool = False
-    trained_only: bool = False
+    loss_on_trained_tokens: bool = False
     native: bool = False
     tiles: bool = False
     cached: bool = False
@@ -190,5 +190,9 @@ class PlanInputs:
     def adapted_layers(self) -> list[Linear]:
         """The linear layers with an adapter, the head included where it has one."""
         a = self.architecture
-        head = [Linear(name="head", in_features=a.hidden_size, out_features=a.vocab_size, count=1)] if self.head_adapted else []
+        head = (
+            [Linear(name="head", in_features=a.hidden_size, out_features=a.vocab_size, count=1)]
+            if self.head_adapted
+            else []
+        )
         return [linear for linear in linear_layers(a) if self.adapts(linear)] + (head if self.rank else [])

@@ -7,8 +7,8 @@ import dataclasses
 from finetune.architecture import embedding_parameters, head_parameters, linear_layers
 from finetune.plan import weights
 from finetune.plan.activations import activations, forward_bytes, kv_cache_bytes, largest_block_bytes, offloaded_bytes
+from finetune.plan.activations_saved import layer_bytes
 from finetune.plan.inputs import GIB, PlanInputs
-from finetune.plan.kept import layer_bytes
 
 CUDA_CONTEXT_BYTES = GIB // 2
 """CUDA context and loaded kernels of one process. With lazy loading, which torch asks for, 0.4 to 0.6 GiB.
@@ -81,7 +81,11 @@ def _resident(inputs: PlanInputs) -> Terms:
     """Bytes per device that stay through training."""
     a, shards, rest = inputs.architecture, inputs.shards, inputs.rest_shards
     frozen = weights.weight_bytes(inputs)
-    adapter, gradients, states = weights.adapter_bytes(inputs), weights.gradient_bytes(inputs), weights.optimizer_bytes(inputs)
+    adapter, gradients, states = (
+        weights.adapter_bytes(inputs),
+        weights.gradient_bytes(inputs),
+        weights.optimizer_bytes(inputs),
+    )
     gathered = 0.0
     if shards > 1:
         gathered = GATHERED_LAYERS * (frozen.codes + (adapter if rest > 1 else 0)) / a.layers
@@ -93,7 +97,8 @@ def _resident(inputs: PlanInputs) -> Terms:
     return {
         "weights": 0 if away else (frozen.codes + frozen.unused) / shards,
         "constants": frozen.constants,
-        "unquantized": (0 if away else (frozen.unquantized - frozen.ends) / shards) + (0 if rest_away else frozen.ends / rest),
+        "unquantized": (0 if away else (frozen.unquantized - frozen.ends) / shards)
+        + (0 if rest_away else frozen.ends / rest),
         "gathered": gathered,
         "adapter": 0 if rest_away else adapter / rest,
         "gradients": 0 if rest_away else gradients / rest,
@@ -184,13 +189,17 @@ def host_bytes(inputs: PlanInputs) -> dict[str, float]:
         return {}
     start = PROCESS_BYTES * inputs.processes
     frozen = weights.weight_bytes(inputs)
-    rest = frozen.ends + weights.adapter_bytes(inputs) + weights.gradient_bytes(inputs) + weights.optimizer_bytes(inputs)
+    rest = (
+        frozen.ends + weights.adapter_bytes(inputs) + weights.gradient_bytes(inputs) + weights.optimizer_bytes(inputs)
+    )
     parts = frozen.codes + frozen.unquantized - frozen.ends + (rest if inputs.rest_shards > 1 else 0)
     away = (parts if inputs.offload else 0) + offloaded_bytes(inputs) * inputs.processes
     in_host = inputs.strategy == "fsdp" and not inputs.trainer.cuts_all  # where each process brings a whole base in
     saved = weights.adapter_bytes(inputs) + weights.optimizer_bytes(inputs)
     return {
-        "load": start + largest_dense_bytes(inputs) * inputs.processes + (frozen.total * inputs.processes if in_host else away),
+        "load": start
+        + largest_dense_bytes(inputs) * inputs.processes
+        + (frozen.total * inputs.processes if in_host else away),
         "step": start + away,
         "save": start + away + saved,
         "merge": start + weights.dense_bytes(inputs) / inputs.architecture.layers,

@@ -174,7 +174,11 @@ def _notes(inputs: PlanInputs, machine: Machine, *, disk: float, after: dict[str
     notes = []
     if disk > machine.disk_free_bytes:
         notes.append(f"the disk needs {human_bytes(disk)} in all and has {human_bytes(machine.disk_free_bytes)} left")
-    notes += [_too_large(phase, size, inputs, memory=memory) for phase, size in after.items() if memory and size > memory * _usable(inputs)]
+    notes += [
+        _too_large(phase, size, inputs, memory=memory)
+        for phase, size in after.items()
+        if memory and size > memory * _usable(inputs)
+    ]
     if inputs.architecture.experts and inputs.method != "none":
         notes.append(_experts(inputs))
     return notes
@@ -197,7 +201,9 @@ def _experts(inputs: PlanInputs) -> str:
     a = inputs.architecture
     fused = expert_parameters(a)
     dense = fused * inputs.stored_bytes
-    small = sum(weights.quantized_bytes(inputs, fused, rows=a.layers * a.experts * (2 * a.intermediate_size + a.hidden_size)))
+    small = sum(
+        weights.quantized_bytes(inputs, fused, rows=a.layers * a.experts * (2 * a.intermediate_size + a.hidden_size))
+    )
     return (
         f"experts are fused parameters, which bitsandbytes leaves in 16 bit: {fused / parameters(a):.0%} of the model is not quantized. "
         f"They take {human_bytes(dense)}; as {inputs.method} they would take {human_bytes(small)}, {human_bytes(dense - small)} less"

@@ -88,7 +88,9 @@ def unplanned(row: Mapping[str, Any]) -> str | None:
         return f"unit {row['unit']} is none of {', '.join(UNITS)}"
     numbers = row.get("quantisation")
     if row["method"] == "load only":
-        return None if row.get("params_b") and numbers in NUMBERS else f"a model of {row.get('params_b')} B in {numbers}"
+        return (
+            None if row.get("params_b") and numbers in NUMBERS else f"a model of {row.get('params_b')} B in {numbers}"
+        )
     known = not numbers or (TRAINABLE.search(numbers.lower()) and not NOT_TRAINABLE.search(numbers.lower()))
     return None if known or row["method"].startswith("full") else f"quantisation {numbers} is not one that trains here"
 
@@ -111,7 +113,9 @@ def compare(row: Mapping[str, Any], architectures: Mapping[str, ArchitectureConf
     """Plans what the row describes and measures it as the row's source did."""
     planned = _planned(row, architectures)
     verdict = row["fits"] if row.get("fits") is not None and _device_bytes(row) else None
-    is_figure = row["reported"] is not None and row["kind"] not in ("fits", "OOM") and not row["kind"].startswith("max seq_len")
+    is_figure = (
+        row["reported"] is not None and row["kind"] not in ("fits", "OOM") and not row["kind"].startswith("max seq_len")
+    )
     inputs = _inputs(row, architectures)
     needed = phases.step_peak(inputs) - phases.allocator_bytes(inputs)
     room = _device_bytes(row) * phases.USABLE_SHARE
@@ -158,16 +162,23 @@ def _inputs(row: Mapping[str, Any], architectures: Mapping[str, ArchitectureConf
         method=method,
         double=double,
         bits=_bits(row),
-        rank=0 if full else row.get("lora_rank") or (QLORA_RANK if "1b4d85d9" in source else 8),  # that post announces QLoRA
+        rank=0
+        if full
+        else row.get("lora_rank") or (QLORA_RANK if "1b4d85d9" in source else 8),  # that post announces QLoRA
         targets=_targets(row),
         adapter_bytes=2 if pure or "axolotl" in source else 4,
         dropout=any(name in source for name in ("litgpt", "fsdp_qlora", "peft", "QLoRA")),
         upcast="all" if any(name in source for name in ("QLoRA", "1b4d85d9")) else "none",
-        stored_bytes=4 if "mixed" in row["method"] or "prime-rl" in source else 2,  # prime-rl: optimization_dtype float32
+        stored_bytes=4
+        if "mixed" in row["method"] or "prime-rl" in source
+        else 2,  # prime-rl: optimization_dtype float32
         cast_copy="mixed" in row["method"],
-        rows=row.get("batch_per_gpu") or (8 if strategy == "zero3" and "peft" in source else 1),  # PEFT's DeepSpeed guide: batch size 8
+        rows=row.get("batch_per_gpu")
+        or (8 if strategy == "zero3" and "peft" in source else 1),  # PEFT's DeepSpeed guide: batch size 8
         tokens=row.get("seq_len") or SHORTEST_TOKENS,
-        checkpointing=bool(row.get("gradient_checkpointing")) if row.get("gradient_checkpointing") is not None else True,
+        checkpointing=bool(row.get("gradient_checkpointing"))
+        if row.get("gradient_checkpointing") is not None
+        else True,
         attention="eager" if architecture.softcap or "1b4d85d9" in source else "fused",
         optimizer=_optimizer(row),
         strategy=strategy if strategy != "single" or (row.get("n_gpus") or 1) == 1 else "fsdp",
@@ -238,7 +249,9 @@ def _optimizer(row: Mapping[str, Any]) -> str:
     return "adamw_torch"
 
 
-def find_architecture(name: str, billions: float, architectures: Mapping[str, ArchitectureConfig]) -> ArchitectureConfig:
+def find_architecture(
+    name: str, billions: float, architectures: Mapping[str, ArchitectureConfig]
+) -> ArchitectureConfig:
     """The named model's dimensions, or those of the model nearest in size with as many layers as make it as large."""
     plain = re.sub(r"[^a-z0-9]", "", name.lower().removesuffix("-instruct"))
     for alias, key in ALIASES.items():

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 MIB = 1024**2
 FUSED_FAMILIES = ("llama", "mistral", "qwen2")
-"""Their layers are what `finetune.speed.blocks` can fuse; Qwen3's attention has norms of its own, so it is not."""
+"""Their layers are what `finetune.kernels.blocks` can fuse; Qwen3's attention has norms of its own, so it is not."""
 
 CAPPED_FAMILIES = ("gemma2",)
 """They change their logits after the head, so head and loss stay TRL's."""
@@ -30,9 +30,15 @@ def from_config(config: RunConfig, machine: Machine) -> PlanInputs:
     device = _device(config, machine)
     steps = steps_of(config, machine, architecture=architecture, device=device)
     pairs = config.train.objective != "sft"
-    tokens = config.data.pack_tokens if config.data.packing and config.data.pack_tokens and not pairs else config.data.max_tokens
+    tokens = (
+        config.data.pack_tokens
+        if config.data.packing and config.data.pack_tokens and not pairs
+        else config.data.max_tokens
+    )
     element = 4 if config.model.dtype == "float32" else 2
-    plain_autocast = not (steps.fused and steps.trained_only) and (config.lora.dtype != "bfloat16" or config.model.upcast != "none")
+    plain_autocast = not (steps.fused and steps.loss_on_trained_tokens) and (
+        config.lora.dtype != "bfloat16" or config.model.upcast != "none"
+    )
     return PlanInputs(
         architecture=architecture,
         method=config.quantization.method,
@@ -69,13 +75,13 @@ def from_config(config: RunConfig, machine: Machine) -> PlanInputs:
 
 
 def steps_of(config: RunConfig, machine: Machine, *, architecture: ArchitectureConfig, device: str) -> Steps:
-    """What `finetune.speed` will choose, from the same facts; tests compare the two."""
-    speed, lora = config.speed, config.lora
+    """What `finetune.kernels` will choose, from the same facts; tests compare the two."""
+    kernels, lora = config.kernels, config.lora
     half = config.model.dtype == "float16" or (
         config.model.dtype == "auto" and device == "cuda" and any(not gpu.has_bfloat16 for gpu in machine.gpus)
     )
     fused = (
-        speed.layers != "plain"
+        kernels.layers != "plain"
         and architecture.family in FUSED_FAMILIES
         and not half
         and not lora.dropout
@@ -84,14 +90,27 @@ def steps_of(config: RunConfig, machine: Machine, *, architecture: ArchitectureC
         and config.model.upcast == "none"
         and config.launch.strategy in ("single", "ddp")
     )
-    trained_only = speed.loss != "all" and not half and architecture.family not in CAPPED_FAMILIES and config.model.upcast != "all"
-    native = device == "cpu" and speed.kernels != "plain" and (fused or trained_only) and config.model.dtype != "float32"
+    loss_on_trained_tokens = (
+        kernels.loss != "all"
+        and not half
+        and architecture.family not in CAPPED_FAMILIES
+        and config.model.upcast != "all"
+    )
+    native = (
+        device == "cpu"
+        and kernels.implementation != "plain"
+        and (fused or loss_on_trained_tokens)
+        and config.model.dtype != "float32"
+    )
     return Steps(
         fused=fused,
-        trained_only=trained_only,
+        loss_on_trained_tokens=loss_on_trained_tokens,
         native=native,
         tiles=native and fused and "amx_bf16" in machine.features and architecture.head_dim % 32 == 0,
-        cached=fused and device == "cpu" and config.quantization.method in ("nf4", "fp4") and speed.weights != "quantized",
+        cached=fused
+        and device == "cpu"
+        and config.quantization.method in ("nf4", "fp4")
+        and kernels.weights != "quantized",
         flat=True,  # documents lie end to end, packed or not, unless the rehearsal finds that attention does not keep them apart
         selective=config.train.checkpointing == "selective",
     )

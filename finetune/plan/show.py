@@ -1,6 +1,6 @@
 """The plan as a reader meets it: one table, one verdict, one piece of advice."""
 
-from finetune.console import human_bytes, say, table
+from finetune.console import human_bytes, log, table
 from finetune.plan.product import Plan
 
 TERMS = (
@@ -12,22 +12,26 @@ TERMS = (
 def show(plan: Plan) -> Plan:
     """Prints the plan and hands it back."""
     if not plan.known:
-        say("plan", *plan.notes)
+        log("plan", *plan.notes)
         return plan
     names = [term for term in TERMS if any(term in terms for terms in plan.phases.values())]
-    where = "on each device" if plan.devices > 1 else f"on the {'GPU' if plan.device == 'cuda' else 'CPU, this process included'}"
+    where = (
+        "on each device"
+        if plan.devices > 1
+        else f"on the {'GPU' if plan.device == 'cuda' else 'CPU, this process included'}"
+    )
     rows = [[name, *[_cell(terms.get(name, 0)) for terms in plan.phases.values()]] for name in names]
     totals = ["together", *[human_bytes(sum(terms.values())) for terms in plan.phases.values()]]
     table("plan", [where, *[phase.replace("_", " ") for phase in plan.phases]], [*rows, totals])
     if plan.host:
         phases = ", ".join(f"{phase} {human_bytes(size)}" for phase, size in plan.host.items())
         mapped = f"as far as there is room, load also shows pages of the base's files, {human_bytes(plan.disk['base'])} at most"
-        say("plan", f"host memory: {phases}; {mapped}")
-    say("plan", "disk: " + ", ".join(f"{name} {human_bytes(size)}" for name, size in plan.disk.items()))
-    say("plan", *_verdict(plan), *([_time(plan)] if plan.seconds else []), *plan.notes)
+        log("plan", f"host memory: {phases}; {mapped}")
+    log("plan", "disk: " + ", ".join(f"{name} {human_bytes(size)}" for name, size in plan.disk.items()))
+    log("plan", *_verdict(plan), *([_time(plan)] if plan.seconds else []), *plan.notes)
     if plan.exact:
         _show_exact(plan)
-    say("plan", *plan.proposal)
+    log("plan", *plan.proposal)
     return plan
 
 
@@ -44,14 +48,20 @@ def _time(plan: Plan) -> str:
 
 def _show_exact(plan: Plan) -> None:
     """Both ways to the same figures, and how far they are apart."""
-    differences = {name: term["closed"] / term["exact"] - 1 if term["exact"] else 1.0 for name, term in plan.exact.items()}
+    differences = {
+        name: term["closed"] / term["exact"] - 1 if term["exact"] else 1.0 for name, term in plan.exact.items()
+    }
     rows = [
-        [name, human_bytes(term["closed"]), human_bytes(term["exact"]), f"{differences[name]:+.1%}"] for name, term in plan.exact.items()
+        [name, human_bytes(term["closed"]), human_bytes(term["exact"]), f"{differences[name]:+.1%}"]
+        for name, term in plan.exact.items()
     ]
     table("plan", ["one process, in a step", "closed form", "counted", "difference"], rows)
     together = differences.pop("together")
     worst = max(differences, key=lambda name: abs(differences[name]))
-    say("plan", f"counted on the real modelling code: {together:+.1%} apart together, most in {worst} ({differences[worst]:+.1%})")
+    log(
+        "plan",
+        f"counted on the real modelling code: {together:+.1%} apart together, most in {worst} ({differences[worst]:+.1%})",
+    )
 
 
 def _verdict(plan: Plan) -> list[str]:

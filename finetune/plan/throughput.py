@@ -16,8 +16,8 @@ from finetune.architecture import (
     linear_parameters,
     parameters,
 )
+from finetune.plan.activations_saved import GATED_LAYERS
 from finetune.plan.inputs import PlanInputs
-from finetune.plan.kept import GATED_LAYERS
 
 if TYPE_CHECKING:
     from finetune.hardware import Machine
@@ -112,7 +112,13 @@ def token_operations(inputs: PlanInputs) -> float:
     """
     a = inputs.architecture
     experts = expert_parameters(a)
-    active = parameters(a) - embedding_parameters(a) - head_parameters(a) - experts + experts * a.active_experts / max(1, a.experts)
+    active = (
+        parameters(a)
+        - embedding_parameters(a)
+        - head_parameters(a)
+        - experts
+        + experts * a.active_experts / max(1, a.experts)
+    )
     scores = a.layers * 2 * a.heads * a.head_dim * inputs.tokens / 2  # half, since a token attends to earlier ones only
     return 2 * passes(inputs) * (active + embedding_parameters(a) + scores)
 

@@ -16,7 +16,7 @@ from finetune.architecture import (
 )
 from finetune.plan.inputs import PlanInputs
 from finetune.plan.segments import block_bytes
-from finetune.quantization.keep import is_kept
+from finetune.quantization.skip_modules import is_kept
 
 BLOCK = 64
 """Weights that share one constant in bitsandbytes' 4-bit forms. Source: QLoRA paper, section 3; bitsandbytes' default."""
@@ -88,7 +88,10 @@ def quantized_linear(inputs: PlanInputs) -> list[Linear]:
     """The linear layers without those kept by name. Names are Llama's: ``model.layers.3.mlp.down_proj``."""
 
     def quantized(linear: Linear) -> int:
-        names = [[f"model.layers.{layer}.{part}.{linear.name}" for part in ("self_attn", "mlp")] for layer in range(linear.count)]
+        names = [
+            [f"model.layers.{layer}.{part}.{linear.name}" for part in ("self_attn", "mlp")]
+            for layer in range(linear.count)
+        ]
         return sum(not any(is_kept(name, inputs.keep) for name in both) for both in names)
 
     every = linear_layers(inputs.architecture)
@@ -118,7 +121,9 @@ def trainable_parameters(inputs: PlanInputs) -> int:
     """Elements of the adapter, or of the whole model where there is none."""
     if not inputs.rank:
         return parameters(inputs.architecture)
-    return sum(inputs.rank * (linear.in_features + linear.out_features) * linear.count for linear in inputs.adapted_layers())
+    return sum(
+        inputs.rank * (linear.in_features + linear.out_features) * linear.count for linear in inputs.adapted_layers()
+    )
 
 
 def element_bytes(inputs: PlanInputs) -> int:
@@ -134,7 +139,9 @@ def adapter_bytes(inputs: PlanInputs) -> float:
 def gradient_bytes(inputs: PlanInputs) -> float:
     """A gradient has its parameter's dtype."""
     own = trainable_parameters(inputs) * element_bytes(inputs)
-    frozen = embedding_parameters(inputs.architecture) * inputs.compute_bytes if inputs.trainer.embedding_gradient else 0
+    frozen = (
+        embedding_parameters(inputs.architecture) * inputs.compute_bytes if inputs.trainer.embedding_gradient else 0
+    )
     return own + frozen
 
 
@@ -169,7 +176,11 @@ def _small_elements(inputs: PlanInputs) -> int:
     """Elements of adapter matrices too small for 8-bit states."""
     if not inputs.rank:
         return 0
-    sides = [(side * inputs.rank, linear.count) for linear in inputs.adapted_layers() for side in (linear.in_features, linear.out_features)]
+    sides = [
+        (side * inputs.rank, linear.count)
+        for linear in inputs.adapted_layers()
+        for side in (linear.in_features, linear.out_features)
+    ]
     return sum(size * count for size, count in sides if size < SMALLEST_8BIT_ELEMENTS)
 
 

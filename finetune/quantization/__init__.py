@@ -1,10 +1,6 @@
 """How the frozen base is stored: what to pass to the loader, and what must hold afterwards."""
 
-from finetune.quantization.bnb import prepare, protect
-from finetune.quantization.config import QuantizationConfig, spec
-from finetune.quantization.copy import copy_of
-from finetune.quantization.keep import check_keep, is_kept, patterns
-from finetune.quantization.libraries import (
+from finetune.quantization.backends import (
     check_installed,
     dense,
     dense_parameters,
@@ -16,25 +12,29 @@ from finetune.quantization.libraries import (
     save,
     stored,
 )
-from finetune.quantization.sensitivity import KeptLayers, keep_by_measure
+from finetune.quantization.bnb import prepare, protect
+from finetune.quantization.cache import quantized_cache
+from finetune.quantization.config import QuantizationConfig, spec
+from finetune.quantization.sensitivity import KeptLayers, choose_skip_modules
+from finetune.quantization.skip_modules import check_keep, is_kept, patterns
 
 __all__ = [
     "KeptLayers",
     "QuantizationConfig",
     "check_installed",
     "check_keep",
-    "copy_of",
+    "choose_skip_modules",
     "dense",
     "dense_parameters",
     "holdings",
     "is_kept",
-    "keep_by_measure",
     "library_of",
     "loader_arguments",
     "patterns",
     "prepare",
     "protect",
     "quantize",
+    "quantized_cache",
     "quantized_layers",
     "save",
     "spec",

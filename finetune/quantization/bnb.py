@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import ModelError
 from finetune.quantization.config import QuantizationConfig
-from finetune.quantization.keep import patterns
+from finetune.quantization.skip_modules import patterns
 from finetune.quantization.stored import Stored
 
 if TYPE_CHECKING:
@@ -23,7 +23,9 @@ def loader_arguments(config: QuantizationConfig, *, dtype: str) -> dict[str, Any
 
     kept = patterns(config.keep)
     if config.method == "int8":
-        settings = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=config.threshold, llm_int8_skip_modules=kept)
+        settings = BitsAndBytesConfig(
+            load_in_8bit=True, llm_int8_threshold=config.threshold, llm_int8_skip_modules=kept
+        )
     else:
         settings = BitsAndBytesConfig(
             load_in_4bit=True,

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.hardware.limits import LIMITS, refusal
+from finetune.hardware.backends import LIMITS, refusal
 
 METHODS = tuple(LIMITS)
 BITS = (1, 2, 3, 4, 5, 6, 8)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import ModelError
 from finetune.quantization.config import QuantizationConfig
-from finetune.quantization.keep import is_kept
+from finetune.quantization.skip_modules import is_kept
 from finetune.quantization.stored import Stored
 
 if TYPE_CHECKING:
@@ -30,8 +30,14 @@ def quantize(model: Any, config: QuantizationConfig, *, dtype: str) -> None:
     """
     from torch import nn
 
-    layers = {name: one for name, one in model.named_modules() if isinstance(one, nn.Linear) and not is_kept(name, config.keep)}
-    uneven = sorted({name.rpartition(".")[2] for name, layer in layers.items() if layer.weight.numel() % config.group_size})
+    layers = {
+        name: one
+        for name, one in model.named_modules()
+        if isinstance(one, nn.Linear) and not is_kept(name, config.keep)
+    }
+    uneven = sorted(
+        {name.rpartition(".")[2] for name, layer in layers.items() if layer.weight.numel() % config.group_size}
+    )
     if uneven:
         raise ModelError(
             f"quantization.group_size={config.group_size} does not divide the weights of {', '.join(uneven)}; choose one that does, or "
@@ -53,9 +59,13 @@ def save(model: Any, folder: Path) -> None:
     """The quantized layers in hqq's own encoding; the rest is in the base."""
     from safetensors.torch import save_file
 
-    from finetune.quantization.libraries import quantized_layers
+    from finetune.quantization.backends import quantized_layers
 
-    state = {f"{name}.{key}": tensor for name, layer in quantized_layers(model).items() for key, tensor in layer.state_dict().items()}
+    state = {
+        f"{name}.{key}": tensor
+        for name, layer in quantized_layers(model).items()
+        for key, tensor in layer.state_dict().items()
+    }
     folder.mkdir()
     save_file({key: tensor.contiguous().cpu() for key, tensor in state.items()}, folder / FILE)
 

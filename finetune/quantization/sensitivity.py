@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.console import human_bytes, say
+from finetune.console import human_bytes, log
 from finetune.errors import ModelError
+from finetune.quantization.backends import dense, quantized_layers, stored
 from finetune.quantization.config import QuantizationConfig
-from finetune.quantization.libraries import dense, quantized_layers, stored
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +45,7 @@ class KeptLayers:
         return dataclasses.replace(config, keep=[*config.keep, *[one["layer"] for one in self.layers]], keep_mib=0.0)
 
 
-def keep_by_measure(
+def choose_skip_modules(
     config: QuantizationConfig, *, folder: Path, base: Base, model: ModelConfig, placement: Placement, data: Any
 ) -> KeptLayers:  # fmt: skip
     """Spends ``quantization.keep_mib`` on the layers whose rounding costs most for their bytes.
@@ -59,12 +59,14 @@ def keep_by_measure(
     Raises:
         ModelError: The budget buys no layer, or the original weights are not at hand.
     """
+    from finetune.inference.adapted import free
     from finetune.lora import read_documents
-    from finetune.lora.starts import reader
-    from finetune.measure import free
+    from finetune.lora.init import reader
     from finetune.model import load
 
-    documents = [document for document in read_documents(data.folder / "train", tokens=config.keep_tokens) if len(document) > 1]
+    documents = [
+        document for document in read_documents(data.folder / "train", tokens=config.keep_tokens) if len(document) > 1
+    ]
     loaded = load(base, model, quantization=dataclasses.replace(config, keep_mib=0.0), placement=placement)
     tokens = sum(len(document) - 1 for document in documents)
     costs = rounding_costs(loaded, reader(base.folder, wish="quantization.keep_mib"), documents)
@@ -80,8 +82,10 @@ def keep_by_measure(
         raise ModelError(
             f"quantization.keep_mib={config.keep_mib:g} buys no layer: the smallest takes {human_bytes(cheapest)} more in full precision"
         )
-    names = ", ".join(one["layer"] for one in layers[:SHOWN]) + (f" and {len(layers) - SHOWN} more" if len(layers) > SHOWN else "")
-    say(
+    names = ", ".join(one["layer"] for one in layers[:SHOWN]) + (
+        f" and {len(layers) - SHOWN} more" if len(layers) > SHOWN else ""
+    )
+    log(
         "quantization",
         f"{len(layers)} of {len(found)} layers stay in full precision for {human_bytes(sum(one['bytes'] for one in layers))}: {names}; "
         f"their rounding costs most for its bytes on {tokens:,} training tokens",
@@ -104,10 +108,16 @@ def choose(found: Sequence[dict[str, Any]], *, budget: int) -> tuple[list[dict[s
 def extra_bytes(layer: Any, element_bytes: int) -> int:
     """What full precision takes beyond the quantized form."""
     found = stored(layer)
-    return found.shape.numel() * element_bytes - found.codes.nbytes - sum(tensor.nbytes for tensor in found.constants.values())
+    return (
+        found.shape.numel() * element_bytes
+        - found.codes.nbytes
+        - sum(tensor.nbytes for tensor in found.constants.values())
+    )
 
 
-def rounding_costs(model: Any, original: Callable[[str], Tensor], documents: Iterable[Sequence[int]]) -> dict[str, float]:
+def rounding_costs(
+    model: Any, original: Callable[[str], Tensor], documents: Iterable[Sequence[int]]
+) -> dict[str, float]:
     """What each layer's rounding adds to the divergence from the dense model, in nats over all tokens.
 
     With e the change of a layer's output at a token and g the loss's gradient there, half the mean of (g e)^2 is the

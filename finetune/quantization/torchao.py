@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from finetune.quantization.config import QuantizationConfig
-from finetune.quantization.keep import patterns
+from finetune.quantization.skip_modules import patterns
 from finetune.quantization.stored import Stored
 
 if TYPE_CHECKING:

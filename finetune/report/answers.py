@@ -4,10 +4,10 @@ import re
 from collections.abc import Sequence
 from html import escape
 
-from finetune.report.facts import Fields
+from finetune.report.format import ARTIFACTS, MISSING, metric_title, number
 from finetune.report.markup import Html, joined, mark, section, table, tag
+from finetune.report.run_data import Fields
 from finetune.report.summary import headline_metric
-from finetune.report.words import ARTIFACTS, MISSING, metric_title, number
 
 FIRST_ROWS = 8
 WORST_ROWS = 6
@@ -25,10 +25,14 @@ def answers(report: Fields, samples: Sequence[Fields]) -> Html:
     tuned = tuned_artifact(samples)
     first, others = samples[:FIRST_ROWS], samples[FIRST_ROWS:]
     wrong = sorted(
-        ((value, row) for row in others if (value := score(row, tuned, metric)) is not None and value < 1), key=lambda pair: pair[0]
+        ((value, row) for row in others if (value := score(row, tuned, metric)) is not None and value < 1),
+        key=lambda pair: pair[0],
     )
     parts: list[object] = [
-        tag("p", f"The first {len(first)} held-out rows, not chosen by anyone. A tick stands for “{metric_title(metric).lower()}”."),
+        tag(
+            "p",
+            f"The first {len(first)} held-out rows, not chosen by anyone. A tick stands for “{metric_title(metric).lower()}”.",
+        ),
         _table(first, tuned, metric),
     ]
     if wrong:
@@ -50,7 +54,13 @@ def score(row: Fields, artifact: str, metric: str) -> float | None:
 
 def _table(rows: Sequence[Fields], tuned: str, metric: str) -> Html:
     cells = [
-        [last_request(row["prompt"]), code(row.get("reference")), _answer(row, "base", metric), _answer(row, tuned, metric)] for row in rows
+        [
+            last_request(row["prompt"]),
+            code(row.get("reference")),
+            _answer(row, "base", metric),
+            _answer(row, tuned, metric),
+        ]
+        for row in rows
     ]
     return table(["Request", "Right answer", ARTIFACTS["base"], ARTIFACTS[tuned]], cells, text_columns=4)
 

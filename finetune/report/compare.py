@@ -5,13 +5,13 @@ from collections.abc import Iterator, Mapping
 from html import escape
 from pathlib import Path
 
-from finetune.console import change_text, say, table
+from finetune.console import change_text, log, table
 from finetune.report.answers import code, last_request
-from finetune.report.facts import Fields
+from finetune.report.format import ARTIFACTS, MISSING, metric_title, number
 from finetune.report.markup import Html, folded, joined, section, tag
 from finetune.report.markup import table as html_table
 from finetune.report.page import STYLE
-from finetune.report.words import ARTIFACTS, MISSING, metric_title, number
+from finetune.report.run_data import Fields
 
 SHOWN_ROWS = 5
 TEXT_WIDTH = 34
@@ -26,8 +26,11 @@ def show_comparison(comparison: Fields, file: Path) -> None:
         file: The page.
     """
     one, two = comparison["runs"]
-    say("eval", *comparison["remarks"])
-    say("eval", f"{one} against {two}, {_rows(comparison)}; differences are {two} minus {one}, paired by row, with 95 % intervals")
+    log("eval", *comparison["remarks"])
+    log(
+        "eval",
+        f"{one} against {two}, {_rows(comparison)}; differences are {two} minus {one}, paired by row, with 95 % intervals",
+    )
     width = max(map(len, comparison["artifacts"]))
     cells = [
         [f"{name if not index else '':<{width}}  {metric}", *others]
@@ -37,7 +40,7 @@ def show_comparison(comparison: Fields, file: Path) -> None:
     table("eval", ["artifact", one, two, "difference", ""], cells)
     name, changed = _last_changed(comparison)
     if changed:
-        say("eval", f"{name}: the rows that changed most; more of them in {file}")
+        log("eval", f"{name}: the rows that changed most; more of them in {file}")
         heads = ["request", one, two, f"scores of {one}", f"of {two}"]
         table("eval", heads, [[_short(text) for text in _texts(row)] + _scores(row) for row in changed[:SHOWN_ROWS]])
     partial = file.with_name(file.name + ".partial")

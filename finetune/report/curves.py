@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from finetune.console import human_bytes
-from finetune.report.facts import Fields
+from finetune.report.format import duration, number, stage_title
+from finetune.report.run_data import Fields
 from finetune.report.svg import Frame, Point, box, dot, frame, line, path, picture, text, ticks
-from finetune.report.words import duration, number, stage_title
 
 GIB = 1024**3
 MIB = 1024**2
@@ -23,7 +23,9 @@ HEADROOM = 1.12
 
 def series(metrics: Sequence[Fields], name: str) -> list[Point]:
     """(step, value) wherever a line of the metrics file has a finite value; of a step that a resumed run repeats, the later."""
-    found = {row["step"]: row[name] for row in metrics if isinstance(row.get(name), int | float) and math.isfinite(row[name])}
+    found = {
+        row["step"]: row[name] for row in metrics if isinstance(row.get(name), int | float) and math.isfinite(row[name])
+    }
     return sorted(found.items())
 
 
@@ -43,14 +45,17 @@ def loss_picture(metrics: Sequence[Fields], *, unit: str) -> str:
     smooth = len(train) > SMOOTH_FROM_POINTS
     parts = [*axes.parts, path(at, kind="line-1 faint" if smooth else "line-1")]
     if smooth:
-        parts.append(path([(axes.x(step), axes.y(value)) for step, value in _averaged(train, len(train) // 40)], kind="line-1"))
+        parts.append(
+            path([(axes.x(step), axes.y(value)) for step, value in _averaged(train, len(train) // 40)], kind="line-1")
+        )
     parts.append(path([(axes.x(step), axes.y(value)) for step, value in heldout], kind="line-2"))
     parts += [
         dot(axes.x(step), axes.y(value), 4.5, kind="dot-2", title=f"step {step:,.0f}: held-out loss {number(value)}")
         for step, value in heldout
     ]
     parts += [
-        dot(x, y, 7, kind="hit", title=f"step {step:,.0f}: training loss {number(v)}") for (x, y), (step, v) in zip(at, train, strict=True)
+        dot(x, y, 7, kind="hit", title=f"step {step:,.0f}: training loss {number(v)}")
+        for (x, y), (step, v) in zip(at, train, strict=True)
     ]
     return picture(WIDTH, HEIGHT, parts, title="Loss over the training steps", wide=True)
 

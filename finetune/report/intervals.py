@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
-from finetune.report.facts import Fields
+from finetune.report.format import ARTIFACTS, CHANGES, figure, interval, is_share, metric_title, number, percent, signed
+from finetune.report.run_data import Fields
 from finetune.report.svg import Scale, box, decades, dot, frame, line, picture, text, ticks
-from finetune.report.words import ARTIFACTS, CHANGES, figure, interval, is_share, metric_title, number, percent, signed
 
 ROW = 30
 LEFT, RIGHT, WIDTH = 150, 400, 480
@@ -12,10 +12,19 @@ LEFT, RIGHT, WIDTH = 150, 400, 480
 
 def artifact_picture(artifacts: Mapping[str, Fields], metric: str) -> str:
     """One metric of the four artifacts, on the same rows and the same axis."""
-    found = {name: artifacts[name]["metrics"][metric] for name in ARTIFACTS if metric in (artifacts.get(name) or {}).get("metrics", {})}
+    found = {
+        name: artifacts[name]["metrics"][metric]
+        for name in ARTIFACTS
+        if metric in (artifacts.get(name) or {}).get("metrics", {})
+    }
     if not found:
         return ""
-    edges = [edge for item in found.values() for edge in (item["value"], item.get("low"), item.get("high")) if edge is not None]
+    edges = [
+        edge
+        for item in found.values()
+        for edge in (item["value"], item.get("low"), item.get("high"))
+        if edge is not None
+    ]
     share = is_share(edges)
     marks = [0.0, 0.25, 0.5, 0.75, 1.0] if share else ticks(min(0.0, *edges), max(edges))
     scale = Scale(low=marks[0], high=marks[-1], start=LEFT, end=RIGHT)
@@ -24,8 +33,13 @@ def artifact_picture(artifacts: Mapping[str, Fields], metric: str) -> str:
     for index, (name, item) in enumerate(found.items()):
         y = 12 + ROW * (index + 0.5)
         tuned = name in ("adapter", "merged")
-        hint = f"{ARTIFACTS[name]}: {figure(item['value'], share=share)} ({interval(item, share=share) or 'no interval'})"
-        parts += [text(LEFT - 12, y + 4, ARTIFACTS[name], anchor="end"), *_whisker(scale, item, y, kind="1" if tuned else "0", hint=hint)]
+        hint = (
+            f"{ARTIFACTS[name]}: {figure(item['value'], share=share)} ({interval(item, share=share) or 'no interval'})"
+        )
+        parts += [
+            text(LEFT - 12, y + 4, ARTIFACTS[name], anchor="end"),
+            *_whisker(scale, item, y, kind="1" if tuned else "0", hint=hint),
+        ]
         parts.append(text(WIDTH, y + 4, figure(item["value"], share=share), kind="value", anchor="end"))
     return picture(WIDTH, bottom + 26, parts, title=metric_title(metric))
 
@@ -35,7 +49,10 @@ def change_picture(changes: Mapping[str, Fields], metric: str, *, share: bool) -
     found = {name: changes[name][metric] for name in CHANGES if metric in changes.get(name, {})}
     if not found:
         return ""
-    edges = [0.0, *(item[key] for item in found.values() for key in ("difference", "low", "high") if item.get(key) is not None)]
+    edges = [
+        0.0,
+        *(item[key] for item in found.values() for key in ("difference", "low", "high") if item.get(key) is not None),
+    ]
     low, high = min(edges), max(edges)
     room = 0.03 * (high - low)
     marks = [mark for mark in ticks(low, high, wanted=4) if low - room <= mark <= high + room]
@@ -49,9 +66,7 @@ def change_picture(changes: Mapping[str, Fields], metric: str, *, share: bool) -
         y = 12 + ROW * (index + 0.5)
         clear = item.get("low") is not None and (item["low"] > 0 or item["high"] < 0)
         value = signed(item["difference"], share=share).replace(" points", "")
-        hint = (
-            f"{CHANGES[name]}: {signed(item['difference'], share=share)}; {'clearly not zero' if clear else 'zero is within the interval'}"
-        )
+        hint = f"{CHANGES[name]}: {signed(item['difference'], share=share)}; {'clearly not zero' if clear else 'zero is within the interval'}"
         parts.append(text(LEFT - 12, y + 4, CHANGES[name], anchor="end"))
         parts += _whisker(scale, item | {"value": item["difference"]}, y, kind="1" if clear else "0", hint=hint)
         parts.append(text(WIDTH, y + 4, value, kind="value", anchor="end"))
@@ -65,7 +80,10 @@ def _change_mark(mark: float, *, share: bool) -> str:
 def _grid(scale: Scale, marks: Sequence[float], bottom: float, names: Sequence[str]) -> list[str]:
     parts = []
     for mark, name in zip(marks, names, strict=True):
-        parts += [line(scale(mark), 8, scale(mark), bottom, kind="grid"), text(scale(mark), bottom + 18, name, anchor="middle")]
+        parts += [
+            line(scale(mark), 8, scale(mark), bottom, kind="grid"),
+            text(scale(mark), bottom + 18, name, anchor="middle"),
+        ]
     return parts
 
 
@@ -94,7 +112,10 @@ def length_picture(edges: Sequence[float], counts: Sequence[float], *, limit: in
         hint = f"{rows:,.0f} rows of {low:,.0f} to {high:,.0f} tokens"
         parts.append(box(left + 1, top, max(right - left - 2, 1), 210.0 - top, kind="bar", title=hint))
     if limit is not None and limit <= across[-1]:
-        parts += [line(axes.x(limit), 34, axes.x(limit), 210, kind="zero"), text(axes.x(limit) - 6, 46, f"limit {limit:,}", anchor="end")]
+        parts += [
+            line(axes.x(limit), 34, axes.x(limit), 210, kind="zero"),
+            text(axes.x(limit) - 6, 46, f"limit {limit:,}", anchor="end"),
+        ]
     return picture(960, 254, parts, title="Lengths of the rows", wide=True)
 
 
@@ -108,7 +129,12 @@ def agreement_picture(candidates: Sequence[Fields], chosen: str) -> str:
     marks = decades(floor, max(max(item["kl"] for item in measured), 10 * floor))
     scale = Scale(low=marks[0], high=marks[-1], start=LEFT, end=RIGHT, log=True)
     bottom = 12 + ROW * len(measured)
-    parts = _grid(scale, marks, bottom, [number(mark) if index % 2 == 0 or len(marks) < 4 else "" for index, mark in enumerate(marks)])
+    parts = _grid(
+        scale,
+        marks,
+        bottom,
+        [number(mark) if index % 2 == 0 or len(marks) < 4 else "" for index, mark in enumerate(marks)],
+    )
     for index, item in enumerate(measured):
         y = 12 + ROW * (index + 0.5)
         at, kind = scale(max(item["kl"], marks[0])), "1" if item["name"] == chosen else "0"

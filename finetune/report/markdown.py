@@ -2,10 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
-from finetune.measure.artifacts import beside, cells, heads, metric_names, sentence
-from finetune.report.facts import Fields
-from finetune.report.hero import VERDICTS, quantization_name, short_name
-from finetune.report.words import (
+from finetune.inference.artifacts import beside, cells, heads, metric_names, sentence
+from finetune.report.format import (
     ARTIFACTS,
     count,
     duration,
@@ -19,6 +17,8 @@ from finetune.report.words import (
     size,
     stage_title,
 )
+from finetune.report.overview import VERDICTS, quantization_name, short_name
+from finetune.report.run_data import Fields
 
 
 def markdown(report: Fields) -> str:
@@ -30,7 +30,9 @@ def markdown(report: Fields) -> str:
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [list(header), ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in lines)
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in lines
+    )
 
 
 def _status(report: Fields) -> str:
@@ -87,7 +89,7 @@ def _merge(report: Fields) -> str:
 
 
 def _proofs(report: Fields) -> str:
-    found = (report["rehearse"] or {}).get("proofs") or []
+    found = (report["preflight"] or {}).get("proofs") or []
     return "## Proved before training\n\n" + "\n".join(
         f"- {'holds' if item['passed'] else 'FAILS'}: {item.get('sentence') or item['name']}" for item in found
     ) if found else ""  # fmt: skip
@@ -105,4 +107,8 @@ def _costs(report: Fields) -> str:
 
 
 def _decisions(report: Fields) -> str:
-    return "## Decided automatically\n\n" + "\n".join(f"- {reason}" for reason in report["decisions"]) if report["decisions"] else ""
+    return (
+        "## Decided automatically\n\n" + "\n".join(f"- {reason}" for reason in report["decisions"])
+        if report["decisions"]
+        else ""
+    )

@@ -39,7 +39,13 @@ def figure(picture: str, caption: str, *, title: str = "", legend: Sequence[tupl
     return Html(f"<figure>{head}{line}{picture}<figcaption>{escape(caption)}</figcaption></figure>")
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[object]], *, text_columns: int = 1, strong: frozenset[int] = frozenset()) -> Html:
+def table(
+    header: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    text_columns: int = 1,
+    strong: frozenset[int] = frozenset(),
+) -> Html:
     """A table; all but the first ``text_columns`` hold figures and are right-aligned; rows in ``strong`` stand out."""
     kinds = ["" if column < text_columns else "n" for column in range(len(header))]
     body = [
@@ -59,7 +65,11 @@ def tiles(entries: Iterable[tuple[str, str, str]]) -> Html:
     """Small boxes of (name, figure, remark)."""
     boxes = [
         tag(
-            "div", joined([tag("div", name, kind="name"), tag("div", value, kind="figure"), tag("div", remark, kind="remark")]), kind="tile"
+            "div",
+            joined(
+                [tag("div", name, kind="name"), tag("div", value, kind="figure"), tag("div", remark, kind="remark")]
+            ),
+            kind="tile",
         )
         for name, value, remark in entries
     ]

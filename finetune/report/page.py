@@ -3,12 +3,12 @@
 from html import escape
 from pathlib import Path
 
-from finetune.report import process, record, results
+from finetune.report import provenance_section, results, training_section
 from finetune.report.answers import answers
-from finetune.report.facts import Facts, Fields
-from finetune.report.hero import hero
+from finetune.report.format import stage_title
 from finetune.report.markup import joined
-from finetune.report.words import stage_title
+from finetune.report.overview import hero
+from finetune.report.run_data import Facts, Fields
 
 STYLE = Path(__file__).with_name("page.css")
 STATUS = {"complete": "complete", "partial": "stopped early"}
@@ -20,14 +20,14 @@ def page(report: Fields, facts: Facts) -> str:
         results.scores(report),
         results.artifacts(report),
         answers(report, facts.samples),
-        process.learning(report, facts),
-        process.data(report, facts),
-        process.costs(report, facts),
+        training_section.learning(report, facts),
+        training_section.data(report, facts),
+        training_section.costs(report, facts),
         results.merged(report),
         results.exported(report),
-        record.proofs(report),
-        record.decisions(report),
-        record.environment(report, facts),
+        provenance_section.proofs(report),
+        provenance_section.decisions(report),
+        provenance_section.environment(report, facts),
     ]
     return (
         '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'

@@ -1,9 +1,9 @@
 """What was planned, as bars: one for each phase, cut into what it is made of, beside the device's memory."""
 
-from finetune.report.facts import Fields
+from finetune.report.format import size
 from finetune.report.markup import Html, figure
+from finetune.report.run_data import Fields
 from finetune.report.svg import Scale, box, line, picture, text, ticks
-from finetune.report.words import size
 
 PARTS = {
     "model": ("weights", "constants", "unquantized", "cached", "gathered"),
@@ -22,7 +22,9 @@ def planned_bars(report: Fields) -> Html:
     phases = plan.get("phases") or {}
     if not plan.get("known") or not phases:
         return Html("")
-    where = "each device" if plan.get("devices", 1) > 1 else "the GPU" if plan.get("device") == "cuda" else "this process"
+    where = (
+        "each device" if plan.get("devices", 1) > 1 else "the GPU" if plan.get("device") == "cuda" else "this process"
+    )
     memory = plan.get("memory_bytes") or 0
     told = f" The dashed line is the device's memory, {size(memory)}." if _is_shown(memory, phases) else ""
     legend = [(f"part-{number}", name) for number, name in enumerate(PARTS, start=1)]

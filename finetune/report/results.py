@@ -2,12 +2,23 @@
 
 from html import escape
 
-from finetune.measure.artifacts import beside, cells, heads, metric_names, sentence
-from finetune.report.facts import Fields
+from finetune.inference.artifacts import beside, cells, heads, metric_names, sentence
+from finetune.report.format import (
+    ARTIFACTS,
+    CHANGES,
+    MISSING,
+    count,
+    is_share,
+    metric_title,
+    number,
+    percent,
+    signed,
+    size,
+)
 from finetune.report.intervals import agreement_picture, artifact_picture, change_picture
 from finetune.report.markup import Html, figure, joined, mark, section, table, tag
+from finetune.report.run_data import Fields
 from finetune.report.summary import headline_metric
-from finetune.report.words import ARTIFACTS, CHANGES, MISSING, count, is_share, metric_title, number, percent, signed, size
 
 
 def scores(report: Fields) -> Html:
@@ -19,10 +30,18 @@ def scores(report: Fields) -> Html:
     blocks = []
     headline = headline_metric(scored)
     for name in sorted(metric_names(report["artifacts"]), key=lambda name: name != headline):
-        share = is_share([item["metrics"][name]["value"] for item in measured.values() if name in (item.get("metrics") or {})])
+        share = is_share(
+            [item["metrics"][name]["value"] for item in measured.values() if name in (item.get("metrics") or {})]
+        )
         unit = ", in points" if share else ""
         blocks.append(figure(artifact_picture(measured, name), "", title=metric_title(name)))
-        blocks.append(figure(change_picture(changes, name, share=share), "", title=f"{metric_title(name)}: what each step changed{unit}"))
+        blocks.append(
+            figure(
+                change_picture(changes, name, share=share),
+                "",
+                title=f"{metric_title(name)}: what each step changed{unit}",
+            )
+        )
     text = (
         f"Each artifact answered the same {count(scored.get('rows'))} held-out rows, which no training step has seen. The dot is the score "
         "and the bar its 95 % interval. The picture beside it shows paired differences: where a bar crosses zero, it may be chance."
@@ -45,7 +64,10 @@ def artifacts(report: Fields) -> Html:
         return Html("")
     names = metric_names(lines)
     kept = frozenset(index for index, line in enumerate(lines) if line["kept"])
-    broken = [[Html(escape(cell).replace(" [", "<br>[").replace(" from ", "<br>from ")) for cell in cells(line, names)] for line in lines]
+    broken = [
+        [Html(escape(cell).replace(" [", "<br>[").replace(" from ", "<br>from ")) for cell in cells(line, names)]
+        for line in lines
+    ]
     listed = table(heads(lines, metric_title), broken, strong=kept)
     beneath = joined(tag("p", text, kind="caption") for text in beside(lines, metric_title))
     return section("artifacts", "Every artifact on the same rows", tag("p", sentence(lines)), listed, beneath)
@@ -68,7 +90,9 @@ def _forgotten(changes: Fields) -> Html:
 def _tasks(artifacts: Fields) -> Html:
     """Scores of lm-eval's tasks, with their standard errors."""
     tasks = {name: item["harness"]["tasks"] for name, item in artifacts.items() if item.get("harness")}
-    found = {(task, metric) for scored in tasks.values() for task, result in scored.items() for metric in result["metrics"]}
+    found = {
+        (task, metric) for scored in tasks.values() for task, result in scored.items() for metric in result["metrics"]
+    }
     rows = []
     for task, metric in sorted(found):
         cells = [(scored[task]["metrics"].get(metric) or {}) if task in scored else {} for scored in tasks.values()]
@@ -91,14 +115,22 @@ def merged(report: Fields) -> Html:
         "disagree on the next token."
     )
     reloaded = merge.get("reloaded") or {}
-    again = ", ".join(f"{shown} {number(reloaded[name])}" for name, shown in (("kl", "KL"), ("loss", "loss")) if name in reloaded)
+    again = ", ".join(
+        f"{shown} {number(reloaded[name])}" for name, shown in (("kl", "KL"), ("loss", "loss")) if name in reloaded
+    )
     return section(
         "merge",
         "Merge",
         tag("p", text),
-        figure(agreement_picture(candidates, merge["chosen"]), "KL to the model as trained, on powers of ten; further left is closer."),
+        figure(
+            agreement_picture(candidates, merge["chosen"]),
+            "KL to the model as trained, on powers of ten; further left is closer.",
+        ),
         table(["Weights", "KL", "Same top token", "Size"], rows, strong=frozenset(kept)),
-        tag("p", f"Kept: {merge['chosen']} + adapter" + (f", by this rule: {merge['rule']}." if merge.get("rule") else ".")),
+        tag(
+            "p",
+            f"Kept: {merge['chosen']} + adapter" + (f", by this rule: {merge['rule']}." if merge.get("rule") else "."),
+        ),
         tag("p", f"Opened again from disk by a fresh process: {again}.") if again else "",
     )
 
@@ -113,7 +145,9 @@ def exported(report: Fields) -> Html:
         [item["format"], tag("code", item["path"]), size(item.get("bytes")), *_parity(item.get("parity") or {})]
         for item in report["export"]
     ]
-    text = "Each export was opened again by the program that it is meant for and compared with the model it was made from."
+    text = (
+        "Each export was opened again by the program that it is meant for and compared with the model it was made from."
+    )
     head = [
         "Format",
         "Path",

@@ -2,20 +2,28 @@
 
 from typing import Any
 
-from finetune.measure.artifacts import same_rows
-from finetune.report.facts import Facts, Fields
+from finetune.inference.artifacts import same_rows
+from finetune.report.run_data import Facts, Fields
 
 SCHEMA = 1
-EXPECTED = ("data", "rehearse", "train", "merge", "eval", "export")
+EXPECTED = ("data", "preflight", "train", "merge", "eval", "export")
 HEADLINES = ("json_exact", "exact_match", "number", "label", "pass_at_1")
 """Metrics for the first line of the page, the most telling first; otherwise the first that was measured."""
 
 REQUIRED = {
     "data": ("rows", "tokens", "trained_tokens", "packed_rows"),
-    "train": ("steps", "seconds", "tokens_per_second", "trained_tokens_per_second", "first_loss", "final_loss", "optimizer"),
+    "train": (
+        "steps",
+        "seconds",
+        "tokens_per_second",
+        "trained_tokens_per_second",
+        "first_loss",
+        "final_loss",
+        "optimizer",
+    ),
     "merge": ("candidates", "chosen"),
     "eval": ("artifacts",),
-    "rehearse": ("proofs",),
+    "preflight": ("proofs",),
 }
 
 
@@ -35,7 +43,7 @@ def summarize(facts: Facts, *, status: str) -> Fields:
         "headline": headline(scores) if scores else None,
         "data": _section(facts, "data"),
         "model": _model(facts),
-        "rehearse": _section(facts, "rehearse"),
+        "preflight": _section(facts, "preflight"),
         "train": _section(facts, "train"),
         "eval": _section(facts, "eval"),
         "merge": _section(facts, "merge"),
@@ -55,9 +63,14 @@ def _section(facts: Facts, stage: str) -> Fields | None:
 
 def _model(facts: Facts) -> Fields:
     """The base as the model stage tells it; before that, as config and plan do."""
-    known = {"name": (facts.config.get("model") or {}).get("name"), "quantization": (facts.config.get("quantization") or {}).get("method")}
+    known = {
+        "name": (facts.config.get("model") or {}).get("name"),
+        "quantization": (facts.config.get("quantization") or {}).get("method"),
+    }
     planned = {
-        key: value for key, value in (facts.product("plan") or {}).items() if key in ("parameters", "trainable_parameters") and value
+        key: value
+        for key, value in (facts.product("plan") or {}).items()
+        if key in ("parameters", "trainable_parameters") and value
     }
     told = planned | (facts.product("model") or {})
     return dict.fromkeys(("name", "parameters", "trainable_parameters", "quantization", "bytes")) | known | told
@@ -70,7 +83,7 @@ def _cost(manifest: Fields) -> Fields:
 def _decisions(facts: Facts) -> list[str]:
     """Every automatic choice with its reason, in the order in which they were made."""
     reasons = list((facts.environment.get("placement") or {}).get("reasons", []))
-    reasons += (facts.product("model") or {}).get("speed", [])
+    reasons += (facts.product("model") or {}).get("kernels", [])
     optimizer = (facts.product("train") or {}).get("optimizer") or {}
     if optimizer.get("why") and not any(optimizer["why"] in reason for reason in reasons):
         reasons.append(f"optimizer {optimizer['used']}: {optimizer['why']}")

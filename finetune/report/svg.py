@@ -19,7 +19,11 @@ class Scale:
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        low, high, at = (self.low, self.high, value) if not self.log else (math.log10(self.low), math.log10(self.high), math.log10(value))
+        low, high, at = (
+            (self.low, self.high, value)
+            if not self.log
+            else (math.log10(self.low), math.log10(self.high), math.log10(value))
+        )
         share = (at - low) / (high - low) if high > low else 0.5
         return round(self.start + share * (self.end - self.start), 1)
 
@@ -106,8 +110,14 @@ def frame(
     y = Scale(low=y_ticks[0], high=y_ticks[-1], start=bottom, end=top, log=log)
     parts = [text(left - 44, top - 14, y_name, kind="axis")]
     for value in y_ticks:
-        parts += [line(left, y(value), right, y(value), kind="grid"), text(left - 8, y(value) + 4, y_text(value), anchor="end")]
+        parts += [
+            line(left, y(value), right, y(value), kind="grid"),
+            text(left - 8, y(value) + 4, y_text(value), anchor="end"),
+        ]
     for value in [tick for tick in x_ticks if tick <= end * (1 + 1e-9)]:
         parts.append(text(x(value), bottom + 18, x_text(value), anchor="middle"))
-    parts += [line(left, bottom, right, bottom, kind="base"), text(right, bottom + 36, x_name, kind="axis", anchor="end")]
+    parts += [
+        line(left, bottom, right, bottom, kind="base"),
+        text(right, bottom + 36, x_name, kind="axis", anchor="end"),
+    ]
     return Frame(x=x, y=y, parts=tuple(parts))

@@ -4,14 +4,14 @@ import os
 from html import escape
 from pathlib import Path
 
-from finetune.console import say, table
+from finetune.console import log, table
 from finetune.errors import ConfigError
-from finetune.report.facts import Fields
+from finetune.report.format import MISSING, duration, number, size
 from finetune.report.markup import Html, figure, joined, mark, section, tag
 from finetune.report.markup import table as html_table
 from finetune.report.page import STYLE
+from finetune.report.run_data import Fields
 from finetune.report.sweep_picture import parallel_picture
-from finetune.report.words import MISSING, duration, number, size
 from finetune.run import write_json
 from finetune.sweep import Job, jobs_in
 
@@ -33,12 +33,20 @@ def report_sweep(folder: Path) -> bool:
     if not jobs:
         raise ConfigError(f"sweep.name: {folder} holds no job of a sweep; start one with --multirun, or give run.root")
     content = summarize(folder.name, jobs)
-    table("sweep", [*content["settings"], *HEADS], [_cells(job, content["settings"], width=REASON_WIDTH) for job in content["jobs"]])
+    table(
+        "sweep",
+        [*content["settings"], *HEADS],
+        [_cells(job, content["settings"], width=REASON_WIDTH) for job in content["jobs"]],
+    )
     write_json(folder / "report.json", content)
     partial = folder / "report.html.partial"
     partial.write_text(page(content), encoding="utf-8")
     os.replace(partial, folder / "report.html")
-    say("sweep", f"{_count(content['jobs'])}; {best(content['jobs'])}", f"the whole sweep on one page: {folder / 'report.html'}")
+    log(
+        "sweep",
+        f"{_count(content['jobs'])}; {best(content['jobs'])}",
+        f"the whole sweep on one page: {folder / 'report.html'}",
+    )
     return all(job["state"] in ("done", "pruned") for job in content["jobs"])
 
 
@@ -94,8 +102,14 @@ def page(content: Fields) -> str:
     rows = [[tag("code", job["run"]), *_marked(_cells(job, settings), job, len(settings))] for job in order]
     title = escape(content["sweep"])
     parts = [
-        section("picture", "What the settings did", figure(parallel_picture(settings, measured), caption)) if measured else "",
-        section("jobs", "Jobs", html_table(["job", *settings, *HEADS], rows, text_columns=len(settings) + 2, strong=_strong(order))),
+        section("picture", "What the settings did", figure(parallel_picture(settings, measured), caption))
+        if measured
+        else "",
+        section(
+            "jobs",
+            "Jobs",
+            html_table(["job", *settings, *HEADS], rows, text_columns=len(settings) + 2, strong=_strong(order)),
+        ),
     ]
     return (
         '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
@@ -115,19 +129,28 @@ def _marked(cells: list[str], job: Fields, at: int) -> list[object]:
 
 
 def _strong(order: list[Fields]) -> frozenset[int]:
-    return frozenset([0]) if order and order[0]["state"] == "done" and order[0]["held_out"]["loss"] is not None else frozenset()
+    return (
+        frozenset([0])
+        if order and order[0]["state"] == "done" and order[0]["held_out"]["loss"] is not None
+        else frozenset()
+    )
 
 
 def best(jobs: list[Fields]) -> str:
     """The finished job with the lowest held-out loss, and whether the next one may be as good."""
     done = sorted(
-        (job for job in jobs if job["state"] == "done" and job["held_out"]["loss"] is not None), key=lambda job: job["held_out"]["loss"]
+        (job for job in jobs if job["state"] == "done" and job["held_out"]["loss"] is not None),
+        key=lambda job: job["held_out"]["loss"],
     )
     if not done:
         return "none has a held-out loss"
     first, *others = done
     said = f"lowest held-out loss: {first['run']}, {first['held_out']['loss']:.4f}"
-    near = sum(1 for job in others if (job["held_out"]["low"] or 0) <= (first["held_out"]["high"] or 0) and first["held_out"]["high"])
+    near = sum(
+        1
+        for job in others
+        if (job["held_out"]["low"] or 0) <= (first["held_out"]["high"] or 0) and first["held_out"]["high"]
+    )
     return f"{said}; {near} more within its interval's reach" if near else said
 
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Sequence
 
-from finetune.report.facts import Fields
+from finetune.report.format import number
+from finetune.report.run_data import Fields
 from finetune.report.svg import Scale, dot, line, path, picture, text
-from finetune.report.words import number
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 960, 110, 860, 44, 300
 HEIGHT = BOTTOM + 20
@@ -33,7 +33,10 @@ def parallel_picture(settings: Sequence[str], jobs: Sequence[Fields]) -> str:
     for index, (name, _, marks) in enumerate(columns):
         x = across(index)
         parts += [text(x, TOP - 22, name, kind="axis", anchor="middle"), line(x, TOP, x, BOTTOM, kind="edge")]
-        parts += [text(x + 8, y + 4, label if len(label) <= LONGEST_MARK else f"{label[: LONGEST_MARK - 1]}…") for y, label in marks]
+        parts += [
+            text(x + 8, y + 4, label if len(label) <= LONGEST_MARK else f"{label[: LONGEST_MARK - 1]}…")
+            for y, label in marks
+        ]
     for job in sorted(jobs, key=lambda job: job is best):
         at = [place(_value(job, name)) for name, place, _ in columns]
         points = [(across(index), y) for index, y in enumerate(at)]
@@ -64,8 +67,14 @@ def _axis(values: list[str]) -> Axis:
 
 def _numbers(values: Sequence[float], *, labels: dict[float, str] | None = None) -> Axis:
     low, high = min(values), max(values)
-    scale = Scale(low=low, high=high, start=BOTTOM, end=TOP, log=labels is not None and low > 0 and high / low >= LOG_FROM_RATIO)
-    marks = labels if labels and len(labels) <= MOST_MARKS else {value: number(value) for value in (low, (low + high) / 2, high)}
+    scale = Scale(
+        low=low, high=high, start=BOTTOM, end=TOP, log=labels is not None and low > 0 and high / low >= LOG_FROM_RATIO
+    )
+    marks = (
+        labels
+        if labels and len(labels) <= MOST_MARKS
+        else {value: number(value) for value in (low, (low + high) / 2, high)}
+    )
     return lambda value: scale(float(value)), _apart([(scale(value), label) for value, label in sorted(marks.items())])
 
 

@@ -4,10 +4,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.console import say
-from finetune.report.facts import gather
+from finetune.console import log
 from finetune.report.markdown import markdown
 from finetune.report.page import page
+from finetune.report.run_data import gather
 from finetune.report.summary import summarize
 from finetune.run import write_json
 
@@ -54,8 +54,8 @@ def report(run: Path, *, status: str = "complete") -> ReportFiles:
     _write(files.markdown, markdown(content))
     _write(files.html, page(content, facts))
     if content["missing"]:
-        say("report", f"partial: {', '.join(content['missing'])} did not finish in this run")
-    say("report", f"the whole run on one page: {files.html}")
+        log("report", f"partial: {', '.join(content['missing'])} did not finish in this run")
+    log("report", f"the whole run on one page: {files.html}")
     return files
 
 

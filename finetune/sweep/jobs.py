@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.console import say
+from finetune.console import log
 from finetune.run import write_json
 
 FINAL = ("done", "pruned")
@@ -56,7 +56,9 @@ class Job:
         """The job of these values: as its folder knows it, or new. The name is made from the values, so that any order finds it."""
         folder = sweep / name_of(changed)
         return (
-            cls.read(folder / "job.json") if (folder / "job.json").is_file() else cls(folder=folder, changed=dict(changed), number=number)
+            cls.read(folder / "job.json")
+            if (folder / "job.json").is_file()
+            else cls(folder=folder, changed=dict(changed), number=number)
         )
 
     @classmethod
@@ -65,7 +67,9 @@ class Job:
 
     def write(self) -> None:
         """Atomically: whoever looks at the sweep meanwhile sees the old state or the new."""
-        write_json(self.file, {name: getattr(self, name) for name in ("changed", "number", "state", "reason", "seconds")})
+        write_json(
+            self.file, {name: getattr(self, name) for name in ("changed", "number", "state", "reason", "seconds")}
+        )
 
     def losses(self) -> dict[int, float]:
         """Held-out losses that training has taken so far, in nats a trained token, by optimizer step."""
@@ -80,7 +84,9 @@ class Job:
         Empty where none was taken. Of several artifacts it is the adapter on the base that was trained: what a sweep changes.
         """
         manifest = self.folder / "eval" / "manifest.json"
-        artifacts = json.loads(manifest.read_text(encoding="utf-8"))["product"]["artifacts"] if manifest.is_file() else {}
+        artifacts = (
+            json.loads(manifest.read_text(encoding="utf-8"))["product"]["artifacts"] if manifest.is_file() else {}
+        )
         measured = artifacts.get("adapter") or artifacts.get("merged")
         if measured:
             return {"loss": measured["loss"], "low": measured["loss_low"], "high": measured["loss_high"]}
@@ -89,7 +95,9 @@ class Job:
 
     def cost(self) -> dict[str, Any]:
         """``tokens_per_second`` of training, and ``peak_bytes``: of the device where there is one, of the process otherwise."""
-        manifests = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(self.folder.glob("*/manifest.json"))]
+        manifests = [
+            json.loads(file.read_text(encoding="utf-8")) for file in sorted(self.folder.glob("*/manifest.json"))
+        ]
         training: dict[str, Any] = next((one["product"] for one in manifests if one["stage"] == "train"), {})
         peaks = [one.get("peak_device_bytes") or one.get("peak_rss_bytes") or 0 for one in manifests]
         return {"tokens_per_second": training.get("tokens_per_second"), "peak_bytes": max(peaks, default=0) or None}
@@ -105,7 +113,7 @@ def alone(folder: Path) -> Iterator[int]:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "w") as handle:
         if not _take(handle.fileno()):
-            say("sweep", f"{folder.name}: another process works on it; this one waits")
+            log("sweep", f"{folder.name}: another process works on it; this one waits")
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield handle.fileno()
 

@@ -34,9 +34,13 @@ def behind(losses: Losses, others: Sequence[Losses], *, after_jobs: int, after_s
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(pruner=optuna.pruners.MedianPruner(n_startup_trials=after_jobs, n_warmup_steps=after_steps))
+    study = optuna.create_study(
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=after_jobs, n_warmup_steps=after_steps)
+    )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # stable since Optuna 3, under the same names
+        warnings.simplefilter(
+            "ignore", optuna.exceptions.ExperimentalWarning
+        )  # stable since Optuna 3, under the same names
         for other in filter(None, others):
             study.add_trial(optuna.trial.create_trial(value=other[max(other)], intermediate_values=dict(other)))
     trial = study.ask()

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from finetune.config import CONF, RunConfig, explain_all, load, register
-from finetune.console import say
+from finetune.console import log
 from finetune.errors import ConfigError, Interrupted
 from finetune.launch.config import process_count
 from finetune.overrides import opened
@@ -31,7 +31,15 @@ from finetune.sweep.median import require_optuna
 from finetune.sweep.work import Sweep
 
 FLAGS = ("--multirun", "-m")
-OWN = ("run.name", "run.root", "run.if_exists", "sweep.name", "sweep.prune", "sweep.prune_after_jobs", "sweep.prune_after_steps")
+OWN = (
+    "run.name",
+    "run.root",
+    "run.if_exists",
+    "sweep.name",
+    "sweep.prune",
+    "sweep.prune_after_jobs",
+    "sweep.prune_after_steps",
+)
 """What belongs to the sweep as a whole."""
 
 PLUGINS = {"optuna": "optuna", "tpe": "optuna", "submitit": "slurm", "slurm": "slurm", "local": "slurm", "ray": "ray"}
@@ -57,7 +65,9 @@ def sweep(arguments: Sequence[str]) -> Path:
     if flags:
         raise ConfigError(f"{flags[0]} does not go with --multirun: the jobs are started without it")
     if process_count() > 1:
-        raise ConfigError("--multirun starts the jobs itself: run it without torchrun or accelerate launch, and give the jobs launch=ddp")
+        raise ConfigError(
+            "--multirun starts the jobs itself: run it without torchrun or accelerate launch, and give the jobs launch=ddp"
+        )
     ours, is_grid = _parsed(words)
     varied = [override for override in ours if override.is_sweep_override()]
     fixed = [override for override in ours if not override.is_sweep_override()]
@@ -67,7 +77,7 @@ def sweep(arguments: Sequence[str]) -> Path:
     folder = Path(config.run.root).resolve() / (config.sweep.name or f"{config.run.name}-sweep")
     _claim(folder, [_word(override) for override in fixed if override.key_or_group not in OWN])
     keys = ", ".join(override.key_or_group for override in varied)
-    say("sweep", f"{keys} in {folder}: a folder for each job, with its log.txt; the same command goes on")
+    log("sweep", f"{keys} in {folder}: a folder for each job, with its log.txt; the same command goes on")
     plan = Sweep(folder=folder, fixed=frozenset(override.get_key_element() for override in fixed), config=config.sweep)
     try:
         _hand_over(["--multirun", *words, f"hydra.sweep.dir={folder / '.hydra'}"], plan)
@@ -95,7 +105,9 @@ def _parsed(words: Sequence[str]) -> tuple[list[Override], bool]:
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(*_not_there(error, words) or explain_all(error)) from error
     if chosen.launcher["_target_"].endswith(".SlurmLauncher") and not shutil.which("srun"):
-        raise ConfigError("hydra/launcher: Slurm's srun is not found here; start the sweep on a login node, or choose hydra/launcher=local")
+        raise ConfigError(
+            "hydra/launcher: Slurm's srun is not found here; start the sweep on a login node, or choose hydra/launcher=local"
+        )
     ours = {override.get_key_element(): override for override in [*more, *parsed] if not override.is_hydra_override()}
     return list(ours.values()), sweeper["_target_"].endswith(".BasicSweeper")
 
@@ -109,9 +121,13 @@ def _not_there(error: Exception, words: Sequence[str]) -> list[str]:
         extra = PLUGINS.get(option.partition("_")[0])
         ours = ", ".join(["basic", *sorted(file.stem for file in (CONF / group).glob("*.yaml"))])
         if extra:
-            problems.append(f"{group}={option} needs a plugin of Hydra's that is not installed; run: pip install 'finetune[{extra}]'")
+            problems.append(
+                f"{group}={option} needs a plugin of Hydra's that is not installed; run: pip install 'finetune[{extra}]'"
+            )
         elif option != "basic":
-            problems.append(f"{group}={option}: there is no such option; choose one of {ours}, or one of a plugin of Hydra's")
+            problems.append(
+                f"{group}={option}: there is no such option; choose one of {ours}, or one of a plugin of Hydra's"
+            )
     return problems
 
 
@@ -145,7 +161,11 @@ def _checked(varied: Sequence[Override], fixed: Sequence[Override], *, is_grid: 
 
 
 def _in_jobs(problem: str, jobs: list[str], count: int) -> str:
-    return problem if len(jobs) in (0, count) else f"{problem} (in the job{'s' if len(jobs) > 1 else ''} {', '.join(jobs)})"
+    return (
+        problem
+        if len(jobs) in (0, count)
+        else f"{problem} (in the job{'s' if len(jobs) > 1 else ''} {', '.join(jobs)})"
+    )
 
 
 def _values(override: Override) -> list[str]:

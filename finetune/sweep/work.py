@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.console import say
+from finetune.console import log
 from finetune.sweep.config import SweepConfig
 from finetune.sweep.jobs import FINAL, Job, alone, jobs_in, name_of
 from finetune.sweep.median import behind
@@ -58,18 +58,23 @@ class Sweep:
         loss = job.held_out().get("loss", math.nan)
         how = f"{job.state} before" if before else f"{job.state} after {job.seconds:.0f} s"
         reason = f": {job.reason}" if job.reason else ""
-        say("sweep", f"{job.title}: {how}{reason}" + ("" if math.isnan(loss) else f"; held-out loss {loss:.4f}"))
+        log("sweep", f"{job.title}: {how}{reason}" + ("" if math.isnan(loss) else f"; held-out loss {loss:.4f}"))
         return math.nan if job.state == "failed" else loss
 
     def _run(self, job: Job, overrides: Sequence[str], *, lock: int) -> None:
-        log = job.folder / "log.txt"
-        say("sweep", f"{job.title}: {BEGINS.get(job.state, 'goes on')}")
+        log_file = job.folder / "log.txt"
+        log("sweep", f"{job.title}: {BEGINS.get(job.state, 'goes on')}")
         # What is said last counts, so these stand behind the user's own.
-        own = [f"run.root={self.folder}", f"run.name={job.folder.name}", f"sweep.name={self.folder.name}", "run.if_exists=resume"]
+        own = [
+            f"run.root={self.folder}",
+            f"run.name={job.folder.name}",
+            f"sweep.name={self.folder.name}",
+            "run.if_exists=resume",
+        ]
         begun, spent = time.monotonic(), job.seconds
         job.state, job.reason = "running", ""
         job.write()
-        with open(log, "ab") as output:
+        with open(log_file, "ab") as output:
             start = output.tell()
             process = subprocess.Popen(
                 [sys.executable, "-m", "finetune", *overrides, *own],
@@ -77,7 +82,7 @@ class Sweep:
             )  # fmt: skip
         try:
             given_up = self._follow(process, job)
-            said = log.read_bytes()[start:].decode(errors="replace")
+            said = log_file.read_bytes()[start:].decode(errors="replace")
             job.state, job.reason = ("pruned", given_up) if given_up else outcome(process.returncode, said)
         except BaseException:
             process.terminate()  # it saves, as after any signal
@@ -100,7 +105,9 @@ class Sweep:
             if losses and max(losses) > judged:
                 judged = max(losses)
                 others = [one.losses() for one in jobs_in(self.folder) if one.state == "done"]
-                reason = behind(losses, others, after_jobs=self.config.prune_after_jobs, after_steps=self.config.prune_after_steps)
+                reason = behind(
+                    losses, others, after_jobs=self.config.prune_after_jobs, after_steps=self.config.prune_after_steps
+                )
                 if reason:
                     process.terminate()
                     process.wait()
@@ -113,7 +120,13 @@ def outcome(code: int, said: str) -> tuple[str, str]:
         return "done", ""
     if code < 0:
         name = signal.Signals(-code).name
-        return "failed", f"killed by {name}" + (", as the kernel does when memory runs out" if name == "SIGKILL" else "")
-    complaint = said.rpartition("\nfinetune: ")[2] if "\nfinetune: " in f"\n{said}" else said.rstrip().rpartition("\n")[2]
+        return "failed", f"killed by {name}" + (
+            ", as the kernel does when memory runs out" if name == "SIGKILL" else ""
+        )
+    complaint = (
+        said.rpartition("\nfinetune: ")[2] if "\nfinetune: " in f"\n{said}" else said.rstrip().rpartition("\n")[2]
+    )
     line = " ".join(complaint.removeprefix("finetune: ").split()) or f"exit code {code}"
-    return "interrupted" if code == STOPPED else "failed", line if len(line) <= LONGEST_REASON else f"{line[: LONGEST_REASON - 1]}…"
+    return "interrupted" if code == STOPPED else "failed", line if len(
+        line
+    ) <= LONGEST_REASON else f"{line[: LONGEST_REASON - 1]}…"

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from finetune.run import plain
+from finetune.run import to_jsonable
 
 NAMED = ("name", "format")
 """Keys that name an item of a list, so that its figures are filed under it."""
@@ -20,7 +20,7 @@ def figures(room: str, product: Any) -> dict[str, float]:
         ``{"eval/adapter/perplexity": 1.13, "eval/adapter/json_exact": 0.63, "eval/adapter/json_exact_low": ...}``: a metric's
         ``value`` stands under the metric's own name, and the level called ``metrics`` or ``artifacts`` is left out.
     """
-    return dict(_flat(room, plain(product)))
+    return dict(_flat(room, to_jsonable(product)))
 
 
 def _flat(name: str, value: Any) -> list[tuple[str, float]]:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from finetune.console import say
+from finetune.console import log
 from finetune.tracking.config import TrackerConfig
 from finetune.tracking.trackers import Figures, TrackerError
 
@@ -24,7 +24,7 @@ class TensorBoard:
             raise TrackerError("the package tensorboard is not installed; run: pip install tensorboard") from error
         self.writer: Any = SummaryWriter(str(folder / "tensorboard"))
         self.writer.add_text("config", f"```\n{json.dumps(run_config, indent=2)}\n```")
-        say("tracking", f"tensorboard: tensorboard --logdir {folder / 'tensorboard'}")
+        log("tracking", f"tensorboard: tensorboard --logdir {folder / 'tensorboard'}")
 
     def log(self, step: int, metrics: Figures) -> None:
         for name, value in metrics.items():

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
-from finetune.console import say
+from finetune.console import log
 from finetune.launch.config import is_first_process
 from finetune.tracking.config import TrackerConfig
 
@@ -81,7 +81,10 @@ class Trackers:
         for lane in self._lanes:
             lane.close()
         for name, count in self.missed.items():
-            say("tracking", f"{name}: {count} {'call' if count == 1 else 'calls'} did not arrive; tracking/metrics.jsonl has every figure")
+            log(
+                "tracking",
+                f"{name}: {count} {'call' if count == 1 else 'calls'} did not arrive; tracking/metrics.jsonl has every figure",
+            )
 
     def _each(self, call: Call) -> None:
         for lane in self._lanes:
@@ -134,7 +137,7 @@ class Lane:
             call(self.tracker)
         except TrackerError as error:
             if self.tracker.name not in self.missed:
-                say("tracking", f"{self.tracker.name}: {error}; the run goes on without it")
+                log("tracking", f"{self.tracker.name}: {error}; the run goes on without it")
             self.missed[self.tracker.name] = self.missed.get(self.tracker.name, 0) + 1
 
 
@@ -163,7 +166,9 @@ class JsonLines:
             handle.write(json.dumps(line) + "\n")
 
 
-def open_trackers(config: Mapping[str, TrackerConfig], *, run_name: str, folder: Path, run_config: dict[str, Any]) -> Trackers:
+def open_trackers(
+    config: Mapping[str, TrackerConfig], *, run_name: str, folder: Path, run_config: dict[str, Any]
+) -> Trackers:
     """Starts the chosen trackers. Of several processes, only the first one tracks.
 
     Args:

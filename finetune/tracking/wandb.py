@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from finetune.console import say
+from finetune.console import log
 from finetune.run import write_json
 from finetune.tracking.config import TrackerConfig
 from finetune.tracking.trackers import Figures, TrackerError
@@ -47,11 +47,16 @@ class WeightsAndBiases:
         if mode == "offline":
             self.run = self._init(identity, run_name=run_name, run_config=run_config, folder=folder, mode=mode)
         if mode == "offline":
-            say("tracking", f"wandb: offline, because {why}; to send it later: wandb sync {self.run.dir.removesuffix('/files')}")
+            log(
+                "tracking",
+                f"wandb: offline, because {why}; to send it later: wandb sync {self.run.dir.removesuffix('/files')}",
+            )
         else:
-            say("tracking", f"wandb: online, because {why}: {self.run.url}")
+            log("tracking", f"wandb: online, because {why}: {self.run.url}")
 
-    def _init(self, identity: dict[str, str], *, run_name: str, run_config: dict[str, Any], folder: Path, mode: Mode) -> Any:
+    def _init(
+        self, identity: dict[str, str], *, run_name: str, run_config: dict[str, Any], folder: Path, mode: Mode
+    ) -> Any:
         import wandb
 
         # Offline there is nothing to resume from; W&B would warn.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from finetune.console import say
+from finetune.console import log
 from finetune.errors import TrainError
 
 if TYPE_CHECKING:
@@ -90,7 +90,10 @@ def refuse_idle(per_step: int, *, unit: str, processes: int) -> None:
             "Raise train.tokens_per_step, or take fewer processes"
         )
     if per_step % processes:
-        say("train", f"{per_step} {unit} do not come out even on {processes} processes: some wait for the others in each step")
+        log(
+            "train",
+            f"{per_step} {unit} do not come out even on {processes} processes: some wait for the others in each step",
+        )
 
 
 def step_count(config: TrainConfig, *, rows: int, per_step: int) -> int:

@@ -14,17 +14,22 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from finetune.console import human_bytes, say
+from finetune.console import human_bytes, log
 from finetune.errors import Interrupted
 from finetune.memory import device_bytes, rss_bytes
-from finetune.train.checkpoints import Identity, is_sealed, path_of, prune, seal
+from finetune.train.checkpoints import Identity, is_complete, path_of, prune, seal
 
 if TYPE_CHECKING:
     from finetune.launch.ranks import Ranks
     from finetune.tracking import Trackers
-    from finetune.train.counts import Counts
+    from finetune.train.progress import Counts
 
-NAMES = {"loss": "train/loss", "grad_norm": "train/grad_norm", "learning_rate": "train/learning_rate", "eval_loss": "eval/loss"}
+NAMES = {
+    "loss": "train/loss",
+    "grad_norm": "train/grad_norm",
+    "learning_rate": "train/learning_rate",
+    "eval_loss": "eval/loss",
+}
 """transformers' names to ours."""
 
 
@@ -48,7 +53,9 @@ class Record(TrainerCallback):
         self.on_step_end(args, state, control)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        line: dict[str, float] = {NAMES.get(key, key): float(v) for key, v in (logs or {}).items() if key in NAMES or "/" in key}
+        line: dict[str, float] = {
+            NAMES.get(key, key): float(v) for key, v in (logs or {}).items() if key in NAMES or "/" in key
+        }
         if not line:
             return
         if "train/loss" in line:
@@ -76,12 +83,12 @@ class Keeper(TrainerCallback):
         self.counts, self.identity, self.keep, self.keep_best, self.ranks = counts, identity, keep, keep_best, ranks
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.ranks.meet()  # each process has written its own state of random numbers
-        if self.ranks.first:
+        self.ranks.barrier()  # each process has written its own state of random numbers
+        if self.ranks.is_main:
             folder = Path(args.output_dir)
             seal(path_of(folder, state.global_step), self.identity, counts=self.counts)
             prune(folder, keep=self.keep, best_step=self.counts.best_step if self.keep_best else 0)
-        self.ranks.meet()  # and none looks for a seal before it is there
+        self.ranks.barrier()  # and none looks for a seal before it is there
 
 
 class Patience(TrainerCallback):
@@ -90,7 +97,9 @@ class Patience(TrainerCallback):
     def __init__(self, counts: Counts, *, patience: int | None, keep_best: bool) -> None:
         self.counts, self.patience, self.keep_best = counts, patience, keep_best
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any) -> None:
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any
+    ) -> None:
         loss = (metrics or {}).get("eval_loss")
         if loss is None:
             return
@@ -103,8 +112,13 @@ class Patience(TrainerCallback):
         counts.waited += 1
         if self.patience is not None and counts.waited >= self.patience and state.global_step < state.max_steps:
             counts.stopped_early = control.should_training_stop = control.should_save = True
-            best = f"{counts.best_loss:.4f} of step {counts.best_step}" if counts.best_loss is not None else "any number"
-            say("train", f"stops at step {state.global_step}: {counts.waited} evaluations in a row were no better than {best}")
+            best = (
+                f"{counts.best_loss:.4f} of step {counts.best_step}" if counts.best_loss is not None else "any number"
+            )
+            log(
+                "train",
+                f"stops at step {state.global_step}: {counts.waited} evaluations in a row were no better than {best}",
+            )
 
 
 class SaveOnSignal(TrainerCallback):
@@ -133,13 +147,17 @@ class SaveOnSignal(TrainerCallback):
             signal.signal(number, self.before[number])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.ranks.any(self.received is not None):
+        if self.ranks.any_rank(self.received is not None):
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.ranks.any(self.received is not None) and is_sealed(path_of(Path(args.output_dir), state.global_step)):
+        if self.ranks.any_rank(self.received is not None) and is_complete(
+            path_of(Path(args.output_dir), state.global_step)
+        ):
             name = signal.Signals(self.received or signal.SIGTERM).name
-            raise Interrupted(f"train: stopped by {name} after step {state.global_step}, which is saved; go on with run.if_exists=resume")
+            raise Interrupted(
+                f"train: stopped by {name} after step {state.global_step}, which is saved; go on with run.if_exists=resume"
+            )
 
 
 class Progress(TrainerCallback):
@@ -153,7 +171,14 @@ class Progress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.started, self.before = time.monotonic(), self.counts.tokens
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step", file=sys.stderr, dynamic_ncols=True)
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="train",
+            unit="step",
+            file=sys.stderr,
+            dynamic_ncols=True,
+        )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if logs and "loss" in logs:

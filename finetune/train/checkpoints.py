@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.console import say
+from finetune.console import log
 from finetune.errors import TrainError
-from finetune.run import plain
+from finetune.run import to_jsonable
 from finetune.train.config import TrainConfig
-from finetune.train.counts import Counts
+from finetune.train.progress import Counts
 
 if TYPE_CHECKING:
     from finetune.data import PreparedData
@@ -77,9 +77,15 @@ def identify(
 ) -> Identity:
     """Everything that decides what the next step does to the adapter, by the name that a user would look for.
 
-    Of ``speed``, what was chosen counts, not what was asked for: ``auto`` may choose otherwise when it is asked again.
+    Of ``kernels``, what was chosen counts, not what was asked for: ``auto`` may choose otherwise when it is asked again.
     """
-    groups = {"quantization": quantization, "lora": plain(lora), "optim": plain(optim), "speed": choice, "train": plain(config)}
+    groups = {
+        "quantization": quantization,
+        "lora": to_jsonable(lora),
+        "optim": to_jsonable(optim),
+        "kernels": choice,
+        "train": to_jsonable(config),
+    }
     named = {f"{group}.{name}": value for group, fields in groups.items() for name, value in fields.items()}
     placed = {f"placement.{name}": getattr(placement, name) for name in ("device", "dtype", "attention", "optimizer")}
     inputs = {"data.fingerprint": data.fingerprint, "model.sha256": base.sha256, "model.upcast": upcast}
@@ -126,32 +132,40 @@ def choose(folder: Path, identity: Identity) -> Checkpoint | None:
     """
     found = sorted((path for path in folder.glob("checkpoint-*") if path.is_dir()), key=step_of, reverse=True)
     for number, path in enumerate(found):
-        trouble = trouble_of(path)
+        trouble = find_damage(path)
         if trouble is None:
             content = _read(path)
             _refuse_another_run(path, content["identity"], identity)
             return Checkpoint(folder=path, step=step_of(path), counts=Counts(**content["counts"]))
-        before = f"{found[number + 1].name} is tried" if number + 1 < len(found) else "training starts from the beginning"
-        say("train", f"{path.name} {trouble}; it is deleted and {before}")
+        before = (
+            f"{found[number + 1].name} is tried" if number + 1 < len(found) else "training starts from the beginning"
+        )
+        log("train", f"{path.name} {trouble}; it is deleted and {before}")
         remove(path)
     return None
 
 
 def choose_together(folder: Path, identity: Identity, *, ranks: Ranks) -> Checkpoint | None:
     """What the first process chooses, in all of them: only it deletes, and only it looks while nobody writes."""
-    found = choose(folder, identity) if ranks.first else None
-    told = ranks.share({"folder": str(found.folder), "step": found.step, "counts": dataclasses.asdict(found.counts)} if found else None)
+    found = choose(folder, identity) if ranks.is_main else None
+    told = ranks.broadcast(
+        {"folder": str(found.folder), "step": found.step, "counts": dataclasses.asdict(found.counts)} if found else None
+    )
     return Checkpoint(folder=Path(told["folder"]), step=told["step"], counts=Counts(**told["counts"])) if told else None
 
 
-def refuse_strangers(identity: Identity, *, ranks: Ranks) -> None:
+def require_same_config_on_all_ranks(identity: Identity, *, ranks: Ranks) -> None:
     """Processes that would take different steps must not add up their gradients: another GPU, say, or another base on a node."""
-    for rank, other in enumerate(ranks.collect(identity)):
+    for rank, other in enumerate(ranks.all_gather(identity)):
         differences = "; ".join(
-            f"{name} is {identity[name]!r} and {other.get(name)!r} there" for name in identity if identity[name] != other.get(name)
+            f"{name} is {identity[name]!r} and {other.get(name)!r} there"
+            for name in identity
+            if identity[name] != other.get(name)
         )
         if differences:
-            raise TrainError(f"process {rank} of the launch would train something else: {differences}. Give all machines the same")
+            raise TrainError(
+                f"process {rank} of the launch would train something else: {differences}. Give all machines the same"
+            )
 
 
 def prune(folder: Path, *, keep: int, best_step: int) -> None:
@@ -181,19 +195,22 @@ def step_of(path: Path) -> int:
 
 def forget_lost_best(counts: Counts, folder: Path) -> None:
     """Where the run went back to before a better evaluation, the earlier best may be deleted already; the better comes again."""
-    if counts.best_step and not is_sealed(path_of(folder, counts.best_step)):
-        say("train", f"the checkpoint of the best step so far, {counts.best_step}, is gone; the best is looked for from here on")
+    if counts.best_step and not is_complete(path_of(folder, counts.best_step)):
+        log(
+            "train",
+            f"the checkpoint of the best step so far, {counts.best_step}, is gone; the best is looked for from here on",
+        )
         counts.best_step, counts.best_loss, counts.waited = 0, None, 0
 
 
-def is_sealed(path: Path) -> bool:
+def is_complete(path: Path) -> bool:
     """Whether a checkpoint was written to its end."""
     return (path / SEAL).is_file()
 
 
-def trouble_of(path: Path) -> str | None:
+def find_damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, as the end of a sentence, or None where every hash holds."""
-    if not is_sealed(path):
+    if not is_complete(path):
         return "was not written to its end"
     try:
         content = json.loads((path / SEAL).read_text(encoding="utf-8"))

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from finetune.console import say
+from finetune.console import log
 from finetune.errors import TrainError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from finetune.train.counts import Counts
+    from finetune.train.progress import Counts
 
 MOST_ROWS = 20
 """Rows that a message names; more would bury the rest of it."""
@@ -87,37 +87,47 @@ class Guard:
             parameter.grad = None
         return norm
 
-    def _skip(self, trainer: Any, model: nn.Module, *, norm: Tensor, heard: list[tuple[Tensor, list[int], dict[str, Any]]]) -> None:
+    def _skip(
+        self, trainer: Any, model: nn.Module, *, norm: Tensor, heard: list[tuple[Tensor, list[int], dict[str, Any]]]
+    ) -> None:
         self.counts.skipped += 1
         scaler = trainer.accelerator.scaler
         if scaler is None or scaler.get_scale() <= 1:  # above it, float16's scaler finds its scale by going too far
             self.counts.skipped_in_a_row += 1
         broken = [one for one in heard if not one[0].isfinite()]
         rows = sorted({row for _, rows, _ in broken or heard for row in rows})
-        seen = trainer.ranks.collect({"loss": float(broken[0][0]) if broken else None, "rows": rows})
+        seen = trainer.ranks.all_gather({"loss": float(broken[0][0]) if broken else None, "rows": rows})
         told = next((one for one in seen if one["loss"] is not None), None)
         what = f"loss is {told['loss']}" if told else f"loss is fine, and the gradient's norm is {float(norm)}"
         read = _listed(told["rows"] if told else sorted({row for one in seen for row in one["rows"]}))
         step = trainer.state.global_step + 1
-        say("train", f"step {step} is left out: {what}; it read {read} ({self.counts.skipped} left out so far)")
+        log("train", f"step {step} is left out: {what}; it read {read} ({self.counts.skipped} left out so far)")
         if self.counts.skipped_in_a_row < self.limit:
             return
-        layer = next((one for one in trainer.ranks.collect(self._layer(trainer, model, broken)) if one), None)
+        layer = next((one for one in trainer.ranks.all_gather(self._layer(trainer, model, broken)) if one), None)
         if layer is None:
-            layer = "each layer's output is finite, the loss is not" if told else "every single gradient is finite, their norm is not"
+            layer = (
+                "each layer's output is finite, the loss is not"
+                if told
+                else "every single gradient is finite, their norm is not"
+            )
         raise TrainError(
             f"train: {self.counts.skipped_in_a_row} steps in a row had a loss or gradient that is no number, and none of them was taken. "
             f"At step {step} the {what}; {layer}; it read {read}. The adapter of the last good step is in the last checkpoint. "
             "Likely causes: optim.learning_rate is too high, model.dtype=float16 overflows, or those rows: `finetune data why=<row>`"
         )
 
-    def _layer(self, trainer: Any, model: nn.Module, broken: list[tuple[Tensor, list[int], dict[str, Any]]]) -> str | None:
+    def _layer(
+        self, trainer: Any, model: nn.Module, broken: list[tuple[Tensor, list[int], dict[str, Any]]]
+    ) -> str | None:
         """Where it goes wrong, as far as this process's rows show it."""
         if trainer.ranks.shards:
             return "where it first goes wrong is not looked for with launch=fsdp, since one process alone cannot compute; launch=ddp tells"
         if broken:
             inputs = broken[0][2]
-            first = first_broken_output(model, lambda: trainer.compute_loss(model, trainer._prepare_inputs(inputs), num_items_in_batch=1))
+            first = first_broken_output(
+                model, lambda: trainer.compute_loss(model, trainer._prepare_inputs(inputs), num_items_in_batch=1)
+            )
             return f"the forward pass first goes wrong at {first}" if first else None
         backward = next(broken_gradients(model), None)
         return f"the backward pass first goes wrong at {backward}" if backward else None

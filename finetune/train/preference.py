@@ -12,15 +12,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from finetune.console import say
+from finetune.console import log
 from finetune.errors import TrainError
-from finetune.measure.rows import IGNORED
+from finetune.inference.rows import IGNORED
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor
 
-    from finetune.speed import Quick
+    from finetune.kernels import Fusion
 
 LOSSES = ("sigmoid", "ipo", "hinge")
 FIGURES = ("reward_margin", "reward_accuracy", "chosen_logprob", "rejected_logprob")
@@ -79,7 +79,7 @@ class PairCollator:
     """Micro-batches of pairs: all chosen answers, then all rejected ones, each a document with its prompt.
 
     Attributes:
-        flat: All documents end to end in one row, as `finetune.measure.Collator` has it.
+        flat: All documents end to end in one row, as `finetune.inference.Collator` has it.
         pad_token_id: Fills the rows up where they are not flat.
     """
 
@@ -96,7 +96,7 @@ class PairCollator:
         """
         import torch
 
-        from finetune.measure import Collator
+        from finetune.inference.collate import Collator
 
         answers = [*(chosen(row) for row in rows), *(rejected(row) for row in rows)]
         batch = Collator(flat=self.flat, pad_token_id=self.pad_token_id)(answers)
@@ -162,7 +162,10 @@ def training_pairs(rows: Dataset) -> tuple[Dataset, float]:
             'give rows like {"prompt", "chosen", "rejected"}, e.g. data=preference data.path=<file>'
         )
     if left_out:
-        say("train", f"{left_out.total():,} of {len(rows):,} training rows are left out, because they are no pairs: {why}")
+        log(
+            "train",
+            f"{left_out.total():,} of {len(rows):,} training rows are left out, because they are no pairs: {why}",
+        )
     return rows.select(list(sizes)), sum(sizes.values()) / len(sizes)
 
 
@@ -179,7 +182,7 @@ def held_out_pairs(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "give held-out rows with a chosen and a rejected answer, or set train.evaluations=0"
         )
     if len(pairs) < len(rows):
-        say("train", f"held-out loss on {len(pairs):,} of {len(rows):,} rows, because the others are no pairs")
+        log("train", f"held-out loss on {len(pairs):,} of {len(rows):,} rows, because the others are no pairs")
     return pairs
 
 
@@ -213,7 +216,7 @@ def answer_logprobs(losses: Tensor, answer_tokens: Tensor) -> Tensor:
     return torch.stack(sums).view(2, -1)
 
 
-def token_losses(model: Any, causal: Any, inputs: dict[str, Any], quick: Quick) -> Tensor:
+def token_losses(model: Any, causal: Any, inputs: dict[str, Any], quick: Fusion) -> Tensor:
     """Loss of every trained token in nats, shape (tokens,).
 
     Args:
@@ -222,7 +225,7 @@ def token_losses(model: Any, causal: Any, inputs: dict[str, Any], quick: Quick) 
         inputs: A micro-batch of `PairCollator` without ``answer_tokens``.
         quick: How steps are computed.
     """
-    if quick.trained_only:
+    if quick.loss_on_trained_tokens:
         return quick.token_losses(causal, inputs)
     found = model(**inputs, fused_lm_head=True).log_probs
     losses: Tensor = -found[inputs["labels"][:, 1:] != IGNORED]
@@ -272,7 +275,9 @@ def named(sums: Tensor, *, prefix: str) -> dict[str, float]:
     return {f"{prefix}/{name}": value / pairs for name, value in zip(FIGURES, rest, strict=True)}
 
 
-def held_out_figures(model: Any, pairs: Sequence[dict[str, Any]], config: PreferenceConfig, *, batch_tokens: int) -> dict[str, float]:
+def held_out_figures(
+    model: Any, pairs: Sequence[dict[str, Any]], config: PreferenceConfig, *, batch_tokens: int
+) -> dict[str, float]:
     """Mean loss of held-out pairs as ``eval_loss``, and what is watched.
 
     Args:
@@ -282,7 +287,7 @@ def held_out_figures(model: Any, pairs: Sequence[dict[str, Any]], config: Prefer
     """
     import torch
 
-    from finetune.measure import row_losses
+    from finetune.inference.losses import row_losses
 
     answers = [*map(chosen, pairs), *map(rejected, pairs)]
     found = row_losses(model, answers, batch_tokens=batch_tokens)

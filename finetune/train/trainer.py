@@ -13,30 +13,32 @@ from torch.utils.data import DataLoader
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
-from finetune.console import say
-from finetune.launch.gradients import add_up
+from finetune.console import log
+from finetune.inference.collate import Collator
+from finetune.inference.losses import mean_loss
+from finetune.inference.rows import read_rows
+from finetune.launch.gradients import all_reduce_gradients
 from finetune.lora import cast_adapter
-from finetune.measure import Collator, mean_loss, read_rows
 from finetune.optim import make_optimizer, schedule_arguments
 from finetune.train import preference
 from finetune.train.arguments import arguments, refuse_idle, rows_per_step, step_count
+from finetune.train.distributed import distributed_row_losses, prepare_distributed
 from finetune.train.guard import Numbered
-from finetune.train.order import Order, micro_batches
-from finetune.train.shortage import is_shortage
-from finetune.train.together import go_together, losses_together
+from finetune.train.oom_retry import is_out_of_memory
+from finetune.train.sampler import Order, micro_batches
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
     from finetune.data import PreparedData
     from finetune.hardware import Placement
+    from finetune.kernels import Fusion
     from finetune.launch.ranks import Ranks
     from finetune.lora import LoraConfig
     from finetune.optim import OptimConfig
-    from finetune.speed import Quick
     from finetune.train.config import TrainConfig
-    from finetune.train.counts import Counts
     from finetune.train.guard import Guard
+    from finetune.train.progress import Counts
 
 EVALUATION_BATCH_TOKENS = 2048
 
@@ -61,7 +63,7 @@ class Trainer(SFTTrainer):
     guard: Guard
     order: Order
     ranks: Ranks
-    quick: Quick
+    quick: Fusion
     optim: OptimConfig
     config: TrainConfig
     held_out: list[dict[str, Any]]
@@ -71,7 +73,9 @@ class Trainer(SFTTrainer):
     def get_train_dataloader(self) -> Any:
         """Not accelerate's: that one would deal out whole micro-batches, and repeat rows where they do not come out even."""
         rows: Any = self.train_dataset
-        return Loader(rows, batch_sampler=self.order, collate_fn=self.collated, pin_memory=self.args.dataloader_pin_memory)
+        return Loader(
+            rows, batch_sampler=self.order, collate_fn=self.collated, pin_memory=self.args.dataloader_pin_memory
+        )
 
     def collated(self, rows: list[dict[str, Any]]) -> Any:
         """A micro-batch; without rows, one that trains nothing and is not computed."""
@@ -88,21 +92,27 @@ class Trainer(SFTTrainer):
         self.own_trained += int((labels != -100).sum())
         rows = inputs.pop("rows")
         if "instead" in inputs:
-            self.keep_up(model, inputs["instead"])
+            self.join_collectives(model, inputs["instead"])
         if not rows or self.shortage:
             return torch.zeros((), device=self.args.device)
         try:
             loss = super().training_step(model, inputs, *arguments, **keywords)
         except (RuntimeError, MemoryError) as error:
-            if self.ranks.count == 1 or self.ranks.shards or not is_shortage(error):
+            if self.ranks.count == 1 or self.ranks.shards or not is_out_of_memory(error):
                 raise
-            self.shortage = str(error) or type(error).__name__  # the others must hear of it before this step can be given up
+            self.shortage = (
+                str(error) or type(error).__name__
+            )  # the others must hear of it before this step can be given up
             return torch.zeros((), device=self.args.device)
-        return self.guard.hear(loss, rows=rows, inputs=inputs) * self.ranks.count  # transformers logs the mean over processes
+        return (
+            self.guard.hear(loss, rows=rows, inputs=inputs) * self.ranks.count
+        )  # transformers logs the mean over processes
 
-    def keep_up(self, model: Any, inputs: dict[str, Any]) -> None:
+    def join_collectives(self, model: Any, inputs: dict[str, Any]) -> None:
         """A micro-batch that changes nothing: the others need this process's part of each layer, there and back."""
-        computed = {name: value for name, value in self._prepare_inputs(inputs).items() if name not in ("padding", "rows")}
+        computed = {
+            name: value for name, value in self._prepare_inputs(inputs).items() if name not in ("padding", "rows")
+        }
         with self.compute_loss_context_manager():
             loss = self.compute_loss(model, computed, num_items_in_batch=1)
         (0.0 * loss).backward()
@@ -112,10 +122,12 @@ class Trainer(SFTTrainer):
         self.own_tokens = self.own_trained = 0
         if self.ranks.count > 1:
             learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            figures = add_up(learning, figures, device=str(self.args.device))
+            figures = all_reduce_gradients(learning, figures, device=str(self.args.device))
         tokens, trained, short = (int(figure) for figure in figures)
         if short:
-            raise MemoryError(self.shortage or f"said {'one process' if short == 1 else f'{short} processes'} of {self.ranks.count}")
+            raise MemoryError(
+                self.shortage or f"said {'one process' if short == 1 else f'{short} processes'} of {self.ranks.count}"
+            )
         self.counts.tokens += tokens
         self.counts.trained += trained
         return self.guard.clip(self, model, max_norm=self.args.max_grad_norm)
@@ -133,13 +145,19 @@ class Trainer(SFTTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:  # fmt: skip
         """Mean over the trained tokens of the whole accumulated step, which ``num_items_in_batch`` counts."""
-        if not self.quick.trained_only:  # transformers multiplies by the processes, for gradients that are averaged
+        if (
+            not self.quick.loss_on_trained_tokens
+        ):  # transformers multiplies by the processes, for gradients that are averaged
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch) / self.ranks.count
         return self.quick.loss(self.accelerator.unwrap_model(model), inputs) / num_items_in_batch
 
     def held_out_figures(self, model: Any) -> dict[str, float]:
         """Nats per trained token over the held-out rows: transformers' own mean weighs batches, not tokens."""
-        return {"eval_loss": mean_loss(losses_together(model, self.held_out, batch_tokens=EVALUATION_BATCH_TOKENS, ranks=self.ranks))}
+        return {
+            "eval_loss": mean_loss(
+                distributed_row_losses(model, self.held_out, batch_tokens=EVALUATION_BATCH_TOKENS, ranks=self.ranks)
+            )
+        }
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Takes the held-out figures and tells everyone."""
@@ -181,22 +199,28 @@ class PreferenceTrainer(Trainer):
         self.sums = self.sums + preference.figures(policy, reference, beta=numbers.beta)
         return preference.pair_losses(policy - reference, tokens, numbers).sum() / num_items_in_batch
 
-    def keep_up(self, model: Any, inputs: dict[str, Any]) -> None:
+    def join_collectives(self, model: Any, inputs: dict[str, Any]) -> None:
         before = self.sums
-        super().keep_up(model, inputs)
+        super().join_collectives(model, inputs)
         self.sums = before
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """With the loss goes what the pairs showed since it was last logged."""
         if "loss" in logs:
-            sums = self.sums.tolist() if self.ranks.count == 1 else add_up([], self.sums.tolist(), device=str(self.args.device))
+            sums = (
+                self.sums.tolist()
+                if self.ranks.count == 1
+                else all_reduce_gradients([], self.sums.tolist(), device=str(self.args.device))
+            )
             logs |= preference.named(torch.tensor(sums, dtype=torch.float64), prefix="train")
             self.sums = 0.0
         super().log(logs, start_time)
 
     def held_out_figures(self, model: Any) -> dict[str, float]:
         """Mean loss of the held-out pairs, and how often the chosen answer wins."""
-        return preference.held_out_figures(model, self.held_out, self.config.preference, batch_tokens=EVALUATION_BATCH_TOKENS)
+        return preference.held_out_figures(
+            model, self.held_out, self.config.preference, batch_tokens=EVALUATION_BATCH_TOKENS
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +258,7 @@ def make_trainer(
     placement: Placement,
     upcast: str,
     packing: bool,
-    quick: Quick,
+    quick: Fusion,
     seed: int,
     counts: Counts,
     guard: Guard,
@@ -252,7 +276,7 @@ def make_trainer(
     unit = "pairs" if objective.training else "packs" if packing else "rows"
     refuse_idle(per_step, unit=unit, processes=ranks.count)
     shared = f" on each of {ranks.count} processes" if ranks.count > 1 else ""
-    say(
+    log(
         "train",
         f"{steps} steps of {per_step} {unit} ({config.micro_batch} at once, {accumulate} accumulated{shared}), "
         f"about {round(row_tokens * per_step):,} tokens each",
@@ -277,13 +301,20 @@ def make_trainer(
         lengths=[sum(documents) for documents in rows["seq_lengths"]] if config.group_by_length else None,
     )  # fmt: skip
     trainer.ranks = ranks
-    held_out = read_rows(data.folder / "heldout", limit=config.evaluation_rows) if data.heldout_rows and config.evaluations else []
+    held_out = (
+        read_rows(data.folder / "heldout", limit=config.evaluation_rows)
+        if data.heldout_rows and config.evaluations
+        else []
+    )
     trainer.held_out = objective.held_out(held_out) if objective.held_out else held_out
     changed = cast_adapter(model, lora.dtype)
     if changed:
-        say("train", f"adapter in {lora.dtype}: {changed} tensors are cast back, since TRL puts a quantized model's adapter into bfloat16")
+        log(
+            "train",
+            f"adapter in {lora.dtype}: {changed} tensors are cast back, since TRL puts a quantized model's adapter into bfloat16",
+        )
     if ranks.count > 1:
-        go_together(trainer, model, ranks=ranks, seed=seed)
+        prepare_distributed(trainer, model, ranks=ranks, seed=seed)
     for unwanted in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(unwanted)
     for callback in callbacks:

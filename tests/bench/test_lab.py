@@ -117,7 +117,9 @@ def test_smoothing_helps_where_one_input_channel_is_large() -> None:
 
 def test_an_error_is_measured_against_the_weights_own_size() -> None:
     weight = torch.tensor([[3.0, 4.0]])
-    assert layers.distance(weight, torch.tensor([[3.0, 4.5]])) == pytest.approx({"rms": 0.1, "max": 0.5, "cosine": 0.99849}, abs=1e-4)
+    assert layers.distance(weight, torch.tensor([[3.0, 4.5]])) == pytest.approx(
+        {"rms": 0.1, "max": 0.5, "cosine": 0.99849}, abs=1e-4
+    )
 
 
 @pytest.mark.slow

@@ -27,7 +27,9 @@ def test_a_difference_is_paired_by_row_and_pooled_over_seeds() -> None:
     other = [run([[2.4, 2], [6.4, 2]], [0.0, 0.0]), run([[2.4, 2], [6.4, 2]], [1.0, 0.0])]
     found = summary("nf4", other, none)
     assert (found.untuned_loss, found.loss, found.losses) == (5.0, 2.2, [2.2, 2.2])
-    assert found.loss_change == {"difference": 0.15, "low": 0.15, "high": 0.15}, "every row is off by the same, so nothing is uncertain"
+    assert found.loss_change == {"difference": 0.15, "low": 0.15, "high": 0.15}, (
+        "every row is off by the same, so nothing is uncertain"
+    )
     assert found.loss_change_by_seed == [0.2, 0.1]
     assert found.metric["value"] == 0.25
     assert found.metric_change["difference"] == -0.25
@@ -39,7 +41,10 @@ def test_rows_are_dealt_from_the_top(tmp_path: Path) -> None:
     source = tmp_path / "rows.jsonl"
     source.write_text("".join(json.dumps({"prompt": str(row), "completion": "x"}) + "\n" for row in range(5)))
     deal(source, tmp_path / "dealt", train=3, heldout=2, where="source")
-    found = {file.stem: [json.loads(line)["prompt"] for line in file.read_text().splitlines()] for file in (tmp_path / "dealt").iterdir()}
+    found = {
+        file.stem: [json.loads(line)["prompt"] for line in file.read_text().splitlines()]
+        for file in (tmp_path / "dealt").iterdir()
+    }
     assert found == {"train": ["0", "1", "2"], "heldout": ["3", "4"]}
     with pytest.raises(ConfigError, match="has 5 rows and 6 are needed; lower rows or heldout"):
         deal(source, tmp_path / "dealt", train=3, heldout=3, where="source")
@@ -69,7 +74,12 @@ def test_published_orderings_are_held_against_what_was_measured() -> None:
     def measured(backend: str, kl: float, bits: float) -> Measured:
         return Measured(backend=backend, status="measured", kl=kl, bits_per_parameter=bits)
 
-    rows = [measured("int8", 0.01, 8.06), measured("nf4", 0.2, 4.5), measured("nf4_double", 0.2, 4.127), measured("fp4", 0.1, 4.5)]
+    rows = [
+        measured("int8", 0.01, 8.06),
+        measured("nf4", 0.2, 4.5),
+        measured("nf4_double", 0.2, 4.127),
+        measured("fp4", 0.1, 4.5),
+    ]
     found = claims(rows)
     assert [one.holds for one in found] == [True, False, True, True, True]
     assert found[1].seen == "KL 0.2000 (nf4), 0.1000 (fp4)"
@@ -79,7 +89,9 @@ def test_published_orderings_are_held_against_what_was_measured() -> None:
 @pytest.mark.slow
 def test_the_verb_trains_measures_and_ends_with_one_line_of_json(tiny_base: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"prompt": f"say {row}", "completion": f"it is {row % 3}"}) + "\n" for row in range(40)))
+    rows.write_text(
+        "".join(json.dumps({"prompt": f"say {row}", "completion": f"it is {row % 3}"}) + "\n" for row in range(40))
+    )
     command = [
         sys.executable, "-m", "finetune", "bench", "tuning", f"source={rows}", "rows=24", "heldout=8", f"model={tiny_base}", "steps=2",
         "seeds=1", "backends=none,gptq", "metric=label", "max_new_tokens=4", f"out={tmp_path / 'tuning.json'}",

@@ -28,10 +28,14 @@ def run(make_config: Callable[..., DataConfig], tmp_path: Path, tokenizer: Any) 
     """Writes rows as JSON lines where they are given, and prepares them."""
     count = iter(range(1000))
 
-    def prepared(rows: Iterable[Any] | None = None, *, seed: int = 0, with_tokenizer: Any = None, **changes: Any) -> PreparedData:
+    def prepared(
+        rows: Iterable[Any] | None = None, *, seed: int = 0, with_tokenizer: Any = None, **changes: Any
+    ) -> PreparedData:
         number = next(count)
         if rows is not None:
             changes["path"] = str(write_jsonl(tmp_path / "rows.jsonl", rows))
-        return prepare(make_config(**changes), folder=tmp_path / f"out{number}", tokenizer=with_tokenizer or tokenizer, seed=seed)
+        return prepare(
+            make_config(**changes), folder=tmp_path / f"out{number}", tokenizer=with_tokenizer or tokenizer, seed=seed
+        )
 
     return prepared

@@ -10,7 +10,10 @@ from finetune.data.config import CheckConfig
 
 
 def checks(**changes: float) -> CheckConfig:
-    thresholds = dict.fromkeys(CheckConfig.__dataclass_fields__, 1.0) | {"near_duplicate_similarity": 0.8, "overlap_share": 0.5}
+    thresholds = dict.fromkeys(CheckConfig.__dataclass_fields__, 1.0) | {
+        "near_duplicate_similarity": 0.8,
+        "overlap_share": 0.5,
+    }
     return CheckConfig(**{**thresholds, "smallest_trained_share": 0.0, **changes})
 
 

@@ -38,7 +38,9 @@ def whole(chosen: list[Any], rejected: list[Any]) -> dict[str, Any]:
 
 def calls(arguments: Any, **changes: Any) -> dict[str, Any]:
     call = {"function": {"name": "f", "arguments": arguments}, **changes}
-    return {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [call]}]}
+    return {
+        "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    }
 
 
 USER, ANSWER = ("user", "q"), ("assistant", "a")
@@ -191,7 +193,9 @@ def test_broken_row_stops_with_its_line_and_reason(case: str, run: Callable[...,
 
 
 @pytest.mark.parametrize("case", ROWS)
-def test_broken_row_is_counted_and_explained_where_asked(case: str, run: Callable[..., PreparedData], tmp_path: Path) -> None:
+def test_broken_row_is_counted_and_explained_where_asked(
+    case: str, run: Callable[..., PreparedData], tmp_path: Path
+) -> None:
     name, row, reason = ROWS[case]
     columns = {"preference": ["conversations", "messages"], "unpaired": ["messages", "conversations"]}
     product = run(path=broken_for(tmp_path, row, columns.get(name, [])), format=name, bad_rows="drop")
@@ -260,7 +264,9 @@ def test_held_out_file_that_is_trained_on_too_is_refused(run: Callable[..., Prep
 
 
 def test_mapped_column_that_is_not_there_is_named(run: Callable[..., PreparedData]) -> None:
-    with pytest.raises(DataError, match=r"data\.columns\.prompt: no column 'qestion' in rows.jsonl; it has prompt, completion"):
+    with pytest.raises(
+        DataError, match=r"data\.columns\.prompt: no column 'qestion' in rows.jsonl; it has prompt, completion"
+    ):
         run([pair()], format="prompt_completion", columns={"prompt": "qestion"})
 
 

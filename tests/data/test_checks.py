@@ -63,9 +63,13 @@ def test_near_duplicates_are_estimated(run: Callable[..., PreparedData]) -> None
     assert "about 33% of the training documents nearly repeat" in warning
 
 
-def test_training_rows_that_share_long_stretches_with_held_out_ones_are_named(run: Callable[..., PreparedData], tmp_path: Path) -> None:
+def test_training_rows_that_share_long_stretches_with_held_out_ones_are_named(
+    run: Callable[..., PreparedData], tmp_path: Path
+) -> None:
     rows = different(20)
-    held = write_jsonl(tmp_path / "held.jsonl", [pair(rows[3]["prompt"] + " truly", rows[3]["completion"]), *different(60)[50:]])
+    held = write_jsonl(
+        tmp_path / "held.jsonl", [pair(rows[3]["prompt"] + " truly", rows[3]["completion"]), *different(60)[50:]]
+    )
     warning = only(run(rows, heldout_path=str(held), checks=checks(overlap_rows_share=0.0), max_tokens=512))
     assert "1 training document shares at least 50% of the 13-grams with held-out rows (why=3)" in warning
 
@@ -94,7 +98,9 @@ def test_one_answer_for_most_rows_is_named(run: Callable[..., PreparedData]) -> 
 
 
 def test_long_prompts_with_short_answers_are_named(run: Callable[..., PreparedData]) -> None:
-    assert "of the tokens are trained" in only(run([pair("word " * 50, "a")], checks=checks(smallest_trained_share=0.1), max_tokens=512))
+    assert "of the tokens are trained" in only(
+        run([pair("word " * 50, "a")], checks=checks(smallest_trained_share=0.1), max_tokens=512)
+    )
 
 
 def test_padding_that_ends_a_turn_is_named(run: Callable[..., PreparedData], tokenizer: Any) -> None:
@@ -147,6 +153,8 @@ def test_few_held_out_rows_give_nothing_away_by_the_system_message_alone(run: Ca
 
 def test_system_message_does_not_make_rows_near_duplicates(run: Callable[..., PreparedData]) -> None:
     same = "please tell me what the weather will be like tomorrow in the small town by the lake where my old aunt lives with her two dogs"
-    rows = [pair(f"{number * 7919} and {number * 104729}: {same}", f"{number * 31337} degrees") for number in range(1, 41)]
+    rows = [
+        pair(f"{number * 7919} and {number * 104729}: {same}", f"{number * 31337} degrees") for number in range(1, 41)
+    ]
     system = " ".join(f"Rule {number} is to be polite." for number in range(30))
     assert run(rows, system=system, checks=checks(near_duplicate_share=0.0), max_tokens=1024).warnings == []

@@ -22,7 +22,9 @@ def compose(name: str) -> DataConfig:
     if not OmegaConf.has_resolver("shipped"):
         OmegaConf.register_new_resolver("shipped", lambda file: f"data/{file}")
     with initialize_config_dir(config_dir=str(CONF), version_base=None):
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), compose(overrides=[f"+data={name}"]).data))  # type: ignore[return-value]
+        return OmegaConf.to_object(
+            OmegaConf.merge(OmegaConf.structured(DataConfig), compose(overrides=[f"+data={name}"]).data)
+        )  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -47,9 +49,18 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"train_roles": []}, "nothing would be learnt"),
     ({"workers": -1}, "data.workers must not be negative"),
     ({"path": None, "sources": {"a": SourceConfig()}}, "data.sources.a must have either path or hub; got neither"),
-    ({"path": None, "sources": {"a": SourceConfig(path="x", weight=1.0, rows=2)}}, "weight and rows exclude each other"),
-    ({"path": None, "sources": {"a": SourceConfig(path="x", weight=-1.0)}}, "data.sources.a.weight must be more than 0"),
-    ({"path": None, "sources": {"a": SourceConfig(path="x", weight=1.0), "b": SourceConfig(path="y")}}, "either every source has a weight"),
+    (
+        {"path": None, "sources": {"a": SourceConfig(path="x", weight=1.0, rows=2)}},
+        "weight and rows exclude each other",
+    ),
+    (
+        {"path": None, "sources": {"a": SourceConfig(path="x", weight=-1.0)}},
+        "data.sources.a.weight must be more than 0",
+    ),
+    (
+        {"path": None, "sources": {"a": SourceConfig(path="x", weight=1.0), "b": SourceConfig(path="y")}},
+        "either every source has a weight",
+    ),
 ]
 
 
@@ -62,4 +73,7 @@ def test_broken_rule_is_named(changes: dict[str, Any], message: str, make_config
 def test_importing_the_room_loads_nothing_heavy() -> None:
     heavy = ["torch", "transformers", "datasets", "numpy", "pyarrow", "tokenizers"]
     program = f"import sys, finetune.data; print([name for name in {heavy!r} if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
+        == "[]"
+    )

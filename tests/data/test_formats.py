@@ -36,14 +36,21 @@ def test_every_format_becomes_the_same_turns(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_every_format_trains_the_answer_and_its_end(name: str, run: Callable[..., PreparedData], tokenizer: Any) -> None:
+def test_every_format_trains_the_answer_and_its_end(
+    name: str, run: Callable[..., PreparedData], tokenizer: Any
+) -> None:
     product = run([SAME[name]])
     assert learnt(split(product, "train")[0], tokenizer) == "a<|im_end|>"
 
 
-@pytest.mark.parametrize(("prompt", "completion"), [("question", "answer"), ("instruction", "response"), ("input", "output")])
+@pytest.mark.parametrize(
+    ("prompt", "completion"), [("question", "answer"), ("instruction", "response"), ("input", "output")]
+)
 def test_usual_names_of_pairs_are_mapped(prompt: str, completion: str) -> None:
-    assert detect([{prompt: "q", completion: "a"}]) == ("prompt_completion", {"prompt": prompt, "completion": completion})
+    assert detect([{prompt: "q", completion: "a"}]) == (
+        "prompt_completion",
+        {"prompt": prompt, "completion": completion},
+    )
 
 
 BESIDE = [
@@ -63,7 +70,11 @@ BESIDE = [
         [],
     ),
     ({"system": "s", "question": "q", "chosen": "a", "rejected": "b"}, ("preference", {"prompt": "question"}), []),
-    ({"id": 7, "input": "q", "target": "a"}, ("prompt_completion", {"prompt": "input", "completion": "target"}), ["id"]),
+    (
+        {"id": 7, "input": "q", "target": "a"},
+        ("prompt_completion", {"prompt": "input", "completion": "target"}),
+        ["id"],
+    ),
 ]
 
 
@@ -91,7 +102,9 @@ def test_text_beside_a_label_is_not_guessed_to_be_raw_text() -> None:
         detect([{"text": "Where is my card?", "category": "card_arrival"}])
 
 
-@pytest.mark.parametrize("chat", ["<s>[INST] q [/INST] a </s>", "<|im_start|>user\nq<|im_end|>", "### Instruction:\nq\n### Response:\na"])
+@pytest.mark.parametrize(
+    "chat", ["<s>[INST] q [/INST] a </s>", "<|im_start|>user\nq<|im_end|>", "### Instruction:\nq\n### Response:\na"]
+)
 def test_chats_that_are_written_out_are_not_guessed_to_be_raw_text(chat: str) -> None:
     with pytest.raises(DataError, match="hold chats that are written out already"):
         detect([{"text": chat}, {"text": f"{chat} {chat}"}])
@@ -133,7 +146,11 @@ def test_tool_calls_of_sharegpt_become_openais() -> None:
 
 
 def test_tools_are_spelt_out_for_templates_without_them(run: Callable[..., PreparedData], tokenizer: Any) -> None:
-    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "lookup", "arguments": '{"a": 1}'}}]}
+    call = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"function": {"name": "lookup", "arguments": '{"a": 1}'}}],
+    }
     product = run([{"messages": [*ASK, call], "tools": [TOOL]}], tools="text", max_tokens=2048)
     row = split(product, "train")[0]
     assert learnt(row, tokenizer) == '<tool_call>\n{"name": "lookup", "arguments": {"a": 1}}\n</tool_call><|im_end|>'
@@ -141,7 +158,12 @@ def test_tools_are_spelt_out_for_templates_without_them(run: Callable[..., Prepa
 
 
 def test_messages_that_say_no_are_not_trained(run: Callable[..., PreparedData], tokenizer: Any) -> None:
-    turns = [*ASK, {"role": "assistant", "content": "bad", "train": False}, *ASK, {"role": "assistant", "content": "good"}]
+    turns = [
+        *ASK,
+        {"role": "assistant", "content": "bad", "train": False},
+        *ASK,
+        {"role": "assistant", "content": "good"},
+    ]
     product = run([{"messages": turns}])
     assert learnt(split(product, "train")[0], tokenizer) == "good<|im_end|>"
 
@@ -152,7 +174,9 @@ def test_every_assistant_turn_is_trained_with_its_end(run: Callable[..., Prepare
     assert learnt(split(product, "train")[0], tokenizer) == "one<|im_end|>two<|im_end|>"
 
 
-def test_answer_that_begins_with_a_newline_is_tokenised_apart_from_its_prompt(run: Callable[..., PreparedData], tokenizer: Any) -> None:
+def test_answer_that_begins_with_a_newline_is_tokenised_apart_from_its_prompt(
+    run: Callable[..., PreparedData], tokenizer: Any
+) -> None:
     product = run([pair("q", "\n\n a")])
     row = split(product, "train")[0]
     asked = tokenizer.apply_chat_template(ASK, add_generation_prompt=True, tokenize=False)
@@ -226,9 +250,15 @@ def test_unpaired_preference_may_be_sharegpt() -> None:
     ("row", "reason"),
     [
         ({"conversations": 5, "chosen": "a", "rejected": "b"}, "'conversations' is not a list: it is a number"),
-        ({"prompt": "q", "chosen": "a", "rejected": USER}, "the rejected answer is not the assistant's: it is the user's"),
+        (
+            {"prompt": "q", "chosen": "a", "rejected": USER},
+            "the rejected answer is not the assistant's: it is the user's",
+        ),
         ({"prompt": "q", "chosen": "a", "rejected": "b", "tools": [{"function": None}]}, "a tool has no name: tool 1"),
-        ({"prompt": "q", "chosen": "a", "rejected": "b", "tools": [{"function": "name"}]}, "a tool has no name: tool 1"),
+        (
+            {"prompt": "q", "chosen": "a", "rejected": "b", "tools": [{"function": "name"}]},
+            "a tool has no name: tool 1",
+        ),
     ],
 )
 def test_preference_that_is_broken_says_how(row: dict[str, Any], reason: str) -> None:
@@ -248,36 +278,49 @@ def test_supervised_training_leaves_undesirable_answers_out(run: Callable[..., P
     assert product.rows["dropped"] == {"marked undesirable": 1}
 
 
-def test_preference_row_that_is_cut_keeps_both_answers_its_own(run: Callable[..., PreparedData], tokenizer: Any) -> None:
+def test_preference_row_that_is_cut_keeps_both_answers_its_own(
+    run: Callable[..., PreparedData], tokenizer: Any
+) -> None:
     product = run(
-        [{"prompt": "word " * 90, "chosen": "good", "rejected": "bad"}], objective="preference", max_tokens=64, too_long="truncate_prompt"
+        [{"prompt": "word " * 90, "chosen": "good", "rejected": "bad"}],
+        objective="preference",
+        max_tokens=64,
+        too_long="truncate_prompt",
     )
     row = split(product, "train")[0]
     assert learnt(row, tokenizer) == "good<|im_end|>"
     assert learnt({"labels": row["rejected_labels"]}, tokenizer) == "bad<|im_end|>"
 
 
-def test_preference_rows_keep_both_answers_for_a_preference_objective(run: Callable[..., PreparedData], tokenizer: Any) -> None:
+def test_preference_rows_keep_both_answers_for_a_preference_objective(
+    run: Callable[..., PreparedData], tokenizer: Any
+) -> None:
     row = split(run([SAME["preference"]], objective="preference", packing=True), "train")[0]
     assert learnt(row, tokenizer) == "a<|im_end|>"
     assert learnt({"labels": row["rejected_labels"]}, tokenizer) == "b<|im_end|>"
 
 
 @pytest.mark.parametrize("unit", ["line", "paragraph", "file"])
-def test_text_files_are_rows_by_line_paragraph_or_whole(unit: str, run: Callable[..., PreparedData], tmp_path: Any) -> None:
+def test_text_files_are_rows_by_line_paragraph_or_whole(
+    unit: str, run: Callable[..., PreparedData], tmp_path: Any
+) -> None:
     (tmp_path / "a.txt").write_text("one\ntwo\n\nthree\n")
     product = run(path=str(tmp_path / "a.txt"), text_unit=unit)
     assert [row["line"] for row in ledger(product)] == {"line": [1, 2, 4], "paragraph": [1, 4], "file": [1]}[unit]
 
 
 @pytest.mark.parametrize(
-    "answer", [{"content": "I would search."}, {"content": "I search.", "tool_calls": [{"function": {"name": "search"}}]}]
+    "answer",
+    [{"content": "I would search."}, {"content": "I search.", "tool_calls": [{"function": {"name": "search"}}]}],
 )
 @pytest.mark.parametrize("tools", [[{"name": "search"}], None])
 def test_name_of_a_tool_in_the_prose_does_not_pass_for_the_tool(
     answer: dict[str, Any], tools: list[Any] | None, run: Callable[..., PreparedData], tokenizer: Any
 ) -> None:
-    row = {"messages": [{"role": "user", "content": "search for cats"}, {"role": "assistant", **answer}], "tools": tools}
+    row = {
+        "messages": [{"role": "user", "content": "search for cats"}, {"role": "assistant", **answer}],
+        "tools": tools,
+    }
     if not tools and "tool_calls" not in answer:
         assert run([row]).rows["kept"] == 1
         return
@@ -290,9 +333,13 @@ def test_preference_objective_refuses_rows_without_worse_answers(run: Callable[.
         run([SAME["messages"]], objective="preference")
 
 
-def test_mapping_of_one_column_leaves_the_others_to_be_found(run: Callable[..., PreparedData], tokenizer: Any, capsys: Any) -> None:
+def test_mapping_of_one_column_leaves_the_others_to_be_found(
+    run: Callable[..., PreparedData], tokenizer: Any, capsys: Any
+) -> None:
     product = run([{"question": "q", "answer": "a", "note": "mine", "id": 3}], columns={"system": "note"})
-    assert tokenizer.decode(split(product, "train")[0]["input_ids"], skip_special_tokens=False).startswith("<|im_start|>system\nmine")
+    assert tokenizer.decode(split(product, "train")[0]["input_ids"], skip_special_tokens=False).startswith(
+        "<|im_start|>system\nmine"
+    )
     assert "not read: id" in capsys.readouterr().out
 
 

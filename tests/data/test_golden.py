@@ -69,7 +69,10 @@ def bytes_tokenizer(name: str) -> Any:
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     raw.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, bos_token=control[0], eos_token=EOS.get(name, control[1]), additional_special_tokens=control
+        tokenizer_object=raw,
+        bos_token=control[0],
+        eos_token=EOS.get(name, control[1]),
+        additional_special_tokens=control,
     )
     template.choose(name, tokenizer)
     return tokenizer
@@ -218,7 +221,13 @@ def llama_tokenizer() -> Any:
     ]
     vocabulary = {word: number for number, word in enumerate(dict.fromkeys(words))}
     raw = Tokenizer(
-        models.BPE(vocab=vocabulary, merges=[("\u2581", "Y"), ("\u2581Y", "o")], unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+        models.BPE(
+            vocab=vocabulary,
+            merges=[("\u2581", "Y"), ("\u2581Y", "o")],
+            unk_token="<unk>",
+            byte_fallback=True,
+            fuse_unk=True,
+        )
     )
     raw.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     raw.decoder = decoders.Sequence(
@@ -232,7 +241,9 @@ def llama_tokenizer() -> Any:
 def test_sentencepiece_spaces_belong_to_the_answer() -> None:
     tokenizer = llama_tokenizer()
     renderer = Renderer(template=template.probe(tokenizer), **SETTINGS)
-    conversation = Conversation([{"role": role, "content": content} for role, content in [("user", "Hi"), ("assistant", "Yo"), *TURNS[2:]]])
+    conversation = Conversation(
+        [{"role": role, "content": content} for role, content in [("user", "Hi"), ("assistant", "Yo"), *TURNS[2:]]]
+    )
     encoded = Encoder.of(tokenizer).encode([renderer.render(conversation)])[0]
     assert isinstance(encoded, Encoded)
     assert not encoded.in_pieces
@@ -252,9 +263,16 @@ def test_our_rendering_is_apply_chat_templates(name: str, prompt: bool) -> None:
 def test_our_rendering_of_tools_is_apply_chat_templates() -> None:
     tokenizer = bytes_tokenizer("qwen")
     tools = [
-        {"type": "function", "function": {"name": "lookup", "description": "find", "parameters": {"type": "object", "properties": {}}}}
+        {
+            "type": "function",
+            "function": {"name": "lookup", "description": "find", "parameters": {"type": "object", "properties": {}}},
+        }
     ]
     call = {"type": "function", "function": {"name": "lookup", "arguments": {"a": "é"}}}
-    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "r"}]
+    turns = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "r"},
+    ]
     theirs = tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, add_generation_prompt=True)
     assert template.probe(tokenizer).render(turns, tools=tools, prompt=True) == theirs

@@ -28,7 +28,9 @@ def test_long_rows_stop_everything_even_where_bad_rows_are_dropped(run: Callable
         run(ROWS, max_tokens=64, too_long="error", bad_rows="drop")
 
 
-def test_truncated_prompts_keep_the_whole_answer_and_the_template(run: Callable[..., PreparedData], tokenizer: Any) -> None:
+def test_truncated_prompts_keep_the_whole_answer_and_the_template(
+    run: Callable[..., PreparedData], tokenizer: Any
+) -> None:
     product = run(ROWS, max_tokens=64, too_long="truncate_prompt")
     row = split(product, "train")[1]
     text = tokenizer.decode(row["input_ids"], skip_special_tokens=False)
@@ -59,15 +61,22 @@ def test_split_raw_text_learns_every_token_but_the_first_once(run: Callable[...,
     assert ledger(product)[0]["pieces"] == product.packed_rows > 1
 
 
-def test_split_conversations_break_before_user_turns_and_keep_the_system_message(run: Callable[..., PreparedData], tokenizer: Any) -> None:
+def test_split_conversations_break_before_user_turns_and_keep_the_system_message(
+    run: Callable[..., PreparedData], tokenizer: Any
+) -> None:
     turns = [{"role": "system", "content": "be kind"}]
     for number in range(8):
-        turns += [{"role": "user", "content": f"question {number}"}, {"role": "assistant", "content": f"answer {number}"}]
+        turns += [
+            {"role": "user", "content": f"question {number}"},
+            {"role": "assistant", "content": f"answer {number}"},
+        ]
     product = run([{"messages": turns}], max_tokens=80, too_long="split")
     pieces = [tokenizer.decode(row["input_ids"], skip_special_tokens=False) for row in split(product, "train")]
     assert len(pieces) > 1
     assert all(piece.startswith("<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user") for piece in pieces)
-    assert "".join(learnt(row, tokenizer) for row in split(product, "train")) == "".join(f"answer {n}<|im_end|>" for n in range(8))
+    assert "".join(learnt(row, tokenizer) for row in split(product, "train")) == "".join(
+        f"answer {n}<|im_end|>" for n in range(8)
+    )
 
 
 def test_thresholds_say_what_they_would_cut(run: Callable[..., PreparedData]) -> None:

@@ -13,8 +13,15 @@ from finetune.data import PreparedData
 from finetune.data.pack import pack
 from tests.data.helpers import pair, split
 
-SENTENCES = ["Wake me at seven.", "The capital of France is Paris.", "Book a table for two people tomorrow evening.", "0 1 2 3 4 5 6 7 8 9"]
-ROWS = [pair(f"{SENTENCES[number % 4]} {number}", SENTENCES[(number + 1) % 4] * (1 + number % 3)) for number in range(24)]
+SENTENCES = [
+    "Wake me at seven.",
+    "The capital of France is Paris.",
+    "Book a table for two people tomorrow evening.",
+    "0 1 2 3 4 5 6 7 8 9",
+]
+ROWS = [
+    pair(f"{SENTENCES[number % 4]} {number}", SENTENCES[(number + 1) % 4] * (1 + number % 3)) for number in range(24)
+]
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=200))
@@ -27,12 +34,17 @@ def test_every_document_is_packed_once_and_no_row_overflows(lengths: list[int]) 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=200))
 def test_best_fit_decreasing_stays_within_its_bound(lengths: list[int]) -> None:
     packs = pack(np.arange(len(lengths)), np.array(lengths), capacity=50, generator=np.random.default_rng(0))
-    assert len(packs) <= 11 / 9 * -(-sum(lengths) // 50) * 1.5 + 4  # Johnson's bound is against the optimum, which is near the sum
+    assert (
+        len(packs) <= 11 / 9 * -(-sum(lengths) // 50) * 1.5 + 4
+    )  # Johnson's bound is against the optimum, which is near the sum
 
 
 def test_the_tightest_row_is_chosen() -> None:
     packs = pack(np.arange(4), np.array([6, 5, 4, 5]), capacity=10, generator=np.random.default_rng(0))
-    rows = {frozenset(packs.documents[start:end].tolist()) for start, end in zip(packs.starts, packs.starts[1:], strict=False)}
+    rows = {
+        frozenset(packs.documents[start:end].tolist())
+        for start, end in zip(packs.starts, packs.starts[1:], strict=False)
+    }
     assert rows == {frozenset({0, 2}), frozenset({1, 3})}
 
 
@@ -61,10 +73,20 @@ def test_packing_changes_no_documents_loss(attention: str, run: Callable[..., Pr
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32, attn_implementation=attention).eval()
-    packed = {document: loss for row in split(run(ROWS, packing=True), "train") for document, loss in document_losses(model, row)}
-    alone = {document: loss for row in split(run(ROWS, packing=False), "train") for document, loss in document_losses(model, row)}
+    packed = {
+        document: loss
+        for row in split(run(ROWS, packing=True), "train")
+        for document, loss in document_losses(model, row)
+    }
+    alone = {
+        document: loss
+        for row in split(run(ROWS, packing=False), "train")
+        for document, loss in document_losses(model, row)
+    }
     assert packed.keys() == alone.keys()
-    assert [packed[row] for row in alone] == pytest.approx(list(alone.values()), rel=1e-5)  # float32 rounding in another order
+    assert [packed[row] for row in alone] == pytest.approx(
+        list(alone.values()), rel=1e-5
+    )  # float32 rounding in another order
 
 
 def document_losses(model: Any, row: dict[str, Any]) -> list[tuple[int, float]]:
@@ -73,7 +95,11 @@ def document_losses(model: Any, row: dict[str, Any]) -> list[tuple[int, float]]:
 
     positions = torch.cat([torch.arange(length) for length in row["seq_lengths"]])
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor([row["input_ids"]]), position_ids=positions[None], use_cache=False).logits[0]
-    losses = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(row["labels"][1:]), ignore_index=-100, reduction="none")
+        logits = model(
+            input_ids=torch.tensor([row["input_ids"]]), position_ids=positions[None], use_cache=False
+        ).logits[0]
+    losses = torch.nn.functional.cross_entropy(
+        logits[:-1], torch.tensor(row["labels"][1:]), ignore_index=-100, reduction="none"
+    )
     by_document = torch.split(torch.cat([torch.zeros(1), losses]), row["seq_lengths"])
     return [(number, float(part.sum())) for number, part in zip(row["rows"], by_document, strict=True)]

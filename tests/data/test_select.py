@@ -69,10 +69,14 @@ def test_training_rows_that_are_held_out_are_dropped(run: Callable[..., Prepared
     assert product.heldout_rows == 4
 
 
-def test_the_first_held_out_rows_are_a_fair_sample_of_a_sorted_file(run: Callable[..., PreparedData], tmp_path: Path) -> None:
+def test_the_first_held_out_rows_are_a_fair_sample_of_a_sorted_file(
+    run: Callable[..., PreparedData], tmp_path: Path
+) -> None:
     listed = [pair(f"question {number}", f"label {number // 20}") for number in range(80)]
     file = str(write_jsonl(tmp_path / "sorted.jsonl", listed))
-    first = [[row["reference"] for row in split(run(ROWS, heldout_path=file, seed=seed), "heldout")[:20]] for seed in (1, 2)]
+    first = [
+        [row["reference"] for row in split(run(ROWS, heldout_path=file, seed=seed), "heldout")[:20]] for seed in (1, 2)
+    ]
     assert len(set(first[0])) == 4
     assert first[0] == first[1]
 
@@ -81,7 +85,9 @@ def test_held_out_rows_carry_prompt_reference_and_ledger_row(run: Callable[..., 
     product = run(ROWS, heldout_rows=3, packing=True)
     for row in split(product, "heldout"):
         asked = ROWS[row["row"]]
-        prompt = tokenizer.apply_chat_template([{"role": "user", "content": asked["prompt"]}], add_generation_prompt=True, tokenize=False)
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": asked["prompt"]}], add_generation_prompt=True, tokenize=False
+        )
         assert row["prompt_ids"] == tokenizer(prompt, add_special_tokens=False).input_ids
         assert row["reference"] == asked["completion"]
         assert row["input_ids"][: len(row["prompt_ids"])] == row["prompt_ids"]
@@ -95,7 +101,9 @@ def test_the_number_of_processes_changes_nothing(run: Callable[..., PreparedData
 
 
 ANY_ROW = st.one_of(
-    st.builds(pair, st.sampled_from(["q", "longer question " * 8, ""]), st.sampled_from(["a", "b", "", "long answer " * 12])),
+    st.builds(
+        pair, st.sampled_from(["q", "longer question " * 8, ""]), st.sampled_from(["a", "b", "", "long answer " * 12])
+    ),
     st.just({"prompt": "only"}),
     st.just("no object"),
 )
@@ -150,11 +158,17 @@ def test_work_can_be_sent_to_another_process(tokenizer: Any) -> None:
     from finetune.data import template
     from finetune.data.render import Renderer
     from finetune.data.tokens import serialized
-    from finetune.data.work import Job, Worker
+    from finetune.data.worker import Job, Worker
 
     chat = template.probe(tokenizer)
     renderer = Renderer(
-        template=chat, train_roles=frozenset(["assistant"]), system=None, control_tokens="text", tools="template", bos="", eos=""
+        template=chat,
+        train_roles=frozenset(["assistant"]),
+        system=None,
+        control_tokens="text",
+        tools="template",
+        bos="",
+        eos="",
     )
     job = Job(
         formats={0: ("prompt_completion", {})}, references=frozenset(), renderer=renderer, tokenizer=serialized(tokenizer),
@@ -165,8 +179,14 @@ def test_work_can_be_sent_to_another_process(tokenizer: Any) -> None:
 
 
 def test_tests_of_held_out_rows_are_kept_beside_the_reference(run: Callable[..., PreparedData], tmp_path: Path) -> None:
-    rows = [{**pair(f"Add {number}.", f"def f(x): return x + {number}"), "tests": f"assert f(1) == {number + 1}"} for number in range(8)]
-    listed = [{**pair("Double.", "def f(x): return 2 * x"), "tests": ["assert f(1) == 2", "assert f(2) == 4"]}, pair("Say hi.", "Hi.")]
+    rows = [
+        {**pair(f"Add {number}.", f"def f(x): return x + {number}"), "tests": f"assert f(1) == {number + 1}"}
+        for number in range(8)
+    ]
+    listed = [
+        {**pair("Double.", "def f(x): return 2 * x"), "tests": ["assert f(1) == 2", "assert f(2) == 4"]},
+        pair("Say hi.", "Hi."),
+    ]
     product = run(rows, heldout_path=str(write_jsonl(tmp_path / "heldout.jsonl", listed)))
     assert [row["tests"] for row in split(product, "heldout")] == ["assert f(1) == 2\nassert f(2) == 4", None]
     assert "tests" not in split(product, "train")[0]

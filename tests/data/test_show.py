@@ -51,14 +51,19 @@ def test_rendering_says_what_serving_must_do(run: Callable[..., PreparedData], t
 
 def test_preview_marks_the_learnt_text_and_escapes_the_rest(run: Callable[..., PreparedData]) -> None:
     page = (run(ROWS).folder / "preview.html").read_text()
-    assert any(f'<mark>It is &lt;b&gt;{number}&lt;/b&gt;.</mark><mark class="end">&lt;|im_end|&gt;</mark>' in page for number in range(12))
+    assert any(
+        f'<mark>It is &lt;b&gt;{number}&lt;/b&gt;.</mark><mark class="end">&lt;|im_end|&gt;</mark>' in page
+        for number in range(12)
+    )
     assert "ends a turn, and is learnt in 3 of these 3." in page
     assert "http://" not in page
     assert "https://" not in page
     assert "<script" not in page
 
 
-PREFERENCE = [{"prompt": f"Say {number}.", "chosen": f"Good {number}.", "rejected": f"Bad {number}."} for number in range(3)]
+PREFERENCE = [
+    {"prompt": f"Say {number}.", "chosen": f"Good {number}.", "rejected": f"Bad {number}."} for number in range(3)
+]
 
 
 def test_preview_shows_the_rejected_answer_beside_the_chosen_one(run: Callable[..., PreparedData]) -> None:
@@ -82,9 +87,13 @@ def test_preview_shows_documents_from_anywhere_in_packed_rows(run: Callable[...,
     assert sorted(document.row for document in SplitFile(product.folder / "train").sample(99)) == list(range(12))
 
 
-def test_preview_counts_each_source_and_shows_rows_of_every_reason(run: Callable[..., PreparedData], tmp_path: Path) -> None:
+def test_preview_counts_each_source_and_shows_rows_of_every_reason(
+    run: Callable[..., PreparedData], tmp_path: Path
+) -> None:
     first = write_jsonl(tmp_path / "one.jsonl", [*ROWS, ROWS[3], *[pair(f"q{number}", " ") for number in range(9)]])
-    second = write_jsonl(tmp_path / "two.jsonl", [pair("Who?", "Nobody, as far as we know."), pair("Why?", "word " * 300)])
+    second = write_jsonl(
+        tmp_path / "two.jsonl", [pair("Who?", "Nobody, as far as we know."), pair("Why?", "word " * 300)]
+    )
     page = (run(path=f"{first},{second}", bad_rows="drop").folder / "preview.html").read_text()
     assert '<tr><td>one.jsonl</td><td class="n">22</td><td class="n">12</td>' in page
     assert '<tr><td>two.jsonl</td><td class="n">2</td><td class="n">1</td>' in page
@@ -140,12 +149,15 @@ def test_why_says_what_the_ledger_has(run: Callable[..., PreparedData], tokenize
 
 def test_summary_names_what_was_lost(run: Callable[..., PreparedData], capsys: Any) -> None:
     run([*ROWS, ROWS[0], pair("q", "")], bad_rows="drop")
-    assert "14 rows read, 12 kept (12 to train on, 0 held out); left out: the answer is empty (1); duplicate (1)" in " ".join(
-        capsys.readouterr().out.split()
+    assert (
+        "14 rows read, 12 kept (12 to train on, 0 held out); left out: the answer is empty (1); duplicate (1)"
+        in " ".join(capsys.readouterr().out.split())
     )
 
 
-def test_second_start_reads_the_cache_in_under_a_second(run: Callable[..., PreparedData], tmp_path: Path, capsys: Any) -> None:
+def test_second_start_reads_the_cache_in_under_a_second(
+    run: Callable[..., PreparedData], tmp_path: Path, capsys: Any
+) -> None:
     first = run(ROWS, cache=str(tmp_path / "cache"), heldout_rows=2)
     capsys.readouterr()
     started = time.monotonic()
@@ -165,7 +177,9 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_cache_is_left_alone_when_something_that_matters_changes(what: str, run: Callable[..., PreparedData], tmp_path: Path) -> None:
+def test_cache_is_left_alone_when_something_that_matters_changes(
+    what: str, run: Callable[..., PreparedData], tmp_path: Path
+) -> None:
     settings: dict[str, Any] = {"rows": ROWS, "cache": str(tmp_path / "cache")}
     assert run(**settings).fingerprint != run(**{**settings, **CHANGES[what]}).fingerprint
 
@@ -178,7 +192,9 @@ def test_cache_is_left_alone_when_the_template_changes(run: Callable[..., Prepar
     assert run(ROWS).fingerprint != run(ROWS, with_tokenizer=other).fingerprint
 
 
-def test_cache_that_was_tampered_with_is_made_again(run: Callable[..., PreparedData], tmp_path: Path, capsys: Any) -> None:
+def test_cache_that_was_tampered_with_is_made_again(
+    run: Callable[..., PreparedData], tmp_path: Path, capsys: Any
+) -> None:
     first = run(ROWS, cache=str(tmp_path / "cache"))
     kept = tmp_path / "cache" / first.fingerprint / "train" / "data-00000-of-00001.arrow"
     kept.write_bytes(kept.read_bytes()[:-1] + b"!")

@@ -68,10 +68,14 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
 @pytest.mark.parametrize("name", WRITERS)
 def test_every_kind_of_file_gives_the_same_tokens(name: str, run: Callable[..., PreparedData], tmp_path: Path) -> None:
     product = run(path=str(WRITERS[name](tmp_path / name)))
-    assert [row["input_ids"] for row in split(product, "train")] == [row["input_ids"] for row in split(run(ROWS), "train")]
+    assert [row["input_ids"] for row in split(product, "train")] == [
+        row["input_ids"] for row in split(run(ROWS), "train")
+    ]
 
 
-def test_json_array_is_read_in_blocks(monkeypatch: pytest.MonkeyPatch, run: Callable[..., PreparedData], tmp_path: Path) -> None:
+def test_json_array_is_read_in_blocks(
+    monkeypatch: pytest.MonkeyPatch, run: Callable[..., PreparedData], tmp_path: Path
+) -> None:
     monkeypatch.setattr("finetune.data.jsonarray.BLOCK_CHARACTERS", 7)
     product = run(path=str(as_text(tmp_path / "rows.json", json.dumps(ROWS, indent=1))))
     assert product.rows["kept"] == 6
@@ -104,7 +108,9 @@ def test_files_of_one_name_are_told_apart_by_their_folders(run: Callable[..., Pr
 def mixture(tmp_path: Path, **changes: Any) -> dict[str, SourceConfig]:
     write_jsonl(tmp_path / "many.jsonl", [pair(f"m {number}", "x") for number in range(30)])
     write_jsonl(tmp_path / "few.jsonl", [pair(f"f {number}", "y") for number in range(10)])
-    return {name: SourceConfig(path=str(tmp_path / f"{name}.jsonl"), **changes.get(name, {})) for name in ("many", "few")}
+    return {
+        name: SourceConfig(path=str(tmp_path / f"{name}.jsonl"), **changes.get(name, {})) for name in ("many", "few")
+    }
 
 
 def kept_by_source(product: PreparedData) -> dict[str, int]:
@@ -134,7 +140,9 @@ def test_limit_reads_the_first_rows(run: Callable[..., PreparedData]) -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_hub_data_sets_are_read_whole_or_as_a_stream(streaming: bool, run: Callable[..., PreparedData], tmp_path: Path) -> None:
+def test_hub_data_sets_are_read_whole_or_as_a_stream(
+    streaming: bool, run: Callable[..., PreparedData], tmp_path: Path
+) -> None:
     (tmp_path / "set").mkdir()
     write_jsonl(tmp_path / "set" / "train.jsonl", ROWS)
     product = run(hub=str(tmp_path / "set"), streaming=streaming, limit=4)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from finetune.measure.bootstrap import Bootstrap, Ratio, mean_of
+from finetune.inference.bootstrap import Bootstrap, Ratio, mean_of
 
 
 def test_interval_covers_a_known_mean_about_nineteen_times_in_twenty() -> None:
@@ -12,7 +12,9 @@ def test_interval_covers_a_known_mean_about_nineteen_times_in_twenty() -> None:
     for trial in range(200):
         found = Bootstrap(60, samples=300, seed=trial).level(mean_of(generator.normal(3.0, 2.0, size=60).tolist()))
         covered += found.low <= 3.0 <= found.high
-    assert 180 <= covered <= 198  # binomial(200, 0.95) is within 184-196 nineteen times in twenty; small samples cover a little less
+    assert (
+        180 <= covered <= 198
+    )  # binomial(200, 0.95) is within 184-196 nineteen times in twenty; small samples cover a little less
 
 
 def test_interval_is_that_of_the_normal_approximation() -> None:
@@ -42,5 +44,5 @@ def test_row_without_tokens_does_not_break_the_interval() -> None:
 def test_same_seed_gives_the_same_interval_in_blocks_or_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     values = mean_of([float(n) for n in range(10)])
     at_once = Bootstrap(10, samples=100, seed=7).level(values)
-    monkeypatch.setattr("finetune.measure.bootstrap.BLOCK_CELLS", 30)
+    monkeypatch.setattr("finetune.inference.bootstrap.BLOCK_CELLS", 30)
     assert Bootstrap(10, samples=100, seed=7).level(values) == at_once

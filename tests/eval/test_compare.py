@@ -13,8 +13,8 @@ from artifacts import Line, Made, make_adapter
 from finetune.errors import ConfigError, EvalError
 from finetune.eval import EvalConfig, score
 from finetune.eval.compare import compare
+from finetune.merge.adapter_deltas import read_changes
 from finetune.merge.candidates import build
-from finetune.merge.changes import read_changes
 from finetune.report.compare import show_comparison
 from finetune.run import RunFolder
 
@@ -25,14 +25,18 @@ CONFIG: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def runs(loud_base: Path, line: Callable[..., Line], adapter: Made, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def runs(
+    loud_base: Path, line: Callable[..., Line], adapter: Made, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
     """Two run folders, ``a`` and ``b``: the same base and rows, other adapters."""
     root, parts = tmp_path_factory.mktemp("outputs"), line()
     adapters = {"a": adapter, "b": make_adapter(loud_base, root / "other", size=0.1, seed=5)}
     for name, trained in adapters.items():
         folder = RunFolder(root / name)
         shutil.copytree(parts.data.folder, folder.path / "data")
-        build(loud_base, read_changes(trained.folder / "adapter"), root / f"merged-{name}" / "model", dtype=torch.bfloat16)
+        build(
+            loud_base, read_changes(trained.folder / "adapter"), root / f"merged-{name}" / "model", dtype=torch.bfloat16
+        )
         folder.once(
             score, EvalConfig(**CONFIG), base=parts.base, model=parts.model, quantization=parts.quantization, placement=parts.placement,
             adapter=trained, merged=Made(folder=root / f"merged-{name}"), data=Made(folder=folder.path / "data"), seed=1,
@@ -71,7 +75,10 @@ def change_config(run: Path, **settings: Any) -> None:
 def test_differences_are_those_of_the_two_evaluations(pair: tuple[Path, Path]) -> None:
     one, two = pair
     found = compare(one, two, seed=1)
-    levels = [json.loads((run / "eval" / "manifest.json").read_text())["product"]["artifacts"]["adapter"]["loss"] for run in pair]
+    levels = [
+        json.loads((run / "eval" / "manifest.json").read_text())["product"]["artifacts"]["adapter"]["loss"]
+        for run in pair
+    ]
     loss = found["artifacts"]["adapter"]["figures"]["loss"]
     assert loss["levels"] == pytest.approx(levels)
     assert loss["difference"] == pytest.approx(levels[1] - levels[0])
@@ -139,12 +146,16 @@ def test_another_tokenizer_leaves_out_the_loss_and_says_so(pair: tuple[Path, Pat
 
     one, two = pair
     folder = two / "data" / "heldout"
-    rows = load_from_disk(str(folder)).map(lambda row: {"input_ids": [token + 1 for token in row["input_ids"]]}, keep_in_memory=True)
+    rows = load_from_disk(str(folder)).map(
+        lambda row: {"input_ids": [token + 1 for token in row["input_ids"]]}, keep_in_memory=True
+    )
     shutil.move(folder, two / "before")
     rows.save_to_disk(str(folder))
     found = compare(one, two, seed=1)
     assert set(found["artifacts"]["merged"]["figures"]) == {"token_f1", "exact_match"}
-    assert found["remarks"][0].startswith("loss: not compared, since no row is in both (another tokenizer, template or data)")
+    assert found["remarks"][0].startswith(
+        "loss: not compared, since no row is in both (another tokenizer, template or data)"
+    )
 
 
 def test_without_answers_rows_are_ranked_by_their_loss(pair: tuple[Path, Path]) -> None:
@@ -172,7 +183,9 @@ def test_runs_that_share_no_row_are_refused(pair: tuple[Path, Path]) -> None:
 def test_other_metrics_or_limits_are_refused_by_name(pair: tuple[Path, Path], setting: str, value: Any) -> None:
     one, two = pair
     change_config(two, **{setting: value})
-    with pytest.raises(EvalError, match=rf"eval\.{setting} is .* in a and .* in b, so their scores do not mean the same"):
+    with pytest.raises(
+        EvalError, match=rf"eval\.{setting} is .* in a and .* in b, so their scores do not mean the same"
+    ):
         compare(one, two, seed=1)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from finetune.errors import EvalError
 from finetune.eval.general import general_rows
-from finetune.measure import trained_tokens
+from finetune.inference.rows import trained_tokens
 from finetune.paths import SHIPPED
 
 
@@ -15,7 +15,10 @@ def test_blank_lines_part_documents_and_all_their_tokens_are_measured(tokenizer:
     file = tmp_path / "text.txt"
     file.write_text("Wake me at seven.\r\nOn Monday.\r\n\r\n\r\nWhat is the capital?\n")
     rows = general_rows(file, tokenizer, longest=100)
-    assert [tokenizer.decode(row["input_ids"]) for row in rows] == ["Wake me at seven.\nOn Monday.", "What is the capital?"]
+    assert [tokenizer.decode(row["input_ids"]) for row in rows] == [
+        "Wake me at seven.\nOn Monday.",
+        "What is the capital?",
+    ]
     assert [trained_tokens(row) for row in rows] == [len(row["input_ids"]) - 1 for row in rows]
 
 
@@ -36,7 +39,8 @@ def test_json_lines_hold_text_or_chats(tokenizer: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [("", "holds no text"), ("{", "line 1 is not JSON"), ('{"a": 1}', "line 1 has neither text nor messages")]
+    ("content", "said"),
+    [("", "holds no text"), ("{", "line 1 is not JSON"), ('{"a": 1}', "line 1 has neither text nor messages")],
 )
 def test_bad_file_is_named_with_its_line(content: str, said: str, tokenizer: Any, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from finetune.measure import generate
+from finetune.inference.generation import generate
 
 
 @pytest.fixture

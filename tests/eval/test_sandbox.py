@@ -69,18 +69,26 @@ def test_program_is_kept_from(program: str) -> None:
 def test_nothing_outside_is_written_or_removed(tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     kept.write_text("mine")
-    for program in (f"open({str(kept)!r}, 'w')", f"import os; os.remove({str(kept)!r})", f"import os; os.truncate({str(kept)!r}, 0)"):
+    for program in (
+        f"open({str(kept)!r}, 'w')",
+        f"import os; os.remove({str(kept)!r})",
+        f"import os; os.truncate({str(kept)!r}, 0)",
+    ):
         assert "Permission denied" in run(program).reason
     assert kept.read_text() == "mine"
 
 
 def test_endless_computing_ends_at_the_limit() -> None:
-    assert run("while True: pass", limits=Limits(seconds=120, cpu_seconds=1)) == Verdict("timed out", "computed for more than 1 s", ())
+    assert run("while True: pass", limits=Limits(seconds=120, cpu_seconds=1)) == Verdict(
+        "timed out", "computed for more than 1 s", ()
+    )
 
 
 def test_endless_waiting_ends_at_the_limit() -> None:
     started = time.monotonic()
-    assert run("import time\ntime.sleep(60)", limits=Limits(seconds=2)) == Verdict("timed out", "ran for more than 2 s", ())
+    assert run("import time\ntime.sleep(60)", limits=Limits(seconds=2)) == Verdict(
+        "timed out", "ran for more than 2 s", ()
+    )
     assert time.monotonic() - started < 30
 
 
@@ -90,4 +98,7 @@ def test_program_sees_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_program_cannot_import_what_lies_beside_us() -> None:
-    assert "No module named" in run("import finetune.eval.jail").reason or "No module named" in run("import jail").reason
+    assert (
+        "No module named" in run("import finetune.eval.sandbox_child").reason
+        or "No module named" in run("import jail").reason
+    )

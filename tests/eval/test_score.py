@@ -11,9 +11,10 @@ from artifacts import Line, Made
 
 from finetune.errors import EvalError
 from finetune.eval import EvalConfig, Scores, score
-from finetune.measure import mean_loss, read_rows, row_losses
+from finetune.inference.losses import mean_loss, row_losses
+from finetune.inference.rows import read_rows
+from finetune.merge.adapter_deltas import read_changes
 from finetune.merge.candidates import build
-from finetune.merge.changes import read_changes
 
 CONFIG: dict[str, Any] = {
     "rows": 4, "loss_rows": 8, "max_new_tokens": 6, "batch_rows": 3, "batch_tokens": 256,
@@ -51,7 +52,9 @@ def test_loss_of_the_base_is_that_of_plain_transformers(scores: Scores, line: Ca
     parts = line()
     plain = AutoModelForCausalLM.from_pretrained(parts.base.folder, dtype=torch.bfloat16)
     rows = read_rows(parts.data.folder / "heldout", limit=8)
-    assert scores.artifacts["base"]["loss"] == pytest.approx(mean_loss(row_losses(plain, rows, batch_tokens=256)), abs=1e-4)
+    assert scores.artifacts["base"]["loss"] == pytest.approx(
+        mean_loss(row_losses(plain, rows, batch_tokens=256)), abs=1e-4
+    )
 
 
 def test_changes_are_differences_of_the_levels(scores: Scores) -> None:
@@ -70,11 +73,15 @@ def test_each_sample_has_the_answer_of_every_artifact(scores: Scores) -> None:
 
 
 def test_product_survives_json(scores: Scores) -> None:
-    content = json.loads(json.dumps({"artifacts": scores.artifacts, "changes": scores.changes, "missed": scores.missed}))
+    content = json.loads(
+        json.dumps({"artifacts": scores.artifacts, "changes": scores.changes, "missed": scores.missed})
+    )
     assert content["artifacts"]["adapter"]["metrics"]["exact_match"].keys() == {"value", "low", "high"}
 
 
-def test_interrupted_stage_goes_on_without_measuring_again(scores: Scores, run: Callable[..., Scores], tmp_path: Path, capsys: Any) -> None:
+def test_interrupted_stage_goes_on_without_measuring_again(
+    scores: Scores, run: Callable[..., Scores], tmp_path: Path, capsys: Any
+) -> None:
     for name in ("base", "base_quantized", "adapter"):
         (tmp_path / f"{name}.rows.jsonl").write_bytes((scores.folder / f"{name}.rows.jsonl").read_bytes())
     half = (scores.folder / "merged.rows.jsonl").read_text()
@@ -84,7 +91,9 @@ def test_interrupted_stage_goes_on_without_measuring_again(scores: Scores, run: 
     assert again.artifacts == scores.artifacts
 
 
-def test_other_limit_on_answers_measures_again(scores: Scores, run: Callable[..., Scores], tmp_path: Path, capsys: Any) -> None:
+def test_other_limit_on_answers_measures_again(
+    scores: Scores, run: Callable[..., Scores], tmp_path: Path, capsys: Any
+) -> None:
     for name in ("base", "base_quantized", "adapter", "merged"):
         (tmp_path / f"{name}.rows.jsonl").write_bytes((scores.folder / f"{name}.rows.jsonl").read_bytes())
     run(tmp_path, max_new_tokens=3)
@@ -95,10 +104,15 @@ def test_missed_gate_is_named_with_its_figure(run: Callable[..., Scores], scores
     for file in scores.folder.glob("*.rows.jsonl"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     gated = run(tmp_path, gate={"adapter.loss": 0.5, "merged.exact_match": 0.0, "tuning.perplexity": -1e9})
-    assert [sentence.split(" is ")[0] for sentence in gated.missed] == ["eval.gate: adapter.loss", "eval.gate: tuning.perplexity"]
+    assert [sentence.split(" is ")[0] for sentence in gated.missed] == [
+        "eval.gate: adapter.loss",
+        "eval.gate: tuning.perplexity",
+    ]
 
 
-def test_unquantized_base_is_measured_once(run: Callable[..., Scores], line: Callable[..., Line], tmp_path: Path) -> None:
+def test_unquantized_base_is_measured_once(
+    run: Callable[..., Scores], line: Callable[..., Line], tmp_path: Path
+) -> None:
     scores = run(tmp_path, line("none"), rows=0, metrics=[])
     assert scores.artifacts["base"] == scores.artifacts["base_quantized"]
     assert scores.changes["quantization"]["loss"]["difference"] == 0
@@ -148,10 +162,18 @@ def test_code_is_run_with_its_rows_tests(run: Callable[..., Scores], line: Calla
 
     parts = line("none")
     heldout = load_from_disk(str(parts.data.folder / "heldout"))
-    heldout.add_column("tests", ["assert False"] + ["pass"] * (len(heldout) - 1)).save_to_disk(str(tmp_path / "data" / "heldout"))
+    heldout.add_column("tests", ["assert False"] + ["pass"] * (len(heldout) - 1)).save_to_disk(
+        str(tmp_path / "data" / "heldout")
+    )
     (tmp_path / "eval").mkdir()
-    scores = run(tmp_path / "eval", dataclasses.replace(parts, data=Made(folder=tmp_path / "data")), metrics=["pass_at_1", "code_valid"])
-    samples = [json.loads(text)["scores"]["base"] for text in (scores.folder / "samples.jsonl").read_text().splitlines()]
+    scores = run(
+        tmp_path / "eval",
+        dataclasses.replace(parts, data=Made(folder=tmp_path / "data")),
+        metrics=["pass_at_1", "code_valid"],
+    )
+    samples = [
+        json.loads(text)["scores"]["base"] for text in (scores.folder / "samples.jsonl").read_text().splitlines()
+    ]
     assert samples[0]["pass_at_1"] == 0
     assert all(sample["pass_at_1"] <= sample["code_valid"] for sample in samples)
 
@@ -169,7 +191,9 @@ def test_missing_heldout_split_is_said(run: Callable[..., Scores], line: Callabl
 
 
 def test_wishes_that_cannot_be_are_named_at_once() -> None:
-    config = EvalConfig(**{**CONFIG, "metrics": ["bleurt"], "loss_rows": 0, "gate": {"adaptor.loss": 1.0, "adapter.los": 1.0}})
+    config = EvalConfig(
+        **{**CONFIG, "metrics": ["bleurt"], "loss_rows": 0, "gate": {"adaptor.loss": 1.0, "adapter.los": 1.0}}
+    )
     assert len(list(config.problems())) == 4
     absent = EvalConfig(**{**CONFIG, "forgetting": "no/such/file.txt"})
     assert "no/such/file.txt does not exist" in next(absent.problems())
@@ -177,7 +201,9 @@ def test_wishes_that_cannot_be_are_named_at_once() -> None:
     assert "needs general text" in next(ungiven.problems())
 
 
-def test_tasks_of_lm_eval_are_put_to_every_artifact_and_kept(run: Callable[..., Scores], tmp_path: Path, capsys: Any) -> None:
+def test_tasks_of_lm_eval_are_put_to_every_artifact_and_kept(
+    run: Callable[..., Scores], tmp_path: Path, capsys: Any
+) -> None:
     pytest.importorskip("lm_eval")
     from test_harness import write_task
 

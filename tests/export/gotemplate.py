@@ -15,7 +15,9 @@ def execute(template: str, messages: list[dict[str, str]]) -> str:
     pieces = [piece for piece in ACTION.split(template) if piece]
     for number, piece in enumerate(pieces):
         if piece.startswith("{{- ") and number:
-            pieces[number - 1] = pieces[number - 1].rstrip() if not pieces[number - 1].startswith("{{") else pieces[number - 1]
+            pieces[number - 1] = (
+                pieces[number - 1].rstrip() if not pieces[number - 1].startswith("{{") else pieces[number - 1]
+            )
     nodes, rest = parse(pieces)
     assert not rest
     root = {"Messages": [{"Role": one["role"], "Content": one["content"]} for one in messages]}
@@ -63,7 +65,9 @@ def render(nodes: Nodes, scopes: list[dict[str, Any]], dot: Any) -> Iterator[str
             elif found[2] == ":=":
                 scopes[-1][found[1]] = evaluate(found[3], scopes, dot)
             else:
-                next(scope for scope in reversed(scopes) if found[1] in scope)[found[1]] = evaluate(found[3], scopes, dot)
+                next(scope for scope in reversed(scopes) if found[1] in scope)[found[1]] = evaluate(
+                    found[3], scopes, dot
+                )
         elif node[0] == "if":
             yield from render(node[2] if evaluate(node[1], scopes, dot) else node[3], [*scopes, {}], dot)
         else:
@@ -71,7 +75,13 @@ def render(nodes: Nodes, scopes: list[dict[str, Any]], dot: Any) -> Iterator[str
             values = evaluate(over, scopes, dot)
             for number, value in enumerate(values if isinstance(values, list) else range(values)):
                 declared = [name.strip() for name in names.split(",")]
-                bound = dict(zip(declared, [number, value][-len(declared) :] if len(declared) == 1 else [number, value], strict=True))
+                bound = dict(
+                    zip(
+                        declared,
+                        [number, value][-len(declared) :] if len(declared) == 1 else [number, value],
+                        strict=True,
+                    )
+                )
                 yield from render(node[2], [*scopes, bound], value)
 
 

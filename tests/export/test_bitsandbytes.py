@@ -14,18 +14,20 @@ from transformers import AutoModelForCausalLM
 
 from finetune.errors import ExportError
 from finetune.export import Exports, load
-from finetune.measure import trained_graph
+from finetune.inference.adapted import load_adapted_model
+from finetune.merge.adapter_deltas import read_changes
 from finetune.merge.candidates import build
-from finetune.merge.changes import read_changes
 from finetune.merge.graph import dequantized
 from finetune.quantization import protect, quantized_layers
 
 
 @pytest.fixture(scope="module")
-def dequantized_merge(line: Callable[..., Line], adapter: Made, merged: Facts, tmp_path_factory: pytest.TempPathFactory) -> Facts:  # noqa: F811
+def dequantized_merge(
+    line: Callable[..., Line], adapter: Made, merged: Facts, tmp_path_factory: pytest.TempPathFactory
+) -> Facts:
     """The merged model as most runs leave it: adapter and base as the base was in 4 bits."""
     parts, folder = line(), tmp_path_factory.mktemp("merged")
-    graph = trained_graph(
+    graph = load_adapted_model(
         parts.base, parts.model, quantization=parts.quantization, placement=parts.placement, adapter=adapter.folder / "adapter"
     )  # fmt: skip
     changes = read_changes(adapter.folder / "adapter")
@@ -38,7 +40,9 @@ def dequantized_merge(line: Callable[..., Line], adapter: Made, merged: Facts, t
 
 
 @pytest.fixture(scope="module")
-def exported(run: Callable[..., Exports], dequantized_merge: Facts, tmp_path_factory: pytest.TempPathFactory) -> Exports:  # noqa: F811
+def exported(
+    run: Callable[..., Exports], dequantized_merge: Facts, tmp_path_factory: pytest.TempPathFactory
+) -> Exports:
     return run(tmp_path_factory.mktemp("run") / "export", "bitsandbytes", from_merged=dequantized_merge)
 
 
@@ -63,7 +67,7 @@ def quantized(folder: Path) -> Any:
     return model
 
 
-def test_originals_with_the_adapter_are_rounded_and_saved_before_they_run(exported: Exports, merged: Facts) -> None:  # noqa: F811
+def test_originals_with_the_adapter_are_rounded_and_saved_before_they_run(exported: Exports, merged: Facts) -> None:
     """bitsandbytes repacks 4-bit weights in place at the first evaluation on some CPUs; what is saved after is noise."""
     saved, fresh = (
         AutoModelForCausalLM.from_pretrained(exported.folder / "bitsandbytes", dtype=torch.bfloat16),
@@ -91,7 +95,10 @@ def test_rounding_the_dequantized_merge_again_would_take_the_adapter_off(
     layers, lost = quantized_layers(again), []
     for name, layer in quantized_layers(base).items():
         lost.append(
-            ((layer.weight.data == layers[name].weight.data).float().mean(), (layer.weight.data == ours[name].weight.data).float().mean())
+            (
+                (layer.weight.data == layers[name].weight.data).float().mean(),
+                (layer.weight.data == ours[name].weight.data).float().mean(),
+            )
         )
     assert all(one > other for one, other in lost)
 
@@ -103,15 +110,17 @@ def test_loader_opens_the_checkpoint(exported: Exports) -> None:
 
 
 @pytest.mark.parametrize("method", ["fp4", "int8"])
-def test_other_methods_are_written_too(run: Callable[..., Exports], tmp_path: Path, method: str) -> None:  # noqa: F811
+def test_other_methods_are_written_too(run: Callable[..., Exports], tmp_path: Path, method: str) -> None:
     (one,) = run(tmp_path / "export", "bitsandbytes", numbers=method).exports
     assert one["parity"]["passed"]
-    settings: dict[str, Any] = json.loads((tmp_path / "export" / "bitsandbytes" / "config.json").read_text())["quantization_config"]
+    settings: dict[str, Any] = json.loads((tmp_path / "export" / "bitsandbytes" / "config.json").read_text())[
+        "quantization_config"
+    ]
     assert settings["load_in_8bit"] == (method == "int8")
 
 
 def test_several_adapters_in_the_dequantized_base_are_refused(
-    run: Callable[..., Exports],  # noqa: F811
+    run: Callable[..., Exports],
     dequantized_merge: Facts,
     tmp_path: Path,
 ) -> None:

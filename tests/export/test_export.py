@@ -21,16 +21,32 @@ from finetune.eval import EvalConfig, Judge
 from finetune.eval.records import RecordFile
 from finetune.export import ExportConfig, Exports, export, load
 from finetune.export.parity import Expected, compare, last_logits
-from finetune.measure import Answer, read_rows, row_losses, trained_graph
+from finetune.inference.adapted import load_adapted_model
+from finetune.inference.generation import Answer
+from finetune.inference.losses import row_losses
+from finetune.inference.rows import read_rows
+from finetune.merge.adapter_deltas import read_changes
 from finetune.merge.candidates import build, write_chat
-from finetune.merge.changes import read_changes
 
-BOUNDS: dict[str, Any] = {"golden_rows": 2, "loss_rows": 3, "max_logit_difference": 0.5, "max_kl": 0.01, "max_new_tokens": 6}
+BOUNDS: dict[str, Any] = {
+    "golden_rows": 2,
+    "loss_rows": 3,
+    "max_logit_difference": 0.5,
+    "max_kl": 0.01,
+    "max_new_tokens": 6,
+}
 LEVEL = {"value": 0.5, "low": 0.4, "high": 0.6}
 CHANGE = {"difference": 0.5, "low": 0.4, "high": 0.6}
 LOSS = {"loss": 1.0, "loss_low": 0.9, "loss_high": 1.1, "perplexity": 2.7}
 ARTIFACT = {**LOSS, "metrics": {"exact_match": LEVEL}, "stop_rate": 1.0, "mean_tokens": 5.0, "repetition": 0.0}
-CANDIDATE = {**LOSS, "name": "dequantized", "kl": 1e-4, "top1_agreement": 1.0, "compared_tokens": 100, "loss_difference": CHANGE}
+CANDIDATE = {
+    **LOSS,
+    "name": "dequantized",
+    "kl": 1e-4,
+    "top1_agreement": 1.0,
+    "compared_tokens": 100,
+    "loss_difference": CHANGE,
+}
 RULES = EvalConfig(
     rows=4, loss_rows=10, max_new_tokens=6, batch_rows=4, batch_tokens=256, metrics=["exact_match", "label_known"], bootstrap_samples=50
 )  # fmt: skip
@@ -54,10 +70,13 @@ class Facts:
     adapters: dict[str, float] = field(default_factory=dict)
     rule: str = "nearest to the trained graph"
     candidates: list[dict[str, Any]] = field(default_factory=lambda: [CANDIDATE])
-    artifacts: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(("base", "base_quantized", "adapter", "merged"), ARTIFACT))
+    artifacts: dict[str, Any] = field(
+        default_factory=lambda: dict.fromkeys(("base", "base_quantized", "adapter", "merged"), ARTIFACT)
+    )
     changes: dict[str, Any] = field(
         default_factory=lambda: {
-            name: {"loss": CHANGE, "exact_match": CHANGE, "general_loss": CHANGE} for name in ("quantization", "tuning", "merge", "total")
+            name: {"loss": CHANGE, "exact_match": CHANGE, "general_loss": CHANGE}
+            for name in ("quantization", "tuning", "merge", "total")
         }
     )
     rows: int = 10
@@ -66,7 +85,7 @@ class Facts:
 
 @pytest.fixture(scope="module")
 def merged(loud_base: Path, adapter: Made, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Facts:
-    from finetune.measure import Chat
+    from finetune.inference.chat import Chat
 
     folder = tmp_path_factory.mktemp("merged")
     build(loud_base, read_changes(adapter.folder / "adapter"), folder / "model", dtype=torch.bfloat16)
@@ -81,10 +100,13 @@ def judge(line: Callable[..., Line], adapter: Made, merged: Facts, tmp_path_fact
 
     folder, parts = tmp_path_factory.mktemp("eval"), line()
     rows = read_rows(parts.data.folder / "heldout")
-    graph = trained_graph(
+    graph = load_adapted_model(
         parts.base, parts.model, quantization=parts.quantization, placement=parts.placement, adapter=adapter.folder / "adapter"
     )  # fmt: skip
-    for name, model in {"adapter": graph, "merged": AutoModelForCausalLM.from_pretrained(merged.folder / "model")}.items():
+    for name, model in {
+        "adapter": graph,
+        "merged": AutoModelForCausalLM.from_pretrained(merged.folder / "model"),
+    }.items():
         record = RecordFile(folder / f"{name}.rows.jsonl", key="")
         record.add_losses(row_losses(model, rows, batch_tokens=RULES.batch_tokens))
         for number in range(RULES.rows):
@@ -94,7 +116,9 @@ def judge(line: Callable[..., Line], adapter: Made, merged: Facts, tmp_path_fact
 
 @pytest.fixture(scope="module")
 def run(line: Callable[..., Line], adapter: Made, merged: Facts, judge: Judge) -> Callable[..., Exports]:
-    def run(folder: Path, *formats: str, from_merged: Facts = merged, from_adapter: Path = adapter.folder, **bounds: Any) -> Exports:
+    def run(
+        folder: Path, *formats: str, from_merged: Facts = merged, from_adapter: Path = adapter.folder, **bounds: Any
+    ) -> Exports:
         parts = line()
         config = {name: ExportConfig(**{**BOUNDS, **bounds, "format": name}) for name in formats}
         return export(
@@ -138,7 +162,10 @@ def test_answers_of_an_export_are_judged_beside_the_models_to_the_same_prompts(e
         assert (answers["rows"], answers["model"]["name"], answers["model"]["mean_tokens"]) == (4, model, 2)
         assert answers["metrics"].keys() == {"exact_match", "label_known"}
         assert answers["changes"]["stop_rate"]["difference"] == answers["stop_rate"] - 1
-        lines = [json.loads(text) for text in (exports.folder / f"{Path(one['path']).name}.answers.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(text)
+            for text in (exports.folder / f"{Path(one['path']).name}.answers.jsonl").read_text().splitlines()
+        ]
         assert [line["row"] for line in lines] == [0, 1, 2, 3]
         assert lines[0]["scores"].keys() == answers["metrics"].keys()
 
@@ -149,7 +176,12 @@ def test_every_snippet_of_the_card_runs(exports: Exports) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     for code in blocks[1:2]:  # the parity check has run the other two as they stand
         done = subprocess.run(
-            [sys.executable, "-c", code], cwd=exports.folder, env=environment, capture_output=True, text=True, check=False
+            [sys.executable, "-c", code],
+            cwd=exports.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
 
@@ -196,7 +228,9 @@ def test_adapter_folder_says_all_that_a_loader_needs(exports: Exports) -> None:
 def test_loader_rebuilds_the_very_graph(exports: Exports, line: Callable[..., Line], adapter: Made) -> None:
     parts = line()
     folder = adapter.folder / "adapter"
-    trained = trained_graph(parts.base, parts.model, quantization=parts.quantization, placement=parts.placement, adapter=folder)
+    trained = load_adapted_model(
+        parts.base, parts.model, quantization=parts.quantization, placement=parts.placement, adapter=folder
+    )
     loaded, tokenizer = load(exports.folder.parent)
     prompt = [1, 40, 50, 60]
     assert (last_logits(loaded, prompt) == last_logits(trained, prompt)).all()
@@ -212,10 +246,12 @@ def test_adapter_arrives_in_the_numbers_it_was_saved_in(
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     saved = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
     save_file(saved, file)
-    graph = trained_graph(
+    graph = load_adapted_model(
         parts.base, parts.model, quantization=parts.quantization, placement=parts.placement, adapter=tmp_path / "adapter"
     )  # fmt: skip
-    arrived = {name.replace(".default", ""): parameter for name, parameter in graph.named_parameters() if "lora_" in name}
+    arrived = {
+        name.replace(".default", ""): parameter for name, parameter in graph.named_parameters() if "lora_" in name
+    }
     assert arrived.keys() == saved.keys()
     assert all(arrived[name].dtype == dtype and torch.equal(arrived[name], tensor) for name, tensor in saved.items())
 
@@ -237,7 +273,9 @@ def test_loader_opens_the_merged_model(exports: Exports, merged: Facts) -> None:
         (lambda record: record.update(schema=1), "another version of finetune"),
     ],
 )
-def test_loader_refuses_what_does_not_match(exports: Exports, tmp_path: Path, change: Callable[[Any], None], message: str) -> None:
+def test_loader_refuses_what_does_not_match(
+    exports: Exports, tmp_path: Path, change: Callable[[Any], None], message: str
+) -> None:
     shutil.copytree(exports.folder / "adapter", tmp_path / "adapter")
     file = tmp_path / "adapter" / "finetune.json"
     record = json.loads(file.read_text())
@@ -250,7 +288,11 @@ def test_loader_refuses_what_does_not_match(exports: Exports, tmp_path: Path, ch
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("adapter_config.json", lambda text: text.replace('"lora_alpha": ', '"lora_alpha": 1'), "adapter_config.json changed"),
+        (
+            "adapter_config.json",
+            lambda text: text.replace('"lora_alpha": ', '"lora_alpha": 1'),
+            "adapter_config.json changed",
+        ),
         ("tokenizer.json", None, "tokenizer.json changed or missing"),
         ("tokenizer_config.json", lambda text: text + " ", "tokenizer_config.json changed"),
         ("finetune.json", lambda text: text[:100], "finetune.json is damaged"),
@@ -274,7 +316,9 @@ def test_loader_of_a_bare_folder_says_what_is_missing(adapter: Made) -> None:
         load(adapter.folder / "adapter")
 
 
-def test_merged_model_with_another_template_is_not_kept(run: Callable[..., Exports], merged: Facts, tmp_path: Path) -> None:
+def test_merged_model_with_another_template_is_not_kept(
+    run: Callable[..., Exports], merged: Facts, tmp_path: Path
+) -> None:
     other = tmp_path / "other"
     shutil.copytree(merged.folder, other)
     template = other / "model" / "chat_template.jinja"
@@ -290,7 +334,14 @@ def test_export_beyond_its_bound_is_refused(tmp_path: Path) -> None:
     import numpy as np
 
     wanted = Expected(
-        chats=[], chat_tokens=[], prompts=[[1]], logits=[np.zeros((1, 4), dtype=np.float32)], rows=[], losses=[], stopped=False, ending=[1]
+        chats=[],
+        chat_tokens=[],
+        prompts=[[1]],
+        logits=[np.zeros((1, 4), dtype=np.float32)],
+        rows=[],
+        losses=[],
+        stopped=False,
+        ending=[1],
     )
     file = tmp_path / "logits.npz"
     np.savez(file, prompt_0=np.array([[0, 0, 0, 1.0]], dtype=np.float32))
@@ -304,5 +355,7 @@ def test_export_beyond_its_bound_is_refused(tmp_path: Path) -> None:
 
 
 def test_wishes_that_cannot_be_are_named_at_once() -> None:
-    config = ExportConfig(format="pickle", golden_rows=-1, loss_rows=0, max_logit_difference=0.1, max_kl=-1.0, max_new_tokens=0)
+    config = ExportConfig(
+        format="pickle", golden_rows=-1, loss_rows=0, max_logit_difference=0.1, max_kl=-1.0, max_new_tokens=0
+    )
     assert len(list(config.problems())) == 4

@@ -21,7 +21,7 @@ pytest.importorskip("xllamacpp", reason="needs pip install 'finetune[gguf]'")
 
 from gguf import GGUFReader
 
-from finetune.export.gguf.numbers import MIXTURES, Kind, kind_of
+from finetune.export.gguf.quant_types import MIXTURES, Kind, kind_of
 
 BOUNDS = {
     "f16": 0.001, "bf16": 0.001, "q8_0": 0.01, "q6_k": 0.02, "q5_k_m": 0.05, "q4_k_m": 0.1, "q4_0": 0.5,
@@ -30,7 +30,7 @@ BOUNDS = {
 
 
 @pytest.fixture(scope="module")
-def exported(run: Callable[..., Exports], tmp_path_factory: pytest.TempPathFactory) -> Exports:  # noqa: F811
+def exported(run: Callable[..., Exports], tmp_path_factory: pytest.TempPathFactory) -> Exports:
     return run(tmp_path_factory.mktemp("run") / "export", "gguf", "card", numbers="q8_0", rows=3)
 
 
@@ -65,7 +65,7 @@ def test_file_carries_the_template_and_the_special_tokens(exported: Exports, tok
 
 @pytest.mark.slow
 @pytest.mark.parametrize("numbers", [numbers for numbers in MIXTURES if numbers != "q8_0"])
-def test_every_format_runs_within_its_bound(run: Callable[..., Exports], tmp_path: Path, numbers: str) -> None:  # noqa: F811
+def test_every_format_runs_within_its_bound(run: Callable[..., Exports], tmp_path: Path, numbers: str) -> None:
     (made,) = run(
         tmp_path / "export", "gguf", numbers=numbers, max_kl=BOUNDS[numbers], max_logit_difference=100, loss_rows=0
     ).exports  # fmt: skip
@@ -74,7 +74,9 @@ def test_every_format_runs_within_its_bound(run: Callable[..., Exports], tmp_pat
     assert bool(forced) == numbers.endswith(("_k", "_k_m", "q4_0"))  # no row of this model is a multiple of 256
 
 
-def test_numbers_that_cannot_be_had_are_counted_and_said(run: Callable[..., Exports], tmp_path: Path, capsys: Any) -> None:  # noqa: F811
+def test_numbers_that_cannot_be_had_are_counted_and_said(
+    run: Callable[..., Exports], tmp_path: Path, capsys: Any
+) -> None:
     (made,) = run(
         tmp_path / "export", "gguf", numbers="q4_k_m", max_kl=1.0, max_logit_difference=100, loss_rows=0, golden_rows=0
     ).exports  # fmt: skip
@@ -88,8 +90,8 @@ def test_numbers_that_cannot_be_had_are_counted_and_said(run: Callable[..., Expo
 
 
 def test_export_that_differs_is_not_kept_in_place_of_a_good_one(
-    run: Callable[..., Exports],  # noqa: F811
-    merged: Facts,  # noqa: F811
+    run: Callable[..., Exports],
+    merged: Facts,
     tmp_path: Path,
 ) -> None:
     place = tmp_path / "export" / "gguf"
@@ -107,7 +109,7 @@ def test_export_that_differs_is_not_kept_in_place_of_a_good_one(
 
 
 def test_missing_package_and_full_disk_are_said_before_anything_is_written(
-    run: Callable[..., Exports],  # noqa: F811
+    run: Callable[..., Exports],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -161,7 +163,7 @@ def test_ggml_writes_k_blocks_that_the_gguf_package_reads_back() -> None:
     from gguf import dequantize
 
     from finetune.export.gguf.library import quantize
-    from finetune.export.gguf.numbers import row_bytes
+    from finetune.export.gguf.quant_types import row_bytes
 
     rows = np.random.default_rng(0).normal(size=(8, 512)).astype(np.float32)
     for kind, error in ((Kind.Q4_K, 0.1), (Kind.Q5_K, 0.05), (Kind.Q6_K, 0.03), (Kind.Q8_0, 0.01), (Kind.Q4_0, 0.13)):
@@ -184,9 +186,11 @@ def test_every_shipped_format_is_known() -> None:
     assert [shipped[f"gguf_{numbers}"].numbers for numbers in MIXTURES] == list(MIXTURES)
 
 
-@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"alpha_pattern": {"up_proj": 32}, "rank_pattern": {"q_proj": 2}}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_rslora": True}, {"alpha_pattern": {"up_proj": 32}, "rank_pattern": {"q_proj": 2}}], ids=str
+)
 def test_adapter_on_a_gguf_base_is_the_adapter_on_the_dense_base(
-    run: Callable[..., Exports],  # noqa: F811
+    run: Callable[..., Exports],
     loud_base: Path,
     tmp_path: Path,
     settings: dict[str, Any],
@@ -199,9 +203,13 @@ def test_adapter_on_a_gguf_base_is_the_adapter_on_the_dense_base(
     assert "ADAPTER ./adapter.gguf" in (tmp_path / "export" / "gguf_lora" / "Modelfile").read_text()
 
 
-def test_adapter_that_llama_cpp_cannot_add_is_refused(run: Callable[..., Exports], loud_base: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_adapter_that_llama_cpp_cannot_add_is_refused(
+    run: Callable[..., Exports], loud_base: Path, tmp_path: Path
+) -> None:
     from artifacts import make_adapter
 
     made: Made = make_adapter(loud_base, tmp_path / "train", use_dora=True)
-    with pytest.raises(ExportError, match=r"lora_magnitude_vector, and llama.cpp adds nothing but low-rank .* export gguf_q8_0"):
+    with pytest.raises(
+        ExportError, match=r"lora_magnitude_vector, and llama.cpp adds nothing but low-rank .* export gguf_q8_0"
+    ):
         run(tmp_path / "export", "gguf_lora", numbers="bf16", from_adapter=made.folder)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from finetune.errors import ExportError
-from finetune.measure import Chat
+from finetune.inference.chat import Chat
 
 pytest.importorskip("gguf", reason="needs pip install 'finetune[gguf]'")
 pytest.importorskip("xllamacpp", reason="needs pip install 'finetune[gguf]'")
@@ -57,7 +57,9 @@ def make_model(folder: Path, kind: str, **settings: Any) -> Any:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SIZES, **settings}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape) * (0.3 if "norm" in name or "bias" in name else 0.15) + ("norm" in name))
+            parameter.copy_(
+                torch.randn(parameter.shape) * (0.3 if "norm" in name or "bias" in name else 0.15) + ("norm" in name)
+            )
     model.to(torch.bfloat16).save_pretrained(folder)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
@@ -80,7 +82,9 @@ def test_architecture_gives_the_same_logits(tokenizer: Any, tmp_path: Path, name
     assert np.sqrt(np.square(got - wanted).mean()) < 0.01 * wanted.std()
 
 
-def test_sliding_window_that_llama_cpp_does_not_know_cuts_the_context_and_is_said(tokenizer: Any, tmp_path: Path) -> None:
+def test_sliding_window_that_llama_cpp_does_not_know_cuts_the_context_and_is_said(
+    tokenizer: Any, tmp_path: Path
+) -> None:
     make_model(tmp_path, "mistral", sliding_window=128)
     chat = Chat(tokenizer=tokenizer, ends=[2], system=None)
     (note,) = write_model(tmp_path, tmp_path / "model.gguf", chat=chat, numbers="bf16", name="tiny", threads=1)
@@ -103,7 +107,9 @@ def test_weights_beyond_float16_are_refused(tokenizer: Any, tmp_path: Path) -> N
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = 1e5
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     chat = Chat(tokenizer=tokenizer, ends=[2], system=None)
-    with pytest.raises(ExportError, match=r"layers.1.mlp.up_proj.weight holds numbers beyond float16, up to 9.984e\+04: export bf16"):
+    with pytest.raises(
+        ExportError, match=r"layers.1.mlp.up_proj.weight holds numbers beyond float16, up to 9.984e\+04: export bf16"
+    ):
         write_model(tmp_path, tmp_path / "model.gguf", chat=chat, numbers="f16", name="tiny", threads=1)
 
 
@@ -146,7 +152,9 @@ def train(steps: Any, *, ignore_merges: bool = False) -> Any:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         ),
     )  # fmt: skip
-    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<|pad|>", bos_token="<|im_start|>", eos_token="<|im_end|>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<|pad|>", bos_token="<|im_start|>", eos_token="<|im_end|>"
+    )
 
 
 def written(tmp_path: Path, tokenizer: Any) -> Path:
@@ -158,7 +166,9 @@ def written(tmp_path: Path, tokenizer: Any) -> Path:
 
 
 @pytest.mark.parametrize(("splitter", "name"), list(vocabulary.SPLITTERS.items()), ids=str)
-def test_text_is_cut_as_the_tokenizer_cuts_it(tmp_path: Path, splitter: tuple[tuple[str, ...], bool], name: str) -> None:
+def test_text_is_cut_as_the_tokenizer_cuts_it(
+    tmp_path: Path, splitter: tuple[tuple[str, ...], bool], name: str
+) -> None:
     from tokenizers import Regex, pre_tokenizers
 
     patterns, ignore_merges = splitter
@@ -177,8 +187,12 @@ def test_text_is_cut_as_the_tokenizer_cuts_it(tmp_path: Path, splitter: tuple[tu
 def test_unknown_way_of_cutting_text_is_named(tmp_path: Path) -> None:
     from tokenizers import Regex, pre_tokenizers
 
-    steps = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex("[aeiou]"), "isolated"), pre_tokenizers.ByteLevel(use_regex=False)])
-    with pytest.raises(ExportError, match=re.escape("cuts text by [aeiou] then a space in front (ignore_merges=False)")):
+    steps = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex("[aeiou]"), "isolated"), pre_tokenizers.ByteLevel(use_regex=False)]
+    )
+    with pytest.raises(
+        ExportError, match=re.escape("cuts text by [aeiou] then a space in front (ignore_merges=False)")
+    ):
         written(tmp_path, train(steps))
 
 
@@ -241,8 +255,17 @@ def test_chats_begin_as_training_saw_them(tmp_path: Path, tokenizer: Any, family
 
     chat = chat_with(tokenizer, FAMILIES[family], begins=begins)
     params = CommonParams()
-    params.model.path, params.n_ctx, params.warmup, params.cpuparams.n_threads = str(written(tmp_path, chat.tokenizer)), 512, False, 1
+    params.model.path, params.n_ctx, params.warmup, params.cpuparams.n_threads = (
+        str(written(tmp_path, chat.tokenizer)),
+        512,
+        False,
+        1,
+    )
     server = Server(params)
-    messages = [{"role": "user", "content": "  Say it\n"}, {"role": "assistant", "content": "It."}, {"role": "user", "content": "again"}]
+    messages = [
+        {"role": "user", "content": "  Say it\n"},
+        {"role": "assistant", "content": "It."},
+        {"role": "user", "content": "again"},
+    ]
     wanted = chat.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     assert _chat_tokens(server, messages) == wanted

@@ -8,7 +8,7 @@ import pytest
 from gotemplate import execute
 
 from finetune.export.gguf.ollama import PROBES, NoShapeError, shape_of, write
-from finetune.measure import Chat
+from finetune.inference.chat import Chat
 
 LLAMA3 = (
     "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
@@ -60,7 +60,9 @@ def chat_with(tokenizer: Any, template: str | None, *, system: str | None = None
         pad_token="<|pad|>", bos_token="<|im_start|>", eos_token="<|im_end|>",
     )  # fmt: skip
     if begins:
-        own.backend_tokenizer.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+        own.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+        )
     own.chat_template = template
     return Chat(tokenizer=own, ends=[2], system=system)
 
@@ -88,7 +90,9 @@ def test_go_template_writes_the_same_tokens(tokenizer: Any, family: str, begins:
         (None, "has no chat template"),
     ],
 )
-def test_template_of_another_shape_is_left_out_and_said(tokenizer: Any, tmp_path: Path, template: str | None, why: str) -> None:
+def test_template_of_another_shape_is_left_out_and_said(
+    tokenizer: Any, tmp_path: Path, template: str | None, why: str
+) -> None:
     chat = chat_with(tokenizer, template)
     with pytest.raises(NoShapeError, match=why):
         shape_of(chat)

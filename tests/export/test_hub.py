@@ -17,8 +17,8 @@ from artifacts import base_of
 
 from finetune.errors import ExportError
 from finetune.export.config import ExportConfig
+from finetune.export.context import Work
 from finetune.export.hub import CHUNK_BYTES, found_secrets, prepare, write
-from finetune.export.work import Work
 
 SETTINGS = {"golden_rows": 0, "loss_rows": 0, "max_logit_difference": 0.0, "max_kl": 0.0, "max_new_tokens": 1}
 CARD = "---\nbase_model: org/base\nlicense: apache-2.0\n---\n\n# base, tuned\n"
@@ -55,11 +55,16 @@ def settings(**wishes: Any) -> ExportConfig:
 def test_dry_run_is_the_default_and_lists_exactly_what_would_go(work: Work, capsys: Any) -> None:
     made = write(work, "hub", settings())
     record, printed = json.loads((work.folder / "hub.json").read_text()), capsys.readouterr().out
-    assert [file["path"] for file in record["files"]] == ["adapter/README.md", "adapter/adapter_model.safetensors", "README.md"]
+    assert [file["path"] for file in record["files"]] == [
+        "adapter/README.md",
+        "adapter/adapter_model.safetensors",
+        "README.md",
+    ]
     assert record["bytes"] == sum(file["bytes"] for file in record["files"]) == 25600 + 2 * len(CARD)
     assert (record["pushed"], record["private"], record["licence"]) == (False, True, "apache-2.0")
-    assert "3 files, 25.1 KiB, would be sent to the private repository me/tuned, licence apache-2.0; nothing was" in " ".join(
-        printed.split()
+    assert (
+        "3 files, 25.1 KiB, would be sent to the private repository me/tuned, licence apache-2.0; nothing was"
+        in " ".join(printed.split())
     )
     assert (made["path"], made["parity"]) == ("export/hub.json", {})
 
@@ -71,11 +76,15 @@ def test_without_a_card_nothing_goes(work: Work) -> None:
 
 
 @pytest.mark.parametrize("variable", ["HF_TOKEN", "WANDB_API_KEY"])
-def test_file_that_holds_a_key_of_the_environment_stops_the_push(work: Work, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+def test_file_that_holds_a_key_of_the_environment_stops_the_push(
+    work: Work, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
     monkeypatch.setenv(variable, "canary-0123456789")
     file = work.folder / "adapter" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes() + b"canary-0123456789" + bytes(7))
-    with pytest.raises(ExportError, match=rf"adapter/adapter_model.safetensors holds the value of {variable}") as caught:
+    with pytest.raises(
+        ExportError, match=rf"adapter/adapter_model.safetensors holds the value of {variable}"
+    ) as caught:
         write(work, "hub", settings())
     assert "canary" not in str(caught.value)
     assert not (work.folder / "hub.json").exists()
@@ -145,11 +154,17 @@ class Hub(BaseHTTPRequestHandler):
         if self.path.endswith("/repos/create"):
             assert json.loads(body)["visibility"] == "private"
             self.answer(
-                {"url": f"http://{self.headers['Host']}/me/tuned", "id": "me/tuned"} if self.status == 200 else {"error": "Invalid token"}
+                {"url": f"http://{self.headers['Host']}/me/tuned", "id": "me/tuned"}
+                if self.status == 200
+                else {"error": "Invalid token"}
             )
         elif "/preupload/" in self.path:
             listed = [
-                {"path": file["path"], "shouldIgnore": False, "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular"}
+                {
+                    "path": file["path"],
+                    "shouldIgnore": False,
+                    "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
+                }
                 for file in json.loads(body)["files"]
             ]
             self.answer({"files": listed})
@@ -164,7 +179,13 @@ class Hub(BaseHTTPRequestHandler):
                     self.received[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
                 elif line["key"] == "lfsFile":
                     self.received[line["value"]["path"]] = self.objects[line["value"]["oid"]]
-            self.answer({"commitUrl": f"http://{self.headers['Host']}/me/tuned/commit/0", "commitOid": "0" * 40, "success": True})
+            self.answer(
+                {
+                    "commitUrl": f"http://{self.headers['Host']}/me/tuned/commit/0",
+                    "commitOid": "0" * 40,
+                    "success": True,
+                }
+            )
         else:
             self.answer({"errors": [], "warnings": []})
 
@@ -174,7 +195,9 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if "/tree/" in self.path:
-            self.answer([{"type": "file", "path": path, "size": len(data), "oid": "0"} for path, data in self.received.items()])
+            self.answer(
+                [{"type": "file", "path": path, "size": len(data), "oid": "0"} for path, data in self.received.items()]
+            )
         else:
             self.answer({"id": "me/tuned", "private": self.private, "siblings": []})
 
@@ -210,7 +233,14 @@ def send_to(endpoint: str, folder: Path) -> subprocess.CompletedProcess[str]:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
     root = Path(__file__).parents[2]
-    return subprocess.run([sys.executable, "-c", SEND, str(folder)], cwd=root, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", SEND, str(folder)],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_real_push_sends_every_byte_to_a_private_repository(work: Work, hub: tuple[type[Hub], str]) -> None:
@@ -218,7 +248,9 @@ def test_real_push_sends_every_byte_to_a_private_repository(work: Work, hub: tup
     done = send_to(endpoint, work.folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"{endpoint}/me/tuned/commit/0"
-    sent = {file.relative_to(work.folder).as_posix(): file.read_bytes() for file in work.folder.rglob("*") if file.is_file()}
+    sent = {
+        file.relative_to(work.folder).as_posix(): file.read_bytes() for file in work.folder.rglob("*") if file.is_file()
+    }
     assert kind.received == sent
     assert set(kind.headers_seen) >= {f"Bearer {TOKEN}"}
 
@@ -235,7 +267,9 @@ def test_token_that_is_refused_is_one_sentence(work: Work, hub: tuple[type[Hub],
     kind, endpoint = hub
     kind.status = 401
     done = send_to(endpoint, work.folder)
-    assert done.stderr.strip().startswith("push to me/tuned: the hub says 401: Invalid token; HF_TOKEN is wrong, too old")
+    assert done.stderr.strip().startswith(
+        "push to me/tuned: the hub says 401: Invalid token; HF_TOKEN is wrong, too old"
+    )
     assert TOKEN not in done.stderr
 
 

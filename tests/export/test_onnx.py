@@ -19,12 +19,13 @@ from finetune.export.onnx import make, onnx_snippet
 from finetune.export.onnx_runtime import _last_logits, _loss
 
 needs_onnx = pytest.mark.skipif(
-    any(importlib.util.find_spec(package) is None for package in PACKAGES["onnx"]), reason="needs pip install 'finetune[onnx]'"
+    any(importlib.util.find_spec(package) is None for package in PACKAGES["onnx"]),
+    reason="needs pip install 'finetune[onnx]'",
 )
 
 
 @pytest.fixture(scope="module")
-def exported(run: Callable[..., Exports], tmp_path_factory: pytest.TempPathFactory) -> Exports:  # noqa: F811
+def exported(run: Callable[..., Exports], tmp_path_factory: pytest.TempPathFactory) -> Exports:
     return run(tmp_path_factory.mktemp("run") / "export", "onnx", "card")
 
 
@@ -36,14 +37,16 @@ def test_graph_gives_the_models_logits_loss_and_end(exported: Exports) -> None:
     assert parity["max_logit_difference"] < 1e-4
     assert parity["chats"] == 4
     assert abs(parity["loss_difference"]["difference"]) < 1e-5
-    assert {"model.onnx", "config.json", "tokenizer.json"} <= {file.name for file in (exported.folder / "onnx").iterdir()}
+    assert {"model.onnx", "config.json", "tokenizer.json"} <= {
+        file.name for file in (exported.folder / "onnx").iterdir()
+    }
 
 
 @pytest.mark.slow
 @needs_onnx
 def test_snippet_of_the_card_writes_what_the_model_writes(
     exported: Exports,
-    merged: Facts,  # noqa: F811
+    merged: Facts,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", (exported.folder / "README.md").read_text(), flags=re.S)
@@ -59,7 +62,9 @@ def test_snippet_of_the_card_writes_what_the_model_writes(
 @pytest.mark.slow
 @needs_onnx
 @pytest.mark.parametrize("numbers", ["int8", "int4"])
-def test_rounded_graph_is_another_model_within_its_own_bound(run: Callable[..., Exports], tmp_path: Path, numbers: str) -> None:  # noqa: F811
+def test_rounded_graph_is_another_model_within_its_own_bound(
+    run: Callable[..., Exports], tmp_path: Path, numbers: str
+) -> None:
     (one,) = run(tmp_path / "export", "onnx", numbers=numbers, max_logit_difference=10.0, max_kl=1.0).exports
     assert one["parity"]["kl"] > 0
 
@@ -96,7 +101,7 @@ def test_other_architectures_give_their_logits_beyond_a_window_too(tmp_path: Pat
 
 
 def test_missing_package_is_named_with_the_line_that_installs_it(
-    run: Callable[..., Exports],  # noqa: F811
+    run: Callable[..., Exports],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

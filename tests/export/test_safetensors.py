@@ -18,7 +18,7 @@ Run = Callable[..., Exports]
 
 
 @pytest.mark.parametrize("numbers", ["float16", "float32"])
-def test_other_numbers_are_written_and_their_cost_said(run: Run, merged: Facts, tmp_path: Path, numbers: str) -> None:  # noqa: F811
+def test_other_numbers_are_written_and_their_cost_said(run: Run, merged: Facts, tmp_path: Path, numbers: str) -> None:
     (one,) = run(tmp_path / "export", "safetensors", numbers=numbers).exports
     folder = tmp_path / "export" / "safetensors"
     old, new = (load_file(place / "model.safetensors") for place in (merged.folder / "model", folder))
@@ -30,22 +30,26 @@ def test_other_numbers_are_written_and_their_cost_said(run: Run, merged: Facts, 
     assert next(load(folder)[0].parameters()).dtype == getattr(torch, numbers)
 
 
-def test_files_are_no_larger_than_asked(run: Run, merged: Facts, tmp_path: Path) -> None:  # noqa: F811
+def test_files_are_no_larger_than_asked(run: Run, merged: Facts, tmp_path: Path) -> None:
     run(tmp_path / "export", "safetensors", shard_bytes=80_000)
     folder = tmp_path / "export" / "safetensors"
     files = sorted(folder.glob("*.safetensors"))
     assert len(files) > 2
     assert all(file.stat().st_size < 90_000 for file in files)
-    one, many = (AutoModelForCausalLM.from_pretrained(place).state_dict() for place in (merged.folder / "model", folder))
+    one, many = (
+        AutoModelForCausalLM.from_pretrained(place).state_dict() for place in (merged.folder / "model", folder)
+    )
     assert all(torch.equal(one[name], many[name]) for name in one)
 
 
-def test_without_wishes_the_weights_are_not_written_again(run: Run, merged: Facts, tmp_path: Path) -> None:  # noqa: F811
+def test_without_wishes_the_weights_are_not_written_again(run: Run, merged: Facts, tmp_path: Path) -> None:
     run(tmp_path / "export", "safetensors")
-    assert (tmp_path / "export" / "safetensors" / "model.safetensors").samefile(merged.folder / "model" / "model.safetensors")
+    assert (tmp_path / "export" / "safetensors" / "model.safetensors").samefile(
+        merged.folder / "model" / "model.safetensors"
+    )
 
 
-def large(merged: Facts, folder: Path, **factors: float) -> Facts:  # noqa: F811
+def large(merged: Facts, folder: Path, **factors: float) -> Facts:
     """The merged model with some weights multiplied; the first of each that is named gets beyond float16."""
     shutil.copytree(merged.folder, folder)
     file = folder / "model" / "model.safetensors"
@@ -56,14 +60,16 @@ def large(merged: Facts, folder: Path, **factors: float) -> Facts:  # noqa: F811
     return Facts(folder=folder)
 
 
-def test_weight_beyond_float16_is_named(run: Run, merged: Facts, tmp_path: Path) -> None:  # noqa: F811
+def test_weight_beyond_float16_is_named(run: Run, merged: Facts, tmp_path: Path) -> None:
     other = large(merged, tmp_path / "large", up_proj=1e7)
-    with pytest.raises(ExportError, match=r"numbers=float16: model.layers.0.mlp.up_proj.weight holds weights beyond its range"):
+    with pytest.raises(
+        ExportError, match=r"numbers=float16: model.layers.0.mlp.up_proj.weight holds weights beyond its range"
+    ):
         run(tmp_path / "export", "safetensors", from_merged=other, numbers="float16")
     assert not (tmp_path / "export" / "safetensors").exists()
 
 
-def test_figures_between_layers_beyond_float16_are_said(run: Run, merged: Facts, tmp_path: Path) -> None:  # noqa: F811
+def test_figures_between_layers_beyond_float16_are_said(run: Run, merged: Facts, tmp_path: Path) -> None:
     other = large(merged, tmp_path / "large", up_proj=2e3, down_proj=2e3)
     with pytest.raises(ExportError, match=r"leave the range of float16"):
         run(tmp_path / "export", "safetensors", from_merged=other, numbers="float16")
@@ -71,7 +77,7 @@ def test_figures_between_layers_beyond_float16_are_said(run: Run, merged: Facts,
 
 @pytest.mark.parametrize("format", ["safetensors", "bitsandbytes", "onnx", "adapter"])
 def test_full_disk_is_said_before_anything_is_written(
-    run: Run,  # noqa: F811
+    run: Run,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     format: str,

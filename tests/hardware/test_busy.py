@@ -5,18 +5,20 @@ import time
 
 import pytest
 
-from finetune.hardware.busy import Look, spare_others
+from finetune.hardware.busy import Look, yield_to_busy_cpu
 
 
-def test_other_programs_are_seen_and_this_one_is_not(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_programs_are_seen_and_this_one_is_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     idle = Look(others=100.0, all=1000.0)
     now = Look.now()
     monkeypatch.setattr(Look, "now", classmethod(lambda cls: Look(others=102.0, all=1010.0)))
-    spare_others(idle)
+    yield_to_busy_cpu(idle)
     assert "GOMP_SPINCOUNT" not in os.environ
     monkeypatch.setattr(Look, "now", classmethod(lambda cls: Look(others=105.0, all=1010.0)))
-    spare_others(idle)
+    yield_to_busy_cpu(idle)
     assert os.environ["GOMP_SPINCOUNT"] == "20000"
     assert "other programs use 50 %" in capsys.readouterr().out
     assert now.others > 0
@@ -38,7 +40,8 @@ def test_own_work_is_not_counted_as_anothers() -> None:
 def test_a_busy_neighbour_is_counted() -> None:
     before = Look.now()
     subprocess.run(
-        [sys.executable, "-c", "import time\nend = time.process_time() + 0.5\nwhile time.process_time() < end: pass"], check=True
+        [sys.executable, "-c", "import time\nend = time.process_time() + 0.5\nwhile time.process_time() < end: pass"],
+        check=True,
     )
     time.sleep(0.05)
     assert Look.now().others - before.others > 0.4

@@ -11,20 +11,33 @@ from finetune.bench.lab.compare import chosen
 from finetune.config import load
 from finetune.errors import ConfigError, HardwareError
 from finetune.hardware import LIMITS, Gpu, Machine, place
-from finetune.hardware.limits import markdown
+from finetune.hardware.backends import markdown
 from finetune.paths import CONF
 
 GIB = 1024**3
 CPU = Machine(cores=2, ram_bytes=24 * GIB, disk_free_bytes=100 * GIB, features=("avx512_bf16",))
 RTX4090 = Machine(
-    cores=16, ram_bytes=64 * GIB, disk_free_bytes=100 * GIB, gpus=(Gpu(name="RTX 4090", memory_bytes=24 * GIB, capability="8.9"),)
+    cores=16,
+    ram_bytes=64 * GIB,
+    disk_free_bytes=100 * GIB,
+    gpus=(Gpu(name="RTX 4090", memory_bytes=24 * GIB, capability="8.9"),),
 )
-T4 = Machine(cores=4, ram_bytes=16 * GIB, disk_free_bytes=100 * GIB, gpus=(Gpu(name="T4", memory_bytes=15 * GIB, capability="7.5"),))
+T4 = Machine(
+    cores=4,
+    ram_bytes=16 * GIB,
+    disk_free_bytes=100 * GIB,
+    gpus=(Gpu(name="T4", memory_bytes=15 * GIB, capability="7.5"),),
+)
 MAC = Machine(cores=8, ram_bytes=16 * GIB, disk_free_bytes=100 * GIB, metal=True)
 
 
 def config(
-    *, device: str = "auto", dtype: str = "auto", attention: str = "auto", optimizer: str = "paged_adamw_8bit", method: str = "nf4"
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    attention: str = "auto",
+    optimizer: str = "paged_adamw_8bit",
+    method: str = "nf4",
 ) -> Any:
     space = types.SimpleNamespace
     return space(
@@ -51,7 +64,7 @@ def test_auto_takes_what_the_machine_has(machine: Machine, device: str, dtype: s
 
 
 def test_optimizer_without_paging_says_why() -> None:
-    assert place(CPU, config()).optimizer_why == (
+    assert place(CPU, config()).optimizer_reason == (
         "paged_adamw_8bit was asked for; cpu has no unified memory to page to, and this is the same optimizer without paging"
     )
 
@@ -65,7 +78,11 @@ def test_dense_models_may_use_an_apple_gpu() -> None:
     [
         (CPU, {"device": "cuda"}, "no NVIDIA GPU is visible"),
         (CPU, {"device": "mps"}, "this is no Apple GPU"),
-        (MAC, {"device": "mps"}, "quantization.method=nf4 does not run on mps; choose one of none, or hardware.device=cpu"),
+        (
+            MAC,
+            {"device": "mps"},
+            "quantization.method=nf4 does not run on mps; choose one of none, or hardware.device=cpu",
+        ),
         (MAC, {"device": "mps", "method": "hqq"}, "quantization.method=hqq does not run on mps; choose one of none"),
         (T4, {"dtype": "bfloat16"}, "T4 has 7.5; use model.dtype=float16"),
         (CPU, {"attention": "flash_attention_2"}, "needs a CUDA GPU and this run is on cpu; use model.attention=sdpa"),
@@ -83,7 +100,9 @@ def test_a_method_that_runs_nowhere_says_why_and_names_one_that_runs(name: str) 
     assert not limit.tunable
     alternative = limit.instead.removeprefix("quantization=")
     assert limit.instead.startswith("model.name=") or alternative in chosen([], where="test")
-    with pytest.raises(ConfigError, match=re.escape(f"quantization.method={name} does not run: {limit.reason}; choose {limit.instead}")):
+    with pytest.raises(
+        ConfigError, match=re.escape(f"quantization.method={name} does not run: {limit.reason}; choose {limit.instead}")
+    ):
         load(["+experiment=quickstart", f"quantization={name}"])
 
 
@@ -94,7 +113,10 @@ def test_a_method_that_runs_is_placed(machine: Machine, name: str) -> None:
 
 
 def test_every_method_has_a_file_of_the_group_and_every_file_a_method() -> None:
-    methods = [yaml.safe_load((CONF / "quantization" / f"{name}.yaml").read_text())["method"] for name in chosen([], where="test")]
+    methods = [
+        yaml.safe_load((CONF / "quantization" / f"{name}.yaml").read_text())["method"]
+        for name in chosen([], where="test")
+    ]
     assert set(methods) == set(LIMITS)
 
 

@@ -22,7 +22,12 @@ def free_port() -> int:
 def environment(rank: int, count: int) -> dict[str, str]:
     """What torchrun tells a process, the port apart."""
     told = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count}
-    return {**os.environ, "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT), **{name: str(value) for name, value in told.items()}}
+    return {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "PYTHONPATH": str(ROOT),
+        **{name: str(value) for name, value in told.items()},
+    }
 
 
 def train_together(folder: Path, base: Path, tokenizer: Any, *, count: int, **settings: Any) -> list[tuple[int, str]]:
@@ -30,7 +35,9 @@ def train_together(folder: Path, base: Path, tokenizer: Any, *, count: int, **se
     return train_in_turn(base, tokenizer, [(folder, settings)], count=count)
 
 
-def train_in_turn(base: Path, tokenizer: Any, runs: list[tuple[Path, dict[str, Any]]], *, count: int) -> list[tuple[int, str]]:
+def train_in_turn(
+    base: Path, tokenizer: Any, runs: list[tuple[Path, dict[str, Any]]], *, count: int
+) -> list[tuple[int, str]]:
     """Several trainings by the same processes, which take seconds to start; ``ended with <code>`` stands between their outputs."""
     for folder, _ in runs:
         folder.mkdir(parents=True, exist_ok=True)

@@ -34,17 +34,26 @@ def test_slurm_script_is_bash_and_deals_the_nodes(tmp_path: Path) -> None:
         file.chmod(0o755)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "x"}
     said = subprocess.run(
-        ["bash", CLUSTER / "slurm.sh", "+experiment=a b", "run.name=c"], env=environment, text=True, capture_output=True, check=True
+        ["bash", CLUSTER / "slurm.sh", "+experiment=a b", "run.name=c"],
+        env=environment,
+        text=True,
+        capture_output=True,
+        check=True,
     ).stdout.splitlines()
     assert [line.split("|")[:4] for line in said] == [["-m", "finetune", "+experiment=a b", "run.name=c"]] * 2
-    assert ["launch.node=0|launch.host=first|" in said[0], "launch.node=1|launch.host=first|" in said[1]] == [True, True]
+    assert ["launch.node=0|launch.host=first|" in said[0], "launch.node=1|launch.host=first|" in said[1]] == [
+        True,
+        True,
+    ]
 
 
 def test_kubernetes_job_fits_the_schema() -> None:
     validator = shutil.which("kubernetes-validate")
     if validator is None:
         pytest.skip("the program kubernetes-validate is not installed (pip install kubernetes-validate)")
-    done = subprocess.run([validator, "--strict", CLUSTER / "kubernetes.yaml"], text=True, capture_output=True, check=False)
+    done = subprocess.run(
+        [validator, "--strict", CLUSTER / "kubernetes.yaml"], text=True, capture_output=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -50,14 +50,20 @@ def test_several_processes_equal_one_loss_by_loss_and_read_each_row_once(
     [{"micro_batch": 2, "packing": False, "group_by_length": True}, {"plain": True}],
     ids=["padded rows of like length", "plain steps"],
 )
-def test_they_equal_one_in_every_form_of_step(tmp_path: Path, tiny_base: Path, tokenizer: Any, settings: dict[str, Any]) -> None:
+def test_they_equal_one_in_every_form_of_step(
+    tmp_path: Path, tiny_base: Path, tokenizer: Any, settings: dict[str, Any]
+) -> None:
     for count in (1, 2):
-        ended = train_together(tmp_path / str(count), tiny_base, tokenizer, count=count, **{**LONG, "steps": 6, **settings})
+        ended = train_together(
+            tmp_path / str(count), tiny_base, tokenizer, count=count, **{**LONG, "steps": 6, **settings}
+        )
         assert [code for code, _ in ended] == [0] * count, ended
     assert curve(tmp_path / "2") == pytest.approx(curve(tmp_path / "1"), abs=TOLERANCE)
 
 
-def test_step_that_is_no_number_on_one_process_is_left_out_on_all(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
+def test_step_that_is_no_number_on_one_process_is_left_out_on_all(
+    tmp_path: Path, tiny_base: Path, tokenizer: Any
+) -> None:
     ended = train_together(tmp_path, tiny_base, tokenizer, count=2, break_rank=1, **{**LONG, "steps": 4})
     assert [code for code, _ in ended] == [0, 0], ended
     said = [" ".join(output.split()) for _, output in ended]

@@ -50,14 +50,21 @@ def test_fsdp_equals_ddp_loss_by_loss(runs: Path, form: str, figure: str) -> Non
 
 @pytest.mark.slow
 def test_fsdp_leaves_ddps_adapter(runs: Path) -> None:
-    ours, theirs = (load_file(runs / name / "train" / "adapter" / "adapter_model.safetensors") for name in ("fsdp", "ddp"))
-    assert {name: (t.shape, t.dtype) for name, t in ours.items()} == {name: (t.shape, t.dtype) for name, t in theirs.items()}
+    ours, theirs = (
+        load_file(runs / name / "train" / "adapter" / "adapter_model.safetensors") for name in ("fsdp", "ddp")
+    )
+    assert {name: (t.shape, t.dtype) for name, t in ours.items()} == {
+        name: (t.shape, t.dtype) for name, t in theirs.items()
+    }
     assert all(torch.allclose(ours[name], theirs[name], atol=TOLERANCE) for name in ours)
 
 
 @pytest.mark.slow
 def test_each_process_holds_half_of_the_base(runs: Path) -> None:
-    held = {name: [json.loads((runs / name / f"kept-{rank}.json").read_text()) for rank in range(2)] for name in ("ddp", "fsdp")}
+    held = {
+        name: [json.loads((runs / name / f"kept-{rank}.json").read_text()) for rank in range(2)]
+        for name in ("ddp", "fsdp")
+    }
     whole = held["ddp"][0]["base"]
     assert sum(one["base"] for one in held["fsdp"]) == whole
     assert all(one["base"] < 0.51 * whole for one in held["fsdp"])
@@ -67,7 +74,9 @@ def test_each_process_holds_half_of_the_base(runs: Path) -> None:
 @pytest.mark.slow
 def test_shortage_of_one_process_ends_all_with_what_to_do(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
     settings = {**ODD, "tokens_per_step": 880}
-    ended = train_together(tmp_path, tiny_base, tokenizer, count=2, shards=True, short_rank=1, micro_batch=4, **settings)
+    ended = train_together(
+        tmp_path, tiny_base, tokenizer, count=2, shards=True, short_rank=1, micro_batch=4, **settings
+    )
     said = [" ".join(output.split()) for _, output in ended]
     assert [code for code, _ in ended] == [2, 2], said
     assert "which launch=fsdp cannot mend on the way. Use train.micro_batch=2" in said[1]
@@ -75,7 +84,12 @@ def test_shortage_of_one_process_ends_all_with_what_to_do(tmp_path: Path, tiny_b
 
 @pytest.mark.slow
 def test_accelerates_launcher_brings_fsdp_by_its_own_file_from_data_to_merge(tmp_path: Path, tiny_base: Path) -> None:
-    launched = ["-m", "accelerate.commands.launch", "--config_file", ROOT / "scripts" / "cluster" / "accelerate_fsdp.yaml"]
+    launched = [
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        ROOT / "scripts" / "cluster" / "accelerate_fsdp.yaml",
+    ]
     done = subprocess.run(
         [sys.executable, *launched, "-m", "finetune", *overrides(tmp_path, tiny_base), "tracking=[]", "run.until=merge"],
         cwd=ROOT, text=True, capture_output=True, check=False,
@@ -89,7 +103,9 @@ def test_accelerates_launcher_brings_fsdp_by_its_own_file_from_data_to_merge(tmp
 
 @pytest.mark.parametrize("strategy", ["fsdp", "deepspeed"])
 def test_int8_in_shards_is_refused_up_front(strategy: str) -> None:
-    with pytest.raises(ConfigError, match=f"method=int8 cannot be cut into shards: launch={strategy} needs quantization=nf4_double, or"):
+    with pytest.raises(
+        ConfigError, match=f"method=int8 cannot be cut into shards: launch={strategy} needs quantization=nf4_double, or"
+    ):
         load(["+experiment=quickstart", "quantization=int8", f"launch={strategy}"])
 
 
@@ -100,33 +116,54 @@ def test_accelerates_configuration_names_the_strategy(monkeypatch: pytest.Monkey
     found = as_launched(LaunchConfig(strategy="single", processes=1, offload=False))
     assert (found.strategy, found.processes, found.offload) == ("fsdp", 2, True)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ConfigError, match="launch=ddp, and the configuration of the launcher that started this says fsdp"):
+    with pytest.raises(
+        ConfigError, match="launch=ddp, and the configuration of the launcher that started this says fsdp"
+    ):
         as_launched(LaunchConfig(strategy="ddp", processes=2, offload=False))
 
 
 def test_accelerate_is_told_of_fsdp_and_its_offload() -> None:
     told = accelerate_config(LaunchConfig(strategy="fsdp", processes=2, offload=True))
-    assert (told["distributed_type"], told["fsdp_config"]["fsdp_offload_params"], told["mixed_precision"]) == ("FSDP", True, "no")
+    assert (told["distributed_type"], told["fsdp_config"]["fsdp_offload_params"], told["mixed_precision"]) == (
+        "FSDP",
+        True,
+        "no",
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "device", "rehearses", "message"),
     [
-        ({}, "cuda", True, "say rehearse=off"),
+        ({}, "cuda", True, "say preflight=off"),
         ({"offload": True}, "cpu", False, "launch.offload=true moves shards"),
         ({}, "mps", False, "needs NVIDIA GPUs or CPUs"),
     ],
 )
-def test_what_fsdp_cannot_do_on_a_device_is_said(changes: dict[str, bool], device: str, rehearses: bool, message: str) -> None:
+def test_what_fsdp_cannot_do_on_a_device_is_said(
+    changes: dict[str, bool], device: str, rehearses: bool, message: str
+) -> None:
     with pytest.raises(HardwareError, match=message):
-        refuse(LaunchConfig(strategy="fsdp", processes=2, **{"offload": False, **changes}), device=device, rehearses=rehearses)
+        refuse(
+            LaunchConfig(strategy="fsdp", processes=2, **{"offload": False, **changes}),
+            device=device,
+            rehearses=rehearses,
+        )
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_fsdp_equals_ddp_on_gpus(tmp_path: Path) -> None:
-    told = ["+experiment=quickstart", "rehearse=off", "tracking=[]", "speed.layers=plain", "lora.dropout=0", "train.steps=20"]
+    told = [
+        "+experiment=quickstart",
+        "preflight=off",
+        "tracking=[]",
+        "kernels.layers=plain",
+        "lora.dropout=0",
+        "train.steps=20",
+    ]
     for strategy in ("ddp", "fsdp"):
         command = [*told, f"launch={strategy}", f"run.root={tmp_path}", f"run.name={strategy}", "run.until=train"]
         assert main(command) == 0
-    assert curve(tmp_path / "fsdp") == pytest.approx(curve(tmp_path / "ddp"), abs=0.02), "4-bit codes are made in host memory and on a GPU"
+    assert curve(tmp_path / "fsdp") == pytest.approx(curve(tmp_path / "ddp"), abs=0.02), (
+        "4-bit codes are made in host memory and on a GPU"
+    )

@@ -33,7 +33,9 @@ with exclusive(pathlib.Path(sys.argv[1]), "key", what="it"):
 def holder(code: str, *arguments: object) -> "subprocess.Popen[str]":
     """A process that holds a lock, once it holds it."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, text=True, env=environment
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
     return process
@@ -52,13 +54,17 @@ def test_second_run_on_one_folder_is_refused_and_a_killed_first_one_frees_it(tmp
         pass
 
 
-def test_lock_of_a_folder_that_was_deleted_meanwhile_counts_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lock_of_a_folder_that_was_deleted_meanwhile_counts_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import fcntl
 
     real = fcntl.flock
 
     def flock(handle: object, how: int) -> None:
-        (tmp_path / ".lock").unlink()  # what run.if_exists=overwrite of another process does between opening and locking
+        (
+            tmp_path / ".lock"
+        ).unlink()  # what run.if_exists=overwrite of another process does between opening and locking
         (tmp_path / ".lock").touch()
         real(handle, how)  # type: ignore[arg-type]
 

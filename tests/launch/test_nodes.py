@@ -26,10 +26,21 @@ def check() -> ModuleType:
 
 
 def test_node_that_dies_ends_the_other_and_a_restart_goes_on(
-    tmp_path: Path, tiny_base: Path, check: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    tiny_base: Path,
+    check: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     small = [one for one in SMALL if not one.startswith("train.steps")]
-    told = [*small, f"model.name={tiny_base}", *data_overrides(tmp_path), "rehearse=off", "tracking=[]", "train.checkpoints=10"]
+    told = [
+        *small,
+        f"model.name={tiny_base}",
+        *data_overrides(tmp_path),
+        "preflight=off",
+        "tracking=[]",
+        "train.checkpoints=10",
+    ]
     monkeypatch.setattr(check, "SILENCE_SECONDS", 6)
     assert check.two_machines(tmp_path / "outputs", told, troubles=[(10, "killed", 1)], steps=100)
     said = capsys.readouterr().out

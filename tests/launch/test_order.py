@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from finetune.train.order import Order
+from finetune.train.sampler import Order
 
 LENGTHS = [7, 3, 9, 1, 5, 2, 8, 6, 4, 11]
 
@@ -16,7 +16,13 @@ def steps(
     own = []
     for process in range(processes):
         order = Order(
-            rows, rows_per_step=rows_per_step, micro_batch=micro_batch, seed=3, lengths=lengths, process=process, processes=processes
+            rows,
+            rows_per_step=rows_per_step,
+            micro_batch=micro_batch,
+            seed=3,
+            lengths=lengths,
+            process=process,
+            processes=processes,
         )
         batches = list(order)
         assert len(batches) == len(order)
@@ -32,7 +38,9 @@ def steps(
 
 
 @pytest.mark.parametrize("processes", [2, 3, 4])
-@pytest.mark.parametrize(("rows", "rows_per_step", "micro_batch"), [(10, 4, 1), (10, 4, 2), (9, 6, 4), (8, 4, 2), (5, 8, 3)])
+@pytest.mark.parametrize(
+    ("rows", "rows_per_step", "micro_batch"), [(10, 4, 1), (10, 4, 2), (9, 6, 4), (8, 4, 2), (5, 8, 3)]
+)
 @pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["random", "by length"])
 def test_each_step_reads_the_rows_that_one_process_would_read_once_each(
     processes: int, rows: int, rows_per_step: int, micro_batch: int, lengths: list[int] | None
@@ -44,5 +52,7 @@ def test_each_step_reads_the_rows_that_one_process_would_read_once_each(
 
 
 def test_process_without_rows_in_the_last_step_makes_an_empty_micro_batch() -> None:
-    last = [list(Order(9, rows_per_step=4, micro_batch=1, seed=3, process=process, processes=2))[-1] for process in range(2)]
+    last = [
+        list(Order(9, rows_per_step=4, micro_batch=1, seed=3, process=process, processes=2))[-1] for process in range(2)
+    ]
     assert sorted(map(len, last)) == [0, 1]

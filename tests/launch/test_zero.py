@@ -19,7 +19,11 @@ def test_settings_are_those_of_the_launch_group() -> None:
     assert SETTINGS["train_batch_size"] == 64
     assert SETTINGS["zero_optimization"]["offload_param"] == {"device": "cpu", "pin_memory": True}
     kept = zero3(
-        LaunchConfig(strategy="deepspeed", processes=2, offload=False), dtype="float16", micro_batch=1, accumulate=1, max_grad_norm=1
+        LaunchConfig(strategy="deepspeed", processes=2, offload=False),
+        dtype="float16",
+        micro_batch=1,
+        accumulate=1,
+        max_grad_norm=1,
     )
     assert "offload_param" not in kept["zero_optimization"]
     assert (kept["fp16"]["enabled"], kept["bf16"]["enabled"]) == (True, False)
@@ -35,10 +39,10 @@ def test_accelerates_plugin_takes_them() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="the package deepspeed is not installed")
 def test_deepspeeds_own_validation_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.config import DeepKernelsConfig
 
     alone = dataclasses.replace(LAUNCH, processes=1)  # it counts the processes that are there
-    read = DeepSpeedConfig(zero3(alone, dtype="bfloat16", micro_batch=2, accumulate=4, max_grad_norm=0.3))
+    read = DeepKernelsConfig(zero3(alone, dtype="bfloat16", micro_batch=2, accumulate=4, max_grad_norm=0.3))
     assert (read.zero_config.stage, read.gradient_clipping, read.train_batch_size) == (3, 0.3, 8)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from finetune.console import say
+from finetune.console import log
 from finetune.errors import FinetuneError, Interrupted, RankFailed
 from finetune.launch import Ranks, end
 from finetune.launch.ranks import VARIABLES
@@ -54,7 +54,11 @@ def main(folder: Path, base: Path, settings: dict[str, Any]) -> int:
     ranks = Ranks(shards=settings.pop("shards", False))
     rank = ranks.rank
     torch.set_num_threads(1)
-    breaks, short, stop = settings.pop("break_rank", None), settings.pop("short_rank", None), settings.pop("stop_step", None)
+    breaks, short, stop = (
+        settings.pop("break_rank", None),
+        settings.pop("short_rank", None),
+        settings.pop("stop_step", None),
+    )
     if settings.pop("stranger", None) == rank:
         settings["rank"] = 4
 
@@ -74,18 +78,18 @@ def main(folder: Path, base: Path, settings: dict[str, Any]) -> int:
             trackers=Stopping(stop) if stop else None, **settings,
         )  # fmt: skip
     except Interrupted as interrupted:
-        say("end", str(interrupted))
-        ranks.leave()
+        log("end", str(interrupted))
+        ranks.shutdown()
         return 75
     except FinetuneError as error:
-        say("end", str(error))
+        log("end", str(error))
         ranks.fail(str(error), 2)
         return 2
     except RuntimeError as error:
         explained = ranks.explain(error)
         if not isinstance(explained, RankFailed):
             raise
-        say("end", str(explained))
+        log("end", str(explained))
         return explained.code
     (folder / f"kept-{rank}.json").write_text(json.dumps(kept(models[0])))
     return 0
@@ -96,7 +100,9 @@ def kept(model: Any) -> dict[str, int]:
     found = {"base": 0, "rest": 0}
     for name, parameter in model.named_parameters():
         local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-        found["base" if ".layers." in name and not parameter.requires_grad else "rest"] += local.numel() * local.element_size()
+        found["base" if ".layers." in name and not parameter.requires_grad else "rest"] += (
+            local.numel() * local.element_size()
+        )
     return found
 
 

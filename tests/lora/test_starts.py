@@ -9,20 +9,24 @@ import torch
 from finetune.errors import ModelError
 from finetune.lora import attach
 from finetune.lora.config import DOUBLED
-from finetune.lora.starts import dense_weight, lora_layers
+from finetune.lora.init import dense_weight, lora_layers
 from tests.lora.helpers import RANK, TARGETS, adapt, config, logits, train
 from tests.quantization.test_bnb import load
 
 
 @pytest.mark.parametrize("variant", DOUBLED)
-def test_start_in_the_weights_trains_as_the_published_form_does(loud_base: Path, documents: list[list[int]], variant: str) -> None:
+def test_start_in_the_weights_trains_as_the_published_form_does(
+    loud_base: Path, documents: list[list[int]], variant: str
+) -> None:
     """As published, B0 A0 is taken out of the weight; here it stays beside it. In float32 that is the same training."""
     import peft
     from transformers import AutoModelForCausalLM
 
     ours, theirs = (AutoModelForCausalLM.from_pretrained(loud_base, dtype=torch.float32) for _ in range(2))
     adapted = attach(ours, config(variant), upcast="none", checkpointing=False, seed=1)
-    published = peft.get_peft_model(theirs, peft.LoraConfig(r=RANK, lora_alpha=8, target_modules=TARGETS, task_type="CAUSAL_LM"))
+    published = peft.get_peft_model(
+        theirs, peft.LoraConfig(r=RANK, lora_alpha=8, target_modules=TARGETS, task_type="CAUSAL_LM")
+    )
     started = lora_layers(adapted)
     for name, layer in lora_layers(published).items():
         a = started[name].lora_A["default"].weight.detach()[:RANK].clone()
@@ -39,11 +43,17 @@ def test_olora_starts_where_peft_starts_it(loud_base: Path, documents: list[list
     import peft
 
     ours = adapt(loud_base, "none", "olora", documents)
-    settings = peft.LoraConfig(r=RANK, lora_alpha=8, target_modules=TARGETS, init_lora_weights="olora", task_type="CAUSAL_LM")
+    settings = peft.LoraConfig(
+        r=RANK, lora_alpha=8, target_modules=TARGETS, init_lora_weights="olora", task_type="CAUSAL_LM"
+    )
     theirs = lora_layers(peft.get_peft_model(load(loud_base, "none"), settings))
     for name, layer in lora_layers(ours).items():
-        assert torch.allclose(layer.lora_A["default"].weight[:RANK], theirs[name].lora_A["default"].weight, rtol=0.01, atol=1e-3)
-        assert torch.allclose(layer.lora_B["default"].weight[:, :RANK], theirs[name].lora_B["default"].weight, rtol=0.01, atol=1e-3)
+        assert torch.allclose(
+            layer.lora_A["default"].weight[:RANK], theirs[name].lora_A["default"].weight, rtol=0.01, atol=1e-3
+        )
+        assert torch.allclose(
+            layer.lora_B["default"].weight[:, :RANK], theirs[name].lora_B["default"].weight, rtol=0.01, atol=1e-3
+        )
 
 
 def test_pissa_takes_the_largest_singular_values(loud_base: Path, documents: list[list[int]]) -> None:
@@ -64,9 +74,21 @@ def test_eva_finds_directions_as_good_as_pefts_and_as_the_best(loud_base: Path, 
 
     row = documents[2]
     targets = ["q_proj", "up_proj", "down_proj"]
-    ours = attach(load(loud_base, "none"), config("eva", targets=targets), upcast="none", checkpointing=False, seed=1, calibration=[row])
+    ours = attach(
+        load(loud_base, "none"),
+        config("eva", targets=targets),
+        upcast="none",
+        checkpointing=False,
+        seed=1,
+        calibration=[row],
+    )
     settings = peft.LoraConfig(
-        r=RANK, lora_alpha=8, target_modules=targets, init_lora_weights="eva", eva_config=peft.EvaConfig(rho=1.0), task_type="CAUSAL_LM"
+        r=RANK,
+        lora_alpha=8,
+        target_modules=targets,
+        init_lora_weights="eva",
+        eva_config=peft.EvaConfig(rho=1.0),
+        task_type="CAUSAL_LM",
     )
     theirs = peft.get_peft_model(load(loud_base, "none"), settings)
     batch = {"input_ids": torch.tensor([row]), "attention_mask": torch.ones(1, len(row), dtype=torch.long)}
@@ -74,7 +96,9 @@ def test_eva_finds_directions_as_good_as_pefts_and_as_the_best(loud_base: Path, 
     seen: dict[str, torch.Tensor] = {}
     plain = load(loud_base, "none")
     for name, module in plain.named_modules():
-        module.register_forward_pre_hook(lambda _, inputs, name=name: seen.update({name: inputs[0][0].float()}) if inputs else None)
+        module.register_forward_pre_hook(
+            lambda _, inputs, name=name: seen.update({name: inputs[0][0].float()}) if inputs else None
+        )
     logits(plain, row)
     for name, layer in lora_layers(ours).items():
         inputs = seen[name] - seen[name].mean(dim=0)
@@ -86,14 +110,17 @@ def test_eva_finds_directions_as_good_as_pefts_and_as_the_best(loud_base: Path, 
 
 
 def test_padding_is_no_direction(loud_base: Path, documents: list[list[int]]) -> None:
-    from finetune.lora.starts import batches, input_directions
+    from finetune.lora.init import batches, input_directions
 
     made = batches(documents, tokens=60)
     assert [batch["attention_mask"].sum().item() for batch in made] == [71, 80]
     base = load(loud_base, "none")
-    base.get_input_embeddings().weight.data[0] = torch.randn(64, generator=torch.Generator().manual_seed(2))  # the padding's, 0 so far
+    base.get_input_embeddings().weight.data[0] = torch.randn(
+        64, generator=torch.Generator().manual_seed(2)
+    )  # the padding's, 0 so far
     alone, padded = (
-        input_directions(base, ["q_proj"], documents=given, rank=RANK, seed=1) for given in ([documents[0]], [documents[0], [7]])
+        input_directions(base, ["q_proj"], documents=given, rank=RANK, seed=1)
+        for given in ([documents[0]], [documents[0], [7]])
     )
     name = "model.layers.0.self_attn.q_proj"
     assert torch.linalg.svdvals(alone[name] @ padded[name].T).min() > 0.97
@@ -132,7 +159,9 @@ def test_loftq_starts_at_the_best_correction_of_the_rounding(loud_base: Path, do
         ("pissa", "nf4", {"rank": 65}, "has only 64 directions to start at; use at most lora.rank=64"),
     ],
 )
-def test_variant_that_lacks_its_start_is_refused(loud_base: Path, variant: str, method: str, given: dict[str, Any], message: str) -> None:
+def test_variant_that_lacks_its_start_is_refused(
+    loud_base: Path, variant: str, method: str, given: dict[str, Any], message: str
+) -> None:
     settings = config(variant, rank=given.pop("rank", RANK))
     with pytest.raises(ModelError, match=message):
         attach(load(loud_base, method), settings, upcast="none", checkpointing=False, seed=1, **given)

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from finetune.inference.adapted import load_adapter
 from finetune.lora import cast_adapter
 from finetune.lora.config import DOUBLED, VARIANTS
-from finetune.measure.graph import put_adapter
 from tests.lora.helpers import RANK, adapt, config, logits, train
 from tests.quantization.test_bnb import load
 
@@ -21,7 +21,9 @@ CHOICES.remove(("loftq", "none"))
 
 
 def base_weights(model: Any) -> dict[str, torch.Tensor]:
-    named = ((name.removeprefix("base_model.model.").replace(".base_layer", ""), p) for name, p in model.named_parameters())
+    named = (
+        (name.removeprefix("base_model.model.").replace(".base_layer", ""), p) for name, p in model.named_parameters()
+    )
     return {name: p.detach().clone() for name, p in named if "lora_" not in name}
 
 
@@ -36,12 +38,14 @@ def test_reloaded_graph_is_the_trained_one_to_the_bit(
     trained = logits(adapted, documents[0])
     assert (trained - before).abs().max() > 0.1
     adapted.save_pretrained(tmp_path)
-    again = put_adapter(load(loud_base, method, double=method == "nf4"), tmp_path, upcast="none")
+    again = load_adapter(load(loud_base, method, double=method == "nf4"), tmp_path, upcast="none")
     assert torch.equal(logits(again, documents[0]), trained)
 
 
 @pytest.mark.parametrize(("variant", "method"), CHOICES)
-def test_first_logits_are_the_bases_and_its_weights_stay(loud_base: Path, documents: list[list[int]], variant: str, method: str) -> None:
+def test_first_logits_are_the_bases_and_its_weights_stay(
+    loud_base: Path, documents: list[list[int]], variant: str, method: str
+) -> None:
     untouched = base_weights(load(loud_base, method, double=method == "nf4"))
     adapted = adapt(loud_base, method, variant, documents)
     now = base_weights(adapted)
@@ -89,7 +93,9 @@ def test_lengths_of_dora_stay_in_float32(loud_base: Path, documents: list[list[i
     assert found == {True: torch.float32, False: torch.bfloat16}
 
 
-def test_adapter_on_disk_names_no_start_that_loading_would_repeat(loud_base: Path, documents: list[list[int]], tmp_path: Path) -> None:
+def test_adapter_on_disk_names_no_start_that_loading_would_repeat(
+    loud_base: Path, documents: list[list[int]], tmp_path: Path
+) -> None:
     import json
 
     for variant in VARIANTS:

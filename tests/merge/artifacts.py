@@ -49,7 +49,7 @@ def base_of(folder: Path) -> Base:
 
 def placement(dtype: str = "bfloat16") -> Placement:
     return Placement(
-        device="cpu", dtype=dtype, attention="sdpa", optimizer="adamw_torch", optimizer_why="test", threads=1, reasons=()
+        device="cpu", dtype=dtype, attention="sdpa", optimizer="adamw_torch", optimizer_reason="test", threads=1, reasons=()
     )  # fmt: skip
 
 
@@ -83,7 +83,10 @@ def loud_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("loud") / "base"
     shutil.copytree(tiny_base, folder)
     tensors = load_file(folder / "model.safetensors")
-    loud = {name: (tensor * 10 if "proj" in name else tensor * 4 if "embed" in name else tensor) for name, tensor in tensors.items()}
+    loud = {
+        name: (tensor * 10 if "proj" in name else tensor * 4 if "embed" in name else tensor)
+        for name, tensor in tensors.items()
+    }
     save_file(loud, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -92,7 +95,11 @@ def loud_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def line(loud_base: Path, heldout: Made) -> Callable[..., Line]:
     def make(method: str = "nf4", *, folder: Path = loud_base, dtype: str = "bfloat16") -> Line:
         return Line(
-            base=base_of(folder), model=model_config(folder), quantization=quantization(method), placement=placement(dtype), data=heldout
+            base=base_of(folder),
+            model=model_config(folder),
+            quantization=quantization(method),
+            placement=placement(dtype),
+            data=heldout,
         )
 
     return make

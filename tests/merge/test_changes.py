@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from finetune import lora
 from finetune.errors import MergeError, ModelError
+from finetune.inference.adapted import load_adapted_model
 from finetune.lora.config import VARIANTS
-from finetune.measure import trained_graph
+from finetune.merge.adapter_deltas import Rows, add_changes, read_changes
 from finetune.merge.candidates import build, from_disk
-from finetune.merge.changes import Rows, add_changes, read_changes
 from finetune.merge.graph import add_adapters, dequantized
 from finetune.model import load
 
@@ -56,9 +56,13 @@ def test_merged_logits_equal_the_adapters(loud_base: Path, tmp_path: Path, kind:
     assert built.changed > 0
 
 
-@pytest.mark.parametrize("kind", [{"modules_to_save": ["embed_tokens"]}, {"target_modules": ["q_proj", "embed_tokens"]}], ids=str)
+@pytest.mark.parametrize(
+    "kind", [{"modules_to_save": ["embed_tokens"]}, {"target_modules": ["q_proj", "embed_tokens"]}], ids=str
+)
 @pytest.mark.filterwarnings("ignore")
-def test_embedding_that_grew_by_new_tokens_is_merged_with_them(loud_base: Path, tmp_path: Path, kind: dict[str, Any]) -> None:
+def test_embedding_that_grew_by_new_tokens_is_merged_with_them(
+    loud_base: Path, tmp_path: Path, kind: dict[str, Any]
+) -> None:
     from peft import LoraConfig, PeftModel, get_peft_model
 
     def grown() -> Any:
@@ -83,13 +87,21 @@ def test_embedding_that_grew_by_new_tokens_is_merged_with_them(loud_base: Path, 
 
 
 @pytest.mark.parametrize("method", ["none", "nf4"])
-def test_several_adapters_add_up_as_peft_adds_them(line: Callable[..., Line], loud_base: Path, tmp_path: Path, method: str) -> None:
+def test_several_adapters_add_up_as_peft_adds_them(
+    line: Callable[..., Line], loud_base: Path, tmp_path: Path, method: str
+) -> None:
     parts = line(method, dtype="float32")
     own, second, third = (
         make_adapter(loud_base, tmp_path / str(seed), seed=seed, **settings).folder / "adapter"
-        for seed, settings in ((3, {}), (4, {"r": 2, "use_rslora": True}), (5, {"target_modules": ["q_proj", "down_proj"]}))
+        for seed, settings in (
+            (3, {}),
+            (4, {"r": 2, "use_rslora": True}),
+            (5, {"target_modules": ["q_proj", "down_proj"]}),
+        )
     )
-    graph = trained_graph(parts.base, parts.model, quantization=parts.quantization, placement=parts.placement, adapter=own)
+    graph = load_adapted_model(
+        parts.base, parts.model, quantization=parts.quantization, placement=parts.placement, adapter=own
+    )
     alone = logits(graph)
     add_adapters(graph, {str(second): 0.5, str(third): -0.25}, base_sha256=parts.base.sha256)
     together = logits(graph)
@@ -111,7 +123,9 @@ def test_several_adapters_add_up_as_peft_adds_them(line: Callable[..., Line], lo
     [({"use_dora": True}, "not by plain LoRA alone"), ({"modules_to_save": ["norm"]}, "not by plain LoRA alone")],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_adapters_that_do_not_add_up_are_refused(loud_base: Path, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+def test_adapters_that_do_not_add_up_are_refused(
+    loud_base: Path, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
     own = make_adapter(loud_base, tmp_path / "own").folder / "adapter"
     further = make_adapter(loud_base, tmp_path / "further", **settings).folder / "adapter"
     with pytest.raises(MergeError, match=message):
@@ -120,11 +134,15 @@ def test_adapters_that_do_not_add_up_are_refused(loud_base: Path, tmp_path: Path
 
 @pytest.mark.parametrize("method", ["none", "nf4"])
 @pytest.mark.parametrize("upcast", ["none", "all"])
-def test_trained_tokens_come_back_and_merge(line: Callable[..., Line], tokenizer: Any, tmp_path: Path, method: str, upcast: str) -> None:
+def test_trained_tokens_come_back_and_merge(
+    line: Callable[..., Line], tokenizer: Any, tmp_path: Path, method: str, upcast: str
+) -> None:
     """Rows of the embedding, and of the head that is tied to it: trained, saved, loaded again, merged."""
     parts = line(method, dtype="float32")
-    trained = train_a_little(parts, tmp_path / "adapter", "lora", tokenizer=tokenizer, upcast=upcast, tokens=["<|im_end|>", "W"])
-    graph = trained_graph(
+    trained = train_a_little(
+        parts, tmp_path / "adapter", "lora", tokenizer=tokenizer, upcast=upcast, tokens=["<|im_end|>", "W"]
+    )
+    graph = load_adapted_model(
         parts.base, dataclasses.replace(parts.model, upcast=upcast), quantization=parts.quantization, placement=parts.placement,
         adapter=tmp_path / "adapter",
     )  # fmt: skip
@@ -137,30 +155,42 @@ def test_trained_tokens_come_back_and_merge(line: Callable[..., Line], tokenizer
     old = load_file(parts.base.folder / "model.safetensors")["model.embed_tokens.weight"][rows.indices].float()
     assert (rows.values.float() - old).abs().max() > 0.01, "they were trained"
     build(
-        parts.base.folder, changes, tmp_path / "merged", dtype=torch.float32, source=from_disk if method == "none" else dequantized(graph)
+        parts.base.folder,
+        changes,
+        tmp_path / "merged",
+        dtype=torch.float32,
+        source=from_disk if method == "none" else dequantized(graph),
     )
     found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-def test_token_that_is_not_in_the_vocabulary_is_named(line: Callable[..., Line], tokenizer: Any, tmp_path: Path) -> None:
+def test_token_that_is_not_in_the_vocabulary_is_named(
+    line: Callable[..., Line], tokenizer: Any, tmp_path: Path
+) -> None:
     with pytest.raises(ModelError, match=r"lora.tokens: <tool> not in the vocabulary"):
         train_a_little(line("none"), tmp_path, "lora", tokenizer=tokenizer, tokens=["<tool>"])
 
 
-@pytest.mark.parametrize(("variant", "method"), [(v, m) for v in VARIANTS for m in ("none", "nf4", "fp4") if (v, m) != ("loftq", "none")])
-def test_every_variant_merges_to_the_graph_that_was_trained(line: Callable[..., Line], tmp_path: Path, variant: str, method: str) -> None:
+@pytest.mark.parametrize(
+    ("variant", "method"), [(v, m) for v in VARIANTS for m in ("none", "nf4", "fp4") if (v, m) != ("loftq", "none")]
+)
+def test_every_variant_merges_to_the_graph_that_was_trained(
+    line: Callable[..., Line], tmp_path: Path, variant: str, method: str
+) -> None:
     """The trained graph is peft's own forward pass over the base as it was quantized; nothing is merged in it."""
     parts = line(method, dtype="float32")
     train_a_little(parts, tmp_path / "adapter", variant)
-    graph = trained_graph(
+    graph = load_adapted_model(
         parts.base, parts.model, quantization=parts.quantization, placement=parts.placement, adapter=tmp_path / "adapter"
     )  # fmt: skip
     expected = logits(graph)
     with graph.disable_adapter():
         plain = logits(graph)
     source = from_disk if method == "none" else dequantized(graph)
-    build(parts.base.folder, read_changes(tmp_path / "adapter"), tmp_path / "merged", dtype=torch.float32, source=source)
+    build(
+        parts.base.folder, read_changes(tmp_path / "adapter"), tmp_path / "merged", dtype=torch.float32, source=source
+    )
     found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
     assert (expected - plain).abs().max() > 0.1
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
@@ -176,7 +206,14 @@ def train_a_little(
     base = load(parts.base, parts.model, quantization=parts.quantization, placement=parts.placement)
     documents = [list(range(start, start + 30)) for start in (10, 60, 200)]
     model = lora.attach(
-        base, settings, upcast=upcast, checkpointing=False, seed=1, calibration=documents, original=parts.base.folder, tokenizer=tokenizer
+        base,
+        settings,
+        upcast=upcast,
+        checkpointing=False,
+        seed=1,
+        calibration=documents,
+        original=parts.base.folder,
+        tokenizer=tokenizer,
     ).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2, weight_decay=0.0)
     for _ in range(3):
@@ -189,10 +226,15 @@ def train_a_little(
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"lora_bias": True}, "lora_bias"), ({"target_modules": [], "target_parameters": ["mlp.up_proj.weight"]}, "target_parameters")],
+    [
+        ({"lora_bias": True}, "lora_bias"),
+        ({"target_modules": [], "target_parameters": ["mlp.up_proj.weight"]}, "target_parameters"),
+    ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_adapter_that_is_no_change_of_weights_is_refused(loud_base: Path, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+def test_adapter_that_is_no_change_of_weights_is_refused(
+    loud_base: Path, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
     adapter = make_adapter(loud_base, tmp_path, **settings).folder / "adapter"
     with pytest.raises(MergeError, match=message):
         read_changes(adapter)
@@ -207,12 +249,16 @@ def test_other_kind_of_adapter_is_refused(loud_base: Path, tmp_path: Path) -> No
         read_changes(tmp_path)
 
 
-def test_weights_in_pieces_equal_weights_at_once(loud_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_in_pieces_equal_weights_at_once(
+    loud_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     adapter = make_adapter(loud_base, tmp_path, use_dora=True).folder / "adapter"
     build(loud_base, read_changes(adapter), tmp_path / "whole", dtype=torch.bfloat16)
     monkeypatch.setattr("finetune.merge.checkpoint.PIECE_BYTES", 1000)
     build(loud_base, read_changes(adapter), tmp_path / "pieces", dtype=torch.bfloat16)
-    assert (tmp_path / "whole" / "model.safetensors").read_bytes() == (tmp_path / "pieces" / "model.safetensors").read_bytes()
+    assert (tmp_path / "whole" / "model.safetensors").read_bytes() == (
+        tmp_path / "pieces" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_base_that_is_cut_off_is_refused(loud_base: Path, tmp_path: Path) -> None:

@@ -14,10 +14,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.errors import FinetuneError, MergeError
-from finetune.measure import agreement, mean_loss, read_rows, reference_logprobs, row_losses, trained_graph
+from finetune.inference.adapted import load_adapted_model
+from finetune.inference.kl_divergence import agreement, reference_logprobs
+from finetune.inference.losses import mean_loss, row_losses
+from finetune.inference.rows import read_rows
 from finetune.merge import MergeConfig, MergedModel, merge
+from finetune.merge.adapter_deltas import read_changes
 from finetune.merge.candidates import build
-from finetune.merge.changes import read_changes
 from finetune.merge.graph import dequantized
 
 CONFIG: dict[str, Any] = {
@@ -51,19 +54,25 @@ def test_dequantized_candidate_is_the_trained_graph_and_the_original_is_not(merg
     assert {one["compared_tokens"] for one in merged.candidates} == {60}
 
 
-def test_losses_are_those_of_the_first_rows_with_paired_intervals(merged: MergedModel, line: Callable[..., Line], adapter: Made) -> None:
+def test_losses_are_those_of_the_first_rows_with_paired_intervals(
+    merged: MergedModel, line: Callable[..., Line], adapter: Made
+) -> None:
     """More rows than the distributions are kept of: the very rows that the evaluation takes."""
     parts = line()
     rows = read_rows(parts.data.folder / "heldout", limit=8)
-    graph = trained_graph(
+    graph = load_adapted_model(
         parts.base, parts.model, quantization=parts.quantization, placement=parts.placement, adapter=adapter.folder / "adapter"
     )  # fmt: skip
     kept = AutoModelForCausalLM.from_pretrained(merged.folder / "model", dtype=torch.bfloat16)
     assert merged.loss_rows == 8
     assert merged.reference["loss"] == pytest.approx(mean_loss(row_losses(graph, rows, batch_tokens=512)), abs=1e-9)
-    assert figures(merged, "dequantized")["loss"] == pytest.approx(mean_loss(row_losses(kept, rows, batch_tokens=512)), abs=1e-9)
+    assert figures(merged, "dequantized")["loss"] == pytest.approx(
+        mean_loss(row_losses(kept, rows, batch_tokens=512)), abs=1e-9
+    )
     change = figures(merged, "original")["loss_difference"]
-    assert change["difference"] == pytest.approx(figures(merged, "original")["loss"] - merged.reference["loss"], abs=1e-9)
+    assert change["difference"] == pytest.approx(
+        figures(merged, "original")["loss"] - merged.reference["loss"], abs=1e-9
+    )
     assert change["low"] <= change["difference"] <= change["high"]
     assert change["low"] < change["high"]
 
@@ -72,11 +81,13 @@ def test_fresh_process_measures_what_the_stage_measured(merged: MergedModel) -> 
     assert merged.reloaded["loss"] == pytest.approx(figures(merged, merged.chosen)["loss"], abs=1e-3)
 
 
-def test_merge_on_the_4bit_model_is_clearly_worse(line: Callable[..., Line], adapter: Made, merged: MergedModel, tmp_path: Path) -> None:
+def test_merge_on_the_4bit_model_is_clearly_worse(
+    line: Callable[..., Line], adapter: Made, merged: MergedModel, tmp_path: Path
+) -> None:
     """The planted bug: peft rounds the sum back to 4 bits, and most of the adapter is lost."""
     parts = line()
     rows = read_rows(parts.data.folder / "heldout")
-    graph = trained_graph(
+    graph = load_adapted_model(
         parts.base, parts.model, quantization=parts.quantization, placement=parts.placement, adapter=adapter.folder / "adapter"
     )  # fmt: skip
     reference = reference_logprobs(graph, rows, tmp_path / "reference.f32", batch_tokens=512)
@@ -96,11 +107,15 @@ def test_merged_folder_has_the_names_of_the_base_and_a_tied_head(merged: MergedM
 
 
 @pytest.mark.parametrize("method", ["nf4", "fp4", "int8"])
-def test_every_quantization_merges_to_its_own_graph(line: Callable[..., Line], adapter: Made, tmp_path: Path, method: str) -> None:
+def test_every_quantization_merges_to_its_own_graph(
+    line: Callable[..., Line], adapter: Made, tmp_path: Path, method: str
+) -> None:
     parts = line(method, dtype="float32")
     rows = read_rows(parts.data.folder / "heldout")
     folder = adapter.folder / "adapter"
-    graph = trained_graph(parts.base, parts.model, quantization=parts.quantization, placement=parts.placement, adapter=folder)
+    graph = load_adapted_model(
+        parts.base, parts.model, quantization=parts.quantization, placement=parts.placement, adapter=folder
+    )
     reference = reference_logprobs(graph, rows, tmp_path / "reference.f32", batch_tokens=512)
     build(parts.base.folder, read_changes(folder), tmp_path / "merged", dtype=torch.float32, source=dequantized(graph))
     found = agreement(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), rows, reference, batch_tokens=512)
@@ -119,7 +134,9 @@ def test_adapter_that_changes_nothing_is_refused(line: Callable[..., Line], loud
         run(tmp_path / "merge", line(), inert)
 
 
-def test_candidate_much_worse_than_the_adapter_fails_the_stage(line: Callable[..., Line], adapter: Made, tmp_path: Path) -> None:
+def test_candidate_much_worse_than_the_adapter_fails_the_stage(
+    line: Callable[..., Line], adapter: Made, tmp_path: Path
+) -> None:
     with pytest.raises(MergeError, match=r"merge.max_loss_increase is 0.0"):
         run(tmp_path, line(), adapter, choose="original", max_loss_increase=0.0)
 
@@ -129,7 +146,9 @@ def test_dequantized_without_quantization_is_refused(line: Callable[..., Line], 
         run(tmp_path, line("none"), adapter, choose="dequantized")
 
 
-def test_adapter_for_another_base_is_refused(line: Callable[..., Line], tiny_base: Path, loud_base: Path, tmp_path: Path) -> None:
+def test_adapter_for_another_base_is_refused(
+    line: Callable[..., Line], tiny_base: Path, loud_base: Path, tmp_path: Path
+) -> None:
     wide = make_adapter(loud_base, tmp_path / "train")
     file = wide.folder / "adapter" / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -148,7 +167,9 @@ def test_further_adapters_are_in_the_graph_and_in_the_model(
     assert figures(together, "dequantized")["kl"] < 1e-3
 
 
-def test_further_adapter_of_another_base_is_refused(line: Callable[..., Line], adapter: Made, loud_base: Path, tmp_path: Path) -> None:
+def test_further_adapter_of_another_base_is_refused(
+    line: Callable[..., Line], adapter: Made, loud_base: Path, tmp_path: Path
+) -> None:
     further = make_adapter(loud_base, tmp_path / "train").folder / "adapter"
     (further / "finetune.json").write_text(json.dumps({"base": {"sha256": "0" * 64}}))
     with pytest.raises(MergeError, match=r"says that it was trained on another base"):
@@ -204,7 +225,9 @@ def test_what_a_killed_merge_left_is_cleared_and_the_earlier_model_stays_until_t
 
 def test_base_in_shards_gives_the_same_weights_as_in_one_file(loud_base: Path, adapter: Made, tmp_path: Path) -> None:
     sharded = tmp_path / "sharded"
-    AutoModelForCausalLM.from_pretrained(loud_base, dtype=torch.bfloat16).save_pretrained(sharded, max_shard_size="60KB")
+    AutoModelForCausalLM.from_pretrained(loud_base, dtype=torch.bfloat16).save_pretrained(
+        sharded, max_shard_size="60KB"
+    )
     assert len(list(sharded.glob("*.safetensors"))) > 2
     changes = read_changes(adapter.folder / "adapter")
     for name, folder in (("one", loud_base), ("many", sharded)):
@@ -214,5 +237,7 @@ def test_base_in_shards_gives_the_same_weights_as_in_one_file(loud_base: Path, a
 
 
 def test_wishes_that_cannot_be_are_named_at_once() -> None:
-    config = MergeConfig(**{**CONFIG, "choose": "best", "candidates": ["magic"], "dtype": "int4", "loss_rows": 0, "measure_tokens": 0})
+    config = MergeConfig(
+        **{**CONFIG, "choose": "best", "candidates": ["magic"], "dtype": "int4", "loss_rows": 0, "measure_tokens": 0}
+    )
     assert len(list(config.problems())) == 5

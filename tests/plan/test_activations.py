@@ -13,7 +13,9 @@ TINY = ArchitectureConfig(
     family="llama", hidden_size=128, intermediate_size=384, layers=6, heads=8, kv_heads=4, head_dim=16, vocab_size=512,
     tied_embeddings=False, max_positions=256,
 )  # fmt: skip
-INPUTS = PlanInputs(architecture=TINY, method="none", rank=8, adapter_bytes=4, rows=2, tokens=50, checkpointing=False, device="cpu")
+INPUTS = PlanInputs(
+    architecture=TINY, method="none", rank=8, adapter_bytes=4, rows=2, tokens=50, checkpointing=False, device="cpu"
+)
 BFLOAT16 = dataclasses.replace(INPUTS, adapter_bytes=2, trainer=Trainer(reduced_input_copies=False))
 
 
@@ -27,13 +29,17 @@ def saved_bytes(*, adapter_dtype: Any, autocast: bool) -> int:
         hidden_size=TINY.hidden_size, intermediate_size=TINY.intermediate_size, num_hidden_layers=TINY.layers,
         num_attention_heads=TINY.heads, num_key_value_heads=TINY.kv_heads, vocab_size=TINY.vocab_size, head_dim=TINY.head_dim,
     )  # fmt: skip
-    model = peft.get_peft_model(LlamaModel(config).to(torch.bfloat16), peft.LoraConfig(r=8, target_modules="all-linear"))
+    model = peft.get_peft_model(
+        LlamaModel(config).to(torch.bfloat16), peft.LoraConfig(r=8, target_modules="all-linear")
+    )
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(adapter_dtype)
     model.enable_input_require_grads()
     # Autocast's own copies of the adapter are not the batch's, and are as many as there are weights.
-    shapes = {tuple(p.shape) for p in model.parameters()} | {tuple(p.t().shape) for p in model.parameters() if p.dim() == 2}
+    shapes = {tuple(p.shape) for p in model.parameters()} | {
+        tuple(p.t().shape) for p in model.parameters() if p.dim() == 2
+    }
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, Any] = {}
 
@@ -44,7 +50,10 @@ def saved_bytes(*, adapter_dtype: Any, autocast: bool) -> int:
         return tensor
 
     tokens = torch.randint(0, TINY.vocab_size, (INPUTS.rows, INPUTS.tokens))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
         model(tokens, use_cache=False)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
@@ -53,8 +62,12 @@ def saved_bytes(*, adapter_dtype: Any, autocast: bool) -> int:
 def test_closed_form_counts_what_autograd_saves(adapter_bytes: int) -> None:
     import torch
 
-    found = saved_bytes(adapter_dtype=torch.bfloat16 if adapter_bytes == 2 else torch.float32, autocast=adapter_bytes == 4)
-    inputs = dataclasses.replace(INPUTS, adapter_bytes=adapter_bytes, trainer=Trainer(reduced_input_copies=adapter_bytes == 4))
+    found = saved_bytes(
+        adapter_dtype=torch.bfloat16 if adapter_bytes == 2 else torch.float32, autocast=adapter_bytes == 4
+    )
+    inputs = dataclasses.replace(
+        INPUTS, adapter_bytes=adapter_bytes, trainer=Trainer(reduced_input_copies=adapter_bytes == 4)
+    )
     assert saved_in_layer(inputs) * inputs.step_tokens * TINY.layers == pytest.approx(found, rel=0.05)
 
 
@@ -103,7 +116,9 @@ def test_trls_loss_without_triton_is_counted_on_its_own_code(cap: float | None) 
         head = torch.empty(wide.vocab_size, TINY.hidden_size, dtype=torch.bfloat16)
         targets = torch.empty(inputs.step_tokens, dtype=torch.long)
         with Alive([hidden, head, targets], size=float) as alive:
-            logprobs = ChunkedLogProbFunction.apply(hidden, head, None, targets, 1.0, inputs.trainer.loss_tile[1], cap, 1.0, ())[0]
+            logprobs = ChunkedLogProbFunction.apply(
+                hidden, head, None, targets, 1.0, inputs.trainer.loss_tile[1], cap, 1.0, ()
+            )[0]
             logprobs.sum().backward()
     assert loss_bytes(inputs) == pytest.approx(alive.peak, rel=0.01)
 

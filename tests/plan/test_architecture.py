@@ -56,11 +56,21 @@ def test_every_shipped_model_has_possible_dimensions(file: Path) -> None:
 
 
 def test_fused_layers_have_their_own_names() -> None:
-    assert [linear.name for linear in linear_layers(architecture("phi3_mini"))] == ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+    assert [linear.name for linear in linear_layers(architecture("phi3_mini"))] == [
+        "qkv_proj",
+        "o_proj",
+        "gate_up_proj",
+        "down_proj",
+    ]
 
 
 def test_experts_are_not_linear_layers() -> None:
-    assert {linear.name for linear in linear_layers(architecture("mixtral_8x7b"))} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert {linear.name for linear in linear_layers(architecture("mixtral_8x7b"))} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    }
 
 
 def test_a_local_folder_tells_its_dimensions(tmp_path: Path) -> None:

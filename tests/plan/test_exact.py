@@ -25,7 +25,7 @@ OTHERS = [
     ["+experiment=qwen25_7b_qlora", "hardware=rtx4090", "lora.dropout=0"],
     ["+experiment=phi3_mini_qlora", "hardware=t4", "train.checkpointing=none"],
     ["+experiment=quickstart", "quantization=int8", "train.checkpointing=full"],
-    ["+experiment=quickstart", "quantization=none", "speed=plain"],
+    ["+experiment=quickstart", "quantization=none", "kernels=plain"],
     ["+experiment=llama7b_qlora", "hardware=a100_80gb", "model=mixtral_8x7b"],
 ]
 FEW_LAYERS = "model.architecture.layers=3"
@@ -43,7 +43,10 @@ def differences(overrides: list[str]) -> dict[str, float]:
 def test_closed_form_and_count_agree_within_a_twentieth(overrides: list[str]) -> None:
     found = differences(overrides)
     assert abs(found["together"]) < 0.05
-    assert all(abs(found.get(term, 0.0)) < 0.001 for term in ("weights", "constants", "unquantized", "adapter", "optimizer", "cached"))
+    assert all(
+        abs(found.get(term, 0.0)) < 0.001
+        for term in ("weights", "constants", "unquantized", "adapter", "optimizer", "cached")
+    )
     assert abs(found["kept activations"]) < 0.05
 
 
@@ -114,7 +117,7 @@ def test_a_family_that_cannot_be_counted_is_named() -> None:
         ["+experiment=quickstart", "quantization=none"],
         ["+experiment=quickstart", "quantization=int8"],
         ["+experiment=quickstart", "model.upcast=norms"],
-        ["+experiment=quickstart", "speed=plain"],
+        ["+experiment=quickstart", "kernels=plain"],
         ["+experiment=qwen25_7b_qlora"],
         ["+experiment=gemma2_9b_qlora"],
         ["+experiment=quickstart", "model=qwen3_06b"],
@@ -124,15 +127,19 @@ def test_a_family_that_cannot_be_counted_is_named() -> None:
 def test_the_plan_knows_how_steps_will_be_computed(overrides: list[str]) -> None:
     """`plan` foresees without torch what `speed` chooses when it sees the model."""
     from finetune.hardware import place
+    from finetune.kernels.choose import choose
+    from finetune.kernels.fusion import facts_of
     from finetune.plan.fake import build
-    from finetune.speed.choose import choose
-    from finetune.speed.quick import facts_of
 
     config = load([*overrides, "model.architecture.layers=1", "hardware.device=cpu"])
     machine = probe(config.hardware)
     placement = place(machine, config)
     inputs = from_config(config, machine)
     model, _ = build(config, inputs, dtype=placement.dtype)
-    choice = choose(config.speed, facts_of(model, placement), device="cpu")
+    choice = choose(config.kernels, facts_of(model, placement), device="cpu")
     cached = choice.cached and config.quantization.method != "none"
-    assert (inputs.steps.fused, inputs.steps.trained_only, inputs.steps.cached) == (choice.fused, choice.trained_only, cached)
+    assert (inputs.steps.fused, inputs.steps.loss_on_trained_tokens, inputs.steps.cached) == (
+        choice.fused,
+        choice.loss_on_trained_tokens,
+        cached,
+    )

@@ -12,12 +12,12 @@ import pytest
 from finetune.config import load
 from finetune.hardware import Gpu, Machine, probe
 from finetune.plan import PlanConfig, phases, show, weights, with_own
+from finetune.plan.activations_saved import layer_bytes
 from finetune.plan.fit import propose
 from finetune.plan.inputs import OURS, PlanInputs
-from finetune.plan.kept import layer_bytes
 from finetune.plan.product import Plan, make_plan
 from finetune.plan.settings import from_config
-from finetune.run import plain
+from finetune.run import to_jsonable
 from tests.plan.test_architecture import architecture
 
 GIB = 1024**3
@@ -30,7 +30,9 @@ def machine(*gibibytes: int, ram: int = 64) -> Machine:
 
 
 def inputs(name: str = "llama2_7b", **changes: object) -> PlanInputs:
-    start = PlanInputs(architecture=architecture(name), method="nf4", double=True, rank=16, rows=1, tokens=1024, checkpointing=True)
+    start = PlanInputs(
+        architecture=architecture(name), method="nf4", double=True, rank=16, rows=1, tokens=1024, checkpointing=True
+    )
     return dataclasses.replace(start, **changes)  # type: ignore[arg-type]
 
 
@@ -93,11 +95,13 @@ def test_terms_of_a_phase_add_up_to_its_peak() -> None:
 
 def test_plan_survives_json() -> None:
     plan = make_plan(inputs(), machine(24), checkpoints=2)
-    assert Plan(**json.loads(json.dumps(plain(plan)))) == plan
+    assert Plan(**json.loads(json.dumps(to_jsonable(plan)))) == plan
 
 
 def test_every_change_that_is_advised_needs_less() -> None:
-    heavy = inputs(method="none", double=False, rows=4, checkpointing=False, dropout=True, upcast="all", optimizer="adamw_torch")
+    heavy = inputs(
+        method="none", double=False, rows=4, checkpointing=False, dropout=True, upcast="all", optimizer="adamw_torch"
+    )
     plan = make_plan(heavy, machine(24), checkpoints=2)
     assert plan.advice in ("train.checkpointing=full", "train.micro_batch=2", "quantization=nf4_double")
 
@@ -106,13 +110,18 @@ def test_fewer_answers_at_a_time_are_advised_where_they_fit() -> None:
     asked = inputs(answer_rows=32, answer_tokens=96)
     said = make_plan(asked, machine(24), checkpoints=2).notes
     assert any(re.search(r"eval needs 30\.\d GiB .* eval\.batch_rows=16 fits", note) for note in said)
-    assert not any("eval" in note for note in make_plan(dataclasses.replace(asked, answer_rows=8), machine(24), checkpoints=2).notes)
+    assert not any(
+        "eval" in note
+        for note in make_plan(dataclasses.replace(asked, answer_rows=8), machine(24), checkpoints=2).notes
+    )
 
 
 def test_show_prints_every_phase_and_the_verdict(capsys: pytest.CaptureFixture[str]) -> None:
     show(make_plan(inputs(), machine(24), checkpoints=2))
     printed = capsys.readouterr().out
-    assert all(phase in printed for phase in ("load", "first step", "step", "save", "eval", "merge", "it fits in 24.0 GiB"))
+    assert all(
+        phase in printed for phase in ("load", "first step", "step", "save", "eval", "merge", "it fits in 24.0 GiB")
+    )
 
 
 def test_unknown_model_is_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,7 +137,9 @@ def test_what_is_proposed_fits(gibibytes: int) -> None:
 
 
 def test_a_runner_up_says_why_it_is_not_the_proposal() -> None:
-    runner_up = next(sentence for sentence in propose(inputs(tokens=512), machine(24)) if sentence.startswith("runner-up"))
+    runner_up = next(
+        sentence for sentence in propose(inputs(tokens=512), machine(24)) if sentence.startswith("runner-up")
+    )
     assert re.search(r"about \d+% slower, with .* memory", runner_up)
 
 
@@ -222,7 +233,8 @@ def test_deepspeed_is_planned_as_zero3() -> None:
 
 
 @pytest.mark.parametrize(
-    ("own", "fit", "exact"), [({"fit": "true"}, True, False), ({"exact": "true", "fit": "false"}, False, True), ({}, False, False)]
+    ("own", "fit", "exact"),
+    [({"fit": "true"}, True, False), ({"exact": "true", "fit": "false"}, False, True), ({}, False, False)],
 )
 def test_the_verbs_own_settings_take_the_groups_place(own: dict[str, str], fit: bool, exact: bool) -> None:
     found = with_own(PlanConfig(), own)

@@ -13,7 +13,9 @@ from finetune.plan.reference import compare, find_architecture, unplanned
 from tests.plan.test_architecture import MODELS, architecture
 
 ROOT = Path(__file__).parents[2]
-KNOWN = {name: architecture(name) for name in ("llama2_7b", "llama2_13b", "llama1_7b", "llama2_70b", "mixtral_8x7b", "phi15")}
+KNOWN = {
+    name: architecture(name) for name in ("llama2_7b", "llama2_13b", "llama1_7b", "llama2_70b", "mixtral_8x7b", "phi15")
+}
 
 
 def row(**changes: Any) -> dict[str, Any]:
@@ -55,14 +57,17 @@ def test_two_bits_take_half_of_four() -> None:
         model="7B (generic)", params_b=7, method="qlora", kind="rule-of-thumb estimate", gpu=None, fits=None, source="github x/y @ 1",
         gradient_checkpointing=None, seq_len=None, lora_targets=None,
     )  # fmt: skip
-    two, four = (compare(table | {"quantisation": f"{bits}-bit", "reported": gb}, KNOWN) for bits, gb in ((2, 4), (4, 6)))
+    two, four = (
+        compare(table | {"quantisation": f"{bits}-bit", "reported": gb}, KNOWN) for bits, gb in ((2, 4), (4, 6))
+    )
     assert two.error is not None
     assert two.error < 0.15
     assert four.planned_bytes - two.planned_bytes == pytest.approx(7e9 / 4, rel=0.2)
 
 
 @pytest.mark.parametrize(
-    ("name", "key"), [("Llama-2-7B", "llama2_7b"), ("Llama 2 7 B", "llama2_7b"), ("LLaMA-7B", "llama1_7b"), ("phi-1.5 1.3 B", "phi15")]
+    ("name", "key"),
+    [("Llama-2-7B", "llama2_7b"), ("Llama 2 7 B", "llama2_7b"), ("LLaMA-7B", "llama1_7b"), ("phi-1.5 1.3 B", "phi15")],
 )
 def test_names_are_read_as_people_write_them(name: str, key: str) -> None:
     assert find_architecture(name, 0, KNOWN) == KNOWN[key]

@@ -9,11 +9,14 @@ from finetune.plan import weights
 from finetune.plan.inputs import PlanInputs
 from tests.plan.test_architecture import architecture
 
-LLAMA = PlanInputs(architecture=architecture("llama2_7b"), method="nf4", rank=16, rows=1, tokens=1024, checkpointing=True)
+LLAMA = PlanInputs(
+    architecture=architecture("llama2_7b"), method="nf4", rank=16, rows=1, tokens=1024, checkpointing=True
+)
 
 
 @pytest.mark.parametrize(
-    ("method", "double", "bits"), [("none", False, 16), ("nf4", False, 4.5), ("nf4", True, 4.126953125), ("fp4", False, 4.5)]
+    ("method", "double", "bits"),
+    [("none", False, 16), ("nf4", False, 4.5), ("nf4", True, 4.126953125), ("fp4", False, 4.5)],
 )
 def test_bits_per_quantized_parameter(method: str, double: bool, bits: float) -> None:
     found = weights.weight_bytes(dataclasses.replace(LLAMA, method=method, double=double))
@@ -38,7 +41,8 @@ def test_adapter_of_query_and_value_is_counted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "per_element"), [("adamw_torch", 8), ("paged_adamw_32bit", 8), ("paged_adamw_8bit", 2 + 8 / 256), ("lion_32bit", 4)]
+    ("name", "per_element"),
+    [("adamw_torch", 8), ("paged_adamw_32bit", 8), ("paged_adamw_8bit", 2 + 8 / 256), ("lion_32bit", 4)],
 )
 def test_optimizer_states_by_form(name: str, per_element: float) -> None:
     inputs = dataclasses.replace(LLAMA, optimizer=name)

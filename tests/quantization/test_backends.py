@@ -13,15 +13,17 @@ from safetensors.torch import load_file, save_file
 from finetune import lora, model
 from finetune.errors import ModelError
 from finetune.hardware import LIMITS
+from finetune.inference.adapted import load_adapted_model, load_adapter
+from finetune.inference.kl_divergence import agreement, reference_logprobs
+from finetune.inference.rows import read_rows
+from finetune.kernels import apply_fusion
 from finetune.lora import LoraConfig
-from finetune.measure import agreement, put_adapter, read_rows, reference_logprobs, trained_graph
+from finetune.merge.adapter_deltas import read_changes
 from finetune.merge.candidates import build
-from finetune.merge.changes import read_changes
 from finetune.merge.graph import dequantized
 from finetune.quantization import QuantizationConfig, dense, library_of, quantized_layers, spec, stored
-from finetune.speed import quicken
+from tests.preflight.conftest import SPEED, Scene, scene  # noqa: F401
 from tests.quantization.test_bnb import PLACEMENT
-from tests.rehearse.conftest import SPEED, Scene, scene  # noqa: F401
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
 SETTINGS = [
@@ -76,14 +78,19 @@ def test_weights_are_packed_and_near_the_base_s(tiny_base: Path, config: Quantiz
     for name, layer in layers.items():
         original = weights[f"{name}.weight"].float()
         assert stored(layer).shape == original.shape
-        assert stored(layer).codes.nbytes <= math.ceil(original.numel() * max(bits, 3.2 if bits == 3 else 1) / 8) + 4 * original.shape[1]
+        assert (
+            stored(layer).codes.nbytes
+            <= math.ceil(original.numel() * max(bits, 3.2 if bits == 3 else 1) / 8) + 4 * original.shape[1]
+        )
         error = (dense(layer, torch.float32) - original).norm() / original.norm()
         assert error < 3 / 2**bits, f"{name} is off by {error:.3f}"
 
 
 @backends
 def test_it_generates(tiny_base: Path, config: QuantizationConfig) -> None:
-    written = load(tiny_base, config).generate(input_ids=IDS, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
+    written = load(tiny_base, config).generate(
+        input_ids=IDS, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0
+    )
     assert written.shape == (1, IDS.shape[1] + 4)
 
 
@@ -97,7 +104,9 @@ def test_the_copy_holds_the_very_tensors(tiny_base: Path, config: QuantizationCo
 
 
 @each_library
-def test_a_copy_with_another_number_is_made_again(tiny_base: Path, config: QuantizationConfig, cache: Path, capsys: Any) -> None:
+def test_a_copy_with_another_number_is_made_again(
+    tiny_base: Path, config: QuantizationConfig, cache: Path, capsys: Any
+) -> None:
     load(tiny_base, config)
     (file,) = cache.glob("*/*.safetensors")
     tensors = load_file(file)
@@ -112,7 +121,9 @@ def test_a_copy_with_another_number_is_made_again(tiny_base: Path, config: Quant
 
 
 @each_library
-def test_tuning_learns_through_every_layer_and_changes_no_frozen_weight(tiny_base: Path, config: QuantizationConfig) -> None:
+def test_tuning_learns_through_every_layer_and_changes_no_frozen_weight(
+    tiny_base: Path, config: QuantizationConfig
+) -> None:
     adapted = attach(load(tiny_base, config))
     before = {name: (stored(one).codes.clone(), dense(one).clone()) for name, one in quantized_layers(adapted).items()}
     learnt = [p for p in adapted.parameters() if p.requires_grad]
@@ -167,24 +178,28 @@ def test_an_evaluation_in_between_leaves_gradients_as_they_are(tiny_base: Path, 
 
 
 @each_library
-def test_a_saved_adapter_on_a_fresh_base_gives_the_same_logits(tiny_base: Path, config: QuantizationConfig, tmp_path: Path) -> None:
+def test_a_saved_adapter_on_a_fresh_base_gives_the_same_logits(
+    tiny_base: Path, config: QuantizationConfig, tmp_path: Path
+) -> None:
     adapted = attach(load(tiny_base, config))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             parameter.data = torch.randn(parameter.shape) * 0.05
     adapted.eval().save_pretrained(tmp_path / "adapter")
-    fresh = put_adapter(load(tiny_base, config), tmp_path / "adapter", upcast="none")
+    fresh = load_adapter(load(tiny_base, config), tmp_path / "adapter", upcast="none")
     with torch.no_grad():
         assert torch.equal(adapted(input_ids=IDS).logits, fresh(input_ids=IDS).logits)
 
 
 @each_library
-def test_the_merge_is_the_trained_graph_and_peft_s_own_is_not(line: Any, adapter: Any, tmp_path: Path, config: QuantizationConfig) -> None:
+def test_the_merge_is_the_trained_graph_and_peft_s_own_is_not(
+    line: Any, adapter: Any, tmp_path: Path, config: QuantizationConfig
+) -> None:
     from transformers import AutoModelForCausalLM
 
     parts = line("none", dtype="float32")
     rows, folder = read_rows(parts.data.folder / "heldout"), adapter.folder / "adapter"
-    graph = trained_graph(parts.base, parts.model, quantization=config, placement=parts.placement, adapter=folder)
+    graph = load_adapted_model(parts.base, parts.model, quantization=config, placement=parts.placement, adapter=folder)
     reference = reference_logprobs(graph, rows, tmp_path / "reference.f32", batch_tokens=512)
     build(parts.base.folder, read_changes(folder), tmp_path / "merged", dtype=torch.float32, source=dequantized(graph))
     ours = agreement(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), rows, reference, batch_tokens=512)
@@ -195,12 +210,12 @@ def test_the_merge_is_the_trained_graph_and_peft_s_own_is_not(line: Any, adapter
 
 @each_library
 def test_the_rehearsal_s_proofs_hold(
-    scene: Scene,  # noqa: F811
+    scene: Scene,
     tiny_base: Path,
     config: QuantizationConfig,
 ) -> None:
     scene.adapted = attach(load(tiny_base, config))
-    scene.quick = quicken(scene.adapted, SPEED, placement=PLACEMENT, checkpointing="none")
+    scene.quick = apply_fusion(scene.adapted, SPEED, placement=PLACEMENT, checkpointing="none")
     assert not scene.quick.choice.fused, "its layers compute in their own way"
     found = {proof["name"]: proof for proof in scene.rehearse().proofs}
     assert found["evaluation"]["passed"], found["evaluation"]
@@ -208,7 +223,10 @@ def test_the_rehearsal_s_proofs_hold(
 
 
 def test_groups_that_do_not_divide_a_layer_are_refused(tiny_base: Path) -> None:
-    with pytest.raises(ModelError, match=r"quantization.group_size=56 does not divide the weights of down_proj, .*; choose one that does"):
+    with pytest.raises(
+        ModelError,
+        match=r"quantization.group_size=56 does not divide the weights of down_proj, .*; choose one that does",
+    ):
         load(tiny_base, QuantizationConfig(method="hqq", group_size=56))
 
 
@@ -222,7 +240,11 @@ def test_layers_are_kept_by_segment_and_by_full_name(tiny_base: Path, config: Qu
 
 def test_each_runnable_method_that_is_called_tunable_is_tried_here_or_in_test_bnb() -> None:
     tried = {"none", "nf4", "fp4", "int8", *[config.method for config in SETTINGS]}
-    assert {name for name, limit in LIMITS.items() if limit.tunable} == {name for name, limit in LIMITS.items() if limit.devices} == tried
+    assert (
+        {name for name, limit in LIMITS.items() if limit.tunable}
+        == {name for name, limit in LIMITS.items() if limit.devices}
+        == tried
+    )
 
 
 def test_what_a_loader_must_know_travels() -> None:

@@ -14,7 +14,9 @@ from finetune.errors import ModelError
 from finetune.hardware import Placement
 from finetune.quantization import QuantizationConfig, protect, quantized_layers, spec
 
-PLACEMENT = Placement(device="cpu", dtype="bfloat16", attention="sdpa", optimizer="adamw_8bit", optimizer_why="", threads=1, reasons=())
+PLACEMENT = Placement(
+    device="cpu", dtype="bfloat16", attention="sdpa", optimizer="adamw_8bit", optimizer_reason="", threads=1, reasons=()
+)
 
 
 def config(method: str, *, double: bool = False) -> QuantizationConfig:
@@ -55,7 +57,9 @@ def test_the_head_stays_in_full_precision(tiny_base: Path) -> None:
 
 def test_parameters_are_counted_as_if_dense(tiny_base: Path) -> None:
     dense, quantized = load(tiny_base, "none"), load(tiny_base, "nf4", double=True)
-    assert model.parameter_count(quantized) == model.parameter_count(dense) == sum(p.numel() for p in dense.parameters())
+    assert (
+        model.parameter_count(quantized) == model.parameter_count(dense) == sum(p.numel() for p in dense.parameters())
+    )
 
 
 def test_4_bit_weights_take_fewer_bytes_than_dense_ones(tiny_base: Path) -> None:
@@ -90,12 +94,15 @@ def test_rows_that_the_cpu_would_read_as_noise_are_refused(tiny_base: Path, tmp_
         for name, tensor in tensors.items()
     }
     save_file(
-        {name: tensor.contiguous() for name, tensor in narrow.items()}, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"}
+        {name: tensor.contiguous() for name, tensor in narrow.items()},
+        tmp_path / "base" / "model.safetensors",
+        metadata={"format": "pt"},
     )
     settings = json.loads((tmp_path / "base" / "config.json").read_text())
     (tmp_path / "base" / "config.json").write_text(json.dumps({**settings, "intermediate_size": 96}))
     with pytest.raises(
-        ModelError, match=r"no multiple of 64, as in down_proj; keep these unquantized with quantization.keep=\[down_proj\]"
+        ModelError,
+        match=r"no multiple of 64, as in down_proj; keep these unquantized with quantization.keep=\[down_proj\]",
     ):
         load(tmp_path / "base", "nf4")
     skipped = QuantizationConfig(method="nf4", keep=["down_proj"])

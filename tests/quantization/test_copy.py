@@ -27,10 +27,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "quantized"
 
 
-def load(folder: Path, method: str = "nf4", *, double: bool = True, dtype: str = "bfloat16", keep: tuple[str, ...] = ()) -> Any:
+def load(
+    folder: Path, method: str = "nf4", *, double: bool = True, dtype: str = "bfloat16", keep: tuple[str, ...] = ()
+) -> Any:
     base = model.Base(folder=folder, name="tiny", revision=None, sha256="", source="folder")
     quantization = QuantizationConfig(method=method, double=double and method != "int8", keep=list(keep))
-    placement = Placement(device="cpu", dtype=dtype, attention="sdpa", optimizer="adamw_8bit", optimizer_why="", threads=1, reasons=())
+    placement = Placement(
+        device="cpu", dtype=dtype, attention="sdpa", optimizer="adamw_8bit", optimizer_reason="", threads=1, reasons=()
+    )
     settings = types.SimpleNamespace(name="tiny", trust_remote_code=False, remote_code={})
     return model.load(base, settings, quantization=quantization, placement=placement)  # type: ignore[arg-type]
 
@@ -46,7 +50,11 @@ def tensors(loaded: Any) -> dict[str, torch.Tensor]:
         assert layer.quant_state is state
         found |= {f"{name}.absmax": state.absmax, f"{name}.code": state.code}
         if state.nested:
-            found |= {f"{name}.offset": state.offset, f"{name}.absmax2": state.state2.absmax, f"{name}.code2": state.state2.code}
+            found |= {
+                f"{name}.offset": state.offset,
+                f"{name}.absmax2": state.state2.absmax,
+                f"{name}.code2": state.state2.code,
+            }
     return found
 
 
@@ -54,9 +62,20 @@ def constants(loaded: Any) -> list[Any]:
     found: list[Any] = []
     for name, layer in quantized_layers(loaded).items():
         state = getattr(layer.weight, "quant_state", None)
-        found.append((name, type(layer.weight), layer.weight.requires_grad, {k: v for k, v in vars(layer.weight).items() if is_plain(v)}))
+        found.append(
+            (
+                name,
+                type(layer.weight),
+                layer.weight.requires_grad,
+                {k: v for k, v in vars(layer.weight).items() if is_plain(v)},
+            )
+        )
         if state is not None:
-            found += [{k: v for k, v in vars(part).items() if is_plain(v)} for part in (state, state.state2) if part is not None]
+            found += [
+                {k: v for k, v in vars(part).items() if is_plain(v)}
+                for part in (state, state.state2)
+                if part is not None
+            ]
     return found
 
 
@@ -80,13 +99,21 @@ def test_model_from_the_copy_is_the_fresh_one_bit_for_bit(
     fresh = load(tiny_base, method, double=double)
     assert "is kept for later starts" in capsys.readouterr().out
     copied = load(tiny_base, method, double=double)
-    assert "nothing is quantized, because base and quantization are those of" in " ".join(capsys.readouterr().out.split())
+    assert "nothing is quantized, because base and quantization are those of" in " ".join(
+        capsys.readouterr().out.split()
+    )
     before, after = tensors(fresh), tensors(copied)
     assert before.keys() == after.keys()
-    assert [name for name in before if before[name].dtype != after[name].dtype or not torch.equal(before[name], after[name])] == []
+    assert [
+        name for name in before if before[name].dtype != after[name].dtype or not torch.equal(before[name], after[name])
+    ] == []
     assert constants(fresh) == constants(copied)
     assert settings_of(fresh) == settings_of(copied)
-    assert (fresh.name_or_path, fresh.config._name_or_path) == (copied.name_or_path, copied.config._name_or_path) == (str(tiny_base),) * 2
+    assert (
+        (fresh.name_or_path, fresh.config._name_or_path)
+        == (copied.name_or_path, copied.config._name_or_path)
+        == (str(tiny_base),) * 2
+    )
     assert copied.lm_head.weight is copied.model.embed_tokens.weight
     assert not copied.training
     assert not any(parameter.requires_grad for parameter in copied.parameters())
@@ -100,7 +127,9 @@ def test_layers_from_the_copy_are_protected(tiny_base: Path) -> None:
     assert not any(layer.support_avx512bf16_for_cpu for layer in layers.values())
 
 
-def test_keeping_a_copy_leaves_the_model_as_it_was(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keeping_a_copy_leaves_the_model_as_it_was(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kept = load(tiny_base)
     (tmp_path / "file").touch()
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "file"))
@@ -151,7 +180,9 @@ def flip(file: Path, place: int) -> None:
 
 DAMAGES: dict[str, Any] = {
     "a bit of the weights": lambda copy: flip(copy / "model.safetensors", -100),
-    "a letter of a name": lambda copy: flip(copy / "model.safetensors", (copy / "model.safetensors").read_bytes().index(b"mlp.up_proj")),
+    "a letter of a name": lambda copy: flip(
+        copy / "model.safetensors", (copy / "model.safetensors").read_bytes().index(b"mlp.up_proj")
+    ),
     "the end is missing": lambda copy: os.truncate(copy / "model.safetensors", 5000),
     "the weights are missing": lambda copy: (copy / "model.safetensors").unlink(),
     "the config is no JSON": lambda copy: (copy / "config.json").write_text("{"),
@@ -217,7 +248,7 @@ def test_copies_that_nobody_reads_go_and_read_ones_stay(tiny_base: Path, cache: 
 def test_processes_that_start_at_once_get_the_same_model(tiny_base: Path, cache: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from tests.quantization.test_copy import load; "
-        "from finetune.quantization.copy import digest; print('digest', digest(load(Path(sys.argv[1])), threads=1))"
+        "from finetune.quantization.cache import digest; print('digest', digest(load(Path(sys.argv[1])), threads=1))"
     )
     command = [sys.executable, "-c", program, str(tiny_base)]
     root = Path(__file__).parents[2]

@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from finetune.errors import ModelError
-from finetune.lora.starts import reader
-from finetune.measure import agreement, read_rows, reference_logprobs
+from finetune.inference.kl_divergence import agreement, reference_logprobs
+from finetune.inference.rows import read_rows
+from finetune.lora.init import reader
 from finetune.model import load
-from finetune.quantization import QuantizationConfig, is_kept, keep_by_measure, patterns, quantized_layers
+from finetune.quantization import QuantizationConfig, choose_skip_modules, is_kept, patterns, quantized_layers
 from finetune.quantization.sensitivity import MIB, KeptLayers, choose, extra_bytes, rounding_costs
 from tests.rows import prepared_rows
 
@@ -46,7 +47,9 @@ def test_a_wish_means_a_last_segment_or_a_full_name(wish: str, kept: list[str]) 
 
     names = ["model.layers.0.mlp.down_proj", "model.layers.0.mlp.gate_up_proj", "model.layers.11.mlp.down_proj"]
     assert [name for name in names if is_kept(name, [wish])] == kept
-    assert [name for name in names if not should_convert_module(name, patterns([wish]))] == kept, "transformers reads it alike"
+    assert [name for name in names if not should_convert_module(name, patterns([wish]))] == kept, (
+        "transformers reads it alike"
+    )
     assert [name for name in names if not should_convert_module(f"{name}.weight", patterns([wish]))] == kept
 
 
@@ -56,7 +59,9 @@ def test_the_head_is_always_kept() -> None:
 
 @pytest.mark.parametrize("method", ["nf4", "int8", "torchao_int8", "hqq"])
 def test_a_wish_that_matches_nothing_is_refused(line: Any, method: str) -> None:
-    with pytest.raises(ModelError, match=r"quantization.keep: dwn_proj match no linear layer; this model has down_proj, "):
+    with pytest.raises(
+        ModelError, match=r"quantization.keep: dwn_proj match no linear layer; this model has down_proj, "
+    ):
         open_line(line, QuantizationConfig(method=method, keep=["dwn_proj"]))
 
 
@@ -76,7 +81,9 @@ def test_a_budget_buys_the_dearest_rounding_for_its_bytes() -> None:
 def test_bytes_are_those_that_full_precision_takes_more(line: Any) -> None:
     layer = quantized_layers(open_line(line, NF4, dtype="bfloat16"))["model.layers.0.mlp.down_proj"]
     weights = 64 * 128
-    assert extra_bytes(layer, 2) == 2 * weights - weights // 2 - weights // 64 - 4  # a byte a block, and one float32 for 256 of them
+    assert (
+        extra_bytes(layer, 2) == 2 * weights - weights // 2 - weights // 64 - 4
+    )  # a byte a block, and one float32 for 256 of them
 
 
 def test_costs_foretell_what_rounding_one_layer_does(line: Any, heldout: Any, tmp_path: Path) -> None:
@@ -90,9 +97,13 @@ def test_costs_foretell_what_rounding_one_layer_does(line: Any, heldout: Any, tm
     measured = {}
     for name in costs:
         others = [other for other in costs if other != name]
-        measured[name] = agreement(open_line(line, dataclasses.replace(NF4, keep=others)), rows, reference, batch_tokens=512).kl
+        measured[name] = agreement(
+            open_line(line, dataclasses.replace(NF4, keep=others)), rows, reference, batch_tokens=512
+        ).kl
     names = sorted(costs)
-    ranks = [torch.tensor([float(some[name]) for name in names]).argsort().argsort().float() for some in (costs, measured)]
+    ranks = [
+        torch.tensor([float(some[name]) for name in names]).argsort().argsort().float() for some in (costs, measured)
+    ]
     assert float(torch.corrcoef(torch.stack(ranks))[0, 1]) > 0.6
     assert all(cost > 0 for cost in costs.values())
 
@@ -111,7 +122,7 @@ def test_the_stage_names_the_layers_it_kept_and_a_loader_keeps_them(
 ) -> None:
     parts, data = line("none"), prepared_rows(tmp_path, tokenizer)
     config = dataclasses.replace(NF4, keep_mib=0.03, keep_tokens=64)
-    kept = keep_by_measure(
+    kept = choose_skip_modules(
         config, folder=tmp_path, base=parts.base, model=parts.model, placement=parts.placement, data=data
     )  # fmt: skip
     assert 0 < sum(one["bytes"] for one in kept.layers) <= 0.03 * MIB
@@ -130,10 +141,14 @@ def test_a_budget_below_the_smallest_layer_is_refused(line: Any, tokenizer: Any,
     parts, data = line("none"), prepared_rows(tmp_path, tokenizer)
     config = dataclasses.replace(NF4, keep_mib=0.001, keep_tokens=32)
     with pytest.raises(ModelError, match=r"quantization.keep_mib=0.001 buys no layer: the smallest takes"):
-        keep_by_measure(config, folder=tmp_path, base=parts.base, model=parts.model, placement=parts.placement, data=data)
+        choose_skip_modules(
+            config, folder=tmp_path, base=parts.base, model=parts.model, placement=parts.placement, data=data
+        )
 
 
 def test_chosen_layers_come_after_those_kept_by_name() -> None:
-    kept = KeptLayers(folder=Path(), layers=[{"layer": "model.layers.0.mlp.down_proj", "cost": 1.0, "bytes": 1}], left=None, tokens=1)
+    kept = KeptLayers(
+        folder=Path(), layers=[{"layer": "model.layers.0.mlp.down_proj", "cost": 1.0, "bytes": 1}], left=None, tokens=1
+    )
     config = QuantizationConfig(method="nf4", keep=["o_proj"], keep_mib=1.0)
     assert kept.applied(config).keep == ["o_proj", "model.layers.0.mlp.down_proj"]

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 GIB = 1024**3
-STAGES = {"data": 4.1, "model": 6.2, "rehearse": 21.5, "train": 171.2, "merge": 38.0, "eval": 64.4, "export": 17.9}
-PEAKS = {"data": 0.5, "model": 1.4, "rehearse": 1.9, "train": 2.4, "merge": 1.7, "eval": 1.6, "export": 1.5}
+STAGES = {"data": 4.1, "model": 6.2, "preflight": 21.5, "train": 171.2, "merge": 38.0, "eval": 64.4, "export": 17.9}
+PEAKS = {"data": 0.5, "model": 1.4, "preflight": 1.9, "train": 2.4, "merge": 1.7, "eval": 1.6, "export": 1.5}
 
 
 def _metric(value: float, spread: float = 0.07) -> dict[str, float]:
@@ -20,7 +20,13 @@ SAME = {"difference": 0.0, "low": -0.001, "high": 0.001}
 
 
 def _loss(loss: float) -> dict[str, Any]:
-    return {"loss": loss, "loss_low": loss * 0.95, "loss_high": loss * 1.05, "perplexity": round(math.exp(loss), 4), "tokens": 3360}
+    return {
+        "loss": loss,
+        "loss_low": loss * 0.95,
+        "loss_high": loss * 1.05,
+        "perplexity": round(math.exp(loss), 4),
+        "tokens": 3360,
+    }
 
 
 def _artifact(loss: float, exact: float, fields: float, valid: float) -> dict[str, Any]:
@@ -31,15 +37,26 @@ def _artifact(loss: float, exact: float, fields: float, valid: float) -> dict[st
     }  # fmt: skip
 
 
-def _change(exact: float, fields: float, valid: float, perplexity: float, spread: float = 0.05) -> dict[str, dict[str, float]]:
-    differences = {"loss": perplexity / 8, "perplexity": perplexity, "json_valid": valid, "json_fields": fields, "json_exact": exact}
-    return {name: {"difference": at, "low": round(at - spread, 4), "high": round(at + spread, 4)} for name, at in differences.items()}
+def _change(
+    exact: float, fields: float, valid: float, perplexity: float, spread: float = 0.05
+) -> dict[str, dict[str, float]]:
+    differences = {
+        "loss": perplexity / 8,
+        "perplexity": perplexity,
+        "json_valid": valid,
+        "json_fields": fields,
+        "json_exact": exact,
+    }
+    return {
+        name: {"difference": at, "low": round(at - spread, 4), "high": round(at + spread, 4)}
+        for name, at in differences.items()
+    }
 
 
 def products() -> dict[str, dict[str, Any]]:
     """Each stage's product, as its manifest holds it."""
     return {
-        "data": _data(), "model": _model(), "rehearse": {"proofs": _proofs()}, "train": _train(), "merge": _merge(), "eval": _eval(),
+        "data": _data(), "model": _model(), "preflight": {"proofs": _proofs()}, "train": _train(), "merge": _merge(), "eval": _eval(),
         "export": {"exports": _exports()},
     }  # fmt: skip
 
@@ -68,11 +85,29 @@ def _proofs() -> list[dict[str, Any]]:
     told = [
         ("trained text", "every row trains an answer and the token that ends it", "8 of 8 rows", "all rows"),
         ("identity", "at step 0 the adapter changes nothing", "largest logit difference 0", "0"),
-        ("gradients", "a gradient reaches every adapter matrix and no base weight", "420 of 420 matrices, 0 base weights", "all, 0"),
-        ("evaluation", "an evaluation in between leaves gradients and weights as they are", "largest gradient difference 0", "0"),
+        (
+            "gradients",
+            "a gradient reaches every adapter matrix and no base weight",
+            "420 of 420 matrices, 0 base weights",
+            "all, 0",
+        ),
+        (
+            "evaluation",
+            "an evaluation in between leaves gradients and weights as they are",
+            "largest gradient difference 0",
+            "0",
+        ),
     ]
     return [
-        {"name": name, "passed": True, "figure": figure, "bound": bound, "sentence": sentence, "cause": "", "seconds": 3.2}
+        {
+            "name": name,
+            "passed": True,
+            "figure": figure,
+            "bound": bound,
+            "sentence": sentence,
+            "cause": "",
+            "seconds": 3.2,
+        }
         for name, sentence, figure, bound in told
     ]
 
@@ -92,7 +127,14 @@ def _merge() -> dict[str, Any]:
         "name": "dequantized", "kl": 0.00008, "top1_agreement": 0.999, "loss": 0.121, "perplexity": 1.129, "bytes": 269060552,
         "loss_difference": SAME,
     }  # fmt: skip
-    original = {"name": "original", "kl": 0.0312, "top1_agreement": 0.971, "loss": 0.118, "perplexity": 1.125, "bytes": 269060552}
+    original = {
+        "name": "original",
+        "kl": 0.0312,
+        "top1_agreement": 0.971,
+        "loss": 0.118,
+        "perplexity": 1.125,
+        "bytes": 269060552,
+    }
     return {
         "chosen": "dequantized", "rule": "nearest to the trained graph, KL 0.00008 (merge.choose=fidelity)", "sha256": "cd" * 32,
         "loss_rows": 160, "reference": {"loss": 0.121, "perplexity": 1.129, "tokens": 3360}, "candidates": [dequantized, original],
@@ -126,7 +168,13 @@ def _exports() -> list[dict[str, Any]]:
     }  # fmt: skip
     return [
         {"format": "adapter", "path": "export/adapter", "bytes": 19580040, "sha256": "ef" * 32, "parity": same},
-        {"format": "safetensors", "path": "export/safetensors", "bytes": 269060552, "sha256": "01" * 32, "parity": same},
+        {
+            "format": "safetensors",
+            "path": "export/safetensors",
+            "bytes": 269060552,
+            "sha256": "01" * 32,
+            "parity": same,
+        },
         {
             "format": "gguf",
             "path": "export/gguf",
@@ -142,7 +190,10 @@ def _samples() -> list[dict[str, Any]]:
     said = [
         ("Wake me up <b>early</b> at 7 am.", {"intent": "set_alarm", "time": "07:00"}),
         ("Put on some jazz in the kitchen.", {"intent": "play_music", "genre": "jazz", "room": "kitchen"}),
-        ("Get a taxi to the university on Sunday at 5 pm.", {"intent": "order_taxi", "to": "university", "day": "sunday", "time": "17:00"}),
+        (
+            "Get a taxi to the university on Sunday at 5 pm.",
+            {"intent": "order_taxi", "to": "university", "day": "sunday", "time": "17:00"},
+        ),
     ]
     return [_sample(index, *said[index % 3]) for index in range(20)]
 
@@ -169,7 +220,9 @@ def _metrics() -> list[dict[str, Any]]:
             "train/grad_norm": 0.3 + 3 * math.exp(-step / 15) + noise, "train/learning_rate": 1e-3 * min(step / 10, 1 - (step - 10) / 115),
         })  # fmt: skip
         if step % 30 == 0:
-            lines.append({"step": step, "time": 1000.0 + step * 1.4, "eval/loss": round(0.12 + 1.9 * math.exp(-step / 14), 4)})
+            lines.append(
+                {"step": step, "time": 1000.0 + step * 1.4, "eval/loss": round(0.12 + 1.9 * math.exp(-step / 14), 4)}
+            )
     return lines
 
 
@@ -178,7 +231,9 @@ def _memory() -> list[dict[str, Any]]:
     for stage, seconds in STAGES.items():
         for index in range(int(seconds)):
             share = min(1.0, index / (0.3 * seconds) + 0.3)
-            lines.append({"time": now + index, "stage": stage, "rss_bytes": int(PEAKS[stage] * share * GIB), "device_bytes": 0})
+            lines.append(
+                {"time": now + index, "stage": stage, "rss_bytes": int(PEAKS[stage] * share * GIB), "device_bytes": 0}
+            )
         now += seconds
     return lines
 
@@ -195,7 +250,12 @@ def write_run(run: Path) -> Path:
         "quantization: {method: nf4, double: true}\nlora: {rank: 16}\ndata: {max_tokens: 128}\n"
     )
     (run / "command.txt").write_text("python -m finetune\n")
-    placement = {"reasons": ["device cpu: no GPU that this run can use", "dtype bfloat16: the device computes in it, with float32's range"]}
+    placement = {
+        "reasons": [
+            "device cpu: no GPU that this run can use",
+            "dtype bfloat16: the device computes in it, with float32's range",
+        ]
+    }
     machine = {"cores": 2, "ram_bytes": 24 * GIB, "gpus": [], "features": ["avx512_bf16", "amx_bf16"]}
     environment = {
         "versions": {"torch": "2.13.0", "transformers": "5.23.0"}, "commit": "0123abc", "python": "3.11.7", "platform": "Linux",

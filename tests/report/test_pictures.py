@@ -5,9 +5,9 @@ import pytest
 
 from finetune.report.answers import last_request
 from finetune.report.curves import loss_picture, memory_picture, series
+from finetune.report.format import duration, interval, number, signed
 from finetune.report.intervals import agreement_picture, artifact_picture, change_picture, length_picture
 from finetune.report.svg import Scale, ticks
-from finetune.report.words import duration, interval, number, signed
 
 
 @pytest.mark.parametrize(
@@ -30,10 +30,15 @@ def test_log_scale_spaces_decades_evenly() -> None:
 @pytest.mark.parametrize(
     "picture",
     [
-        loss_picture([{"step": 1, "train/loss": 2.0}, {"step": 2, "train/loss": 1.0}, {"step": 2, "eval/loss": 1.5}], unit="nats a token"),
+        loss_picture(
+            [{"step": 1, "train/loss": 2.0}, {"step": 2, "train/loss": 1.0}, {"step": 2, "eval/loss": 1.5}],
+            unit="nats a token",
+        ),
         loss_picture([{"step": 1, "train/loss": 2.0}], unit="nats a token"),
         loss_picture([{"step": step, "train/loss": 5.0 - step / 100} for step in range(300)], unit="nats a token"),
-        memory_picture([{"time": t, "stage": "train", "rss_bytes": 10**9 + t, "device_bytes": 10**8} for t in range(1000)]),
+        memory_picture(
+            [{"time": t, "stage": "train", "rss_bytes": 10**9 + t, "device_bytes": 10**8} for t in range(1000)]
+        ),
         artifact_picture({"base": {"metrics": {"f": {"value": 1.5, "low": 1.0, "high": 2.0}}}}, "f"),
         artifact_picture({"base": {"metrics": {"f": {"value": 0.0, "low": 0.0, "high": 0.0}}}}, "f"),
         change_picture({"tuning": {"f": {"difference": 0.0, "low": 0.0, "high": 0.0}}}, "f", share=True),
@@ -66,7 +71,11 @@ def test_nothing_measured_is_no_picture(picture: str) -> None:
 
 
 def test_of_a_step_that_was_repeated_the_later_value_counts() -> None:
-    lines: list[dict[str, Any]] = [{"step": 1, "train/loss": 3.0}, {"step": 2, "train/loss": 9.0}, {"step": 2, "train/loss": 2.0}]
+    lines: list[dict[str, Any]] = [
+        {"step": 1, "train/loss": 3.0},
+        {"step": 2, "train/loss": 9.0},
+        {"step": 2, "train/loss": 2.0},
+    ]
     assert series([*lines, {"step": 3, "train/loss": float("nan")}], "train/loss") == [(1, 3.0), (2, 2.0)]
 
 
@@ -79,7 +88,15 @@ def test_time_between_a_stop_and_its_resumption_is_cut_out() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(13.63, "13.6"), (0, "0"), (207_000_000.4, "207,000,000"), (0.000081, "0.000081"), (3e-9, "3.0e-09"), (0.0412, "0.0412"), (None, "–")],
+    [
+        (13.63, "13.6"),
+        (0, "0"),
+        (207_000_000.4, "207,000,000"),
+        (0.000081, "0.000081"),
+        (3e-9, "3.0e-09"),
+        (0.0412, "0.0412"),
+        (None, "–"),
+    ],
 )
 def test_numbers_keep_three_digits(value: float | None, text: str) -> None:
     assert number(value) == text

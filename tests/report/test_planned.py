@@ -6,7 +6,10 @@ import xml.etree.ElementTree as ElementTree
 from finetune.report.planned import bars, planned_bars
 
 GIB = 1024**3
-PHASES = {"load": {"weights": 2 * GIB, "framework": GIB}, "first_step": {"weights": 2 * GIB, "activations": 3 * GIB, "framework": GIB}}
+PHASES = {
+    "load": {"weights": 2 * GIB, "framework": GIB},
+    "first_step": {"weights": 2 * GIB, "activations": 3 * GIB, "framework": GIB},
+}
 
 
 def widths(picture: str) -> list[float]:

@@ -56,8 +56,12 @@ def test_headline_compares_the_base_with_what_was_shipped(run: Path) -> None:
     assert (headline["before"]["value"], headline["after"]["value"]) == (0.0, 0.638)
 
 
-@pytest.mark.parametrize(("low", "high", "verdict"), [(0.1, 0.3, "better"), (-0.3, -0.1, "worse"), (-0.1, 0.3, "unclear")])
-def test_verdict_follows_the_interval_of_the_paired_difference(run: Path, low: float, high: float, verdict: str) -> None:
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"), [(0.1, 0.3, "better"), (-0.3, -0.1, "worse"), (-0.1, 0.3, "unclear")]
+)
+def test_verdict_follows_the_interval_of_the_paired_difference(
+    run: Path, low: float, high: float, verdict: str
+) -> None:
     file = run / "eval" / "manifest.json"
     manifest = json.loads(file.read_text())
     manifest["product"]["changes"]["total"]["json_exact"] |= {"low": low, "high": high}
@@ -78,8 +82,10 @@ def test_without_a_task_metric_lower_perplexity_is_better(run: Path) -> None:
 
 
 @pytest.mark.parametrize("finished", [0, 1, 2, 3, 4, 5, 6])
-def test_a_run_that_stopped_early_names_what_is_missing(run: Path, finished: int, capsys: pytest.CaptureFixture[str]) -> None:
-    stages = ["data", "model", "rehearse", "train", "merge", "eval", "export"]
+def test_a_run_that_stopped_early_names_what_is_missing(
+    run: Path, finished: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = ["data", "model", "preflight", "train", "merge", "eval", "export"]
     for stage in stages[finished:]:
         shutil.rmtree(run / stage)
     files = report(run)

@@ -9,11 +9,22 @@ from finetune.report.sweep_picture import parallel_picture
 from finetune.sweep import Job
 
 
-def job(folder: Path, *, number: int, rank: int, optimizer: str, state: str = "done", loss: float | None = None, reason: str = "") -> Job:
+def job(
+    folder: Path,
+    *,
+    number: int,
+    rank: int,
+    optimizer: str,
+    state: str = "done",
+    loss: float | None = None,
+    reason: str = "",
+) -> Job:
     made = Job.of(folder, {"lora.rank": str(rank), "optim": optimizer}, number=number)
     (made.folder / "train").mkdir(parents=True)
     if loss is not None:
-        (made.folder / "train" / "metrics.jsonl").write_text(json.dumps({"step": 4, "eval/loss": loss}) + '\n{"step": 8, "ev')
+        (made.folder / "train" / "metrics.jsonl").write_text(
+            json.dumps({"step": 4, "eval/loss": loss}) + '\n{"step": 8, "ev'
+        )
     made.state, made.reason, made.seconds = state, reason, 60.0 + number
     made.write()
     return made
@@ -49,7 +60,8 @@ def test_every_job_is_in_the_table_with_its_state_and_reason(sweep: Path, capsys
 
 def test_parallel_axes_are_logarithmic_where_values_lie_decades_apart(sweep: Path) -> None:
     jobs = [
-        {"run": str(rank), "changed": {"lora.rank": str(rank)}, "state": "done", "held_out": {"loss": 1.0 + rank}} for rank in (1, 10, 100)
+        {"run": str(rank), "changed": {"lora.rank": str(rank)}, "state": "done", "held_out": {"loss": 1.0 + rank}}
+        for rank in (1, 10, 100)
     ]
     drawn = ElementTree.fromstring(parallel_picture(["lora.rank"], jobs))
     heights = sorted({float(dot.attrib["cy"]) for dot in drawn.iter("circle") if float(dot.attrib["cx"]) < 200})

@@ -43,15 +43,22 @@ def test_problems_of_all_jobs_are_named_before_any_starts(tmp_path: Path, capsys
     [
         (["lora.rank=8"], "--multirun needs a setting with several values, e.g. lora.rank=8,16,32"),
         (["run.name=a,b"], "run.name belongs to the whole sweep and cannot be swept; give it one value"),
-        (["lora.rank=8,16", "--config-dir=x"], "--config-dir=x does not go with --multirun: the jobs are started without it"),
+        (
+            ["lora.rank=8,16", "--config-dir=x"],
+            "--config-dir=x does not go with --multirun: the jobs are started without it",
+        ),
         (["lora.rank=8,16", "sweep.name=a/b"], "sweep.name must be a plain folder name; got 'a/b'"),
     ],
 )
-def test_what_no_sweep_can_be_is_said(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_no_sweep_can_be_is_said(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert refused(arguments, tmp_path, capsys) == [message]
 
 
-def test_another_command_under_the_name_of_a_sweep_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_command_under_the_name_of_a_sweep_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "ranks").mkdir()
     (tmp_path / "ranks" / "sweep.json").write_text('{"fixed": ["+experiment=quickstart", "train.steps=2"]}')
     assert main(["--multirun", "lora.rank=8,16", "sweep.name=ranks", f"run.root={tmp_path}", "train.steps=4"]) == 2
@@ -70,7 +77,11 @@ def test_a_jobs_name_is_its_values_and_needs_no_quotes() -> None:
     ("code", "said", "expected"),
     [
         (0, "fine", ("done", "")),
-        (2, "run x\nfinetune: 2 problems in the configuration:\n  - a\n  - b\n", ("failed", "2 problems in the configuration: - a - b")),
+        (
+            2,
+            "run x\nfinetune: 2 problems in the configuration:\n  - a\n  - b\n",
+            ("failed", "2 problems in the configuration: - a - b"),
+        ),
         (1, "Traceback\n  File ...\nRuntimeError: no\n", ("failed", "RuntimeError: no")),
         (75, "finetune: train: stopped\n", ("interrupted", "train: stopped")),
         (-9, "", ("failed", "killed by SIGKILL, as the kernel does when memory runs out")),
@@ -113,11 +124,13 @@ def test_a_stopped_sweep_goes_on_and_a_failed_job_stays_in_the_table(
     """The first job is stopped in its training, the second asks for layers that the model does not have."""
     asked = [
         "--multirun", *overrides(tmp_path, tiny_base), "lora.targets=[q_proj],[query]", "sweep.name=targets", "run.until=train",
-        "rehearse=off", "train.steps=30", "train.evaluations=1", "train.checkpoints=3",
+        "preflight=off", "train.steps=30", "train.evaluations=1", "train.checkpoints=3",
     ]  # fmt: skip
     folder = tmp_path / "outputs" / "targets"
     sweep = subprocess.Popen([sys.executable, "-m", "finetune", *asked], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    while sweep.poll() is None and not any(job.losses() or list(job.folder.glob("train/metrics.jsonl")) for job in jobs_in(folder)):
+    while sweep.poll() is None and not any(
+        job.losses() or list(job.folder.glob("train/metrics.jsonl")) for job in jobs_in(folder)
+    ):
         time.sleep(0.1)
     sweep.send_signal(signal.SIGTERM)
     assert "sweep: stopped; the same command goes on" in sweep.communicate(timeout=60)[1]

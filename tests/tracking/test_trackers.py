@@ -142,10 +142,17 @@ def test_scores_are_filed_by_artifact_and_metric() -> None:
 
 
 def test_merge_candidates_are_filed_by_name() -> None:
-    product = {"chosen": "original", "candidates": [{"name": "original", "kl": 0.2}, {"name": "dequantized", "kl": 0.0}]}
+    product = {
+        "chosen": "original",
+        "candidates": [{"name": "original", "kl": 0.2}, {"name": "dequantized", "kl": 0.0}],
+    }
     assert figures("merge", product) == {"merge/original/kl": 0.2, "merge/dequantized/kl": 0.0}
 
 
 def test_every_problem_of_a_tracker_is_named() -> None:
     problems = list(TrackerConfig(kind="mlflow", project=" ", mode="sometimes").problems())
-    assert [problem.split()[0] for problem in problems] == ["tracking.mlflow.kind", "tracking.mlflow.mode", "tracking.mlflow.project"]
+    assert [problem.split()[0] for problem in problems] == [
+        "tracking.mlflow.kind",
+        "tracking.mlflow.mode",
+        "tracking.mlflow.project",
+    ]

@@ -12,10 +12,10 @@ import torch
 from finetune import lora
 from finetune.config import load as load_config
 from finetune.data import PreparedData
+from finetune.kernels import apply_fusion
 from finetune.launch import Ranks
 from finetune.launch.shards import PLAIN
 from finetune.model import Base
-from finetune.speed import quicken
 from finetune.train import TrainedAdapter, assist, fit
 from tests.quantization.test_bnb import PLACEMENT, load
 from tests.rows import prepared_rows
@@ -52,17 +52,31 @@ def train(
         "offload": False, "group_by_length": False, "neftune_alpha": None, "keep": "last", "patience": None, "non_finite_steps": 3,
         "evaluations": 3, "evaluation_rows": 8, "checkpoints": 3, "keep_checkpoints": 5, "log_steps": 1, "deterministic": False, **changes,
     })  # fmt: skip
-    optim = dataclasses.replace(config.optim, learning_rate=5e-3, schedule="constant", warmup=0.0, weight_decay=0.0, max_grad_norm=1.0)
-    adapter = dataclasses.replace(config.lora, rank=rank, alpha=16.0, dropout=dropout, targets=["all-linear"], dtype="float32")
+    optim = dataclasses.replace(
+        config.optim, learning_rate=5e-3, schedule="constant", warmup=0.0, weight_decay=0.0, max_grad_norm=1.0
+    )
+    adapter = dataclasses.replace(
+        config.lora, rank=rank, alpha=16.0, dropout=dropout, targets=["all-linear"], dtype="float32"
+    )
     adapted = lora.attach(
-        load(tiny_base, "nf4", double=True), adapter, upcast="none", checkpointing=settings.checkpointing == "full", seed=1
+        load(tiny_base, "nf4", double=True),
+        adapter,
+        upcast="none",
+        checkpointing=settings.checkpointing == "full",
+        seed=1,
     )
     if plain:
-        config.speed = load_config(["+experiment=quickstart", "speed=plain"]).speed
+        config.kernels = load_config(["+experiment=quickstart", "kernels=plain"]).kernels
     elif layers != "auto":
-        config.speed.layers = layers
-    unfit = PLAIN if ranks.shards else None
-    quick = quicken(adapted, config.speed, placement=PLACEMENT, checkpointing=settings.checkpointing, unfit=unfit)
+        config.kernels.layers = layers
+    fusion_obstacle = PLAIN if ranks.shards else None
+    quick = apply_fusion(
+        adapted,
+        config.kernels,
+        placement=PLACEMENT,
+        checkpointing=settings.checkpointing,
+        fusion_obstacle=fusion_obstacle,
+    )
     rows = sum(1 for _ in (folder / "train.jsonl").read_text().splitlines())
     data = PreparedData(
         folder=folder / "data", rows={}, tokens=1101, trained_tokens=310, packed_rows=10, train_rows=rows, heldout_rows=12, longest=128,
@@ -71,7 +85,13 @@ def train(
     (folder / "train").mkdir(exist_ok=True)
     touch(adapted)
     base = Base(folder=tiny_base, name="tiny", revision=None, sha256="", source="folder")
-    graph: dict[str, Any] = {"base": base, "quantization": {}, "lora": adapter, "upcast": "none", "placement": PLACEMENT}
+    graph: dict[str, Any] = {
+        "base": base,
+        "quantization": {},
+        "lora": adapter,
+        "upcast": "none",
+        "placement": PLACEMENT,
+    }
     given: dict[str, Any] = {
         "data": data,
         "packing": packing,
@@ -80,9 +100,9 @@ def train(
         "ranks": ranks,
     }
     given |= {"adapted": adapted, "tokenizer": tokenizer, "optim": optim, **graph}
-    if not ranks.first:
+    if not ranks.is_main:
         return assist(config=settings, **given)  # type: ignore[func-returns-value]
-    return fit(settings, folder=folder / "train", trackers=trackers or Collected(), speed=config.speed, **given)
+    return fit(settings, folder=folder / "train", trackers=trackers or Collected(), kernels=config.kernels, **given)
 
 
 class Stopping(Collected):

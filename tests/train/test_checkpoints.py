@@ -6,7 +6,7 @@ import pytest
 
 from finetune.errors import TrainError
 from finetune.train.checkpoints import SEAL, choose, prune, seal
-from finetune.train.counts import Counts
+from finetune.train.progress import Counts
 
 IDENTITY = {"data.fingerprint": "abc", "train.steps": 8}
 
@@ -60,7 +60,9 @@ def test_missing_file_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_checkpoint_of_another_run_is_refused_with_every_difference(tmp_path: Path) -> None:
     path = written(tmp_path, 4)
-    with pytest.raises(TrainError, match=r"data\.fingerprint was 'abc' and is 'xyz'; train\.steps was 8 and is 9\. A run goes on only"):
+    with pytest.raises(
+        TrainError, match=r"data\.fingerprint was 'abc' and is 'xyz'; train\.steps was 8 and is 9\. A run goes on only"
+    ):
         choose(tmp_path, {"data.fingerprint": "xyz", "train.steps": 9})
     assert path.is_dir(), "what was refused is not deleted"
 

@@ -4,7 +4,7 @@ import pytest
 
 from finetune.config import load
 from finetune.errors import ConfigError
-from finetune.train.order import Order
+from finetune.train.sampler import Order
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,9 @@ def test_settings_that_go_by_the_heldout_loss_need_it_taken(override: str) -> No
 
 def test_grouping_by_length_moves_no_row_to_another_step() -> None:
     lengths = [7, 3, 9, 1, 5, 8, 2, 6, 4, 10]
-    one, other = ([row for [row] in Order(10, rows_per_step=4, micro_batch=1, seed=3, lengths=given)] for given in (lengths, None))
+    one, other = (
+        [row for [row] in Order(10, rows_per_step=4, micro_batch=1, seed=3, lengths=given)] for given in (lengths, None)
+    )
     assert one != other
     for start in (0, 4, 8):
         step = one[start : start + 4]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from finetune.errors import Interrupted, TrainError
-from finetune.train.fit import mean_of_last_tenth, read_curve, rewind
+from finetune.train.stage import mean_of_last_tenth, read_curve, rewind
 from tests.train.runs import Collected, Stopping, train
 
 
@@ -17,17 +17,28 @@ def test_training_learns_and_leaves_a_plain_peft_adapter(tmp_path: Path, tiny_ba
     trained = train(tmp_path, tiny_base=tiny_base, tokenizer=tokenizer, trackers=trackers)
     assert trained.steps == 12
     assert trained.final_loss < trained.first_loss - 0.3
-    assert sorted(path.name for path in trained.adapter.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in trained.adapter.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     assert trained.optimizer["asked"] == "paged_adamw_8bit"
     assert trained.optimizer["state_bytes"] > 0
-    assert {name for _, line in trackers.lines for name in line} >= {"train/loss", "eval/loss", "train/learning_rate", "train/grad_norm"}
+    assert {name for _, line in trackers.lines for name in line} >= {
+        "train/loss",
+        "eval/loss",
+        "train/learning_rate",
+        "train/grad_norm",
+    }
 
 
 def test_adapter_keeps_the_numbers_that_were_asked_for(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
     from safetensors.torch import load_file
 
     trained = train(tmp_path, tiny_base=tiny_base, tokenizer=tokenizer, steps=2)
-    assert {str(tensor.dtype) for tensor in load_file(trained.adapter / "adapter_model.safetensors").values()} == {"torch.float32"}
+    assert {str(tensor.dtype) for tensor in load_file(trained.adapter / "adapter_model.safetensors").values()} == {
+        "torch.float32"
+    }
 
 
 def test_plain_layers_compute_their_adapter_in_16_bit_also_where_the_loss_is_taken_past_the_models_own_pass(
@@ -39,7 +50,9 @@ def test_plain_layers_compute_their_adapter_in_16_bit_also_where_the_loss_is_tak
     def listen(adapted: Any) -> None:
         for name, module in adapted.named_modules():
             if name.endswith("lora_A.default"):
-                module.register_forward_hook(lambda lora, _, out: numbers.add(str(out.dtype)) if torch.is_grad_enabled() else None)
+                module.register_forward_hook(
+                    lambda lora, _, out: numbers.add(str(out.dtype)) if torch.is_grad_enabled() else None
+                )
 
     train(tmp_path, tiny_base=tiny_base, tokenizer=tokenizer, steps=2, evaluations=0, layers="plain", touch=listen)
     assert numbers == {"torch.bfloat16"}
@@ -128,7 +141,9 @@ def test_run_goes_on_only_with_what_it_began_with(tmp_path: Path, tiny_base: Pat
     train(tmp_path, tiny_base=tiny_base, tokenizer=tokenizer, steps=2)
     with pytest.raises(TrainError) as refusal:
         train(tmp_path, tiny_base=tiny_base, tokenizer=tokenizer, steps=3, rank=4, fingerprint="other rows")
-    assert "data.fingerprint was '' and is 'other rows'; lora.rank was 8 and is 4; train.steps was 2 and is 3" in str(refusal.value)
+    assert "data.fingerprint was '' and is 'other rows'; lora.rank was 8 and is 4; train.steps was 2 and is 3" in str(
+        refusal.value
+    )
 
 
 def test_what_changes_no_step_may_change_on_resuming(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
@@ -136,7 +151,10 @@ def test_what_changes_no_step_may_change_on_resuming(tmp_path: Path, tiny_base: 
     with pytest.raises(Interrupted):
         train(tmp_path / "b", tiny_base=tiny_base, tokenizer=tokenizer, trackers=Stopping(5))
     changes = {"checkpointing": "full", "evaluations": 0, "checkpoints": 0, "log_steps": 2}
-    assert train(tmp_path / "b", tiny_base=tiny_base, tokenizer=tokenizer, **changes).adapter_sha256 == whole.adapter_sha256
+    assert (
+        train(tmp_path / "b", tiny_base=tiny_base, tokenizer=tokenizer, **changes).adapter_sha256
+        == whole.adapter_sha256
+    )
 
 
 def test_figures_after_the_checkpoint_and_half_a_line_are_taken_back(tmp_path: Path) -> None:

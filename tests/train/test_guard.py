@@ -54,13 +54,19 @@ def test_step_without_a_number_leaves_adapter_and_optimizer_alone(
     before, after, later = (load_file(checkpoint(tmp_path, step) / "adapter_model.safetensors") for step in (2, 3, 4))
     assert all((before[name] == after[name]).all() for name in before)
     assert any((after[name] != later[name]).any() for name in after), "later steps are taken again"
-    assert (checkpoint(tmp_path, 2) / "optimizer.pt").read_bytes() == (checkpoint(tmp_path, 3) / "optimizer.pt").read_bytes()
+    assert (checkpoint(tmp_path, 2) / "optimizer.pt").read_bytes() == (
+        checkpoint(tmp_path, 3) / "optimizer.pt"
+    ).read_bytes()
     assert trained.skipped_steps == 1
     assert trained.steps == 6
 
 
-def test_skipped_step_is_counted_in_the_figures_and_shows_no_loss(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
-    train(tmp_path, tiny_base=tiny_base, tokenizer=tokenizer, touch=breaking({5}, gradient=False), steps=4, evaluations=0)
+def test_skipped_step_is_counted_in_the_figures_and_shows_no_loss(
+    tmp_path: Path, tiny_base: Path, tokenizer: Any
+) -> None:
+    train(
+        tmp_path, tiny_base=tiny_base, tokenizer=tokenizer, touch=breaking({5}, gradient=False), steps=4, evaluations=0
+    )
     text = (tmp_path / "train" / "metrics.jsonl").read_text()
     assert "NaN" not in text
     lines = [json.loads(line) for line in text.splitlines()]
@@ -79,7 +85,9 @@ def test_skipped_step_is_counted_in_the_figures_and_shows_no_loss(tmp_path: Path
         ),
     ],
 )
-def test_many_in_a_row_stop_the_run_with_layer_and_rows(tmp_path: Path, tiny_base: Path, tokenizer: Any, gradient: bool, what: str) -> None:
+def test_many_in_a_row_stop_the_run_with_layer_and_rows(
+    tmp_path: Path, tiny_base: Path, tokenizer: Any, gradient: bool, what: str
+) -> None:
     with pytest.raises(TrainError, match=what) as stopped:
         train(tmp_path, tiny_base=tiny_base, tokenizer=tokenizer, touch=breaking(set(range(5, 99)), gradient=gradient))
     assert "3 steps in a row" in str(stopped.value)

@@ -42,7 +42,9 @@ def test_best_weights_are_the_result_where_asked_for(
     folder = tmp_path / "train" / "checkpoints"
     assert trained.adapter_sha256 == file_sha256(folder / f"checkpoint-{best}" / "adapter_model.safetensors")
     assert sorted(path.name for path in folder.iterdir()) == sorted([f"checkpoint-{best}", "checkpoint-24"])
-    assert f"keeps step {best} of 24: its held-out loss {losses[best]:.4f} is the lowest of 12" in capsys.readouterr().out
+    assert (
+        f"keeps step {best} of 24: its held-out loss {losses[best]:.4f} is the lowest of 12" in capsys.readouterr().out
+    )
 
 
 def test_last_weights_are_the_result_otherwise(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
@@ -52,7 +54,9 @@ def test_last_weights_are_the_result_otherwise(tmp_path: Path, tiny_base: Path, 
 
 
 def test_patience_ends_training(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
-    trained = train(tmp_path, tiny_base=tiny_base, tokenizer=tokenizer, touch=diverging, keep="best", patience=2, **OVERFITTING)
+    trained = train(
+        tmp_path, tiny_base=tiny_base, tokenizer=tokenizer, touch=diverging, keep="best", patience=2, **OVERFITTING
+    )
     losses = heldout(tmp_path)
     best = min(losses, key=lambda step: losses[step])
     assert trained.stopped_early
@@ -67,7 +71,11 @@ def test_interrupted_run_remembers_its_best(tmp_path: Path, tiny_base: Path, tok
     with pytest.raises(Interrupted):
         train(tmp_path / "b", trackers=Stopping(22), **settings)
     resumed = train(tmp_path / "b", **settings)
-    assert (resumed.resumed_from, resumed.kept_step, resumed.best_heldout_loss) == (23, whole.kept_step, whole.best_heldout_loss)
+    assert (resumed.resumed_from, resumed.kept_step, resumed.best_heldout_loss) == (
+        23,
+        whole.kept_step,
+        whole.best_heldout_loss,
+    )
     assert resumed.adapter_sha256 == whole.adapter_sha256
 
 
@@ -76,6 +84,8 @@ def test_damaged_best_is_refused_with_the_way_out(tmp_path: Path, tiny_base: Pat
     trained = train(tmp_path, touch=diverging, keep="best", **settings)
     file = tmp_path / "train" / "checkpoints" / f"checkpoint-{trained.kept_step}" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(TrainError, match=r"adapter_model\.safetensors should have sha256 .*train\.keep=last run\.if_exists=resume"):
+    with pytest.raises(
+        TrainError, match=r"adapter_model\.safetensors should have sha256 .*train\.keep=last run\.if_exists=resume"
+    ):
         train(tmp_path, keep="best", **settings)
     assert train(tmp_path, keep="last", **settings).kept_step == 24

@@ -15,9 +15,9 @@ from finetune import lora
 from finetune.config import load as load_config
 from finetune.data import PreparedData, prepare
 from finetune.errors import ConfigError, Interrupted, TrainError
+from finetune.kernels import apply_fusion
 from finetune.launch import Ranks
 from finetune.model import Base
-from finetune.speed import quicken
 from finetune.train import TrainedAdapter, fit
 from finetune.train.preference import (
     PairCollator,
@@ -60,7 +60,11 @@ class Collected:
 def write_pairs(file: Path, *, count: int, start: int = 0) -> Path:
     """The answer that repeats the number is preferred to the one that refuses."""
     rows = [
-        {"prompt": f"Wake me at {number}.", "chosen": f'{{"time":{number}}}', "rejected": "What is the capital of France?"}
+        {
+            "prompt": f"Wake me at {number}.",
+            "chosen": f'{{"time":{number}}}',
+            "rejected": "What is the capital of France?",
+        }
         for number in range(start, start + count)
     ]
     file.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
@@ -69,20 +73,33 @@ def write_pairs(file: Path, *, count: int, start: int = 0) -> Path:
 
 def pairs_of(folder: Path, tokenizer: Any) -> PreparedData:
     """Pairs prepared by the data room, as a run would."""
-    train, held = write_pairs(folder / "train.jsonl", count=24), write_pairs(folder / "heldout.jsonl", count=8, start=1000)
-    files = [f"data.path={train}", f"data.heldout_path={held}", "data.format=preference", "data.max_tokens=128", "data.pack_tokens=128"]
+    train, held = (
+        write_pairs(folder / "train.jsonl", count=24),
+        write_pairs(folder / "heldout.jsonl", count=8, start=1000),
+    )
+    files = [
+        f"data.path={train}",
+        f"data.heldout_path={held}",
+        "data.format=preference",
+        "data.max_tokens=128",
+        "data.pack_tokens=128",
+    ]
     (folder / "data").mkdir()
     return prepare(load_config([*COMPOSED, *files]).data, folder=folder / "data", tokenizer=tokenizer, seed=1)
 
 
-def train(folder: Path, *, tiny_base: Path, tokenizer: Any, trackers: Any, packing: bool = True, overrides: Any = ()) -> TrainedAdapter:
+def train(
+    folder: Path, *, tiny_base: Path, tokenizer: Any, trackers: Any, packing: bool = True, overrides: Any = ()
+) -> TrainedAdapter:
     """A few steps of four pairs, from a fresh 4-bit base; again in the same folder goes on."""
     torch.set_num_threads(1)
     data_file = folder / "data.json"
     folder.mkdir(exist_ok=True)
     if not data_file.exists():
         made = pairs_of(folder, tokenizer)
-        data_file.write_text(json.dumps({name: getattr(made, name) for name in made.__dataclass_fields__ if name != "folder"}))
+        data_file.write_text(
+            json.dumps({name: getattr(made, name) for name in made.__dataclass_fields__ if name != "folder"})
+        )
     data = PreparedData(folder=folder / "data", **json.loads(data_file.read_text()))
     config = load_config([
         *COMPOSED, "train.steps=8", "train.tokens_per_step=null", "train.rows_per_step=4", "train.micro_batch=2", "train.evaluations=2",
@@ -91,18 +108,20 @@ def train(folder: Path, *, tiny_base: Path, tokenizer: Any, trackers: Any, packi
     ])  # fmt: skip
     full = config.train.checkpointing == "full"
     adapted = lora.attach(load(tiny_base, "nf4", double=True), config.lora, upcast="none", checkpointing=full, seed=1)
-    quick = quicken(adapted, config.speed, placement=PLACEMENT, checkpointing=config.train.checkpointing)
+    quick = apply_fusion(adapted, config.kernels, placement=PLACEMENT, checkpointing=config.train.checkpointing)
     (folder / "train").mkdir(exist_ok=True)
     return fit(
         config.train, ranks=Ranks({}), folder=folder / "train", adapted=adapted, tokenizer=tokenizer, data=data, quantization={},
         lora=config.lora,
         base=Base(folder=tiny_base, name="tiny", revision=None, sha256="", source="folder"), optim=config.optim, placement=PLACEMENT,
-        upcast="none", packing=packing, quick=quick, speed=config.speed, seed=1, trackers=trackers,
+        upcast="none", packing=packing, quick=quick, kernels=config.kernels, seed=1, trackers=trackers,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("objective", ["sigmoid", "ipo", "hinge", "aot"])
-def test_loss_gradient_and_figures_are_those_of_trl(objective: str, tiny_base: Path, tokenizer: Any, tmp_path: Path) -> None:
+def test_loss_gradient_and_figures_are_those_of_trl(
+    objective: str, tiny_base: Path, tokenizer: Any, tmp_path: Path
+) -> None:
     """TRL's ``aot`` of a single pair is the smoothed sigmoid loss, which its ``sigmoid`` no longer has. Float32: rounding apart, equal."""
     from peft import LoraConfig
     from transformers import LlamaForCausalLM
@@ -134,7 +153,7 @@ def test_loss_gradient_and_figures_are_those_of_trl(objective: str, tiny_base: P
     inputs = PairCollator(flat=False, pad_token_id=0)(mine)
     tokens = inputs.pop("answer_tokens")
     inputs.pop("padding")
-    plain: Any = SimpleNamespace(trained_only=False)
+    plain: Any = SimpleNamespace(loss_on_trained_tokens=False)
     with torch.no_grad(), trainer.model.disable_adapter():
         reference = answer_logprobs(token_losses(trainer.model, None, inputs, plain), tokens)
     policy = answer_logprobs(token_losses(trainer.model, None, inputs, plain), tokens)
@@ -144,7 +163,11 @@ def test_loss_gradient_and_figures_are_those_of_trl(objective: str, tiny_base: P
     for expected, found in zip(their_gradients, torch.autograd.grad(ours, adapter), strict=True):
         assert torch.allclose(found, expected, rtol=1e-3, atol=1e-6 * float(expected.abs().max()) + 1e-9)
     seen = named(figures(policy, reference, beta=BETA), prefix="train")
-    names = {"rewards/margins": "reward_margin", "rewards/accuracies": "reward_accuracy", "logps/chosen": "chosen_logprob"}
+    names = {
+        "rewards/margins": "reward_margin",
+        "rewards/accuracies": "reward_accuracy",
+        "logps/chosen": "chosen_logprob",
+    }
     for name, own in names.items():
         assert seen[f"train/{own}"] == pytest.approx(trainer._metrics["train"][name][0], rel=1e-4)
     assert seen["train/rejected_logprob"] == pytest.approx(trainer._metrics["train"]["logps/rejected"][0], rel=1e-4)
@@ -162,29 +185,47 @@ def prepared(example: dict[str, Any]) -> dict[str, Any]:
 
 def test_first_step_is_at_the_reference_to_the_bit(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
     trackers = Collected()
-    train(tmp_path, tiny_base=tiny_base, tokenizer=tokenizer, trackers=trackers, overrides=["train.steps=1", "train.evaluations=0"])
+    train(
+        tmp_path,
+        tiny_base=tiny_base,
+        tokenizer=tokenizer,
+        trackers=trackers,
+        overrides=["train.steps=1", "train.evaluations=0"],
+    )
     assert trackers.series("train/reward_margin") == [0.0]
     assert trackers.series("train/loss") == [pytest.approx(0.693147, abs=1e-6)]
 
 
-@pytest.mark.parametrize("speed", ["default", "plain"])
-def test_training_prefers_the_chosen_answers(speed: str, tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
+@pytest.mark.parametrize("kernels", ["default", "plain"])
+def test_training_prefers_the_chosen_answers(kernels: str, tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
     trackers = Collected()
-    trained = train(tmp_path, tiny_base=tiny_base, tokenizer=tokenizer, trackers=trackers, overrides=[f"speed={speed}"])
+    trained = train(
+        tmp_path, tiny_base=tiny_base, tokenizer=tokenizer, trackers=trackers, overrides=[f"kernels={kernels}"]
+    )
     margins = trackers.series("train/reward_margin")
     assert margins[-1] > 1.0 > abs(margins[0])
     assert trackers.series("train/reward_accuracy")[-1] == 1.0
     assert trackers.series("eval/reward_accuracy")[-1] == 1.0
     assert trackers.series("eval/loss")[-1] < 0.5 < trackers.series("train/loss")[0]
     assert trained.final_loss < trained.first_loss
-    assert {path.name for path in trained.adapter.iterdir()} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in trained.adapter.iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
 
 
 def test_fused_and_plain_steps_agree(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
     losses = []
-    for speed in ("default", "plain"):
+    for kernels in ("default", "plain"):
         trackers = Collected()
-        train(tmp_path / speed, tiny_base=tiny_base, tokenizer=tokenizer, trackers=trackers, overrides=[f"speed={speed}"])
+        train(
+            tmp_path / kernels,
+            tiny_base=tiny_base,
+            tokenizer=tokenizer,
+            trackers=trackers,
+            overrides=[f"kernels={kernels}"],
+        )
         losses.append(trackers.series("train/loss"))
     assert losses[0] == pytest.approx(losses[1], abs=0.05)  # bfloat16, two orders of rounding, eight steps
 
@@ -194,7 +235,7 @@ def test_a_step_is_the_same_however_its_pairs_are_laid_out(tmp_path: Path, tiny_
     norms = []
     for micro, packing in ((4, True), (4, False), (1, True)):
         trackers = Collected()
-        overrides = ["train.steps=1", f"train.micro_batch={micro}", "train.evaluations=0", "speed=plain"]
+        overrides = ["train.steps=1", f"train.micro_batch={micro}", "train.evaluations=0", "kernels=plain"]
         folder = tmp_path / f"{micro}{packing}"
         train(folder, tiny_base=tiny_base, tokenizer=tokenizer, trackers=trackers, packing=packing, overrides=overrides)
         norms.append(trackers.series("train/grad_norm")[0])
@@ -226,7 +267,13 @@ def test_interrupted_and_resumed_ends_as_if_it_had_not_been(tmp_path: Path, tiny
 
 def test_evaluations_during_training_do_not_change_it(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
     runs = [
-        train(tmp_path / count, tiny_base=tiny_base, tokenizer=tokenizer, trackers=Collected(), overrides=[f"train.evaluations={count}"])
+        train(
+            tmp_path / count,
+            tiny_base=tiny_base,
+            tokenizer=tokenizer,
+            trackers=Collected(),
+            overrides=[f"train.evaluations={count}"],
+        )
         for count in "02"
     ]
     assert runs[0].adapter_sha256 == runs[1].adapter_sha256
@@ -235,7 +282,9 @@ def test_evaluations_during_training_do_not_change_it(tmp_path: Path, tiny_base:
 def test_rows_that_are_no_pairs_are_left_out_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
     lonely = {**PAIR, "rejected_input_ids": [], "rejected_labels": []}
     same = {**PAIR, "rejected_input_ids": PAIR["input_ids"], "rejected_labels": PAIR["labels"]}
-    rows = Dataset.from_list([PAIR, lonely, {**PAIR, "rejected_input_ids": [4, 8]}, {**PAIR, "labels": [-100] * 3}, same])
+    rows = Dataset.from_list(
+        [PAIR, lonely, {**PAIR, "rejected_input_ids": [4, 8]}, {**PAIR, "labels": [-100] * 3}, same]
+    )
     pairs, tokens = training_pairs(rows)
     assert (list(pairs), tokens) == ([PAIR], 5.0)
     said = capsys.readouterr()

@@ -9,7 +9,7 @@ import torch
 
 from finetune.errors import Interrupted, TrainError
 from finetune.train.checkpoints import SEAL
-from finetune.train.shortage import is_shortage
+from finetune.train.oom_retry import is_out_of_memory
 from tests.train.runs import Stopping, train
 
 CPU = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 1073741824 bytes."
@@ -33,7 +33,9 @@ def scarce(most_tokens: int, *, error: Exception, from_call: int = 0) -> Callabl
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError(CPU), MemoryError()], ids=["cuda", "cpu", "python"]
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError(CPU), MemoryError()],
+    ids=["cuda", "cpu", "python"],
 )
 def test_micro_batch_is_halved_and_a_step_reads_as_many_rows(
     tmp_path: Path, tiny_base: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str], error: Exception
@@ -41,7 +43,12 @@ def test_micro_batch_is_halved_and_a_step_reads_as_many_rows(
     whole = train(tmp_path / "a", tiny_base=tiny_base, tokenizer=tokenizer, micro_batch=4, tokens_per_step=440)
     capsys.readouterr()
     trained = train(
-        tmp_path / "b", tiny_base=tiny_base, tokenizer=tokenizer, micro_batch=4, tokens_per_step=440, touch=scarce(300, error=error)
+        tmp_path / "b",
+        tiny_base=tiny_base,
+        tokenizer=tokenizer,
+        micro_batch=4,
+        tokens_per_step=440,
+        touch=scarce(300, error=error),
     )
     said = " ".join(capsys.readouterr().out.split())
     assert "from here on 2 at once instead of 4, 2 accumulated instead of 1, so that a step reads the same rows" in said
@@ -55,16 +62,25 @@ def test_training_goes_on_from_the_last_whole_step(
     full = train(tmp_path / "a", tiny_base=tiny_base, tokenizer=tokenizer, micro_batch=2, tokens_per_step=440)
     capsys.readouterr()
     touch = scarce(150, error=MemoryError(), from_call=11)
-    trained = train(tmp_path / "b", tiny_base=tiny_base, tokenizer=tokenizer, micro_batch=2, tokens_per_step=440, touch=touch)
+    trained = train(
+        tmp_path / "b", tiny_base=tiny_base, tokenizer=tokenizer, micro_batch=2, tokens_per_step=440, touch=touch
+    )
     assert "out of memory after step 6" in capsys.readouterr().out
     assert (tmp_path / "b/train/checkpoints/checkpoint-6" / SEAL).is_file()
-    assert (trained.tokens, trained.trained_tokens) == (full.tokens, full.trained_tokens), "the rows of the step that failed count once"
+    assert (trained.tokens, trained.trained_tokens) == (full.tokens, full.trained_tokens), (
+        "the rows of the step that failed count once"
+    )
     assert [line["step"] for line in trained.curve if "train/loss" in line] == list(range(1, 13))
     assert [line.get("train/loss") for line in trained.curve[:5]] == [line.get("train/loss") for line in full.curve[:5]]
 
 
 def test_smaller_micro_batch_holds_for_a_resumed_run(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
-    settings: dict[str, Any] = {"tiny_base": tiny_base, "tokenizer": tokenizer, "micro_batch": 2, "tokens_per_step": 440}
+    settings: dict[str, Any] = {
+        "tiny_base": tiny_base,
+        "tokenizer": tokenizer,
+        "micro_batch": 2,
+        "tokens_per_step": 440,
+    }
     touch = scarce(150, error=MemoryError(), from_call=11)
     whole = train(tmp_path / "a", touch=touch, **settings)
     with pytest.raises(Interrupted):
@@ -98,12 +114,18 @@ def test_first_optimizer_step_that_finds_no_room_begins_again_from_the_first_wei
 
 def test_no_room_for_one_row_saves_and_names_the_remedy(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
     with pytest.raises(TrainError, match=r"with one row at a time .*step 3 is saved\. Use fewer tokens in a row"):
-        train(tmp_path, tiny_base=tiny_base, tokenizer=tokenizer, touch=scarce(0, error=MemoryError(), from_call=7), checkpoints=0)
+        train(
+            tmp_path,
+            tiny_base=tiny_base,
+            tokenizer=tokenizer,
+            touch=scarce(0, error=MemoryError(), from_call=7),
+            checkpoints=0,
+        )
     assert train(tmp_path, tiny_base=tiny_base, tokenizer=tokenizer, checkpoints=0).resumed_from == 3
 
 
 def test_other_errors_are_not_taken_for_a_shortage() -> None:
-    assert is_shortage(RuntimeError(CPU))
-    assert is_shortage(torch.OutOfMemoryError("CUDA out of memory."))
-    assert not is_shortage(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    assert not is_shortage(ValueError("out of memory"))
+    assert is_out_of_memory(RuntimeError(CPU))
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not is_out_of_memory(ValueError("out of memory"))

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from finetune.bench.lab.task import Task, change_figures, check_metric, deal, line, model_choice
-from finetune.console import change_text, human_bytes, say, table
+from finetune.console import change_text, human_bytes, log, table
 from finetune.errors import ConfigError
 from finetune.hardware import LIMITS
 from finetune.paths import CONF
@@ -87,7 +87,9 @@ class Further:
     problems: int
 
 
-def compare(*, model: str, text: Path, tokens: int, grid: str, out: Path, backends: list[str], further: Further) -> None:
+def compare(
+    *, model: str, text: Path, tokens: int, grid: str, out: Path, backends: list[str], further: Further
+) -> None:
     """Measures, prints a table, writes ``out`` and ends with one line of JSON.
 
     Args:
@@ -114,16 +116,29 @@ def compare(*, model: str, text: Path, tokens: int, grid: str, out: Path, backen
     base = fetch(load(choice).model)
     folder = base.folder if grid == "as_it_is" else moved_off_the_grid(base)
     rows = rows_of(text, base.folder, tokens)
-    say("bench", f"{base.name}, {'off any grid (see the page)' if grid != 'as_it_is' else 'as it is'}; {len(rows) * ROW_TOKENS:,} tokens")
+    log(
+        "bench",
+        f"{base.name}, {'off any grid (see the page)' if grid != 'as_it_is' else 'as it is'}; {len(rows) * ROW_TOKENS:,} tokens",
+    )
     with tempfile.TemporaryDirectory(prefix="finetune-lab-") as place:
         work = Path(place)
-        lab = _Lab(choice=choice, folder=folder, rows=rows, work=work, task=_task(further, work, choice), further=further)
+        lab = _Lab(
+            choice=choice, folder=folder, rows=rows, work=work, task=_task(further, work, choice), further=further
+        )
         reference = lab.run("none", dtype="float32")
         found = [lab.measured(name, reference) for name in names]
     show(found, reference)
     study_of = study(folder, rows)
-    write_page(out, found, reference=summary(REFERENCE, reference, reference), study=study_of, text=text.name, grid=grid, model=base.name)
-    say("bench", f"the page: {out}")
+    write_page(
+        out,
+        found,
+        reference=summary(REFERENCE, reference, reference),
+        study=study_of,
+        text=text.name,
+        grid=grid,
+        model=base.name,
+    )
+    log("bench", f"the page: {out}")
     sys.stdout.write(json.dumps([asdict(one) for one in found]) + "\n")
 
 
@@ -163,7 +178,9 @@ def rows_of(text: Path, tokenizer: Path, tokens: int) -> list[dict[str, list[int
     ids = AutoTokenizer.from_pretrained(tokenizer)(text.read_text(encoding="utf-8"), verbose=False).input_ids[:tokens]
     rows = [ids[start : start + ROW_TOKENS] for start in range(0, len(ids) - ROW_TOKENS + 1, ROW_TOKENS)]
     if len(rows) < 2:
-        raise ConfigError(f"bench quantization: {text} holds {len(ids)} tokens and at least {2 * ROW_TOKENS} are needed")
+        raise ConfigError(
+            f"bench quantization: {text} holds {len(ids)} tokens and at least {2 * ROW_TOKENS} are needed"
+        )
     return [{"input_ids": row, "labels": list(row)} for row in rows]
 
 
@@ -179,7 +196,7 @@ class _Lab:
     further: Further
 
     def run(self, name: str, *, dtype: str, reference: dict[str, Any] | None = None) -> dict[str, Any]:
-        from finetune.measure import run_fresh
+        from finetune.inference.fresh_process import run_in_fresh_process
 
         given = {**reference, "records": False} if reference else {"file": self.work / "reference.f32", "records": True}
         programs = {"source": self.further.humaneval, "problems": self.further.problems, "quantization": name}
@@ -190,15 +207,17 @@ class _Lab:
             "humaneval": {**programs, "max_new_tokens": self.further.max_new_tokens} if self.further.humaneval and reference else None,
         }  # fmt: skip
         # A cache of its own, or a copy that an earlier run left would be read where making one is timed.
-        return run_fresh("finetune.bench.lab.one", request, work=self.work, environment={"FINETUNE_CACHE": str(self.work / "cache")})
+        return run_in_fresh_process(
+            "finetune.bench.lab.one", request, work=self.work, environment={"FINETUNE_CACHE": str(self.work / "cache")}
+        )
 
     def measured(self, name: str, reference: dict[str, Any]) -> Measured:
         """One backend; what cannot run says why and the others go on."""
-        from finetune.measure import FreshProcessError
+        from finetune.inference.fresh_process import FreshProcessError
 
         if refused(name):
             return Measured(backend=name, status=refused(name))
-        say("bench", f"{name} ...")
+        log("bench", f"{name} ...")
         try:
             got = self.run(name, dtype="bfloat16", reference=reference["reference"])
         except FreshProcessError as error:
@@ -208,9 +227,12 @@ class _Lab:
 
 def summary(name: str, got: dict[str, Any], reference: dict[str, Any]) -> Measured:
     """What a process found, as a line of the table."""
-    from finetune.measure.bootstrap import Bootstrap, Ratio
+    from finetune.inference.bootstrap import Bootstrap, Ratio
 
-    ours, theirs = (Ratio(totals=np.array(side["losses"])[:, 0], weights=np.array(side["losses"])[:, 1]) for side in (got, reference))
+    ours, theirs = (
+        Ratio(totals=np.array(side["losses"])[:, 0], weights=np.array(side["losses"])[:, 1])
+        for side in (got, reference)
+    )
     change = Bootstrap(len(got["losses"]), samples=RESAMPLES, seed=1).difference(theirs, ours)
     stored = got["weight_bytes"] + got["constant_bytes"]
     return Measured(
@@ -229,13 +251,16 @@ def summary(name: str, got: dict[str, Any], reference: dict[str, Any]) -> Measur
         prefill_tokens_per_second=got["prefill"],
         decode_tokens_per_second=got["decode"],
         task=_level(got["scores"]),
-        humaneval={key.replace("pass_at_1_", "").replace("pass_at_1", "value"): value for key, value in got["humaneval"].items()},
+        humaneval={
+            key.replace("pass_at_1_", "").replace("pass_at_1", "value"): value
+            for key, value in got["humaneval"].items()
+        },
         tunable=got["tunable"],
     )
 
 
 def _level(scores: list[float]) -> dict[str, float]:
-    from finetune.measure.bootstrap import Bootstrap, mean_of
+    from finetune.inference.bootstrap import Bootstrap, mean_of
 
     if not scores:
         return {}
@@ -245,10 +270,10 @@ def _level(scores: list[float]) -> dict[str, float]:
 def show(found: list[Measured], reference: dict[str, Any]) -> None:
     """The table in the terminal."""
     loss = sum(row[0] for row in reference["losses"]) / sum(row[1] for row in reference["losses"])
-    say("bench", f"float32: perplexity {math.exp(loss):.2f}")
+    log("bench", f"float32: perplexity {math.exp(loss):.2f}")
     head = ["backend", "bits", "disk", "memory", "make, load: s", "perplexity", "loss against float32", "KL", "top-1"]
     table("bench", head, [cells(one)[: len(head)] for one in found if one.status == "measured"])
-    say("bench", *[f"{one.backend}: {one.status}" for one in found if one.status != "measured"])
+    log("bench", *[f"{one.backend}: {one.status}" for one in found if one.status != "measured"])
 
 
 def cells(one: Measured) -> list[str]:

@@ -65,7 +65,14 @@ def claims(found: list[Measured]) -> list[Claim]:
     if {"nf4", "nf4_double"} <= rows.keys():
         saved = (rows["nf4"].bits_per_parameter or 0.0) - (rows["nf4_double"].bits_per_parameter or 0.0)
         text = "double quantization saves 0.373 bits a weight"
-        lines.append(Claim(text=text, source="QLoRA, section 3", seen=f"{saved:.3f}", holds=abs(saved - 0.373) <= 2 * HALF_THOUSANDTH))
+        lines.append(
+            Claim(
+                text=text,
+                source="QLoRA, section 3",
+                seen=f"{saved:.3f}",
+                holds=abs(saved - 0.373) <= 2 * HALF_THOUSANDTH,
+            )
+        )
     return lines
 
 

@@ -60,7 +60,9 @@ def study(folder: Path, rows: list[dict[str, list[int]]]) -> Study:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear) and name != "lm_head"}
+    layers = {
+        name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear) and name != "lm_head"
+    }
     inputs = record_inputs(model, layers, rows[:ACTIVATION_ROWS])
     weights = {name: layer.weight.detach() for name, layer in layers.items()}
     blocks = normalized(weights)
@@ -75,7 +77,10 @@ def study(folder: Path, rows: list[dict[str, list[int]]]) -> Study:
         codes={name: code.tolist() for name, code in code_books().items()},
         histogram=(torch.histc(blocks, HISTOGRAM_BINS, -1, 1) / blocks.numel()).tolist(),
         code_errors={name: code_error(blocks, code) for name, code in code_books().items()},
-        activations=[{"layer": name, **spread(seen), "weight_unevenness": unevenness(weights[name])} for name, seen in inputs.items()],
+        activations=[
+            {"layer": name, **spread(seen), "weight_unevenness": unevenness(weights[name])}
+            for name, seen in inputs.items()
+        ],
         smoothing=[{"layer": name, **smoothed(inputs[name], weights[name])} for name in uneven],
     )
 
@@ -86,7 +91,9 @@ def record_inputs(model: Any, layers: dict[str, Any], rows: list[dict[str, list[
 
     seen: dict[str, list[Tensor]] = {name: [] for name in layers}
     hooks = [
-        layer.register_forward_pre_hook(lambda _, inputs, name=name: seen[name].append(inputs[0].detach().flatten(0, -2).bfloat16()))
+        layer.register_forward_pre_hook(
+            lambda _, inputs, name=name: seen[name].append(inputs[0].detach().flatten(0, -2).bfloat16())
+        )
         for name, layer in layers.items()
     ]
     with torch.no_grad():
@@ -104,7 +111,9 @@ def four_bit(kind: str, *, block: int = BLOCK, double: bool = False) -> Callable
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
         # In rows of one block: on a CPU bitsandbytes 0.50.2 reads longer blocks than a row's end as noise.
-        packed, state = quantize_4bit(weight.reshape(-1, block), blocksize=block, quant_type=kind, compress_statistics=double)
+        packed, state = quantize_4bit(
+            weight.reshape(-1, block), blocksize=block, quant_type=kind, compress_statistics=double
+        )
         result: Tensor = dequantize_4bit(packed, state).view_as(weight)
         return result
 
@@ -144,8 +153,16 @@ def distance(weight: Tensor, other: Tensor) -> dict[str, float]:
 def block_size(weights: dict[str, Tensor], block: int) -> dict[str, Any]:
     """NF4 at one block size: bits a weight by counting (4, and a float32 a block; with double quantization a byte a block and
     a float32 for every 256 of them), and the error that comes with them."""
-    plain, double = (math.sqrt(mean_square(weights, four_bit("nf4", block=block, double=double))) for double in (False, True))
-    return {"block": block, "bits": 4 + 32 / block, "double_bits": 4 + 8 / block + 32 / (block * 256), "rms": plain, "double_rms": double}
+    plain, double = (
+        math.sqrt(mean_square(weights, four_bit("nf4", block=block, double=double))) for double in (False, True)
+    )
+    return {
+        "block": block,
+        "bits": 4 + 32 / block,
+        "double_bits": 4 + 8 / block + 32 / (block * 256),
+        "rms": plain,
+        "double_rms": double,
+    }
 
 
 def mean_square(weights: dict[str, Tensor], rounded: Callable[[Tensor], Tensor]) -> float:
@@ -183,7 +200,12 @@ def spread(seen: Tensor) -> dict[str, Any]:
     """How uneven a layer's inputs are, channel by channel."""
     tops = seen.float().abs().amax(0)
     outliers = int((tops > OUTLIER).sum())
-    return {"largest": float(tops.max()), "median": float(tops.median()), "outlier_channels": outliers, "channels": len(tops)}
+    return {
+        "largest": float(tops.max()),
+        "median": float(tops.median()),
+        "outlier_channels": outliers,
+        "channels": len(tops),
+    }
 
 
 def unevenness(seen: Tensor) -> float:

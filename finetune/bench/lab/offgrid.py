@@ -45,9 +45,15 @@ def moved_off_the_grid(base: Base) -> Path:
     if kept.is_dir():
         return kept
     settings = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
-    tensors = {name: tensor.float() for file in sorted(base.folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    tensors = {
+        name: tensor.float()
+        for file in sorted(base.folder.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
     if settings.get("model_type") != "llama" or "model.layers.0.self_attn.q_proj.weight" not in tensors:
-        raise ModelError(f"bench quantization: {base.name} is no Llama, and only those can be moved off a grid; say grid=as_it_is")
+        raise ModelError(
+            f"bench quantization: {base.name} is no Llama, and only those can be moved off a grid; say grid=as_it_is"
+        )
     heads, keys = settings["num_attention_heads"], settings["num_key_value_heads"]
     for layer in range(settings["num_hidden_layers"]):
         rescale_layer(tensors, f"model.layers.{layer}.", seed=SEED + layer, heads=heads, keys=keys)
@@ -86,7 +92,9 @@ def rescale_layer(tensors: dict[str, Tensor], prefix: str, *, seed: int, heads: 
     value, out = weight("self_attn.v_proj"), weight("self_attn.o_proj")
     scale = scales(len(value))
     value.mul_(scale[:, None])
-    out.div_(scale.view(keys, -1).repeat_interleave(heads // keys, dim=0).reshape(-1))  # each query head reads its group's values
+    out.div_(
+        scale.view(keys, -1).repeat_interleave(heads // keys, dim=0).reshape(-1)
+    )  # each query head reads its group's values
     up, down = weight("mlp.up_proj"), weight("mlp.down_proj")
     scale = scales(len(up))
     up.mul_(scale[:, None])

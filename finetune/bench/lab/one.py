@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finetune.measure import answer
+from finetune.inference.fresh_process import answer
 
 PREFILL_TOKENS = 256
 NEW_TOKENS = 24
@@ -33,7 +33,8 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
 
     from finetune import hardware
     from finetune.config import load as compose
-    from finetune.measure import Reference, agreement, free, reference_logprobs
+    from finetune.inference.adapted import free
+    from finetune.inference.kl_divergence import Reference, agreement, reference_logprobs
     from finetune.memory import rss_bytes
     from finetune.model import Base, load, resident_bytes, weights_sha256
 
@@ -76,7 +77,10 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     else:
         reference = Reference(**{**given, "file": Path(given["file"])})
     agreed = agreement(model, rows, reference, batch_tokens=tokens)
-    found["losses"], found["agreement"] = [[one.loss, one.tokens, one.correct] for one in agreed.losses], agreed.distances
+    found["losses"], found["agreement"] = (
+        [[one.loss, one.tokens, one.correct] for one in agreed.losses],
+        agreed.distances,
+    )
     found["scores"] = task_scores(model, base, request["task"])
     found["humaneval"] = programs(folder, request["humaneval"])
     return {**found, "reference": dataclasses.asdict(dataclasses.replace(reference, losses=()))}
@@ -114,13 +118,15 @@ def disk_bytes(model: Any, quantization: Any) -> int:
         if (folder / "config.json").is_file():
             return written
     layers = [name for name, module in model.named_modules() if library_of(module)]
-    return written + sum(tensor.nbytes for name, tensor in holdings(model) if name.rpartition(".")[0] not in layers and "[" not in name)
+    return written + sum(
+        tensor.nbytes for name, tensor in holdings(model) if name.rpartition(".")[0] not in layers and "[" not in name
+    )
 
 
 def task_scores(model: Any, base: Any, asked: dict[str, Any] | None) -> list[float]:
     """Per held-out row of the task, how good the answer is."""
     from finetune.bench.lab.task import Task, scores
-    from finetune.measure import read_rows
+    from finetune.inference.rows import read_rows
 
     if asked is None:
         return []
@@ -130,8 +136,8 @@ def task_scores(model: Any, base: Any, asked: dict[str, Any] | None) -> list[flo
 
 def programs(folder: Path, asked: dict[str, Any] | None) -> dict[str, Any]:
     """HumanEval's pass@1, greedy."""
+    from finetune.eval.completers import open_writer
     from finetune.eval.humaneval import complete, greedy, read_problems, result
-    from finetune.eval.writers import open_writer
 
     if asked is None:
         return {}

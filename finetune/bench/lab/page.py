@@ -59,22 +59,39 @@ def write_page(
 
 def results(lines: list[Measured]) -> Html:
     """Two tables, each as wide as the page."""
-    size = ["backend", "bits a weight", "on disk", "in memory", "make, load: s", "perplexity", "loss change", "KL", "top-1"]
+    size = [
+        "backend",
+        "bits a weight",
+        "on disk",
+        "in memory",
+        "make, load: s",
+        "perplexity",
+        "loss change",
+        "KL",
+        "top-1",
+    ]
     speed = ["backend", "prefill tok/s", "decode tok/s", "task", "HumanEval", "tunable"]
     rows = [cells(one) for one in lines]
-    tables = [table(size, [row[: len(size)] for row in rows]), table(speed, [[row[0], *row[len(size) :]] for row in rows])]
+    tables = [
+        table(size, [row[: len(size)] for row in rows]),
+        table(speed, [[row[0], *row[len(size) :]] for row in rows]),
+    ]
     return joined([tables[0], tag("h3", "Speed and answers"), tables[1]])
 
 
 def not_run(found: list[Measured]) -> Html:
     rows = [[one.backend, one.status] for one in found if one.status != "measured"]
-    return joined([tag("h3", "Not measured here"), table(["backend", "why"], rows, text_columns=2)]) if rows else Html("")
+    return (
+        joined([tag("h3", "Not measured here"), table(["backend", "why"], rows, text_columns=2)]) if rows else Html("")
+    )
 
 
 def published(found: list[Measured]) -> Html:
     rows = [[one.text, one.source, one.seen, "as published" if one.holds else "not here"] for one in claims(found)]
     lead = "Measured on one model and one text; the sources measured larger ones."
-    return joined([tag("p", lead), table(["published", "where", "seen", ""], rows, text_columns=4)]) if rows else Html("")
+    return (
+        joined([tag("p", lead), table(["published", "where", "seen", ""], rows, text_columns=4)]) if rows else Html("")
+    )
 
 
 def sizes(measured: list[Measured]) -> Html:
@@ -92,10 +109,22 @@ def sizes(measured: list[Measured]) -> Html:
     placed: list[tuple[float, float]] = []
     for one in sorted(shown, key=lambda one: -(one.kl or 1)):  # from the top: a name moves down where another stands
         x, y = plot.x((one.disk_bytes or 0) / 2**20), plot.y(one.kl or 1)
-        line = max([y + 4, *[other + NAME_HEIGHT for left, other in placed if abs(left - x) < NAME_WIDTH and abs(other - y) < NAME_WIDTH]])
+        line = max(
+            [
+                y + 4,
+                *[
+                    other + NAME_HEIGHT
+                    for left, other in placed
+                    if abs(left - x) < NAME_WIDTH and abs(other - y) < NAME_WIDTH
+                ],
+            ]
+        )
         placed.append((x, line))
         parts += [dot(x, y, 5, kind="bar", title=f"{one.backend}: KL {one.kl}"), text(x + 9, line, one.backend)]
-    return figure(picture(700, 370, parts, title="size against KL"), "Lower left is better: small and near to the model in float32.")
+    return figure(
+        picture(700, 370, parts, title="size against KL"),
+        "Lower left is better: small and near to the model in float32.",
+    )
 
 
 def errors(study: Study) -> Html:
@@ -113,7 +142,8 @@ def errors(study: Study) -> Html:
                          f"{min(one['cosine'] for one in some):.3f}")  # fmt: skip
         rows.append(cells)
     caption = tag(
-        "p", "Root mean square error as a share of the weights' own: mean over layers (worst layer); largest error; smallest cosine."
+        "p",
+        "Root mean square error as a share of the weights' own: mean over layers (worst layer); largest error; smallest cosine.",
     )
     return joined([tag("h3", "Error by kind of layer"), caption, table(["layers", *methods], rows)])
 
@@ -140,7 +170,10 @@ def codes(study: Study) -> Html:
     for row, (name, code) in enumerate(study.codes.items()):
         height = bottom + 22 + row * 22
         parts += [text(left - 8, height + 4, name, anchor="end")]
-        parts += [dot(round(left + (level + 1) / 2 * (right - left), 1), height, 3, kind="bar", title=f"{level:.4f}") for level in code]
+        parts += [
+            dot(round(left + (level + 1) / 2 * (right - left), 1), height, 3, kind="bar", title=f"{level:.4f}")
+            for level in code
+        ]
     caption = (
         "Weights over the largest of their block of "
         + f"{BLOCK}, and the levels of each code. Error over mean square: "
@@ -174,8 +207,8 @@ def activations(study: Study) -> Html:
 
 def smoothing(study: Study) -> Html:
     rows = [[one["layer"], f"{one['before']:.4f}", f"{one['after']:.4f}"] for one in study.smoothing]
-    better = math.prod(one["before"] / max(one["after"], 1e-12) for one in study.smoothing) ** (1 / max(len(study.smoothing), 1))
-    lead = (
-        f"Error of a layer's output in int8 with one scale for its inputs; smoothing makes it {better:.1f} times smaller in these layers."
+    better = math.prod(one["before"] / max(one["after"], 1e-12) for one in study.smoothing) ** (
+        1 / max(len(study.smoothing), 1)
     )
+    lead = f"Error of a layer's output in int8 with one scale for its inputs; smoothing makes it {better:.1f} times smaller in these layers."
     return joined([tag("h3", "SmoothQuant's migration"), tag("p", lead), table(["layer", "before", "after"], rows)])

@@ -51,7 +51,9 @@ def deal(source: Path, folder: Path, *, train: int, heldout: int, where: str) ->
         raise ConfigError(f"{where}={source} is no file; give JSON Lines in any format that data.path takes")
     lines = [line for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
     if len(lines) < train + heldout:
-        raise ConfigError(f"{where}: {source} has {len(lines)} rows and {train + heldout} are needed; lower rows or heldout")
+        raise ConfigError(
+            f"{where}: {source} has {len(lines)} rows and {train + heldout} are needed; lower rows or heldout"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in (("train", lines[:train]), ("heldout", lines[train : train + heldout])):
         (folder / f"{name}.jsonl").write_text("\n".join(part) + "\n", encoding="utf-8")
@@ -62,7 +64,7 @@ def line(overrides: Sequence[str], *, root: Path, name: str) -> tuple[float, int
     """Runs the line in a process of its own; seconds and peak resident memory of all of it."""
     from finetune.bench.speed import timed
 
-    own = [f"run.root={root}", f"run.name={name}", "run.if_exists=overwrite", "tracking=[]", "rehearse=off"]
+    own = [f"run.root={root}", f"run.name={name}", "run.if_exists=overwrite", "tracking=[]", "preflight=off"]
     return timed(name, [sys.executable, "-m", "finetune", "+experiment=quickstart", *overrides, *own], root, {})
 
 
@@ -76,7 +78,7 @@ def model_choice(model: str) -> list[str]:
 
 def losses(model: Any, rows: list[dict[str, Any]]) -> list[tuple[float, int]]:
     """Per row, nats summed over its trained tokens, and how many those are."""
-    from finetune.measure import row_losses
+    from finetune.inference.losses import row_losses
 
     return [(one.loss, one.tokens) for one in row_losses(model, rows, batch_tokens=BATCH_TOKENS)]
 
@@ -84,18 +86,21 @@ def losses(model: Any, rows: list[dict[str, Any]]) -> list[tuple[float, int]]:
 def scores(model: Any, base: Any, task: Task, rows: list[dict[str, Any]]) -> list[float]:
     """Per row, how good the greedy answer is; empty where no metric was asked for."""
     from finetune.eval.metrics import METRICS, prepare_rows
-    from finetune.measure import chat_of, generate
+    from finetune.inference.chat import chat_of
+    from finetune.inference.generation import generate
 
     if not task.metric:
         return []
     prepare_rows(rows, [task.metric], task.data / "heldout")
     chat = chat_of(base, task.data, trust_remote_code=False)
     prompts = [row["prompt_ids"] for row in rows]
-    answers = generate(model, chat.tokenizer, prompts, max_new_tokens=task.max_new_tokens, batch_rows=BATCH_ROWS, ends=chat.ends)
+    answers = generate(
+        model, chat.tokenizer, prompts, max_new_tokens=task.max_new_tokens, batch_rows=BATCH_ROWS, ends=chat.ends
+    )
     texts = [chat.tokenizer.decode(answer.tokens, skip_special_tokens=True) for answer in answers]
     return [METRICS[task.metric](text, row) for text, row in zip(texts, rows, strict=True)]
 
 
 def change_figures(change: Any) -> dict[str, float]:
-    """A difference of `finetune.measure.bootstrap` as the tables' JSON has it."""
+    """A difference of `finetune.inference.bootstrap` as the tables' JSON has it."""
     return {"difference": round(change.value, 4), "low": round(change.low, 4), "high": round(change.high, 4)}

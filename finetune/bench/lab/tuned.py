@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.bench.lab.task import Task, losses, scores
-from finetune.measure import answer
+from finetune.inference.fresh_process import answer
 
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
@@ -23,7 +23,8 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
 
     from finetune import hardware
     from finetune.config import load
-    from finetune.measure import read_rows, trained_graph
+    from finetune.inference.adapted import load_adapted_model
+    from finetune.inference.rows import read_rows
     from finetune.model import fetch
 
     run, config = Path(request["run"]), load(request["overrides"])
@@ -31,7 +32,9 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(placement.threads)
     base = fetch(config.model)
     adapter = run / "train" / "adapter"
-    graph = trained_graph(base, config.model, quantization=config.quantization, placement=placement, adapter=adapter)
+    graph = load_adapted_model(
+        base, config.model, quantization=config.quantization, placement=placement, adapter=adapter
+    )
     task = Task(data=run / "data", metric=request["metric"], max_new_tokens=request["max_new_tokens"])
     rows = read_rows(task.data / "heldout")
     found: dict[str, Any] = {"losses": losses(graph, rows), "scores": scores(graph, base, task, rows), "untuned": None}

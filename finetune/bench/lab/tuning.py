@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from finetune.bench.lab.task import change_figures, check_metric, deal, line, model_choice
-from finetune.console import change_text, human_bytes, say, table
+from finetune.console import change_text, human_bytes, log, table
 
 TOKENS_PER_STEP = 512
 RESAMPLES = 2000
@@ -84,7 +84,17 @@ class Budget:
         ]  # fmt: skip
 
 
-def tune(*, source: Path | None, rows: int, heldout: int, model: str, grid: str, backends: list[str], budget: Budget, out: Path) -> None:
+def tune(
+    *,
+    source: Path | None,
+    rows: int,
+    heldout: int,
+    model: str,
+    grid: str,
+    backends: list[str],
+    budget: Budget,
+    out: Path,
+) -> None:
     """Trains and measures, writes ``out`` after each seed, and ends with a table and one line of JSON.
 
     Args:
@@ -117,9 +127,13 @@ def tune(*, source: Path | None, rows: int, heldout: int, model: str, grid: str,
         for seed in range(1, budget.seeds + 1):  # turn by turn, so that what else the machine does falls on all alike
             for name in runs:
                 overrides = [*choice, *data, f"quantization={name}", f"run.seed={seed}", *budget.overrides()]
-                found.setdefault(name, []).append(_one(overrides, work, name=f"{name}-{seed}", budget=budget, untuned=seed == 1))
+                found.setdefault(name, []).append(
+                    _one(overrides, work, name=f"{name}-{seed}", budget=budget, untuned=seed == 1)
+                )
             lines = [
-                summary(name, found[name], found[YARDSTICK]) if name in found else Tuned(backend=name, status=refused(name))
+                summary(name, found[name], found[YARDSTICK])
+                if name in found
+                else Tuned(backend=name, status=refused(name))
                 for name in names
             ]
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -132,7 +146,7 @@ def _one(overrides: Sequence[str], work: Path, *, name: str, budget: Budget, unt
     """Trains and measures once; the run is removed, its figures stay."""
     import shutil
 
-    from finetune.measure import run_fresh
+    from finetune.inference.fresh_process import run_in_fresh_process
 
     seconds, peak = line(overrides, root=work, name=name)
     run = work / name
@@ -140,17 +154,19 @@ def _one(overrides: Sequence[str], work: Path, *, name: str, budget: Budget, unt
         "run": run, "overrides": json.loads((run / "overrides.json").read_text()), "metric": budget.metric,
         "max_new_tokens": budget.max_new_tokens, "untuned": untuned,
     }  # fmt: skip
-    got = run_fresh("finetune.bench.lab.tuned", request, work=work)
-    trained, loaded = (json.loads((run / stage / "manifest.json").read_text())["product"] for stage in ("train", "model"))
+    got = run_in_fresh_process("finetune.bench.lab.tuned", request, work=work)
+    trained, loaded = (
+        json.loads((run / stage / "manifest.json").read_text())["product"] for stage in ("train", "model")
+    )
     shutil.rmtree(run)
-    say("bench", f"{name}: held-out loss {_loss(got['losses']):.4f}, {seconds:.0f} s, peak {human_bytes(peak)}")
+    log("bench", f"{name}: held-out loss {_loss(got['losses']):.4f}, {seconds:.0f} s, peak {human_bytes(peak)}")
     speed, size = trained["tokens_per_second"], loaded["bytes"]
     return {**got, "seconds": seconds, "peak_rss_bytes": peak, "tokens_per_second": speed, "base_bytes": size}
 
 
 def summary(name: str, runs: list[dict[str, Any]], yardstick: list[dict[str, Any]]) -> Tuned:
     """One line of the table from what each seed gave."""
-    from finetune.measure.bootstrap import Bootstrap, Ratio, mean_of
+    from finetune.inference.bootstrap import Bootstrap, Ratio, mean_of
 
     pooled, theirs = (np.sum([run["losses"] for run in side], axis=0) for side in (runs, yardstick))
     draw = Bootstrap(len(pooled), samples=RESAMPLES, seed=1)
@@ -168,7 +184,9 @@ def summary(name: str, runs: list[dict[str, Any]], yardstick: list[dict[str, Any
         loss=round(mean(losses), 4),
         losses=[round(loss, 4) for loss in losses],
         loss_change=change_figures(change),
-        loss_change_by_seed=[round(loss - _loss(other["losses"]), 4) for loss, other in zip(losses, yardstick, strict=True)],
+        loss_change_by_seed=[
+            round(loss - _loss(other["losses"]), 4) for loss, other in zip(losses, yardstick, strict=True)
+        ],
         metric=metric,
         metric_change=metric_change,
         base_bytes=runs[0]["base_bytes"],
@@ -194,4 +212,4 @@ def show(lines: list[Tuned], budget: Budget) -> None:
         for one in measured
     ]  # fmt: skip
     table("bench", [*head, *([budget.metric, "against none"] if budget.metric else [])], rows)
-    say("bench", *[f"{one.backend}: {one.status}" for one in lines if one.status != "measured"])
+    log("bench", *[f"{one.backend}: {one.status}" for one in lines if one.status != "measured"])

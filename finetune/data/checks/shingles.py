@@ -60,7 +60,9 @@ def signatures(ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     multipliers = np.random.default_rng(7).integers(1, 2**63, SIGNATURE, dtype=np.uint64) | np.uint64(1)
     with np.errstate(over="ignore"):
         for number, multiplier in enumerate(multipliers):
-            result[there, number] = np.minimum.reduceat((hashes * multiplier >> np.uint64(32)).astype(np.uint32), borders)
+            result[there, number] = np.minimum.reduceat(
+                (hashes * multiplier >> np.uint64(32)).astype(np.uint32), borders
+            )
     return result
 
 

@@ -66,7 +66,9 @@ def overlapping(store: Store, train: np.ndarray, heldout: np.ndarray, *, share: 
         for some, hashes, counts in _batches(store, train):
             there = counts > 0
             if there.any():
-                hits = np.add.reduceat(table[hashes >> np.uint64(64 - TABLE_BITS)], (np.cumsum(counts) - counts)[there], dtype=np.int64)
+                hits = np.add.reduceat(
+                    table[hashes >> np.uint64(64 - TABLE_BITS)], (np.cumsum(counts) - counts)[there], dtype=np.int64
+                )
                 found.append(some[there][hits >= share * counts[there]])
     return np.concatenate(found)
 
@@ -82,13 +84,19 @@ def _table(store: Store, heldout: np.ndarray, *, among: np.ndarray) -> np.ndarra
     some = among[:: max(1, -(-len(among) // LOOKED_AT_FOR_COMMON))]
     theirs, often = _runs(store, some)
     common = theirs[often > max(2, COMMON_SHARE * len(some))]
-    table[hashes[(rows <= max(2, COMMON_SHARE * len(heldout))) & ~np.isin(hashes, common)] >> np.uint64(64 - TABLE_BITS)] = True
+    table[
+        hashes[(rows <= max(2, COMMON_SHARE * len(heldout))) & ~np.isin(hashes, common)] >> np.uint64(64 - TABLE_BITS)
+    ] = True
     return table
 
 
 def _runs(store: Store, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Every run of some documents, and in how many of them it stands."""
-    seen = [np.unique(part) for _, hashes, counts in _batches(store, documents) for part in np.split(hashes, np.cumsum(counts)[:-1])]
+    seen = [
+        np.unique(part)
+        for _, hashes, counts in _batches(store, documents)
+        for part in np.split(hashes, np.cumsum(counts)[:-1])
+    ]
     return np.unique(np.concatenate(seen) if seen else np.zeros(0, np.uint64), return_counts=True)
 
 

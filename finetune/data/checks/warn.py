@@ -7,17 +7,19 @@ import numpy as np
 
 from finetune.data.checks.similar import near_duplicates, overlapping
 from finetune.data.config import DataConfig
-from finetune.data.describe import FLAGS
 from finetune.data.render import Renderer
+from finetune.data.row_flags import FLAGS
 from finetune.data.select import HELDOUT, TRAIN, Selection
 from finetune.data.store import Store
-from finetune.data.work import CHOSEN
+from finetune.data.worker import CHOSEN
 
 LABELS_REPEAT = 0.1
 """Fewer different answers than this share of the rows, and they are taken for labels."""
 
 
-def warnings_of(config: DataConfig, store: Store, selection: Selection, *, tokenizer: Any, renderer: Renderer) -> list[str]:
+def warnings_of(
+    config: DataConfig, store: Store, selection: Selection, *, tokenizer: Any, renderer: Renderer
+) -> list[str]:
     """All warnings, the gravest first."""
     return [
         *_masks(config, store, selection, tokenizer, renderer),

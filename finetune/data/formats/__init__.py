@@ -44,10 +44,25 @@ PAIRS = (
 EXTRAS = ("input", "context")
 """What a prompt is about, beside it: alpaca's ``input``."""
 
-LABELS = ("label", "labels", "category", "class", "intent", "target", "sentiment", "answer", "response", "output", "completion", "summary")
+LABELS = (
+    "label",
+    "labels",
+    "category",
+    "class",
+    "intent",
+    "target",
+    "sentiment",
+    "answer",
+    "response",
+    "output",
+    "completion",
+    "summary",
+)
 """Beside a ``text`` these may be what is to be learnt, so that reading the text alone would be a guess."""
 
-CHATS = re.compile(r"\[INST\]|<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|(?:user|assistant)\|>|### (?:Instruction|Response):")
+CHATS = re.compile(
+    r"\[INST\]|<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|(?:user|assistant)\|>|### (?:Instruction|Response):"
+)
 """A chat that somebody has written out already: as raw text its questions would be learnt too."""
 
 
@@ -63,7 +78,9 @@ def detect(rows: Sequence[Row]) -> tuple[str, dict[str, str]]:
     found = {_detect_one(row) for row in rows}
     if len(found) > 1:
         shapes = " and ".join(sorted(name or f"unknown ({_names(rows)})" for name, _ in found))
-        raise DataError(f"data.format=auto: the first {len(rows)} rows look like {shapes}; name one with data.format=...")
+        raise DataError(
+            f"data.format=auto: the first {len(rows)} rows look like {shapes}; name one with data.format=..."
+        )
     name, columns = found.pop()
     if name == "text":
         _refuse_a_guess(rows)
@@ -104,7 +121,11 @@ def _detect_one(row: Row) -> tuple[str, tuple[tuple[str, str], ...]]:
     has = row.keys()
     if "chosen" in has and "rejected" in has:
         return "preference", ()
-    if "label" in has and isinstance(row["label"], bool) and (has & {"messages", "conversations"} or {"prompt", "completion"} <= has):
+    if (
+        "label" in has
+        and isinstance(row["label"], bool)
+        and (has & {"messages", "conversations"} or {"prompt", "completion"} <= has)
+    ):
         return "unpaired", ()
     if isinstance(row.get("messages"), list):
         return _turns("messages", row["messages"], other="messages")
@@ -128,7 +149,10 @@ def _detect_one(row: Row) -> tuple[str, tuple[tuple[str, str], ...]]:
 def _beside(rows: Sequence[Row], name: str, columns: dict[str, str]) -> tuple[str, dict[str, str]]:
     """What some of the rows have besides: the matter of a prompt, a system message, a preference's prompt under another name."""
     has = {column for row in rows for column in row}
-    extra = next((column for column in EXTRAS if all(isinstance(row.get(column), str | None) for row in rows) and column in has), None)
+    extra = next(
+        (column for column in EXTRAS if all(isinstance(row.get(column), str | None) for row in rows) and column in has),
+        None,
+    )
     if name == "prompt_completion" and columns and extra and extra != columns["prompt"]:
         theirs = {"instruction": columns["prompt"], "input": extra, "output": columns["completion"]}
         name, columns = "alpaca", {ours: column for ours, column in theirs.items() if ours != column}

@@ -18,4 +18,6 @@ def read(row: Mapping[str, Any]) -> Conversation:
     if before.strip():
         raise BadRow("text stands before the first '### Human:'", repr(before.strip()[:40]))
     speakers, texts = pieces[::2], pieces[1::2]
-    return Conversation([{"role": ROLES[who], "content": said.strip()} for who, said in zip(speakers, texts, strict=True)])
+    return Conversation(
+        [{"role": ROLES[who], "content": said.strip()} for who, said in zip(speakers, texts, strict=True)]
+    )

@@ -68,7 +68,9 @@ def _listed(value: Any, name: str) -> list[Message]:
     return turns(value, where=f"{name!r}")[0]
 
 
-def _shared(prompt: list[Message], chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], list[Message], list[Message]]:
+def _shared(
+    prompt: list[Message], chosen: list[Message], rejected: list[Message]
+) -> tuple[list[Message], list[Message], list[Message]]:
     """Whole conversations on both sides: all but the last turn must be the same, and a prompt that they repeat counts once."""
     if chosen[:-1] != rejected[:-1]:
         raise BadRow("the chosen and the rejected conversation differ before the last turn")

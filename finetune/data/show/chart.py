@@ -29,7 +29,9 @@ def histogram(lengths: dict[str, Any], *, limit: int) -> str:
             f"<title>{start:,.0f} to {end:,.0f} tokens: {count_of(count)}</title></rect>"
         )
     more = " or more" if longest < lengths["longest"] else ""
-    ticks = "".join(_text(x(longest * part / 4), HEIGHT - 10, f"{longest * part / 4:,.0f}", anchor="middle") for part in range(4))
+    ticks = "".join(
+        _text(x(longest * part / 4), HEIGHT - 10, f"{longest * part / 4:,.0f}", anchor="middle") for part in range(4)
+    )
     ticks += _text(WIDTH - 6, HEIGHT - 10, f"{longest:,.0f} tokens{more}", anchor="end")
     line = ""
     if limit < longest:
@@ -37,7 +39,9 @@ def histogram(lengths: dict[str, Any], *, limit: int) -> str:
         line = f'<line x1="{x(limit):.1f}" x2="{x(limit):.1f}" y1="{TOP - 4}" y2="{HEIGHT - FOOT}"/>'
         line += _text(x(limit) + (-4 if left else 4), TOP + 10, f"limit {limit:,}", anchor="end" if left else "start")
     scale = _text(6, 12, count_of(tallest), anchor="start") + _text(MARGIN - 6, HEIGHT - FOOT, "0", anchor="end")
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="rows by length">{bars}{ticks}{scale}{line}</svg>'
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="rows by length">{bars}{ticks}{scale}{line}</svg>'
+    )
 
 
 def _text(x: float, y: float, words: str, *, anchor: str) -> str:

@@ -46,10 +46,14 @@ def _fate(folder: Path, row: dict[str, Any], tokenizer: Any) -> str:
     name = f"{row['source']}:{row['line']} (row {row['row']})"
     if row["fate"] == ledger.DUPLICATE:
         original = next(ledger.find(folder, f":{row['duplicate_of']}"))
-        return f"{name}: duplicate of {original['source']}:{original['line']} (row {original['row']}), so it was left out"
+        return (
+            f"{name}: duplicate of {original['source']}:{original['line']} (row {original['row']}), so it was left out"
+        )
     if row["fate"] == ledger.DROPPED:
         detail = f" ({row['detail']})" if row["detail"] else ""
-        tokens = f"; it had {row['full_tokens']:,} tokens" if row["full_tokens"] and "tokens" not in row["detail"] else ""
+        tokens = (
+            f"; it had {row['full_tokens']:,} tokens" if row["full_tokens"] and "tokens" not in row["detail"] else ""
+        )
         return f"{name}: left out, because: {row['reason']}{detail}{tokens}"
     split = SplitFile(folder / row["split"])
     document = split.at(row["pack"], row["position"])
@@ -80,7 +84,9 @@ def _worse(document: Document, tokenizer: Any) -> list[str]:
 
 
 def _marked(document: Document, tokenizer: Any) -> str:
-    return "".join(f"{LEARNT_OPEN}{text}{LEARNT_CLOSE}" if learnt else text for text, learnt in runs(document, tokenizer))
+    return "".join(
+        f"{LEARNT_OPEN}{text}{LEARNT_CLOSE}" if learnt else text for text, learnt in runs(document, tokenizer)
+    )
 
 
 def _ids(document: Document) -> str:

@@ -66,8 +66,12 @@ def _gather_gone(lines: Lines, batch: pyarrow.RecordBatch, plain: pyarrow.Table)
 
 
 def _count(lines: Lines, batch: pyarrow.RecordBatch, plain: pyarrow.Table) -> None:
-    table = plain.append_column("tokens", batch.column("tokens")).append_column("trained_tokens", batch.column("trained_tokens"))
-    grouped = table.group_by(["source", "fate"]).aggregate([("tokens", "count"), ("tokens", "sum"), ("trained_tokens", "sum")])
+    table = plain.append_column("tokens", batch.column("tokens")).append_column(
+        "trained_tokens", batch.column("trained_tokens")
+    )
+    grouped = table.group_by(["source", "fate"]).aggregate(
+        [("tokens", "count"), ("tokens", "sum"), ("trained_tokens", "sum")]
+    )
     for row in grouped.to_pylist():
         source = lines.sources.setdefault(row["source"], dict.fromkeys(COUNTED, 0))
         source["read"] += row["tokens_count"]

@@ -79,10 +79,15 @@ class SplitFile:
         """Documents drawn evenly, always the same; the first ones of packed rows alone would be the longest."""
         ends = np.cumsum(pyarrow.compute.list_value_length(self.table["seq_lengths"]).to_numpy())
         total = int(ends[-1]) if len(ends) else 0
-        chosen: Any = np.sort(np.random.default_rng(0).choice(total, min(wanted, total), replace=False)) if total else []
+        chosen: Any = (
+            np.sort(np.random.default_rng(0).choice(total, min(wanted, total), replace=False)) if total else []
+        )
         packs = np.searchsorted(ends, chosen, side="right")
         before = np.concatenate([[0], ends])
-        return [list(self.documents(int(pack)))[int(number - before[pack])] for number, pack in zip(chosen, packs, strict=True)]
+        return [
+            list(self.documents(int(pack)))[int(number - before[pack])]
+            for number, pack in zip(chosen, packs, strict=True)
+        ]
 
 
 def _learnt(labels: list[int]) -> list[bool]:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.config import DataConfig
-from finetune.data.describe import delicate
 from finetune.data.product import PreparedData
+from finetune.data.row_flags import delicate
 from finetune.data.show.chart import histogram
 from finetune.data.show.lines import Lines, gather
 from finetune.data.show.marked import Document, SplitFile, runs
@@ -85,7 +85,10 @@ def _legend(documents: list[Document], rendering: dict[str, Any]) -> str:
     end = rendering["end_of_turn_id"]
     if end is None or not documents:
         return ""
-    learnt = sum(any(token == end and mark for token, mark in zip(document.ids, document.learnt, strict=True)) for document in documents)
+    learnt = sum(
+        any(token == end and mark for token, mark in zip(document.ids, document.learnt, strict=True))
+        for document in documents
+    )
     avoided = any(document.rejected or document.desirable is False for document in documents)
     worse = ' In <span class="worse"><mark>this colour</mark></span> it is the answer to avoid.' if avoided else ""
     return (
@@ -159,15 +162,22 @@ class _Rows:
 
 
 def _left_out(product: PreparedData, lines: Lines) -> str:
-    lost = {**product.rows["dropped"], **({"duplicate": product.rows["duplicate"]} if product.rows["duplicate"] else {})}
+    lost = {
+        **product.rows["dropped"],
+        **({"duplicate": product.rows["duplicate"]} if product.rows["duplicate"] else {}),
+    }
     if not lost:
         return ""
-    table = "".join(f'<tr><td>{html.escape(reason)}</td><td class="n">{count:,}</td></tr>' for reason, count in lost.items())
+    table = "".join(
+        f'<tr><td>{html.escape(reason)}</td><td class="n">{count:,}</td></tr>' for reason, count in lost.items()
+    )
     some = "".join(
         f"<tr><td>{html.escape(line['source'])}:{line['line']}</td><td>{html.escape(reason)}</td>"
         f"<td>{html.escape(delicate(line['detail']))}</td></tr>"
         for reason, found in lines.gone.items()
         for line in found
     )
-    first = f"<p>The first ones for each reason:</p><table><tr><th>where</th><th>why</th><th>what</th></tr>{some}</table>"
+    first = (
+        f"<p>The first ones for each reason:</p><table><tr><th>where</th><th>why</th><th>what</th></tr>{some}</table>"
+    )
     return f'<h2>Left out</h2><table><tr><th>why</th><th class="n">rows</th></tr>{table}</table>{first}'

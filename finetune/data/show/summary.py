@@ -2,7 +2,7 @@
 
 import json
 
-from finetune.console import say
+from finetune.console import log
 from finetune.data.config import DataConfig
 from finetune.data.product import PreparedData
 
@@ -12,7 +12,7 @@ def say_summary(product: PreparedData, config: DataConfig) -> None:
     rows = product.rows
     lost = [f"{reason} ({count:,})" for reason, count in rows["dropped"].items()]
     lost += [f"duplicate ({rows['duplicate']:,})"] if rows["duplicate"] else []
-    say(
+    log(
         "data",
         f"{count_of(rows['in'])} read, "
         f"{rows['kept']:,} kept ({product.train_rows:,} to train on, {product.heldout_rows:,} held out)"
@@ -24,14 +24,17 @@ def say_summary(product: PreparedData, config: DataConfig) -> None:
     )
     mix = json.loads((product.folder / "rendering.json").read_text(encoding="utf-8"))["mix"]
     if mix:
-        say("data", f"mixed, before rows are held out: {', '.join(f'{name} {count_of(count)}' for name, count in mix.items())}")
+        log(
+            "data",
+            f"mixed, before rows are held out: {', '.join(f'{name} {count_of(count)}' for name, count in mix.items())}",
+        )
     capacity = config.pack_tokens or config.max_tokens
     if product.packed_rows != product.train_rows:
         filled = product.tokens / (product.packed_rows * capacity)
-        say("data", f"packed into {product.packed_rows:,} rows of {capacity:,} tokens, {filled:.1%} filled")
+        log("data", f"packed into {product.packed_rows:,} rows of {capacity:,} tokens, {filled:.1%} filled")
     for warning in product.warnings:
-        say("data", f"warning: {warning}")
-    say("data", f"preview: {product.folder / 'preview.html'}")
+        log("data", f"warning: {warning}")
+    log("data", f"preview: {product.folder / 'preview.html'}")
 
 
 def count_of(rows: int) -> str:

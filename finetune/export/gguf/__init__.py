@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from finetune.console import say
+from finetune.console import log
 from finetune.export.config import ExportConfig
+from finetune.export.context import Work
 from finetune.export.needs import check_packages
-from finetune.export.work import Work
 
 if TYPE_CHECKING:
     from finetune.export.parity import Expected
@@ -35,7 +35,7 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
     snippet = server_snippet(f"{name}/{FILE}", ollama=f"{name}/Modelfile" if tokenizer.chat_template else "")
     parity = check(work, name, settings, work.expect_merged(settings), snippet=snippet)
     for note in notes:
-        say("export", f"{name}: {note}")
+        log("export", f"{name}: {note}")
     work.snippets[f"The merged model as {settings.numbers.upper()}, in llama.cpp"] = snippet
     return {**work.keep(name, settings, parity), "notes": notes}
 

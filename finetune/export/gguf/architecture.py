@@ -65,7 +65,9 @@ class Layout:
 
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
         if kind not in ARCHITECTURES:
-            raise ExportError(f"GGUF export knows {', '.join(ARCHITECTURES)}; {folder} is a {kind}: ship it as safetensors")
+            raise ExportError(
+                f"GGUF export knows {', '.join(ARCHITECTURES)}; {folder} is a {kind}: ship it as safetensors"
+            )
         settings: dict[str, Any] = AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
         self.settings = settings
         self.architecture = ARCHITECTURES[kind]
@@ -146,7 +148,9 @@ class Layout:
             return None
         renamed = self._names.get_name(name, try_suffixes=(".weight", ".bias"))
         if renamed is None:
-            raise ExportError(f"llama.cpp's {self.architecture.kind.name.lower()} has no place for {name}: ship the model as safetensors")
+            raise ExportError(
+                f"llama.cpp's {self.architecture.kind.name.lower()} has no place for {name}: ship the model as safetensors"
+            )
         return renamed
 
     def arrange(self, name: str, rows: Tensor) -> Tensor:

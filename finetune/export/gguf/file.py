@@ -19,12 +19,12 @@ from finetune.errors import ExportError
 from finetune.export.gguf import vocabulary
 from finetune.export.gguf.architecture import Layout
 from finetune.export.gguf.library import quantize
-from finetune.export.gguf.numbers import MIXTURES, Kind, kind_of, row_bytes
+from finetune.export.gguf.quant_types import MIXTURES, Kind, kind_of, row_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from finetune.measure import Chat
+    from finetune.inference.chat import Chat
 
 PIECE = 1 << 22
 """Numbers of a tensor that are float32 at once, for each thread: 16 MiB."""
@@ -130,7 +130,9 @@ def _convert(plan: Planned, rows: Tensor) -> np.ndarray:
 
     numbers = rows.to(torch.float32).numpy()
     if plan.kind == Kind.F16 and np.abs(numbers).max() > LARGEST_F16:
-        raise ExportError(f"{plan.source} holds numbers beyond float16, up to {np.abs(numbers).max():.4g}: export bf16 or q8_0 instead")
+        raise ExportError(
+            f"{plan.source} holds numbers beyond float16, up to {np.abs(numbers).max():.4g}: export bf16 or q8_0 instead"
+        )
     if plan.kind == Kind.F32:
         return np.ascontiguousarray(numbers)
     return quantize(numbers, plan.kind, row_bytes=row_bytes(plan.kind, numbers.shape[1]))
@@ -166,7 +168,9 @@ def _forced(plans: list[Planned], numbers: str) -> list[str]:
     forced = [plan for plan in plans if plan.forced]
     if not forced:
         return []
-    kinds = ", ".join(f"{count} as {kind.name}" for kind, count in sorted(Counter(plan.kind for plan in forced).items()))
+    kinds = ", ".join(
+        f"{count} as {kind.name}" for kind, count in sorted(Counter(plan.kind for plan in forced).items())
+    )
     columns = " and ".join(str(width) for width in sorted({plan.shape[-1] for plan in forced}))
     matrices = sum(plan.kind != Kind.F32 for plan in plans)
     return [

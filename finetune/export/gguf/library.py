@@ -86,7 +86,9 @@ def library() -> Any:
     found = lib.llama_context_default_params()
     for name, value in DEFAULTS.items():
         if getattr(found, name) != value:
-            raise ExportError(_unknown(xllamacpp.__version__, f"starts with {name}={getattr(found, name)}, not {value}"))
+            raise ExportError(
+                _unknown(xllamacpp.__version__, f"starts with {name}={getattr(found, name)}, not {value}")
+            )
     lib.llama_log_set(_listen, None)
     return lib
 
@@ -126,7 +128,9 @@ def quantize(rows: np.ndarray, kind: int, *, row_bytes: int) -> np.ndarray:
     made = np.empty((len(rows), row_bytes), dtype=np.uint8)
     written = library().ggml_quantize_chunk(kind, rows.ctypes.data, made.ctypes.data, 0, len(rows), rows.shape[1], None)
     if written != made.nbytes:
-        raise ExportError(f"llama.cpp wrote {written} bytes for {rows.shape} numbers of type {kind}, not the {made.nbytes} expected")
+        raise ExportError(
+            f"llama.cpp wrote {written} bytes for {rows.shape} numbers of type {kind}, not the {made.nbytes} expected"
+        )
     return made
 
 
@@ -181,7 +185,11 @@ class Model:
         for first in range(0, len(tokens), BATCH):
             part = tokens[first : first + BATCH]
             asked = [first + number in wanted for number in range(len(part))]
-            batch = Batch(n_tokens=len(part), token=(ctypes.c_int32 * len(part))(*part), logits=(ctypes.c_int8 * len(part))(*asked))
+            batch = Batch(
+                n_tokens=len(part),
+                token=(ctypes.c_int32 * len(part))(*part),
+                logits=(ctypes.c_int8 * len(part))(*asked),
+            )
             code = self._lib.llama_decode(self._context, batch)
             if code != 0:
                 raise _failed(f"decode {len(tokens)} tokens (code {code})")

@@ -18,7 +18,7 @@ from finetune.export.gguf.vocabulary import adds_bos
 from finetune.export.parity import GOLDEN_CHATS
 
 if TYPE_CHECKING:
-    from finetune.measure import Chat
+    from finetune.inference.chat import Chat
 
 Messages = list[dict[str, str]]
 
@@ -133,7 +133,9 @@ def write(file: Path, chat: Chat, *, source: str) -> list[str]:
             f"the Modelfile has no TEMPLATE, since {error}; Ollama then takes the nearest one that it knows, or none: compare first"
         )
     if chat.system is not None and '"""' in chat.system:
-        notes.append("the Modelfile has no SYSTEM, since the system message of the training holds three quotation marks: send it yourself")
+        notes.append(
+            "the Modelfile has no SYSTEM, since the system message of the training holds three quotation marks: send it yourself"
+        )
     elif chat.system is not None:
         lines.append(f'SYSTEM """{chat.system}"""')
     lines += [f'PARAMETER stop "{stop}"' for stop in chat.tokenizer.convert_ids_to_tokens(chat.ends)]
@@ -202,7 +204,11 @@ def _system(render: Callable[..., str]) -> tuple[str, str] | None:
 def _trims(render: Callable[..., str], role: str) -> bool:
     from jinja2 import TemplateError
 
-    chats = {"system": _said("S zero ", "Uone"), "user": _said("U zero "), "assistant": _said("Uone", "A zero ", "Utwo")}
+    chats = {
+        "system": _said("S zero ", "Uone"),
+        "user": _said("U zero "),
+        "assistant": _said("Uone", "A zero ", "Utwo"),
+    }
     try:
         return " zero " not in render(chats[role])
     except TemplateError:

@@ -11,7 +11,7 @@ from gguf import GGUFWriter, TokenType
 from finetune.errors import ExportError
 
 if TYPE_CHECKING:
-    from finetune.measure import Chat
+    from finetune.inference.chat import Chat
 
 DIGIT = r"\p{N}"
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -55,10 +55,14 @@ def describe(writer: GGUFWriter, chat: Chat, *, rows: int) -> list[str]:
     tokenizer = chat.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise ExportError(f"GGUF export reads tokenizer.json, and {type(tokenizer).__name__} has none: save it as a fast tokenizer")
+        raise ExportError(
+            f"GGUF export reads tokenizer.json, and {type(tokenizer).__name__} has none: save it as a fast tokenizer"
+        )
     parts = json.loads(backend.to_str())
     if parts["model"]["type"] != "BPE":
-        raise ExportError(f"GGUF export knows BPE tokenizers, with bytes or SentencePiece's; this one is {parts['model']['type']}")
+        raise ExportError(
+            f"GGUF export knows BPE tokenizers, with bytes or SentencePiece's; this one is {parts['model']['type']}"
+        )
     merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in parts["model"]["merges"]]
     tokens, types = _tokens(parts, rows=rows)
     if parts["model"].get("byte_fallback"):
@@ -83,7 +87,9 @@ def _tokens(parts: dict[str, Any], *, rows: int) -> tuple[list[str], list[TokenT
         kind = TokenType.CONTROL if one["special"] else TokenType.USER_DEFINED
         ids[one["id"]] = (one["content"], kind)
     if max(ids) >= rows:
-        raise ExportError(f"the tokenizer has ids up to {max(ids)} and the embedding {rows} rows: those beyond cannot be written as GGUF")
+        raise ExportError(
+            f"the tokenizer has ids up to {max(ids)} and the embedding {rows} rows: those beyond cannot be written as GGUF"
+        )
     found = [ids.get(index, (f"[PAD{index}]", TokenType.UNUSED)) for index in range(rows)]
     return [text for text, _ in found], [kind for _, kind in found]
 
@@ -100,7 +106,9 @@ def _splitter(parts: dict[str, Any]) -> str:
     ignores = bool(parts["model"].get("ignore_merges"))
     if (patterns, ignores) not in SPLITTERS:
         cut = " then ".join(patterns) or "nothing"
-        raise ExportError(f"GGUF export has no llama.cpp name for a tokenizer that cuts text by {cut} (ignore_merges={ignores})")
+        raise ExportError(
+            f"GGUF export has no llama.cpp name for a tokenizer that cuts text by {cut} (ignore_merges={ignores})"
+        )
     return SPLITTERS[patterns, ignores]
 
 
@@ -125,7 +133,9 @@ def _flat(step: dict[str, Any] | None, children: str) -> list[dict[str, Any]]:
     return [one for child in step[children] for one in _flat(child, children)] if step["type"] == "Sequence" else [step]
 
 
-def _sentencepiece(writer: GGUFWriter, parts: dict[str, Any], *, tokens: list[str], merges: list[tuple[str, ...]]) -> None:
+def _sentencepiece(
+    writer: GGUFWriter, parts: dict[str, Any], *, tokens: list[str], merges: list[tuple[str, ...]]
+) -> None:
     """llama.cpp merges the pair whose whole has the highest score; the order of the merges gives the scores."""
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(merges):

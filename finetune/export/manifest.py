@@ -1,0 +1,112 @@
+"""What travels with an export, in ``finetune.json``: all that a loader needs to rebuild the very graph, or to refuse."""
+
+import hashlib
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+from finetune.cache import file_sha256
+from finetune.hardware import LIMITS, Placement
+from finetune.inference.chat import Chat
+from finetune.model import Base, ModelConfig, weights_sha256
+from finetune.quantization import QuantizationConfig, spec
+from finetune.run import to_jsonable, write_json
+
+FILE = "finetune.json"
+SCHEMA = 2
+"""Of the record; raised when a field changes its place or meaning, so that an older one is refused in a sentence."""
+
+SETTINGS = (".json", ".jinja", ".model")
+WEIGHTS = (".safetensors", ".gguf", ".onnx", ".data")
+PACKAGES = ("finetune", "torch", "transformers", "peft")
+
+
+def write_record(
+    folder: Path, kind: str, *, base: Base, model: ModelConfig, quantization: QuantizationConfig, placement: Placement, chat: Chat
+) -> dict[str, Any]:  # fmt: skip
+    """Writes the record into an export's folder, after its weights and its tokenizer.
+
+    Args:
+        folder: Holds the weights already.
+        kind: ``adapter`` or ``merged``.
+        base, model, quantization, placement: As they were for training.
+        chat: Tokenizer and end tokens.
+    """
+    settings = {**to_jsonable(model), "name": _lasting_name(base), "revision": base.revision}
+    settings.pop("architecture")
+    packages = [*PACKAGES, *filter(None, [LIMITS[quantization.method].library])]
+    record = {
+        "schema": SCHEMA,
+        "kind": kind,
+        "weights_sha256": weights_sha256(folder),
+        "settings_sha256": settings_sha256(folder),
+        "base": {
+            "name": base.name, "revision": base.revision, "source": base.source, "sha256": base.sha256,
+            "files": {file.name: file_sha256(file) for file in sorted(base.folder.glob("*.safetensors"))},
+        },
+        "model": settings,
+        "quantization": {"settings": to_jsonable(quantization), "spec": spec(quantization)},
+        "computation": {"dtype": placement.dtype, "attention": placement.attention},
+        "tokenizer": tokenizer_record(chat),
+        "versions": {package: version(package) for package in packages},
+    }  # fmt: skip
+    write_json(folder / FILE, record)
+    return record
+
+
+def _lasting_name(base: Base) -> str:
+    """The base's name as it is found from any working directory."""
+    local = base.source == "folder" or (base.source == "gguf" and not base.name.startswith("package:"))
+    return str(Path(base.name).expanduser().resolve()) if local else base.name
+
+
+def tokenizer_record(chat: Chat) -> dict[str, Any]:
+    """Template, special tokens, and what is done about beginning, end and padding."""
+    tokenizer = chat.tokenizer
+    adds_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    return {
+        "template_sha256": template_sha256(tokenizer),
+        "special_tokens": {
+            name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items()) if isinstance(token, str)
+        },
+        "bos": {"id": tokenizer.bos_token_id, "added_by_tokenizer": adds_bos},
+        "eos": {"id": tokenizer.eos_token_id, "ends_an_answer": chat.ends},
+        "pad": {
+            "id": tokenizer.pad_token_id,
+            "is_an_end_token": tokenizer.pad_token_id in chat.ends,
+            "training_side": "right",
+        },
+        "system": chat.system,
+        "vocabulary": len(tokenizer),
+    }
+
+
+def template_sha256(tokenizer: Any) -> str | None:
+    """Hash of the chat template's text; None where there is none."""
+    template = tokenizer.chat_template
+    return hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest() if template else None
+
+
+def folder_sha256(folder: Path) -> str:
+    """Hash over every weight file below, by name and content: whatever its format."""
+    digest = hashlib.sha256()
+    for file in sorted(file for file in folder.rglob("*") if file.suffix in WEIGHTS):
+        digest.update(f"{file.relative_to(folder)}:{file_sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def settings_sha256(folder: Path) -> dict[str, str]:
+    """Hash of each file that says how the weights are used: adapter, model, generation, tokenizer."""
+    return {
+        file.name: file_sha256(file)
+        for file in sorted(folder.iterdir())
+        if file.suffix in SETTINGS and file.name != FILE
+    }
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

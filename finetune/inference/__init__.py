@@ -1,0 +1,9 @@
+"""Measures and runs a model in bounded memory: losses, log-probabilities, KL divergence, generation, bootstrap intervals.
+
+Every stage that looks at a model takes it from here. Import from the module that has the function, so that importing
+the package stays light:
+
+    from finetune.inference.losses import mean_loss, row_losses
+
+    print(mean_loss(row_losses(model, rows, batch_tokens=2048)))
+"""

@@ -1,0 +1,97 @@
+"""The very graph that was trained: the quantized base, prepared as for training, with the saved adapter on it."""
+
+import contextlib
+import ctypes
+import gc
+import sys
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import ModelError
+from finetune.hardware import Placement
+from finetune.model import Base, ModelConfig
+from finetune.quantization import QuantizationConfig
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def load_adapted_model(
+    base: Base, model: ModelConfig, *, quantization: QuantizationConfig, placement: Placement, adapter: Path
+) -> Any:
+    """Loads base and adapter as one `PeftModel` in evaluation mode, without gradients.
+
+    Raises:
+        ModelError: The adapter is incomplete, or belongs to another model.
+    """
+    from finetune.model import load
+
+    check_adapter(adapter)
+    return load_adapter(load(base, model, quantization=quantization, placement=placement), adapter, upcast=model.upcast)
+
+
+def check_adapter(folder: Path, *, setting: str = "") -> None:
+    """Both files of a plain peft adapter are there.
+
+    Args:
+        folder: Of the adapter.
+        setting: What named it, for the message.
+
+    Raises:
+        ModelError: One is missing.
+    """
+    missing = [name for name in ADAPTER_FILES if not (folder / name).is_file()]
+    if missing:
+        where = f"{setting}: {folder}" if setting else str(folder)
+        raise ModelError(
+            f"{where} is no adapter: {' and '.join(missing)} missing; train first, or name the folder that peft wrote"
+        )
+
+
+def load_adapter(model: Any, folder: Path, *, upcast: str) -> Any:
+    """Puts a saved adapter on a loaded base, in the very numbers that it was saved in.
+
+    Left alone, peft either widens a bfloat16 adapter to float32, or rounds a float32 one to the base's bfloat16 on the
+    way in; the trained graph computed in what was saved.
+
+    Raises:
+        ModelError: Names or shapes of the adapter do not fit this base.
+    """
+    from peft import PeftModel
+
+    from finetune.lora import prepare
+
+    prepare(model, upcast=upcast, checkpointing=False)
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(
+            f"{folder} does not fit this base: {str(error).splitlines()[0]}; give the base that it was trained on"
+        ) from error
+    _restore(adapted, folder / ADAPTER_FILES[1])
+    adapted.requires_grad_(False)
+    return adapted.eval()
+
+
+def _restore(model: Any, file: Path) -> None:
+    """Gives each adapter parameter the saved tensor itself."""
+    from safetensors.torch import load_file
+
+    saved = load_file(file)
+    for name, parameter in model.named_parameters():
+        key = name.replace(".modules_to_save.default", "").replace(".default", "")
+        tensor = saved.get(key)
+        if tensor is not None and tensor.shape == parameter.shape:
+            parameter.data = tensor.to(parameter.device)
+
+
+def free() -> None:
+    """Gives memory back after a model's last name was deleted, on the GPU too."""
+    import torch
+
+    gc.unfreeze()  # the start of a run froze what was there
+    gc.collect()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # a C library other than glibc
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,166 @@
+"""Logits at trained positions only: the decoder runs once per batch, the head in chunks of bounded size."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from finetune.errors import EvalError
+from finetune.inference.rows import IGNORED, Row, measured
+
+CHUNK_BYTES = 64 * 1024**2
+"""Size of the float32 logits that are alive at one time. A choice: small beside any model, large enough for a fast product."""
+
+PROBE_TOKENS = 8
+PROBE_TOLERANCE = 0.02
+"""Decoder then head may differ from the whole model by rounding; a model that scales its logits differs by much more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Logits of some trained positions.
+
+    Attributes:
+        rows: Row of each position, shape (n,), on the CPU.
+        ordinals: Which trained token of its row each is, shape (n,), on the CPU.
+        targets: The tokens to be predicted, shape (n,).
+        logits: float32, shape (n, vocabulary).
+    """
+
+    rows: Tensor
+    ordinals: Tensor
+    targets: Tensor
+    logits: Tensor
+
+
+def unwrap(model: Any) -> Any:
+    """The causal language model inside a peft wrapper; its adapters stay active, since they live in its layers."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode without gradients; what was training before trains again after."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def trained_logits(
+    model: Any, rows: Sequence[Row], *, batch_tokens: int, progress: str | None = None
+) -> Iterator[Chunk]:
+    """Streams the logits that predict each trained token, teacher-forced.
+
+    Args:
+        model: A causal language model, with or without a peft adapter; on one device.
+        rows: ``input_ids`` and ``labels`` each; labels of -100 are read only.
+        batch_tokens: Padded tokens per forward pass.
+        progress: Title of the progress bar; None for none.
+
+    Returns:
+        Chunks in the order of the batches (longest rows first), not of the rows.
+
+    Raises:
+        EvalError: A row is longer than the positions that the model has.
+    """
+    _check_lengths(model, rows)
+    found = measured(rows, batch_tokens=batch_tokens)
+    lengths = [len(row["input_ids"]) for row in rows]
+    with (
+        evaluating(model),
+        tqdm(
+            total=sum(lengths[index] for batch in found for index in batch),
+            desc=progress,
+            unit="tok",
+            file=sys.stderr,
+            disable=progress is None,
+            leave=False,
+        ) as bar,
+    ):
+        graph = _Graph(unwrap(model))
+        for batch in found:
+            yield from graph.chunks([rows[index] for index in batch], numbers=batch)
+            bar.update(sum(lengths[index] for index in batch))
+
+
+def _check_lengths(model: Any, rows: Sequence[Row]) -> None:
+    room = getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None)
+    longest = max((len(row["input_ids"]) for row in rows), default=0)
+    if room is not None and longest > room:
+        raise EvalError(
+            f"a held-out row has {longest} tokens and the model has {room} positions; lower data.max_tokens to {room}"
+        )
+
+
+class _Graph:
+    """One model as decoder and head, or whole where its logits are more than the head's output."""
+
+    def __init__(self, causal: Any) -> None:
+        self.causal = causal
+        self.device = next(causal.parameters()).device
+        self.head = causal.get_output_embeddings()
+        self.decoder: Any = causal.get_decoder() if hasattr(causal, "get_decoder") else None
+        self.softcap = getattr(causal.config.get_text_config(), "final_logit_softcapping", None)
+        vocabulary = self.head.weight.shape[0] if self.head is not None else causal.config.get_text_config().vocab_size
+        self.chunk_positions = max(1, CHUNK_BYTES // (4 * vocabulary))
+        self.splits = (
+            self.head is not None and self.decoder is not None and self.decoder is not causal and self._splits_exactly()
+        )
+
+    def _splits_exactly(self) -> bool:
+        vocabulary = self.causal.config.get_text_config().vocab_size
+        ids = torch.arange(PROBE_TOKENS, device=self.device)[None] % vocabulary
+        mask = torch.ones_like(ids)
+        whole = self.causal(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+        halves = self._logits(self._hidden(ids, mask)[0])[None]
+        return bool((whole - halves).abs().max() <= PROBE_TOLERANCE * whole.abs().max().clamp(min=1.0))
+
+    def chunks(self, rows: Sequence[Row], *, numbers: Sequence[int]) -> Iterator[Chunk]:
+        ids, mask, labels = (tensor.to(self.device) for tensor in _pad(rows))
+        where = (labels[:, 1:] != IGNORED).nonzero()
+        targets = labels[:, 1:][where[:, 0], where[:, 1]]
+        owners = torch.tensor(numbers)[where[:, 0].cpu()]
+        ordinals = ((labels[:, 1:] != IGNORED).cumsum(1) - 1)[where[:, 0], where[:, 1]].cpu()
+        source = self._hidden(ids, mask) if self.splits else self._whole(ids, mask)
+        for start in range(0, len(where), self.chunk_positions):
+            part = slice(start, start + self.chunk_positions)
+            picked = source[where[part, 0], where[part, 1]]
+            logits = self._logits(picked) if self.splits else picked.float()
+            yield Chunk(rows=owners[part], ordinals=ordinals[part], targets=targets[part], logits=logits)
+
+    def _hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
+        hidden: Tensor = self.decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        return hidden
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.head(hidden.to(self.head.weight.dtype)).float()
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+    def _whole(self, ids: Tensor, mask: Tensor) -> Tensor:
+        logits: Tensor = self.causal(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        return logits
+
+
+def _pad(rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
+    """Right-padded ids, mask and labels, each of shape (rows, longest). Padding is masked, so its id does not matter."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    ids = torch.zeros((len(rows), longest), dtype=torch.long)
+    mask = torch.zeros((len(rows), longest), dtype=torch.long)
+    labels = torch.full((len(rows), longest), IGNORED, dtype=torch.long)
+    for number, row in enumerate(rows):
+        length = len(row["input_ids"])
+        ids[number, :length] = torch.tensor(row["input_ids"])
+        labels[number, :length] = torch.tensor(row["labels"])
+        mask[number, :length] = 1
+    return ids, mask, labels

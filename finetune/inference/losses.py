@@ -1,0 +1,75 @@
+"""Held-out loss, row by row."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from finetune.inference.logits import Chunk, trained_logits
+from finetune.inference.rows import Row
+
+
+@dataclass(frozen=True, slots=True)
+class RowLoss:
+    """What one row cost.
+
+    Attributes:
+        loss: Negative log-likelihood in nats, summed over the trained tokens.
+        tokens: Trained tokens.
+        correct: Trained tokens that the model ranks first.
+    """
+
+    loss: float
+    tokens: int
+    correct: int
+
+
+class Totals:
+    """Losses of so many rows, summed while their logits stream by."""
+
+    def __init__(self, rows: int) -> None:
+        self._losses = np.zeros(rows)
+        self._tokens = np.zeros(rows, dtype=np.int64)
+        self._correct = np.zeros(rows, dtype=np.int64)
+
+    def add(self, chunk: Chunk) -> None:
+        cost = torch.nn.functional.cross_entropy(chunk.logits, chunk.targets, reduction="none").double().cpu().numpy()
+        hits = (chunk.logits.argmax(-1) == chunk.targets).cpu().numpy()
+        owners = chunk.rows.numpy()
+        np.add.at(self._losses, owners, cost)
+        np.add.at(self._tokens, owners, 1)
+        np.add.at(self._correct, owners, hits)
+
+    @property
+    def rows(self) -> list[RowLoss]:
+        found = zip(self._losses, self._tokens, self._correct, strict=True)
+        return [RowLoss(loss=float(loss), tokens=int(tokens), correct=int(correct)) for loss, tokens, correct in found]
+
+
+def row_losses(model: Any, rows: Sequence[Row], *, batch_tokens: int, progress: str | None = None) -> list[RowLoss]:
+    """Teacher-forced loss of each row over its trained tokens (label not -100, predicted from what stands before).
+
+    Args:
+        model: A causal language model, with or without a peft adapter.
+        rows: ``input_ids`` and ``labels`` each.
+        batch_tokens: Padded tokens per forward pass. Memory also holds 64 MiB of logits, whatever the vocabulary.
+        progress: Title of the progress bar; None for none.
+
+    Returns:
+        One figure per row, in the order of ``rows``; zeros where a row trains nothing.
+
+    Raises:
+        EvalError: A row is longer than the positions that the model has.
+    """
+    totals = Totals(len(rows))
+    for chunk in trained_logits(model, rows, batch_tokens=batch_tokens, progress=progress):
+        totals.add(chunk)
+    return totals.rows
+
+
+def mean_loss(losses: Sequence[RowLoss]) -> float:
+    """Nats per trained token over all rows; every token weighs the same. Not a number where nothing is trained."""
+    tokens = sum(row.tokens for row in losses)
+    return sum(row.loss for row in losses) / tokens if tokens else float("nan")

@@ -1,0 +1,83 @@
+// What a training step does between its matrix products, on a CPU: one pass over memory each, float32 inside.
+//
+// bfloat16 in and out as uint16_t. Rows are contiguous unless a stride (in elements) says otherwise. Every function has a
+// reference in plain torch, finetune/kernels/plain.py, and tests/kernels/test_native.py holds the two together.
+#include "numbers.h"
+
+extern "C" {
+
+// y = weight * bf16(x * rstd), rstd = 1 / sqrt(mean(x^2) + eps), as transformers' RMSNorm rounds it.
+void rms_forward(const bf16* x, const bf16* weight, bf16* y, float* rstd, int64_t rows, int64_t width, float eps) {
+#pragma omp parallel for
+    for (int64_t row = 0; row < rows; row++) {
+        const bf16* in = x + row * width;
+        bf16* out = y + row * width;
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < width; i++) sum += wide(in[i]) * wide(in[i]);
+        float scale = 1.0f / std::sqrt(sum / width + eps);
+        rstd[row] = scale;
+#pragma omp simd
+        for (int64_t i = 0; i < width; i++) out[i] = narrow(wide(weight[i]) * wide(narrow(wide(in[i]) * scale)));
+    }
+}
+
+// dx of the above; the weight is frozen.
+void rms_backward(const bf16* dy, const bf16* x, const bf16* weight, const float* rstd, bf16* dx, int64_t rows, int64_t width) {
+#pragma omp parallel for
+    for (int64_t row = 0; row < rows; row++) {
+        const bf16 *grad = dy + row * width, *in = x + row * width;
+        bf16* out = dx + row * width;
+        float scale = rstd[row], dot = 0;
+#pragma omp simd reduction(+ : dot)
+        for (int64_t i = 0; i < width; i++) dot += wide(grad[i]) * wide(weight[i]) * wide(in[i]);
+        float share = dot * scale * scale / width;
+#pragma omp simd
+        for (int64_t i = 0; i < width; i++) out[i] = narrow(scale * (wide(grad[i]) * wide(weight[i]) - wide(in[i]) * share));
+    }
+}
+
+// out = silu(gate) * up; gate and up are the two halves of each row of ``both``.
+void swiglu_forward(const bf16* both, bf16* out, int64_t rows, int64_t width) {
+#pragma omp parallel for
+    for (int64_t row = 0; row < rows; row++) {
+        const bf16 *gate = both + row * 2 * width, *up = gate + width;
+        bf16* target = out + row * width;
+#pragma omp simd
+        for (int64_t i = 0; i < width; i++) target[i] = narrow(wide(gate[i]) * sigmoid(wide(gate[i])) * wide(up[i]));
+    }
+}
+
+void swiglu_backward(const bf16* dy, const bf16* both, bf16* d_both, int64_t rows, int64_t width) {
+#pragma omp parallel for
+    for (int64_t row = 0; row < rows; row++) {
+        const bf16 *grad = dy + row * width, *gate = both + row * 2 * width, *up = gate + width;
+        bf16 *d_gate = d_both + row * 2 * width, *d_up = d_gate + width;
+#pragma omp simd
+        for (int64_t i = 0; i < width; i++) {
+            float g = wide(gate[i]), d = wide(grad[i]), s = sigmoid(g);
+            d_up[i] = narrow(d * g * s);
+            d_gate[i] = narrow(d * wide(up[i]) * s * (1.0f + g * (1.0f - s)));
+        }
+    }
+}
+
+// Loss of each row in nats, and in place of the logits their gradient: softmax minus one at the target.
+void cross_entropy(bf16* logits, const int64_t* targets, float* losses, int64_t rows, int64_t vocabulary) {
+#pragma omp parallel for
+    for (int64_t row = 0; row < rows; row++) {
+        bf16* x = logits + row * vocabulary;
+        float largest = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : largest)
+        for (int64_t i = 0; i < vocabulary; i++) largest = wide(x[i]) > largest ? wide(x[i]) : largest;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < vocabulary; i++) sum += exponential(wide(x[i]) - largest);
+        float log_sum = largest + std::log(sum), target = wide(x[targets[row]]);
+        losses[row] = log_sum - target;
+        float at_target = std::exp(target - log_sum) - 1.0f;
+#pragma omp simd
+        for (int64_t i = 0; i < vocabulary; i++) x[i] = narrow(exponential(wide(x[i]) - log_sum));
+        x[targets[row]] = narrow(at_target);
+    }
+}
+}

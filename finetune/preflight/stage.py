@@ -1,0 +1,222 @@
+"""The verb: runs each proof, prints one line for it, stops the run where one fails."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from finetune.console import log
+from finetune.errors import TrainError
+from finetune.preflight.config import PreflightConfig, PreflightResult, UpcomingRun
+
+if TYPE_CHECKING:
+    from finetune.data import PreparedData
+    from finetune.hardware import Placement
+    from finetune.kernels import Fusion, KernelsConfig
+    from finetune.lora import LoraConfig
+    from finetune.model import Base
+    from finetune.preflight.checks import Proof
+    from finetune.preflight.context import Bench
+
+DISK = "the disk is full or cannot be written: free some, or choose another run.root"
+MEMORY = "this batch does not fit in memory: a smaller train.micro_batch or data.pack_tokens; `finetune plan fit=true` proposes settings"
+"""Causes of what ends a proof before it has a figure."""
+
+
+def run_preflight(
+    config: PreflightConfig,
+    *,
+    folder: Path,
+    adapted: Any,
+    tokenizer: Any,
+    data: PreparedData,
+    base: Base,
+    quantization: dict[str, Any],
+    lora: LoraConfig,
+    upcast: str,
+    placement: Placement,
+    quick: Fusion,
+    kernels: KernelsConfig,
+    seed: int,
+    ahead: UpcomingRun | None = None,
+) -> PreflightResult:
+    """Proves on the real model and the first real rows that training would train what it should.
+
+    Args:
+        config: The rehearse group.
+        folder: Receives trained_text.txt; the run's folder is the one above.
+        adapted: The adapted model, before its first step; left exactly as it was.
+        tokenizer: Decodes what is trained.
+        data: Prepared rows.
+        base: What was adapted; with the next three it decides whether a finished rehearsal still holds.
+        quantization: Its specification.
+        lora: The adapter's settings.
+        upcast: ``model.upcast``.
+        placement: Device and numbers.
+        quick: How steps are computed; turned off where they give other gradients than plain ones.
+        kernels: Its settings.
+        seed: Seeds the nudge that the gradient proofs give to B.
+        ahead: What the run will do, and its trainer. Without it the proofs that need one are left out, and it is said.
+
+    Returns:
+        The proofs, and what follows: where attention does not keep documents of a row apart, training goes on with a row
+        for each; where quick steps give other gradients, with plain ones.
+
+    Raises:
+        TrainError: Another proof failed; the message has the figure, the bound and the likely cause.
+    """
+    if config.level == "off":
+        log("preflight", "off, as set: nothing is proved before training, and the report says so")
+        return PreflightResult(folder=folder, proofs=[], isolates=True, quick=True)
+    from finetune.preflight import result_cache
+
+    decides = {
+        "data": data,
+        "base": base,
+        "quantization": quantization,
+        "lora": lora,
+        "upcast": upcast,
+        "placement": placement,
+    }
+    name = result_cache.name_of(config, {**decides, "kernels": kernels, "seed": seed, "choice": quick.choice}, ahead)
+    before = None if ahead is None or ahead.until == "preflight" else result_cache.find(name)
+    if before:
+        log("preflight", *again(before))
+        result_cache.restore_text(name, folder)
+        return PreflightResult(folder=folder, **before)
+    from finetune.preflight.build_context import make_context
+    from finetune.preflight.checks import ISOLATION, PROOFS, SPEED
+
+    started = time.monotonic()
+    with TemporaryDirectory(prefix=".work-", dir=folder) as work:
+        bench = make_context(
+            config, folder=Path(work), run=folder.parent, adapted=adapted, tokenizer=tokenizer, data=data, base=base, lora=lora,
+            upcast=upcast, placement=placement, quick=quick, seed=seed, ahead=ahead,
+        )  # fmt: skip
+        results, left_out = attempt(bench, [proof for proof in PROOFS if config.level == "full" or not proof.only_full])
+        training_seconds = bench.training_seconds
+    if config.level == "quick":
+        left_out += [told(proof, "only preflight=full") for proof in PROOFS if proof.only_full]
+    seconds = time.monotonic() - started
+    log("preflight", *summary(config, results, left_out, seconds=seconds, training_seconds=training_seconds))
+    stop_where_failed(results, spared=(ISOLATION.name, SPEED.name))
+    passed = {proof["name"]: proof["passed"] for proof in results}
+    product = {
+        "proofs": results, "isolates": passed.get(ISOLATION.name, True), "quick": passed.get(SPEED.name, True), "left_out": left_out,
+        "seconds": round(seconds, 2), "training_seconds": training_seconds, "day": datetime.now().strftime("%Y-%m-%d %H:%M"),
+    }  # fmt: skip
+    if all(passed.values()):
+        result_cache.keep(name, product, folder)
+    return PreflightResult(folder=folder, **product)
+
+
+def attempt(bench: Bench, proofs: Sequence[Proof]) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """Runs proofs one after the other, each said as it ends; what the first two find decides how the others compute.
+
+    Returns:
+        The proofs as the manifest has them, and those that could not be tried here.
+    """
+    from safetensors import SafetensorError
+
+    from finetune.inference.fresh_process import FreshProcessError
+    from finetune.preflight.context import CheckSkipped, Found
+
+    results: list[dict[str, Any]] = []
+    left_out: list[dict[str, str]] = []
+    for proof in proofs:
+        started, cause = time.monotonic(), proof.cause
+        try:
+            found = proof.prove(bench)
+        except CheckSkipped as reason:
+            left_out.append(told(proof, str(reason)))
+            continue
+        except (
+            RuntimeError,
+            OSError,
+            MemoryError,
+            SafetensorError,
+            FreshProcessError,
+        ) as error:  # what cannot be carried out is not proved
+            found = Found(
+                passed=False, figure=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", bound="no error"
+            )
+            if isinstance(error, (OSError, SafetensorError)):
+                cause = DISK
+            elif isinstance(error, MemoryError) or "memory" in str(error).lower():
+                cause = MEMORY
+        seconds = round(time.monotonic() - started, 2)
+        results.append(
+            {"name": proof.name, **found._asdict(), "sentence": proof.sentence, "cause": cause, "seconds": seconds}
+        )
+        log(
+            "preflight",
+            f"{'holds' if found.passed else 'FAILS'}: {proof.sentence} ({found.figure}; bound {found.bound})",
+        )
+        if not found.passed:
+            bench.apply_failure(proof.name)
+    return results, left_out
+
+
+def again(before: dict[str, Any]) -> list[str]:
+    """What an earlier rehearsal of the very same found."""
+    proofs, left_out = before["proofs"], before["left_out"]
+    lines = [
+        f"{len(proofs)} proofs held on {before['day']}, on the same base, rows, settings, code and processor: {names(proofs)}"
+    ]
+    lines += [f"not run then: {names(left_out)}"] if left_out else []
+    return [*lines, "`finetune rehearse` runs them again"]
+
+
+def names(proofs: Sequence[dict[str, Any]]) -> str:
+    return ", ".join(proof["name"] for proof in proofs)
+
+
+def told(proof: Proof, why: str) -> dict[str, str]:
+    """A proof that did not run."""
+    return {"name": proof.name, "sentence": proof.sentence, "why": why}
+
+
+def summary(
+    config: PreflightConfig,
+    results: Sequence[Any],
+    left_out: Sequence[dict[str, str]],
+    *,
+    seconds: float,
+    training_seconds: float | None,
+) -> list[str]:
+    """How many ran, what that cost, and which did not run and why."""
+    share = (
+        f", {seconds / training_seconds:.0%} of the {training_seconds:.0f} s that training will take, about"
+        if training_seconds
+        else ""
+    )
+    lines = [f"{config.level}: {len(results)} proofs in {seconds:.1f} s{share}"]
+    if left_out:
+        reasons = sorted({one["why"] for one in left_out})
+        lines += [
+            f"not run ({reason}): " + "; ".join(one["sentence"] for one in left_out if one["why"] == reason)
+            for reason in reasons
+        ]
+    return lines
+
+
+def stop_where_failed(results: Sequence[dict[str, Any]], *, spared: Sequence[str]) -> None:
+    """
+    Args:
+        results: As the manifest has them.
+        spared: Proofs whose failure has another consequence.
+
+    Raises:
+        TrainError: Another one failed.
+    """
+    failed = [proof for proof in results if not proof["passed"] and proof["name"] not in spared]
+    if failed:
+        lines = "; ".join(
+            f"{proof['sentence']}: {proof['figure']}, bound {proof['bound']}. Likely cause: {proof['cause']}"
+            for proof in failed
+        )
+        raise TrainError(f"rehearse: {len(failed)} of {len(results)} proofs fail, so nothing is trained. {lines}")

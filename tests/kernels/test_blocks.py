@@ -1,0 +1,192 @@
+"""Fused layers inside whole models: what they give, when they step aside, and what checkpointing changes."""
+
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from finetune.kernels import Fusion, blocks, native, plain
+from tests.kernels.helpers import (
+    BOUNDS,
+    GROUPED,
+    SIZES,
+    adapt,
+    base,
+    batch,
+    both_ways,
+    farthest,
+    gradients,
+    hasten,
+    plain_loss,
+)
+
+LONGEST = 40
+QWEN_WINDOWS = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", GROUPED),
+    "llama, a head each": ("Llama", {**SIZES, "head_dim": 16}),
+    "llama, biases": ("Llama", {**GROUPED, "attention_bias": True, "mlp_bias": True}),
+    "mistral, no window": ("Mistral", {**GROUPED, "sliding_window": None}),
+    "mistral, long window": ("Mistral", {**GROUPED, "sliding_window": LONGEST}),
+    "mistral, short window": ("Mistral", {**GROUPED, "sliding_window": LONGEST - 1}),
+    "qwen2, biases": ("Qwen2", GROUPED),
+    "qwen2, one layer with a window": ("Qwen2", {**GROUPED, **QWEN_WINDOWS}),
+}
+FUSED_ATTENTIONS = {"mistral, short window": 0, "qwen2, one layer with a window": 1}
+"""Of two layers; where it is not said, both."""
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts the fused steps that are really taken on the way forward."""
+    taken: Counter[str] = Counter()
+
+    def counted(name: str, inner: Any) -> Any:
+        def count(*arguments: Any, **named: Any) -> Any:
+            taken[name] += 1
+            return inner(*arguments, **named)
+
+        return count
+
+    joined = blocks.FusedLinears.__call__
+    monkeypatch.setattr(blocks, "attend", counted("attention", blocks.attend))
+    monkeypatch.setattr(blocks, "RmsNorm", SimpleNamespace(apply=counted("norm", blocks.RmsNorm.apply)))
+    monkeypatch.setattr(blocks.FusedLinears, "__call__", counted("product", joined))
+    return taken
+
+
+def made(name: str, dtype: str, **wishes: str) -> tuple[Any, Fusion]:
+    family, settings = FAMILIES[name]
+    adapted = adapt(base(family, dtype=dtype, **settings))
+    return adapted, hasten(adapted, dtype=dtype, **wishes)
+
+
+@pytest.mark.parametrize("flat", [True, False], ids=["flat", "padded"])
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_loss_and_gradients_equal_the_plain_ones(name: str, dtype: str, flat: bool, steps: Counter[str]) -> None:
+    model, quick = made(name, dtype)
+    mine, expected, apart = both_ways(model, quick, batch(flat=flat))
+    attentions = FUSED_ATTENTIONS.get(name, 2) if flat else 0
+    assert +steps == +Counter({"attention": attentions, "product": 4 + 2 * attentions, "norm": 5})
+    assert apart <= BOUNDS[dtype]
+    torch.testing.assert_close(mine, expected, rtol=1e-6 if dtype == "float32" else 2e-3, atol=0.0)
+
+
+@pytest.mark.parametrize("weights", ["cached", "quantized"])
+@pytest.mark.parametrize("implementation", ["native", "plain"])
+def test_every_way_to_compute_a_quantized_model_gives_the_gradient(
+    tiny_base: Any, weights: str, implementation: str
+) -> None:
+    from tests.quantization.test_bnb import load
+
+    if implementation == "native" and (why := native.missing()):
+        pytest.skip(why)
+    model = adapt(load(tiny_base, "nf4", double=True))
+    quick = hasten(model, layers="fused", loss="trained", weights=weights, implementation=implementation)
+    assert quick.kernels is (native if implementation == "native" else plain)
+    _, _, apart = both_ways(model, quick, batch())
+    assert apart <= BOUNDS["bfloat16"]
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_documents_of_one_row_do_not_read_each_other(dtype: str) -> None:
+    model, quick = made("llama", dtype)
+    together = quick.loss(model, batch((40, 33)))
+    alone = batch((40, 33), flat=False)
+    apart = sum(
+        quick.loss(
+            model, {**{key: alone[key][row : row + 1, :length] for key in ("input_ids", "labels")}, **_borders(length)}
+        )
+        for row, length in enumerate((40, 33))
+    )
+    torch.testing.assert_close(together, apart, rtol=1e-6 if dtype == "float32" else 1e-3, atol=0.0)
+
+
+def _borders(length: int) -> dict[str, Any]:
+    ends = torch.tensor([0, length], dtype=torch.int32)
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": length, "max_length_k": length}
+
+
+def test_adapter_that_is_switched_off_gives_the_base(steps: Counter[str]) -> None:
+    model, quick = made("llama", "bfloat16")
+    inputs = {name: value for name, value in batch().items() if name != "labels"}
+    with torch.no_grad(), model.disable_adapter():
+        found = model(**inputs, use_cache=False).logits
+        assert "product" in steps, "a preference objective's reference takes the same steps as its policy"
+        with quick.off():
+            expected = model(**inputs, use_cache=False).logits
+    adapted = model(**inputs, use_cache=False).logits
+    torch.testing.assert_close(
+        found.float(), expected.float(), rtol=0.0, atol=0.15 * float(expected.float().std())
+    )  # bfloat16
+    assert (adapted.float() - found.float()).abs().max() > 0.1 * found.float().std()
+
+
+def test_off_takes_no_fused_step_and_on_comes_back(steps: Counter[str]) -> None:
+    model, quick = made("llama", "bfloat16")
+    with quick.off():
+        plain_loss(model, batch())
+        assert not steps
+        assert quick.autocast
+        assert not quick.loss_on_trained_tokens
+    quick.loss(model, batch())
+    assert steps["attention"] == 2
+    assert not quick.autocast
+    assert quick.loss_on_trained_tokens
+
+
+def test_off_gives_the_bits_of_a_model_that_was_never_fused() -> None:
+    untouched = adapt(base("Llama", **GROUPED))
+    expected = gradients(untouched, plain_loss(untouched, batch()))
+    model, quick = made("llama", "bfloat16")
+    with quick.off():
+        found = gradients(model, plain_loss(model, batch()))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_norm_that_learns_keeps_its_own_gradient(steps: Counter[str]) -> None:
+    model, quick = made("llama", "float32")
+    norm = model.get_base_model().model.norm
+    norm.weight.requires_grad_(True)
+    _, _, apart = both_ways(model, quick, batch())
+    assert steps["norm"] == 4
+    assert apart <= BOUNDS["float32"]
+
+
+def test_generation_with_a_cache_goes_the_plain_way(steps: Counter[str]) -> None:
+    model, _ = made("llama", "float32")
+    ids = batch((12,))["input_ids"][:, :12]
+    found = model.eval().generate(input_ids=ids, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert steps["attention"] == 0
+    with torch.no_grad():
+        again = model(input_ids=found[:, :-1], use_cache=False).logits[:, 11:].argmax(-1)
+    assert found[0, 12:].tolist() == again[0].tolist()
+
+
+def checkpointed(kind: str, **wishes: str) -> tuple[dict[str, Tensor], int]:
+    """The gradients, and the bytes kept for the way back outside of what is computed again."""
+    adapted = adapt(base("Llama", **GROUPED))
+    if kind == "full":
+        adapted.gradient_checkpointing_enable({"use_reentrant": False})
+    quick = hasten(adapted, checkpointing=kind, **wishes)
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = quick.loss(adapted, batch()) if quick.loss_on_trained_tokens else plain_loss(adapted, batch())
+    return gradients(adapted, loss), sum(kept.values())
+
+
+@pytest.mark.parametrize("layers", ["fused", "plain"])
+@pytest.mark.parametrize("kind", ["selective", "full"])
+def test_checkpointing_gives_the_same_gradients_and_keeps_less(kind: str, layers: str) -> None:
+    (expected, all_bytes), (found, some_bytes) = checkpointed("none", layers=layers), checkpointed(kind, layers=layers)
+    assert farthest(found, expected) <= 1e-6, "the same operations on the same numbers, once more"
+    assert some_bytes < 0.8 * all_bytes

@@ -1,0 +1,275 @@
+"""Bugs that have ruined real fine-tunings, each as code that plants it; and the proof that has to catch it."""
+
+import dataclasses
+import json
+import resource
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, load_from_disk
+
+from finetune.kernels.autograd import SwiGlu
+from finetune.quantization import quantized_layers
+from tests.preflight.conftest import Plant, Scene
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Bug:
+    """One of them.
+
+    Attributes:
+        name: As the table has it.
+        caught_by: Name of the proof.
+        plant: Spoils a scene.
+        level: The level that has this proof.
+    """
+
+    name: str
+    caught_by: str
+    plant: Plant
+    level: str = "quick"
+
+
+def spoiled_batches(scene: Scene, spoil: Any) -> None:
+    """A trainer whose collator makes micro-batches and ``spoil`` then changes their labels."""
+    make = scene.ahead.make_trainer
+
+    def spoiled(*arguments: Any, **inputs: Any) -> Any:
+        trainer = make(*arguments, **inputs)
+        collate = trainer.data_collator
+
+        def collated(rows: Any) -> Any:
+            batch = collate(rows)
+            return {**batch, "labels": spoil(batch)}
+
+        trainer.data_collator = collated
+        return trainer
+
+    scene.ahead = scene.ahead._replace(make_trainer=spoiled)
+
+
+def drop_the_mask(scene: Scene, _: pytest.MonkeyPatch) -> None:
+    spoiled_batches(scene, lambda batch: batch["input_ids"])
+
+
+def mask_the_answers(scene: Scene, _: pytest.MonkeyPatch) -> None:
+    def turned_round(batch: Any) -> Any:
+        return torch.where(batch["labels"] == IGNORED, batch["input_ids"], IGNORED)
+
+    spoiled_batches(scene, turned_round)
+
+
+def pad_is_the_end(scene: Scene, _: pytest.MonkeyPatch) -> None:
+    """Pad and end are one token, and padding is masked by its id."""
+    end = scene.tokenizer.eos_token_id
+    spoiled_batches(scene, lambda batch: batch["labels"].masked_fill(batch["labels"] == end, IGNORED))
+
+
+def rewrite_rows(scene: Scene, labels: Any) -> None:
+    folder = scene.data.folder / "train"
+    rows = [{**row, "labels": labels(row)} for row in load_from_disk(str(folder))]
+    other = folder.with_name("other")
+    Dataset.from_list(rows).save_to_disk(str(other))
+    folder.rename(folder.with_name("was"))
+    other.rename(folder)
+
+
+def train_the_questions(scene: Scene, _: pytest.MonkeyPatch) -> None:
+    rewrite_rows(scene, lambda row: row["input_ids"])
+
+
+def never_train_the_end(scene: Scene, _: pytest.MonkeyPatch) -> None:
+    end = scene.tokenizer.eos_token_id
+    rewrite_rows(scene, lambda row: [IGNORED if label == end else label for label in row["labels"]])
+
+
+def contaminate(scene: Scene, _: pytest.MonkeyPatch) -> None:
+    """Attention that knows neither positions nor borders: documents of a row read each other."""
+    decoder = scene.adapted.get_base_model().model
+    forward = decoder.forward
+    borders = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+    def contaminated(*arguments: Any, **inputs: Any) -> Any:
+        return forward(*arguments, **{name: value for name, value in inputs.items() if name not in borders})
+
+    decoder.forward = contaminated
+
+
+def sum_the_means(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A micro-batch's own mean, added up: eight micro-batches make a step eight times as long."""
+    from finetune.train.trainer import Trainer
+
+    def mean(self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        return self.quick.loss(self.accelerator.unwrap_model(model), inputs) / (inputs["labels"] != IGNORED).sum()
+
+    monkeypatch.setattr(Trainer, "compute_loss", mean)
+
+
+def mean_the_means(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A micro-batch's own mean over the number of micro-batches: short answers count for more than long ones."""
+    from finetune.train.trainer import Trainer
+
+    def mean(self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        own = (inputs["labels"] != IGNORED).sum() * self.args.gradient_accumulation_steps
+        return self.quick.loss(self.accelerator.unwrap_model(model), inputs) / own
+
+    monkeypatch.setattr(Trainer, "compute_loss", mean)
+
+
+def detach_the_loss(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetune.train.trainer import Trainer
+
+    sound = Trainer.compute_loss
+    monkeypatch.setattr(
+        Trainer, "compute_loss", lambda *given, **named: sound(*given, **named).detach().requires_grad_()
+    )
+
+
+def parameter(scene: Scene, part: str) -> Any:
+    return next(p for name, p in scene.adapted.named_parameters() if part in name)
+
+
+def freeze_a_matrix(scene: Scene, _: pytest.MonkeyPatch) -> None:
+    parameter(scene, "v_proj.lora_A").requires_grad_(False)
+
+
+def cut_a_gradient(scene: Scene, _: pytest.MonkeyPatch) -> None:
+    parameter(scene, "v_proj.lora_A").register_hook(torch.zeros_like)
+
+
+def train_a_base_weight(scene: Scene, _: pytest.MonkeyPatch) -> None:
+    scene.adapted.get_base_model().model.norm.weight.requires_grad_(True)
+
+
+def start_beside_zero(scene: Scene, _: pytest.MonkeyPatch) -> None:
+    parameter(scene, "lora_B").data += 0.5
+
+
+def repack_in_evaluation(scene: Scene, _: pytest.MonkeyPatch) -> None:
+    """What bitsandbytes does on AVX512-BF16 CPUs, planted so that every CPU can try it."""
+    layer = next(iter(quantized_layers(scene.adapted).values()))
+
+    def repack(module: Any, inputs: Any, output: Any) -> None:
+        if not module.training:
+            module.weight.data = module.weight.data.roll(1, 0)
+
+    layer.register_forward_hook(repack)
+
+
+def requantize_in_save(scene: Scene, _: pytest.MonkeyPatch) -> None:
+    """Saving packs the base again, with another block's constants."""
+    save = scene.adapted.save_pretrained
+
+    def requantizing(*arguments: Any, **named: Any) -> None:
+        save(*arguments, **named)
+        for layer in quantized_layers(scene.adapted).values():
+            layer.weight.quant_state.absmax = layer.weight.quant_state.absmax.roll(1)
+            layer.weight.data = layer.weight.data.roll(1, 0)
+
+    scene.adapted.save_pretrained = requantizing
+
+
+def change_in_evaluation(scene: Scene, _: pytest.MonkeyPatch) -> None:
+    """An evaluation that writes into the adapter: what is saved afterwards is another one."""
+    matrix = parameter(scene, "lora_A")
+
+    def drift(module: Any, inputs: Any, output: Any) -> None:
+        if not module.training:
+            matrix.data.mul_(1.001)
+
+    scene.adapted.get_base_model().register_forward_hook(drift)
+
+
+def round_in_save(scene: Scene, _: pytest.MonkeyPatch) -> None:
+    """The adapter is written in so few bits that half of it is lost."""
+    save = scene.adapted.save_pretrained
+
+    def rounding(*arguments: Any, **named: Any) -> None:
+        before = [(p, p.detach().clone()) for p in scene.adapted.parameters() if p.requires_grad]
+        for p, _ in before:
+            p.data = (p.data / p.data.abs().max()).round() * p.data.abs().max()
+        save(*arguments, **named)
+        for p, old in before:
+            p.data = old
+
+    scene.adapted.save_pretrained = rounding
+
+
+def another_base(scene: Scene, _: pytest.MonkeyPatch) -> None:
+    """The base in memory was quantized otherwise than the run's settings say, so later stages load another one."""
+    scene.ahead = scene.ahead._replace(quantization=dataclasses.replace(scene.ahead.quantization, method="fp4"))
+
+
+def stand_still(scene: Scene, _: pytest.MonkeyPatch) -> None:
+    scene.ahead = scene.ahead._replace(optim=dataclasses.replace(scene.ahead.optim, learning_rate=0.0))
+
+
+def write_plan(scene: Scene, **changes: Any) -> None:
+    plan = {
+        "known": True,
+        "phases": {"merge": {"weights": 1}, "eval": {"weights": 1}},
+        "disk": {"base": 1, "merged": 1},
+        **changes,
+    }
+    (scene.run / "plan").mkdir()
+    (scene.run / "plan" / "manifest.json").write_text(json.dumps({"product": plan}))
+
+
+def too_large_to_merge(scene: Scene, _: pytest.MonkeyPatch) -> None:
+    write_plan(scene, phases={"merge": {"weights": 10**16}, "eval": {}})
+
+
+def disk_too_small(scene: Scene, _: pytest.MonkeyPatch) -> None:
+    write_plan(scene, disk={"base": 1, "checkpoints": 10**18, "merged": 1})
+
+
+def disk_full(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk takes no more while the adapter is being saved."""
+    save = scene.adapted.save_pretrained
+
+    def full(*arguments: Any, **named: Any) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        try:
+            save(*arguments, **named)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    scene.adapted.save_pretrained = full
+
+
+def double_a_gradient(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = SwiGlu.backward
+    monkeypatch.setattr(SwiGlu, "backward", lambda self, grad, raw: 2 * sound(self, grad, raw))
+
+
+BUGS = (
+    Bug("mask dropped: questions are trained too", "trained_text", drop_the_mask),
+    Bug("mask the wrong way round: answers are not trained", "trained_text", mask_the_answers),
+    Bug("pad token is the end of turn and masked by its id", "trained_text", pad_is_the_end),
+    Bug("prepared rows are not those of the ledger", "trained_text", train_the_questions),
+    Bug("end of turn is masked in the data", "trained_text", never_train_the_end),
+    Bug("packed documents read each other", "packing", contaminate),
+    Bug("accumulation not scaled: means are added up", "accumulation", sum_the_means),
+    Bug("accumulation scaled by micro-batches: mean of means", "accumulation", mean_the_means),
+    Bug("an adapter matrix is frozen", "gradients", freeze_a_matrix),
+    Bug("a kernel cuts a matrix's gradient off", "gradients", cut_a_gradient),
+    Bug("a base weight trains", "gradients", train_a_base_weight),
+    Bug("B does not start at 0", "identity", start_beside_zero),
+    Bug("an evaluation repacks 4-bit weights", "evaluation", repack_in_evaluation),
+    Bug("a save quantizes the base again", "evaluation", requantize_in_save),
+    Bug("an evaluation changes what is saved", "evaluation", change_in_evaluation),
+    Bug("the disk is full while the adapter is saved", "evaluation", disk_full),
+    Bug("a fused kernel returns twice the gradient", "speed", double_a_gradient),
+    Bug("the merge needs more memory than there is", "room", too_large_to_merge),
+    Bug("the checkpoints need more disk than there is", "room", disk_too_small),
+    Bug("the learning rate is 0", "learning", stand_still, "full"),
+    Bug("the loss is detached from the model", "learning", detach_the_loss, "full"),
+    Bug("the end of turn is never trained", "ending", never_train_the_end, "full"),
+    Bug("the adapter is saved in too few bits", "reload", round_in_save, "full"),
+    Bug("later stages load another base", "reload", another_base, "full"),
+)
