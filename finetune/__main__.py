@@ -123,17 +123,17 @@ def execute(verb: str, config: RunConfig, *, overrides: list[str], own: dict[str
 
 def work(config: RunConfig, *, overrides: list[str], again: frozenset[str]) -> None:
     """The line, alone or as one process of several."""
-    from finetune.pipeline import follow, run
+    from finetune.pipeline import run, run_worker
 
     launch = config.launch
     ranks = Ranks(silence_seconds=launch.silence_seconds, shards=launch.strategy == "fsdp", offload=launch.offload)
     try:
         if ranks.is_main:
-            run(config, overrides=overrides, ranks=ranks, again=again)
+            run(config, overrides=overrides, ranks=ranks, redo=again)
             ranks.put("data", False)
             ranks.shutdown()
         else:
-            follow(config, ranks=ranks)
+            run_worker(config, ranks=ranks)
     except BaseException as error:
         explained = ranks.explain(error)
         if explained is error:

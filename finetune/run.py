@@ -1,4 +1,4 @@
-"""The run folder: where every stage leaves its product, and how a stage that is done is not done again."""
+"""The run folder: each stage leaves its product there, and a stage that is done does not run again."""
 
 import dataclasses
 import fcntl
@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,9 @@ from finetune.memory import PeakMemory
 
 IF_EXISTS = ("fail", "resume", "overwrite")
 STAGES = ("plan", "data", "model", "preflight", "train", "merge", "eval", "export", "report")
+SCHEMA = 2
+"""Of manifest.json; raised when the meaning of its key changes, so that an older run is refused in a sentence."""
+
 SMALLEST_FREE_DISK_BYTES = 64 * 1024**2
 
 Product = TypeVar("Product")
@@ -26,19 +29,19 @@ Product = TypeVar("Product")
 
 @dataclass(kw_only=True, slots=True)
 class RunSettings:
-    """Which run this is, and what to do where one of that name stands already."""
+    """Names the run, and what to do where one of that name exists."""
 
     name: str
-    """Folder under ``root``. Never holds the time: every process of a launch would read its own clock."""
+    """Folder under ``root``. Has no time in it, since every process of a launch would read its own clock."""
 
     root: str = "outputs"
-    """Where runs live, relative to the working directory."""
+    """Folder of all runs, relative to the working directory."""
 
     seed: int
     """Seeds the split, the order of rows, the adapter's first weights and dropout."""
 
     if_exists: str
-    """``fail``, ``resume`` (go on where it stopped) or ``overwrite`` (start again; the old run is deleted)."""
+    """``fail``, ``resume`` (continue where it stopped) or ``overwrite`` (start again; the old run is deleted)."""
 
     until: str = "report"
     """The last stage to run, e.g. ``data``."""
@@ -59,31 +62,31 @@ class RunFolder:
 
     Attributes:
         path: The run's folder.
-        again: Stages that run although they are done, because the user asked for that very stage.
+        redo: Stages that run although they are done, because the user asked for them.
     """
 
-    def __init__(self, path: Path, *, again: frozenset[str] = frozenset()) -> None:
+    def __init__(self, path: Path, *, redo: frozenset[str] = frozenset()) -> None:
         self.path = path
-        self.again = again
+        self.redo = redo
 
     @classmethod
-    def open(cls, config: RunSettings, *, again: frozenset[str] = frozenset()) -> "RunFolder":
+    def open(cls, config: RunSettings, *, redo: frozenset[str] = frozenset()) -> "RunFolder":
         """Opens or makes the folder, following ``run.if_exists``.
 
         Raises:
             ConfigError: The folder holds a run and ``if_exists`` is ``fail``, or the disk is full.
         """
         path = (Path(config.root) / config.name).resolve()
-        if path.exists() and any(path.iterdir()) and not again:
+        if path.exists() and any(path.iterdir()) and not redo:
             if config.if_exists == "fail":
                 raise ConfigError(
                     f"run.name: {path} holds a run already and nothing is written over it; choose another run.name, "
                     "or say run.if_exists=resume (go on) or run.if_exists=overwrite (delete it)"
                 )
             if config.if_exists == "overwrite":
-                with cls(path).lock():  # never under the hands of a run that is still going
+                with cls(path).lock():  # never while another process is working in it
                     shutil.rmtree(path)
-        folder = cls(path, again=again)
+        folder = cls(path, redo=redo)
         folder.make()
         return folder
 
@@ -118,22 +121,22 @@ class RunFolder:
             yield
 
     def _end_swaps(self) -> None:
-        """Ends what a killed `_swap` left: the earlier product goes back to its place, or away where the new one stands there."""
+        """Finishes a `_swap` that was killed: restores the earlier product, or deletes it where the new one is in place."""
         for old in self.path.glob(".*.old"):
             final = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
             if final.exists():
                 shutil.rmtree(old)
             else:
                 os.replace(old, final)
-                log("run", f"{final} is the earlier one again: putting the new one in its place was interrupted")
+                log("run", f"{final} was restored: replacing it was interrupted")
 
     def is_done(self, stage: str) -> bool:
-        """Whether a stage has finished and was not asked for again."""
-        return self.manifest(stage) is not None and stage not in self.again
+        """Returns whether a stage has finished and is not to be redone."""
+        return self.manifest(stage) is not None and stage not in self.redo
 
     @contextmanager
-    def measured(self, stage: str) -> Iterator[dict[str, Any]]:
-        """Takes time and memory of a stage that lives in memory; what is put into the dict becomes its manifest."""
+    def timed_stage(self, stage: str) -> Iterator[dict[str, Any]]:
+        """Measures time and memory of a stage that lives in memory; the yielded dict becomes its manifest."""
         facts: dict[str, Any] = {}
         started = time.monotonic()
         with PeakMemory(self.path / "memory.jsonl", stage=stage) as peak:
@@ -144,92 +147,92 @@ class RunFolder:
         )
 
     def manifest(self, stage: str) -> dict[str, Any] | None:
-        """What a finished stage wrote about itself, or None where it has not finished."""
+        """Returns what a finished stage wrote about itself, or None where it has not finished."""
         file = self.path / stage / "manifest.json"
         return json.loads(file.read_text()) if file.is_file() else None
 
-    def once(self, verb: Callable[..., Product], config: Any, **inputs: Any) -> Product:
-        """Runs ``verb(config, folder=..., **inputs)`` unless its product is there already.
-
-        The stage is named after the verb's room. The product is a frozen dataclass whose ``folder`` is the stage's
-        folder; its other fields go into ``manifest.json``, written last and atomically.
+    def stage(
+        self, name: str, product_type: type[Product], make: Callable[[Path], Product], *, key: Mapping[str, Any]
+    ) -> Product:
+        """Runs ``make(folder)`` unless the stage is done already with the same key.
 
         Args:
-            verb: A room's verb, annotated with the product that it returns.
-            config: The room's config; with the products among ``inputs``, it decides whether old work still holds.
-            inputs: Whatever else the verb needs.
+            name: Of the stage and of its folder.
+            product_type: A frozen dataclass whose ``folder`` is the stage's folder; its other fields go into
+                ``manifest.json``, written last and atomically.
+            make: Does the stage's work in the folder that it is given.
+            key: Everything that changes the result, by the names that a user would look for; configs are compared
+                setting by setting.
 
         Returns:
-            The product, fresh or read back from the manifest.
+            The product, new or read back from the manifest.
 
         Raises:
-            ConfigError: The stage was done with other settings or inputs.
+            ConfigError: The stage is done with another key; the message names each entry that changed, with both values.
         """
-        stage = verb.__module__.split(".")[1]
-        product_type = product_of(verb)
-        key = fingerprint(config, inputs)
-        done = self.manifest(stage)
-        if done is not None and stage not in self.again:
-            if done["key"] != key:
-                raise ConfigError(_changed(self.path / stage, stage, done, config))
-            log(stage, f"done before: {self.path / stage} is used as it is")
-            return product_type(folder=self.path / stage, **done["product"])  # type: ignore[call-arg]
-        return self._run(verb, stage=stage, key=key, config=config, inputs=inputs, redo=done is not None)
-
-    def product(self, verb: Callable[..., Product]) -> Product:
-        """What a finished stage left, read back without asking how it was made; the stage must be done."""
-        stage = verb.__module__.split(".")[1]
-        done = json.loads((self.path / stage / "manifest.json").read_text())
-        return product_of(verb)(folder=self.path / stage, **done["product"])  # type: ignore[call-arg]
-
-    def _run(
-        self, verb: Callable[..., Product], *, stage: str, key: str, config: Any, inputs: dict[str, Any], redo: bool
-    ) -> Product:
-        final = self.path / stage
-        work = self.path / f".{stage}.new" if redo else final
-        if redo and work.exists():
-            shutil.rmtree(work)
-        work.mkdir(parents=True, exist_ok=True)
+        flat_key = flatten(key)
+        manifest = self.manifest(name)
+        redo = name in self.redo
+        if manifest is not None and not redo:
+            if manifest.get("schema") != SCHEMA:
+                raise ConfigError(
+                    f"{self.path / name} was written by another version of finetune (manifest schema "
+                    f"{manifest.get('schema', 1)}, this one reads {SCHEMA}); finish the run with that version, or "
+                    "run.if_exists=overwrite to start again"
+                )
+            changes = _describe_changes(manifest["key"], flat_key)
+            if changes:
+                raise ConfigError(
+                    f"{self.path / name} was made with other settings ({'; '.join(changes)}); choose another run.name, or "
+                    "run.if_exists=overwrite to start again"
+                )
+            log(name, f"done before: {self.path / name} is used as it is")
+            return self.product(name, product_type)
+        final = self.path / name
+        folder = self.path / f".{name}.new" if manifest is not None else final
+        if folder != final and folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
-        with PeakMemory(self.path / "memory.jsonl", stage=stage) as peak:
-            product = verb(config, folder=work, **inputs)
-        fields = {f.name: getattr(product, f.name) for f in dataclasses.fields(product) if f.name != "folder"}  # type: ignore[arg-type]
-        manifest = {
-            "stage": stage,
-            "key": key,
-            "config": to_jsonable(config),
-            "product": to_jsonable(fields),
-            **_cost(started, peak),
-        }
-        write_json(work / "manifest.json", manifest)
-        if redo:
-            _swap(work, final)
+        with PeakMemory(self.path / "memory.jsonl", stage=name) as peak:
+            product = make(folder)
+        fields = to_jsonable(product)
+        fields.pop("folder")
+        write_json(
+            folder / "manifest.json",
+            {"schema": SCHEMA, "stage": name, "key": flat_key, "product": fields, **_cost(started, peak)},
+        )
+        if folder != final:
+            _swap(folder, final)
         return dataclasses.replace(product, folder=final)  # type: ignore[type-var]
 
+    def product(self, name: str, product_type: type[Product]) -> Product:
+        """Reads back what a finished stage left."""
+        manifest = json.loads((self.path / name / "manifest.json").read_text())
+        return product_type(folder=self.path / name, **manifest["product"])  # type: ignore[call-arg]
 
-def product_of(verb: Callable[..., Product]) -> type[Product]:
-    """The class that a verb's annotation promises. Only that one is looked up: the others may not be importable here."""
-    promised = verb.__annotations__["return"]
-    return verb.__globals__[promised] if isinstance(promised, str) else promised
+
+def flatten(key: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a key as JSON values by dotted names: ``{"lora": LoraConfig(...)}`` becomes ``{"lora.rank": 8, ...}``."""
+    flat: dict[str, Any] = {}
+    for name, value in to_jsonable(key).items():
+        if isinstance(value, dict) and value:
+            flat.update({f"{name}.{rest}": entry for rest, entry in flatten(value).items()})
+        else:
+            flat[name] = value
+    return flat
 
 
-def fingerprint(config: Any, inputs: dict[str, Any]) -> str:
-    """Names a stage's work: its config and the products that it starts from; live objects are left out."""
-    kinds = (str, int, float, dict)
-    products = {
-        name: to_jsonable(value)
-        for name, value in sorted(inputs.items())
-        if dataclasses.is_dataclass(value) or isinstance(value, kinds)
-    }
-    for product in products.values():
-        if isinstance(product, dict):
-            product.pop("folder", None)  # a run folder may be moved
-    content = json.dumps([to_jsonable(config), products], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
+def fingerprint(content: Any) -> str:
+    """Returns a hash of what JSON can hold of a value; a product's ``folder`` is left out, so that a run may be moved."""
+    plain = to_jsonable(content)
+    if isinstance(plain, dict):
+        plain.pop("folder", None)
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def to_jsonable(value: Any) -> Any:
-    """A dataclass, path or tuple as what JSON can hold."""
+    """Converts dataclasses, paths and tuples to what JSON can hold."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_jsonable(getattr(value, f.name)) for f in dataclasses.fields(value) if f.repr}
     if isinstance(value, dict):
@@ -242,9 +245,14 @@ def to_jsonable(value: Any) -> Any:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Writes beside the file, then renames: a reader sees the old content or the new, never half of it."""
+    """Writes a value as indented JSON; see `write_text`."""
+    write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes a neighbouring file, then renames it: a reader sees the old content or the new, never half of it."""
     partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, file)
 
 
@@ -257,19 +265,16 @@ def _cost(started: float, peak: PeakMemory) -> dict[str, Any]:
 
 
 def _swap(work: Path, final: Path) -> None:
-    """Puts a stage done again in the place of the earlier one; `RunFolder.lock` mends what a kill in between leaves."""
+    """Replaces the earlier product of a stage; `RunFolder.lock` repairs what a kill in between leaves."""
     old = final.with_name(f".{final.name}.old")
     os.replace(final, old)
     os.replace(work, final)
     shutil.rmtree(old)
 
 
-def _changed(path: Path, stage: str, done: dict[str, Any], config: Any) -> str:
-    before, now = done["config"], to_jsonable(config)
-    differences = [
-        f"{stage}.{name} was {before.get(name)!r} and is {now.get(name)!r}"
+def _describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
     ]
-    what = "; ".join(differences) or "the products that it starts from differ"
-    return f"{path} was made with other settings ({what}); choose another run.name, or run.if_exists=overwrite to start again"

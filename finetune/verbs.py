@@ -150,17 +150,21 @@ def replay(own: Settings, overrides: list[str]) -> bool:
     if name is None:
         raise ConfigError("replay: say run.name=<a finished run>; got none")
     from finetune.launch import Ranks
-    from finetune.pipeline import run, surroundings
+    from finetune.pipeline import describe_environment, run
 
     return provenance.replay(
-        root / name, run=partial(run, ranks=Ranks({})), surroundings=surroundings, force=own.get("force") == "true"
+        root / name,
+        run=partial(run, ranks=Ranks({})),
+        surroundings=describe_environment,
+        force=own.get("force") == "true",
     ).holds
 
 
 def explain_row(own: Settings, overrides: list[str]) -> bool:
     """``data why=train.jsonl:3``: what became of one row."""
-    from finetune import model
     from finetune.data import explain
+    from finetune.model import fetch
+    from finetune.model.load import load_tokenizer
 
     asked = load(with_experiment(overrides))
     folder = prepared(Path(asked.run.root) / asked.run.name)
@@ -172,7 +176,7 @@ def explain_row(own: Settings, overrides: list[str]) -> bool:
             "run `finetune data` with the same settings first, or give its run.name"
         )
     log("data", f"as prepared in {folder}")
-    explain(folder / "data", own["why"], tokenizer=model.load_tokenizer(model.fetch(config.model)))
+    explain(folder / "data", own["why"], tokenizer=load_tokenizer(fetch(config.model)))
     return True
 
 

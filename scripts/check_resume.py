@@ -188,7 +188,7 @@ def command(folder: Path, run: str, *, base: Path, settings: Settings) -> list[s
         "tracking=[]", "hardware.threads=1",
         f"run.root={folder}", f"run.name={run}", "run.if_exists=resume", "run.until=train", "data.limit=160", "data.cache=''",
         f"data.path={ROWS / 'train.jsonl'}", f"data.heldout_path={ROWS / 'heldout.jsonl'}", "data.max_tokens=512", "data.pack_tokens=512",
-        f"train.steps={settings.steps}", "train.tokens_per_step=1024", f"train.checkpoints={settings.steps // 4}", "train.keep=best",
+        f"train.steps={settings.steps}", "train.tokens_per_step=1024", f"train.checkpoints={settings.steps // 4}", "train.select=best",
         f"train.evaluations={settings.steps // 12}", "train.evaluation_rows=4", f"lora.dropout={settings.dropout}", "lora.rank=8",
     ]  # fmt: skip
 

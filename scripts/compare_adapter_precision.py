@@ -17,7 +17,7 @@ from finetune.config import load
 from finetune.inference.adapted import free, load_adapted_model
 from finetune.inference.losses import row_losses
 from finetune.inference.rows import read_rows
-from finetune.model import fetch
+from finetune.model import ModelSpec
 
 DTYPES = ("float32", "bfloat16")
 ROOT = Path("outputs/precision")
@@ -63,13 +63,7 @@ def train_and_measure(dtype: str, seed: int, steps: int) -> tuple[np.ndarray, np
     config = load(["+experiment=quickstart"])
     placement = hardware.place(hardware.probe(config.hardware), config)
     folder = ROOT / name
-    graph = load_adapted_model(
-        fetch(config.model),
-        config.model,
-        quantization=config.quantization,
-        placement=placement,
-        adapter=folder / "train" / "adapter",
-    )
+    graph = load_adapted_model(ModelSpec.resolve(config, placement), folder / "train" / "adapter")
     losses = row_losses(graph, read_rows(folder / "data" / "heldout"), batch_tokens=2048)
     del graph
     free()

@@ -20,7 +20,9 @@ from finetune.hardware import Placement
 from finetune.inference.adapted import free
 from finetune.inference.kl_divergence import Reference, agreement, reference_logprobs
 from finetune.lora.init import reader
-from finetune.model import Base, fetch, load, resident_bytes, weights_sha256
+from finetune.model import Base, ModelSpec, fetch
+from finetune.model.base import weights_sha256
+from finetune.model.load import resident_bytes
 from finetune.quantization import QuantizationConfig, quantized_layers
 from finetune.quantization.sensitivity import MIB, choose, extra_bytes, rounding_costs
 
@@ -45,7 +47,7 @@ def main() -> None:
     def measured(
         name: str, quantization: QuantizationConfig, reference: Reference, *, text: Path, rows: list[Any]
     ) -> Any:
-        model: Any = load(moved, config.model, quantization=quantization, placement=placement)
+        model: Any = ModelSpec(base=moved, config=config.model, quantization=quantization, placement=placement).load()
         found = agreement(model, rows, reference, batch_tokens=1024)
         print(
             f"| {text.name} | {name} | {resident_bytes(model) / MIB:.1f} | {found.kl:.4f} | {found.loss:.4f} |",
@@ -57,7 +59,9 @@ def main() -> None:
         rows = rows_of(text, base.folder, given.tokens)
         chosen_on, measured_on = rows[: len(rows) // 2], rows[len(rows) // 2 :]
         with tempfile.TemporaryDirectory() as place:
-            dense = load(moved, config.model, quantization=QuantizationConfig(method="none"), placement=placement)
+            dense = ModelSpec(
+                base=moved, config=config.model, quantization=QuantizationConfig(method="none"), placement=placement
+            ).load()
             reference = reference_logprobs(dense, measured_on, Path(place) / "reference.f32", batch_tokens=1024)
             print(
                 f"| {text.name} | everything | {resident_bytes(dense) / MIB:.1f} | 0 | {reference.loss:.4f} |",

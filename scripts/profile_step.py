@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from finetune import hardware, lora, model
+from finetune import hardware, lora
 from finetune.bench.speed import write_rows
 from finetune.config import load
 from finetune.data import prepare
 from finetune.inference.collate import Collator
 from finetune.inference.rows import read_rows
 from finetune.kernels import apply_fusion, native
+from finetune.model import ModelSpec
 
 STEPS = 4
 KINDS = {
@@ -87,11 +88,11 @@ def build(config: Any, folder: Path, tokens: int) -> tuple[Callable[[], None], i
     """One whole optimizer step as a function, and its tokens."""
     placement = hardware.place(hardware.probe(config.hardware), config)
     torch.set_num_threads(placement.threads)
-    base = model.fetch(config.model)
-    tokenizer = model.load_tokenizer(base)
+    spec = ModelSpec.resolve(config, placement)
+    tokenizer = spec.load_tokenizer()
     data = prepare(config.data, folder=folder / "data", tokenizer=tokenizer, seed=1)
     rows = read_rows(data.folder / "train", limit=max(1, tokens // 1024))
-    loaded = model.load(base, config.model, quantization=config.quantization, placement=placement)
+    loaded = spec.load()
     checkpointing = config.train.checkpointing
     adapted = lora.attach(
         loaded, config.lora, upcast=config.model.upcast, checkpointing=checkpointing == "full", seed=1

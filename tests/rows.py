@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config import load
-from finetune.data import PreparedData, prepare
+from finetune.data import prepare
+from finetune.products import PreparedData
 
 REQUESTS = [("Wake me at {} on Monday.", '{{"time":{}}}'), ("Book a table for {} people.", '{{"people":{}}}')]
 

@@ -220,14 +220,11 @@ def held_out_loss(adapter: Path, rows: Path) -> float:
     from finetune.inference.adapted import free, load_adapted_model
     from finetune.inference.losses import mean_loss, row_losses
     from finetune.inference.rows import read_rows
-    from finetune.model import fetch
+    from finetune.model import ModelSpec
 
     config = load(["+experiment=quickstart"])
     placement = hardware.place(hardware.probe(config.hardware), config)
-    base = fetch(config.model)
-    graph = load_adapted_model(
-        base, config.model, quantization=config.quantization, placement=placement, adapter=adapter
-    )
+    graph = load_adapted_model(ModelSpec.resolve(config, placement), adapter)
     loss = mean_loss(row_losses(graph, read_rows(rows), batch_tokens=2048))
     del graph
     free()

@@ -2,6 +2,5 @@
 
 from finetune.data.config import DataConfig, SourceConfig
 from finetune.data.prepare import explain, prepare
-from finetune.data.product import PreparedData
 
-__all__ = ["DataConfig", "PreparedData", "SourceConfig", "explain", "prepare"]
+__all__ = ["DataConfig", "SourceConfig", "explain", "prepare"]

@@ -2,6 +2,9 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
+
+from finetune.run import to_jsonable
 
 FORMATS = (
     "auto", "alpaca", "messages", "prompt_completion", "sharegpt", "guanaco", "completion", "text", "preference", "unpaired",
@@ -14,6 +17,8 @@ TEXT_UNITS = ("line", "paragraph", "file")
 CONTROL_TOKENS = ("text", "control")
 TOOLS = ("template", "text")
 OBJECTIVES = ("supervised", "preference")
+NOT_IN_KEY = ("workers", "cache", "preview_rows")
+"""Settings that leave the prepared rows as they are."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -157,6 +162,11 @@ class DataConfig:
     """Prepared data are kept here by content, so a second start reads them; null: in the cache of ``FINETUNE_CACHE``; empty: nowhere."""
 
     preview_rows: int = 20
+
+    def key(self) -> dict[str, Any]:
+        """Returns the settings that change the prepared rows."""
+        settings: dict[str, Any] = to_jsonable(self)
+        return {name: value for name, value in settings.items() if name not in NOT_IN_KEY}
 
     def problems(self) -> Iterator[str]:
         yield from _where(self)

@@ -16,7 +16,6 @@ from finetune.data.checks.warn import warnings_of
 from finetune.data.config import DataConfig
 from finetune.data.generation import cross_check
 from finetune.data.pack import Packs, alone, pack
-from finetune.data.product import PreparedData
 from finetune.data.render import Renderer
 from finetune.data.show.preview import write_preview
 from finetune.data.show.summary import say_summary
@@ -25,6 +24,7 @@ from finetune.data.store import Store
 from finetune.data.tokens import serialized
 from finetune.data.worker import CHOSEN, Job
 from finetune.errors import DataError
+from finetune.products import PreparedData
 from finetune.run import write_json
 
 RAW_FORMATS = ("text", "completion")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.config import DataConfig
-from finetune.data.product import PreparedData
+from finetune.products import PreparedData
 
 
 def prepare(config: DataConfig, *, folder: Path, tokenizer: Any, seed: int) -> PreparedData:

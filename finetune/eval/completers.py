@@ -71,18 +71,17 @@ class TransformersWriter:
         from finetune import hardware
         from finetune.config import load
         from finetune.inference.generation import end_tokens
-        from finetune.model import fetch, load_tokenizer
-        from finetune.model import load as load_model
+        from finetune.model import ModelSpec
 
         known = (CONF / "model" / f"{model}.yaml").is_file() and not model.startswith("_")
         choice = [f"model={model}"] if known else ["model=custom", f"model.name={json.dumps(model)}"]
         config = load([*choice, f"quantization={quantization}", "run.name=none"])
         placement = hardware.place(hardware.probe(config.hardware), config)
-        base = fetch(config.model)
+        spec = ModelSpec.resolve(config, placement)
         self.sampling = sampling
-        self.key = json.dumps(["transformers", base.sha256, quantization, placement.dtype])
-        self.tokenizer: Any = load_tokenizer(base)
-        self.model: Any = load_model(base, config.model, quantization=config.quantization, placement=placement)
+        self.key = json.dumps(["transformers", spec.base.sha256, quantization, placement.dtype])
+        self.tokenizer: Any = spec.load_tokenizer()
+        self.model: Any = spec.load()
         self.ends = end_tokens(self.model, self.tokenizer)
         log("bench", f"{config.model.name} in transformers, {quantization}, {placement.dtype} on {placement.device}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
@@ -15,11 +14,8 @@ from finetune.errors import EvalError
 from finetune.eval.config import ARTIFACTS, EvalConfig
 from finetune.eval.harness import Harness
 from finetune.eval.harness import show as show_harness
-from finetune.hardware import Placement
-from finetune.inference.stage import StageProduct
-from finetune.model import Base, ModelConfig
-from finetune.quantization import QuantizationConfig
-from finetune.run import to_jsonable
+from finetune.model import ModelSpec
+from finetune.products import MergedModel, PreparedData, Scores, TrainedAdapter
 
 if TYPE_CHECKING:
     from finetune.eval.figures import Table
@@ -28,42 +24,14 @@ if TYPE_CHECKING:
     from finetune.inference.rows import Row
 
 
-@dataclass(frozen=True, kw_only=True)
-class Scores:
-    """How good each artifact is.
-
-    Attributes:
-        folder: Holds ``samples.jsonl``: each row's prompt, reference and all answers with their scores.
-        artifacts: ``base``, ``base_quantized``, ``adapter``, ``merged``: ``{"loss", "loss_low", "loss_high",
-            "perplexity", "tokens", "token_accuracy", "metrics": {name: {"value", "low", "high"}}, "stop_rate",
-            "mean_tokens", "repetition", "general_loss": {"value", "low", "high"}}``; the three before the last only where answers
-            were written, the last, in nats per token, only where ``eval.forgetting`` names general text.
-        changes: ``quantization``, ``tuning``, ``merge``, ``total``: ``{figure: {"difference", "low", "high"}}``,
-            paired by row, 95 %.
-        rows: Rows that answers were written for.
-        loss_rows: Rows that the loss was taken on.
-        missed: One sentence for each threshold of ``eval.gate`` that was not met.
-    """
-
-    folder: Path
-    artifacts: dict[str, dict[str, Any]]
-    changes: dict[str, dict[str, dict[str, float]]]
-    rows: int
-    loss_rows: int
-    missed: list[str]
-
-
-def score(
+def evaluate(
     config: EvalConfig,
     *,
     folder: Path,
-    base: Base,
-    model: ModelConfig,
-    quantization: QuantizationConfig,
-    placement: Placement,
-    adapter: StageProduct,
-    merged: StageProduct,
-    data: StageProduct,
+    spec: ModelSpec,
+    adapter: TrainedAdapter,
+    merged: MergedModel,
+    data: PreparedData,
     seed: int,
 ) -> Scores:
     """Measures base, quantized base, adapter and merged model on the same held-out rows.
@@ -71,19 +39,19 @@ def score(
     Args:
         config: The eval group.
         folder: The stage's folder.
-        base, model, quantization, placement: As they were for training.
-        adapter: Its plain peft folder is ``adapter.folder/adapter``.
-        merged: Its plain transformers folder is ``merged.folder/model``.
+        spec: The base as it was loaded for training.
+        adapter: The trained adapter.
+        merged: The merged model, in ``merged.folder/model``.
         data: Its held-out rows are in ``data.folder/heldout``.
-        seed: Of the bootstrap.
+        seed: Seeds the bootstrap.
 
     Raises:
-        EvalError: No held-out row, none that trains a token, one without what a metric needs, or no general text.
+        EvalError: There is no held-out row, none with a trained token, one without what a metric needs, or no general text.
     """
     from finetune.eval.figures import changes, levels, missed_gates, tabulate
     from finetune.eval.general import general_rows
     from finetune.eval.metrics import prepare_rows
-    from finetune.inference.chat import chat_of
+    from finetune.inference.chat import load_chat
     from finetune.inference.rows import read_rows, trained_tokens
 
     heldout = read_rows(data.folder / "heldout", limit=max(config.rows, config.loss_rows))
@@ -96,11 +64,9 @@ def score(
         if got < asked:
             log("eval", f"eval.{name}={asked}, and the held-out split has {got} rows: all of them are used")
     prepare_rows(rows, config.metrics, data.folder / "heldout")
-    chat = chat_of(base, data.folder, trust_remote_code=model.trust_remote_code)
+    chat = load_chat(spec, data.folder)
     tokenizer = chat.tokenizer
-    models = _Models(
-        base, model, quantization, placement, adapter=adapter.folder / "adapter", merged=merged.folder / "model"
-    )
+    models = _Models(spec, adapter=adapter.adapter, merged=merged.folder / "model")
     longest = min(config.batch_tokens, tokenizer.model_max_length)
     general = general_rows(Path(config.forgetting), tokenizer, longest=longest) if config.forgetting else []
     tasks = Harness(config.harness, samples=config.bootstrap_samples, seed=seed) if config.harness.tasks else None
@@ -125,48 +91,25 @@ def score(
 class _Models:
     """Loads the artifacts in turn; whoever iterates holds one model at a time."""
 
-    base: Base
-    model: ModelConfig
-    quantization: QuantizationConfig
-    placement: Placement
+    spec: ModelSpec
     adapter: Path
     merged: Path
 
     def load(self, name: str) -> Any:
-        from finetune.inference.adapted import check_adapter, load_adapted_model
-        from finetune.model import load
+        from finetune.inference.adapted import load_adapted_model
 
         if name == "adapter":
-            check_adapter(self.adapter)
-            return load_adapted_model(
-                self.base, self.model, quantization=self.quantization, placement=self.placement, adapter=self.adapter
-            )
-        dense = dataclasses.replace(self.quantization, method="none", double=False)
-        if name == "merged":
-            numbers = json.loads((self.merged / "config.json").read_text(encoding="utf-8"))["dtype"]
-            merged = dataclasses.replace(self.base, folder=self.merged)
-            return load(
-                merged, self.model, quantization=dense, placement=dataclasses.replace(self.placement, dtype=numbers)
-            )
-        quantization = self.quantization if name == "base_quantized" else dense
-        return load(self.base, self.model, quantization=quantization, placement=self.placement)
+            return load_adapted_model(self.spec, self.adapter)
+        if name == "base_quantized":
+            return self.spec.load()
+        return self.spec.dense(self.merged if name == "merged" else None).load()
 
     def key(self, name: str) -> str:
-        """Names the artifact's content: what must be the same for an earlier measurement to hold."""
-        from finetune.model import weights_sha256
+        """Names the artifact's content: what must be the same for an earlier measurement to be used."""
+        from finetune.model.base import weights_sha256
 
-        parts: list[Any] = [
-            name,
-            self.base.sha256,
-            to_jsonable(self.model),
-            to_jsonable(self.quantization),
-            self.placement.dtype,
-            self.placement.device,
-        ]
-        if name == "adapter":
-            parts.append(weights_sha256(self.adapter))
-        if name == "merged":
-            parts.append(weights_sha256(self.merged))
+        weights = {"adapter": self.adapter, "merged": self.merged}
+        parts = [name, self.spec.key(), weights_sha256(weights[name]) if name in weights else None]
         return json.dumps(parts)
 
 
@@ -185,7 +128,7 @@ class _Line:
     def measure_all(self, models: _Models) -> dict[str, Record]:
         records: dict[str, Record] = {}
         for name in ARTIFACTS:
-            if name == "base_quantized" and models.quantization.method == "none":
+            if name == "base_quantized" and not models.spec.is_quantized:
                 log(
                     "eval",
                     "base_quantized is the base itself, since quantization.method=none; it is not measured twice",

@@ -2,6 +2,6 @@
 
 from finetune.export.config import ExportConfig
 from finetune.export.loader import load
-from finetune.export.stage import Exports, export
+from finetune.export.stage import export
 
-__all__ = ["ExportConfig", "Exports", "export", "load"]
+__all__ = ["ExportConfig", "export", "load"]

@@ -19,24 +19,21 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
     """Copies the adapter with its tokenizer and all that its loader needs, and opens it by plain peft."""
     from finetune.inference.adapted import check_adapter, free, load_adapted_model
 
-    source, target = work.adapter.folder / "adapter", work.desk / name
+    source, target = work.adapter.adapter, work.desk / name
     check_adapter(source)
     work.need(name, sum(file.stat().st_size for file in source.iterdir()))
     target.mkdir()
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copyfile(source / file, target / file)
-    _point_to_base(target / "adapter_config.json", work.base)
+    _point_to_base(target / "adapter_config.json", work.spec.base)
     work.chat.tokenizer.save_pretrained(target)
-    parts: dict[str, Any] = {"base": work.base, "model": work.model, "quantization": work.quantization}
-    write_record(target, "adapter", placement=work.placement, chat=work.chat, **parts)
-    graph = load_adapted_model(
-        work.base, work.model, quantization=work.quantization, placement=work.placement, adapter=source
-    )
+    write_record(target, "adapter", spec=work.spec, chat=work.chat)
+    graph = load_adapted_model(work.spec, source)
     wanted = work.expect(graph, settings, artifact="adapter")
     del graph
     free()
-    snippet = adapter_snippet(name, dtype=work.placement.dtype, ends=work.chat.ends, **parts)
-    packages = ["peft", "transformers", *filter(None, [LIMITS[work.quantization.method].library])]
+    snippet = adapter_snippet(name, work.spec, ends=work.chat.ends)
+    packages = ["peft", "transformers", *filter(None, [LIMITS[work.spec.quantization.method].library])]
     parity = work.check(name, settings, wanted, snippet=snippet, ends=work.chat.ends, packages=packages)
     work.snippets["The adapter, in plain peft"] = snippet
     work.snippets["The adapter, as it was trained, refusing any other base"] = finetune_snippet(name)

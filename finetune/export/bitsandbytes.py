@@ -35,7 +35,6 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
     config = _config(work, settings)
     work.need(name, 1.6 * work.merged_bytes)  # the dense weights meanwhile, and embedding, head and quantized layers
     target, merged_folder = work.desk / name, work.merged.folder / "model"
-    placement = dataclasses.replace(work.placement, dtype=work.merged_dtype)
     before = work.expect_merged(settings)
     source = (
         _originals(work, name) if work.merged.chosen == "dequantized" and config.method != "int8" else merged_folder
@@ -44,22 +43,21 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
     model.save_pretrained(target, max_shard_size=SHARD)
     shutil.copyfile(merged_folder / "generation_config.json", target / "generation_config.json")
     work.chat.tokenizer.save_pretrained(target)
-    write_record(
-        target, "merged", base=work.base, model=work.model, quantization=config, placement=placement, chat=work.chat
-    )
+    spec = dataclasses.replace(work.spec.dense(dtype=work.merged_dtype), quantization=config)
+    write_record(target, "merged", spec=spec, chat=work.chat)
     wanted = work.expect(model, settings)
     del model
     free()
-    snippet = merged_snippet(name, model=work.model, dtype=work.merged_dtype)
+    snippet = merged_snippet(name, model=work.spec.config, dtype=work.merged_dtype)
     parity = work.check(name, settings, wanted, snippet=snippet, ends=[], packages=["transformers", "bitsandbytes"])
-    parity["cost"] = cost(name, merged=before, export=wanted, config=settings, desk=work.desk, seed=work.seed)
+    parity["cost"] = cost(name, merged=before, export=wanted, config=settings, desk=work.desk, seed=work.judge.seed)
     work.snippets[f"The tuned model in {config.method.upper()}, in transformers with bitsandbytes"] = snippet
     return work.keep(name, settings, parity)
 
 
 def _config(work: Work, settings: ExportConfig) -> QuantizationConfig:
     """The method asked for, with the run's other settings; without one, the run's own method."""
-    run = work.quantization
+    run = work.spec.quantization
     method = settings.numbers or (run.method if run.method in NUMBERS["bitsandbytes"] else "nf4")
     return dataclasses.replace(run, method=method, double=run.double and method != "int8")
 
@@ -73,9 +71,7 @@ def _originals(work: Work, name: str) -> Path:
             f"export.{name}: several adapters were merged into the dequantized base, and rounding that again would lose them; "
             "set merge.choose=original"
         )
-    model = load_adapter(
-        _open(work, work.base.folder), work.adapter.folder / "adapter", upcast="none"
-    ).merge_and_unload()
+    model = load_adapter(_open(work, work.spec.base.folder), work.adapter.adapter, upcast="none").merge_and_unload()
     if model.get_input_embeddings().weight is not model.get_output_embeddings().weight:
         model.config.tie_word_embeddings = False  # one of the two was trained: saved as tied, it would be lost
     model.save_pretrained(work.desk / "dense", max_shard_size=SHARD)
@@ -94,9 +90,9 @@ def _open(work: Work, folder: Path, config: QuantizationConfig | None = None) ->
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=getattr(torch, work.merged_dtype),
-        attn_implementation=work.placement.attention,
-        device_map={"": work.placement.device},
-        trust_remote_code=work.model.trust_remote_code,
+        attn_implementation=work.spec.placement.attention,
+        device_map={"": work.spec.placement.device},
+        trust_remote_code=work.spec.config.trust_remote_code,
         **(loader_arguments(config, dtype=work.merged_dtype) if config else {}),
     )
     protect(model)  # before the first pass, or an evaluation repacks what is about to be saved

@@ -12,10 +12,10 @@ from typing import Any
 from finetune.console import change_text, human_bytes
 from finetune.export.config import ExportConfig
 from finetune.export.context import Work
-from finetune.export.facts import DataFacts, MergedFacts, ScoreFacts, TrainedFacts
 from finetune.hardware import LIMITS
 from finetune.inference.artifacts import beside, cells, heads, metric_names, same_rows, sentence
 from finetune.model import Base
+from finetune.products import MergedModel, PreparedData, Scores, TrainedAdapter
 from finetune.quantization import QuantizationConfig, spec
 
 CARD = "README.md"
@@ -31,10 +31,10 @@ class CardFacts:
 
     base: Base
     quantization: QuantizationConfig
-    data: DataFacts
-    adapter: TrainedFacts
-    merged: MergedFacts
-    scores: ScoreFacts
+    data: PreparedData
+    adapter: TrainedAdapter
+    merged: MergedModel
+    scores: Scores
     exports: Sequence[Mapping[str, Any]]
     snippets: Mapping[str, str]
 
@@ -42,7 +42,7 @@ class CardFacts:
 def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
     """Writes the card beside the exports and into each of them."""
     facts = CardFacts(
-        base=work.base, quantization=work.quantization, data=work.data, adapter=work.adapter, merged=work.merged, scores=work.scores,
+        base=work.spec.base, quantization=work.spec.quantization, data=work.data, adapter=work.adapter, merged=work.merged, scores=work.scores,
         exports=work.exports, snippets=work.snippets,
     )  # fmt: skip
     text = write_card(facts)
@@ -137,7 +137,7 @@ def _quality(facts: CardFacts) -> Iterator[str]:
         yield from _table(["Step", *figures], rows)
 
 
-def _merge(merged: MergedFacts) -> Iterator[str]:
+def _merge(merged: MergedModel) -> Iterator[str]:
     yield "## Merge\n"
     tokens = f"{merged.candidates[0]['compared_tokens']:,} held-out tokens"
     yield f"Kept: `{merged.chosen}`, {merged.rule}. KL and top-1 compare with the graph that was trained, on {tokens}.\n"

@@ -2,28 +2,49 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from finetune.console import human_bytes
 from finetune.errors import ExportError
 from finetune.export.config import ExportConfig
-from finetune.export.facts import DataFacts, MergedFacts, Rules, ScoreFacts, TrainedFacts
-from finetune.hardware import Placement
-from finetune.model import Base, ModelConfig
-from finetune.quantization import QuantizationConfig
+from finetune.model import ModelSpec
+from finetune.model.spec import checkpoint_dtype
+from finetune.products import MergedModel, PreparedData, Scores, TrainedAdapter
 
 if TYPE_CHECKING:
     from finetune.export.parity import Expected
     from finetune.inference.chat import Chat
+    from finetune.inference.generation import Answer
+    from finetune.inference.losses import RowLoss
 
 ANSWERED_BESIDE = {"adapter": "adapter", "gguf_lora": "adapter"}
 """Whose answers an export's are held beside, by format; the merged model's otherwise."""
+
+
+class AnswerSettings(Protocol):
+    """How the evaluation measured."""
+
+    max_new_tokens: int
+    batch_rows: int
+    batch_tokens: int
+
+
+class Rules(Protocol):
+    """What the evaluation measured, and how it scores answers; no stage imports another."""
+
+    @property
+    def config(self) -> AnswerSettings: ...
+    @property
+    def seed(self) -> int: ...
+    def losses(self, artifact: str, *, rows: int) -> list[RowLoss]: ...
+    def beside(
+        self, artifact: str, answers: Sequence[Answer], *, heldout: Path, tokenizer: Any, file: Path
+    ) -> dict[str, Any]: ...
 
 
 @dataclass(kw_only=True)
@@ -33,12 +54,9 @@ class Work:
     Attributes:
         folder: The stage's folder; an export is kept in it under its name.
         desk: Where exports are written and opened before they count.
-        base, model, quantization, placement: As they were for training.
-        adapter: Its plain peft folder is ``adapter.folder/adapter``.
-        merged: Its plain transformers folder is ``merged.folder/model``.
-        scores, data: Products of evaluation and data; held-out rows are in ``data.folder/heldout``.
-        judge: Knows the losses and answers of the models before, and how answers are judged.
-        seed: Of the bootstrap.
+        spec: The base as it was loaded for training.
+        adapter, merged, scores, data: Products of the stages before.
+        judge: Knows the losses and answers that the evaluation measured, and how answers are scored.
         chat: Tokenizer and end tokens.
         exports: Descriptions of what is done; a card describes them.
         snippets: Code that opens them, by title.
@@ -47,16 +65,12 @@ class Work:
 
     folder: Path
     desk: Path
-    base: Base
-    model: ModelConfig
-    quantization: QuantizationConfig
-    placement: Placement
-    adapter: TrainedFacts
-    merged: MergedFacts
-    scores: ScoreFacts
-    data: DataFacts
+    spec: ModelSpec
+    adapter: TrainedAdapter
+    merged: MergedModel
+    scores: Scores
+    data: PreparedData
     judge: Rules
-    seed: int
     chat: Chat
     exports: list[dict[str, Any]] = field(default_factory=list)
     snippets: dict[str, str] = field(default_factory=dict)
@@ -64,8 +78,8 @@ class Work:
 
     @property
     def merged_dtype(self) -> str:
-        settings: dict[str, Any] = json.loads((self.merged.folder / "model" / "config.json").read_text())
-        return str(settings["dtype"])
+        """Returns the dtype of the merged model."""
+        return checkpoint_dtype(self.merged.folder / "model")
 
     @property
     def merged_bytes(self) -> int:
@@ -110,14 +124,10 @@ class Work:
     def expect_merged(self, settings: ExportConfig) -> Expected:
         """What the merged model gives in its own numbers; asked once for all exports that ask for the same."""
         from finetune.inference.adapted import free
-        from finetune.model import load
 
         asked = (settings.golden_rows, settings.loss_rows, settings.max_new_tokens)
         if asked not in self.merged_gives:
-            dense = dataclasses.replace(self.quantization, method="none", double=False)
-            placement = dataclasses.replace(self.placement, dtype=self.merged_dtype)
-            base = dataclasses.replace(self.base, folder=self.merged.folder / "model")
-            merged = load(base, self.model, quantization=dense, placement=placement)
+            merged = self.spec.dense(self.merged.folder / "model").load()
             self.merged_gives[asked] = self.expect(merged, settings, artifact="merged")
             del merged
             free()
@@ -158,17 +168,17 @@ class Work:
         code, logits = self.desk / "snippet.py", self.desk / "logits.npz"
         code.write_text(snippet + "\n", encoding="utf-8")
         request = {
-            "folder": self.desk.resolve(), "snippet": code.resolve(), "logits": logits.resolve(), "threads": self.placement.threads,
+            "folder": self.desk.resolve(), "snippet": code.resolve(), "logits": logits.resolve(), "threads": self.spec.placement.threads,
             "prompts": wanted.prompts, "rows": wanted.rows, "chats": wanted.chats, "ends": ends, "ending": wanted.ending,
             "max_new_tokens": settings.max_new_tokens, "packages": packages, "batch_tokens": limits.batch_tokens,
             "asked": {"prompts": asked, "max_new_tokens": limits.max_new_tokens, "batch_rows": limits.batch_rows},
         }  # fmt: skip
-        hidden = {"CUDA_VISIBLE_DEVICES": ""} if self.placement.device == "cpu" else {}
+        hidden = {"CUDA_VISIBLE_DEVICES": ""} if self.spec.placement.device == "cpu" else {}
         try:
             got = run_in_fresh_process(runtime, request, work=self.desk, environment=hidden)
         except FreshProcessError as error:
             raise ExportError(f"export.{name} cannot be opened by {' and '.join(packages)}: {error}") from error
-        parity = compare(name, wanted, got, logits, config=settings, seed=self.seed)
+        parity = compare(name, wanted, got, logits, config=settings, seed=self.judge.seed)
         if asked:
             answers = [Answer(**one) for one in got["answers"]]
             place = {

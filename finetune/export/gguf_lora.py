@@ -6,7 +6,6 @@ be had there, so what is exported and compared is the adapter on the original: t
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Iterator
@@ -42,9 +41,9 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
     source, target = work.adapter.folder / "adapter", work.desk / name
     check_adapter(source)
     target.mkdir()
-    write_adapter(source, work.base.folder, target / ADAPTER, name=work.base.name)
+    write_adapter(source, work.spec.base.folder, target / ADAPTER, name=work.spec.base.name)
     notes = write_model(
-        work.base.folder, target / FILE, chat=work.chat, numbers=settings.numbers, name=work.base.name, threads=work.placement.threads
+        work.spec.base.folder, target / FILE, chat=work.chat, numbers=settings.numbers, name=work.spec.base.name, threads=work.spec.placement.threads
     )  # fmt: skip
     notes += ollama.write(target / "Modelfile", work.chat, source=f"FROM ./{FILE}\nADAPTER ./{ADAPTER}")
     snippet = server_snippet(f"{name}/{FILE}", adapter=f"{name}/{ADAPTER}", ollama=f"{name}/Modelfile")
@@ -59,10 +58,7 @@ def _expects(work: Work, settings: ExportConfig) -> Expected:
     """What the adapter gives on the dense base, in peft."""
     from finetune.inference.adapted import free, load_adapted_model
 
-    dense = dataclasses.replace(work.quantization, method="none", double=False)
-    graph = load_adapted_model(
-        work.base, work.model, quantization=dense, placement=work.placement, adapter=work.adapter.folder / "adapter"
-    )  # fmt: skip
+    graph = load_adapted_model(work.spec.dense(), work.adapter.adapter)
     wanted = work.expect(graph, settings)
     del graph
     free()

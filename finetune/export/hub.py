@@ -66,7 +66,7 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
     Raises:
         ExportError: There is no card, a file holds a secret, the token is missing, or the hub cannot be reached or refuses.
     """
-    push = prepare(work.folder, work.exports, settings, name=name, base=work.base)
+    push = prepare(work.folder, work.exports, settings, name=name, base=work.spec.base)
     show(push, name=name, sent=settings.push)
     record = {
         "repository": push.repository, "private": push.private, "pushed": False, "commit": None, "licence": push.licence,

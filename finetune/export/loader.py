@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from finetune.console import log
 from finetune.errors import ModelError
 from finetune.export.manifest import FILE, SCHEMA, settings_sha256, template_sha256, version
 from finetune.hardware import Placement
-from finetune.model import ModelConfig
+from finetune.model import Base, ModelConfig, ModelSpec
 from finetune.quantization import QuantizationConfig
-
-if TYPE_CHECKING:
-    from finetune.model import Base
 
 PLACES = ("", "export/adapter", "adapter", "export/safetensors", "safetensors")
 """Where the record is looked for, seen from the folder that was named."""
@@ -46,7 +43,8 @@ def load(run_or_folder: str | Path, *, device: str | None = None) -> tuple[Any, 
 
     quantization = QuantizationConfig(**record["quantization"]["settings"])
     base = _base(config, record)
-    return load_adapted_model(base, config, quantization=quantization, placement=placement, adapter=folder), tokenizer
+    spec = ModelSpec(base=base, config=config, quantization=quantization, placement=placement)
+    return load_adapted_model(spec, folder), tokenizer
 
 
 def find(folder: Path) -> Path:
@@ -82,7 +80,7 @@ def _record(file: Path) -> dict[str, Any]:
 
 
 def _check_files(folder: Path, record: dict[str, Any]) -> None:
-    from finetune.model import weights_sha256
+    from finetune.model.base import weights_sha256
 
     settings, kept = settings_sha256(folder), record["settings_sha256"]
     changed = sorted(name for name in kept if settings.get(name) != kept[name])
@@ -136,9 +134,6 @@ def _placement(record: dict[str, Any], *, device: str | None) -> Placement:
 
 
 def _merged(folder: Path, config: ModelConfig, *, placement: Placement, sha256: str) -> Any:
-    from finetune.model import Base
-    from finetune.model import load as load_base
-
     base = Base(folder=folder, name=str(folder), revision=None, sha256=sha256, source="folder")
     dense = QuantizationConfig(method="none")
-    return load_base(base, config, quantization=dense, placement=placement)
+    return ModelSpec(base=base, config=config, quantization=dense, placement=placement).load()

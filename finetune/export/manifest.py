@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from finetune.cache import file_sha256
-from finetune.hardware import LIMITS, Placement
+from finetune.hardware import LIMITS
 from finetune.inference.chat import Chat
-from finetune.model import Base, ModelConfig, weights_sha256
-from finetune.quantization import QuantizationConfig, spec
+from finetune.model import Base, ModelSpec
+from finetune.model.base import weights_sha256
+from finetune.quantization.config import spec as quantization_spec
 from finetune.run import to_jsonable, write_json
 
 FILE = "finetune.json"
@@ -22,18 +23,17 @@ WEIGHTS = (".safetensors", ".gguf", ".onnx", ".data")
 PACKAGES = ("finetune", "torch", "transformers", "peft")
 
 
-def write_record(
-    folder: Path, kind: str, *, base: Base, model: ModelConfig, quantization: QuantizationConfig, placement: Placement, chat: Chat
-) -> dict[str, Any]:  # fmt: skip
+def write_record(folder: Path, kind: str, *, spec: ModelSpec, chat: Chat) -> dict[str, Any]:
     """Writes the record into an export's folder, after its weights and its tokenizer.
 
     Args:
         folder: Holds the weights already.
         kind: ``adapter`` or ``merged``.
-        base, model, quantization, placement: As they were for training.
+        spec: The base as it was loaded for training, or the export itself.
         chat: Tokenizer and end tokens.
     """
-    settings = {**to_jsonable(model), "name": _lasting_name(base), "revision": base.revision}
+    base, quantization = spec.base, spec.quantization
+    settings = {**to_jsonable(spec.config), "name": _lasting_name(base), "revision": base.revision}
     settings.pop("architecture")
     packages = [*PACKAGES, *filter(None, [LIMITS[quantization.method].library])]
     record = {
@@ -46,8 +46,8 @@ def write_record(
             "files": {file.name: file_sha256(file) for file in sorted(base.folder.glob("*.safetensors"))},
         },
         "model": settings,
-        "quantization": {"settings": to_jsonable(quantization), "spec": spec(quantization)},
-        "computation": {"dtype": placement.dtype, "attention": placement.attention},
+        "quantization": {"settings": to_jsonable(quantization), "spec": quantization_spec(quantization)},
+        "computation": {"dtype": spec.placement.dtype, "attention": spec.placement.attention},
         "tokenizer": tokenizer_record(chat),
         "versions": {package: version(package) for package in packages},
     }  # fmt: skip

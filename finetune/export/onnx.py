@@ -6,7 +6,6 @@ names that optimum and transformers.js know: ``past_key_values.<layer>.key`` goe
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -33,15 +32,12 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
     """
     from finetune.inference.adapted import free
     from finetune.inference.fresh_process import FreshProcessError, run_in_fresh_process
-    from finetune.model import load
 
     numbers = settings.numbers or "float32"
     check_packages({name: settings})
     _check_space(work, name, numbers)
     source, target = work.merged.folder / "model", work.desk / name
-    dense = dataclasses.replace(work.quantization, method="none", double=False)
-    placement = dataclasses.replace(work.placement, device="cpu", dtype="float32")
-    merged = load(dataclasses.replace(work.base, folder=source), work.model, quantization=dense, placement=placement)
+    merged = work.spec.dense(source, dtype="float32").on("cpu").load()
     wanted = work.expect(merged, settings)
     del merged
     free()
@@ -51,7 +47,7 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
     work.chat.tokenizer.save_pretrained(target)
     request = {
         "source": source.resolve(), "target": target.resolve(), "bits": BITS[numbers],
-        "threads": work.placement.threads, "trust_remote_code": work.model.trust_remote_code,
+        "threads": work.spec.placement.threads, "trust_remote_code": work.spec.config.trust_remote_code,
     }  # fmt: skip
     try:
         run_in_fresh_process("finetune.export.onnx", request, work=work.desk)

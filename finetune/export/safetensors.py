@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -28,18 +27,16 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
     """
     from finetune.export.cost import cost
     from finetune.inference.adapted import free
-    from finetune.model import load
 
     numbers = settings.numbers or work.merged_dtype
     work.need(name, work.merged_bytes * (2 if numbers == "float32" != work.merged_dtype else 1))
     source, target = work.merged.folder / "model", work.desk / name
-    dense = dataclasses.replace(work.quantization, method="none", double=False)
-    placement = dataclasses.replace(work.placement, dtype=numbers)
+    dense = work.spec.dense(source, dtype=numbers)
     converted = numbers != work.merged_dtype
     wanted = merged = work.expect_merged(settings)
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(*WEIGHTS))
     if converted or settings.shard_bytes:
-        model = load(dataclasses.replace(work.base, folder=source), work.model, quantization=dense, placement=placement)
+        model = dense.load()
         _check_finite(model, name, numbers)
         model.save_pretrained(target, max_shard_size=settings.shard_bytes or "5GB")
         wanted = work.expect(model, settings)
@@ -49,13 +46,11 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
     else:
         for file in (file for pattern in WEIGHTS for file in source.glob(pattern)):
             _link(file, target / file.name)
-    write_record(
-        target, "merged", base=work.base, model=work.model, quantization=dense, placement=placement, chat=work.chat
-    )
-    snippet = merged_snippet(name, model=work.model, dtype=numbers)
+    write_record(target, "merged", spec=work.spec.dense(dtype=numbers), chat=work.chat)
+    snippet = merged_snippet(name, model=work.spec.config, dtype=numbers)
     parity = work.check(name, settings, wanted, snippet=snippet, ends=[], packages=["transformers"])
     if converted:
-        parity["cost"] = cost(name, merged=merged, export=wanted, config=settings, desk=work.desk, seed=work.seed)
+        parity["cost"] = cost(name, merged=merged, export=wanted, config=settings, desk=work.desk, seed=work.judge.seed)
     work.snippets["The merged model, in plain transformers" + (f", in {numbers}" if converted else "")] = snippet
     return work.keep(name, settings, parity)
 

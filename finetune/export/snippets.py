@@ -1,22 +1,20 @@
 """How to load each export, as code: printed in the card, and run as it stands by the parity check."""
 
 from finetune.hardware import LIMITS
-from finetune.model import Base, ModelConfig
+from finetune.model import ModelConfig, ModelSpec
 from finetune.quantization import QuantizationConfig, patterns
 from finetune.quantization.skip_modules import HEADS
 
 
-def adapter_snippet(
-    folder: str, *, base: Base, model: ModelConfig, quantization: QuantizationConfig, dtype: str, ends: list[int]
-) -> str:  # fmt: skip
-    """Plain peft on the base as it was quantized for training.
+def adapter_snippet(folder: str, spec: ModelSpec, *, ends: list[int]) -> str:
+    """Returns code for plain peft on the base as it was quantized for training.
 
     Args:
         folder: The adapter's, as seen from where the code runs.
-        base, model, quantization: As they were for training.
-        dtype: Numbers of the computation.
+        spec: The base as it was loaded for training.
         ends: Tokens that end an answer.
     """
+    base, quantization, dtype = spec.base, spec.quantization, spec.placement.dtype
     source = (
         [repr(base.name), f"revision={base.revision!r}"] if base.source == "hub" else [repr(str(base.folder.resolve()))]
     )
@@ -24,7 +22,7 @@ def adapter_snippet(
         *source,
         f"dtype=torch.{dtype}",
         'device_map="auto"',
-        *_trust(model),
+        *_trust(spec.config),
         *_quantization(quantization, dtype=dtype),
     ]
     library = LIMITS[quantization.method].library

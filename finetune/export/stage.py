@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,9 @@ from finetune.console import human_bytes, log
 from finetune.export import adapter as adapters
 from finetune.export import bitsandbytes, card, gguf, gguf_lora, hub, onnx, safetensors
 from finetune.export.config import ExportConfig
-from finetune.export.context import Work
-from finetune.export.facts import DataFacts, MergedFacts, Rules, ScoreFacts, TrainedFacts
-from finetune.hardware import Placement
-from finetune.model import Base, ModelConfig
-from finetune.quantization import QuantizationConfig
+from finetune.export.context import Rules, Work
+from finetune.model import ModelSpec
+from finetune.products import Exports, MergedModel, PreparedData, Scores, TrainedAdapter
 
 WRITERS: dict[str, Callable[[Work, str, ExportConfig], dict[str, Any]]] = {
     "adapter": adapters.write,
@@ -31,55 +28,44 @@ WRITERS: dict[str, Callable[[Work, str, ExportConfig], dict[str, Any]]] = {
 """In the order in which they are made: a card describes the others, and a push sends them."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Exports:
-    """What left the house.
-
-    Attributes:
-        folder: The stage's folder; each export lies in it under its name.
-        exports: ``{"format", "path", "bytes", "sha256", "parity"}`` each; ``path`` is seen from the run folder, and
-            ``parity`` holds what its own runtime gave beside the bounds (empty for what no runtime opens).
-    """
-
-    folder: Path
-    exports: list[dict[str, Any]]
-
-
 def export(
     config: dict[str, ExportConfig],
     *,
     folder: Path,
-    base: Base,
-    model: ModelConfig,
-    quantization: QuantizationConfig,
-    placement: Placement,
-    adapter: TrainedFacts,
-    merged: MergedFacts,
-    scores: ScoreFacts,
-    data: DataFacts,
+    spec: ModelSpec,
+    adapter: TrainedAdapter,
+    merged: MergedModel,
+    scores: Scores,
+    data: PreparedData,
     judge: Rules,
-    seed: int,
 ) -> Exports:
-    """Writes every export and holds each against the model that it was made from.
+    """Writes every export and compares each with the model that it was made from.
 
     Args:
         config: The export group: one entry per export, by the name of its folder.
         folder: The stage's folder.
-        base, model, quantization, placement, adapter, merged, scores, data, judge, seed: See `Work`.
+        spec, adapter, merged, scores, data, judge: See `Work`.
 
     Raises:
         ExportError: An export cannot be opened by its own runtime, or differs from its model.
     """
-    from finetune.inference.chat import chat_of
+    from finetune.inference.chat import load_chat
 
     desk = folder / ".work"
     shutil.rmtree(desk, ignore_errors=True)
     desk.mkdir(parents=True)
-    chat = chat_of(base, data.folder, trust_remote_code=model.trust_remote_code)
+    chat = load_chat(spec, data.folder)
     work = Work(
-        folder=folder, desk=desk, base=base, model=model, quantization=quantization, placement=placement, adapter=adapter, merged=merged,
-        scores=scores, data=data, judge=judge, seed=seed, chat=chat,
-    )  # fmt: skip
+        folder=folder,
+        desk=desk,
+        spec=spec,
+        adapter=adapter,
+        merged=merged,
+        scores=scores,
+        data=data,
+        judge=judge,
+        chat=chat,
+    )
     order = list(WRITERS)
     for name, settings in sorted(config.items(), key=lambda item: order.index(item[1].format)):
         made = WRITERS[settings.format](work, name, settings)

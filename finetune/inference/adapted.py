@@ -1,32 +1,32 @@
-"""The very graph that was trained: the quantized base, prepared as for training, with the saved adapter on it."""
+"""Loads the graph that was trained: the quantized base, prepared as for training, with the saved adapter on it."""
+
+from __future__ import annotations
 
 import contextlib
 import ctypes
 import gc
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.errors import ModelError
-from finetune.hardware import Placement
-from finetune.model import Base, ModelConfig
-from finetune.quantization import QuantizationConfig
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from finetune.model import ModelSpec
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
-def load_adapted_model(
-    base: Base, model: ModelConfig, *, quantization: QuantizationConfig, placement: Placement, adapter: Path
-) -> Any:
-    """Loads base and adapter as one `PeftModel` in evaluation mode, without gradients.
+def load_adapted_model(spec: ModelSpec, adapter: Path) -> PeftModel:
+    """Loads the base and a saved adapter as one model in evaluation mode, without gradients: the graph that was trained.
 
     Raises:
         ModelError: The adapter is incomplete, or belongs to another model.
     """
-    from finetune.model import load
-
     check_adapter(adapter)
-    return load_adapter(load(base, model, quantization=quantization, placement=placement), adapter, upcast=model.upcast)
+    return load_adapter(spec.load(), adapter, upcast=spec.config.upcast)
 
 
 def check_adapter(folder: Path, *, setting: str = "") -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.model import Base
+from finetune.model import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -24,18 +24,15 @@ class Chat:
     system: str | None
 
 
-def chat_of(base: Base, data: Path, *, trust_remote_code: bool) -> Chat:
+def load_chat(spec: ModelSpec, data: Path) -> Chat:
     """Reads the base's tokenizer and what the data room wrote into ``rendering.json``.
 
     Args:
-        base: Its folder holds the tokenizer.
+        spec: Its base's folder has the tokenizer.
         data: The data stage's folder.
-        trust_remote_code: ``model.trust_remote_code``.
     """
-    from finetune.model import load_tokenizer
-
-    tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
-    file, settings = data / "rendering.json", base.folder / "generation_config.json"
+    tokenizer = spec.load_tokenizer()
+    file, settings = data / "rendering.json", spec.base.folder / "generation_config.json"
     rendering = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if rendering.get("template"):
         tokenizer.chat_template = rendering["template"]

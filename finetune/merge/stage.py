@@ -6,18 +6,16 @@ import dataclasses
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.console import human_bytes, log, table
 from finetune.errors import MergeError
-from finetune.hardware import Placement
-from finetune.inference.stage import StageProduct
 from finetune.merge.config import MergeConfig
 from finetune.merge.select import choose, table_rows
-from finetune.model import Base, ModelConfig
-from finetune.quantization import QuantizationConfig
+from finetune.model import Base, ModelSpec
+from finetune.products import MergedModel, PreparedData, TrainedAdapter
 
 if TYPE_CHECKING:
     from finetune.inference.kl_divergence import KLResult, Reference
@@ -26,68 +24,30 @@ if TYPE_CHECKING:
     from finetune.merge.candidates import Built
 
 
-@dataclass(frozen=True, kw_only=True)
-class MergedModel:
-    """One plain model, made of base and adapter.
-
-    Attributes:
-        folder: The stage's folder; the model is in ``folder/model``, with its tokenizer.
-        chosen: Name of the candidate that was kept.
-        rule: Why that one.
-        loss_rows: Held-out rows that the losses below were taken on.
-        reference: The trained graph itself: ``{"loss", "loss_low", "loss_high", "perplexity", "tokens"}``.
-        candidates: The same of each, and ``{"name", "loss_difference": {"difference", "low", "high"}, "kl", "top1_agreement",
-            "max_difference", "compared_tokens", "bytes", "adapted_weights", "changed_weights"}``; the difference is to the
-            trained graph, paired by row, and ``changed_weights`` differ from the base after rounding.
-        reloaded: The chosen one's losses and distances again, measured by a fresh process from the files that were kept.
-        sha256: Over the weight files of ``folder/model``.
-        adapters: Weights of further adapters that are in it too, by folder.
-    """
-
-    folder: Path
-    chosen: str
-    rule: str
-    loss_rows: int
-    reference: dict[str, Any]
-    candidates: list[dict[str, Any]]
-    reloaded: dict[str, Any]
-    sha256: str
-    adapters: dict[str, float] = field(default_factory=dict)
-
-
 def merge(
-    config: MergeConfig,
-    *,
-    folder: Path,
-    base: Base,
-    model: ModelConfig,
-    quantization: QuantizationConfig,
-    placement: Placement,
-    adapter: StageProduct,
-    data: StageProduct,
-    seed: int,
+    config: MergeConfig, *, folder: Path, spec: ModelSpec, adapter: TrainedAdapter, data: PreparedData, seed: int
 ) -> MergedModel:
     """Builds the candidates, measures each against the trained graph, keeps one and measures that again from disk.
 
     Args:
         config: The merge group.
         folder: The stage's folder.
-        base, model, quantization, placement: As they were for training.
-        adapter: Its plain peft folder is ``adapter.folder/adapter``.
+        spec: The base as it was loaded for training.
+        adapter: The trained adapter.
         data: Its held-out rows are in ``data.folder/heldout``.
-        seed: Of the intervals.
+        seed: Seeds the intervals.
 
     Raises:
         MergeError: Nothing can be merged, the adapter changes nothing, no candidate is good enough, the disk is too
-            small, or the model that was written measures differently when it is opened again.
+            small, or the written model measures differently when it is opened again.
     """
-    from finetune.inference.chat import chat_of
+    from finetune.inference.chat import load_chat
     from finetune.inference.rows import read_rows, trained_tokens
     from finetune.merge.adapter_deltas import add_changes, read_changes
     from finetune.merge.candidates import write_chat
-    from finetune.model import weights_sha256
+    from finetune.model.base import weights_sha256
 
-    names = _candidates(config, quantization)
+    names = _candidates(config, spec)
     rows = read_rows(data.folder / "heldout", limit=config.loss_rows)
     if not any(map(trained_tokens, rows)):
         raise MergeError(
@@ -97,14 +57,12 @@ def merge(
     work = folder / ".candidates"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    _check_disk(base, folder, candidates=len(names), tokens=config.measure_tokens)
-    stage = _Stage(
-        config=config, base=base, model=model, quantization=quantization, placement=placement, work=work, rows=rows, seed=seed
-    )  # fmt: skip
-    changes = read_changes(adapter.folder / "adapter")
+    _check_disk(spec.base, folder, candidates=len(names), tokens=config.measure_tokens)
+    stage = _Stage(config=config, spec=spec, work=work, rows=rows, seed=seed)
+    changes = read_changes(adapter.adapter)
     for further, weight in config.adapters.items():
         changes = add_changes(changes, Path(further).expanduser(), weight=weight)
-    reference, built = stage.build(adapter.folder / "adapter", changes, names=names)
+    reference, built = stage.build(adapter.adapter, changes, names=names)
     trained, figures = stage.losses(reference.losses), [stage.measure(one, reference) for one in built]
     table(
         "merge",
@@ -113,7 +71,7 @@ def merge(
     )
     chosen, rule = choose(figures, config=config, trained_loss=reference.loss)
     log("merge", f"{chosen['name']} is kept: {rule}")
-    chat = chat_of(base, data.folder, trust_remote_code=model.trust_remote_code)
+    chat = load_chat(spec, data.folder)
     write_chat(work / chosen["name"], chat)
     reloaded = stage.reload(work / chosen["name"], chosen, heldout=data.folder / "heldout", reference=reference)
     kept = _publish(work / chosen["name"], folder / "model")
@@ -131,8 +89,8 @@ def merge(
     )
 
 
-def _candidates(config: MergeConfig, quantization: QuantizationConfig) -> list[str]:
-    if quantization.method != "none":
+def _candidates(config: MergeConfig, spec: ModelSpec) -> list[str]:
+    if spec.is_quantized:
         return list(config.candidates)
     if config.choose == "dequantized":
         raise MergeError(
@@ -169,10 +127,7 @@ class _Stage:
     """What every step of the stage needs."""
 
     config: MergeConfig
-    base: Base
-    model: ModelConfig
-    quantization: QuantizationConfig
-    placement: Placement
+    spec: ModelSpec
     work: Path
     rows: list[dict[str, Any]]
     seed: int
@@ -186,11 +141,9 @@ class _Stage:
         from finetune.merge.candidates import build, from_disk
         from finetune.merge.graph import add_adapters, dequantized
 
-        graph = load_adapted_model(
-            self.base, self.model, quantization=self.quantization, placement=self.placement, adapter=adapter
-        )
+        graph = load_adapted_model(self.spec, adapter)
         if self.config.adapters:
-            add_adapters(graph, self.config.adapters, base_sha256=self.base.sha256)
+            add_adapters(graph, self.config.adapters, base_sha256=self.spec.base.sha256)
             log(
                 "merge",
                 "with the run's adapter: "
@@ -207,7 +160,11 @@ class _Stage:
             source = dequantized(graph) if name == "dequantized" else from_disk
             built.append(
                 build(
-                    self.base.folder, changes, self.work / name, dtype=getattr(torch, self.config.dtype), source=source
+                    self.spec.base.folder,
+                    changes,
+                    self.work / name,
+                    dtype=getattr(torch, self.config.dtype),
+                    source=source,
                 )
             )
             self._check_not_inert(built[-1])
@@ -237,15 +194,9 @@ class _Stage:
     def measure(self, built: Built, reference: Reference) -> dict[str, Any]:
         from finetune.inference.adapted import free
         from finetune.inference.kl_divergence import agreement
-        from finetune.model import load
 
         name = built.folder.name
-        merged = load(
-            dataclasses.replace(self.base, folder=built.folder),
-            self.model,
-            quantization=dataclasses.replace(self.quantization, method="none", double=False),
-            placement=dataclasses.replace(self.placement, dtype=self.config.dtype),
-        )
+        merged = self.spec.dense(built.folder).load()
         found = agreement(merged, self.rows, reference, batch_tokens=self.config.batch_tokens, progress=name)
         del merged
         free()
@@ -258,8 +209,8 @@ class _Stage:
         from finetune.inference.losses import RowLoss
 
         request = {
-            "folder": kept.resolve(), "dtype": self.config.dtype, "attention": self.placement.attention, "device": self.placement.device,
-            "threads": self.placement.threads, "remote_code": self.model.remote_code, "heldout": heldout.resolve(),
+            "folder": kept.resolve(), "dtype": self.config.dtype, "attention": self.spec.placement.attention, "device": self.spec.placement.device,
+            "threads": self.spec.placement.threads, "remote_code": self.spec.config.remote_code, "heldout": heldout.resolve(),
             "rows": len(self.rows), "batch_tokens": self.config.batch_tokens,
             "reference": dataclasses.replace(reference, file=reference.file.resolve(), losses=()),
         }  # fmt: skip

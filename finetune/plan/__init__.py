@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.errors import ModelError
-from finetune.model import looks_local
+from finetune.model.config import looks_local
 from finetune.plan.config import PlanConfig, with_own
 from finetune.plan.duration import seconds
 from finetune.plan.fit import propose
@@ -38,7 +38,7 @@ def plan(config: RunConfig, machine: Machine) -> Plan:
         if looks_local(config.model.name) and isinstance(error.__cause__, OSError):
             raise
         return Plan(known=False, notes=[f"no plan: {error}"])
-    made = make_plan(inputs, machine, checkpoints=config.train.keep_checkpoints + (config.train.keep == "best"))
+    made = make_plan(inputs, machine, checkpoints=config.train.keep_checkpoints + (config.train.select == "best"))
     speed = throughput(inputs, machine, runs=Path(config.run.root) if config.hardware.name == "auto" else None)
     return dataclasses.replace(
         made,

@@ -9,18 +9,15 @@ from datasets import load_from_disk
 
 from finetune.errors import TrainError
 from finetune.preflight.batch import as_rows, documents, first_rows, largest_rows, shortened, uneven
-from finetune.preflight.context import Bench
-from finetune.preflight.trial import Trial
+from finetune.preflight.context import CheckContext
+from finetune.preflight.trial import TrialTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from finetune.data import PreparedData
-    from finetune.hardware import Placement
-    from finetune.kernels import Fusion
-    from finetune.lora import LoraConfig
-    from finetune.model import Base
-    from finetune.preflight.config import PreflightConfig, UpcomingRun
+    from finetune.preflight.config import PreflightConfig
+    from finetune.preflight.trial import MakeTrainer
+    from finetune.trainable import TrainingJob
 
 MOST_TOKENS = 640
 """Tokens of the small batch at most: plain gradients take more memory than training does."""
@@ -33,49 +30,24 @@ LOOKED_AT = 64
 
 
 def make_context(
-    config: PreflightConfig,
-    *,
-    folder: Path,
-    run: Path,
-    adapted: Any,
-    tokenizer: Any,
-    data: PreparedData,
-    base: Base,
-    lora: LoraConfig,
-    upcast: str,
-    placement: Placement,
-    quick: Fusion,
-    seed: int,
-    ahead: UpcomingRun | None,
-) -> Bench:
-    """The bench for a level; see `rehearse` for the arguments, ``folder`` apart: what is written on the way goes there.
+    config: PreflightConfig, *, folder: Path, run: Path, job: TrainingJob, make_trainer: MakeTrainer | None, until: str
+) -> CheckContext:
+    """Makes the context of the checks for a level; see `run_preflight` for the arguments.
 
     Raises:
         TrainError: There is no row.
     """
-    rows = load_from_disk(str(data.folder / "train"))
+    rows = load_from_disk(str(job.data.folder / "train"))
     if not len(rows):
         raise TrainError("data: no row is left to train on; `finetune data` shows where they went")
-    pairs = ahead is not None and ahead.train.objective != "sft"
-    tried = chosen(config, rows, micro_batch=ahead.train.micro_batch if ahead else 1, pairs=pairs)
-    inputs = {
-        "model": adapted,
-        "tokenizer": tokenizer,
-        "lora": lora,
-        "placement": placement,
-        "upcast": upcast,
-        "quick": quick,
-        "seed": seed,
-    }
-    trial = Trial(ahead=ahead, folder=folder, inputs=inputs, data=data) if ahead else None
-    return Bench(
-        config=config, model=adapted, tokenizer=tokenizer, data=data, quick=quick, step0_bound=lora.step0_bound, base=base,
-        placement=placement, seed=seed, run=run, folder=folder, trial=trial, **tried,
-    )  # fmt: skip
+    pairs = job.config.objective != "sft"
+    trial = TrialTrainer(job=job, make_trainer=make_trainer, folder=folder) if make_trainer else None
+    chosen_rows = chosen(config, rows, micro_batch=job.config.micro_batch if make_trainer else 1, pairs=pairs)
+    return CheckContext(config=config, job=job, run=run, folder=folder, until=until, trial=trial, **chosen_rows)
 
 
 def chosen(config: PreflightConfig, rows: Dataset, *, micro_batch: int, pairs: bool) -> dict[str, Any]:
-    """``documents``, ``beside``, ``rows`` and ``accumulated`` of a `Bench`."""
+    """``documents``, ``beside``, ``rows`` and ``accumulated`` of a `CheckContext`."""
     first = first_rows(rows, count=LOOKED_AT)
     small, batch = documents(first)[: config.rows], first[:micro_batch]
     tried = [shortened(document, tokens=MOST_TOKENS // config.rows) for document in small]

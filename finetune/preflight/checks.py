@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from finetune.preflight import gradient_checks, label_check, memory_check, training_checks
-from finetune.preflight.context import Bench, Found
+from finetune.preflight.context import CheckContext, Found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class Proof:
 
     name: str
     sentence: str
-    prove: Callable[[Bench], Found]
+    prove: Callable[[CheckContext], Found]
     cause: str
     only_full: bool = False
 

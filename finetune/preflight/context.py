@@ -21,13 +21,13 @@ from finetune.preflight.batch import Document, learnt
 from finetune.quantization import holdings
 
 if TYPE_CHECKING:
-    from finetune.data import PreparedData
-    from finetune.hardware import Placement
     from finetune.kernels import Fusion
-    from finetune.model import Base
+    from finetune.model import ModelSpec
     from finetune.preflight.config import PreflightConfig
     from finetune.preflight.overfit import Lesson
-    from finetune.preflight.trial import Trial
+    from finetune.preflight.trial import TrialTrainer
+    from finetune.products import PreparedData
+    from finetune.trainable import TrainingJob
 
 SAMPLES = 4096
 """Bytes of a frozen weight that are compared, spread evenly over it."""
@@ -52,53 +52,71 @@ class Found(NamedTuple):
 
 
 @dataclass(kw_only=True)
-class Bench:
-    """A workbench for the proofs.
+class CheckContext:
+    """What the checks work on.
 
     Attributes:
-        config: The rehearse group.
-        model: The adapted model; every method leaves it as it was.
-        tokenizer: Its tokenizer.
-        data: The prepared data.
+        config: The preflight group.
+        job: The training that is about to start; every method leaves its model as it was.
         documents: What the model is tried on: the small batch cut to a few hundred tokens, or the largest batch as it is.
-        beside: What is packed to see whether it stays apart.
+        beside: What is packed to see whether documents stay isolated.
         rows: The first micro-batch as it was prepared; for ``full`` the largest one too.
         accumulated: Rows of which a step is made one by one and all at once.
-        quick: How steps are computed.
-        step0_bound: How far the fresh adapter may move logits, in their standard deviations; None where it means to.
-        base: What was adapted.
-        placement: Device and numbers.
-        seed: Seeds dropout and the nudge.
         run: The run's folder, with the plan in it.
-        folder: What is written on the way goes here; the caller deletes it.
+        folder: Scratch space, which the caller deletes.
+        until: ``run.until``.
         trial: The run's own trainer; None where the caller has none.
-        lesson: What the repeated batch has shown; None before.
+        lesson: What overfitting one batch has shown; None before.
         token_seconds: Fastest gradient so far, in seconds per token.
     """
 
     config: PreflightConfig
-    model: Any
-    tokenizer: Any
-    data: PreparedData
+    job: TrainingJob
     documents: list[Document]
     beside: list[Document]
     rows: list[dict[str, Any]]
     accumulated: list[dict[str, Any]]
-    quick: Fusion
-    step0_bound: float | None
-    base: Base
-    placement: Placement
-    seed: int
     run: Path
     folder: Path
-    trial: Trial | None = None
+    until: str
+    trial: TrialTrainer | None = None
     lesson: Lesson | None = None
     token_seconds: float | None = None
 
     @property
+    def model(self) -> Any:
+        """Returns the adapted model."""
+        return self.job.trainable.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """Returns its tokenizer."""
+        return self.job.trainable.tokenizer
+
+    @property
+    def data(self) -> PreparedData:
+        """Returns the prepared data."""
+        return self.job.data
+
+    @property
+    def quick(self) -> Fusion:
+        """Returns how training steps are computed."""
+        return self.job.trainable.fusion
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Returns the base and how it is loaded."""
+        return self.job.trainable.spec
+
+    @property
+    def seed(self) -> int:
+        """Returns the seed of dropout and of the noise on B."""
+        return self.job.seed
+
+    @property
     def autocast(self) -> torch.dtype:
         """Numbers of the computation."""
-        numbers: torch.dtype = getattr(torch, self.placement.dtype)
+        numbers: torch.dtype = getattr(torch, self.spec.placement.dtype)
         return numbers
 
     @property
@@ -106,7 +124,7 @@ class Bench:
         return str(self.model.device)
 
     @property
-    def trainer(self) -> Trial:
+    def trainer(self) -> TrialTrainer:
         """The run's own trainer.
 
         Raises:
@@ -129,19 +147,20 @@ class Bench:
 
     @property
     def training_seconds(self) -> float | None:
-        """What the training will take, about: its tokens at the pace of the fastest gradient here; None before there is one."""
+        """Estimates the training's time from the fastest gradient here; None before there is one."""
         if self.trial is None or self.token_seconds is None:
             return None
         return self.trial.look[1] * self.token_seconds
 
     def apply_failure(self, failed: str) -> None:
-        """Goes on as training will after a proof has failed."""
+        """Continues as training will after a check has failed."""
         if failed == "speed":
             self.quick.switch.on = False
             self.__dict__.pop("nudged_gradients", None)
-        if failed == "packing" and self.trial is not None:
-            self.trial.packing = False
-            self.trial.__dict__.pop("look", None)
+        if failed == "packing":
+            self.job.trainable.packing = False
+            if self.trial is not None:
+                self.trial.__dict__.pop("look", None)
 
     def trained_tokens(self) -> int:
         return sum(len(learnt(document)) for document in self.documents)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from finetune.inference.generation import generate
 from finetune.inference.losses import row_losses
-from finetune.preflight.context import Bench, CheckSkipped, Found
+from finetune.preflight.context import CheckContext, CheckSkipped, Found
 
 QUICK_SHARE = 0.1
 """Two orders of rounding in bfloat16 (8 bits, some hundred operations deep) lie 2 to 5 % apart on models of 2 to 30 layers;
@@ -37,11 +37,11 @@ ADAPTER = ("lora_A", "lora_B", "lora_embedding", "lora_magnitude", ROWS)
 """Parts of the names of what an adapter trains, as peft names it."""
 
 
-def quick_steps_equal_plain_ones(bench: Bench) -> Found:
+def quick_steps_equal_plain_ones(context: CheckContext) -> Found:
     """Fused layers, kernels and the loss on trained tokens give the gradient that transformers and peft give."""
-    quick = bench.nudged_gradients
-    with bench.with_noisy_lora_b(), bench.quick.off():
-        plain = bench.gradients()
+    quick = context.nudged_gradients
+    with context.with_noisy_lora_b(), context.quick.off():
+        plain = context.gradients()
     share = apart(quick, plain)
     return Found(
         passed=share <= QUICK_SHARE,
@@ -51,18 +51,18 @@ def quick_steps_equal_plain_ones(bench: Bench) -> Found:
     )
 
 
-def packing_keeps_documents_apart(bench: Bench) -> Found:
+def packing_keeps_documents_apart(context: CheckContext) -> Found:
     """Documents side by side in one row have the same loss as alone.
 
     How much rounding may differ depends on the model, so the difference is measured against the one that reading each
     other would make: the same row as a single long document.
     """
-    documents = bench.beside
+    documents = context.beside
     if len(documents) < 2:
         raise CheckSkipped("the data are a single document, so there is nothing beside it")
-    alone = bench.token_losses(documents, layout="alone")
-    packed = (bench.token_losses(documents, layout="packed") - alone).abs().mean()
-    contaminated = (bench.token_losses(documents, layout="one document") - alone).abs().mean()
+    alone = context.token_losses(documents, layout="alone")
+    packed = (context.token_losses(documents, layout="packed") - alone).abs().mean()
+    contaminated = (context.token_losses(documents, layout="one document") - alone).abs().mean()
     share = float(packed / contaminated.clamp(min=1e-9))
     return Found(
         passed=share <= PACKED_SHARE,
@@ -72,15 +72,15 @@ def packing_keeps_documents_apart(bench: Bench) -> Found:
     )
 
 
-def accumulation_equals_one_batch(bench: Bench) -> Found:
+def accumulation_equals_one_batch(context: CheckContext) -> Found:
     """The run's own trainer takes one step over the same rows, one by one and all at once."""
-    rows = bench.accumulated
+    rows = context.accumulated
     count = len(rows)
     if count < 2:
         raise CheckSkipped("the data are a single row, so there is nothing to accumulate")
-    with bench.with_noisy_lora_b():
-        loss, gradients = bench.trainer.gradients(rows, micro_batch=1)
-        whole_loss, whole = bench.trainer.gradients(rows, micro_batch=count)
+    with context.with_noisy_lora_b():
+        loss, gradients = context.trainer.gradients(rows, micro_batch=1)
+        whole_loss, whole = context.trainer.gradients(rows, micro_batch=count)
     share, away = apart(gradients, whole), abs(loss / whole_loss - 1)
     return Found(
         passed=share <= ACCUMULATED_SHARE and away <= ACCUMULATED_LOSS_SHARE,
@@ -89,10 +89,10 @@ def accumulation_equals_one_batch(bench: Bench) -> Found:
     )
 
 
-def gradient_reaches_adapter_only(bench: Bench) -> Found:
+def gradient_reaches_adapter_only(context: CheckContext) -> Found:
     """Every A and B gets a gradient that is not zero, and nothing else gets one."""
-    gradients = bench.nudged_gradients
-    adapter = [name for name, _ in bench.model.named_parameters() if any(part in name for part in ADAPTER)]
+    gradients = context.nudged_gradients
+    adapter = [name for name, _ in context.model.named_parameters() if any(part in name for part in ADAPTER)]
     dead = [name for name in adapter if name not in gradients or not (gradients[name].any() or ROWS in name)]
     stray = [name for name in gradients if name not in adapter]
     figure = f"{len(adapter) - len(dead)} of {len(adapter)} matrices, {len(stray)} base weights"
@@ -104,35 +104,43 @@ def gradient_reaches_adapter_only(bench: Bench) -> Found:
     )
 
 
-def adapter_starts_as_identity(bench: Bench) -> Found:
+def adapter_starts_as_identity(context: CheckContext) -> Found:
     """With B at zero the adapted model is the base."""
-    base = bench.logits(adapter=False)
-    difference = smallest(lambda: float((bench.logits(adapter=True) - base).abs().max()))
-    bound = math.inf if bench.step0_bound is None else bench.step0_bound * float(base.std())
+    base = context.logits(adapter=False)
+    difference = smallest(lambda: float((context.logits(adapter=True) - base).abs().max()))
+    bound = (
+        math.inf
+        if context.job.trainable.lora.step0_bound is None
+        else context.job.trainable.lora.step0_bound * float(base.std())
+    )
     return Found(
         passed=difference <= bound,
         figure=f"largest logit difference {difference:g}",
-        bound="none: this variant starts beside the base on purpose" if bench.step0_bound is None else f"{bound:g}",
+        bound="none: this variant starts beside the base on purpose"
+        if context.job.trainable.lora.step0_bound is None
+        else f"{bound:g}",
     )
 
 
-def evaluation_leaves_gradients(bench: Bench) -> Found:
+def evaluation_leaves_gradients(context: CheckContext) -> Found:
     """bitsandbytes 0.50.2 repacks 4-bit weights at the first evaluation on AVX512-BF16 CPUs and cuts gradients off."""
-    before = bench.nudged_gradients
-    with bench.with_noisy_lora_b():
-        weights, saved = bench.weights(), _saved(bench)
-        bench.logits(adapter=True)
-        if bench.config.level == "full":
+    before = context.nudged_gradients
+    with context.with_noisy_lora_b():
+        weights, saved = context.weights(), _saved(context)
+        context.logits(adapter=True)
+        if context.config.level == "full":
             row_losses(
-                bench.model,
-                bench.documents,
-                batch_tokens=max(len(document["input_ids"]) for document in bench.documents),
+                context.model,
+                context.documents,
+                batch_tokens=max(len(document["input_ids"]) for document in context.documents),
             )
-            generate(bench.model, bench.tokenizer, [bench.documents[0]["input_ids"]], max_new_tokens=2, batch_rows=1)
-        same = saved == _saved(bench)
-        changed = sum(not torch.equal(old, new) for old, new in zip(weights, bench.weights(), strict=True))
-        share = smallest(lambda: apart(before, bench.gradients()))
-    bound = REORDERED_SHARE if bench.device.startswith("cuda") else 0.0
+            generate(
+                context.model, context.tokenizer, [context.documents[0]["input_ids"]], max_new_tokens=2, batch_rows=1
+            )
+        same = saved == _saved(context)
+        changed = sum(not torch.equal(old, new) for old, new in zip(weights, context.weights(), strict=True))
+        share = smallest(lambda: apart(before, context.gradients()))
+    bound = REORDERED_SHARE if context.device.startswith("cuda") else 0.0
     return Found(
         passed=share <= bound and not changed and same,
         figure=f"gradients {share:.2g} of their length apart, {changed} of {len(weights)} frozen weights and "
@@ -141,9 +149,9 @@ def evaluation_leaves_gradients(bench: Bench) -> Found:
     )
 
 
-def _saved(bench: Bench) -> str:
-    folder: Path = bench.folder / "saved"
-    bench.model.save_pretrained(folder)
+def _saved(context: CheckContext) -> str:
+    folder: Path = context.folder / "saved"
+    context.model.save_pretrained(folder)
     with open(folder / "adapter_model.safetensors", "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 

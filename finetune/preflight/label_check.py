@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.parquet
 
 from finetune.preflight.batch import collated_learnt, documents, learnt, rejected
-from finetune.preflight.context import Bench, Found
+from finetune.preflight.context import CheckContext, Found
 from finetune.preflight.stop_tokens import end_tokens_of
 
 LEDGER = "ledger.parquet"
@@ -18,31 +18,31 @@ TAIL = 2
 """Trained tokens at the end of a document of which one ends it: some templates write a line break after it."""
 
 
-def trained_text_is_the_ledgers(bench: Bench) -> Found:
+def trained_text_is_the_ledgers(context: CheckContext) -> Found:
     """Decoded from the very tensors that the model is given, and compared with ledger and prepared rows."""
-    batch = bench.trainer.look[0](bench.rows)
-    is_pair = bench.trainer.ahead.train.objective != "sft"
-    prepared = documents(bench.rows) + (rejected(bench.rows) if is_pair else [])
-    owners = [number for row in bench.rows for number in row["rows"]] * (2 if is_pair else 1)
+    batch = context.trainer.look[0](context.rows)
+    is_pair = context.job.config.objective != "sft"
+    prepared = documents(context.rows) + (rejected(context.rows) if is_pair else [])
+    owners = [number for row in context.rows for number in row["rows"]] * (2 if is_pair else 1)
     given = collated_learnt(batch)
-    text = [bench.tokenizer.decode(tokens) for tokens in given[: len(prepared)]]
-    (bench.folder.parent / "trained_text.txt").write_text("\n\n".join(text), encoding="utf-8")
+    text = [context.tokenizer.decode(tokens) for tokens in given[: len(prepared)]]
+    (context.folder.parent / "trained_text.txt").write_text("\n\n".join(text), encoding="utf-8")
     wrong = [
         f"{len(given) - len(prepared)} documents too many are trained" for tokens in given[len(prepared) :] if tokens
     ][:1]
     for number, (tokens, document) in enumerate(zip(given, prepared, strict=False)):
         meant = learnt(document)
         if (tokens != meant and not is_pair) or not tokens or tokens != meant[-len(tokens) :]:
-            was = bench.tokenizer.decode(meant)
+            was = context.tokenizer.decode(meant)
             wrong.append(
                 f"row {owners[number]} trains {text[number][:60]!r} ({len(tokens)} tokens) for {was[:60]!r} ({len(meant)} tokens)"
             )
-    ledger = _ledger(bench, owners)
+    ledger = _ledger(context, owners)
     if not is_pair:
         wrong += list(_miscounted(given, prepared, owners, ledger))
     wrong += [
         f"row {owners[number]} trains no end of turn"
-        for number in _endless(bench, given[: len(prepared)], owners, ledger)
+        for number in _endless(context, given[: len(prepared)], owners, ledger)
     ]
     total = sum(map(len, given))
     return Found(
@@ -54,9 +54,9 @@ def trained_text_is_the_ledgers(bench: Bench) -> Found:
     )
 
 
-def _ledger(bench: Bench, owners: Sequence[int]) -> dict[int, dict[str, int]]:
+def _ledger(context: CheckContext, owners: Sequence[int]) -> dict[int, dict[str, int]]:
     table = pyarrow.parquet.read_table(
-        bench.data.folder / LEDGER, columns=COLUMNS, filters=[("row", "in", sorted(set(owners)))]
+        context.data.folder / LEDGER, columns=COLUMNS, filters=[("row", "in", sorted(set(owners)))]
     )
     return {line["row"]: line for line in table.to_pylist()}
 
@@ -76,8 +76,10 @@ def _miscounted(
             yield f"row {owner} trains {found} tokens and the ledger says {ledger[owner]['trained_tokens']}"
 
 
-def _endless(bench: Bench, given: list[list[int]], owners: list[int], ledger: dict[int, dict[str, int]]) -> list[int]:
+def _endless(
+    context: CheckContext, given: list[list[int]], owners: list[int], ledger: dict[int, dict[str, int]]
+) -> list[int]:
     """Documents that do not train an end, rows apart that the ledger knows to be cut."""
-    ends = end_tokens_of(bench)
+    ends = end_tokens_of(context)
     whole = [not (line := ledger.get(owner)) or (line["pieces"] == 1 and not line["truncated_by"]) for owner in owners]
     return [number for number, tokens in enumerate(given) if whole[number] and not ends & set(tokens[-TAIL:])]

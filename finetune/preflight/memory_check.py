@@ -11,7 +11,7 @@ import torch
 
 from finetune.console import human_bytes
 from finetune.memory import rss_bytes
-from finetune.preflight.context import Bench, Found
+from finetune.preflight.context import CheckContext, Found
 from finetune.preflight.training_checks import free_bytes
 
 LATER = {"train": (), "merge": ("merge",), "eval": ("merge", "eval")}
@@ -33,31 +33,31 @@ class Needs:
     disk: dict[str, int]
 
 
-def the_rest_fits(bench: Bench) -> Found:
+def the_rest_fits(context: CheckContext) -> Found:
     """From the plan's figures, and from a real evaluation and checkpoint where there were any."""
-    needs = needs_of(bench)
+    needs = needs_of(context)
     phase = max(needs.memory, key=lambda name: needs.memory[name], default="")
     memory, disk = needs.memory.get(phase, 0), sum(needs.disk.values())
-    held = torch.cuda.memory_reserved() if bench.device.startswith("cuda") else rss_bytes()
-    there, left = free_bytes(bench.device) + held, shutil.disk_usage(bench.run).free
+    held = torch.cuda.memory_reserved() if context.device.startswith("cuda") else rss_bytes()
+    there, left = free_bytes(context.device) + held, shutil.disk_usage(context.run).free
     measured = "by the plan"
-    if bench.lesson is not None:
-        measured = f"steps on {bench.lesson.rows} x {bench.lesson.tokens // bench.lesson.rows:,} tokens, an evaluation and a checkpoint took "
-        measured += f"{human_bytes(bench.lesson.peak_bytes)}"
+    if context.lesson is not None:
+        measured = f"steps on {context.lesson.rows} x {context.lesson.tokens // context.lesson.rows:,} tokens, an evaluation and a checkpoint took "
+        measured += f"{human_bytes(context.lesson.peak_bytes)}"
     later = f"{phase} will need {human_bytes(memory)}" if phase else "no later stage needs the dense model"
     parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in needs.disk.items())
     return Found(
         passed=memory <= there and disk <= left,
         figure=f"{measured}; {later}; disk {human_bytes(disk)} ({parts})",
-        bound=f"{human_bytes(there)} of memory, {human_bytes(left)} of disk at {bench.run}",
+        bound=f"{human_bytes(there)} of memory, {human_bytes(left)} of disk at {context.run}",
     )
 
 
-def needs_of(bench: Bench) -> Needs:
+def needs_of(context: CheckContext) -> Needs:
     """What the plan in the run folder says; where it knows nothing, what the base's files weigh."""
-    ahead = bench.trainer.ahead
-    later = LATER.get(ahead.until, ("merge", "eval"))
-    file = bench.run / "plan" / "manifest.json"
+    train = context.job.config
+    later = LATER.get(context.until, ("merge", "eval"))
+    file = context.run / "plan" / "manifest.json"
     plan: dict[str, Any] = (
         json.loads(file.read_text(encoding="utf-8"))["product"] if file.is_file() else {"known": False}
     )
@@ -65,11 +65,11 @@ def needs_of(bench: Bench) -> Needs:
         memory = {phase: sum(plan["phases"].get(phase, {}).values()) for phase in later}
         disk = {name: size for name, size in plan["disk"].items() if name != "base"}
     else:
-        dense = sum(weights.stat().st_size for weights in bench.base.folder.glob("*.safetensors"))
+        dense = sum(weights.stat().st_size for weights in context.spec.base.folder.glob("*.safetensors"))
         memory, disk = dict.fromkeys(later, dense), {"merged": dense}
-    if bench.lesson is not None and ahead.train.checkpoints:
-        disk["checkpoints"] = bench.lesson.checkpoint_bytes * (
-            ahead.train.keep_checkpoints + 1
+    if context.lesson is not None and train.checkpoints:
+        disk["checkpoints"] = context.lesson.checkpoint_bytes * (
+            train.keep_checkpoints + 1
         )  # the next is written before the oldest goes
     if not later:
         disk = {name: size for name, size in disk.items() if name not in AFTER_MERGING}

@@ -16,9 +16,9 @@ from finetune.inference.generation import generate
 from finetune.inference.rows import IGNORED
 from finetune.memory import PeakMemory
 from finetune.preflight.batch import documents, largest_rows
-from finetune.preflight.context import Bench
+from finetune.preflight.context import CheckContext
 from finetune.preflight.stop_tokens import end_tokens_of
-from finetune.preflight.trial import Listener
+from finetune.preflight.trial import GradientRecorder
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -71,8 +71,8 @@ class Lesson:
 class Look(TrainerCallback):
     """Ends the lesson when it is learnt, with the evaluation and the checkpoint that a training's end has."""
 
-    def __init__(self, bench: Bench, prompts: Sequence[list[int]], listener: Listener) -> None:
-        self.bench, self.prompts, self.listener, self.ended = bench, prompts, listener, 0
+    def __init__(self, context: CheckContext, prompts: Sequence[list[int]], listener: GradientRecorder) -> None:
+        self.context, self.prompts, self.listener, self.ended = context, prompts, listener, 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         last = state.global_step == state.max_steps
@@ -84,48 +84,48 @@ class Look(TrainerCallback):
             control.should_training_stop = control.should_evaluate = control.should_save = True
 
     def _ended(self) -> int:
-        bench = self.bench
+        context = self.context
         answers = generate(
-            bench.model, bench.tokenizer, self.prompts, max_new_tokens=1, batch_rows=1, ends=sorted(end_tokens_of(bench)),
+            context.model, context.tokenizer, self.prompts, max_new_tokens=1, batch_rows=1, ends=sorted(end_tokens_of(context)),
         )  # fmt: skip
         return sum(answer.stopped for answer in answers)
 
 
-def give(bench: Bench, rows: Dataset, heldout: Dataset | None) -> Lesson:
+def give(context: CheckContext, rows: Dataset, heldout: Dataset | None) -> Lesson:
     """Repeats the largest batch until it is learnt, evaluates, writes a checkpoint and saves the adapter; then all is as before.
 
     Args:
-        bench: Its trainer takes the steps.
+        context: Its trainer takes the steps.
         rows: data/train.
         heldout: data/heldout, or None.
     """
-    ahead = bench.trainer.ahead
-    batch = largest_rows(rows, count=ahead.train.micro_batch)
-    examined = largest_rows(heldout, count=EVALUATED_ROWS) if heldout is not None and ahead.train.evaluations else []
-    listener = Listener(keeps_gradients=False)
-    look = Look(bench, prompts_of(bench, batch) if ahead.train.objective == "sft" else [], listener)
-    steps = bench.trainer.trained(
-        batch, micro_batch=len(batch), steps=bench.config.steps, listener=listener, callbacks=[look], heldout=examined,
+    train = context.job.config
+    batch = largest_rows(rows, count=train.micro_batch)
+    examined = largest_rows(heldout, count=EVALUATED_ROWS) if heldout is not None and train.evaluations else []
+    listener = GradientRecorder(keeps_gradients=False)
+    look = Look(context, prompts_of(context, batch) if train.objective == "sft" else [], listener)
+    steps = context.trainer.trained(
+        batch, micro_batch=len(batch), steps=context.config.steps, listener=listener, callbacks=[look], heldout=examined,
         evaluations=int(bool(examined)), checkpoints=1,
     )  # fmt: skip
     free()
-    on_gpu = bench.device.startswith("cuda")
+    on_gpu = context.device.startswith("cuda")
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    with PeakMemory(bench.folder / "memory.jsonl", stage="preflight") as peak, steps as work:
+    with PeakMemory(context.folder / "memory.jsonl", stage="preflight") as peak, steps as work:
         written = sum(file.stat().st_size for file in (work / "checkpoints").rglob("*") if file.is_file())
-        bench.model.save_pretrained(bench.folder / "adapter")
-        logits = bench.logits(adapter=True)
+        context.model.save_pretrained(context.folder / "adapter")
+        logits = context.logits(adapter=True)
     return Lesson(
         losses=listener.losses, answers=len(look.prompts), ended=look.ended, tokens=sum(sum(row["seq_lengths"]) for row in batch),
-        rows=len(batch), checkpoint_bytes=written, logits=logits, adapter=bench.folder / "adapter",
+        rows=len(batch), checkpoint_bytes=written, logits=logits, adapter=context.folder / "adapter",
         peak_bytes=torch.cuda.max_memory_reserved() if on_gpu else peak.rss_bytes,
     )  # fmt: skip
 
 
-def prompts_of(bench: Bench, rows: Sequence[dict[str, Any]]) -> list[list[int]]:
+def prompts_of(context: CheckContext, rows: Sequence[dict[str, Any]]) -> list[list[int]]:
     """Everything up to the end of turn of each document's last answer, the end itself left out."""
-    ends = end_tokens_of(bench)
+    ends = end_tokens_of(context)
     found: list[list[int]] = []
     for document in documents(rows)[:ANSWERS]:
         ids = document["input_ids"]

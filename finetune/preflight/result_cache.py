@@ -3,41 +3,44 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
 import shutil
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.cache import cache_folder
 from finetune.environment import code
-from finetune.run import fingerprint, to_jsonable, write_json
+from finetune.run import fingerprint, write_json
+
+if TYPE_CHECKING:
+    from finetune.preflight.config import PreflightConfig
+    from finetune.trainable import TrainingJob
 
 TEXT = "trained_text.txt"
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
 
 
-def name_of(config: Any, inputs: dict[str, Any], ahead: Any) -> str:
-    """Names a rehearsal by everything that decides what it finds.
-
-    Args:
-        config: The rehearse group.
-        inputs: As `rehearse` gets them; live objects among them are made of the others.
-        ahead: What the run will do; None where a caller brings no trainer.
-    """
-    groups = [to_jsonable(part) for part in ahead or () if not callable(part)]
-    machine = [platform.machine(), platform.processor(), os.cpu_count()]
-    content = [
-        fingerprint(config, inputs),
-        groups,
-        code(),
-        {package: version(package) for package in PACKAGES},
-        machine,
-    ]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+def name_of(config: PreflightConfig, job: TrainingJob, *, until: str) -> str:
+    """Names a preflight by everything that decides its result."""
+    trainable = job.trainable
+    content = {
+        "preflight": config,
+        "data": job.data.fingerprint,
+        "spec": trainable.spec.key(),
+        "lora": trainable.lora,
+        "kernels": trainable.fusion.choice,
+        "train": job.config,
+        "optim": job.optim,
+        "seed": job.seed,
+        "until": until,
+        "code": code(),
+        "packages": {package: version(package) for package in PACKAGES},
+        "machine": [platform.machine(), platform.processor(), os.cpu_count()],
+    }
+    return fingerprint(content)[:32]
 
 
 def find(name: str) -> dict[str, Any] | None:

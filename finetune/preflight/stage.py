@@ -11,16 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.console import log
 from finetune.errors import TrainError
-from finetune.preflight.config import PreflightConfig, PreflightResult, UpcomingRun
+from finetune.preflight.config import PreflightConfig
+from finetune.products import PreflightResult
 
 if TYPE_CHECKING:
-    from finetune.data import PreparedData
-    from finetune.hardware import Placement
-    from finetune.kernels import Fusion, KernelsConfig
-    from finetune.lora import LoraConfig
-    from finetune.model import Base
     from finetune.preflight.checks import Proof
-    from finetune.preflight.context import Bench
+    from finetune.preflight.context import CheckContext
+    from finetune.preflight.trial import MakeTrainer
+    from finetune.trainable import TrainingJob
 
 DISK = "the disk is full or cannot be written: free some, or choose another run.root"
 MEMORY = "this batch does not fit in memory: a smaller train.micro_batch or data.pack_tokens; `finetune plan fit=true` proposes settings"
@@ -31,59 +29,31 @@ def run_preflight(
     config: PreflightConfig,
     *,
     folder: Path,
-    adapted: Any,
-    tokenizer: Any,
-    data: PreparedData,
-    base: Base,
-    quantization: dict[str, Any],
-    lora: LoraConfig,
-    upcast: str,
-    placement: Placement,
-    quick: Fusion,
-    kernels: KernelsConfig,
-    seed: int,
-    ahead: UpcomingRun | None = None,
+    job: TrainingJob,
+    make_trainer: MakeTrainer | None = None,
+    until: str = "report",
 ) -> PreflightResult:
-    """Proves on the real model and the first real rows that training would train what it should.
+    """Checks on the real model and the first real rows that training will train what it should.
 
     Args:
-        config: The rehearse group.
-        folder: Receives trained_text.txt; the run's folder is the one above.
-        adapted: The adapted model, before its first step; left exactly as it was.
-        tokenizer: Decodes what is trained.
-        data: Prepared rows.
-        base: What was adapted; with the next three it decides whether a finished rehearsal still holds.
-        quantization: Its specification.
-        lora: The adapter's settings.
-        upcast: ``model.upcast``.
-        placement: Device and numbers.
-        quick: How steps are computed; turned off where they give other gradients than plain ones.
-        kernels: Its settings.
-        seed: Seeds the nudge that the gradient proofs give to B.
-        ahead: What the run will do, and its trainer. Without it the proofs that need one are left out, and it is said.
-
-    Returns:
-        The proofs, and what follows: where attention does not keep documents of a row apart, training goes on with a row
-        for each; where quick steps give other gradients, with plain ones.
+        config: The preflight group.
+        folder: Receives trained_text.txt; the run's folder is its parent.
+        job: The training that is about to start; its model is left exactly as it was. Where packed documents are not
+            isolated, or fused layers are not exact, ``job.trainable`` is switched to the way that is.
+        make_trainer: ``finetune.train.trainer.make_trainer``. Without it the checks that need a trainer are skipped, and
+            the log says so.
+        until: ``run.until``.
 
     Raises:
-        TrainError: Another proof failed; the message has the figure, the bound and the likely cause.
+        TrainError: Another check failed; the message has the figure, the bound and the likely cause.
     """
     if config.level == "off":
-        log("preflight", "off, as set: nothing is proved before training, and the report says so")
+        log("preflight", "skipped (preflight=off); the report will say so")
         return PreflightResult(folder=folder, proofs=[], isolates=True, quick=True)
     from finetune.preflight import result_cache
 
-    decides = {
-        "data": data,
-        "base": base,
-        "quantization": quantization,
-        "lora": lora,
-        "upcast": upcast,
-        "placement": placement,
-    }
-    name = result_cache.name_of(config, {**decides, "kernels": kernels, "seed": seed, "choice": quick.choice}, ahead)
-    before = None if ahead is None or ahead.until == "preflight" else result_cache.find(name)
+    name = result_cache.name_of(config, job, until=until)
+    before = None if make_trainer is None or until == "preflight" else result_cache.find(name)
     if before:
         log("preflight", *again(before))
         result_cache.restore_text(name, folder)
@@ -93,28 +63,34 @@ def run_preflight(
 
     started = time.monotonic()
     with TemporaryDirectory(prefix=".work-", dir=folder) as work:
-        bench = make_context(
-            config, folder=Path(work), run=folder.parent, adapted=adapted, tokenizer=tokenizer, data=data, base=base, lora=lora,
-            upcast=upcast, placement=placement, quick=quick, seed=seed, ahead=ahead,
-        )  # fmt: skip
-        results, left_out = attempt(bench, [proof for proof in PROOFS if config.level == "full" or not proof.only_full])
-        training_seconds = bench.training_seconds
+        context = make_context(
+            config, folder=Path(work), run=folder.parent, job=job, make_trainer=make_trainer, until=until
+        )
+        results, skipped = attempt(
+            context, [proof for proof in PROOFS if config.level == "full" or not proof.only_full]
+        )
+        training_seconds = context.training_seconds
     if config.level == "quick":
-        left_out += [told(proof, "only preflight=full") for proof in PROOFS if proof.only_full]
+        skipped += [told(proof, "only preflight=full") for proof in PROOFS if proof.only_full]
     seconds = time.monotonic() - started
-    log("preflight", *summary(config, results, left_out, seconds=seconds, training_seconds=training_seconds))
+    log("preflight", *summary(config, results, skipped, seconds=seconds, training_seconds=training_seconds))
     stop_where_failed(results, spared=(ISOLATION.name, SPEED.name))
     passed = {proof["name"]: proof["passed"] for proof in results}
-    product = {
-        "proofs": results, "isolates": passed.get(ISOLATION.name, True), "quick": passed.get(SPEED.name, True), "left_out": left_out,
-        "seconds": round(seconds, 2), "training_seconds": training_seconds, "day": datetime.now().strftime("%Y-%m-%d %H:%M"),
-    }  # fmt: skip
+    product: dict[str, Any] = {
+        "proofs": results,
+        "isolates": passed.get(ISOLATION.name, True),
+        "quick": passed.get(SPEED.name, True),
+        "left_out": skipped,
+        "seconds": round(seconds, 2),
+        "training_seconds": training_seconds,
+        "day": datetime.now().strftime("%Y-%m-%d %H:%M"),
+    }
     if all(passed.values()):
         result_cache.keep(name, product, folder)
     return PreflightResult(folder=folder, **product)
 
 
-def attempt(bench: Bench, proofs: Sequence[Proof]) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+def attempt(context: CheckContext, proofs: Sequence[Proof]) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """Runs proofs one after the other, each said as it ends; what the first two find decides how the others compute.
 
     Returns:
@@ -130,7 +106,7 @@ def attempt(bench: Bench, proofs: Sequence[Proof]) -> tuple[list[dict[str, Any]]
     for proof in proofs:
         started, cause = time.monotonic(), proof.cause
         try:
-            found = proof.prove(bench)
+            found = proof.prove(context)
         except CheckSkipped as reason:
             left_out.append(told(proof, str(reason)))
             continue
@@ -157,7 +133,7 @@ def attempt(bench: Bench, proofs: Sequence[Proof]) -> tuple[list[dict[str, Any]]
             f"{'holds' if found.passed else 'FAILS'}: {proof.sentence} ({found.figure}; bound {found.bound})",
         )
         if not found.passed:
-            bench.apply_failure(proof.name)
+            context.apply_failure(proof.name)
     return results, left_out
 
 

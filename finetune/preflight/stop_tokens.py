@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from finetune.inference.generation import end_tokens
 
 if TYPE_CHECKING:
-    from finetune.preflight.context import Bench
+    from finetune.preflight.context import CheckContext
 
 
-def end_tokens_of(bench: Bench) -> set[int]:
+def end_tokens_of(context: CheckContext) -> set[int]:
     """The tokenizer's, the generation config's, and the template's end of turn, which some bases name in neither."""
-    file = bench.data.folder / "rendering.json"
+    file = context.data.folder / "rendering.json"
     rendering = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     turn = rendering.get("end_of_turn_id")
-    return {*end_tokens(bench.model, bench.tokenizer), *([] if turn is None else [turn])}
+    return {*end_tokens(context.model, context.tokenizer), *([] if turn is None else [turn])}

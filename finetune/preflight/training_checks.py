@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from finetune.console import human_bytes
 from finetune.inference.adapted import free
 from finetune.inference.fresh_process import run_in_fresh_process
-from finetune.model import resident_bytes
+from finetune.model.load import resident_bytes
 from finetune.preflight import overfit
-from finetune.preflight.context import Bench, CheckSkipped, Found
+from finetune.preflight.context import CheckContext, CheckSkipped, Found
 
 RELOADED_SHARE = 0.02
 """Mean difference of the logits over their standard deviation: 0 was seen on a CPU; other kernels round to 8 bits, some 0.5 %.
@@ -22,12 +22,12 @@ SECOND_COPY = 1.5
 """A base that is being loaded takes about so much more than it does afterwards."""
 
 
-def loss_falls_on_one_batch(bench: Bench) -> Found:
+def loss_falls_on_one_batch(context: CheckContext) -> Found:
     """The run's optimizer at its own rate, on the largest batch again and again."""
-    rows = load_from_disk(str(bench.data.folder / "train"))
-    heldout = load_from_disk(str(bench.data.folder / "heldout")) if bench.data.heldout_rows else None
-    given = overfit.give(bench, rows, heldout)
-    bench.lesson, rate = given, bench.trainer.ahead.optim.learning_rate
+    rows = load_from_disk(str(context.data.folder / "train"))
+    heldout = load_from_disk(str(context.data.folder / "heldout")) if context.data.heldout_rows else None
+    given = overfit.give(context, rows, heldout)
+    context.lesson, rate = given, context.job.optim.learning_rate
     return Found(
         passed=given.fall >= overfit.FALL_SHARE,
         figure=f"{given.losses[0]:.3f} -> {given.losses[-1]:.4f} in {len(given.losses)} steps at {rate:g}, each on {given.tokens:,} tokens",
@@ -35,9 +35,9 @@ def loss_falls_on_one_batch(bench: Bench) -> Found:
     )
 
 
-def answers_end(bench: Bench) -> Found:
+def answers_end(context: CheckContext) -> Found:
     """Greedy generation after each learnt answer, the answer itself given."""
-    given = bench.taught
+    given = context.taught
     if not given.answers:
         raise CheckSkipped("no answer of the batch has an end of turn to stop at")
     return Found(
@@ -47,21 +47,21 @@ def answers_end(bench: Bench) -> Found:
     )
 
 
-def files_hold_the_model(bench: Bench) -> Found:
+def files_hold_the_model(context: CheckContext) -> Found:
     """A fresh process loads base and saved adapter as the later stages do."""
-    given, ahead = bench.taught, bench.trainer.ahead
+    given = context.taught
     free()
-    needed, there = SECOND_COPY * resident_bytes(bench.model), free_bytes(bench.device)
+    needed, there = SECOND_COPY * resident_bytes(context.model), free_bytes(context.device)
     if needed > there:
         raise CheckSkipped(
             f"a second copy of the base needs {human_bytes(needed)} beside this one and {human_bytes(there)} are free"
         )
     request = {
-        "base": bench.base, "model": ahead.model, "quantization": ahead.quantization, "placement": bench.placement,
-        "adapter": given.adapter, "input_ids": bench.documents[0]["input_ids"], "logits": bench.folder / "logits.safetensors",
+        "spec": context.spec,
+        "adapter": given.adapter, "input_ids": context.documents[0]["input_ids"], "logits": context.folder / "logits.safetensors",
     }  # fmt: skip
-    run_in_fresh_process("finetune.preflight.reload", request, work=bench.folder)
-    again = load_file(bench.folder / "logits.safetensors")["logits"].to(given.logits)
+    run_in_fresh_process("finetune.preflight.reload", request, work=context.folder)
+    again = load_file(context.folder / "logits.safetensors")["logits"].to(given.logits)
     share = float((again - given.logits).abs().mean() / given.logits.std())
     return Found(
         passed=share <= RELOADED_SHARE,

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,11 +22,14 @@ from finetune.inference.logits import unwrap
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-    from finetune.data import PreparedData
-    from finetune.preflight.config import UpcomingRun
+    from finetune.products import PreparedData
+    from finetune.trainable import TrainingJob
+
+MakeTrainer = Callable[..., Any]
+"""``finetune.train.trainer.make_trainer``, handed in because no stage imports another."""
 
 QUIET: dict[str, Any] = {
-    "epochs": 1.0, "tokens_per_step": None, "group_by_length": False, "neftune_alpha": None, "patience": None, "keep": "last",
+    "epochs": 1.0, "tokens_per_step": None, "group_by_length": False, "neftune_alpha": None, "patience": None, "select": "last",
     "evaluations": 0, "checkpoints": 0, "log_steps": 1,
 }  # fmt: skip
 """Settings of the train group that a trial does not take over: they make noise, or events that it does not ask for."""
@@ -35,7 +38,7 @@ STEADY: dict[str, Any] = {"schedule": "constant", "warmup": None, "warmup_steps"
 """The optim group's peak rate from the first step on: a handful of steps has no time to warm up."""
 
 
-class Listener:
+class GradientRecorder:
     """Stands where training has its guard: between the backward pass and the optimizer.
 
     Attributes:
@@ -48,11 +51,11 @@ class Listener:
         self.losses: list[float] = []
         self.gradients: dict[str, Tensor] = {}
 
-    def hear(self, loss: Tensor, *, rows: list[int], inputs: dict[str, Any]) -> Tensor:
+    def record_loss(self, loss: Tensor, *, rows: list[int], inputs: dict[str, Any]) -> Tensor:
         self._heard += float(loss)
         return loss
 
-    def clip(self, trainer: Any, model: nn.Module, *, max_norm: float) -> Tensor:
+    def clip_gradients(self, trainer: Any, model: nn.Module, *, max_norm: float) -> Tensor:
         trainer.accelerator.unscale_gradients()
         self.losses.append(self._heard)
         self._heard = 0.0
@@ -67,37 +70,27 @@ class Listener:
 
 
 @dataclass(kw_only=True)
-class Trial:
-    """Makes trainers for other rows than the run's.
+class TrialTrainer:
+    """Makes the run's own trainer for other rows than the run's.
 
     Attributes:
-        ahead: What the run is about to do.
+        job: The training that is about to start.
+        make_trainer: ``finetune.train.trainer.make_trainer``: the trainer that will train.
         folder: Rows and checkpoints of a trial go into a folder in it that is deleted again.
-        inputs: ``model``, ``tokenizer``, ``lora``, ``placement``, ``upcast``, ``quick`` and ``seed``, as training gets them.
-        data: The prepared data.
-        packing: Whether documents may share a row.
     """
 
-    ahead: UpcomingRun
+    job: TrainingJob
+    make_trainer: MakeTrainer
     folder: Path
-    inputs: dict[str, Any]
-    data: PreparedData
-    packing: bool = True
 
     @cached_property
     def look(self) -> tuple[Any, int]:
         """The collator that will make the run's micro-batches, and the tokens that the run will read, about."""
-        with TemporaryDirectory(dir=self.folder) as work, untouched(self.inputs["model"]):
-            trainer = self._make(
-                Path(work),
-                self.data,
-                config=self.ahead.train,
-                optim=self.ahead.optim,
-                listener=Listener(keeps_gradients=False),
-            )
+        with TemporaryDirectory(dir=self.folder) as work, untouched(self.job.trainable.model):
+            trainer = self._make(Path(work), self.job, listener=GradientRecorder(keeps_gradients=False))
             arguments = trainer.args
             rows = arguments.max_steps * arguments.gradient_accumulation_steps * arguments.per_device_train_batch_size
-            return trainer.data_collator, round(rows * self.data.tokens / self.data.packed_rows)
+            return trainer.data_collator, round(rows * self.job.data.tokens / self.job.data.packed_rows)
 
     def gradients(self, rows: Sequence[dict[str, Any]], *, micro_batch: int) -> tuple[float, dict[str, Tensor]]:
         """Loss and gradients of one optimizer step over all rows.
@@ -106,9 +99,9 @@ class Trial:
             rows: As they are in data/train.
             micro_batch: Rows at once; the rest is accumulated.
         """
-        listener = Listener(keeps_gradients=True)
+        listener = GradientRecorder(keeps_gradients=True)
         with (
-            without_dropout(self.inputs["model"]),
+            without_dropout(self.job.trainable.model),
             self.trained(rows, micro_batch=micro_batch, steps=1, listener=listener),
         ):
             pass
@@ -121,7 +114,7 @@ class Trial:
         *,
         micro_batch: int,
         steps: int,
-        listener: Listener,
+        listener: GradientRecorder,
         callbacks: Sequence[TrainerCallback] = (),
         heldout: Sequence[dict[str, Any]] = (),
         **events: int,
@@ -147,23 +140,30 @@ class Trial:
             "rows_per_step": len(rows),
             **events,
         }
-        optim = dataclasses.replace(self.ahead.optim, **STEADY)
-        with TemporaryDirectory(dir=self.folder) as name, untouched(self.inputs["model"]):
+        with TemporaryDirectory(dir=self.folder) as name, untouched(self.job.trainable.model):
             work = Path(name)
-            data = self._written(work, rows, heldout)
-            config = dataclasses.replace(self.ahead.train, **changes, evaluation_rows=max(1, len(heldout)))
-            trainer = self._make(work, data, config=config, optim=optim, listener=listener, callbacks=callbacks)
+            job = dataclasses.replace(
+                self.job,
+                config=dataclasses.replace(self.job.config, **changes, evaluation_rows=max(1, len(heldout))),
+                optim=dataclasses.replace(self.job.optim, **STEADY),
+                data=self._written(work, rows, heldout),
+            )
+            trainer = self._make(work, job, listener=listener, callbacks=callbacks)
             trainer.train()
             yield work
 
-    def _make(
-        self, work: Path, data: PreparedData, *, config: Any, optim: Any, listener: Listener, callbacks: Any = ()
-    ) -> Any:
-        with contextlib.redirect_stdout(io.StringIO()):  # its sentences are about the trial
-            return self.ahead.make_trainer(
-                config, folder=work, data=data, optim=optim, packing=self.packing, counts=SimpleNamespace(tokens=0, trained=0),
-                guard=listener, callbacks=callbacks, **self.inputs,
-            )  # fmt: skip
+    def _make(self, work: Path, job: TrainingJob, *, listener: GradientRecorder, callbacks: Any = ()) -> Any:
+        from finetune.launch.ranks import Ranks
+
+        with contextlib.redirect_stdout(io.StringIO()):  # its log lines are about the trial
+            return self.make_trainer(
+                job,
+                folder=work,
+                progress=SimpleNamespace(tokens=0, trained=0),
+                guard=listener,
+                callbacks=callbacks,
+                ranks=Ranks({}),
+            )
 
     def _written(self, work: Path, rows: Sequence[dict[str, Any]], heldout: Sequence[dict[str, Any]]) -> PreparedData:
         from datasets import Dataset
@@ -174,7 +174,7 @@ class Trial:
                     Dataset.from_list(list(some)).save_to_disk(str(work / name))
         tokens = sum(sum(row["seq_lengths"]) for row in rows)
         return dataclasses.replace(
-            self.data, folder=work, tokens=tokens, packed_rows=len(rows), heldout_rows=len(heldout)
+            self.job.data, folder=work, tokens=tokens, packed_rows=len(rows), heldout_rows=len(heldout)
         )
 
 

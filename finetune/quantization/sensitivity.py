@@ -16,8 +16,8 @@ from finetune.quantization.config import QuantizationConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from finetune.hardware import Placement
-    from finetune.model import Base, ModelConfig
+    from finetune.model import ModelSpec
+    from finetune.products import PreparedData
 
 MIB = 1024**2
 SHOWN = 5
@@ -45,15 +45,12 @@ class KeptLayers:
         return dataclasses.replace(config, keep=[*config.keep, *[one["layer"] for one in self.layers]], keep_mib=0.0)
 
 
-def choose_skip_modules(
-    config: QuantizationConfig, *, folder: Path, base: Base, model: ModelConfig, placement: Placement, data: Any
-) -> KeptLayers:  # fmt: skip
+def choose_skip_modules(spec: ModelSpec, *, folder: Path, data: PreparedData) -> KeptLayers:
     """Spends ``quantization.keep_mib`` on the layers whose rounding costs most for their bytes.
 
     Args:
-        config: The quantization group.
+        spec: The base as it will be loaded for training.
         folder: The stage's.
-        base, model, placement: As for training.
         data: Its training rows are in ``data.folder/train``.
 
     Raises:
@@ -62,14 +59,14 @@ def choose_skip_modules(
     from finetune.inference.adapted import free
     from finetune.lora import read_documents
     from finetune.lora.init import reader
-    from finetune.model import load
 
+    config = spec.quantization
     documents = [
         document for document in read_documents(data.folder / "train", tokens=config.keep_tokens) if len(document) > 1
     ]
-    loaded = load(base, model, quantization=dataclasses.replace(config, keep_mib=0.0), placement=placement)
+    loaded = dataclasses.replace(spec, quantization=dataclasses.replace(config, keep_mib=0.0)).load()
     tokens = sum(len(document) - 1 for document in documents)
-    costs = rounding_costs(loaded, reader(base.folder, wish="quantization.keep_mib"), documents)
+    costs = rounding_costs(loaded, reader(spec.base.folder, wish="quantization.keep_mib"), documents)
     found: list[dict[str, Any]] = [
         {"layer": name, "cost": costs[name] / tokens, "bytes": extra_bytes(layer, loaded.dtype.itemsize)}
         for name, layer in quantized_layers(loaded).items()

@@ -1,6 +1,10 @@
-"""Training: TRL's trainer on the adapted base, checkpointed, resumable, with nothing decided behind the user's back."""
+"""Training: TRL's trainer on the adapted base, with checkpoints, resume and out-of-memory retry.
 
-from finetune.train.config import TrainConfig, TrainedAdapter
-from finetune.train.stage import assist, fit
+job = TrainingJob(config=config.train, optim=config.optim, trainable=trainable, data=data, seed=1)
+adapter = train_adapter(job, folder=Path("outputs/run/train"), trackers=Trackers([]), ranks=Ranks({}))
+"""
 
-__all__ = ["TrainConfig", "TrainedAdapter", "assist", "fit"]
+from finetune.train.config import TrainConfig
+from finetune.train.stage import join_training, train_adapter
+
+__all__ = ["TrainConfig", "join_training", "train_adapter"]

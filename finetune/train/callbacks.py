@@ -17,12 +17,12 @@ from transformers import TrainerCallback
 from finetune.console import human_bytes, log
 from finetune.errors import Interrupted
 from finetune.memory import device_bytes, rss_bytes
-from finetune.train.checkpoints import Identity, is_complete, path_of, prune, seal
+from finetune.train.checkpoints import TrainingFingerprint, commit, is_complete, path_of, prune
 
 if TYPE_CHECKING:
     from finetune.launch.ranks import Ranks
     from finetune.tracking import Trackers
-    from finetune.train.progress import Counts
+    from finetune.train.progress import TrainingProgress
 
 NAMES = {
     "loss": "train/loss",
@@ -33,21 +33,21 @@ NAMES = {
 """transformers' names to ours."""
 
 
-class Record(TrainerCallback):
+class MetricsLogger(TrainerCallback):
     """Appends every logged figure to metrics.jsonl, sends it to the trackers, and takes the time."""
 
-    def __init__(self, file: Path, *, counts: Counts, trackers: Trackers) -> None:
-        self.file, self.counts, self.trackers = file, counts, trackers
-        self.started, self.before = time.monotonic(), counts.seconds
-        self.last = (self.started, counts.tokens)
-        self.skipped = counts.skipped
+    def __init__(self, file: Path, *, progress: TrainingProgress, trackers: Trackers) -> None:
+        self.file, self.progress, self.trackers = file, progress, trackers
+        self.started, self.before = time.monotonic(), progress.seconds
+        self.last = (self.started, progress.tokens)
+        self.skipped = progress.skipped
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.started, self.before = time.monotonic(), self.counts.seconds
-        self.last = (self.started, self.counts.tokens)
+        self.started, self.before = time.monotonic(), self.progress.seconds
+        self.last = (self.started, self.progress.tokens)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.counts.seconds = round(self.before + time.monotonic() - self.started, 3)
+        self.progress.seconds = round(self.before + time.monotonic() - self.started, 3)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.on_step_end(args, state, control)
@@ -59,13 +59,13 @@ class Record(TrainerCallback):
         if not line:
             return
         if "train/loss" in line:
-            now, tokens = time.monotonic(), self.counts.tokens
+            now, tokens = time.monotonic(), self.progress.tokens
             line["train/tokens_per_second"] = round((tokens - self.last[1]) / max(now - self.last[0], 1e-9), 1)
             self.last = (now, tokens)
-            if self.counts.skipped != self.skipped:  # a mean over steps that were left out is no loss of this model
+            if self.progress.skipped != self.skipped:  # a mean over steps that were left out is no loss of this model
                 del line["train/loss"]
-                self.skipped = self.counts.skipped
-            line["train/skipped_steps"] = self.counts.skipped
+                self.skipped = self.progress.skipped
+            line["train/skipped_steps"] = self.progress.skipped
         line = {name: value for name, value in line.items() if math.isfinite(value)}
         line["memory/rss_bytes"], line["memory/device_bytes"] = rss_bytes(), device_bytes()
         self._append(state.global_step, line)
@@ -76,26 +76,34 @@ class Record(TrainerCallback):
             handle.write(json.dumps({"step": step, "time": round(time.time(), 2), **figures}) + "\n")
 
 
-class Keeper(TrainerCallback):
+class CheckpointSealer(TrainerCallback):
     """Seals each checkpoint that transformers has written, then deletes what the rule no longer keeps."""
 
-    def __init__(self, counts: Counts, *, identity: Identity, keep: int, keep_best: bool, ranks: Ranks) -> None:
-        self.counts, self.identity, self.keep, self.keep_best, self.ranks = counts, identity, keep, keep_best, ranks
+    def __init__(
+        self, progress: TrainingProgress, *, fingerprint: TrainingFingerprint, keep: int, keep_best: bool, ranks: Ranks
+    ) -> None:
+        self.progress, self.fingerprint, self.keep, self.keep_best, self.ranks = (
+            progress,
+            fingerprint,
+            keep,
+            keep_best,
+            ranks,
+        )
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.ranks.barrier()  # each process has written its own state of random numbers
         if self.ranks.is_main:
             folder = Path(args.output_dir)
-            seal(path_of(folder, state.global_step), self.identity, counts=self.counts)
-            prune(folder, keep=self.keep, best_step=self.counts.best_step if self.keep_best else 0)
+            commit(path_of(folder, state.global_step), self.fingerprint, progress=self.progress)
+            prune(folder, keep=self.keep, best_step=self.progress.best_step if self.keep_best else 0)
         self.ranks.barrier()  # and none looks for a seal before it is there
 
 
-class Patience(TrainerCallback):
+class EarlyStopping(TrainerCallback):
     """Remembers the evaluation with the lowest held-out loss, and stops when ``patience`` others came after it."""
 
-    def __init__(self, counts: Counts, *, patience: int | None, keep_best: bool) -> None:
-        self.counts, self.patience, self.keep_best = counts, patience, keep_best
+    def __init__(self, progress: TrainingProgress, *, patience: int | None, keep_best: bool) -> None:
+        self.progress, self.patience, self.keep_best = progress, patience, keep_best
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any
@@ -103,21 +111,23 @@ class Patience(TrainerCallback):
         loss = (metrics or {}).get("eval_loss")
         if loss is None:
             return
-        counts = self.counts
-        counts.evaluations += 1
-        if math.isfinite(loss) and (counts.best_loss is None or loss < counts.best_loss):
-            counts.best_loss, counts.best_step, counts.waited = loss, state.global_step, 0
+        progress = self.progress
+        progress.evaluations += 1
+        if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
+            progress.best_loss, progress.best_step, progress.waited = loss, state.global_step, 0
             control.should_save = control.should_save or self.keep_best  # the best weights must outlive this process
             return
-        counts.waited += 1
-        if self.patience is not None and counts.waited >= self.patience and state.global_step < state.max_steps:
-            counts.stopped_early = control.should_training_stop = control.should_save = True
+        progress.waited += 1
+        if self.patience is not None and progress.waited >= self.patience and state.global_step < state.max_steps:
+            progress.stopped_early = control.should_training_stop = control.should_save = True
             best = (
-                f"{counts.best_loss:.4f} of step {counts.best_step}" if counts.best_loss is not None else "any number"
+                f"{progress.best_loss:.4f} of step {progress.best_step}"
+                if progress.best_loss is not None
+                else "any number"
             )
             log(
                 "train",
-                f"stops at step {state.global_step}: {counts.waited} evaluations in a row were no better than {best}",
+                f"stops at step {state.global_step}: {progress.waited} evaluations in a row were no better than {best}",
             )
 
 
@@ -160,17 +170,17 @@ class SaveOnSignal(TrainerCallback):
             )
 
 
-class Progress(TrainerCallback):
+class ProgressLine(TrainerCallback):
     """One live line: step, loss, tokens per second, trained share, memory, time left."""
 
-    def __init__(self, counts: Counts) -> None:
-        self.counts = counts
+    def __init__(self, progress: TrainingProgress) -> None:
+        self.progress = progress
         self.bar: Any = None
         self.started, self.before = 0.0, 0
         self.shown: dict[str, str] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.started, self.before = time.monotonic(), self.counts.tokens
+        self.started, self.before = time.monotonic(), self.progress.tokens
         self.bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
@@ -188,8 +198,8 @@ class Progress(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         seconds = max(time.monotonic() - self.started, 1e-9)
-        self.shown["tokens/s"] = f"{(self.counts.tokens - self.before) / seconds:.0f}"
-        self.shown["trained"] = f"{self.counts.trained / max(self.counts.tokens, 1):.0%}"
+        self.shown["tokens/s"] = f"{(self.progress.tokens - self.before) / seconds:.0f}"
+        self.shown["trained"] = f"{self.progress.trained / max(self.progress.tokens, 1):.0%}"
         self.shown["memory"] = human_bytes(device_bytes() or rss_bytes())
         self.bar.set_postfix(self.shown, refresh=False)
         self.bar.update(state.global_step - self.bar.n)

@@ -23,27 +23,29 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.console import log
 from finetune.errors import TrainError
+from finetune.quantization.config import spec as quantization_spec
 from finetune.run import to_jsonable
-from finetune.train.config import TrainConfig
-from finetune.train.progress import Counts
+from finetune.train.progress import TrainingProgress
 
 if TYPE_CHECKING:
-    from finetune.data import PreparedData
-    from finetune.hardware import Placement
     from finetune.launch.ranks import Ranks
-    from finetune.lora import LoraConfig
-    from finetune.model import Base
-    from finetune.optim import OptimConfig
+    from finetune.trainable import TrainingJob
 
 SEAL = "seal.json"
-SCHEMA = 1
+SCHEMA = 2
 FREE = (
-    "evaluations", "evaluation_rows", "checkpoints", "keep_checkpoints", "log_steps", "patience", "keep", "non_finite_steps",
+    "evaluations", "evaluation_rows", "checkpoints", "keep_checkpoints", "log_steps", "patience", "select", "non_finite_steps",
     "checkpointing", "offload",
 )  # fmt: skip
 """Fields of the train group that may change from one process of a run to the next: none of them changes a step."""
 
-Identity = dict[str, Any]
+ROUNDING = ("fused", "loss_on_trained_tokens", "native", "tiles")
+"""Kernel choices that round differently from their alternatives, so a run that continues must choose them again."""
+
+PLACED = ("device", "dtype", "attention", "optimizer")
+"""What changes a result about where a run computes."""
+
+TrainingFingerprint = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,62 +55,64 @@ class Checkpoint:
     Attributes:
         folder: ``checkpoint-N``.
         step: N, optimizer steps taken.
-        counts: What the run knew of itself then.
+        progress: What the run knew of itself then.
     """
 
     folder: Path
     step: int
-    counts: Counts
+    progress: TrainingProgress
 
 
-def identify(
-    config: TrainConfig,
-    *,
-    data: PreparedData,
-    base: Base,
-    quantization: dict[str, Any],
-    lora: LoraConfig,
-    optim: OptimConfig,
-    placement: Placement,
-    upcast: str,
-    packing: bool,
-    choice: dict[str, bool],
-    seed: int,
-) -> Identity:
-    """Everything that decides what the next step does to the adapter, by the name that a user would look for.
+def fingerprint_training(job: TrainingJob) -> TrainingFingerprint:
+    """Returns everything that decides what the next step does to the adapter, by the name that a user would look for.
 
-    Of ``kernels``, what was chosen counts, not what was asked for: ``auto`` may choose otherwise when it is asked again.
+    Of ``kernels``, what was chosen counts, not what was asked for: ``auto`` may choose otherwise on the next start.
     """
-    groups = {
-        "quantization": quantization,
-        "lora": to_jsonable(lora),
-        "optim": to_jsonable(optim),
-        "kernels": choice,
-        "train": to_jsonable(config),
-    }
-    named = {f"{group}.{name}": value for group, fields in groups.items() for name, value in fields.items()}
-    placed = {f"placement.{name}": getattr(placement, name) for name in ("device", "dtype", "attention", "optimizer")}
-    inputs = {"data.fingerprint": data.fingerprint, "model.sha256": base.sha256, "model.upcast": upcast}
+    trainable, spec = job.trainable, job.trainable.spec
+    fusion, placement = trainable.fusion, spec.placement
+    train = to_jsonable(job.config)
     for name in FREE:
-        named.pop(f"train.{name}")
-    return json.loads(json.dumps({**inputs, **named, **placed, "packing": packing, "run.seed": seed}))
+        train.pop(name)
+    entries = {
+        "data.fingerprint": job.data.fingerprint,
+        "model.sha256": spec.base.sha256,
+        "model.upcast": spec.config.upcast,
+        **_prefixed("quantization", quantization_spec(spec.quantization)),
+        **_prefixed("lora", to_jsonable(trainable.lora)),
+        **_prefixed("optim", to_jsonable(job.optim)),
+        **_prefixed("kernels", {name: fusion.switch.on and getattr(fusion.choice, name) for name in ROUNDING}),
+        **_prefixed("train", train),
+        **_prefixed("placement", {name: getattr(placement, name) for name in PLACED}),
+        "packing": trainable.packing,
+        "run.seed": job.seed,
+    }
+    fingerprint: TrainingFingerprint = json.loads(json.dumps(entries))
+    return fingerprint
 
 
-def seal(folder: Path, identity: Identity, *, counts: Counts) -> None:
-    """Declares a written checkpoint whole.
+def _prefixed(group: str, settings: dict[str, Any]) -> dict[str, Any]:
+    return {f"{group}.{name}": value for name, value in settings.items()}
+
+
+def commit(folder: Path, fingerprint: TrainingFingerprint, *, progress: TrainingProgress) -> None:
+    """Declares a written checkpoint complete.
 
     Args:
         folder: ``checkpoint-N``, every file of it written.
-        identity: From `identify`.
-        counts: How far the run is.
+        fingerprint: From `fingerprint_training`.
+        progress: How far the run is.
     """
     files = {}
     for file in _files(folder):
         _sync(file)
         files[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
     content = {
-        "schema": SCHEMA, "step": step_of(folder), "identity": identity, "counts": dataclasses.asdict(counts), "files": files,
-    }  # fmt: skip
+        "schema": SCHEMA,
+        "step": step_of(folder),
+        "identity": fingerprint,
+        "progress": dataclasses.asdict(progress),
+        "files": files,
+    }
     partial = folder / f"{SEAL}.partial"
     partial.write_text(json.dumps({**content, "sha256": _digest(content)}, indent=1), encoding="utf-8")
     _sync(partial)
@@ -117,50 +121,51 @@ def seal(folder: Path, identity: Identity, *, counts: Counts) -> None:
     _sync(folder.parent)
 
 
-def choose(folder: Path, identity: Identity) -> Checkpoint | None:
-    """The newest checkpoint that is whole and undamaged; those that are not are deleted, and it is said.
+def choose(folder: Path, fingerprint: TrainingFingerprint) -> Checkpoint | None:
+    """Returns the newest complete and undamaged checkpoint; deletes and logs those that are not.
 
     Args:
         folder: Holds ``checkpoint-N`` folders, or does not exist yet.
-        identity: Of the run that would go on.
+        fingerprint: Of the run that would continue.
 
     Returns:
-        None where there is nothing to go on from.
+        None where there is nothing to continue from.
 
     Raises:
         TrainError: The checkpoint was made with other data, another base or other settings; lists every difference.
     """
-    found = sorted((path for path in folder.glob("checkpoint-*") if path.is_dir()), key=step_of, reverse=True)
-    for number, path in enumerate(found):
-        trouble = find_damage(path)
-        if trouble is None:
+    paths = sorted((path for path in folder.glob("checkpoint-*") if path.is_dir()), key=step_of, reverse=True)
+    for number, path in enumerate(paths):
+        damage = find_damage(path)
+        if damage is None:
             content = _read(path)
-            _refuse_another_run(path, content["identity"], identity)
-            return Checkpoint(folder=path, step=step_of(path), counts=Counts(**content["counts"]))
-        before = (
-            f"{found[number + 1].name} is tried" if number + 1 < len(found) else "training starts from the beginning"
-        )
-        log("train", f"{path.name} {trouble}; it is deleted and {before}")
+            _refuse_another_run(path, content["identity"], fingerprint)
+            return Checkpoint(folder=path, step=step_of(path), progress=TrainingProgress(**content["progress"]))
+        following = "training starts from the beginning"
+        if number + 1 < len(paths):
+            following = f"{paths[number + 1].name} is tried"
+        log("train", f"{path.name} {damage}; it is deleted and {following}")
         remove(path)
     return None
 
 
-def choose_together(folder: Path, identity: Identity, *, ranks: Ranks) -> Checkpoint | None:
-    """What the first process chooses, in all of them: only it deletes, and only it looks while nobody writes."""
-    found = choose(folder, identity) if ranks.is_main else None
-    told = ranks.broadcast(
-        {"folder": str(found.folder), "step": found.step, "counts": dataclasses.asdict(found.counts)} if found else None
-    )
-    return Checkpoint(folder=Path(told["folder"]), step=told["step"], counts=Counts(**told["counts"])) if told else None
+def choose_on_all_ranks(folder: Path, fingerprint: TrainingFingerprint, *, ranks: Ranks) -> Checkpoint | None:
+    """Returns rank 0's choice in every process: only rank 0 deletes, and only it reads while nobody writes."""
+    checkpoint = choose(folder, fingerprint) if ranks.is_main else None
+    content = ranks.broadcast(to_jsonable(checkpoint))
+    if content is None:
+        return None
+    progress = TrainingProgress(**content["progress"])
+    return Checkpoint(folder=Path(content["folder"]), step=content["step"], progress=progress)
 
 
-def require_same_config_on_all_ranks(identity: Identity, *, ranks: Ranks) -> None:
-    """Processes that would take different steps must not add up their gradients: another GPU, say, or another base on a node."""
-    for rank, other in enumerate(ranks.all_gather(identity)):
+def require_same_config_on_all_ranks(fingerprint: TrainingFingerprint, *, ranks: Ranks) -> None:
+    """Refuses processes that would take different steps, on another GPU or another base, say: their gradients do not add up."""
+    for rank, other in enumerate(ranks.all_gather(fingerprint)):
         differences = "; ".join(
-            f"{name} is {identity[name]!r} and {other.get(name)!r} there"
-            for name in identity
-            if identity[name] != other.get(name)
+            f"{name} is {value!r} and {other.get(name)!r} there"
+            for name, value in fingerprint.items()
+            if value != other.get(name)
         )
         if differences:
             raise TrainError(
@@ -193,14 +198,14 @@ def step_of(path: Path) -> int:
     return int(number) if number.isdigit() else -1
 
 
-def forget_lost_best(counts: Counts, folder: Path) -> None:
+def forget_lost_best(progress: TrainingProgress, folder: Path) -> None:
     """Where the run went back to before a better evaluation, the earlier best may be deleted already; the better comes again."""
-    if counts.best_step and not is_complete(path_of(folder, counts.best_step)):
+    if progress.best_step and not is_complete(path_of(folder, progress.best_step)):
         log(
             "train",
-            f"the checkpoint of the best step so far, {counts.best_step}, is gone; the best is looked for from here on",
+            f"the checkpoint of the best step so far, {progress.best_step}, is gone; the best is looked for from here on",
         )
-        counts.best_step, counts.best_loss, counts.waited = 0, None, 0
+        progress.best_step, progress.best_loss, progress.waited = 0, None, 0
 
 
 def is_complete(path: Path) -> bool:
@@ -239,7 +244,7 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _refuse_another_run(path: Path, was: Identity, now: Identity) -> None:
+def _refuse_another_run(path: Path, was: TrainingFingerprint, now: TrainingFingerprint) -> None:
     names = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
     if names:
         differences = "; ".join(f"{name} was {was.get(name)!r} and is {now.get(name)!r}" for name in names)

@@ -1,84 +1,92 @@
-"""The train group, and what training leaves behind."""
+"""The train group."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from finetune.run import to_jsonable
 from finetune.train.preference import PreferenceConfig
 from finetune.train.preference import conflicts as preference_conflicts
 
 CHECKPOINTING = ("none", "selective", "full")
-KEEP = ("last", "best")
+SELECT = ("last", "best")
 OBJECTIVES = {"sft": "supervised", "dpo": "preference"}
-"""What may be learnt, and the ``data.objective`` whose rows it reads. KTO, ORPO and GRPO would be further lines."""
+"""Training objectives, each with the ``data.objective`` whose rows it reads."""
+
+NOT_IN_KEY = ("checkpoints", "keep_checkpoints", "log_steps", "non_finite_steps", "checkpointing", "offload")
+"""Settings that leave the adapter as it is."""
 
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
-    """How long, in which portions, and what is kept on the way."""
+    """Training length, batch size and checkpointing."""
 
     epochs: float
-    """Times over the data; not used where ``steps`` is set."""
+    """Number of passes over the data; not used where ``steps`` is set."""
 
     steps: int | None
-    """Optimizer steps; None trains for ``epochs``."""
+    """Number of optimizer steps; None trains for ``epochs``."""
 
     micro_batch: int
-    """Rows (or packs) that go through the model at once. Costs memory."""
+    """Rows (packs, if packed) of one forward pass. Memory grows with it."""
 
     tokens_per_step: int | None
     """Tokens that one optimizer step reads, about; micro-batches are accumulated up to it. None: ``rows_per_step``."""
 
     rows_per_step: int | None
-    """Rows (or packs) that one optimizer step reads, where ``tokens_per_step`` is None."""
+    """Rows (packs, if packed) that one optimizer step reads, where ``tokens_per_step`` is None."""
 
     checkpointing: str
-    """Activations: ``none`` keeps them (fast), ``full`` computes them again in the backward pass (small),
-    ``selective`` only the widest, those of gated layers."""
+    """Activation checkpointing: ``none`` keeps activations (fast), ``full`` recomputes them in the backward pass (small),
+    ``selective`` recomputes only the widest, those of gated layers."""
 
     offload: bool
-    """Keeps activations in the machine's memory instead of the GPU's; only with a GPU. Slower, and room for longer rows."""
+    """Keeps activations in host memory instead of the GPU's; needs a GPU. Slower, but fits longer rows."""
 
     group_by_length: bool
-    """Puts rows of like length into one micro-batch, so that less is padded. No step reads other rows for it."""
+    """Puts rows of similar length into one micro-batch, so that less is padded. Each step still reads the same rows."""
 
     neftune_alpha: float | None
-    """Noise on the embeddings while training, ``alpha / sqrt(tokens * width)`` wide; None for none.
+    """Noise on the embeddings in training, ``alpha / sqrt(tokens * width)`` wide; None for none.
     Source: NEFTune, arXiv 2310.05914, where 5 to 15 was used."""
 
     evaluations: int
-    """How often the held-out loss is taken during training, evenly spread; 0 for never."""
+    """Number of held-out evaluations during training, evenly spread; 0 for none."""
 
     evaluation_rows: int
-    """Held-out rows used for it."""
+    """Held-out rows of such an evaluation."""
 
     checkpoints: int
-    """How often a checkpoint is written during training, evenly spread; 0 for never."""
+    """Number of checkpoints during training, evenly spread; 0 for none."""
 
     keep_checkpoints: int
-    """Older checkpoints than these many are deleted, the best one apart where ``keep`` is ``best``."""
+    """Number of newest checkpoints to keep on disk, besides the best one where ``select`` is ``best``."""
 
-    keep: str
-    """Which adapter is the result: that of the ``last`` step, or of the evaluation with the lowest held-out loss, ``best``."""
+    select: str
+    """Which adapter is the result: that of the ``last`` step, or of the ``best`` evaluation by held-out loss."""
 
     patience: int | None
-    """Training stops after so many evaluations in a row without a lower held-out loss; None for never."""
+    """Early stopping: ends after this many evaluations in a row without a lower held-out loss; None for never."""
 
     non_finite_steps: int
-    """Steps in a row whose loss or gradient is no number, each of them skipped, after which training stops."""
+    """Number of steps in a row with a non-finite loss or gradient, each of them skipped, after which training stops."""
 
     log_steps: int
-    """Steps between two lines of the loss curve."""
+    """Number of optimizer steps between two points of the loss curve."""
 
     deterministic: bool
-    """Insists on kernels that give the same bits twice; slower on some GPUs."""
+    """Requires deterministic kernels; slower on some GPUs."""
 
     objective: str = "sft"
-    """``sft``: each trained token's likelihood; ``dpo``: a chosen answer's likelihood over that of a rejected one."""
+    """``sft``: likelihood of each trained token; ``dpo``: likelihood of a chosen answer over that of a rejected one."""
 
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
-    """Numbers of the objectives that compare answers; not used by ``sft``."""
+    """Settings of the objectives that compare answers; not used by ``sft``."""
+
+    def key(self) -> dict[str, Any]:
+        """Returns the settings that change the resulting adapter."""
+        settings: dict[str, Any] = to_jsonable(self)
+        return {name: value for name, value in settings.items() if name not in NOT_IN_KEY}
 
     def problems(self) -> Iterator[str]:
         if self.steps is None and self.epochs <= 0:
@@ -99,7 +107,7 @@ class TrainConfig:
         for key in ("evaluations", "checkpoints"):
             if getattr(self, key) < 0:
                 yield f"train.{key} must be 0 (never) or more; got {getattr(self, key)}"
-        for key, allowed in (("checkpointing", CHECKPOINTING), ("keep", KEEP), ("objective", tuple(OBJECTIVES))):
+        for key, allowed in (("checkpointing", CHECKPOINTING), ("select", SELECT), ("objective", tuple(OBJECTIVES))):
             if (value := getattr(self, key)) not in allowed:
                 yield f"train.{key} must be one of {', '.join(allowed)}; got {value!r}"
         if self.patience is not None and self.patience < 1:
@@ -107,13 +115,13 @@ class TrainConfig:
         if self.neftune_alpha is not None and self.neftune_alpha <= 0:
             yield f"train.neftune_alpha must be positive, or null for no noise; got {self.neftune_alpha}"
         if not self.evaluations:
-            for key, needs in (("patience", self.patience is not None), ("keep", self.keep == "best")):
+            for key, needs in (("patience", self.patience is not None), ("select", self.select == "best")):
                 if needs:
                     yield f"train.{key}={getattr(self, key)} goes by the held-out loss, which train.evaluations=0 never takes; set 4, say"
         yield from self.preference.problems()
 
     def conflicts(self, *, rows: str, variant: str, dropout: float) -> Iterator[str]:
-        """Problems with what other groups say.
+        """Yields problems with settings of other groups.
 
         Args:
             rows: ``data.objective``.
@@ -125,52 +133,3 @@ class TrainConfig:
             yield f"train.objective={self.objective} learns from data.objective={needed}; got {rows}: set data.objective={needed}"
         if self.objective != "sft":
             yield from preference_conflicts(variant=variant, dropout=dropout, neftune_alpha=self.neftune_alpha)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainedAdapter:
-    """A plain peft adapter in ``folder/adapter``, and how it came about.
-
-    Attributes:
-        folder: Holds adapter/, checkpoints/ and metrics.jsonl.
-        steps: Optimizer steps taken.
-        seconds: Time in the training loop, evaluations and checkpoints included.
-        tokens: Tokens read, padding left out.
-        trained_tokens: Tokens that made loss.
-        first_loss: Loss of the first logged step, in nats per trained token.
-        final_loss: Mean loss of the last tenth of the logged steps.
-        optimizer: What was asked for, what was used, why, and the bytes of its states.
-        adapter_sha256: Hash of adapter_model.safetensors.
-        resumed_from: The step that this training went on from, 0 for a fresh start.
-        kept_step: The step whose weights are in the adapter.
-        best_heldout_loss: The lowest one seen, in nats per trained token; None where none was taken.
-        stopped_early: Whether ``train.patience`` ended it.
-        skipped_steps: Steps that were not taken because their loss or gradient was no number; counted in ``steps``.
-        micro_batch: Rows that went through the model at once in the end; fewer than asked where memory ran out.
-    """
-
-    folder: Path
-    steps: int
-    seconds: float
-    tokens: int
-    trained_tokens: int
-    tokens_per_second: float
-    trained_tokens_per_second: float
-    first_loss: float
-    final_loss: float
-    optimizer: dict[str, Any]
-    trainable_parameters: int
-    adapter_sha256: str
-    adapter_dtype: str
-    resumed_from: int = 0
-    kept_step: int = 0
-    best_heldout_loss: float | None = None
-    stopped_early: bool = False
-    skipped_steps: int = 0
-    micro_batch: int = 0
-    curve: list[dict[str, float]] = field(default_factory=list)
-
-    @property
-    def adapter(self) -> Path:
-        """The peft folder."""
-        return self.folder / "adapter"

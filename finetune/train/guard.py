@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from finetune.train.progress import Counts
+    from finetune.train.progress import TrainingProgress
 
 MOST_ROWS = 20
 """Rows that a message names; more would bury the rest of it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Numbered:
-    """A collator whose micro-batches also carry the numbers of their rows, ``rows``, for the message of a `Guard`."""
+class CollatorWithRowIds:
+    """A collator whose micro-batches also carry the numbers of their rows, ``rows``, for the message of a `NonFiniteGuard`."""
 
     collate: Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
 
@@ -29,19 +29,19 @@ class Numbered:
         return {**self.collate(rows), "rows": [number for row in rows for number in row["rows"]]}
 
 
-class Guard:
+class NonFiniteGuard:
     """Stands between the backward pass and the optimizer.
 
     Args:
-        counts: Receives the number of steps left out.
+        progress: Receives the number of steps left out.
         limit: ``train.non_finite_steps``.
     """
 
-    def __init__(self, counts: Counts, *, limit: int) -> None:
-        self.counts, self.limit = counts, limit
+    def __init__(self, progress: TrainingProgress, *, limit: int) -> None:
+        self.progress, self.limit = progress, limit
         self.heard: list[tuple[Tensor, list[int], dict[str, Any]]] = []
 
-    def hear(self, loss: Tensor, *, rows: list[int], inputs: dict[str, Any]) -> Tensor:
+    def record_loss(self, loss: Tensor, *, rows: list[int], inputs: dict[str, Any]) -> Tensor:
         """Takes note of a micro-batch.
 
         Args:
@@ -57,7 +57,7 @@ class Guard:
         self.heard.append((loss.detach(), rows, inputs))
         return torch.where(torch.isfinite(loss), loss, torch.zeros_like(loss))
 
-    def clip(self, trainer: Any, model: nn.Module, *, max_norm: float) -> Tensor:
+    def clip_gradients(self, trainer: Any, model: nn.Module, *, max_norm: float) -> Tensor:
         """Scales the gradients down to ``max_norm``, or takes them away where the step must not be taken.
 
         An optimizer leaves a parameter without gradient alone, its state included. The schedule and the data go on. What
@@ -80,7 +80,7 @@ class Guard:
             finite = trainer.accelerator.gather(finite[None]).all()
         if finite:
             torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-            self.counts.skipped_in_a_row = 0
+            self.progress.skipped_in_a_row = 0
             return norm
         self._skip(trainer, model, norm=norm, heard=heard)
         for parameter in parameters:
@@ -90,10 +90,10 @@ class Guard:
     def _skip(
         self, trainer: Any, model: nn.Module, *, norm: Tensor, heard: list[tuple[Tensor, list[int], dict[str, Any]]]
     ) -> None:
-        self.counts.skipped += 1
+        self.progress.skipped += 1
         scaler = trainer.accelerator.scaler
         if scaler is None or scaler.get_scale() <= 1:  # above it, float16's scaler finds its scale by going too far
-            self.counts.skipped_in_a_row += 1
+            self.progress.skipped_in_a_row += 1
         broken = [one for one in heard if not one[0].isfinite()]
         rows = sorted({row for _, rows, _ in broken or heard for row in rows})
         seen = trainer.ranks.all_gather({"loss": float(broken[0][0]) if broken else None, "rows": rows})
@@ -101,8 +101,8 @@ class Guard:
         what = f"loss is {told['loss']}" if told else f"loss is fine, and the gradient's norm is {float(norm)}"
         read = _listed(told["rows"] if told else sorted({row for one in seen for row in one["rows"]}))
         step = trainer.state.global_step + 1
-        log("train", f"step {step} is left out: {what}; it read {read} ({self.counts.skipped} left out so far)")
-        if self.counts.skipped_in_a_row < self.limit:
+        log("train", f"step {step} is left out: {what}; it read {read} ({self.progress.skipped} left out so far)")
+        if self.progress.skipped_in_a_row < self.limit:
             return
         layer = next((one for one in trainer.ranks.all_gather(self._layer(trainer, model, broken)) if one), None)
         if layer is None:
@@ -112,7 +112,7 @@ class Guard:
                 else "every single gradient is finite, their norm is not"
             )
         raise TrainError(
-            f"train: {self.counts.skipped_in_a_row} steps in a row had a loss or gradient that is no number, and none of them was taken. "
+            f"train: {self.progress.skipped_in_a_row} steps in a row had a loss or gradient that is no number, and none of them was taken. "
             f"At step {step} the {what}; {layer}; it read {read}. The adapter of the last good step is in the last checkpoint. "
             "Likely causes: optim.learning_rate is too high, model.dtype=float16 overflows, or those rows: `finetune data why=<row>`"
         )

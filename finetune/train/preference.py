@@ -100,8 +100,8 @@ class PairCollator:
 
         answers = [*(chosen(row) for row in rows), *(rejected(row) for row in rows)]
         batch = Collator(flat=self.flat, pad_token_id=self.pad_token_id)(answers)
-        counts = [sum(label != IGNORED for label in answer["labels"]) for answer in answers]
-        return {**batch, "answer_tokens": torch.tensor(counts)}
+        progress = [sum(label != IGNORED for label in answer["labels"]) for answer in answers]
+        return {**batch, "answer_tokens": torch.tensor(progress)}
 
 
 def chosen(row: dict[str, Any]) -> dict[str, Any]:

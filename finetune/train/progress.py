@@ -1,4 +1,4 @@
-"""How far training has come: kept in every checkpoint, so that a resumed run counts on."""
+"""How far training has come: kept in every checkpoint, so that a resumed run progress on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(slots=True)
-class Counts:
+class TrainingProgress:
     """What a run knows about itself beside its weights.
 
     Attributes:
@@ -36,11 +36,11 @@ class Counts:
     stopped_early: bool = False
     narrowed: dict[str, int] = dataclasses.field(default_factory=dict)
 
-    def copy(self) -> Counts:
+    def copy(self) -> TrainingProgress:
         """The same figures in an object of their own."""
         return dataclasses.replace(self, narrowed=dict(self.narrowed))
 
-    def take(self, other: Counts) -> None:
+    def take(self, other: TrainingProgress) -> None:
         """Goes back, or on, to the figures of another."""
         for field in dataclasses.fields(self):
             setattr(self, field.name, getattr(other, field.name))

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Sampler
 
 
-class Order(Sampler[list[int]]):
+class StepBatchSampler(Sampler[list[int]]):
     """Micro-batches of one process, in a random order that every process of a launch agrees on.
 
     The rows of an optimizer step are decided first, by seed and epoch alone, and dealt to the processes then.

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer, told everything and left no room to decide. The only importer of trl."""
+"""TRL's SFTTrainer with every setting explicit. The only importer of trl, with arguments.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from datasets import load_from_disk
 from torch.utils.data import DataLoader
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from finetune.console import log
 from finetune.inference.collate import Collator
@@ -19,26 +19,22 @@ from finetune.inference.losses import mean_loss
 from finetune.inference.rows import read_rows
 from finetune.launch.gradients import all_reduce_gradients
 from finetune.lora import cast_adapter
-from finetune.optim import make_optimizer, schedule_arguments
+from finetune.optim import make_optimizer
 from finetune.train import preference
-from finetune.train.arguments import arguments, refuse_idle, rows_per_step, step_count
+from finetune.train.arguments import refuse_idle, rows_per_step, sft_config, step_count
 from finetune.train.distributed import distributed_row_losses, prepare_distributed
-from finetune.train.guard import Numbered
+from finetune.train.guard import CollatorWithRowIds
 from finetune.train.oom_retry import is_out_of_memory
-from finetune.train.sampler import Order, micro_batches
+from finetune.train.sampler import StepBatchSampler, micro_batches
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-    from finetune.data import PreparedData
-    from finetune.hardware import Placement
-    from finetune.kernels import Fusion
     from finetune.launch.ranks import Ranks
-    from finetune.lora import LoraConfig
-    from finetune.optim import OptimConfig
-    from finetune.train.config import TrainConfig
-    from finetune.train.guard import Guard
-    from finetune.train.progress import Counts
+    from finetune.preflight.trial import GradientRecorder
+    from finetune.train.guard import NonFiniteGuard
+    from finetune.train.progress import TrainingProgress
+    from finetune.trainable import TrainingJob
 
 EVALUATION_BATCH_TOKENS = 2048
 
@@ -48,33 +44,48 @@ class Loader(DataLoader[Any]):
 
     def set_epoch(self, epoch: int) -> None:
         """transformers calls it before each pass."""
-        assert isinstance(self.batch_sampler, Order)
+        assert isinstance(self.batch_sampler, StepBatchSampler)
         self.batch_sampler.set_epoch(epoch)
 
 
 class Trainer(SFTTrainer):
     """Counts tokens, and takes the held-out loss by token as every other stage does.
 
-    Of several processes, each computes the gradient of its own rows; `_clip_grad_norm` adds them up. The model is not
+    Of several processes, each computes the gradient of its own rows; `_clip_grad_norm` sums them. The model is not
     wrapped for it: the loss of a step is a sum over its trained tokens, divided by their number over all processes.
+
+    Args:
+        job: Model, rows and settings.
+        progress: Receives the counted tokens.
+        guard: Sees every loss, and the gradients before the optimizer.
+        sampler: Order of the rows.
+        held_out: Rows of the evaluations during training.
+        ranks: This process and the others.
+        arguments: Of `SFTTrainer`.
     """
 
-    counts: Counts
-    guard: Guard
-    order: Order
-    ranks: Ranks
-    quick: Fusion
-    optim: OptimConfig
-    config: TrainConfig
-    held_out: list[dict[str, Any]]
-    own_tokens, own_trained = 0, 0
-    shortage: str | None = None
+    def __init__(
+        self,
+        job: TrainingJob,
+        *,
+        progress: TrainingProgress,
+        guard: NonFiniteGuard | GradientRecorder,
+        sampler: StepBatchSampler,
+        held_out: list[dict[str, Any]],
+        ranks: Ranks,
+        **arguments: Any,
+    ) -> None:
+        self.job, self.fusion, self.progress, self.guard = job, job.trainable.fusion, progress, guard
+        self.sampler, self.held_out, self.ranks = sampler, held_out, ranks
+        self.own_tokens, self.own_trained = 0, 0
+        self.out_of_memory: str | None = None
+        super().__init__(model=job.trainable.model, processing_class=job.trainable.tokenizer, **arguments)
 
     def get_train_dataloader(self) -> Any:
         """Not accelerate's: that one would deal out whole micro-batches, and repeat rows where they do not come out even."""
         rows: Any = self.train_dataset
         return Loader(
-            rows, batch_sampler=self.order, collate_fn=self.collated, pin_memory=self.args.dataloader_pin_memory
+            rows, batch_sampler=self.sampler, collate_fn=self.collated, pin_memory=self.args.dataloader_pin_memory
         )
 
     def collated(self, rows: list[dict[str, Any]]) -> Any:
@@ -93,19 +104,19 @@ class Trainer(SFTTrainer):
         rows = inputs.pop("rows")
         if "instead" in inputs:
             self.join_collectives(model, inputs["instead"])
-        if not rows or self.shortage:
+        if not rows or self.out_of_memory:
             return torch.zeros((), device=self.args.device)
         try:
             loss = super().training_step(model, inputs, *arguments, **keywords)
         except (RuntimeError, MemoryError) as error:
             if self.ranks.count == 1 or self.ranks.shards or not is_out_of_memory(error):
                 raise
-            self.shortage = (
+            self.out_of_memory = (
                 str(error) or type(error).__name__
             )  # the others must hear of it before this step can be given up
             return torch.zeros((), device=self.args.device)
         return (
-            self.guard.hear(loss, rows=rows, inputs=inputs) * self.ranks.count
+            self.guard.record_loss(loss, rows=rows, inputs=inputs) * self.ranks.count
         )  # transformers logs the mean over processes
 
     def join_collectives(self, model: Any, inputs: dict[str, Any]) -> None:
@@ -118,7 +129,7 @@ class Trainer(SFTTrainer):
         (0.0 * loss).backward()
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        figures = [float(self.own_tokens), float(self.own_trained), float(self.shortage is not None)]
+        figures = [float(self.own_tokens), float(self.own_trained), float(self.out_of_memory is not None)]
         self.own_tokens = self.own_trained = 0
         if self.ranks.count > 1:
             learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -126,15 +137,16 @@ class Trainer(SFTTrainer):
         tokens, trained, short = (int(figure) for figure in figures)
         if short:
             raise MemoryError(
-                self.shortage or f"said {'one process' if short == 1 else f'{short} processes'} of {self.ranks.count}"
+                self.out_of_memory
+                or f"said {'one process' if short == 1 else f'{short} processes'} of {self.ranks.count}"
             )
-        self.counts.tokens += tokens
-        self.counts.trained += trained
-        return self.guard.clip(self, model, max_norm=self.args.max_grad_norm)
+        self.progress.tokens += tokens
+        self.progress.trained += trained
+        return self.guard.clip_gradients(self, model, max_norm=self.args.max_grad_norm)
 
     def create_optimizer(self, model: Any = None) -> Any:
         if self.optimizer is None:
-            self.optimizer = make_optimizer(self.model if model is None else model, self.optim, self.args)
+            self.optimizer = make_optimizer(self.model if model is None else model, self.job.optim, self.args)
         return self.optimizer
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
@@ -144,12 +156,12 @@ class Trainer(SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:  # fmt: skip
-        """Mean over the trained tokens of the whole accumulated step, which ``num_items_in_batch`` counts."""
+        """Mean over the trained tokens of the whole accumulated step, which ``num_items_in_batch`` progress."""
         if (
-            not self.quick.loss_on_trained_tokens
+            not self.fusion.loss_on_trained_tokens
         ):  # transformers multiplies by the processes, for gradients that are averaged
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch) / self.ranks.count
-        return self.quick.loss(self.accelerator.unwrap_model(model), inputs) / num_items_in_batch
+        return self.fusion.loss(self.accelerator.unwrap_model(model), inputs) / num_items_in_batch
 
     def held_out_figures(self, model: Any) -> dict[str, float]:
         """Nats per trained token over the held-out rows: transformers' own mean weighs batches, not tokens."""
@@ -188,16 +200,16 @@ class PreferenceTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:  # fmt: skip
-        """Mean over the pairs of the whole accumulated step, which ``num_items_in_batch`` counts."""
+        """Mean over the pairs of the whole accumulated step, which ``num_items_in_batch`` progress."""
         rest, tokens = dict(inputs), inputs["answer_tokens"]
         del rest["answer_tokens"]
         bare = self.accelerator.unwrap_model(model)
         with torch.no_grad(), bare.disable_adapter():
-            reference = preference.answer_logprobs(preference.token_losses(model, bare, rest, self.quick), tokens)
-        policy = preference.answer_logprobs(preference.token_losses(model, bare, rest, self.quick), tokens)
-        numbers = self.config.preference
-        self.sums = self.sums + preference.figures(policy, reference, beta=numbers.beta)
-        return preference.pair_losses(policy - reference, tokens, numbers).sum() / num_items_in_batch
+            reference = preference.answer_logprobs(preference.token_losses(model, bare, rest, self.fusion), tokens)
+        policy = preference.answer_logprobs(preference.token_losses(model, bare, rest, self.fusion), tokens)
+        preference_config = self.job.config.preference
+        self.sums = self.sums + preference.figures(policy, reference, beta=preference_config.beta)
+        return preference.pair_losses(policy - reference, tokens, preference_config).sum() / num_items_in_batch
 
     def join_collectives(self, model: Any, inputs: dict[str, Any]) -> None:
         before = self.sums
@@ -219,7 +231,7 @@ class PreferenceTrainer(Trainer):
     def held_out_figures(self, model: Any) -> dict[str, float]:
         """Mean loss of the held-out pairs, and how often the chosen answer wins."""
         return preference.held_out_figures(
-            model, self.held_out, self.config.preference, batch_tokens=EVALUATION_BATCH_TOKENS
+            model, self.held_out, self.job.config.preference, batch_tokens=EVALUATION_BATCH_TOKENS
         )
 
 
@@ -247,76 +259,74 @@ OBJECTIVES = {
 
 
 def make_trainer(
-    config: TrainConfig,
+    job: TrainingJob,
     *,
     folder: Path,
-    model: Any,
-    tokenizer: Any,
-    data: PreparedData,
-    lora: LoraConfig,
-    optim: OptimConfig,
-    placement: Placement,
-    upcast: str,
-    packing: bool,
-    quick: Fusion,
-    seed: int,
-    counts: Counts,
-    guard: Guard,
+    progress: TrainingProgress,
+    guard: NonFiniteGuard | GradientRecorder,
     callbacks: Sequence[TrainerCallback],
     ranks: Ranks,
 ) -> Trainer:
-    """The trainer, ready for ``train()``."""
+    """Makes the trainer, ready for ``train()``; see `Trainer` for the arguments."""
+    config, data, trainable = job.config, job.data, job.trainable
     objective = OBJECTIVES[config.objective]
     rows, row_tokens = load_from_disk(str(data.folder / "train")), data.tokens / data.packed_rows
     if objective.training:
         rows, row_tokens = objective.training(rows)
     per_step = rows_per_step(config, row_tokens=row_tokens)
-    accumulate = micro_batches(per_step, micro_batch=config.micro_batch, processes=ranks.count)
     steps = step_count(config, rows=len(rows), per_step=per_step)
-    unit = "pairs" if objective.training else "packs" if packing else "rows"
+    unit = "pairs" if objective.training else "packs" if trainable.packing else "rows"
     refuse_idle(per_step, unit=unit, processes=ranks.count)
+    accumulate = micro_batches(per_step, micro_batch=config.micro_batch, processes=ranks.count)
     shared = f" on each of {ranks.count} processes" if ranks.count > 1 else ""
     log(
         "train",
-        f"{steps} steps of {per_step} {unit} ({config.micro_batch} at once, {accumulate} accumulated{shared}), "
+        f"{steps} steps of {per_step} {unit} (micro-batch {config.micro_batch}, {accumulate} accumulated{shared}), "
         f"about {round(row_tokens * per_step):,} tokens each",
     )
-    autocast = placement.dtype if quick.autocast and (lora.dtype != placement.dtype or upcast != "none") else None
-    schedule = schedule_arguments(optim, steps=steps, tokens_per_step=row_tokens * per_step)
-    settings = arguments(
-        config, optim=optim, placement=placement, schedule={"max_steps": steps, **schedule}, accumulate=accumulate, autocast=autocast,
-        seed=seed,
-    )  # fmt: skip
+    held_out = []
+    if data.heldout_rows and config.evaluations:
+        held_out = read_rows(data.folder / "heldout", limit=config.evaluation_rows)
     trainer = objective.trainer(
-        model=model,
-        args=SFTConfig(output_dir=str(folder / "checkpoints"), **settings),
+        job,
+        progress=progress,
+        guard=guard,
+        sampler=StepBatchSampler(
+            len(rows),
+            rows_per_step=per_step,
+            micro_batch=config.micro_batch,
+            seed=job.seed,
+            process=ranks.rank,
+            processes=ranks.count,
+            lengths=[sum(documents) for documents in rows["seq_lengths"]] if config.group_by_length else None,
+        ),
+        held_out=objective.held_out(held_out) if objective.held_out else held_out,
+        ranks=ranks,
+        args=sft_config(
+            job, folder=folder / "checkpoints", steps=steps, step_tokens=row_tokens * per_step, accumulate=accumulate
+        ),
         train_dataset=rows,
         eval_dataset=rows.select([0]),  # only so that evaluation is switched on; `evaluate` reads held_out
-        processing_class=tokenizer,
-        data_collator=Numbered(objective.collator(flat=packing, pad_token_id=tokenizer.pad_token_id)),
+        data_collator=CollatorWithRowIds(
+            objective.collator(flat=trainable.packing, pad_token_id=trainable.tokenizer.pad_token_id)
+        ),
     )
-    trainer.counts, trainer.guard, trainer.quick, trainer.optim, trainer.config = counts, guard, quick, optim, config
-    trainer.order = Order(
-        len(rows), rows_per_step=per_step, micro_batch=config.micro_batch, seed=seed, process=ranks.rank, processes=ranks.count,
-        lengths=[sum(documents) for documents in rows["seq_lengths"]] if config.group_by_length else None,
-    )  # fmt: skip
-    trainer.ranks = ranks
-    held_out = (
-        read_rows(data.folder / "heldout", limit=config.evaluation_rows)
-        if data.heldout_rows and config.evaluations
-        else []
-    )
-    trainer.held_out = objective.held_out(held_out) if objective.held_out else held_out
-    changed = cast_adapter(model, lora.dtype)
+    _finish(trainer, callbacks)
+    return trainer
+
+
+def _finish(trainer: Trainer, callbacks: Sequence[TrainerCallback]) -> None:
+    """Undoes what TRL does to the adapter's dtype, joins the processes, and replaces transformers' callbacks."""
+    model, dtype = trainer.job.trainable.model, trainer.job.trainable.lora.dtype
+    changed = cast_adapter(model, dtype)
     if changed:
         log(
             "train",
-            f"adapter in {lora.dtype}: {changed} tensors are cast back, since TRL puts a quantized model's adapter into bfloat16",
+            f"adapter in {dtype}: {changed} tensors are cast back, since TRL casts a quantized model's adapter to bfloat16",
         )
-    if ranks.count > 1:
-        prepare_distributed(trainer, model, ranks=ranks, seed=seed)
+    if trainer.ranks.count > 1:
+        prepare_distributed(trainer, model, ranks=trainer.ranks, seed=trainer.job.seed)
     for unwanted in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(unwanted)
     for callback in callbacks:
         trainer.add_callback(callback)
-    return trainer

@@ -12,7 +12,8 @@ import torch
 from finetune.bench.lab import layers
 from finetune.bench.lab.offgrid import moved_off_the_grid, rescale_layer
 from finetune.errors import ModelError
-from finetune.model import Base, weights_sha256
+from finetune.model import Base
+from finetune.model.base import weights_sha256
 
 # Dettmers et al. 2023, QLoRA, appendix E: the sixteen levels of NormalFloat4.
 NF4 = [-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0,

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from finetune.data import DataConfig, PreparedData, prepare
+from finetune.data import DataConfig, prepare
+from finetune.products import PreparedData
 from tests.data.helpers import checks, write_jsonl
 
 NEUTRAL: dict[str, Any] = {

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from finetune.data import PreparedData
 from finetune.data.config import CheckConfig
+from finetune.products import PreparedData
 
 
 def checks(**changes: float) -> CheckConfig:

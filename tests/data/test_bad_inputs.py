@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from finetune.data import PreparedData
 from finetune.errors import DataError
+from finetune.products import PreparedData
 from tests.data.helpers import ledger, pair
 
 GOOD = json.dumps(pair()).encode() + b"\n"

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from finetune.data import PreparedData
 from finetune.data.checks.shingles import shingles, signatures
+from finetune.products import PreparedData
 from tests.data.helpers import checks, pair, write_jsonl
 
 WORDS = [

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from finetune.data import PreparedData
 from finetune.data.conversation import BadRow
 from finetune.data.formats import READERS, detect, unread
 from finetune.errors import DataError
+from finetune.products import PreparedData
 from tests.data.helpers import learnt, ledger, pair, split
 
 TOOL = {"type": "function", "function": {"name": "lookup", "parameters": {"type": "object"}}}

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from finetune.data import PreparedData
 from finetune.errors import DataError
+from finetune.products import PreparedData
 from tests.data.helpers import learnt, ledger, pair, split
 
 SHORT, LONG_PROMPT, LONG_ANSWER = pair("q", "a"), pair("word " * 80 + "end?", "short"), pair("q", "word " * 80)

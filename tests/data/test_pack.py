@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.data import PreparedData
 from finetune.data.pack import pack
+from finetune.products import PreparedData
 from tests.data.helpers import pair, split
 
 SENTENCES = [

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from finetune.data import PreparedData
 from finetune.errors import DataError
+from finetune.products import PreparedData
 from tests.data.helpers import ledger, pair, split, write_jsonl
 
 ROWS = [pair(f"What is {number}?", f"It is {number}.") for number in range(40)]

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from finetune.data import PreparedData
 from finetune.data import explain as print_explanation
 from finetune.data.config import SourceConfig
 from finetune.data.show.explain import explain
 from finetune.data.show.marked import SplitFile
 from finetune.errors import DataError
+from finetune.products import PreparedData
 from tests.data.helpers import pair, split, write_jsonl
 
 ROWS = [pair(f"What is {number}?", f"It is <b>{number}</b>.") for number in range(12)]

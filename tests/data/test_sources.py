@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from finetune.data import DataConfig, PreparedData, SourceConfig
+from finetune.data import DataConfig, SourceConfig
 from finetune.data.sources import resolve
 from finetune.errors import DataError
+from finetune.products import PreparedData
 from tests.data.helpers import ledger, pair, split, write_jsonl
 
 ROWS = [pair(f"What is {number}?", f'It is "{number}",\nindeed.') for number in range(6)]

@@ -10,11 +10,12 @@ import torch
 from artifacts import Line, Made
 
 from finetune.errors import EvalError
-from finetune.eval import EvalConfig, Scores, score
+from finetune.eval import EvalConfig, score
 from finetune.inference.losses import mean_loss, row_losses
 from finetune.inference.rows import read_rows
 from finetune.merge.adapter_deltas import read_changes
 from finetune.merge.candidates import build
+from finetune.products import Scores
 
 CONFIG: dict[str, Any] = {
     "rows": 4, "loss_rows": 8, "max_new_tokens": 6, "batch_rows": 3, "batch_tokens": 256,

@@ -13,11 +13,12 @@ from test_export import Facts, judge, merged, run  # noqa: F401  # fixtures
 from transformers import AutoModelForCausalLM
 
 from finetune.errors import ExportError
-from finetune.export import Exports, load
+from finetune.export import load
 from finetune.inference.adapted import load_adapted_model
 from finetune.merge.adapter_deltas import read_changes
 from finetune.merge.candidates import build
 from finetune.merge.graph import dequantized
+from finetune.products import Exports
 from finetune.quantization import protect, quantized_layers
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from finetune.errors import ExportError, ModelError
 from finetune.eval import EvalConfig, Judge
 from finetune.eval.records import RecordFile
-from finetune.export import ExportConfig, Exports, export, load
+from finetune.export import ExportConfig, export, load
 from finetune.export.parity import Expected, compare, last_logits
 from finetune.inference.adapted import load_adapted_model
 from finetune.inference.generation import Answer
@@ -27,6 +27,7 @@ from finetune.inference.losses import row_losses
 from finetune.inference.rows import read_rows
 from finetune.merge.adapter_deltas import read_changes
 from finetune.merge.candidates import build, write_chat
+from finetune.products import Exports
 
 BOUNDS: dict[str, Any] = {
     "golden_rows": 2,

@@ -14,7 +14,7 @@ from artifacts import Made
 from test_export import Facts, judge, merged, run  # noqa: F401  # fixtures
 
 from finetune.errors import ExportError
-from finetune.export import Exports
+from finetune.products import Exports
 
 pytest.importorskip("gguf", reason="needs pip install 'finetune[gguf]'")
 pytest.importorskip("xllamacpp", reason="needs pip install 'finetune[gguf]'")

@@ -13,10 +13,10 @@ from test_export import Facts, judge, merged, run  # noqa: F401  # fixtures
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, MistralConfig
 
 from finetune.errors import ExportError
-from finetune.export import Exports
 from finetune.export.needs import PACKAGES
 from finetune.export.onnx import make, onnx_snippet
 from finetune.export.onnx_runtime import _last_logits, _loss
+from finetune.products import Exports
 
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(package) is None for package in PACKAGES["onnx"]),

@@ -12,7 +12,8 @@ from test_export import Facts, judge, merged, run  # noqa: F401  # fixtures
 from transformers import AutoModelForCausalLM
 
 from finetune.errors import ExportError
-from finetune.export import Exports, load
+from finetune.export import load
+from finetune.products import Exports
 
 Run = Callable[..., Exports]
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from finetune.train.sampler import Order
+from finetune.train.sampler import StepBatchSampler
 
 LENGTHS = [7, 3, 9, 1, 5, 2, 8, 6, 4, 11]
 
@@ -15,7 +15,7 @@ def steps(
     """Rows of each step, all processes together; each must make as many micro-batches as the others."""
     own = []
     for process in range(processes):
-        order = Order(
+        order = StepBatchSampler(
             rows,
             rows_per_step=rows_per_step,
             micro_batch=micro_batch,
@@ -53,6 +53,7 @@ def test_each_step_reads_the_rows_that_one_process_would_read_once_each(
 
 def test_process_without_rows_in_the_last_step_makes_an_empty_micro_batch() -> None:
     last = [
-        list(Order(9, rows_per_step=4, micro_batch=1, seed=3, process=process, processes=2))[-1] for process in range(2)
+        list(StepBatchSampler(9, rows_per_step=4, micro_batch=1, seed=3, process=process, processes=2))[-1]
+        for process in range(2)
     ]
     assert sorted(map(len, last)) == [0, 1]

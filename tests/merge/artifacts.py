@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from finetune.hardware import Placement
-from finetune.model import Base, ModelConfig, weights_sha256
+from finetune.model import Base, ModelConfig
+from finetune.model.base import weights_sha256
 from finetune.quantization import QuantizationConfig
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -18,10 +18,11 @@ from finetune.inference.adapted import load_adapted_model
 from finetune.inference.kl_divergence import agreement, reference_logprobs
 from finetune.inference.losses import mean_loss, row_losses
 from finetune.inference.rows import read_rows
-from finetune.merge import MergeConfig, MergedModel, merge
+from finetune.merge import MergeConfig, merge
 from finetune.merge.adapter_deltas import read_changes
 from finetune.merge.candidates import build
 from finetune.merge.graph import dequantized
+from finetune.products import MergedModel
 
 CONFIG: dict[str, Any] = {
     "choose": "fidelity", "candidates": ["dequantized", "original"], "max_loss_increase": 0.5, "loss_rows": 8, "measure_tokens": 60,

@@ -13,9 +13,10 @@ from finetune.config import load as load_config
 from finetune.kernels import Fusion, KernelsConfig, apply_fusion
 from finetune.launch import Ranks
 from finetune.model import Base
-from finetune.preflight import PreflightConfig, PreflightResult, UpcomingRun, result_cache, run_preflight
+from finetune.preflight import PreflightConfig, UpcomingRun, result_cache, run_preflight
 from finetune.preflight.build_context import make_context
 from finetune.preflight.context import Bench
+from finetune.products import PreflightResult
 from tests.quantization.test_bnb import PLACEMENT, load
 from tests.rows import prepared_rows
 

@@ -11,12 +11,12 @@ import torch
 
 from finetune import lora
 from finetune.config import load as load_config
-from finetune.data import PreparedData
 from finetune.kernels import apply_fusion
 from finetune.launch import Ranks
 from finetune.launch.shards import PLAIN
 from finetune.model import Base
-from finetune.train import TrainedAdapter, assist, fit
+from finetune.products import PreparedData, TrainedAdapter
+from finetune.train import assist, fit
 from tests.quantization.test_bnb import PLACEMENT, load
 from tests.rows import prepared_rows
 

@@ -1,12 +1,12 @@
-"""A checkpoint counts when its seal holds, and only then."""
+"""A checkpoint progress when its seal holds, and only then."""
 
 from pathlib import Path
 
 import pytest
 
 from finetune.errors import TrainError
-from finetune.train.checkpoints import SEAL, choose, prune, seal
-from finetune.train.progress import Counts
+from finetune.train.checkpoints import SEAL, choose, commit, prune
+from finetune.train.progress import TrainingProgress
 
 IDENTITY = {"data.fingerprint": "abc", "train.steps": 8}
 
@@ -17,7 +17,7 @@ def written(folder: Path, step: int, *, sealed: bool = True) -> Path:
     (path / "adapter_model.safetensors").write_bytes(b"weights of step %d" % step)
     (path / "trainer_state.json").write_text("{}")
     if sealed:
-        seal(path, IDENTITY, counts=Counts(tokens=100 * step, narrowed={"micro_batch": 2}))
+        commit(path, IDENTITY, progress=TrainingProgress(tokens=100 * step, narrowed={"micro_batch": 2}))
     return path
 
 
@@ -27,7 +27,7 @@ def test_newest_whole_checkpoint_is_chosen_with_its_counts(tmp_path: Path) -> No
     chosen = choose(tmp_path, IDENTITY)
     assert chosen is not None
     assert (chosen.step, chosen.folder) == (10, tmp_path / "checkpoint-10")
-    assert chosen.counts == Counts(tokens=1000, narrowed={"micro_batch": 2})
+    assert chosen.progress == TrainingProgress(tokens=1000, narrowed={"micro_batch": 2})
 
 
 def test_checkpoint_without_a_seal_is_deleted_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

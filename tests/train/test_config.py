@@ -4,14 +4,14 @@ import pytest
 
 from finetune.config import load
 from finetune.errors import ConfigError
-from finetune.train.sampler import Order
+from finetune.train.sampler import StepBatchSampler
 
 
 @pytest.mark.parametrize(
     ("override", "problem"),
     [
         ("train.patience=0", "train.patience must be at least 1, or null for never; got 0"),
-        ("train.keep=first", "train.keep must be one of last, best; got 'first'"),
+        ("train.select=first", "train.select must be one of last, best; got 'first'"),
         ("train.non_finite_steps=0", "train.non_finite_steps must be at least 1; got 0"),
         ("train.neftune_alpha=-1", "train.neftune_alpha must be positive, or null for no noise; got -1.0"),
         ("train.checkpointing=some", "train.checkpointing must be one of none, selective, full; got 'some'"),
@@ -23,7 +23,7 @@ def test_setting_outside_its_rule_is_named(override: str, problem: str) -> None:
     assert list(refusal.value.problems) == [problem]
 
 
-@pytest.mark.parametrize("override", ["train.patience=2", "train.keep=best"])
+@pytest.mark.parametrize("override", ["train.patience=2", "train.select=best"])
 def test_settings_that_go_by_the_heldout_loss_need_it_taken(override: str) -> None:
     with pytest.raises(ConfigError, match=r"goes by the held-out loss, which train\.evaluations=0 never takes"):
         load(["+experiment=quickstart", "train.evaluations=0", override])
@@ -32,7 +32,8 @@ def test_settings_that_go_by_the_heldout_loss_need_it_taken(override: str) -> No
 def test_grouping_by_length_moves_no_row_to_another_step() -> None:
     lengths = [7, 3, 9, 1, 5, 8, 2, 6, 4, 10]
     one, other = (
-        [row for [row] in Order(10, rows_per_step=4, micro_batch=1, seed=3, lengths=given)] for given in (lengths, None)
+        [row for [row] in StepBatchSampler(10, rows_per_step=4, micro_batch=1, seed=3, lengths=given)]
+        for given in (lengths, None)
     )
     assert one != other
     for start in (0, 4, 8):
@@ -43,7 +44,7 @@ def test_grouping_by_length_moves_no_row_to_another_step() -> None:
 
 def test_order_depends_on_seed_and_epoch_alone() -> None:
     def numbers(seed: int, epoch: int) -> list[int]:
-        order = Order(50, rows_per_step=5, micro_batch=1, seed=seed)
+        order = StepBatchSampler(50, rows_per_step=5, micro_batch=1, seed=seed)
         order.set_epoch(epoch)
         return [row for [row] in order]
 

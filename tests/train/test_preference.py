@@ -13,12 +13,13 @@ from datasets import Dataset
 
 from finetune import lora
 from finetune.config import load as load_config
-from finetune.data import PreparedData, prepare
+from finetune.data import prepare
 from finetune.errors import ConfigError, Interrupted, TrainError
 from finetune.kernels import apply_fusion
 from finetune.launch import Ranks
 from finetune.model import Base
-from finetune.train import TrainedAdapter, fit
+from finetune.products import PreparedData, TrainedAdapter
+from finetune.train import fit
 from finetune.train.preference import (
     PairCollator,
     PreferenceConfig,

@@ -36,7 +36,9 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     from finetune.inference.adapted import free
     from finetune.inference.kl_divergence import Reference, agreement, reference_logprobs
     from finetune.memory import rss_bytes
-    from finetune.model import Base, load, resident_bytes, weights_sha256
+    from finetune.model import Base, ModelSpec
+    from finetune.model.base import weights_sha256
+    from finetune.model.load import resident_bytes
 
     torch.set_num_threads(request["threads"])
     config = compose(request["overrides"])
@@ -44,10 +46,11 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     placement = dataclasses.replace(placement, dtype=request["dtype"], threads=request["threads"])
     folder = Path(request["folder"])
     base = Base(folder=folder, name=str(folder), revision=None, sha256=weights_sha256(folder), source="folder")
+    spec = ModelSpec(base=base, config=config.model, quantization=config.quantization, placement=placement)
 
     def loaded() -> tuple[Any, float]:
         started = time.perf_counter()
-        model = load(base, config.model, quantization=config.quantization, placement=placement)
+        model = spec.load()
         return model, round(time.perf_counter() - started, 2)
 
     made, make_seconds = loaded()
@@ -81,7 +84,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         [[one.loss, one.tokens, one.correct] for one in agreed.losses],
         agreed.distances,
     )
-    found["scores"] = task_scores(model, base, request["task"])
+    found["scores"] = task_scores(model, spec, request["task"])
     found["humaneval"] = programs(folder, request["humaneval"])
     return {**found, "reference": dataclasses.asdict(dataclasses.replace(reference, losses=()))}
 
@@ -123,7 +126,7 @@ def disk_bytes(model: Any, quantization: Any) -> int:
     )
 
 
-def task_scores(model: Any, base: Any, asked: dict[str, Any] | None) -> list[float]:
+def task_scores(model: Any, spec: Any, asked: dict[str, Any] | None) -> list[float]:
     """Per held-out row of the task, how good the answer is."""
     from finetune.bench.lab.task import Task, scores
     from finetune.inference.rows import read_rows
@@ -131,7 +134,7 @@ def task_scores(model: Any, base: Any, asked: dict[str, Any] | None) -> list[flo
     if asked is None:
         return []
     task = Task(**{**asked, "data": Path(asked["data"])})
-    return scores(model, base, task, read_rows(task.data / "heldout"))
+    return scores(model, spec, task, read_rows(task.data / "heldout"))
 
 
 def programs(folder: Path, asked: dict[str, Any] | None) -> dict[str, Any]:

@@ -83,16 +83,16 @@ def losses(model: Any, rows: list[dict[str, Any]]) -> list[tuple[float, int]]:
     return [(one.loss, one.tokens) for one in row_losses(model, rows, batch_tokens=BATCH_TOKENS)]
 
 
-def scores(model: Any, base: Any, task: Task, rows: list[dict[str, Any]]) -> list[float]:
+def scores(model: Any, spec: Any, task: Task, rows: list[dict[str, Any]]) -> list[float]:
     """Per row, how good the greedy answer is; empty where no metric was asked for."""
     from finetune.eval.metrics import METRICS, prepare_rows
-    from finetune.inference.chat import chat_of
+    from finetune.inference.chat import load_chat
     from finetune.inference.generation import generate
 
     if not task.metric:
         return []
     prepare_rows(rows, [task.metric], task.data / "heldout")
-    chat = chat_of(base, task.data, trust_remote_code=False)
+    chat = load_chat(spec, task.data)
     prompts = [row["prompt_ids"] for row in rows]
     answers = generate(
         model, chat.tokenizer, prompts, max_new_tokens=task.max_new_tokens, batch_rows=BATCH_ROWS, ends=chat.ends

@@ -25,19 +25,16 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     from finetune.config import load
     from finetune.inference.adapted import load_adapted_model
     from finetune.inference.rows import read_rows
-    from finetune.model import fetch
+    from finetune.model import ModelSpec
 
     run, config = Path(request["run"]), load(request["overrides"])
     placement = hardware.place(hardware.probe(config.hardware), config)
     torch.set_num_threads(placement.threads)
-    base = fetch(config.model)
-    adapter = run / "train" / "adapter"
-    graph = load_adapted_model(
-        base, config.model, quantization=config.quantization, placement=placement, adapter=adapter
-    )
+    spec = ModelSpec.resolve(config, placement)
+    graph = load_adapted_model(spec, run / "train" / "adapter")
     task = Task(data=run / "data", metric=request["metric"], max_new_tokens=request["max_new_tokens"])
     rows = read_rows(task.data / "heldout")
-    found: dict[str, Any] = {"losses": losses(graph, rows), "scores": scores(graph, base, task, rows), "untuned": None}
+    found: dict[str, Any] = {"losses": losses(graph, rows), "scores": scores(graph, spec, task, rows), "untuned": None}
     if request["untuned"]:
         with graph.disable_adapter():
             found["untuned"] = losses(graph, rows)

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.config import DataConfig
-from finetune.data.product import PreparedData
 from finetune.data.row_flags import delicate
 from finetune.data.show.chart import histogram
 from finetune.data.show.lines import Lines, gather
 from finetune.data.show.marked import Document, SplitFile, runs
+from finetune.products import PreparedData
 
 HELDOUT_SHOWN = 3
 LONGEST_SHOWN_CHARACTERS = 6000

@@ -4,7 +4,7 @@ import json
 
 from finetune.console import log
 from finetune.data.config import DataConfig
-from finetune.data.product import PreparedData
+from finetune.products import PreparedData
 
 
 def say_summary(product: PreparedData, config: DataConfig) -> None:

@@ -25,11 +25,11 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
     from finetune.export.gguf.file import write_model
 
     source, target = work.merged.folder / "model", work.desk / name
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=work.model.trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=work.spec.config.trust_remote_code)
     chat = dataclasses.replace(work.chat, tokenizer=tokenizer)
     target.mkdir()
     notes = write_model(
-        source, target / FILE, chat=chat, numbers=settings.numbers, name=work.base.name, threads=work.placement.threads
+        source, target / FILE, chat=chat, numbers=settings.numbers, name=work.spec.base.name, threads=work.spec.placement.threads
     )  # fmt: skip
     notes += ollama.write(target / "Modelfile", chat, source=f"FROM ./{FILE}")
     snippet = server_snippet(f"{name}/{FILE}", ollama=f"{name}/Modelfile" if tokenizer.chat_template else "")

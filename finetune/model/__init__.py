@@ -1,0 +1,11 @@
+"""The base model: finds it, describes how it is loaded, loads it.
+
+spec = ModelSpec(base=fetch(config.model), config=config.model, quantization=config.quantization, placement=placement)
+tokenizer, model = spec.load_tokenizer(), spec.load()
+"""
+
+from finetune.model.base import Base, fetch
+from finetune.model.config import ModelConfig
+from finetune.model.spec import ModelSpec
+
+__all__ = ["Base", "ModelConfig", "ModelSpec", "fetch"]

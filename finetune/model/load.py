@@ -1,0 +1,145 @@
+"""Loads the base model and its tokenizer."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.errors import ModelError
+from finetune.model.base import Base, weights_sha256
+from finetune.trust import check_remote_code, offer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from finetune.model.spec import ModelSpec
+
+PAD_TOKENS = (
+    "<pad>",
+    "<|pad|>",
+    "[PAD]",
+    "<|finetune_right_pad_id|>",
+    "<|reserved_special_token_0|>",
+    "<|endoftext|>",
+    "<unk>",
+)
+
+
+def load_tokenizer(base: Base, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Loads the base's tokenizer, with a pad token other than the end token wherever the vocabulary has one.
+
+    Raises:
+        ModelError: The folder has no tokenizer that transformers can read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base.folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"model.name: {base.folder} holds no tokenizer that transformers can read ({error}); "
+            f"add tokenizer.json{offer(base.folder)}"
+        ) from error
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        vocabulary = tokenizer.get_vocab()
+        pads = (
+            token for token in PAD_TOKENS if vocabulary.get(token, tokenizer.eos_token_id) != tokenizer.eos_token_id
+        )
+        tokenizer.pad_token = next(pads, None) or tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def describe_padding(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns one sentence on the pad token that was chosen."""
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        return (
+            f"pad token {tokenizer.pad_token} is also the end token, since the vocabulary has no other; "
+            "labels are masked by position, so the end token is still trained"
+        )
+    return f"pad token {tokenizer.pad_token}, end token {tokenizer.eos_token}"
+
+
+def load_model(spec: ModelSpec) -> PreTrainedModel:
+    """Loads the base, quantized as the spec says, in evaluation mode and without gradients.
+
+    A quantized base is read from its cached copy where there is one. A model with code of its own has no copy: the code
+    beside it would then be run from the cache.
+
+    Raises:
+        ModelError: The model has no layer to quantize, or transformers cannot load it.
+    """
+    from finetune.quantization import check_keep, protect, quantized_cache, quantized_layers
+
+    base, config, quantization = spec.base, spec.config, spec.quantization
+    cache = None
+    if spec.is_quantized and not config.trust_remote_code:
+        cache = quantized_cache(
+            base.folder, weights=weights_sha256(base.folder), quantization=quantization, placement=spec.placement
+        )
+    cached = cache.read(lambda folder: _open(folder, spec)) if cache else None
+    model = cached if cached is not None else _load_and_quantize(spec)
+    protect(model)
+    if spec.is_quantized and not quantized_layers(model):
+        raise ModelError(
+            f"quantization.method={quantization.method}: {config.name} has no linear layer to quantize; "
+            "use quantization=none"
+        )
+    check_keep(model, quantization.keep)
+    if cache and cached is None:
+        cache.keep(model)
+    model.name_or_path = model.config._name_or_path = str(base.folder)  # peft writes it into the adapter
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _load_and_quantize(spec: ModelSpec) -> PreTrainedModel:
+    from finetune.quantization import loader_arguments, quantize
+
+    folder, dtype = spec.base.folder, spec.placement.dtype
+    try:
+        model = _open(folder, spec, **loader_arguments(spec.quantization, dtype=dtype))
+        quantize(model, spec.quantization, dtype=dtype)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(
+            f"model.name={spec.config.name}: transformers cannot load {folder}: {error}{offer(folder)}"
+        ) from error
+    return model
+
+
+def _open(folder: Path, spec: ModelSpec, **arguments: Any) -> PreTrainedModel:
+    """Loads a folder's model onto its device, with further arguments of ``from_pretrained``."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from finetune.quantization import prepare
+
+    prepare()
+    check_remote_code(folder, spec.config.remote_code)
+    device = spec.placement.device
+    rank = os.environ.get("LOCAL_RANK") if device == "cuda" else None
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=getattr(torch, spec.placement.dtype),
+        attn_implementation=spec.placement.attention,
+        device_map={"": device if rank is None else f"cuda:{rank}"},
+        trust_remote_code=spec.config.trust_remote_code,
+        use_safetensors=True,
+        **arguments,
+    )
+    return model
+
+
+def resident_bytes(model: Any) -> int:
+    """Returns the bytes of parameters, buffers and quantization constants in memory."""
+    from finetune.quantization import holdings
+
+    return sum(tensor.numel() * tensor.element_size() for _, tensor in holdings(model))
+
+
+def parameter_count(model: Any) -> int:
+    """Counts the weights of the dense model, however they are packed. Tied weights count once."""
+    from finetune.quantization import dense_parameters
+
+    return dense_parameters(model)

@@ -1,0 +1,165 @@
+"""The model that preflight and training share, and everything that one training needs."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from finetune import lora
+from finetune.console import human_bytes, log
+from finetune.inference.adapted import free
+from finetune.kernels import apply_fusion
+from finetune.launch.shards import PLAIN
+from finetune.model.load import parameter_count, resident_bytes
+from finetune.quantization.config import spec as quantization_spec
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+    from finetune.config import RunConfig
+    from finetune.kernels import Fusion
+    from finetune.lora import LoraConfig
+    from finetune.model import ModelSpec
+    from finetune.optim import OptimConfig
+    from finetune.products import PreflightResult, PreparedData
+    from finetune.train import TrainConfig
+
+
+@dataclass(kw_only=True)
+class TrainableModel:
+    """A quantized base with an adapter on it, in memory.
+
+    Attributes:
+        model: The adapted model.
+        tokenizer: Its tokenizer.
+        spec: How the base was loaded.
+        lora: The lora group.
+        fusion: How a training step is computed.
+        parameters: Weights of the base.
+        base_bytes: Bytes of the base in memory.
+        packing: Whether several documents may share a row without padding.
+    """
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    spec: ModelSpec
+    lora: LoraConfig
+    fusion: Fusion
+    parameters: int = 0
+    base_bytes: int = 0
+    packing: bool = True
+
+    def apply(self, result: PreflightResult) -> None:
+        """Trains unpacked, or with plain layers, where the preflight found that the fast way is not exact."""
+        self.packing = self.packing and result.isolates
+        self.fusion.switch.on = self.fusion.switch.on and result.quick
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingJob:
+    """What is trained, on what, and how.
+
+    Attributes:
+        config: The train group.
+        optim: The optim group.
+        trainable: The model in memory.
+        data: The prepared rows.
+        seed: Seeds the order of the rows and dropout.
+    """
+
+    config: TrainConfig
+    optim: OptimConfig
+    trainable: TrainableModel
+    data: PreparedData
+    seed: int
+
+
+@contextmanager
+def trainable_model(
+    config: RunConfig, spec: ModelSpec, data: PreparedData, *, stage: AbstractContextManager[dict[str, Any]]
+) -> Iterator[Callable[[], TrainableModel]]:
+    """Yields a function that loads the trainable model on its first call; frees the model at the end.
+
+    Args:
+        config: The whole configuration.
+        spec: The base and how it is loaded.
+        data: Training rows, which ``lora.variant=eva`` starts from.
+        stage: Entered while the model loads; the dict that it gives receives what the manifest says about the model.
+    """
+
+    @cache
+    def load() -> TrainableModel:
+        with stage as facts:
+            trainable = load_trainable_model(config, spec, data)
+            facts.update(describe(trainable))
+        return trainable
+
+    try:
+        yield load
+    finally:
+        load.cache_clear()
+        gc.enable()
+        free()
+
+
+def load_trainable_model(config: RunConfig, spec: ModelSpec, data: PreparedData) -> TrainableModel:
+    """Loads the quantized base, attaches a new adapter and fuses layers.
+
+    Garbage collection is off from the start of a run until here: looking through a million objects that stay would take
+    a tenth of the start.
+    """
+    sharded = config.launch.strategy == "fsdp"  # then the base is built in host memory and goes to the devices in parts
+    base = (spec.on("cpu") if sharded else spec).load()
+    parameters, base_bytes = parameter_count(base), resident_bytes(base)
+    method = spec.quantization.method
+    log("model", f"{spec.config.name}: {parameters:,} parameters in {human_bytes(base_bytes)} as {method}")
+    documents = None
+    if config.lora.variant == "eva":
+        documents = lora.read_documents(data.folder / "train", tokens=config.lora.calibration_tokens)
+    adapted = lora.attach(
+        base,
+        config.lora,
+        upcast=config.model.upcast,
+        checkpointing=config.train.checkpointing == "full",
+        seed=config.run.seed,
+        calibration=documents,
+        original=spec.base.folder,
+    )
+    fusion = apply_fusion(
+        adapted,
+        config.kernels,
+        placement=spec.placement,
+        checkpointing=config.train.checkpointing,
+        fusion_obstacle=PLAIN if sharded else None,
+    )
+    gc.freeze()
+    gc.enable()
+    return TrainableModel(
+        model=adapted,
+        tokenizer=spec.load_tokenizer(),
+        spec=spec,
+        lora=config.lora,
+        fusion=fusion,
+        parameters=parameters,
+        base_bytes=base_bytes,
+    )
+
+
+def describe(trainable: TrainableModel) -> dict[str, Any]:
+    """Returns what the run's manifest says about the model."""
+    spec, model = trainable.spec, trainable.model
+    return {
+        "name": spec.config.name,
+        "revision": spec.base.revision,
+        "sha256": spec.base.sha256,
+        "parameters": trainable.parameters,
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "quantization": quantization_spec(spec.quantization),
+        "bytes": trainable.base_bytes,
+        "kernels": list(trainable.fusion.choice.reasons),
+    }
