@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from artifacts import Line, Made, make_adapter
 
 from finetune.errors import ConfigError, EvalError
 from finetune.eval import EvalConfig, score
@@ -17,6 +16,7 @@ from finetune.merge.adapter_deltas import read_changes
 from finetune.merge.candidates import build
 from finetune.report.compare import show_comparison
 from finetune.run import RunFolder
+from tests.fixtures.artifacts import Line, Made, make_adapter
 
 CONFIG: dict[str, Any] = {
     "rows": 6, "loss_rows": 8, "max_new_tokens": 6, "batch_rows": 6, "batch_tokens": 512, "metrics": ["token_f1", "exact_match"],

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from artifacts import Line, Made
 
 from finetune.errors import EvalError
 from finetune.eval import EvalConfig, Scores, score
@@ -15,6 +14,7 @@ from finetune.inference.losses import mean_loss, row_losses
 from finetune.inference.rows import read_rows
 from finetune.merge.adapter_deltas import read_changes
 from finetune.merge.candidates import build
+from tests.fixtures.artifacts import Line, Made
 
 CONFIG: dict[str, Any] = {
     "rows": 4, "loss_rows": 8, "max_new_tokens": 6, "batch_rows": 3, "batch_tokens": 256,
@@ -205,9 +205,8 @@ def test_tasks_of_lm_eval_are_put_to_every_artifact_and_kept(
     run: Callable[..., Scores], tmp_path: Path, capsys: Any
 ) -> None:
     pytest.importorskip("lm_eval")
-    from test_harness import write_task
-
     from finetune.eval.harness import HarnessConfig
+    from tests.fixtures.tasks import write_task
 
     (tmp_path / "tasks").mkdir()
     write_task(tmp_path / "tasks", "one")

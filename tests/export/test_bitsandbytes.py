@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from artifacts import Line, Made
-from test_export import Facts, judge, merged, run  # noqa: F401  # fixtures
 from transformers import AutoModelForCausalLM
 
 from finetune.errors import ExportError
@@ -19,6 +17,8 @@ from finetune.merge.adapter_deltas import read_changes
 from finetune.merge.candidates import build
 from finetune.merge.graph import dequantized
 from finetune.quantization import protect, quantized_layers
+from tests.fixtures.artifacts import Line, Made
+from tests.fixtures.exports import Facts
 
 
 @pytest.fixture(scope="module")

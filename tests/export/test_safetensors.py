@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_export import Facts, judge, merged, run  # noqa: F401  # fixtures
 from transformers import AutoModelForCausalLM
 
 from finetune.errors import ExportError
 from finetune.export import Exports, load
+from tests.fixtures.exports import Facts
 
 Run = Callable[..., Exports]
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from artifacts import Line, make_adapter
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -19,6 +18,7 @@ from finetune.merge.adapter_deltas import Rows, add_changes, read_changes
 from finetune.merge.candidates import build, from_disk
 from finetune.merge.graph import add_adapters, dequantized
 from finetune.model import load
+from tests.fixtures.artifacts import Line, make_adapter
 
 IDS = torch.tensor([[1, 40, 50, 60, 70, 80, 90, 2]])
 KINDS: dict[str, dict[str, Any]] = {

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from artifacts import Line, Made, make_adapter
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,6 +21,7 @@ from finetune.merge import MergeConfig, MergedModel, merge
 from finetune.merge.adapter_deltas import read_changes
 from finetune.merge.candidates import build
 from finetune.merge.graph import dequantized
+from tests.fixtures.artifacts import Line, Made, make_adapter
 
 CONFIG: dict[str, Any] = {
     "choose": "fidelity", "candidates": ["dequantized", "original"], "max_loss_increase": 0.5, "loss_rows": 8, "measure_tokens": 60,

@@ -12,7 +12,7 @@ from datasets import Dataset, load_from_disk
 
 from finetune.kernels.autograd import SwiGlu
 from finetune.quantization import quantized_layers
-from tests.preflight.conftest import Plant, Scene
+from tests.fixtures.preflight import Plant, Scene
 
 IGNORED = -100
 

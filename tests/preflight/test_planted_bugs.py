@@ -6,8 +6,8 @@ import pytest
 
 from finetune.preflight.checks import PROOFS
 from finetune.preflight.stage import attempt
+from tests.fixtures.preflight import Scene
 from tests.preflight.bugs import BUGS, Bug
-from tests.preflight.conftest import Scene
 
 BEFORE = {"ending": ("learning",), "reload": ("learning",)}
 """Proofs that another one looks at the steps of."""

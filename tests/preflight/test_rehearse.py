@@ -13,9 +13,9 @@ from finetune.preflight import PreflightConfig
 from finetune.preflight.batch import documents, largest_rows, shortened, uneven
 from finetune.preflight.checks import PROOFS
 from finetune.preflight.stage import attempt
+from tests.fixtures.pairs import COMPOSED, pairs_of
+from tests.fixtures.preflight import Scene
 from tests.preflight.bugs import contaminate, disk_full, double_a_gradient, start_beside_zero, write_plan
-from tests.preflight.conftest import Scene
-from tests.train.test_preference import COMPOSED, pairs_of
 
 
 def names(proofs: Any, *, passed: bool) -> list[str]:

@@ -22,8 +22,8 @@ from finetune.merge.adapter_deltas import read_changes
 from finetune.merge.candidates import build
 from finetune.merge.graph import dequantized
 from finetune.quantization import QuantizationConfig, dense, library_of, quantized_layers, spec, stored
-from tests.preflight.conftest import SPEED, Scene, scene  # noqa: F401
-from tests.quantization.test_bnb import PLACEMENT
+from tests.fixtures.models import PLACEMENT
+from tests.fixtures.preflight import KERNELS, Scene
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
 SETTINGS = [
@@ -215,7 +215,7 @@ def test_the_rehearsal_s_proofs_hold(
     config: QuantizationConfig,
 ) -> None:
     scene.adapted = attach(load(tiny_base, config))
-    scene.quick = apply_fusion(scene.adapted, SPEED, placement=PLACEMENT, checkpointing="none")
+    scene.quick = apply_fusion(scene.adapted, KERNELS, placement=PLACEMENT, checkpointing="none")
     assert not scene.quick.choice.fused, "its layers compute in their own way"
     found = {proof["name"]: proof for proof in scene.rehearse().proofs}
     assert found["evaluation"]["passed"], found["evaluation"]

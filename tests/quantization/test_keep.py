@@ -15,7 +15,7 @@ from finetune.lora.init import reader
 from finetune.model import load
 from finetune.quantization import QuantizationConfig, choose_skip_modules, is_kept, patterns, quantized_layers
 from finetune.quantization.sensitivity import MIB, KeptLayers, choose, extra_bytes, rounding_costs
-from tests.rows import prepared_rows
+from tests.fixtures.rows import prepared_rows
 
 NF4 = QuantizationConfig(method="nf4", double=True)
 DOCUMENTS = [[5, 6, 7, 8, 9, 10, 11, 12], [30, 31, 32, 33]]
