@@ -47,20 +47,20 @@ class PreflightResult:
 
     Attributes:
         folder: Holds trained_text.txt, the text that the first batch trains.
-        proofs: ``{"name", "passed", "figure", "bound", "sentence", "cause", "seconds"}`` each.
-        isolates: Whether documents side by side in one row do not read each other; taken as true where nothing is proved.
-        quick: Whether quick steps give the gradient of plain ones; likewise.
-        left_out: ``{"name", "sentence", "why"}`` of each proof that did not run.
+        checks: ``{"name", "passed", "figure", "bound", "sentence", "cause", "seconds"}`` each.
+        packing_is_isolated: Whether documents side by side in one row do not read each other; taken as true where nothing is proved.
+        fused_layers_are_exact: Whether quick steps give the gradient of plain ones; likewise.
+        skipped: ``{"name", "sentence", "why"}`` of each proof that did not run.
         seconds: What the rehearsal cost.
         training_seconds: What the training will take, about; None where no gradient was timed.
         day: When it ran: before this run, where the very same was proved already.
     """
 
     folder: Path
-    proofs: list[dict[str, Any]]
-    isolates: bool
-    quick: bool
-    left_out: list[dict[str, str]] = field(default_factory=list)
+    checks: list[dict[str, Any]]
+    packing_is_isolated: bool
+    fused_layers_are_exact: bool
+    skipped: list[dict[str, str]] = field(default_factory=list)
     seconds: float = 0.0
     training_seconds: float | None = None
     day: str = ""

@@ -56,8 +56,8 @@ class TrainableModel:
 
     def apply(self, result: PreflightResult) -> None:
         """Trains unpacked, or with plain layers, where the preflight found that the fast way is not exact."""
-        self.packing = self.packing and result.isolates
-        self.fusion.switch.on = self.fusion.switch.on and result.quick
+        self.packing = self.packing and result.packing_is_isolated
+        self.fusion.switch.on = self.fusion.switch.on and result.fused_layers_are_exact
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import torch
 
 from finetune.errors import ModelError
 from finetune.lora import LoraConfig, attach, cast_adapter, prepare, resolve
-from tests.quantization.test_bnb import load
+from tests.fixtures.models import load
 
 
 def config(**changes: object) -> LoraConfig:

@@ -2,25 +2,19 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
-from finetune import model
 from finetune.errors import ModelError
-from finetune.model import ModelConfig
-
-
-def config(name: str, **changes: Any) -> ModelConfig:
-    settings: dict[str, Any] = {
-        "revision": None, "dtype": "auto", "attention": "auto", "upcast": "none", "remote_code": {}, "architecture": None
-    }  # fmt: skip
-    return ModelConfig(name=name, **(settings | changes))
+from finetune.model import fetch
+from finetune.model.base import weights_sha256
+from finetune.model.load import describe_padding, load_tokenizer
+from tests.fixtures.models import model_config
 
 
 def test_local_folder_is_taken_with_the_hash_of_its_weights(tiny_base: Path) -> None:
-    base = model.fetch(config(str(tiny_base)))
+    base = fetch(model_config(str(tiny_base)))
     assert (base.folder, base.source, len(base.sha256)) == (tiny_base, "folder", 64)
 
 
@@ -28,14 +22,14 @@ def test_changed_weights_have_another_hash(tiny_base: Path, tmp_path: Path) -> N
     shutil.copytree(tiny_base, tmp_path / "copy")
     weights = tmp_path / "copy" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
-    assert model.weights_sha256(tmp_path / "copy") != model.weights_sha256(tiny_base)
+    assert weights_sha256(tmp_path / "copy") != weights_sha256(tiny_base)
 
 
 def test_pickled_weights_are_refused_with_the_way_to_convert(tiny_base: Path, tmp_path: Path) -> None:
     shutil.copy(tiny_base / "config.json", tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80")
     with pytest.raises(ModelError, match=r"pytorch_model.bin, a pickle.*safe_serialization=True"):
-        model.fetch(config(str(tmp_path)))
+        fetch(model_config(str(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -53,12 +47,12 @@ def test_pickled_weights_are_refused_with_the_way_to_convert(tiny_base: Path, tm
 )
 def test_what_is_not_there_is_said_with_a_remedy(name: str, message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        model.fetch(config(name))
+        fetch(model_config(name))
 
 
 def test_folder_without_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"has no config.json"):
-        model.fetch(config(str(tmp_path)))
+        fetch(model_config(str(tmp_path)))
 
 
 def test_pad_token_is_never_the_end_token_where_the_vocabulary_has_another(tiny_base: Path, tmp_path: Path) -> None:
@@ -67,14 +61,14 @@ def test_pad_token_is_never_the_end_token_where_the_vocabulary_has_another(tiny_
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(folder)
-    loaded = model.load_tokenizer(model.fetch(config(str(folder))))
+    loaded = load_tokenizer(fetch(model_config(str(folder))))
     assert (loaded.pad_token, loaded.eos_token) == ("<|pad|>", "<|im_end|>")
-    assert "kept apart" in model.padding(loaded)
+    assert describe_padding(loaded) == "pad token <|pad|>, end token <|im_end|>"
 
 
 def test_remote_code_needs_a_pinned_commit() -> None:
     code = {"modeling.py": "0" * 64}
-    assert list(config("org/model", remote_code=code, revision="main").problems()) == [
+    assert list(model_config("org/model", remote_code=code, revision="main").problems()) == [
         "model.remote_code runs code from the hub, so model.revision must pin it to a commit (40 hex digits); got main"
     ]
-    assert not list(config("org/model", remote_code=code, revision="a" * 40).problems())
+    assert not list(model_config("org/model", remote_code=code, revision="a" * 40).problems())

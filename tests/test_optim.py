@@ -18,7 +18,7 @@ from finetune.optim import (
     state_bytes,
     warmup_steps,
 )
-from tests.quantization.test_bnb import load
+from tests.fixtures.models import load
 
 
 def config(**changes: Any) -> OptimConfig:

@@ -11,17 +11,7 @@ import torch
 from finetune.__main__ import main
 from finetune.config import load
 from finetune.pipeline import pushed
-from tests.rows import data_overrides
-
-SMALL = [
-    "model=custom", "train.steps=6", "train.tokens_per_step=200", "train.evaluation_rows=4", "optim.learning_rate=5e-3",
-    "eval.rows=4", "eval.loss_rows=8", "eval.max_new_tokens=8", "eval.bootstrap_samples=50",
-    "merge.measure_tokens=60", "merge.max_loss_increase=5",
-]  # fmt: skip
-
-
-def overrides(folder: Path, base: Path) -> list[str]:
-    return [*SMALL, f"model.name={base}", f"run.root={folder / 'outputs'}", "run.name=tiny", *data_overrides(folder)]
+from tests.fixtures.overrides import overrides
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.scripts import script as open_script
+from tests.fixtures.scripts import script as open_script
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "data" / "quickstart"

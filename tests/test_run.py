@@ -25,18 +25,24 @@ class Thing:
     size: int
 
 
-def make(config: StageConfig, *, folder: Path, calls: list[int]) -> Thing:
-    calls.append(config.size)
-    (folder / "thing.txt").write_text(str(config.size))
-    return Thing(folder=folder, size=config.size)
+def stage(folder: RunFolder, size: int, *, calls: list[int] | None = None) -> Thing:
+    """Runs the stage ``thing``, whose product is its size."""
+
+    def make(out: Path) -> Thing:
+        if calls is not None:
+            calls.append(size)
+        (out / "thing.txt").write_text(str(size))
+        return Thing(folder=out, size=size)
+
+    return folder.stage("thing", Thing, make, key={"thing": StageConfig(size=size)})
 
 
-def fail(config: StageConfig, *, folder: Path) -> Thing:
-    (folder / "half.txt").write_text("half")
-    raise RuntimeError("stopped half way")
+def fail(folder: RunFolder, size: int) -> Thing:
+    def make(out: Path) -> Thing:
+        (out / "half.txt").write_text("half")
+        raise RuntimeError("stopped half way")
 
-
-make.__module__ = fail.__module__ = "finetune.thing.make"
+    return folder.stage("thing", Thing, make, key={"thing": StageConfig(size=size)})
 
 
 def settings(root: Path, if_exists: str = "fail") -> RunSettings:
@@ -45,8 +51,8 @@ def settings(root: Path, if_exists: str = "fail") -> RunSettings:
 
 def test_stage_runs_once_and_is_read_back_from_its_manifest(tmp_path: Path) -> None:
     folder, calls = RunFolder.open(settings(tmp_path)), []
-    first = folder.once(make, StageConfig(size=3), calls=calls)
-    second = folder.once(make, StageConfig(size=3), calls=calls)
+    first = stage(folder, 3, calls=calls)
+    second = stage(folder, 3, calls=calls)
     assert first == second == Thing(folder=tmp_path / "r" / "thing", size=3)
     assert calls == [3]
     manifest = json.loads((tmp_path / "r" / "thing" / "manifest.json").read_text())
@@ -57,26 +63,48 @@ def test_stage_runs_once_and_is_read_back_from_its_manifest(tmp_path: Path) -> N
 def test_stage_that_failed_leaves_no_manifest_and_runs_again(tmp_path: Path) -> None:
     folder, calls = RunFolder.open(settings(tmp_path)), []
     with pytest.raises(RuntimeError):
-        folder.once(fail, StageConfig(size=3))
+        fail(folder, 3)
     assert folder.manifest("thing") is None
-    folder.once(make, StageConfig(size=3), calls=calls)
+    stage(folder, 3, calls=calls)
     assert calls == [3]
 
 
 def test_changed_settings_are_refused_with_the_difference(tmp_path: Path) -> None:
     folder = RunFolder.open(settings(tmp_path))
-    folder.once(make, StageConfig(size=3), calls=[])
+    stage(folder, 3)
     with pytest.raises(ConfigError, match=r"thing.size was 3 and is 4"):
-        folder.once(make, StageConfig(size=4), calls=[])
+        stage(folder, 4)
+
+
+def test_refusal_names_every_entry_that_changed_with_both_values(tmp_path: Path) -> None:
+    folder = RunFolder.open(settings(tmp_path))
+    folder.stage(
+        "thing", Thing, lambda out: Thing(folder=out, size=1), key={"lora": {"rank": 8, "alpha": 16}, "seed": 1}
+    )
+    with pytest.raises(ConfigError, match=r"\(lora.rank was 8 and is 4; seed was 1 and is 2\)"):
+        folder.stage(
+            "thing", Thing, lambda out: Thing(folder=out, size=1), key={"lora": {"rank": 4, "alpha": 16}, "seed": 2}
+        )
+
+
+def test_manifest_of_another_version_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    folder = RunFolder.open(settings(tmp_path))
+    stage(folder, 3)
+    file = tmp_path / "r" / "thing" / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "schema": 1, "key": "0" * 64}))
+    with pytest.raises(
+        ConfigError, match=r"written by another version of finetune \(manifest schema 1, this one reads 2\)"
+    ):
+        stage(folder, 3)
 
 
 def test_stage_asked_for_again_replaces_the_old_one_only_when_done(tmp_path: Path) -> None:
-    RunFolder.open(settings(tmp_path)).once(make, StageConfig(size=3), calls=[])
-    again = RunFolder.open(settings(tmp_path, "resume"), again=frozenset({"thing"}))
+    stage(RunFolder.open(settings(tmp_path)), 3)
+    again = RunFolder.open(settings(tmp_path, "resume"), redo=frozenset({"thing"}))
     with pytest.raises(RuntimeError):
-        again.once(fail, StageConfig(size=4))
+        fail(again, 4)
     assert (tmp_path / "r" / "thing" / "thing.txt").read_text() == "3"
-    assert again.once(make, StageConfig(size=4), calls=[]).size == 4
+    assert stage(again, 4).size == 4
     assert (tmp_path / "r" / "thing" / "thing.txt").read_text() == "4"
     assert sorted(path.name for path in (tmp_path / "r").iterdir()) == ["memory.jsonl", "thing"]
 
@@ -85,8 +113,8 @@ def test_stage_asked_for_again_replaces_the_old_one_only_when_done(tmp_path: Pat
 def test_a_kill_while_products_change_places_loses_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: str, stands: str
 ) -> None:
-    RunFolder.open(settings(tmp_path)).once(make, StageConfig(size=3), calls=[])
-    again = RunFolder.open(settings(tmp_path, "resume"), again=frozenset({"thing"}))
+    stage(RunFolder.open(settings(tmp_path)), 3)
+    again = RunFolder.open(settings(tmp_path, "resume"), redo=frozenset({"thing"}))
 
     def killed(path: Path, target: Path | None = None) -> None:
         if target is None or path.name == ".thing.new":
@@ -96,15 +124,15 @@ def test_a_kill_while_products_change_places_loses_none(
     with monkeypatch.context() as moment:
         moment.setattr("finetune.run.shutil.rmtree" if killed_at == "deletion" else "finetune.run.os.replace", killed)
         with pytest.raises(KeyboardInterrupt):
-            again._run(make, stage="thing", key="k", config=StageConfig(size=4), inputs={"calls": []}, redo=True)
+            stage(again, 4)
     with again.lock():
         assert (tmp_path / "r" / "thing" / "thing.txt").read_text() == stands
         assert not list((tmp_path / "r").glob(".thing.old"))
-        assert again.once(make, StageConfig(size=5), calls=[]).size == 5
+        assert stage(again, 5).size == 5
 
 
 def test_existing_run_is_not_written_over_unless_asked(tmp_path: Path) -> None:
-    RunFolder.open(settings(tmp_path)).once(make, StageConfig(size=3), calls=[])
+    stage(RunFolder.open(settings(tmp_path)), 3)
     with pytest.raises(ConfigError, match="holds a run already and nothing is written over it"):
         RunFolder.open(settings(tmp_path))
     assert RunFolder.open(settings(tmp_path, "resume")).manifest("thing") is not None

@@ -111,7 +111,7 @@ def read(run: Path) -> Measured:
     keys = _numbered(json.dumps([row["input_ids"], row["labels"]]) for row in heldout)
     return Measured(
         name=run.name,
-        config=made["config"],
+        config={name.removeprefix("eval."): value for name, value in made["key"].items()},
         samples=dict(
             zip(_numbered(json.dumps([row["prompt"], row["reference"]]) for row in samples), samples, strict=True)
         ),

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from finetune.preflight import gradient_checks, label_check, memory_check, training_checks
-from finetune.preflight.context import CheckContext, Found
+from finetune.preflight.context import CheckContext, CheckResult
 
 
 @dataclass(frozen=True, kw_only=True)
-class Proof:
+class Check:
     """One of them.
 
     Attributes:
@@ -23,12 +23,12 @@ class Proof:
 
     name: str
     sentence: str
-    prove: Callable[[CheckContext], Found]
+    prove: Callable[[CheckContext], CheckResult]
     cause: str
     only_full: bool = False
 
 
-SPEED = Proof(
+SPEED = Check(
     name="speed",
     sentence="quick steps give the gradient of plain ones",
     prove=gradient_checks.quick_steps_equal_plain_ones,
@@ -36,7 +36,7 @@ SPEED = Proof(
 )
 """Where it fails, quick steps are turned off and the run goes on."""
 
-ISOLATION = Proof(
+ISOLATION = Check(
     name="packing",
     sentence="a packed document has the loss that it has alone",
     prove=gradient_checks.packing_keeps_documents_apart,
@@ -44,49 +44,49 @@ ISOLATION = Proof(
 )
 """Where it fails, each document gets a row of its own and the run goes on."""
 
-PROOFS = (
+CHECKS = (
     SPEED,
     ISOLATION,
-    Proof(
+    Check(
         name="trained_text",
         sentence="the collated batch trains what the ledger says, ends of turn included",
         prove=label_check.trained_text_is_the_ledgers,
         cause="the mask is dropped or the answers are masked out, the pad token stands for the end of turn, or data/train is not the "
         "ledger's",
     ),
-    Proof(
+    Check(
         name="accumulation",
         sentence="accumulated micro-batches make the step of one large batch",
         prove=gradient_checks.accumulation_equals_one_batch,
         cause="the loss of a micro-batch is divided by its own tokens, or by nothing, instead of the tokens of the whole step",
     ),
-    Proof(
+    Check(
         name="gradients",
         sentence="a gradient reaches every adapter matrix and no base weight",
         prove=gradient_checks.gradient_reaches_adapter_only,
         cause="gradient checkpointing without input gradients, a frozen adapter, or a kernel without a backward pass",
     ),
-    Proof(
+    Check(
         name="identity",
         sentence="at step 0 the adapter changes nothing",
         prove=gradient_checks.adapter_starts_as_identity,
         cause="B does not start at zero, or the adapter was loaded from elsewhere",
     ),
-    Proof(
+    Check(
         name="evaluation",
         sentence="an evaluation and a save in between leave gradients, weights and saved bytes as they are",
         prove=gradient_checks.evaluation_leaves_gradients,
         cause="a quantized layer repacked its weights for inference (it needs finetune.quantization.protect), or saving quantized them "
         "again",
     ),
-    Proof(
+    Check(
         name="learning",
         sentence="the loss falls on one batch that is repeated",
         prove=training_checks.loss_falls_on_one_batch,
         cause="optim.learning_rate is far too low, or so high that the loss jumps, or the loss does not reach the adapter",
         only_full=True,
     ),
-    Proof(
+    Check(
         name="ending",
         sentence="generation stops at the end of turn after an answer that was trained",
         prove=training_checks.answers_end,
@@ -94,14 +94,14 @@ PROOFS = (
         "or preflight.steps are too few at this learning rate",
         only_full=True,
     ),
-    Proof(
+    Check(
         name="reload",
         sentence="saved, and loaded by a fresh process, the model has the same logits",
         prove=training_checks.files_hold_the_model,
         cause="saving rounds or drops part of the adapter, or the base in memory is not the one that its files and quantization give",
         only_full=True,
     ),
-    Proof(
+    Check(
         name="room",
         sentence="evaluation, save and merge fit in memory and on disk",
         prove=memory_check.the_rest_fits,

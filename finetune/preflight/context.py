@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from finetune.kernels import Fusion
     from finetune.model import ModelSpec
     from finetune.preflight.config import PreflightConfig
-    from finetune.preflight.overfit import Lesson
+    from finetune.preflight.overfit import OverfitResult
     from finetune.preflight.trial import TrialTrainer
     from finetune.products import PreparedData
     from finetune.trainable import TrainingJob
@@ -43,7 +43,7 @@ class CheckSkipped(Exception):
     """A proof cannot be tried here, which is neither a pass nor a failure; says why."""
 
 
-class Found(NamedTuple):
+class CheckResult(NamedTuple):
     """What a proof came to."""
 
     passed: bool
@@ -80,7 +80,7 @@ class CheckContext:
     folder: Path
     until: str
     trial: TrialTrainer | None = None
-    lesson: Lesson | None = None
+    lesson: OverfitResult | None = None
     token_seconds: float | None = None
 
     @property
@@ -135,7 +135,7 @@ class CheckContext:
         return self.trial
 
     @property
-    def taught(self) -> Lesson:
+    def taught(self) -> OverfitResult:
         """What the repeated batch has shown.
 
         Raises:
@@ -262,10 +262,10 @@ class CheckContext:
         return torch.nn.functional.cross_entropy(logits, labels[labels != IGNORED], reduction="none")
 
     def _numbers(self) -> torch.autocast:
-        return in_numbers(self.device, self.autocast)
+        return autocast_to(self.device, self.autocast)
 
 
-def in_numbers(device: str, dtype: torch.dtype) -> torch.autocast:
+def autocast_to(device: str, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.split(":")[0], dtype=dtype, enabled=dtype != torch.float32)
 
 
@@ -277,6 +277,6 @@ def last_logits(model: Any, ids: Sequence[int], *, numbers: torch.dtype) -> Tens
         else {}
     )
     device = next(model.parameters()).device
-    with torch.no_grad(), in_numbers(str(device), numbers):
+    with torch.no_grad(), autocast_to(str(device), numbers):
         logits: Tensor = model(input_ids=torch.tensor([ids], device=device), use_cache=False, **kept).logits
     return logits[0, -LOGIT_POSITIONS:].float()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from finetune.inference.generation import generate
 from finetune.inference.losses import row_losses
-from finetune.preflight.context import CheckContext, CheckSkipped, Found
+from finetune.preflight.context import CheckContext, CheckResult, CheckSkipped
 
 QUICK_SHARE = 0.1
 """Two orders of rounding in bfloat16 (8 bits, some hundred operations deep) lie 2 to 5 % apart on models of 2 to 30 layers;
@@ -37,13 +37,13 @@ ADAPTER = ("lora_A", "lora_B", "lora_embedding", "lora_magnitude", ROWS)
 """Parts of the names of what an adapter trains, as peft names it."""
 
 
-def quick_steps_equal_plain_ones(context: CheckContext) -> Found:
+def quick_steps_equal_plain_ones(context: CheckContext) -> CheckResult:
     """Fused layers, kernels and the loss on trained tokens give the gradient that transformers and peft give."""
     quick = context.nudged_gradients
     with context.with_noisy_lora_b(), context.quick.off():
         plain = context.gradients()
     share = apart(quick, plain)
-    return Found(
+    return CheckResult(
         passed=share <= QUICK_SHARE,
         figure=f"gradients {share:.1%} of their length apart"
         + ("" if share <= QUICK_SHARE else "; so steps are computed the plain way"),
@@ -51,7 +51,7 @@ def quick_steps_equal_plain_ones(context: CheckContext) -> Found:
     )
 
 
-def packing_keeps_documents_apart(context: CheckContext) -> Found:
+def packing_keeps_documents_apart(context: CheckContext) -> CheckResult:
     """Documents side by side in one row have the same loss as alone.
 
     How much rounding may differ depends on the model, so the difference is measured against the one that reading each
@@ -64,7 +64,7 @@ def packing_keeps_documents_apart(context: CheckContext) -> Found:
     packed = (context.token_losses(documents, layout="packed") - alone).abs().mean()
     contaminated = (context.token_losses(documents, layout="one document") - alone).abs().mean()
     share = float(packed / contaminated.clamp(min=1e-9))
-    return Found(
+    return CheckResult(
         passed=share <= PACKED_SHARE,
         figure=f"{len(documents)} documents, {float(packed):.2g} nats a token, {share:.1%} of what reading each other would make"
         + ("" if share <= PACKED_SHARE else "; so every document trains in a row of its own"),
@@ -72,7 +72,7 @@ def packing_keeps_documents_apart(context: CheckContext) -> Found:
     )
 
 
-def accumulation_equals_one_batch(context: CheckContext) -> Found:
+def accumulation_equals_one_batch(context: CheckContext) -> CheckResult:
     """The run's own trainer takes one step over the same rows, one by one and all at once."""
     rows = context.accumulated
     count = len(rows)
@@ -82,21 +82,21 @@ def accumulation_equals_one_batch(context: CheckContext) -> Found:
         loss, gradients = context.trainer.gradients(rows, micro_batch=1)
         whole_loss, whole = context.trainer.gradients(rows, micro_batch=count)
     share, away = apart(gradients, whole), abs(loss / whole_loss - 1)
-    return Found(
+    return CheckResult(
         passed=share <= ACCUMULATED_SHARE and away <= ACCUMULATED_LOSS_SHARE,
         figure=f"{count} rows: loss {loss:.4f} and {whole_loss:.4f}, gradients {share:.1%} of their length apart",
         bound=f"loss {ACCUMULATED_LOSS_SHARE:.0%}, gradients {ACCUMULATED_SHARE:.0%}",
     )
 
 
-def gradient_reaches_adapter_only(context: CheckContext) -> Found:
+def gradient_reaches_adapter_only(context: CheckContext) -> CheckResult:
     """Every A and B gets a gradient that is not zero, and nothing else gets one."""
     gradients = context.nudged_gradients
     adapter = [name for name, _ in context.model.named_parameters() if any(part in name for part in ADAPTER)]
     dead = [name for name in adapter if name not in gradients or not (gradients[name].any() or ROWS in name)]
     stray = [name for name in gradients if name not in adapter]
     figure = f"{len(adapter) - len(dead)} of {len(adapter)} matrices, {len(stray)} base weights"
-    return Found(
+    return CheckResult(
         passed=bool(adapter) and not dead and not stray,
         figure=figure
         + (f"; {'without' if dead else 'beside'}: {', '.join((dead + stray)[:3])}" if dead or stray else ""),
@@ -104,7 +104,7 @@ def gradient_reaches_adapter_only(context: CheckContext) -> Found:
     )
 
 
-def adapter_starts_as_identity(context: CheckContext) -> Found:
+def adapter_starts_as_identity(context: CheckContext) -> CheckResult:
     """With B at zero the adapted model is the base."""
     base = context.logits(adapter=False)
     difference = smallest(lambda: float((context.logits(adapter=True) - base).abs().max()))
@@ -113,7 +113,7 @@ def adapter_starts_as_identity(context: CheckContext) -> Found:
         if context.job.trainable.lora.step0_bound is None
         else context.job.trainable.lora.step0_bound * float(base.std())
     )
-    return Found(
+    return CheckResult(
         passed=difference <= bound,
         figure=f"largest logit difference {difference:g}",
         bound="none: this variant starts beside the base on purpose"
@@ -122,7 +122,7 @@ def adapter_starts_as_identity(context: CheckContext) -> Found:
     )
 
 
-def evaluation_leaves_gradients(context: CheckContext) -> Found:
+def evaluation_leaves_gradients(context: CheckContext) -> CheckResult:
     """bitsandbytes 0.50.2 repacks 4-bit weights at the first evaluation on AVX512-BF16 CPUs and cuts gradients off."""
     before = context.nudged_gradients
     with context.with_noisy_lora_b():
@@ -141,7 +141,7 @@ def evaluation_leaves_gradients(context: CheckContext) -> Found:
         changed = sum(not torch.equal(old, new) for old, new in zip(weights, context.weights(), strict=True))
         share = smallest(lambda: apart(before, context.gradients()))
     bound = REORDERED_SHARE if context.device.startswith("cuda") else 0.0
-    return Found(
+    return CheckResult(
         passed=share <= bound and not changed and same,
         figure=f"gradients {share:.2g} of their length apart, {changed} of {len(weights)} frozen weights and "
         f"{'none' if same else 'some'} of the saved bytes changed",

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.parquet
 
 from finetune.preflight.batch import collated_learnt, documents, learnt, rejected
-from finetune.preflight.context import CheckContext, Found
+from finetune.preflight.context import CheckContext, CheckResult
 from finetune.preflight.stop_tokens import end_tokens_of
 
 LEDGER = "ledger.parquet"
@@ -18,7 +18,7 @@ TAIL = 2
 """Trained tokens at the end of a document of which one ends it: some templates write a line break after it."""
 
 
-def trained_text_is_the_ledgers(context: CheckContext) -> Found:
+def trained_text_is_the_ledgers(context: CheckContext) -> CheckResult:
     """Decoded from the very tensors that the model is given, and compared with ledger and prepared rows."""
     batch = context.trainer.look[0](context.rows)
     is_pair = context.job.config.objective != "sft"
@@ -45,7 +45,7 @@ def trained_text_is_the_ledgers(context: CheckContext) -> Found:
         for number in _endless(context, given[: len(prepared)], owners, ledger)
     ]
     total = sum(map(len, given))
-    return Found(
+    return CheckResult(
         passed=not wrong,
         figure=f"{len(wrong)} differences: {'; '.join(wrong[:3])}"
         if wrong

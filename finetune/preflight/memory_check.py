@@ -11,7 +11,7 @@ import torch
 
 from finetune.console import human_bytes
 from finetune.memory import rss_bytes
-from finetune.preflight.context import CheckContext, Found
+from finetune.preflight.context import CheckContext, CheckResult
 from finetune.preflight.training_checks import free_bytes
 
 LATER = {"train": (), "merge": ("merge",), "eval": ("merge", "eval")}
@@ -33,7 +33,7 @@ class Needs:
     disk: dict[str, int]
 
 
-def the_rest_fits(context: CheckContext) -> Found:
+def the_rest_fits(context: CheckContext) -> CheckResult:
     """From the plan's figures, and from a real evaluation and checkpoint where there were any."""
     needs = needs_of(context)
     phase = max(needs.memory, key=lambda name: needs.memory[name], default="")
@@ -46,7 +46,7 @@ def the_rest_fits(context: CheckContext) -> Found:
         measured += f"{human_bytes(context.lesson.peak_bytes)}"
     later = f"{phase} will need {human_bytes(memory)}" if phase else "no later stage needs the dense model"
     parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in needs.disk.items())
-    return Found(
+    return CheckResult(
         passed=memory <= there and disk <= left,
         figure=f"{measured}; {later}; disk {human_bytes(disk)} ({parts})",
         bound=f"{human_bytes(there)} of memory, {human_bytes(left)} of disk at {context.run}",

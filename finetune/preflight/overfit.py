@@ -37,7 +37,7 @@ ANSWERS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lesson:
+class OverfitResult:
     """What the steps have shown.
 
     Attributes:
@@ -68,7 +68,7 @@ class Lesson:
         return 1 - self.losses[-1] / self.losses[0]
 
 
-class Look(TrainerCallback):
+class StopWhenLearned(TrainerCallback):
     """Ends the lesson when it is learnt, with the evaluation and the checkpoint that a training's end has."""
 
     def __init__(self, context: CheckContext, prompts: Sequence[list[int]], listener: GradientRecorder) -> None:
@@ -91,7 +91,7 @@ class Look(TrainerCallback):
         return sum(answer.stopped for answer in answers)
 
 
-def give(context: CheckContext, rows: Dataset, heldout: Dataset | None) -> Lesson:
+def give(context: CheckContext, rows: Dataset, heldout: Dataset | None) -> OverfitResult:
     """Repeats the largest batch until it is learnt, evaluates, writes a checkpoint and saves the adapter; then all is as before.
 
     Args:
@@ -103,7 +103,7 @@ def give(context: CheckContext, rows: Dataset, heldout: Dataset | None) -> Lesso
     batch = largest_rows(rows, count=train.micro_batch)
     examined = largest_rows(heldout, count=EVALUATED_ROWS) if heldout is not None and train.evaluations else []
     listener = GradientRecorder(keeps_gradients=False)
-    look = Look(context, prompts_of(context, batch) if train.objective == "sft" else [], listener)
+    look = StopWhenLearned(context, prompts_of(context, batch) if train.objective == "sft" else [], listener)
     steps = context.trainer.trained(
         batch, micro_batch=len(batch), steps=context.config.steps, listener=listener, callbacks=[look], heldout=examined,
         evaluations=int(bool(examined)), checkpoints=1,
@@ -116,7 +116,7 @@ def give(context: CheckContext, rows: Dataset, heldout: Dataset | None) -> Lesso
         written = sum(file.stat().st_size for file in (work / "checkpoints").rglob("*") if file.is_file())
         context.model.save_pretrained(context.folder / "adapter")
         logits = context.logits(adapter=True)
-    return Lesson(
+    return OverfitResult(
         losses=listener.losses, answers=len(look.prompts), ended=look.ended, tokens=sum(sum(row["seq_lengths"]) for row in batch),
         rows=len(batch), checkpoint_bytes=written, logits=logits, adapter=context.folder / "adapter",
         peak_bytes=torch.cuda.max_memory_reserved() if on_gpu else peak.rss_bytes,

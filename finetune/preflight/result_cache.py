@@ -67,4 +67,4 @@ def restore_text(name: str, folder: Path) -> None:
 
 
 def _file(name: str) -> Path:
-    return cache_folder("rehearsals") / f"{name}.json"
+    return cache_folder("preflights") / f"{name}.json"

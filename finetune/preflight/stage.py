@@ -15,7 +15,7 @@ from finetune.preflight.config import PreflightConfig
 from finetune.products import PreflightResult
 
 if TYPE_CHECKING:
-    from finetune.preflight.checks import Proof
+    from finetune.preflight.checks import Check
     from finetune.preflight.context import CheckContext
     from finetune.preflight.trial import MakeTrainer
     from finetune.trainable import TrainingJob
@@ -49,7 +49,7 @@ def run_preflight(
     """
     if config.level == "off":
         log("preflight", "skipped (preflight=off); the report will say so")
-        return PreflightResult(folder=folder, proofs=[], isolates=True, quick=True)
+        return PreflightResult(folder=folder, checks=[], packing_is_isolated=True, fused_layers_are_exact=True)
     from finetune.preflight import result_cache
 
     name = result_cache.name_of(config, job, until=until)
@@ -59,7 +59,7 @@ def run_preflight(
         result_cache.restore_text(name, folder)
         return PreflightResult(folder=folder, **before)
     from finetune.preflight.build_context import make_context
-    from finetune.preflight.checks import ISOLATION, PROOFS, SPEED
+    from finetune.preflight.checks import CHECKS, ISOLATION, SPEED
 
     started = time.monotonic()
     with TemporaryDirectory(prefix=".work-", dir=folder) as work:
@@ -67,20 +67,20 @@ def run_preflight(
             config, folder=Path(work), run=folder.parent, job=job, make_trainer=make_trainer, until=until
         )
         results, skipped = attempt(
-            context, [proof for proof in PROOFS if config.level == "full" or not proof.only_full]
+            context, [proof for proof in CHECKS if config.level == "full" or not proof.only_full]
         )
         training_seconds = context.training_seconds
     if config.level == "quick":
-        skipped += [told(proof, "only preflight=full") for proof in PROOFS if proof.only_full]
+        skipped += [told(proof, "only preflight=full") for proof in CHECKS if proof.only_full]
     seconds = time.monotonic() - started
     log("preflight", *summary(config, results, skipped, seconds=seconds, training_seconds=training_seconds))
     stop_where_failed(results, spared=(ISOLATION.name, SPEED.name))
     passed = {proof["name"]: proof["passed"] for proof in results}
     product: dict[str, Any] = {
-        "proofs": results,
-        "isolates": passed.get(ISOLATION.name, True),
-        "quick": passed.get(SPEED.name, True),
-        "left_out": skipped,
+        "checks": results,
+        "packing_is_isolated": passed.get(ISOLATION.name, True),
+        "fused_layers_are_exact": passed.get(SPEED.name, True),
+        "skipped": skipped,
         "seconds": round(seconds, 2),
         "training_seconds": training_seconds,
         "day": datetime.now().strftime("%Y-%m-%d %H:%M"),
@@ -90,7 +90,7 @@ def run_preflight(
     return PreflightResult(folder=folder, **product)
 
 
-def attempt(context: CheckContext, proofs: Sequence[Proof]) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+def attempt(context: CheckContext, proofs: Sequence[Check]) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """Runs proofs one after the other, each said as it ends; what the first two find decides how the others compute.
 
     Returns:
@@ -99,16 +99,16 @@ def attempt(context: CheckContext, proofs: Sequence[Proof]) -> tuple[list[dict[s
     from safetensors import SafetensorError
 
     from finetune.inference.fresh_process import FreshProcessError
-    from finetune.preflight.context import CheckSkipped, Found
+    from finetune.preflight.context import CheckResult, CheckSkipped
 
     results: list[dict[str, Any]] = []
-    left_out: list[dict[str, str]] = []
+    skipped: list[dict[str, str]] = []
     for proof in proofs:
         started, cause = time.monotonic(), proof.cause
         try:
             found = proof.prove(context)
         except CheckSkipped as reason:
-            left_out.append(told(proof, str(reason)))
+            skipped.append(told(proof, str(reason)))
             continue
         except (
             RuntimeError,
@@ -117,7 +117,7 @@ def attempt(context: CheckContext, proofs: Sequence[Proof]) -> tuple[list[dict[s
             SafetensorError,
             FreshProcessError,
         ) as error:  # what cannot be carried out is not proved
-            found = Found(
+            found = CheckResult(
                 passed=False, figure=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", bound="no error"
             )
             if isinstance(error, (OSError, SafetensorError)):
@@ -134,16 +134,16 @@ def attempt(context: CheckContext, proofs: Sequence[Proof]) -> tuple[list[dict[s
         )
         if not found.passed:
             context.apply_failure(proof.name)
-    return results, left_out
+    return results, skipped
 
 
 def again(before: dict[str, Any]) -> list[str]:
     """What an earlier rehearsal of the very same found."""
-    proofs, left_out = before["proofs"], before["left_out"]
+    proofs, skipped = before["checks"], before["skipped"]
     lines = [
         f"{len(proofs)} proofs held on {before['day']}, on the same base, rows, settings, code and processor: {names(proofs)}"
     ]
-    lines += [f"not run then: {names(left_out)}"] if left_out else []
+    lines += [f"not run then: {names(skipped)}"] if skipped else []
     return [*lines, "`finetune rehearse` runs them again"]
 
 
@@ -151,7 +151,7 @@ def names(proofs: Sequence[dict[str, Any]]) -> str:
     return ", ".join(proof["name"] for proof in proofs)
 
 
-def told(proof: Proof, why: str) -> dict[str, str]:
+def told(proof: Check, why: str) -> dict[str, str]:
     """A proof that did not run."""
     return {"name": proof.name, "sentence": proof.sentence, "why": why}
 
@@ -159,7 +159,7 @@ def told(proof: Proof, why: str) -> dict[str, str]:
 def summary(
     config: PreflightConfig,
     results: Sequence[Any],
-    left_out: Sequence[dict[str, str]],
+    skipped: Sequence[dict[str, str]],
     *,
     seconds: float,
     training_seconds: float | None,
@@ -171,10 +171,10 @@ def summary(
         else ""
     )
     lines = [f"{config.level}: {len(results)} proofs in {seconds:.1f} s{share}"]
-    if left_out:
-        reasons = sorted({one["why"] for one in left_out})
+    if skipped:
+        reasons = sorted({one["why"] for one in skipped})
         lines += [
-            f"not run ({reason}): " + "; ".join(one["sentence"] for one in left_out if one["why"] == reason)
+            f"not run ({reason}): " + "; ".join(one["sentence"] for one in skipped if one["why"] == reason)
             for reason in reasons
         ]
     return lines

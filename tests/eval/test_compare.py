@@ -3,20 +3,22 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from artifacts import Line, Made, make_adapter
 
 from finetune.errors import ConfigError, EvalError
-from finetune.eval import EvalConfig, score
+from finetune.eval import EvalConfig, evaluate
 from finetune.eval.compare import compare
 from finetune.merge.adapter_deltas import read_changes
 from finetune.merge.candidates import build
+from finetune.products import Scores
 from finetune.report.compare import show_comparison
 from finetune.run import RunFolder
+from tests.fixtures.artifacts import Line, Made, make_adapter
 
 CONFIG: dict[str, Any] = {
     "rows": 6, "loss_rows": 8, "max_new_tokens": 6, "batch_rows": 6, "batch_tokens": 512, "metrics": ["token_f1", "exact_match"],
@@ -37,10 +39,13 @@ def runs(
         build(
             loud_base, read_changes(trained.folder / "adapter"), root / f"merged-{name}" / "model", dtype=torch.bfloat16
         )
-        folder.once(
-            score, EvalConfig(**CONFIG), base=parts.base, model=parts.model, quantization=parts.quantization, placement=parts.placement,
-            adapter=trained, merged=Made(folder=root / f"merged-{name}"), data=Made(folder=folder.path / "data"), seed=1,
-        )  # fmt: skip
+        products: dict[str, Any] = {
+            "adapter": trained,
+            "merged": Made(folder=root / f"merged-{name}"),
+            "data": Made(folder=folder.path / "data"),
+        }
+        score = partial(evaluate, EvalConfig(**CONFIG), spec=parts.spec, seed=1, **products)
+        folder.stage("eval", Scores, lambda out, score=score: score(folder=out), key={"eval": EvalConfig(**CONFIG)})
     return root / "a", root / "b"
 
 
@@ -68,7 +73,7 @@ def change_samples(run: Path, change: Callable[[dict[str, Any]], None], *, keep:
 def change_config(run: Path, **settings: Any) -> None:
     file = run / "eval" / "manifest.json"
     manifest = json.loads(file.read_text())
-    manifest["config"].update(settings)
+    manifest["key"].update({f"eval.{name}": value for name, value in settings.items()})
     file.write_text(json.dumps(manifest))
 
 

@@ -1,6 +1,5 @@
 """lm-eval's tasks on models in memory, from local files: the same figures as counted by hand, and clear refusals."""
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,43 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from artifacts import Line, make_adapter
 
 from finetune.errors import EvalError
 from finetune.eval.harness import Harness, HarnessConfig, show
 from finetune.inference.adapted import load_adapted_model
+from tests.fixtures.artifacts import Line, make_adapter
+from tests.fixtures.tasks import CHOICES, ROWS, write_task
 
-CHOICES = ["seven", "Paris", "two"]
-ROWS = [{"question": f"Book a table for {number} people at {hour}.", "answer": CHOICES[(number + hour) % 3]}
-        for number in range(1, 5) for hour in range(6, 11)]  # fmt: skip
-TASK = """
-task: {name}
-dataset_path: {path}
-dataset_kwargs: {{data_files: {{validation: {data}, train: {data}}}}}
-validation_split: validation
-fewshot_split: train
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: {choices}
-doc_to_target: answer
-metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
-metadata: {{version: 3.0}}
-{more}
-"""
 GROUP = """
 group: both
 task: [one, other]
 aggregate_metric_list: [{metric: acc, weight_by_size: true}]
 metadata: {version: 1.0}
 """
-
-
-def write_task(folder: Path, name: str, *, path: str = "json", more: str = "", rows: str | None = None) -> None:
-    data = folder / f"{name}.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS) if rows is None else rows)
-    (folder / f"{name}.yaml").write_text(
-        TASK.format(name=name, path=path, data=data, choices=json.dumps(CHOICES), more=more)
-    )
 
 
 @pytest.fixture
@@ -134,9 +109,7 @@ def test_trained_graph_is_left_as_it_is(
         {name: tensor.bfloat16().clone() for name, tensor in saved.items()}, adapter / "adapter_model.safetensors"
     )
     parts = line()
-    graph = load_adapted_model(
-        parts.base, parts.model, quantization=parts.quantization, placement=parts.placement, adapter=adapter
-    )
+    graph = load_adapted_model(parts.spec, adapter)
     prompt = torch.tensor([[1, 40, 50, 60]])
     with torch.no_grad():
         before = graph(prompt).logits

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from artifacts import Line, Made
 
 from finetune.errors import EvalError
-from finetune.eval import EvalConfig, score
+from finetune.eval import EvalConfig, evaluate
 from finetune.inference.losses import mean_loss, row_losses
 from finetune.inference.rows import read_rows
 from finetune.merge.adapter_deltas import read_changes
 from finetune.merge.candidates import build
 from finetune.products import Scores
+from tests.fixtures.artifacts import Line, Made
 
 CONFIG: dict[str, Any] = {
     "rows": 4, "loss_rows": 8, "max_new_tokens": 6, "batch_rows": 3, "batch_tokens": 256,
@@ -34,10 +34,8 @@ def merged(loud_base: Path, adapter: Made, tmp_path_factory: pytest.TempPathFact
 def run(line: Callable[..., Line], adapter: Made, merged: Made) -> Callable[..., Scores]:
     def run(folder: Path, parts: Line | None = None, **settings: Any) -> Scores:
         parts = parts or line()
-        return score(
-            EvalConfig(**{**CONFIG, **settings}), folder=folder, base=parts.base, model=parts.model, quantization=parts.quantization,
-            placement=parts.placement, adapter=adapter, merged=merged, data=parts.data, seed=1,
-        )  # fmt: skip
+        products: dict[str, Any] = {"adapter": adapter, "merged": merged, "data": parts.data}
+        return evaluate(EvalConfig(**{**CONFIG, **settings}), folder=folder, spec=parts.spec, seed=1, **products)
 
     return run
 
@@ -51,7 +49,7 @@ def test_loss_of_the_base_is_that_of_plain_transformers(scores: Scores, line: Ca
     from transformers import AutoModelForCausalLM
 
     parts = line()
-    plain = AutoModelForCausalLM.from_pretrained(parts.base.folder, dtype=torch.bfloat16)
+    plain = AutoModelForCausalLM.from_pretrained(parts.spec.base.folder, dtype=torch.bfloat16)
     rows = read_rows(parts.data.folder / "heldout", limit=8)
     assert scores.artifacts["base"]["loss"] == pytest.approx(
         mean_loss(row_losses(plain, rows, batch_tokens=256)), abs=1e-4
@@ -134,8 +132,8 @@ def test_general_text_is_measured_beside_the_task(
     config = {"forgetting": str(text), "rows": 0, "metrics": [], "gate": {"tuning.general_loss": -1e9}}
     scores = run(tmp_path, **config)
     parts = line()
-    plain: Any = AutoModelForCausalLM.from_pretrained(parts.base.folder, dtype=torch.bfloat16)
-    tokenizer = AutoTokenizer.from_pretrained(parts.base.folder)
+    plain: Any = AutoModelForCausalLM.from_pretrained(parts.spec.base.folder, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(parts.spec.base.folder)
     rows = [{"input_ids": ids, "labels": ids} for ids in tokenizer(text.read_text().split("\n\n"))["input_ids"]]
     level = {name: scores.artifacts[name]["general_loss"] for name in scores.artifacts}
     assert level["base"]["value"] == pytest.approx(mean_loss(row_losses(plain, rows, batch_tokens=256)), abs=1e-4)
@@ -206,9 +204,8 @@ def test_tasks_of_lm_eval_are_put_to_every_artifact_and_kept(
     run: Callable[..., Scores], tmp_path: Path, capsys: Any
 ) -> None:
     pytest.importorskip("lm_eval")
-    from test_harness import write_task
-
     from finetune.eval.harness import HarnessConfig
+    from tests.fixtures.tasks import write_task
 
     (tmp_path / "tasks").mkdir()
     write_task(tmp_path / "tasks", "one")

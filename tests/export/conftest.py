@@ -1,8 +1,5 @@
-"""The tiny line that merge, eval and export are tested on."""
+"""The fixtures that the tests of all formats share."""
 
-import sys
-from pathlib import Path
+from tests.fixtures.exports import judge, merged, run
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "merge"))
-
-from artifacts import adapter, heldout, line, loud_base  # noqa: F401
+__all__ = ["judge", "merged", "run"]

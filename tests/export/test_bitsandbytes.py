@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from artifacts import Line, Made
-from test_export import Facts, judge, merged, run  # noqa: F401  # fixtures
 from transformers import AutoModelForCausalLM
 
 from finetune.errors import ExportError
@@ -20,6 +18,8 @@ from finetune.merge.candidates import build
 from finetune.merge.graph import dequantized
 from finetune.products import Exports
 from finetune.quantization import protect, quantized_layers
+from tests.fixtures.artifacts import Line, Made
+from tests.fixtures.exports import Facts
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +28,9 @@ def dequantized_merge(
 ) -> Facts:
     """The merged model as most runs leave it: adapter and base as the base was in 4 bits."""
     parts, folder = line(), tmp_path_factory.mktemp("merged")
-    graph = load_adapted_model(
-        parts.base, parts.model, quantization=parts.quantization, placement=parts.placement, adapter=adapter.folder / "adapter"
-    )  # fmt: skip
+    graph = load_adapted_model(parts.spec, adapter.folder / "adapter")
     changes = read_changes(adapter.folder / "adapter")
-    build(parts.base.folder, changes, folder / "model", dtype=torch.bfloat16, source=dequantized(graph))
+    build(parts.spec.base.folder, changes, folder / "model", dtype=torch.bfloat16, source=dequantized(graph))
     for file in (merged.folder / "model").iterdir():
         if not (folder / "model" / file.name).exists():
             shutil.copyfile(file, folder / "model" / file.name)
@@ -88,7 +86,7 @@ def test_rounding_the_dequantized_merge_again_would_take_the_adapter_off(
     exported: Exports, dequantized_merge: Facts, line: Callable[..., Line], adapter: Made
 ) -> None:
     """The planted bug: its weights lie on the 4-bit grid, so rounding undoes what the adapter added."""
-    base = quantized(line().base.folder)
+    base = quantized(line().spec.base.folder)
     again, ours = (
         quantized(dequantized_merge.folder / "model"),
         quantized_layers(AutoModelForCausalLM.from_pretrained(exported.folder / "bitsandbytes")),

@@ -7,128 +7,21 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from artifacts import Line, Made
 from safetensors.torch import load_file, save_file
 
 from finetune.errors import ExportError, ModelError
-from finetune.eval import EvalConfig, Judge
-from finetune.eval.records import RecordFile
-from finetune.export import ExportConfig, export, load
+from finetune.eval import Judge
+from finetune.export import ExportConfig, load
 from finetune.export.parity import Expected, compare, last_logits
 from finetune.inference.adapted import load_adapted_model
-from finetune.inference.generation import Answer
-from finetune.inference.losses import row_losses
-from finetune.inference.rows import read_rows
-from finetune.merge.adapter_deltas import read_changes
-from finetune.merge.candidates import build, write_chat
 from finetune.products import Exports
-
-BOUNDS: dict[str, Any] = {
-    "golden_rows": 2,
-    "loss_rows": 3,
-    "max_logit_difference": 0.5,
-    "max_kl": 0.01,
-    "max_new_tokens": 6,
-}
-LEVEL = {"value": 0.5, "low": 0.4, "high": 0.6}
-CHANGE = {"difference": 0.5, "low": 0.4, "high": 0.6}
-LOSS = {"loss": 1.0, "loss_low": 0.9, "loss_high": 1.1, "perplexity": 2.7}
-ARTIFACT = {**LOSS, "metrics": {"exact_match": LEVEL}, "stop_rate": 1.0, "mean_tokens": 5.0, "repetition": 0.0}
-CANDIDATE = {
-    **LOSS,
-    "name": "dequantized",
-    "kl": 1e-4,
-    "top1_agreement": 1.0,
-    "compared_tokens": 100,
-    "loss_difference": CHANGE,
-}
-RULES = EvalConfig(
-    rows=4, loss_rows=10, max_new_tokens=6, batch_rows=4, batch_tokens=256, metrics=["exact_match", "label_known"], bootstrap_samples=50
-)  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class Facts:
-    """The products of the stages before, as far as a card reads them."""
-
-    folder: Path
-    steps: int = 3
-    trained_tokens: int = 100
-    trainable_parameters: int = 50
-    optimizer: dict[str, Any] = field(default_factory=lambda: {"used": "adamw_8bit"})
-    train_rows: int = 90
-    heldout_rows: int = 10
-    tokens: int = 1000
-    fingerprint: str = "f00d"
-    sources: list[str] = field(default_factory=lambda: ["rows.jsonl"])
-    chosen: str = "dequantized"
-    adapters: dict[str, float] = field(default_factory=dict)
-    rule: str = "nearest to the trained graph"
-    candidates: list[dict[str, Any]] = field(default_factory=lambda: [CANDIDATE])
-    artifacts: dict[str, Any] = field(
-        default_factory=lambda: dict.fromkeys(("base", "base_quantized", "adapter", "merged"), ARTIFACT)
-    )
-    changes: dict[str, Any] = field(
-        default_factory=lambda: {
-            name: {"loss": CHANGE, "exact_match": CHANGE, "general_loss": CHANGE}
-            for name in ("quantization", "tuning", "merge", "total")
-        }
-    )
-    rows: int = 10
-    loss_rows: int = 10
-
-
-@pytest.fixture(scope="module")
-def merged(loud_base: Path, adapter: Made, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Facts:
-    from finetune.inference.chat import Chat
-
-    folder = tmp_path_factory.mktemp("merged")
-    build(loud_base, read_changes(adapter.folder / "adapter"), folder / "model", dtype=torch.bfloat16)
-    write_chat(folder / "model", Chat(tokenizer=tokenizer, ends=[2], system=None))
-    return Facts(folder=folder)
-
-
-@pytest.fixture(scope="module")
-def judge(line: Callable[..., Line], adapter: Made, merged: Facts, tmp_path_factory: pytest.TempPathFactory) -> Judge:
-    """The evaluation's records: what the models that exports are made from cost, and answers that they could have given."""
-    from transformers import AutoModelForCausalLM
-
-    folder, parts = tmp_path_factory.mktemp("eval"), line()
-    rows = read_rows(parts.data.folder / "heldout")
-    graph = load_adapted_model(
-        parts.base, parts.model, quantization=parts.quantization, placement=parts.placement, adapter=adapter.folder / "adapter"
-    )  # fmt: skip
-    for name, model in {
-        "adapter": graph,
-        "merged": AutoModelForCausalLM.from_pretrained(merged.folder / "model"),
-    }.items():
-        record = RecordFile(folder / f"{name}.rows.jsonl", key="")
-        record.add_losses(row_losses(model, rows, batch_tokens=RULES.batch_tokens))
-        for number in range(RULES.rows):
-            record.add_answer(number, Answer(tokens=[40, 50], stopped=True))
-    return Judge(config=RULES, folder=folder, seed=1)
-
-
-@pytest.fixture(scope="module")
-def run(line: Callable[..., Line], adapter: Made, merged: Facts, judge: Judge) -> Callable[..., Exports]:
-    def run(
-        folder: Path, *formats: str, from_merged: Facts = merged, from_adapter: Path = adapter.folder, **bounds: Any
-    ) -> Exports:
-        parts = line()
-        config = {name: ExportConfig(**{**BOUNDS, **bounds, "format": name}) for name in formats}
-        return export(
-            config, folder=folder, base=parts.base, model=parts.model, quantization=parts.quantization, placement=parts.placement,
-            adapter=Facts(folder=from_adapter), merged=from_merged, scores=Facts(folder=folder), data=Facts(folder=parts.data.folder),
-            judge=judge, seed=1,
-        )  # fmt: skip
-
-    return run
+from tests.fixtures.artifacts import Line, Made
+from tests.fixtures.exports import BOUNDS, Facts
 
 
 @pytest.fixture(scope="module")
@@ -229,9 +122,7 @@ def test_adapter_folder_says_all_that_a_loader_needs(exports: Exports) -> None:
 def test_loader_rebuilds_the_very_graph(exports: Exports, line: Callable[..., Line], adapter: Made) -> None:
     parts = line()
     folder = adapter.folder / "adapter"
-    trained = load_adapted_model(
-        parts.base, parts.model, quantization=parts.quantization, placement=parts.placement, adapter=folder
-    )
+    trained = load_adapted_model(parts.spec, folder)
     loaded, tokenizer = load(exports.folder.parent)
     prompt = [1, 40, 50, 60]
     assert (last_logits(loaded, prompt) == last_logits(trained, prompt)).all()
@@ -247,9 +138,7 @@ def test_adapter_arrives_in_the_numbers_it_was_saved_in(
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     saved = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
     save_file(saved, file)
-    graph = load_adapted_model(
-        parts.base, parts.model, quantization=parts.quantization, placement=parts.placement, adapter=tmp_path / "adapter"
-    )  # fmt: skip
+    graph = load_adapted_model(parts.spec, tmp_path / "adapter")
     arrived = {
         name.replace(".default", ""): parameter for name, parameter in graph.named_parameters() if "lora_" in name
     }

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from artifacts import Made
-from test_export import Facts, judge, merged, run  # noqa: F401  # fixtures
 
 from finetune.errors import ExportError
 from finetune.products import Exports
+from tests.fixtures.artifacts import Made
+from tests.fixtures.exports import Facts
 
 pytest.importorskip("gguf", reason="needs pip install 'finetune[gguf]'")
 pytest.importorskip("xllamacpp", reason="needs pip install 'finetune[gguf]'")
@@ -195,7 +195,7 @@ def test_adapter_on_a_gguf_base_is_the_adapter_on_the_dense_base(
     tmp_path: Path,
     settings: dict[str, Any],
 ) -> None:
-    from artifacts import make_adapter
+    from tests.fixtures.artifacts import make_adapter
 
     made = make_adapter(loud_base, tmp_path / "train", **settings)
     (export,) = run(tmp_path / "export", "gguf_lora", numbers="bf16", from_adapter=made.folder, loss_rows=0).exports
@@ -206,7 +206,7 @@ def test_adapter_on_a_gguf_base_is_the_adapter_on_the_dense_base(
 def test_adapter_that_llama_cpp_cannot_add_is_refused(
     run: Callable[..., Exports], loud_base: Path, tmp_path: Path
 ) -> None:
-    from artifacts import make_adapter
+    from tests.fixtures.artifacts import make_adapter
 
     made: Made = make_adapter(loud_base, tmp_path / "train", use_dora=True)
     with pytest.raises(

@@ -248,10 +248,10 @@ def test_file_that_llama_cpp_cannot_read_is_refused_with_its_own_words(tmp_path:
 @pytest.mark.parametrize("begins", [True, False], ids=["begin added", "begin written"])
 @pytest.mark.parametrize("family", ["llama3", "mistral", "phi3", "thinking"])
 def test_chats_begin_as_training_saw_them(tmp_path: Path, tokenizer: Any, family: str, begins: bool) -> None:
-    from test_gguf_ollama import FAMILIES, chat_with
     from xllamacpp import CommonParams, Server
 
     from finetune.export.gguf_runtime import _chat_tokens
+    from tests.fixtures.templates import FAMILIES, chat_with
 
     chat = chat_with(tokenizer, FAMILIES[family], begins=begins)
     params = CommonParams()

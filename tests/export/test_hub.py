@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from artifacts import base_of
 
 from finetune.errors import ExportError
 from finetune.export.config import ExportConfig
 from finetune.export.context import Work
 from finetune.export.hub import CHUNK_BYTES, found_secrets, prepare, write
+from tests.fixtures.artifacts import base_of
 
 SETTINGS = {"golden_rows": 0, "loss_rows": 0, "max_logit_difference": 0.0, "max_kl": 0.0, "max_new_tokens": 1}
 CARD = "---\nbase_model: org/base\nlicense: apache-2.0\n---\n\n# base, tuned\n"

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_export import Facts, judge, merged, run  # noqa: F401  # fixtures
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, MistralConfig
 
 from finetune.errors import ExportError
@@ -17,6 +16,7 @@ from finetune.export.needs import PACKAGES
 from finetune.export.onnx import make, onnx_snippet
 from finetune.export.onnx_runtime import _last_logits, _loss
 from finetune.products import Exports
+from tests.fixtures.exports import Facts
 
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(package) is None for package in PACKAGES["onnx"]),

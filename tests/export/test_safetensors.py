@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_export import Facts, judge, merged, run  # noqa: F401  # fixtures
 from transformers import AutoModelForCausalLM
 
 from finetune.errors import ExportError
 from finetune.export import load
 from finetune.products import Exports
+from tests.fixtures.exports import Facts
 
 Run = Callable[..., Exports]
 

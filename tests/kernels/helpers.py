@@ -12,7 +12,7 @@ from torch import Tensor
 from finetune import lora
 from finetune.inference.collate import Collator
 from finetune.kernels import Fusion, KernelsConfig, apply_fusion
-from tests.quantization.test_bnb import PLACEMENT
+from tests.fixtures.models import PLACEMENT
 
 SIZES: dict[str, Any] = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,

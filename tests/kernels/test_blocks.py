@@ -81,7 +81,7 @@ def test_loss_and_gradients_equal_the_plain_ones(name: str, dtype: str, flat: bo
 def test_every_way_to_compute_a_quantized_model_gives_the_gradient(
     tiny_base: Any, weights: str, implementation: str
 ) -> None:
-    from tests.quantization.test_bnb import load
+    from tests.fixtures.models import load
 
     if implementation == "native" and (why := native.missing()):
         pytest.skip(why)

@@ -8,8 +8,8 @@ import torch
 from finetune.errors import HardwareError
 from finetune.kernels import native, plain
 from finetune.kernels.autograd import LOSS_ROWS, FusedLinearCrossEntropy
+from tests.fixtures.models import load
 from tests.kernels.helpers import BOUNDS, GROUPED, SIZES, adapt, base, batch, both_ways, hasten, share
-from tests.quantization.test_bnb import load
 
 GEMMA = ("Gemma", GROUPED)
 NEOX = ("GPTNeoX", SIZES)

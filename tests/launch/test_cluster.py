@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from finetune.launch.start import accelerate_config
-from tests.launch.processes import ROOT
-from tests.scripts import script as open_script
+from tests.fixtures.processes import ROOT
+from tests.fixtures.scripts import script as open_script
 
 CLUSTER = ROOT / "scripts" / "cluster"
 

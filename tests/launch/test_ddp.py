@@ -6,10 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.launch.processes import curve, seal, train_together
-
-TOLERANCE = 1e-4
-"""Nats per token, over 25 steps. Sums of gradients in another order differ by 1e-7; 8-bit optimizer states may round them apart."""
+from tests.fixtures.processes import TOLERANCE, curve, seal, train_together
 
 pytestmark = pytest.mark.slow  # each process imports torch for seconds
 

@@ -15,9 +15,8 @@ from finetune.config import load
 from finetune.errors import ConfigError, HardwareError
 from finetune.launch import LaunchConfig, as_launched
 from finetune.launch.start import accelerate_config, refuse
-from tests.launch.processes import ROOT, codes, curve, train_in_turn, train_together
-from tests.launch.test_ddp import TOLERANCE
-from tests.test_pipeline import overrides
+from tests.fixtures.overrides import overrides
+from tests.fixtures.processes import ROOT, TOLERANCE, codes, curve, train_in_turn, train_together
 
 ODD = {"steps": 12, "tokens_per_step": 300, "dropout": 0.0, "evaluation_rows": 1}
 """3 packs a step of 10, so one process has no row in every fourth step; nor in an evaluation, which reads one row."""

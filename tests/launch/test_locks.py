@@ -12,7 +12,7 @@ import pytest
 from finetune.cache import exclusive
 from finetune.errors import ConfigError
 from finetune.run import RunFolder, RunSettings
-from tests.launch.processes import ROOT
+from tests.fixtures.processes import ROOT
 
 HOLD_RUN = """
 import pathlib, sys, time

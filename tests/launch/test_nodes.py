@@ -7,9 +7,9 @@ from types import ModuleType
 
 import pytest
 
-from tests.rows import data_overrides
-from tests.scripts import script as open_script
-from tests.test_pipeline import SMALL
+from tests.fixtures.overrides import SMALL
+from tests.fixtures.rows import data_overrides
+from tests.fixtures.scripts import script as open_script
 
 pytestmark = [
     pytest.mark.slow,

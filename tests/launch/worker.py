@@ -13,7 +13,7 @@ from finetune.console import log
 from finetune.errors import FinetuneError, Interrupted, RankFailed
 from finetune.launch import Ranks, end
 from finetune.launch.ranks import VARIABLES
-from tests.train.runs import Stopping, train
+from tests.fixtures.trainings import Stopping, train
 
 
 def seen(model: Any, *, file: Path) -> None:

@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-from tests.merge.artifacts import loud_base  # noqa: F401
-
 
 @pytest.fixture(scope="session")
 def documents() -> list[list[int]]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from finetune.lora import LoraConfig, attach
-from tests.quantization.test_bnb import load
+from tests.fixtures.models import load
 
 RANK = 4
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -10,8 +10,8 @@ from finetune.errors import ModelError
 from finetune.lora import attach
 from finetune.lora.config import DOUBLED
 from finetune.lora.init import dense_weight, lora_layers
+from tests.fixtures.models import load
 from tests.lora.helpers import RANK, TARGETS, adapt, config, logits, train
-from tests.quantization.test_bnb import load
 
 
 @pytest.mark.parametrize("variant", DOUBLED)
@@ -176,7 +176,7 @@ def test_documents_are_cut_out_of_their_packs_up_to_so_many_tokens(tmp_path: Pat
     from datasets import load_from_disk
 
     from finetune.lora import read_documents
-    from tests.rows import prepared_rows
+    from tests.fixtures.rows import prepared_rows
 
     data = prepared_rows(tmp_path, tokenizer)
     pack = load_from_disk(str(data.folder / "train"))[0]

@@ -9,8 +9,8 @@ import torch
 from finetune.inference.adapted import load_adapter
 from finetune.lora import cast_adapter
 from finetune.lora.config import DOUBLED, VARIANTS
+from tests.fixtures.models import load
 from tests.lora.helpers import RANK, adapt, config, logits, train
-from tests.quantization.test_bnb import load
 
 CHOICES = [(variant, method) for variant in VARIANTS for method in ("none", "nf4")] + [
     ("olora", "int8"),

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from artifacts import Line, make_adapter
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -18,7 +17,7 @@ from finetune.lora.config import VARIANTS
 from finetune.merge.adapter_deltas import Rows, add_changes, read_changes
 from finetune.merge.candidates import build, from_disk
 from finetune.merge.graph import add_adapters, dequantized
-from finetune.model import load
+from tests.fixtures.artifacts import Line, make_adapter
 
 IDS = torch.tensor([[1, 40, 50, 60, 70, 80, 90, 2]])
 KINDS: dict[str, dict[str, Any]] = {
@@ -99,15 +98,13 @@ def test_several_adapters_add_up_as_peft_adds_them(
             (5, {"target_modules": ["q_proj", "down_proj"]}),
         )
     )
-    graph = load_adapted_model(
-        parts.base, parts.model, quantization=parts.quantization, placement=parts.placement, adapter=own
-    )
+    graph = load_adapted_model(parts.spec, own)
     alone = logits(graph)
-    add_adapters(graph, {str(second): 0.5, str(third): -0.25}, base_sha256=parts.base.sha256)
+    add_adapters(graph, {str(second): 0.5, str(third): -0.25}, base_sha256=parts.spec.base.sha256)
     together = logits(graph)
     changes = add_changes(add_changes(read_changes(own), second, weight=0.5), third, weight=-0.25)
     source = from_disk if method == "none" else dequantized(graph)
-    build(parts.base.folder, changes, tmp_path / "merged", dtype=torch.float32, source=source)
+    build(parts.spec.base.folder, changes, tmp_path / "merged", dtype=torch.float32, source=source)
     found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
     assert (together - alone).abs().max() > 0.1
     assert (found - together).abs().max() < 2e-3 * together.abs().max()
@@ -142,20 +139,18 @@ def test_trained_tokens_come_back_and_merge(
     trained = train_a_little(
         parts, tmp_path / "adapter", "lora", tokenizer=tokenizer, upcast=upcast, tokens=["<|im_end|>", "W"]
     )
-    graph = load_adapted_model(
-        parts.base, dataclasses.replace(parts.model, upcast=upcast), quantization=parts.quantization, placement=parts.placement,
-        adapter=tmp_path / "adapter",
-    )  # fmt: skip
+    spec = dataclasses.replace(parts.spec, config=dataclasses.replace(parts.spec.config, upcast=upcast))
+    graph = load_adapted_model(spec, tmp_path / "adapter")
     expected = logits(graph)
     assert torch.equal(expected, trained)
     changes = read_changes(tmp_path / "adapter")
     rows = changes["model.embed_tokens.weight"]
     assert isinstance(rows, Rows)
     assert sorted(rows.indices.tolist()) == sorted([2, tokenizer.get_vocab()["W"]])
-    old = load_file(parts.base.folder / "model.safetensors")["model.embed_tokens.weight"][rows.indices].float()
+    old = load_file(parts.spec.base.folder / "model.safetensors")["model.embed_tokens.weight"][rows.indices].float()
     assert (rows.values.float() - old).abs().max() > 0.01, "they were trained"
     build(
-        parts.base.folder,
+        parts.spec.base.folder,
         changes,
         tmp_path / "merged",
         dtype=torch.float32,
@@ -181,15 +176,17 @@ def test_every_variant_merges_to_the_graph_that_was_trained(
     """The trained graph is peft's own forward pass over the base as it was quantized; nothing is merged in it."""
     parts = line(method, dtype="float32")
     train_a_little(parts, tmp_path / "adapter", variant)
-    graph = load_adapted_model(
-        parts.base, parts.model, quantization=parts.quantization, placement=parts.placement, adapter=tmp_path / "adapter"
-    )  # fmt: skip
+    graph = load_adapted_model(parts.spec, tmp_path / "adapter")
     expected = logits(graph)
     with graph.disable_adapter():
         plain = logits(graph)
     source = from_disk if method == "none" else dequantized(graph)
     build(
-        parts.base.folder, read_changes(tmp_path / "adapter"), tmp_path / "merged", dtype=torch.float32, source=source
+        parts.spec.base.folder,
+        read_changes(tmp_path / "adapter"),
+        tmp_path / "merged",
+        dtype=torch.float32,
+        source=source,
     )
     found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
     assert (expected - plain).abs().max() > 0.1
@@ -203,7 +200,7 @@ def train_a_little(
     settings = lora.LoraConfig(
         variant=variant, rank=4, alpha=8.0, dropout=0.0, targets=["all-linear"], dtype="float32", tokens=list(tokens)
     )  # fmt: skip
-    base = load(parts.base, parts.model, quantization=parts.quantization, placement=parts.placement)
+    base = parts.spec.load()
     documents = [list(range(start, start + 30)) for start in (10, 60, 200)]
     model = lora.attach(
         base,
@@ -212,7 +209,7 @@ def train_a_little(
         checkpointing=False,
         seed=1,
         calibration=documents,
-        original=parts.base.folder,
+        original=parts.spec.base.folder,
         tokenizer=tokenizer,
     ).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2, weight_decay=0.0)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from artifacts import Line, Made, make_adapter
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -23,6 +22,7 @@ from finetune.merge.adapter_deltas import read_changes
 from finetune.merge.candidates import build
 from finetune.merge.graph import dequantized
 from finetune.products import MergedModel
+from tests.fixtures.artifacts import Line, Made, make_adapter
 
 CONFIG: dict[str, Any] = {
     "choose": "fidelity", "candidates": ["dequantized", "original"], "max_loss_increase": 0.5, "loss_rows": 8, "measure_tokens": 60,
@@ -32,10 +32,8 @@ CONFIG: dict[str, Any] = {
 
 def run(folder: Path, line: Line, adapter: Made, **settings: Any) -> MergedModel:
     config = MergeConfig(**{**CONFIG, **settings})
-    return merge(
-        config, folder=folder, base=line.base, model=line.model, quantization=line.quantization, placement=line.placement,
-        adapter=adapter, data=line.data, seed=1,
-    )  # fmt: skip
+    products: dict[str, Any] = {"adapter": adapter, "data": line.data}
+    return merge(config, folder=folder, spec=line.spec, seed=1, **products)
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +59,7 @@ def test_losses_are_those_of_the_first_rows_with_paired_intervals(
     """More rows than the distributions are kept of: the very rows that the evaluation takes."""
     parts = line()
     rows = read_rows(parts.data.folder / "heldout", limit=8)
-    graph = load_adapted_model(
-        parts.base, parts.model, quantization=parts.quantization, placement=parts.placement, adapter=adapter.folder / "adapter"
-    )  # fmt: skip
+    graph = load_adapted_model(parts.spec, adapter.folder / "adapter")
     kept = AutoModelForCausalLM.from_pretrained(merged.folder / "model", dtype=torch.bfloat16)
     assert merged.loss_rows == 8
     assert merged.reference["loss"] == pytest.approx(mean_loss(row_losses(graph, rows, batch_tokens=512)), abs=1e-9)
@@ -88,9 +84,7 @@ def test_merge_on_the_4bit_model_is_clearly_worse(
     """The planted bug: peft rounds the sum back to 4 bits, and most of the adapter is lost."""
     parts = line()
     rows = read_rows(parts.data.folder / "heldout")
-    graph = load_adapted_model(
-        parts.base, parts.model, quantization=parts.quantization, placement=parts.placement, adapter=adapter.folder / "adapter"
-    )  # fmt: skip
+    graph = load_adapted_model(parts.spec, adapter.folder / "adapter")
     reference = reference_logprobs(graph, rows, tmp_path / "reference.f32", batch_tokens=512)
     wrong = agreement(graph.merge_and_unload(), rows, reference, batch_tokens=512)
     assert wrong.kl > 20 * figures(merged, "dequantized")["kl"]
@@ -114,11 +108,15 @@ def test_every_quantization_merges_to_its_own_graph(
     parts = line(method, dtype="float32")
     rows = read_rows(parts.data.folder / "heldout")
     folder = adapter.folder / "adapter"
-    graph = load_adapted_model(
-        parts.base, parts.model, quantization=parts.quantization, placement=parts.placement, adapter=folder
-    )
+    graph = load_adapted_model(parts.spec, folder)
     reference = reference_logprobs(graph, rows, tmp_path / "reference.f32", batch_tokens=512)
-    build(parts.base.folder, read_changes(folder), tmp_path / "merged", dtype=torch.float32, source=dequantized(graph))
+    build(
+        parts.spec.base.folder,
+        read_changes(folder),
+        tmp_path / "merged",
+        dtype=torch.float32,
+        source=dequantized(graph),
+    )
     found = agreement(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), rows, reference, batch_tokens=512)
     assert found.kl < (1e-2 if method == "int8" else 1e-6)  # LLM.int8 rounds activations too
 

@@ -15,31 +15,7 @@ from finetune.architecture import (
     parameters,
 )
 from finetune.errors import ModelError
-
-MODELS = Path(__file__).parents[2] / "conf" / "model"
-
-COUNTS = [
-    ("llama2_7b", 6_738_415_616, 6_476_005_376, 131_072_000),
-    ("llama2_13b", 13_015_864_320, 12_687_769_600, 163_840_000),
-    ("llama2_70b", 68_976_648_192, 68_451_041_280, 262_144_000),
-    ("llama3_8b", 8_030_261_248, 6_979_321_856, 525_336_576),
-    ("llama32_1b", 1_235_814_400, 973_078_528, 262_668_288),
-    ("mistral_7b", 7_241_732_096, 6_979_321_856, 131_072_000),
-    ("qwen25_7b", 7_615_616_512, 6_525_288_448, 544_997_376),
-    ("qwen3_4b", 4_022_468_096, 3_633_315_840, 388_956_160),
-    ("qwen3_30b_a3b", 30_532_122_624, 905_969_664, 311_164_928),
-    ("gemma2_9b", 9_241_705_984, 8_323_596_288, 917_504_000),
-    ("gemma3_1b_it", 999_885_952, 697_761_792, 301_989_888),
-    ("phi2", 2_779_683_840, 2_516_582_400, 131_072_000),
-    ("phi3_mini", 3_821_079_552, 3_623_878_656, 98_500_608),
-    ("tinyllama_11b", 1_100_048_384, 968_884_224, 65_536_000),
-    ("mixtral_8x7b", 46_702_792_704, 1_342_177_280, 131_072_000),
-    ("smollm2_135m", 134_515_008, 106_168_320, 28_311_552),
-]
-
-
-def architecture(name: str) -> ArchitectureConfig:
-    return ArchitectureConfig(**OmegaConf.load(MODELS / f"{name}.yaml").architecture)
+from tests.fixtures.architectures import COUNTS, MODELS, architecture
 
 
 @pytest.mark.parametrize(("name", "total", "linear", "embedding"), COUNTS)

@@ -11,7 +11,7 @@ from finetune.plan import plan, show
 from finetune.plan.duration import seconds, training_tokens
 from finetune.plan.settings import from_config
 from finetune.plan.throughput import passes, throughput, token_operations
-from tests.plan.test_plan import inputs, machine
+from tests.fixtures.architectures import inputs, machine
 
 HERE = Machine(cores=2, ram_bytes=2**34, disk_free_bytes=2**40)
 

@@ -7,7 +7,7 @@ from finetune.errors import ModelError
 from finetune.hardware import probe
 from finetune.plan.exact import compare, state_bytes
 from finetune.plan.settings import from_config
-from tests.plan.test_architecture import COUNTS, architecture
+from tests.fixtures.architectures import COUNTS, architecture
 
 SHIPPED = [
     ["+experiment=quickstart"],

@@ -10,30 +10,17 @@ from pathlib import Path
 import pytest
 
 from finetune.config import load
-from finetune.hardware import Gpu, Machine, probe
+from finetune.hardware import probe
 from finetune.plan import PlanConfig, phases, show, weights, with_own
 from finetune.plan.activations_saved import layer_bytes
 from finetune.plan.fit import propose
-from finetune.plan.inputs import OURS, PlanInputs
+from finetune.plan.inputs import OURS
 from finetune.plan.product import Plan, make_plan
 from finetune.plan.settings import from_config
 from finetune.run import to_jsonable
-from tests.plan.test_architecture import architecture
+from tests.fixtures.architectures import GIB, inputs, machine
 
-GIB = 1024**3
 ROOT = Path(__file__).parents[2]
-
-
-def machine(*gibibytes: int, ram: int = 64) -> Machine:
-    gpus = tuple(Gpu(name="a GPU", memory_bytes=size * GIB, capability="8.6") for size in gibibytes)
-    return Machine(cores=8, ram_bytes=ram * GIB, disk_free_bytes=1000 * GIB, gpus=gpus)
-
-
-def inputs(name: str = "llama2_7b", **changes: object) -> PlanInputs:
-    start = PlanInputs(
-        architecture=architecture(name), method="nf4", double=True, rank=16, rows=1, tokens=1024, checkpointing=True
-    )
-    return dataclasses.replace(start, **changes)  # type: ignore[arg-type]
 
 
 def test_seven_billion_in_nf4_fits_eight_gibibytes_with_checkpointing() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from finetune.architecture import parameters
 from finetune.plan.reference import compare, find_architecture, unplanned
-from tests.plan.test_architecture import MODELS, architecture
+from tests.fixtures.architectures import MODELS, architecture
 
 ROOT = Path(__file__).parents[2]
 KNOWN = {

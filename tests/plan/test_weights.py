@@ -7,7 +7,7 @@ import pytest
 from finetune.architecture import linear_parameters
 from finetune.plan import weights
 from finetune.plan.inputs import PlanInputs
-from tests.plan.test_architecture import architecture
+from tests.fixtures.architectures import architecture
 
 LLAMA = PlanInputs(
     architecture=architecture("llama2_7b"), method="nf4", rank=16, rows=1, tokens=1024, checkpointing=True

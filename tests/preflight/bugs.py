@@ -12,7 +12,7 @@ from datasets import Dataset, load_from_disk
 
 from finetune.kernels.autograd import SwiGlu
 from finetune.quantization import quantized_layers
-from tests.preflight.conftest import Plant, Scene
+from tests.fixtures.preflight import Plant, Scene
 
 IGNORED = -100
 
@@ -36,7 +36,7 @@ class Bug:
 
 def spoiled_batches(scene: Scene, spoil: Any) -> None:
     """A trainer whose collator makes micro-batches and ``spoil`` then changes their labels."""
-    make = scene.ahead.make_trainer
+    make = scene.make_trainer
 
     def spoiled(*arguments: Any, **inputs: Any) -> Any:
         trainer = make(*arguments, **inputs)
@@ -49,7 +49,7 @@ def spoiled_batches(scene: Scene, spoil: Any) -> None:
         trainer.data_collator = collated
         return trainer
 
-    scene.ahead = scene.ahead._replace(make_trainer=spoiled)
+    scene.make_trainer = spoiled
 
 
 def drop_the_mask(scene: Scene, _: pytest.MonkeyPatch) -> None:
@@ -65,12 +65,12 @@ def mask_the_answers(scene: Scene, _: pytest.MonkeyPatch) -> None:
 
 def pad_is_the_end(scene: Scene, _: pytest.MonkeyPatch) -> None:
     """Pad and end are one token, and padding is masked by its id."""
-    end = scene.tokenizer.eos_token_id
+    end = scene.trainable.tokenizer.eos_token_id
     spoiled_batches(scene, lambda batch: batch["labels"].masked_fill(batch["labels"] == end, IGNORED))
 
 
 def rewrite_rows(scene: Scene, labels: Any) -> None:
-    folder = scene.data.folder / "train"
+    folder = scene.job.data.folder / "train"
     rows = [{**row, "labels": labels(row)} for row in load_from_disk(str(folder))]
     other = folder.with_name("other")
     Dataset.from_list(rows).save_to_disk(str(other))
@@ -83,7 +83,7 @@ def train_the_questions(scene: Scene, _: pytest.MonkeyPatch) -> None:
 
 
 def never_train_the_end(scene: Scene, _: pytest.MonkeyPatch) -> None:
-    end = scene.tokenizer.eos_token_id
+    end = scene.trainable.tokenizer.eos_token_id
     rewrite_rows(scene, lambda row: [IGNORED if label == end else label for label in row["labels"]])
 
 
@@ -201,11 +201,12 @@ def round_in_save(scene: Scene, _: pytest.MonkeyPatch) -> None:
 
 def another_base(scene: Scene, _: pytest.MonkeyPatch) -> None:
     """The base in memory was quantized otherwise than the run's settings say, so later stages load another one."""
-    scene.ahead = scene.ahead._replace(quantization=dataclasses.replace(scene.ahead.quantization, method="fp4"))
+    spec = scene.trainable.spec
+    scene.trainable.spec = dataclasses.replace(spec, quantization=dataclasses.replace(spec.quantization, method="fp4"))
 
 
 def stand_still(scene: Scene, _: pytest.MonkeyPatch) -> None:
-    scene.ahead = scene.ahead._replace(optim=dataclasses.replace(scene.ahead.optim, learning_rate=0.0))
+    scene.job = dataclasses.replace(scene.job, optim=dataclasses.replace(scene.job.optim, learning_rate=0.0))
 
 
 def write_plan(scene: Scene, **changes: Any) -> None:

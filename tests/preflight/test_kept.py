@@ -1,61 +1,73 @@
 """What was proved of the very same is not proved again; anything else is."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from finetune.preflight import result_cache
-from finetune.preflight.config import PreflightConfig
+from finetune.trainable import TrainingJob
+from tests.fixtures.preflight import Scene, settings
+
+CONFIG = settings("quick")
 
 
-class UpcomingRun(NamedTuple):
-    train: PreflightConfig
-    until: str
-    make_trainer: Any
+def changed(job: TrainingJob, **trainable: Any) -> TrainingJob:
+    return dataclasses.replace(job, trainable=dataclasses.replace(job.trainable, **trainable))
 
 
-CONFIG = PreflightConfig(level="quick", rows=4, steps=8)
-AHEAD = UpcomingRun(train=CONFIG, until="report", make_trainer=print)
-INPUTS: dict[str, Any] = {"seed": 1, "quantization": {"method": "nf4"}, "adapted": object()}
-
-
-def test_a_rehearsal_is_found_by_what_decides_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_a_preflight_is_found_by_what_decides_it(scene: Scene, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.undo()  # the scene hides what the cache has
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
-    name = result_cache.name_of(CONFIG, INPUTS, AHEAD)
+    name = result_cache.name_of(CONFIG, scene.job, until="report")
     assert result_cache.find(name) is None
     (tmp_path / "trained_text.txt").write_text("an answer")
-    result_cache.keep(name, {"proofs": [{"name": "identity"}]}, tmp_path)
-    assert result_cache.find(result_cache.name_of(CONFIG, {**INPUTS, "adapted": object()}, AHEAD)) == {
-        "proofs": [{"name": "identity"}]
-    }
+    result_cache.keep(name, {"checks": [{"name": "identity"}]}, tmp_path)
+    same = changed(scene.job, model=object())
+    assert result_cache.find(result_cache.name_of(CONFIG, same, until="report")) == {"checks": [{"name": "identity"}]}
     (tmp_path / "trained_text.txt").unlink()
     result_cache.restore_text(name, tmp_path)
     assert (tmp_path / "trained_text.txt").read_text() == "an answer"
 
 
+def other_quantization(job: TrainingJob) -> TrainingJob:
+    spec = job.trainable.spec
+    return changed(
+        job, spec=dataclasses.replace(spec, quantization=dataclasses.replace(spec.quantization, method="fp4"))
+    )
+
+
 @pytest.mark.parametrize(
-    ("config", "inputs", "ahead"),
+    "change",
     [
-        (dataclasses.replace(CONFIG, rows=5), INPUTS, AHEAD),
-        (CONFIG, {**INPUTS, "seed": 2}, AHEAD),
-        (CONFIG, {**INPUTS, "quantization": {"method": "fp4"}}, AHEAD),
-        (CONFIG, INPUTS, AHEAD._replace(train=dataclasses.replace(CONFIG, steps=9))),
+        lambda job: dataclasses.replace(job, seed=2),
+        lambda job: dataclasses.replace(job, config=dataclasses.replace(job.config, steps=9)),
+        lambda job: changed(job, lora=dataclasses.replace(job.trainable.lora, rank=9)),
+        other_quantization,
     ],
 )
-def test_another_setting_is_another_rehearsal(config: Any, inputs: Any, ahead: Any) -> None:
-    assert result_cache.name_of(config, inputs, ahead) != result_cache.name_of(CONFIG, INPUTS, AHEAD)
+def test_another_setting_is_another_preflight(scene: Scene, change: Callable[[TrainingJob], TrainingJob]) -> None:
+    before = result_cache.name_of(CONFIG, scene.job, until="report")
+    assert result_cache.name_of(CONFIG, change(scene.job), until="report") != before
 
 
-def test_other_code_is_another_rehearsal(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = result_cache.name_of(CONFIG, INPUTS, AHEAD)
+def test_another_level_is_another_preflight(scene: Scene) -> None:
+    other = dataclasses.replace(CONFIG, rows=5)
+    assert result_cache.name_of(other, scene.job, until="report") != result_cache.name_of(
+        CONFIG, scene.job, until="report"
+    )
+
+
+def test_other_code_is_another_preflight(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = result_cache.name_of(CONFIG, scene.job, until="report")
     monkeypatch.setattr(result_cache, "code", lambda: {"train": "changed"})
-    assert result_cache.name_of(CONFIG, INPUTS, AHEAD) != before
+    assert result_cache.name_of(CONFIG, scene.job, until="report") != before
 
 
 def test_a_damaged_memory_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
     (tmp_path / "trained_text.txt").write_text("an answer")
     result_cache.keep("a", {}, tmp_path)
-    (tmp_path / "rehearsals" / "a.json").write_text("{")
+    (tmp_path / "preflights" / "a.json").write_text("{")
     assert result_cache.find("a") is None

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import pytest
 
-from finetune.preflight.checks import PROOFS
+from finetune.preflight.checks import CHECKS
 from finetune.preflight.stage import attempt
+from tests.fixtures.preflight import Scene
 from tests.preflight.bugs import BUGS, Bug
-from tests.preflight.conftest import Scene
 
 BEFORE = {"ending": ("learning",), "reload": ("learning",)}
 """Proofs that another one looks at the steps of."""
@@ -21,7 +21,7 @@ def test_planted_bug_is_caught(
 ) -> None:
     bug.plant(scene, monkeypatch)
     needed = [*BEFORE.get(bug.caught_by, ()), bug.caught_by]
-    results, left_out = attempt(scene.bench(bug.level), [proof for proof in PROOFS if proof.name in needed])
+    results, left_out = attempt(scene.context(bug.level), [proof for proof in CHECKS if proof.name in needed])
     assert not left_out
     found = results[-1]
     record_property("row", {"bug": bug.name, "proof": found["name"], "found": found["figure"], "bound": found["bound"]})
@@ -29,4 +29,4 @@ def test_planted_bug_is_caught(
 
 
 def test_every_proof_has_a_bug_that_it_catches() -> None:
-    assert {bug.caught_by for bug in BUGS} == {proof.name for proof in PROOFS}
+    assert {bug.caught_by for bug in BUGS} == {proof.name for proof in CHECKS}

@@ -1,5 +1,6 @@
 """The verb: sound models pass, everything is left as it was, failures have their consequences, costs are said."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -11,11 +12,11 @@ from finetune.config import load as load_config
 from finetune.errors import TrainError
 from finetune.preflight import PreflightConfig
 from finetune.preflight.batch import documents, largest_rows, shortened, uneven
-from finetune.preflight.checks import PROOFS
+from finetune.preflight.checks import CHECKS
 from finetune.preflight.stage import attempt
+from tests.fixtures.pairs import COMPOSED, pairs_of
+from tests.fixtures.preflight import Scene
 from tests.preflight.bugs import contaminate, disk_full, double_a_gradient, start_beside_zero, write_plan
-from tests.preflight.conftest import Scene
-from tests.train.test_preference import COMPOSED, pairs_of
 
 
 def names(proofs: Any, *, passed: bool) -> list[str]:
@@ -24,20 +25,20 @@ def names(proofs: Any, *, passed: bool) -> list[str]:
 
 def test_every_quick_proof_holds_on_a_sound_model(scene: Scene) -> None:
     write_plan(scene)
-    found = scene.rehearse()
-    assert names(found.proofs, passed=True) == [proof.name for proof in PROOFS if not proof.only_full]
-    assert [one["name"] for one in found.left_out] == ["learning", "ending", "reload"]
-    assert found.isolates
-    assert found.quick
+    found = scene.run_preflight()
+    assert names(found.checks, passed=True) == [proof.name for proof in CHECKS if not proof.only_full]
+    assert [one["name"] for one in found.skipped] == ["learning", "ending", "reload"]
+    assert found.packing_is_isolated
+    assert found.fused_layers_are_exact
 
 
 @pytest.mark.slow
 def test_every_proof_holds_on_a_sound_model_and_nothing_is_left_behind(scene: Scene) -> None:
     write_plan(scene)
     before = {name: p.detach().clone() for name, p in scene.adapted.named_parameters()}
-    found = scene.rehearse("full")
-    assert names(found.proofs, passed=True) == [proof.name for proof in PROOFS]
-    assert not found.left_out
+    found = scene.run_preflight("full")
+    assert names(found.checks, passed=True) == [proof.name for proof in CHECKS]
+    assert not found.skipped
     assert all(torch.equal(before[name], p) for name, p in scene.adapted.named_parameters())
     assert [file.name for file in found.folder.iterdir()] == ["trained_text.txt"]
 
@@ -45,7 +46,7 @@ def test_every_proof_holds_on_a_sound_model_and_nothing_is_left_behind(scene: Sc
 def test_a_rehearsal_leaves_the_adapter_and_the_random_state_as_they_were(scene: Scene) -> None:
     before = {name: p.detach().clone() for name, p in scene.adapted.named_parameters() if p.requires_grad}
     own, state = set(vars(scene.adapted)), torch.random.get_rng_state()
-    scene.rehearse()
+    scene.run_preflight()
     after = {name: p for name, p in scene.adapted.named_parameters() if p.requires_grad}
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -58,38 +59,38 @@ def test_failed_proof_stops_the_run_with_the_likely_cause(scene: Scene, monkeypa
     with pytest.raises(
         TrainError, match=r"1 of 8 proofs fail.*largest logit difference.*Likely cause: B does not start at zero"
     ):
-        scene.rehearse()
+        scene.run_preflight()
 
 
 def test_a_proof_that_runs_out_of_disk_names_the_disk(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     disk_full(scene, monkeypatch)
     with pytest.raises(TrainError, match=r"File too large.*Likely cause: the disk is full"):
-        scene.rehearse()
+        scene.run_preflight()
 
 
 def test_attention_that_mixes_documents_makes_training_unpack_them(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     contaminate(scene, monkeypatch)
-    found = scene.rehearse()
-    assert not found.isolates
-    assert names(found.proofs, passed=False) == ["packing"]
+    found = scene.run_preflight()
+    assert not found.packing_is_isolated
+    assert names(found.checks, passed=False) == ["packing"]
 
 
 def test_quick_steps_with_a_wrong_factor_are_turned_off_for_the_other_proofs_too(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     double_a_gradient(scene, monkeypatch)
-    found = scene.rehearse()
-    assert not found.quick
-    assert not scene.quick.switch.on
-    assert names(found.proofs, passed=False) == ["speed"]
+    found = scene.run_preflight()
+    assert not found.fused_layers_are_exact
+    assert not scene.trainable.fusion.switch.on
+    assert names(found.checks, passed=False) == ["speed"]
 
 
 def test_what_it_cost_and_what_did_not_run_is_said(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
-    found = scene.rehearse()
+    found = scene.run_preflight()
     said = " ".join(capsys.readouterr().out.split())
-    assert f"quick: {len(found.proofs)} proofs in" in said
+    assert f"quick: {len(found.checks)} proofs in" in said
     assert "s that training will take, about" in said
     assert "not run (only preflight=full): the loss falls on one batch that is repeated" in said
     assert found.training_seconds
@@ -97,9 +98,9 @@ def test_what_it_cost_and_what_did_not_run_is_said(scene: Scene, capsys: pytest.
 
 
 def test_without_a_trainer_the_proofs_that_need_one_are_named_as_left_out(scene: Scene) -> None:
-    scene.ahead = None
-    found = scene.rehearse()
-    assert [one["name"] for one in found.left_out] == [
+    scene.make_trainer = None
+    found = scene.run_preflight()
+    assert [one["name"] for one in found.skipped] == [
         "trained_text",
         "accumulation",
         "room",
@@ -114,56 +115,53 @@ def preferring(scene: Scene) -> Scene:
     config = load_config([*COMPOSED, "optim.learning_rate=2e-3", "train.micro_batch=2"])
     folder = scene.run / "pairs"
     folder.mkdir()
-    assert scene.ahead
-    scene.data, scene.ahead = (
-        pairs_of(folder, scene.tokenizer),
-        scene.ahead._replace(train=config.train, optim=config.optim),
-    )
+    data = pairs_of(folder, scene.trainable.tokenizer)
+    scene.job = dataclasses.replace(scene.job, data=data, config=config.train, optim=config.optim)
     return scene
 
 
 def test_pairs_are_rehearsed_with_the_trainer_and_the_collator_of_pairs(scene: Scene) -> None:
-    found = {proof["name"]: proof for proof in preferring(scene).rehearse().proofs}
+    found = {proof["name"]: proof for proof in preferring(scene).run_preflight().checks}
     assert found["trained_text"]["figure"].startswith("28 tokens of 4 documents")
     assert found["accumulation"]["figure"].startswith("2 rows: loss 0.69")
     assert all(proof["passed"] for proof in found.values())
 
 
 def test_a_preference_is_learnt_from_the_repeated_batch_and_teaches_no_end(scene: Scene) -> None:
-    bench = preferring(scene).bench("full")
-    results, left_out = attempt(bench, [proof for proof in PROOFS if proof.name in ("learning", "ending")])
+    context = preferring(scene).context("full")
+    results, left_out = attempt(context, [proof for proof in CHECKS if proof.name in ("learning", "ending")])
     assert names(results, passed=True) == ["learning"]
     assert [one["name"] for one in left_out] == ["ending"]
 
 
 def test_off_proves_nothing_and_says_so(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
-    assert scene.rehearse("off").proofs == []
-    assert "nothing is proved before training" in capsys.readouterr().out
+    assert scene.run_preflight("off").checks == []
+    assert "skipped (preflight=off); the report will say so" in capsys.readouterr().out
 
 
 def test_a_run_that_ends_with_training_needs_no_room_for_the_merge(scene: Scene) -> None:
     write_plan(scene, phases={"merge": {"weights": 10**16}}, disk={"merged": 10**18, "checkpoints": 5})
-    scene.ahead = scene.ahead._replace(until="train")
-    found = next(proof for proof in scene.rehearse().proofs if proof["name"] == "room")
+    scene.until = "train"
+    found = next(proof for proof in scene.run_preflight().checks if proof["name"] == "room")
     assert found["passed"]
     assert "no later stage needs the dense model; disk 5 B" in found["figure"]
 
 
 def test_trained_text_is_written_for_people_to_read(scene: Scene) -> None:
-    found = scene.rehearse()
+    found = scene.run_preflight()
     assert '{"time":' in (found.folder / "trained_text.txt").read_text(encoding="utf-8")
 
 
 def test_the_manifest_can_hold_a_rehearsal(scene: Scene) -> None:
-    proofs = json.loads(json.dumps(scene.rehearse().proofs))
+    proofs = json.loads(json.dumps(scene.run_preflight().checks))
     assert all(set(proof) == {"name", "passed", "figure", "bound", "sentence", "cause", "seconds"} for proof in proofs)
 
 
 def test_largest_batch_is_made_of_the_longest_rows(scene: Scene) -> None:
-    rows = load_from_disk(str(scene.data.folder / "train"))
+    rows = load_from_disk(str(scene.job.data.folder / "train"))
     sizes = sorted(len(row["input_ids"]) for row in rows)
     assert [len(row["input_ids"]) for row in largest_rows(rows, count=2)] == sizes[:-3:-1]
-    assert sum(len(document["input_ids"]) for document in scene.bench("full").documents) == sizes[-1]
+    assert sum(len(document["input_ids"]) for document in scene.context("full").documents) == sizes[-1]
 
 
 def test_documents_of_a_pack_are_its_tokens_cut_at_the_borders() -> None:

@@ -10,7 +10,7 @@ from finetune.__main__ import main
 from finetune.provenance.difference import compare, differences, named, read
 from finetune.provenance.replay import SUFFIX, judge
 from finetune.run import write_json
-from tests.provenance.conftest import TinyRun
+from tests.fixtures.tiny_run import TinyRun
 
 pytestmark = pytest.mark.slow
 

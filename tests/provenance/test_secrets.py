@@ -7,7 +7,7 @@ import pytest
 
 from finetune.config import RunConfig
 from finetune.overrides import paths
-from tests.provenance.conftest import CANARIES, TinyRun
+from tests.fixtures.tiny_run import CANARIES, TinyRun
 
 SECRET = re.compile(r"token|secret|key|password|passwd|credential|auth")
 NO_SECRETS = {

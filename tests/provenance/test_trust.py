@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from finetune import model
 from finetune.config import load
 from finetune.errors import ModelError
-from finetune.model import ModelConfig
+from finetune.model import ModelConfig, ModelSpec, fetch
 from finetune.trust import remote_code_problems
-from tests.test_model import config
+from tests.fixtures.models import model_config
 
 CODE = """
 from pathlib import Path
@@ -52,17 +51,17 @@ def open_it(settings: ModelConfig) -> object:
         device="cpu", dtype="float32", attention="sdpa", optimizer="", optimizer_reason="", threads=1, reasons=()
     )
     plain = QuantizationConfig(method="none")
-    return model.load(model.fetch(settings), settings, quantization=plain, placement=placement)
+    return ModelSpec(base=fetch(settings), config=settings, quantization=plain, placement=placement).load()
 
 
 def test_named_code_runs(own: Path, tmp_path: Path) -> None:
-    assert type(open_it(config(str(own), remote_code=named(own)))).__name__ == "OwnModel"
+    assert type(open_it(model_config(str(own), remote_code=named(own)))).__name__ == "OwnModel"
     assert (tmp_path / "ran").exists()
 
 
 def test_code_that_was_not_named_does_not_run_and_the_message_names_it(own: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=f"model.remote_code={{own.py: '{named(own)['own.py']}'}}"):
-        open_it(config(str(own)))
+        open_it(model_config(str(own)))
     assert not (tmp_path / "ran").exists()
 
 
@@ -86,7 +85,7 @@ def test_other_code_than_was_named_is_refused_before_any_of_it_runs(own: Path, t
         "elsewhere": "another repository",
     }
     with pytest.raises(ModelError, match=f"{expected[change]}"):
-        open_it(config(str(own), remote_code=files))
+        open_it(model_config(str(own), remote_code=files))
     assert not (tmp_path / "ran").exists()
 
 
@@ -94,20 +93,20 @@ def test_code_that_changes_after_it_was_fetched_is_refused_too(own: Path, tmp_pa
     from finetune.hardware import Placement
     from finetune.quantization import QuantizationConfig
 
-    settings = config(str(own), remote_code=named(own))
-    base = model.fetch(settings)
+    settings = model_config(str(own), remote_code=named(own))
+    base = fetch(settings)
     (own / "own.py").write_text("raise SystemExit('this ran')")
     placement = Placement(
         device="cpu", dtype="float32", attention="sdpa", optimizer="", optimizer_reason="", threads=1, reasons=()
     )
     plain = QuantizationConfig(method="none")
     with pytest.raises(ModelError, match="none of it has run"):
-        model.load(base, settings, quantization=plain, placement=placement)
+        ModelSpec(base=base, config=settings, quantization=plain, placement=placement).load()
 
 
 def test_the_setting_that_a_message_offers_can_be_pasted(own: Path) -> None:
     with pytest.raises(ModelError) as caught:
-        open_it(config(str(own)))
+        open_it(model_config(str(own)))
     offered = str(caught.value).rsplit('"', 2)[1]
     assert load(["+experiment=quickstart", "model=custom", f"model.name={own}", offered]).model.remote_code == named(
         own
@@ -126,4 +125,4 @@ def test_every_kind_of_pickle_is_refused_with_the_way_to_convert(tiny_base: Path
     shutil.copy(tiny_base / "config.json", tmp_path)
     (tmp_path / file).write_bytes(b"\x80")
     with pytest.raises(ModelError, match=rf"{file}, a pickle.*safe_serialization=True"):
-        model.fetch(config(str(tmp_path)))
+        fetch(model_config(str(tmp_path)))

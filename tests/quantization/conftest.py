@@ -1,8 +1,5 @@
-"""The tiny line that merge, eval and export are tested on."""
+"""The adapted tiny model that the checks run on."""
 
-import sys
-from pathlib import Path
+from tests.fixtures.preflight import scene
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "merge"))
-
-from artifacts import adapter, heldout, line, loud_base  # noqa: F401
+__all__ = ["scene"]

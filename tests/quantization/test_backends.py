@@ -22,8 +22,8 @@ from finetune.merge.adapter_deltas import read_changes
 from finetune.merge.candidates import build
 from finetune.merge.graph import dequantized
 from finetune.quantization import QuantizationConfig, dense, library_of, quantized_layers, spec, stored
-from tests.preflight.conftest import SPEED, Scene, scene  # noqa: F401
-from tests.quantization.test_bnb import PLACEMENT
+from tests.fixtures.models import PLACEMENT, model_spec
+from tests.fixtures.preflight import KERNELS, Scene
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
 SETTINGS = [
@@ -51,8 +51,7 @@ def settings(folder: Path) -> Any:
 
 
 def load(folder: Path, config: QuantizationConfig) -> Any:
-    base = model.Base(folder=folder, name="tiny", revision=None, sha256="", source="folder")
-    return model.load(base, settings(folder), quantization=config, placement=PLACEMENT)
+    return model_spec(folder, config).load()
 
 
 def attach(loaded: Any) -> Any:
@@ -199,9 +198,15 @@ def test_the_merge_is_the_trained_graph_and_peft_s_own_is_not(
 
     parts = line("none", dtype="float32")
     rows, folder = read_rows(parts.data.folder / "heldout"), adapter.folder / "adapter"
-    graph = load_adapted_model(parts.base, parts.model, quantization=config, placement=parts.placement, adapter=folder)
+    graph = load_adapted_model(dataclasses.replace(parts.spec, quantization=config), folder)
     reference = reference_logprobs(graph, rows, tmp_path / "reference.f32", batch_tokens=512)
-    build(parts.base.folder, read_changes(folder), tmp_path / "merged", dtype=torch.float32, source=dequantized(graph))
+    build(
+        parts.spec.base.folder,
+        read_changes(folder),
+        tmp_path / "merged",
+        dtype=torch.float32,
+        source=dequantized(graph),
+    )
     ours = agreement(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), rows, reference, batch_tokens=512)
     assert ours.kl < 1e-6
     rounded_again = agreement(graph.merge_and_unload(), rows, reference, batch_tokens=512)
@@ -214,10 +219,11 @@ def test_the_rehearsal_s_proofs_hold(
     tiny_base: Path,
     config: QuantizationConfig,
 ) -> None:
-    scene.adapted = attach(load(tiny_base, config))
-    scene.quick = apply_fusion(scene.adapted, SPEED, placement=PLACEMENT, checkpointing="none")
-    assert not scene.quick.choice.fused, "its layers compute in their own way"
-    found = {proof["name"]: proof for proof in scene.rehearse().proofs}
+    scene.trainable.model = attach(load(tiny_base, config))
+    scene.trainable.spec = model_spec(tiny_base, config)
+    scene.trainable.fusion = apply_fusion(scene.trainable.model, KERNELS, placement=PLACEMENT, checkpointing="none")
+    assert not scene.trainable.fusion.choice.fused, "its layers compute in their own way"
+    found = {proof["name"]: proof for proof in scene.run_preflight().checks}
     assert found["evaluation"]["passed"], found["evaluation"]
     assert all(proof["passed"] for proof in found.values()), found
 

@@ -2,31 +2,15 @@
 
 import json
 import shutil
-import types
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from finetune import model
 from finetune.errors import ModelError
-from finetune.hardware import Placement
 from finetune.quantization import QuantizationConfig, protect, quantized_layers, spec
-
-PLACEMENT = Placement(
-    device="cpu", dtype="bfloat16", attention="sdpa", optimizer="adamw_8bit", optimizer_reason="", threads=1, reasons=()
-)
-
-
-def config(method: str, *, double: bool = False) -> QuantizationConfig:
-    return QuantizationConfig(method=method, double=double)
-
-
-def load(folder: Path, method: str, *, double: bool = False) -> Any:
-    base = model.Base(folder=folder, name="tiny", revision=None, sha256="", source="folder")
-    settings = types.SimpleNamespace(name="tiny", trust_remote_code=False, remote_code={})
-    return model.load(base, settings, quantization=config(method, double=double), placement=PLACEMENT)  # type: ignore[arg-type]
+from tests.fixtures.models import load, model_spec, quantization_config
 
 
 @pytest.mark.parametrize(("method", "double"), [("nf4", False), ("nf4", True), ("fp4", False)])
@@ -74,12 +58,17 @@ def test_int8_loads_and_answers(tiny_base: Path) -> None:
 
 
 def test_the_specification_names_what_a_loader_needs() -> None:
-    assert spec(config("nf4", double=True)) == {"method": "nf4", "double": True, "blocksize": 64, "keep": []}
-    assert spec(config("none")) == {"method": "none"}
+    assert spec(quantization_config("nf4", double=True)) == {
+        "method": "nf4",
+        "double": True,
+        "blocksize": 64,
+        "keep": [],
+    }
+    assert spec(quantization_config("none")) == {"method": "none"}
 
 
 def test_double_quantization_without_4_bits_is_a_problem() -> None:
-    assert list(config("int8", double=True).problems()) == [
+    assert list(quantization_config("int8", double=True).problems()) == [
         "quantization.double is for nf4 and fp4; got method 'int8': set quantization.double=false"
     ]
 
@@ -106,9 +95,7 @@ def test_rows_that_the_cpu_would_read_as_noise_are_refused(tiny_base: Path, tmp_
     ):
         load(tmp_path / "base", "nf4")
     skipped = QuantizationConfig(method="nf4", keep=["down_proj"])
-    base = model.Base(folder=tmp_path / "base", name="tiny", revision=None, sha256="", source="folder")
-    settings = types.SimpleNamespace(name="tiny", trust_remote_code=False, remote_code={})
-    assert quantized_layers(model.load(base, settings, quantization=skipped, placement=PLACEMENT))  # type: ignore[arg-type]
+    assert quantized_layers(model_spec(tmp_path / "base", skipped).load())
 
 
 def test_reading_back_is_the_code_book_times_the_constant(tiny_base: Path) -> None:

@@ -7,16 +7,15 @@ import shutil
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from finetune import model
 from finetune.hardware import Placement
 from finetune.quantization import QuantizationConfig, quantized_layers
+from tests.fixtures.models import model_spec
 
 METHODS = [("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True), ("int8", False)]
 
@@ -30,13 +29,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def load(
     folder: Path, method: str = "nf4", *, double: bool = True, dtype: str = "bfloat16", keep: tuple[str, ...] = ()
 ) -> Any:
-    base = model.Base(folder=folder, name="tiny", revision=None, sha256="", source="folder")
     quantization = QuantizationConfig(method=method, double=double and method != "int8", keep=list(keep))
     placement = Placement(
         device="cpu", dtype=dtype, attention="sdpa", optimizer="adamw_8bit", optimizer_reason="", threads=1, reasons=()
     )
-    settings = types.SimpleNamespace(name="tiny", trust_remote_code=False, remote_code={})
-    return model.load(base, settings, quantization=quantization, placement=placement)  # type: ignore[arg-type]
+    return model_spec(folder, quantization, placement=placement).load()
 
 
 def tensors(loaded: Any) -> dict[str, torch.Tensor]:

@@ -12,10 +12,9 @@ from finetune.errors import ModelError
 from finetune.inference.kl_divergence import agreement, reference_logprobs
 from finetune.inference.rows import read_rows
 from finetune.lora.init import reader
-from finetune.model import load
 from finetune.quantization import QuantizationConfig, choose_skip_modules, is_kept, patterns, quantized_layers
 from finetune.quantization.sensitivity import MIB, KeptLayers, choose, extra_bytes, rounding_costs
-from tests.rows import prepared_rows
+from tests.fixtures.rows import prepared_rows
 
 NF4 = QuantizationConfig(method="nf4", double=True)
 DOCUMENTS = [[5, 6, 7, 8, 9, 10, 11, 12], [30, 31, 32, 33]]
@@ -28,7 +27,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def open_line(line: Any, quantization: QuantizationConfig, *, dtype: str = "float32") -> Any:
     parts = line("none", dtype=dtype)
-    return load(parts.base, parts.model, quantization=quantization, placement=parts.placement)
+    return dataclasses.replace(parts.spec, quantization=quantization).load()
 
 
 @pytest.mark.parametrize(
@@ -92,7 +91,7 @@ def test_costs_foretell_what_rounding_one_layer_does(line: Any, heldout: Any, tm
     dense = open_line(line, QuantizationConfig(method="none"))
     reference = reference_logprobs(dense, rows, tmp_path / "reference.f32", batch_tokens=512)
     rounded = open_line(line, NF4)
-    base = line("none").base.folder
+    base = line("none").spec.base.folder
     costs = rounding_costs(rounded, reader(base), [row["input_ids"] for row in rows])
     measured = {}
     for name in costs:
@@ -109,7 +108,7 @@ def test_costs_foretell_what_rounding_one_layer_does(line: Any, heldout: Any, tm
 
 
 def test_costs_are_the_same_again_and_leave_the_model_as_it_was(line: Any) -> None:
-    model, base = open_line(line, NF4), line("none").base.folder
+    model, base = open_line(line, NF4), line("none").spec.base.folder
     before = model(input_ids=torch.tensor(DOCUMENTS[:1])).logits
     first, second = (rounding_costs(model, reader(base), DOCUMENTS) for _ in range(2))
     assert first == second
@@ -122,15 +121,13 @@ def test_the_stage_names_the_layers_it_kept_and_a_loader_keeps_them(
 ) -> None:
     parts, data = line("none"), prepared_rows(tmp_path, tokenizer)
     config = dataclasses.replace(NF4, keep_mib=0.03, keep_tokens=64)
-    kept = choose_skip_modules(
-        config, folder=tmp_path, base=parts.base, model=parts.model, placement=parts.placement, data=data
-    )  # fmt: skip
+    kept = choose_skip_modules(dataclasses.replace(parts.spec, quantization=config), folder=tmp_path, data=data)  # fmt: skip
     assert 0 < sum(one["bytes"] for one in kept.layers) <= 0.03 * MIB
     assert "stay in full precision for" in " ".join(capsys.readouterr().out.split())
     applied = kept.applied(config)
     assert applied.keep_mib == 0
     loaded = open_line(line, applied, dtype="bfloat16")
-    original = load_file(parts.base.folder / "model.safetensors")
+    original = load_file(parts.spec.base.folder / "model.safetensors")
     for one in kept.layers:
         assert one["layer"] not in quantized_layers(loaded)
         assert torch.equal(loaded.get_submodule(one["layer"]).weight, original[f"{one['layer']}.weight"])
@@ -141,9 +138,7 @@ def test_a_budget_below_the_smallest_layer_is_refused(line: Any, tokenizer: Any,
     parts, data = line("none"), prepared_rows(tmp_path, tokenizer)
     config = dataclasses.replace(NF4, keep_mib=0.001, keep_tokens=32)
     with pytest.raises(ModelError, match=r"quantization.keep_mib=0.001 buys no layer: the smallest takes"):
-        choose_skip_modules(
-            config, folder=tmp_path, base=parts.base, model=parts.model, placement=parts.placement, data=data
-        )
+        choose_skip_modules(dataclasses.replace(parts.spec, quantization=config), folder=tmp_path, data=data)
 
 
 def test_chosen_layers_come_after_those_kept_by_name() -> None:

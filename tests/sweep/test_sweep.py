@@ -15,7 +15,7 @@ from finetune.config import load
 from finetune.sweep.jobs import LOCK, Job, jobs_in, name_of
 from finetune.sweep.median import behind
 from finetune.sweep.work import outcome
-from tests.test_pipeline import overrides
+from tests.fixtures.overrides import overrides
 
 ROOT = Path(__file__).parent.parent.parent
 

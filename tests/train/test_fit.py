@@ -9,7 +9,7 @@ import torch
 
 from finetune.errors import Interrupted, TrainError
 from finetune.train.stage import mean_of_last_tenth, read_curve, rewind
-from tests.train.runs import Collected, Stopping, train
+from tests.fixtures.trainings import Collected, Stopping, train
 
 
 def test_training_learns_and_leaves_a_plain_peft_adapter(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:

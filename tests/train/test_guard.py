@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from finetune.errors import TrainError
-from tests.train.runs import train
+from tests.fixtures.trainings import train
 
 LAYER = "layers.0.mlp.down_proj"
 

@@ -8,10 +8,10 @@ import pytest
 
 from finetune.cache import file_sha256
 from finetune.errors import Interrupted, TrainError
-from tests.train.runs import Stopping, train
+from tests.fixtures.trainings import Stopping, train
 
 OVERFITTING: dict[str, Any] = {"evaluations": 12, "checkpoints": 1, "steps": 24, "keep_checkpoints": 1}
-"""Two dozen steps at a high rate on the rows of ``tests.rows``: measured here, held-out loss falls and then rises."""
+"""Two dozen steps at a high rate on the rows of ``tests.fixtures.rows``: measured here, held-out loss falls and then rises."""
 
 
 def heldout(folder: Path) -> dict[int, float]:

@@ -13,13 +13,11 @@ from datasets import Dataset
 
 from finetune import lora
 from finetune.config import load as load_config
-from finetune.data import prepare
 from finetune.errors import ConfigError, Interrupted, TrainError
 from finetune.kernels import apply_fusion
 from finetune.launch import Ranks
-from finetune.model import Base
 from finetune.products import PreparedData, TrainedAdapter
-from finetune.train import fit
+from finetune.train import train_adapter
 from finetune.train.preference import (
     PairCollator,
     PreferenceConfig,
@@ -35,11 +33,12 @@ from finetune.train.preference import (
     token_losses,
     training_pairs,
 )
-from tests.quantization.test_bnb import PLACEMENT, load
+from finetune.trainable import TrainableModel, TrainingJob
+from tests.fixtures.models import PLACEMENT, load, model_spec, quantization_config
+from tests.fixtures.pairs import COMPOSED, pairs_of
 
 BETA = 0.3
 PAIR = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "rejected_input_ids": [5, 8], "rejected_labels": [-100, 8]}
-COMPOSED = ["+experiment=quickstart", "train=dpo", "data.objective=preference", "data.cache=''"]
 
 
 class Collected:
@@ -56,37 +55,6 @@ class Collected:
 
     def series(self, name: str) -> list[float]:
         return [metrics[name] for _, metrics in self.lines if name in metrics]
-
-
-def write_pairs(file: Path, *, count: int, start: int = 0) -> Path:
-    """The answer that repeats the number is preferred to the one that refuses."""
-    rows = [
-        {
-            "prompt": f"Wake me at {number}.",
-            "chosen": f'{{"time":{number}}}',
-            "rejected": "What is the capital of France?",
-        }
-        for number in range(start, start + count)
-    ]
-    file.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
-    return file
-
-
-def pairs_of(folder: Path, tokenizer: Any) -> PreparedData:
-    """Pairs prepared by the data room, as a run would."""
-    train, held = (
-        write_pairs(folder / "train.jsonl", count=24),
-        write_pairs(folder / "heldout.jsonl", count=8, start=1000),
-    )
-    files = [
-        f"data.path={train}",
-        f"data.heldout_path={held}",
-        "data.format=preference",
-        "data.max_tokens=128",
-        "data.pack_tokens=128",
-    ]
-    (folder / "data").mkdir()
-    return prepare(load_config([*COMPOSED, *files]).data, folder=folder / "data", tokenizer=tokenizer, seed=1)
 
 
 def train(
@@ -111,12 +79,16 @@ def train(
     adapted = lora.attach(load(tiny_base, "nf4", double=True), config.lora, upcast="none", checkpointing=full, seed=1)
     quick = apply_fusion(adapted, config.kernels, placement=PLACEMENT, checkpointing=config.train.checkpointing)
     (folder / "train").mkdir(exist_ok=True)
-    return fit(
-        config.train, ranks=Ranks({}), folder=folder / "train", adapted=adapted, tokenizer=tokenizer, data=data, quantization={},
+    trainable = TrainableModel(
+        model=adapted,
+        tokenizer=tokenizer,
+        spec=model_spec(tiny_base, quantization_config("nf4", double=True)),
         lora=config.lora,
-        base=Base(folder=tiny_base, name="tiny", revision=None, sha256="", source="folder"), optim=config.optim, placement=PLACEMENT,
-        upcast="none", packing=packing, quick=quick, kernels=config.kernels, seed=1, trackers=trackers,
-    )  # fmt: skip
+        fusion=quick,
+        packing=packing,
+    )
+    job = TrainingJob(config=config.train, optim=config.optim, trainable=trainable, data=data, seed=1)
+    return train_adapter(job, folder=folder / "train", trackers=trackers, ranks=Ranks({}))
 
 
 @pytest.mark.parametrize("objective", ["sigmoid", "ipo", "hinge", "aot"])

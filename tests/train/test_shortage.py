@@ -10,7 +10,7 @@ import torch
 from finetune.errors import Interrupted, TrainError
 from finetune.train.checkpoints import SEAL
 from finetune.train.oom_retry import is_out_of_memory
-from tests.train.runs import Stopping, train
+from tests.fixtures.trainings import Stopping, train
 
 CPU = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 1073741824 bytes."
 
