@@ -73,7 +73,7 @@ def test_shortage_on_one_process_halves_the_micro_batch_on_all(tmp_path: Path, t
     settings = {**LONG, "steps": 4, "tokens_per_step": 880}
     ended = train_together(tmp_path / "short", tiny_base, tokenizer, count=2, short_rank=1, micro_batch=4, **settings)
     assert [code for code, _ in ended] == [0, 0], ended
-    assert all("from here on 2 at once instead of 4" in " ".join(output.split()) for _, output in ended)
+    assert all("continues with micro-batches of 2 instead of 4" in " ".join(output.split()) for _, output in ended)
     train_together(tmp_path / "whole", tiny_base, tokenizer, count=2, micro_batch=2, **settings)
     assert curve(tmp_path / "short") == pytest.approx(curve(tmp_path / "whole"), abs=TOLERANCE)
 
@@ -86,7 +86,7 @@ def test_signal_to_one_stops_all_and_another_number_of_processes_goes_on(
     stopped = seal(tmp_path, 8)["counts"]
     ended = train_together(tmp_path, tiny_base, tokenizer, count=3, stop_step=15, **LONG)
     assert [code for code, _ in ended] == [75] * 3, ended
-    assert "goes on from step 8" in " ".join(ended[0][1].split())
+    assert "continues from step 8" in " ".join(ended[0][1].split())
     [(code, output)] = train_together(tmp_path, tiny_base, tokenizer, count=1, **LONG)
     assert code == 0, output
     assert curve(tmp_path) == pytest.approx(curve(alone), abs=TOLERANCE)

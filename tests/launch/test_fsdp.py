@@ -34,7 +34,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, tokenizer: A
     ]  # fmt: skip
     ended = train_in_turn(tiny_base, tokenizer, [(folder / name, settings) for name, settings in asked], count=2)
     assert [codes(output) for _, output in ended] == [[0, 75, 0, 0, 0]] * 2, ended
-    assert "goes on from step 6" in " ".join(ended[0][1].split())
+    assert "continues from step 6" in " ".join(ended[0][1].split())
     return folder
 
 

@@ -104,7 +104,7 @@ def sum_the_means(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     from finetune.train.trainer import Trainer
 
     def mean(self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        return self.quick.loss(self.accelerator.unwrap_model(model), inputs) / (inputs["labels"] != IGNORED).sum()
+        return self.fusion.loss(self.accelerator.unwrap_model(model), inputs) / (inputs["labels"] != IGNORED).sum()
 
     monkeypatch.setattr(Trainer, "compute_loss", mean)
 
@@ -115,7 +115,7 @@ def mean_the_means(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def mean(self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         own = (inputs["labels"] != IGNORED).sum() * self.args.gradient_accumulation_steps
-        return self.quick.loss(self.accelerator.unwrap_model(model), inputs) / own
+        return self.fusion.loss(self.accelerator.unwrap_model(model), inputs) / own
 
     monkeypatch.setattr(Trainer, "compute_loss", mean)
 

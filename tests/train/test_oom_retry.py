@@ -51,7 +51,10 @@ def test_micro_batch_is_halved_and_a_step_reads_as_many_rows(
         touch=scarce(300, error=error),
     )
     said = " ".join(capsys.readouterr().out.split())
-    assert "from here on 2 at once instead of 4, 2 accumulated instead of 1, so that a step reads the same rows" in said
+    assert (
+        "continues with micro-batches of 2 instead of 4, 2 accumulated instead of 1, so that a step reads the same rows"
+        in said
+    )
     assert (trained.micro_batch, trained.steps, trained.tokens) == (2, 12, whole.tokens)
     assert trained.final_loss == pytest.approx(whole.final_loss, abs=0.05)
 

@@ -34,7 +34,7 @@ def diverging(model: Any) -> None:
 def test_best_weights_are_the_result_where_asked_for(
     tmp_path: Path, tiny_base: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trained = train(tmp_path, tiny_base=tiny_base, tokenizer=tokenizer, touch=diverging, keep="best", **OVERFITTING)
+    trained = train(tmp_path, tiny_base=tiny_base, tokenizer=tokenizer, touch=diverging, select="best", **OVERFITTING)
     losses = heldout(tmp_path)
     best = min(losses, key=lambda step: losses[step])
     assert best < 24, "or the test shows nothing"
@@ -43,7 +43,8 @@ def test_best_weights_are_the_result_where_asked_for(
     assert trained.adapter_sha256 == file_sha256(folder / f"checkpoint-{best}" / "adapter_model.safetensors")
     assert sorted(path.name for path in folder.iterdir()) == sorted([f"checkpoint-{best}", "checkpoint-24"])
     assert (
-        f"keeps step {best} of 24: its held-out loss {losses[best]:.4f} is the lowest of 12" in capsys.readouterr().out
+        f"selects step {best} of 24: its held-out loss {losses[best]:.4f} is the lowest of 12"
+        in capsys.readouterr().out
     )
 
 
@@ -55,18 +56,18 @@ def test_last_weights_are_the_result_otherwise(tmp_path: Path, tiny_base: Path, 
 
 def test_patience_ends_training(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
     trained = train(
-        tmp_path, tiny_base=tiny_base, tokenizer=tokenizer, touch=diverging, keep="best", patience=2, **OVERFITTING
+        tmp_path, tiny_base=tiny_base, tokenizer=tokenizer, touch=diverging, select="best", patience=2, **OVERFITTING
     )
     losses = heldout(tmp_path)
     best = min(losses, key=lambda step: losses[step])
     assert trained.stopped_early
     assert (trained.steps, trained.kept_step) == (best + 4, best)
-    again = train(tmp_path, tiny_base=tiny_base, tokenizer=tokenizer, keep="best", patience=2, **OVERFITTING)
+    again = train(tmp_path, tiny_base=tiny_base, tokenizer=tokenizer, select="best", patience=2, **OVERFITTING)
     assert (again.steps, again.adapter_sha256) == (trained.steps, trained.adapter_sha256), "a stopped run stays stopped"
 
 
 def test_interrupted_run_remembers_its_best(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
-    settings: dict[str, Any] = {"tiny_base": tiny_base, "tokenizer": tokenizer, "keep": "best", **OVERFITTING}
+    settings: dict[str, Any] = {"tiny_base": tiny_base, "tokenizer": tokenizer, "select": "best", **OVERFITTING}
     whole = train(tmp_path / "a", **settings)
     with pytest.raises(Interrupted):
         train(tmp_path / "b", trackers=Stopping(22), **settings)
@@ -81,11 +82,11 @@ def test_interrupted_run_remembers_its_best(tmp_path: Path, tiny_base: Path, tok
 
 def test_damaged_best_is_refused_with_the_way_out(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
     settings: dict[str, Any] = {"tiny_base": tiny_base, "tokenizer": tokenizer, **OVERFITTING}
-    trained = train(tmp_path, touch=diverging, keep="best", **settings)
+    trained = train(tmp_path, touch=diverging, select="best", **settings)
     file = tmp_path / "train" / "checkpoints" / f"checkpoint-{trained.kept_step}" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(
-        TrainError, match=r"adapter_model\.safetensors should have sha256 .*train\.keep=last run\.if_exists=resume"
+        TrainError, match=r"adapter_model\.safetensors should have sha256 .*train\.select=last run\.if_exists=resume"
     ):
-        train(tmp_path, keep="best", **settings)
-    assert train(tmp_path, keep="last", **settings).kept_step == 24
+        train(tmp_path, select="best", **settings)
+    assert train(tmp_path, select="last", **settings).kept_step == 24

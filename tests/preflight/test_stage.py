@@ -103,7 +103,6 @@ def test_without_a_trainer_the_proofs_that_need_one_are_named_as_left_out(scene:
     assert [one["name"] for one in found.skipped] == [
         "trained_text",
         "accumulation",
-        "room",
         "learning",
         "ending",
         "reload",
