@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from finetune.config import CONF, RunConfig, compose_config, explain_all, load, make, register
 from finetune.console import log, print_error
 from finetune.errors import ConfigError, FinetuneError, GateMissed, Interrupted, RankFailed
-from finetune.hardware.busy import Look, yield_to_busy_cpu
+from finetune.hardware.busy import CpuUsage, yield_to_busy_cpu
 from finetune.launch import Ranks, as_launched, end, must_start, start
 from finetune.overrides import opened
 from finetune.run import STAGES
@@ -32,7 +32,7 @@ LAUNCHED = ("run", "train")
 """Verbs whose work several processes share; the others are one process's, whatever ``launch`` says."""
 
 VERBS = ("run", "plan", "bench", "replay", "diff", *LOOK_VERBS, *STAGE_VERBS)
-STARTED = Look.now()
+STARTED = CpuUsage.now()
 DONE, OURS, YOURS, INTERRUPTED = 0, 1, 2, 75
 
 

@@ -5,7 +5,9 @@ import dataclasses
 import pytest
 
 from finetune.config import CONF, load
-from finetune.hardware import LIMITS, Gpu, Machine
+from finetune.hardware import Machine
+from finetune.hardware.backends import BACKENDS
+from finetune.hardware.probe import Gpu
 from finetune.plan import plan
 
 GIB = 1024**3
@@ -19,7 +21,7 @@ OPTIONS = sorted(
     if folder.is_dir() and folder.name not in OVERLAYS
     for file in folder.glob("*.yaml")
     if not file.stem.startswith("_")
-    and not (folder.name == "quantization" and file.stem in LIMITS and LIMITS[file.stem].reason)
+    and not (folder.name == "quantization" and file.stem in BACKENDS and BACKENDS[file.stem].reason)
 )
 """Methods that do not run are refused by name: tests/hardware."""
 NEEDS = {

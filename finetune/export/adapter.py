@@ -11,7 +11,7 @@ from finetune.export.config import ExportConfig
 from finetune.export.context import Work
 from finetune.export.manifest import write_record
 from finetune.export.snippets import adapter_snippet, finetune_snippet
-from finetune.hardware import LIMITS
+from finetune.hardware.backends import BACKENDS
 from finetune.model import Base
 
 
@@ -33,7 +33,7 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
     del graph
     free()
     snippet = adapter_snippet(name, work.spec, ends=work.chat.ends)
-    packages = ["peft", "transformers", *filter(None, [LIMITS[work.spec.quantization.method].library])]
+    packages = ["peft", "transformers", *filter(None, [BACKENDS[work.spec.quantization.method].library])]
     parity = work.check(name, settings, wanted, snippet=snippet, ends=work.chat.ends, packages=packages)
     work.snippets["The adapter, in plain peft"] = snippet
     work.snippets["The adapter, as it was trained, refusing any other base"] = finetune_snippet(name)

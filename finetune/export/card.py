@@ -12,7 +12,7 @@ from typing import Any
 from finetune.console import change_text, human_bytes
 from finetune.export.config import ExportConfig
 from finetune.export.context import Work
-from finetune.hardware import LIMITS
+from finetune.hardware.backends import BACKENDS
 from finetune.inference.artifacts import beside, cells, heads, metric_names, same_rows, sentence
 from finetune.model import Base
 from finetune.products import MergedModel, PreparedData, Scores, TrainedAdapter
@@ -82,7 +82,7 @@ def short_name(base: Base) -> str:
 
 
 def _quantized(config: QuantizationConfig) -> str:
-    return LIMITS[config.method].title + (" (double quantization)" if config.double else "")
+    return BACKENDS[config.method].title + (" (double quantization)" if config.double else "")
 
 
 def _front_matter(facts: CardFacts) -> Iterator[str]:

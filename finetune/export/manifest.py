@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.cache import file_sha256
-from finetune.hardware import LIMITS
+from finetune.hardware.backends import BACKENDS
 from finetune.inference.chat import Chat
 from finetune.model import Base, ModelSpec
 from finetune.model.base import weights_sha256
@@ -35,7 +35,7 @@ def write_record(folder: Path, kind: str, *, spec: ModelSpec, chat: Chat) -> dic
     base, quantization = spec.base, spec.quantization
     settings = {**to_jsonable(spec.config), "name": _lasting_name(base), "revision": base.revision}
     settings.pop("architecture")
-    packages = [*PACKAGES, *filter(None, [LIMITS[quantization.method].library])]
+    packages = [*PACKAGES, *filter(None, [BACKENDS[quantization.method].library])]
     record = {
         "schema": SCHEMA,
         "kind": kind,

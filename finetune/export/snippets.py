@@ -1,6 +1,6 @@
 """How to load each export, as code: printed in the card, and run as it stands by the parity check."""
 
-from finetune.hardware import LIMITS
+from finetune.hardware.backends import BACKENDS
 from finetune.model import ModelConfig, ModelSpec
 from finetune.quantization import QuantizationConfig, patterns
 from finetune.quantization.skip_modules import HEADS
@@ -25,7 +25,7 @@ def adapter_snippet(folder: str, spec: ModelSpec, *, ends: list[int]) -> str:
         *_trust(spec.config),
         *_quantization(quantization, dtype=dtype),
     ]
-    library = LIMITS[quantization.method].library
+    library = BACKENDS[quantization.method].library
     imports, classes = IMPORTS.get(library, ([], []))
     return "\n".join([
         "import torch",
@@ -76,7 +76,7 @@ IMPORTS = {
 
 
 def _quantization(config: QuantizationConfig, *, dtype: str) -> list[str]:
-    library, kept = LIMITS[config.method].library, patterns(config.keep)
+    library, kept = BACKENDS[config.method].library, patterns(config.keep)
     if library == "torchao":
         return [f"quantization_config=TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert={kept!r})"]
     if library != "bitsandbytes":

@@ -1,7 +1,13 @@
-"""What this machine is, and what follows from it: `probe` looks, `place` decides."""
+"""Describes the machine and decides what follows from it.
 
-from finetune.hardware.backends import LIMITS, Limit
+``probe`` describes the machine, ``place`` decides where and how a run computes, with a reason for each choice::
+
+    machine = probe(config.hardware)
+    placement = place(machine, config)
+    print(placement.device, placement.dtype, *placement.reasons)
+"""
+
 from finetune.hardware.place import Placement, place
-from finetune.hardware.probe import Gpu, HardwareConfig, Machine, probe
+from finetune.hardware.probe import HardwareConfig, Machine, probe
 
-__all__ = ["LIMITS", "Gpu", "HardwareConfig", "Limit", "Machine", "Placement", "place", "probe"]
+__all__ = ["HardwareConfig", "Machine", "Placement", "place", "probe"]

@@ -1,4 +1,4 @@
-"""Looks at the machine without touching torch, so that `plan` stays quick."""
+"""Describes the machine without importing torch, so that `plan` stays quick."""
 
 import os
 import platform
@@ -16,33 +16,34 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 
 @dataclass(kw_only=True, slots=True)
 class HardwareConfig:
-    """The machine to run on, or to plan for."""
+    """Selects the machine to run on, or to plan for."""
 
     name: str
-    """``auto`` looks at this machine; any other option names one to plan for."""
+    """``auto`` probes this machine; any other option names one to plan for."""
 
     device: str = "auto"
-    """``auto`` takes a GPU where there is one; ``cpu``, ``cuda`` or ``mps`` insist."""
+    """``auto`` takes a GPU if there is one; ``cpu``, ``cuda`` and ``mps`` fail where the device is missing."""
 
     threads: int = 0
-    """CPU threads for torch; 0 takes the cores that this process may use."""
+    """CPU threads for torch; 0 means as many as the cores that this process may use."""
 
     gpus: int = 0
-    """How many GPUs a named machine has."""
+    """Number of GPUs of a named machine."""
 
     gpu_name: str = ""
-    """What the maker calls it."""
+    """The GPU's product name."""
 
     gpu_memory_bytes: int = 0
-    """Memory of each GPU."""
+    """Memory of each GPU, in bytes."""
 
     gpu_capability: str = ""
-    """CUDA compute capability, e.g. ``8.6``; bfloat16 needs 8.0."""
+    """CUDA compute capability, for example ``8.6``; bfloat16 needs 8.0."""
 
     ram_bytes: int = 0
-    """Host memory of a named machine; 0 where it is not known."""
+    """Host memory of a named machine, in bytes; 0 where it is not known."""
 
     def problems(self) -> Iterator[str]:
+        """Yields one sentence for each invalid setting."""
         if self.device not in DEVICES:
             yield f"hardware.device must be one of {', '.join(DEVICES)}; got {self.device!r}"
         if self.threads < 0:
@@ -59,25 +60,37 @@ class Gpu:
 
     @property
     def has_bfloat16(self) -> bool:
-        """Ampere (8.0) and later compute in bfloat16. Source: CUDA C programming guide, arithmetic instructions."""
+        """Tells whether it computes in bfloat16, as Ampere (8.0) and later do. Source: CUDA C programming guide."""
         return tuple(int(part) for part in self.capability.split(".")) >= (8, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What a run can use."""
+    """What a run can use.
+
+    Attributes:
+        cores: CPU cores that this process may use.
+        ram_bytes: Host memory, within a container's limit; 0 where it is not known.
+        disk_free_bytes: Free space in the working directory's file system.
+        gpus: NVIDIA GPUs that this process may use.
+        features: Those of `CPU_FEATURES` that the CPU has.
+        processor: Instruction set architecture, as `platform.machine` names it.
+        system: Operating system, as `platform.system` names it.
+        metal: Whether there is an Apple GPU.
+    """
 
     cores: int
     ram_bytes: int
     disk_free_bytes: int
     gpus: tuple[Gpu, ...] = ()
     features: tuple[str, ...] = ()
+    processor: str = field(default_factory=platform.machine)
     system: str = field(default_factory=platform.system)
     metal: bool = False
 
 
 def probe(config: HardwareConfig | None = None) -> Machine:
-    """This machine, or the one that `hardware=<name>` describes."""
+    """Returns this machine, or the one that `hardware=<name>` describes."""
     if config is not None and config.name != "auto":
         return named(config)
     return Machine(
@@ -91,18 +104,19 @@ def probe(config: HardwareConfig | None = None) -> Machine:
 
 
 def named(config: HardwareConfig) -> Machine:
-    """A machine that is only described: its disk is taken as this one's."""
+    """Returns a machine that is only described; its CPU and disk are taken as this machine's."""
     gpu = Gpu(name=config.gpu_name, memory_bytes=config.gpu_memory_bytes, capability=config.gpu_capability)
     return Machine(
         cores=os.cpu_count() or 1,
         ram_bytes=config.ram_bytes,
         disk_free_bytes=shutil.disk_usage(Path.cwd()).free,
         gpus=(gpu,) * config.gpus,
+        features=_cpu_features(),
     )
 
 
 def _ram_bytes() -> int:
-    """Physical memory, or less where a container's limit is tighter."""
+    """Returns the physical memory, or a container's limit where that is smaller."""
     limit = Path("/sys/fs/cgroup/memory.max")
     total = int(psutil.virtual_memory().total)
     if limit.is_file() and (text := limit.read_text().strip()).isdigit():
@@ -111,14 +125,15 @@ def _ram_bytes() -> int:
 
 
 def _nvidia_gpus() -> tuple[Gpu, ...]:
+    """Asks nvidia-smi; an empty tuple where it is missing or fails."""
     if shutil.which("nvidia-smi") is None:
         return ()
     query = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
     try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+        output = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
     except (subprocess.SubprocessError, OSError):
         return ()
-    rows = [[cell.strip() for cell in line.split(",")] for line in answer.splitlines() if line.strip()]
+    rows = [[cell.strip() for cell in line.split(",")] for line in output.splitlines() if line.strip()]
     gpus = tuple(
         Gpu(name=name, memory_bytes=int(mebibytes) * 1024**2, capability=capability)
         for name, mebibytes, capability in rows
@@ -126,13 +141,13 @@ def _nvidia_gpus() -> tuple[Gpu, ...]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return gpus
-    chosen = [int(part) for part in visible.split(",") if part.strip().isdigit()]
-    return tuple(gpus[index] for index in chosen if index < len(gpus))
+    indices = [int(part) for part in visible.split(",") if part.strip().isdigit()]
+    return tuple(gpus[index] for index in indices if index < len(gpus))
 
 
 def _cpu_features() -> tuple[str, ...]:
-    info = Path("/proc/cpuinfo")
-    if not info.is_file():
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.is_file():
         return ()
-    flags = next((line for line in info.read_text().splitlines() if line.startswith("flags")), "").split()
+    flags = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "").split()
     return tuple(feature for feature in CPU_FEATURES if feature in flags)

@@ -12,6 +12,7 @@ from finetune.plan import weights
 from finetune.plan.activations import activations
 from finetune.plan.inputs import FLOAT, PlanInputs
 from finetune.plan.segments import block_bytes
+from finetune.plan.settings import planned_dtype
 from finetune.plan.weights import SMALLEST_8BIT_ELEMENTS, STATE_BLOCK
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def compare(config: RunConfig, inputs: PlanInputs, machine: Machine) -> dict[str
         ModelError: The family cannot be counted.
     """
     alone = dataclasses.replace(inputs, strategy="single", processes=1, offload=False)
-    counted = count(config, alone, dtype=dtype_of(config, machine))
+    counted = count(config, alone, dtype=planned_dtype(config, machine))
     frozen, kept = weights.weight_bytes(alone), activations(alone)
     moment = max(kept.logits, kept.layer + kept.logits_held) + weights.workspace_bytes(alone)
     closed = {
@@ -62,13 +63,6 @@ def compare(config: RunConfig, inputs: PlanInputs, machine: Machine) -> dict[str
         closed=sum(term.closed for term in terms.values()), exact=sum(term.exact for term in terms.values())
     )
     return terms | {"together": together}
-
-
-def dtype_of(config: RunConfig, machine: Machine) -> str:
-    """As `hardware.place` decides."""
-    if config.model.dtype != "auto":
-        return config.model.dtype
-    return "float16" if machine.gpus and any(not gpu.has_bfloat16 for gpu in machine.gpus) else "bfloat16"
 
 
 def count(config: RunConfig, inputs: PlanInputs, *, dtype: str) -> dict[str, float]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.architecture import ArchitectureConfig, from_config_json
+from finetune.hardware.place import choose_dtype
 from finetune.plan.inputs import PlanInputs, Steps, Trainer
 
 if TYPE_CHECKING:
@@ -27,16 +28,17 @@ def from_config(config: RunConfig, machine: Machine) -> PlanInputs:
         ModelError: ``model.architecture`` is null and the model is no local folder whose config.json tells it.
     """
     architecture = config.model.architecture or from_config_json(Path(config.model.name).expanduser())
-    device = _device(config, machine)
-    steps = steps_of(config, machine, architecture=architecture, device=device)
+    device = planned_device(config, machine)
+    dtype = planned_dtype(config, machine)
+    steps = steps_of(config, machine, architecture=architecture, device=device, dtype=dtype)
     pairs = config.train.objective != "sft"
     tokens = (
         config.data.pack_tokens
         if config.data.packing and config.data.pack_tokens and not pairs
         else config.data.max_tokens
     )
-    element = 4 if config.model.dtype == "float32" else 2
-    plain_autocast = not (steps.fused and steps.loss_on_trained_tokens) and (
+    element = 4 if dtype == "float32" else 2
+    autocast = not (steps.fused and steps.loss_on_trained_tokens) and (
         config.lora.dtype != "bfloat16" or config.model.upcast != "none"
     )
     return PlanInputs(
@@ -70,29 +72,28 @@ def from_config(config: RunConfig, machine: Machine) -> PlanInputs:
         answer_tokens=config.eval.max_new_tokens,
         measured_tokens=max(config.eval.batch_tokens, config.merge.batch_tokens),
         steps=steps,
-        trainer=Trainer(reduced_input_copies=plain_autocast),
+        trainer=Trainer(reduced_input_copies=autocast),
     )
 
 
-def steps_of(config: RunConfig, machine: Machine, *, architecture: ArchitectureConfig, device: str) -> Steps:
-    """What `finetune.kernels` will choose, from the same facts; tests compare the two."""
-    kernels, lora = config.kernels, config.lora
-    half = config.model.dtype == "float16" or (
-        config.model.dtype == "auto" and device == "cuda" and any(not gpu.has_bfloat16 for gpu in machine.gpus)
-    )
+def steps_of(
+    config: RunConfig, machine: Machine, *, architecture: ArchitectureConfig, device: str, dtype: str
+) -> Steps:
+    """Predicts what `finetune.kernels` will choose, from the configuration alone; tests compare the two."""
+    kernels, lora, method = config.kernels, config.lora, config.quantization.method
     fused = (
         kernels.layers != "plain"
         and architecture.family in FUSED_FAMILIES
-        and not half
+        and dtype != "float16"
         and not lora.dropout
         and lora.variant != "dora"
-        and config.quantization.method in ("none", "nf4", "fp4")
+        and method in ("none", "nf4", "fp4")
         and config.model.upcast == "none"
         and config.launch.strategy in ("single", "ddp")
     )
     loss_on_trained_tokens = (
         kernels.loss != "all"
-        and not half
+        and dtype != "float16"
         and architecture.family not in CAPPED_FAMILIES
         and config.model.upcast != "all"
     )
@@ -100,23 +101,26 @@ def steps_of(config: RunConfig, machine: Machine, *, architecture: ArchitectureC
         device == "cpu"
         and kernels.implementation != "plain"
         and (fused or loss_on_trained_tokens)
-        and config.model.dtype != "float32"
+        and dtype == "bfloat16"
     )
     return Steps(
         fused=fused,
         loss_on_trained_tokens=loss_on_trained_tokens,
         native=native,
         tiles=native and fused and "amx_bf16" in machine.features and architecture.head_dim % 32 == 0,
-        cached=fused
-        and device == "cpu"
-        and config.quantization.method in ("nf4", "fp4")
-        and kernels.weights != "quantized",
-        flat=True,  # documents lie end to end, packed or not, unless the rehearsal finds that attention does not keep them apart
+        cached=fused and device == "cpu" and method in ("nf4", "fp4") and kernels.weights != "quantized",
+        flat=True,  # all documents lie in one row, packed or not, unless preflight finds that attention mixes them
         selective=config.train.checkpointing == "selective",
     )
 
 
-def _device(config: RunConfig, machine: Machine) -> str:
+def planned_dtype(config: RunConfig, machine: Machine) -> str:
+    """Returns the dtype that the run will compute in."""
+    return choose_dtype(machine, planned_device(config, machine), config.model.dtype)[0]
+
+
+def planned_device(config: RunConfig, machine: Machine) -> str:
+    """Returns ``cuda`` or ``cpu``; an Apple GPU shares the CPU's memory and is planned as one."""
     if config.hardware.device in ("cpu", "cuda"):
         return config.hardware.device
     return "cuda" if machine.gpus else "cpu"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import ModelError
-from finetune.hardware.backends import LIMITS
+from finetune.hardware.backends import BACKENDS
 from finetune.quantization import bnb, hqq, torchao
 from finetune.quantization.config import QuantizationConfig
 from finetune.quantization.stored import Stored
@@ -27,7 +27,7 @@ def check_installed(config: QuantizationConfig) -> None:
     Raises:
         ModelError: The method's library is not there.
     """
-    library = LIMITS[config.method].library
+    library = BACKENDS[config.method].library
     if library and importlib.util.find_spec(library) is None:
         raise ModelError(
             f"quantization.method={config.method} needs the package {library}; run: pip install 'finetune[{library}]'"
@@ -88,7 +88,7 @@ def restore(
 
 def _does(config: QuantizationConfig, what: str) -> Callable[..., Any] | None:
     """The library's own way of doing something, where it has one."""
-    return getattr(LIBRARIES.get(LIMITS[config.method].library), what, None)
+    return getattr(LIBRARIES.get(BACKENDS[config.method].library), what, None)
 
 
 def library_of(layer: Any) -> Any:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.cache import cache_folder
 from finetune.console import human_bytes, log
-from finetune.hardware.backends import LIMITS
+from finetune.hardware.backends import BACKENDS
 from finetune.quantization.backends import holdings, restore, save
 from finetune.quantization.config import QuantizationConfig, spec
 
@@ -162,7 +162,7 @@ def quantized_cache(base: Path, *, weights: str, quantization: QuantizationConfi
         log("model", f"no quantized copy can be kept or read ({error}); FINETUNE_CACHE names another place")
         return None
     configs = {name: (base / name).read_text(encoding="utf-8") for name in CONFIGS if (base / name).is_file()}
-    versions = [version(package) for package in dict.fromkeys([LIMITS[quantization.method].library, *PACKAGES])]
+    versions = [version(package) for package in dict.fromkeys([BACKENDS[quantization.method].library, *PACKAGES])]
     content = [weights, configs, spec(quantization), placement.dtype, placement.device, versions, _code()]
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     folder = root / f"{quantization.method}-{key[:24]}"

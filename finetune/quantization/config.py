@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.hardware.backends import LIMITS, refusal
+from finetune.hardware.backends import BACKENDS, unsupported_reason
 
-METHODS = tuple(LIMITS)
+METHODS = tuple(BACKENDS)
 BITS = (1, 2, 3, 4, 5, 6, 8)
 """What hqq can pack. Source: hqq 0.2.8, core/quantize.py, Quantizer.SUPPORTED_BITS."""
 
@@ -20,7 +20,7 @@ class QuantizationConfig:
 
     method: str
     """``none``, ``nf4``, ``fp4`` (bitsandbytes 4-bit), ``int8`` (LLM.int8), ``torchao_int8``, ``hqq``; the others of
-    finetune/hardware/limits.py are refused with the reason."""
+    finetune/hardware/backends.py are refused with the reason."""
 
     double: bool = False
     """Quantizes the 4-bit blocks' constants too: 0.37 bit a parameter less. Source: QLoRA paper, section 3."""
@@ -48,8 +48,8 @@ class QuantizationConfig:
     def problems(self) -> Iterator[str]:
         if self.method not in METHODS:
             yield f"quantization.method must be one of {', '.join(METHODS)}; got {self.method!r}"
-        elif refusal(self.method):
-            yield refusal(self.method)
+        elif unsupported_reason(self.method):
+            yield unsupported_reason(self.method)
         if self.double and self.method not in ("nf4", "fp4"):
             yield f"quantization.double is for nf4 and fp4; got method {self.method!r}: set quantization.double=false"
         if self.threshold < 0:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from finetune.console import human_bytes
-from finetune.hardware import LIMITS
+from finetune.hardware.backends import BACKENDS
 from finetune.report.answers import code, last_request, score, tuned_artifact
 from finetune.report.format import (
     ARTIFACTS,
@@ -107,7 +107,7 @@ def quantization_name(quantization: Any) -> str:
     method = quantization["method"] if isinstance(quantization, dict) else quantization
     if method in (None, "none"):
         return "16 or 32 bit numbers"
-    name = LIMITS[str(method)].title if str(method) in LIMITS else str(method)
+    name = BACKENDS[str(method)].title if str(method) in BACKENDS else str(method)
     name = (
         f"{name} of {quantization['bits']} bits" if isinstance(quantization, dict) and "bits" in quantization else name
     )

@@ -14,7 +14,7 @@ from finetune.bench.lab.known import claims
 from finetune.bench.lab.task import deal
 from finetune.bench.lab.tuning import summary
 from finetune.errors import ConfigError
-from finetune.hardware import LIMITS
+from finetune.hardware.backends import BACKENDS
 
 
 def run(losses: list[list[float]], scores: list[float]) -> dict[str, Any]:
@@ -66,8 +66,8 @@ def test_what_cannot_be_measured_is_said_at_once(arguments: list[str], message: 
 
 
 def test_a_method_that_does_not_run_is_a_row_with_its_reason() -> None:
-    assert {name for name in LIMITS if refused(name)} == {name for name, limit in LIMITS.items() if not limit.devices}
-    assert refused("gptq") == f"not run: {LIMITS['gptq'].reason}"
+    assert {name for name in BACKENDS if refused(name)} == {name for name, backend in BACKENDS.items() if not backend.devices}
+    assert refused("gptq") == f"not run: {BACKENDS['gptq'].reason}"
 
 
 def test_published_orderings_are_held_against_what_was_measured() -> None:

@@ -1,5 +1,6 @@
 """Placement is a pure function, so machines that nobody here has can be tried."""
 
+import dataclasses
 import re
 import types
 from typing import Any
@@ -10,12 +11,13 @@ import yaml
 from finetune.bench.lab.compare import chosen
 from finetune.config import load
 from finetune.errors import ConfigError, HardwareError
-from finetune.hardware import LIMITS, Gpu, Machine, place
-from finetune.hardware.backends import markdown
+from finetune.hardware import Machine, place
+from finetune.hardware.backends import BACKENDS, markdown
+from finetune.hardware.probe import Gpu
 from finetune.paths import CONF
 
 GIB = 1024**3
-CPU = Machine(cores=2, ram_bytes=24 * GIB, disk_free_bytes=100 * GIB, features=("avx512_bf16",))
+CPU = Machine(cores=2, ram_bytes=24 * GIB, disk_free_bytes=100 * GIB, features=("avx512_bf16",), processor="x86_64")
 RTX4090 = Machine(
     cores=16,
     ram_bytes=64 * GIB,
@@ -28,7 +30,9 @@ T4 = Machine(
     disk_free_bytes=100 * GIB,
     gpus=(Gpu(name="T4", memory_bytes=15 * GIB, capability="7.5"),),
 )
-MAC = Machine(cores=8, ram_bytes=16 * GIB, disk_free_bytes=100 * GIB, metal=True)
+MAC = Machine(cores=8, ram_bytes=16 * GIB, disk_free_bytes=100 * GIB, metal=True, processor="arm64")
+AVX2 = dataclasses.replace(CPU, features=())
+GRAVITON = dataclasses.replace(AVX2, processor="aarch64")
 
 
 def config(
@@ -55,6 +59,10 @@ def config(
         (RTX4090, "cuda", "bfloat16", "paged_adamw_8bit"),
         (T4, "cuda", "float16", "paged_adamw_8bit"),
         (MAC, "cpu", "bfloat16", "adamw_8bit"),
+        (AVX2, "cpu", "float32", "adamw_8bit"),
+        (dataclasses.replace(CPU, features=("amx_bf16",)), "cpu", "bfloat16", "adamw_8bit"),
+        (dataclasses.replace(AVX2, features=("avx512f",)), "cpu", "float32", "adamw_8bit"),
+        (GRAVITON, "cpu", "bfloat16", "adamw_8bit"),
     ],
 )
 def test_auto_takes_what_the_machine_has(machine: Machine, device: str, dtype: str, optimizer: str) -> None:
@@ -65,8 +73,29 @@ def test_auto_takes_what_the_machine_has(machine: Machine, device: str, dtype: s
 
 def test_optimizer_without_paging_says_why() -> None:
     assert place(CPU, config()).optimizer_reason == (
-        "paged_adamw_8bit was asked for; cpu has no unified memory to page to, and this is the same optimizer without paging"
+        "paged_adamw_8bit needs unified memory to page to, which cpu does not have; this is the same optimizer without paging"
     )
+
+
+def test_a_cpu_without_bfloat16_instructions_computes_in_float32_and_says_why() -> None:
+    reason = next(reason for reason in place(AVX2, config()).reasons if reason.startswith("dtype"))
+    assert reason.startswith("dtype float32: this CPU has neither avx512_bf16 nor amx_bf16")
+    assert "without vector instructions" in reason
+
+
+def test_an_explicit_bfloat16_is_honoured_on_any_cpu() -> None:
+    chosen = place(AVX2, config(dtype="bfloat16"))
+    assert chosen.dtype == "bfloat16"
+    assert "dtype bfloat16: as set by model.dtype" in chosen.reasons
+
+
+def test_the_key_has_what_changes_a_result_and_not_threads_or_reasons() -> None:
+    here = place(CPU, config())
+    more_cores = place(dataclasses.replace(CPU, cores=64), config())
+    assert here != more_cores
+    assert here.key() == more_cores.key()
+    assert here.key() == {"device": "cpu", "dtype": "bfloat16", "attention": "sdpa", "optimizer": "adamw_8bit"}
+    assert here.key() != place(AVX2, config()).key()
 
 
 def test_dense_models_may_use_an_apple_gpu() -> None:
@@ -77,7 +106,7 @@ def test_dense_models_may_use_an_apple_gpu() -> None:
     ("machine", "changes", "message"),
     [
         (CPU, {"device": "cuda"}, "no NVIDIA GPU is visible"),
-        (CPU, {"device": "mps"}, "this is no Apple GPU"),
+        (CPU, {"device": "mps"}, "this is not an Apple GPU"),
         (
             MAC,
             {"device": "mps"},
@@ -93,23 +122,24 @@ def test_impossible_wish_names_the_alternative(machine: Machine, changes: dict[s
         place(machine, config(**changes))
 
 
-@pytest.mark.parametrize("name", [name for name, limit in LIMITS.items() if not limit.devices])
+@pytest.mark.parametrize("name", [name for name, backend in BACKENDS.items() if not backend.devices])
 def test_a_method_that_runs_nowhere_says_why_and_names_one_that_runs(name: str) -> None:
-    limit = LIMITS[name]
-    assert limit.reason
-    assert not limit.tunable
-    alternative = limit.instead.removeprefix("quantization=")
-    assert limit.instead.startswith("model.name=") or alternative in chosen([], where="test")
+    backend = BACKENDS[name]
+    assert backend.reason
+    assert not backend.tunable
+    alternative = backend.alternative.removeprefix("quantization=")
+    assert backend.alternative.startswith("model.name=") or alternative in chosen([], where="test")
     with pytest.raises(
-        ConfigError, match=re.escape(f"quantization.method={name} does not run: {limit.reason}; choose {limit.instead}")
+        ConfigError,
+        match=re.escape(f"quantization.method={name} does not run: {backend.reason}; choose {backend.alternative}"),
     ):
         load(["+experiment=quickstart", f"quantization={name}"])
 
 
 @pytest.mark.parametrize("machine", [CPU, RTX4090])
-@pytest.mark.parametrize("name", [name for name, limit in LIMITS.items() if limit.devices])
+@pytest.mark.parametrize("name", [name for name, backend in BACKENDS.items() if backend.devices])
 def test_a_method_that_runs_is_placed(machine: Machine, name: str) -> None:
-    assert place(machine, config(method=name)).device in LIMITS[name].devices
+    assert place(machine, config(method=name)).device in BACKENDS[name].devices
 
 
 def test_every_method_has_a_file_of_the_group_and_every_file_a_method() -> None:
@@ -117,7 +147,7 @@ def test_every_method_has_a_file_of_the_group_and_every_file_a_method() -> None:
         yaml.safe_load((CONF / "quantization" / f"{name}.yaml").read_text())["method"]
         for name in chosen([], where="test")
     ]
-    assert set(methods) == set(LIMITS)
+    assert set(methods) == set(BACKENDS)
 
 
 @pytest.mark.parametrize(("file", "part"), [("README.md", 0), ("docs/choosing.md", 0), ("docs/choosing.md", 1)])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from finetune.config import load
-from finetune.hardware import probe
+from finetune.hardware import Machine, place, probe
 from finetune.plan import PlanConfig, phases, show, weights, with_own
 from finetune.plan.activations_saved import layer_bytes
 from finetune.plan.fit import propose
@@ -173,6 +173,17 @@ def test_a_gpu_without_bfloat16_gets_plain_layers() -> None:
     for name, fused in (("rtx4090", True), ("t4", False)):
         config = load([*asked, f"hardware={name}"])
         assert from_config(config, probe(config.hardware)).steps.fused is fused
+
+
+def test_a_plan_has_the_dtype_that_the_run_is_placed_in() -> None:
+    cpu = Machine(cores=2, ram_bytes=16 * GIB, disk_free_bytes=100 * GIB, processor="x86_64")
+    with_bfloat16 = dataclasses.replace(cpu, features=("avx512_bf16",))
+    for here, dtype, element in ((cpu, "auto", 4), (with_bfloat16, "auto", 2), (cpu, "bfloat16", 2)):
+        config = load(["+experiment=quickstart", f"model.dtype={dtype}"])
+        planned = from_config(config, here)
+        assert (planned.compute_bytes, planned.stored_bytes) == (element, element)
+        assert planned.steps.native is (element == 2)
+        assert {2: "bfloat16", 4: "float32"}[element] == place(here, config).dtype
 
 
 def test_offloaded_activations_wait_in_the_host() -> None:

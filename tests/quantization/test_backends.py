@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune import lora, model
 from finetune.errors import ModelError
-from finetune.hardware import LIMITS
+from finetune.hardware.backends import BACKENDS
 from finetune.inference.adapted import load_adapted_model, load_adapter
 from finetune.inference.kl_divergence import agreement, reference_logprobs
 from finetune.inference.rows import read_rows
@@ -247,8 +247,8 @@ def test_layers_are_kept_by_segment_and_by_full_name(tiny_base: Path, config: Qu
 def test_each_runnable_method_that_is_called_tunable_is_tried_here_or_in_test_bnb() -> None:
     tried = {"none", "nf4", "fp4", "int8", *[config.method for config in SETTINGS]}
     assert (
-        {name for name, limit in LIMITS.items() if limit.tunable}
-        == {name for name, limit in LIMITS.items() if limit.devices}
+        {name for name, backend in BACKENDS.items() if backend.tunable}
+        == {name for name, backend in BACKENDS.items() if backend.devices}
         == tried
     )
 

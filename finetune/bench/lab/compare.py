@@ -16,7 +16,7 @@ import numpy as np
 from finetune.bench.lab.task import Task, change_figures, check_metric, deal, line, model_choice
 from finetune.console import change_text, human_bytes, log, table
 from finetune.errors import ConfigError
-from finetune.hardware import LIMITS
+from finetune.hardware.backends import BACKENDS
 from finetune.paths import CONF
 
 ROW_TOKENS = 256
@@ -157,7 +157,7 @@ def chosen(backends: list[str], *, where: str) -> list[str]:
 
 def refused(name: str) -> str:
     """Why an option does not run here, as a row's status; empty for one that does."""
-    return f"not run: {LIMITS[name].reason}" if name in LIMITS and LIMITS[name].reason else ""
+    return f"not run: {BACKENDS[name].reason}" if name in BACKENDS and BACKENDS[name].reason else ""
 
 
 def _task(further: Further, work: Path, choice: list[str]) -> Task | None:

@@ -33,6 +33,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
 
     from finetune import hardware
     from finetune.config import load as compose
+    from finetune.hardware.backends import BACKENDS
     from finetune.inference.adapted import free
     from finetune.inference.kl_divergence import Reference, agreement, reference_logprobs
     from finetune.memory import rss_bytes
@@ -67,7 +68,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         "weight_bytes": weights,
         "constant_bytes": constants,
         "quantized_parameters": parameters,
-        "tunable": hardware.LIMITS[config.quantization.method].tunable,
+        "tunable": BACKENDS[config.quantization.method].tunable,
         "load_peak_bytes": max(0, rss_bytes() - before),
         "disk_bytes": size,
         "prefill": speeds(prefill, model, request["repeats"]),
