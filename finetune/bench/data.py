@@ -1,7 +1,7 @@
-"""Preparing data, ours against TRL's own and against the bare tokenizer, on the same rows in one run.
+"""`finetune bench data`: compares data preparation with TRL's and with the bare tokenizer, on the same rows in one run.
 
-Each contender works in a process of its own, so that one's memory is not another's. Memory is that of the process and its
-children together, shared pages counted once (proportional set size, where the system tells it).
+Each contender works in its own process, so that memory is counted separately. Memory is that of the process and its
+children together, with shared pages counted once (proportional set size, where the system reports it).
 """
 
 import json
@@ -32,13 +32,14 @@ NAMES = {
 }
 
 
-def bench(source: Path, *, tokenizer: str, rows: int = 100_000) -> dict[str, float]:
-    """Compares all contenders and says so; the last line printed is the result as JSON.
+def compare_data_preparation(source: Path, *, tokenizer: str, rows: int = 100_000) -> dict[str, float]:
+    """Measures all contenders and prints a table; the last line printed is the result as JSON.
 
     Args:
-        source: GSM8K's ``train.jsonl`` or another file with ``question`` and ``answer``; repeated with other numbers.
+        source: GSM8K's ``train.jsonl`` or another file with ``question`` and ``answer``; repeated with other numbers in
+            it.
         tokenizer: Folder or name of a tokenizer with a chat template.
-        rows: How many rows to make.
+        rows: Number of rows to make.
 
     Returns:
         ``rows_per_second_ratio`` (to TRL as it comes), ``share_of_tokenizer_speed``, ``peak_memory_ratio`` and more.
@@ -46,8 +47,8 @@ def bench(source: Path, *, tokenizer: str, rows: int = 100_000) -> dict[str, flo
     with tempfile.TemporaryDirectory(prefix="finetune-bench-") as scratch:
         folder = Path(scratch)
         write_rows(source, folder / "rows.jsonl", rows=rows)
-        seen = {name: _measure(name, folder, tokenizer) for name in CONTENDERS}
-    speed = {name: rows / result["seconds"] for name, result in seen.items()}
+        results = {name: _measure(name, folder, tokenizer) for name in CONTENDERS}
+    speed = {name: rows / result["seconds"] for name, result in results.items()}
     table(
         "bench",
         ["", "rows/s", "seconds", "processor seconds", "peak memory", "above its start"],
@@ -60,16 +61,16 @@ def bench(source: Path, *, tokenizer: str, rows: int = 100_000) -> dict[str, flo
                 human_bytes(result["peak"]),
                 human_bytes(result["peak"] - result["start"]),
             ]
-            for name, result in seen.items()
+            for name, result in results.items()
         ],
     )
     result = {
         "rows_per_second_ratio": round(speed["ours"] / speed["trl"], 3),
         "share_of_tokenizer_speed": round(speed["ours"] / speed["bare"], 3),
-        "peak_memory_ratio": round(seen["ours"]["peak"] / seen["trl"]["peak"], 3),
+        "peak_memory_ratio": round(results["ours"]["peak"] / results["trl"]["peak"], 3),
         "rows_per_second_ratio_same_processes": round(speed["ours"] / speed["trl_processes"], 3),
-        "processor_seconds_ratio": round(seen["trl"]["processor"] / seen["ours"]["processor"], 3),
-        "cached_start_seconds": round(seen["ours"]["again"], 3),
+        "processor_seconds_ratio": round(results["trl"]["processor"] / results["ours"]["processor"], 3),
+        "cached_start_seconds": round(results["ours"]["again"], 3),
         "rows": rows,
     }
     sys.stdout.write(json.dumps(result) + "\n")
@@ -78,13 +79,13 @@ def bench(source: Path, *, tokenizer: str, rows: int = 100_000) -> dict[str, flo
 
 
 def write_rows(source: Path, target: Path, *, rows: int, seed: int = 0) -> None:
-    """Prompt and completion as messages; every repetition has other numbers, so no two rows are the same."""
+    """Writes prompt and completion as messages; every repetition has other numbers in it, so no two rows are equal."""
     try:
         originals = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
         pairs = [(row["question"], row["answer"]) for row in originals]
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
-            f"{source}: the bench needs JSON lines with question and answer: {error}; give such a file"
+            f"{source}: bench data needs JSON Lines with question and answer: {error}; give such a file"
         ) from error
     generator = np.random.default_rng(seed)
     with open(target, "w", encoding="utf-8") as handle:
@@ -122,13 +123,13 @@ def _measure(name: str, folder: Path, tokenizer: str) -> dict[str, float]:
 
 
 class Clock:
-    """Seconds by the wall, and seconds of processor time of this process and the children that have ended."""
+    """Measures elapsed seconds, and CPU seconds of this process and its ended children."""
 
     def __init__(self) -> None:
-        self.begun, self.processor = time.perf_counter(), _processor_seconds()
+        self.started, self.processor = time.perf_counter(), _processor_seconds()
 
     def read(self) -> dict[str, float]:
-        return {"seconds": time.perf_counter() - self.begun, "processor": _processor_seconds() - self.processor}
+        return {"seconds": time.perf_counter() - self.started, "processor": _processor_seconds() - self.processor}
 
 
 def _processor_seconds() -> float:
@@ -137,7 +138,7 @@ def _processor_seconds() -> float:
 
 
 def memory_of_tree(process: int) -> int:
-    """Bytes that a process and its children hold, each shared page divided among its holders."""
+    """Returns bytes that a process and its children use, with each shared page divided among its users."""
     import psutil
 
     total = 0
@@ -152,7 +153,7 @@ def memory_of_tree(process: int) -> int:
 
 
 def _work(name: str, folder: Path, tokenizer_name: str) -> dict[str, float]:
-    """One contender, in its own process."""
+    """Runs one contender, in its own process."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
@@ -164,18 +165,34 @@ def _work(name: str, folder: Path, tokenizer_name: str) -> dict[str, float]:
 
 
 def _ours(folder: Path, tokenizer: Any) -> dict[str, float]:
-    """Everything: reading, masks, checks, ledger, packing, preview, writing, and keeping it in the cache."""
+    """Runs the whole data stage: reading, masks, checks, ledger, packing, preview, writing and caching."""
     from finetune.data import DataConfig, prepare
     from finetune.data.config import CheckConfig
 
     checks = CheckConfig(
-        near_duplicate_similarity=0.8, near_duplicate_share=0.05, overlap_share=0.5, overlap_rows_share=0.0, smallest_trained_share=0.05,
-        largest_label_share=0.5, control_character_share=0.0, secret_share=0.0, email_share=0.0,
-    )  # fmt: skip
+        near_duplicate_similarity=0.8,
+        near_duplicate_share=0.05,
+        overlap_share=0.5,
+        overlap_rows_share=0.0,
+        smallest_trained_share=0.05,
+        largest_label_share=0.5,
+        control_character_share=0.0,
+        secret_share=0.0,
+        email_share=0.0,
+    )
     config = DataConfig(
-        path=str(folder / "rows.jsonl"), format="auto", max_tokens=MAX_TOKENS, too_long="drop", packing=True, bad_rows="error",
-        duplicates="drop", leaked="drop", heldout_rows=200, checks=checks, cache=str(folder / "cache-ours"),
-    )  # fmt: skip
+        path=str(folder / "rows.jsonl"),
+        format="auto",
+        max_tokens=MAX_TOKENS,
+        too_long="drop",
+        packing=True,
+        bad_rows="error",
+        duplicates="drop",
+        leaked="drop",
+        heldout_rows=200,
+        checks=checks,
+        cache=str(folder / "cache-ours"),
+    )
     start, clock = memory_of_tree(os.getpid()), Clock()
     prepare(config, folder=folder / "first", tokenizer=tokenizer, seed=0)
     first, clock = clock.read(), Clock()
@@ -184,7 +201,7 @@ def _ours(folder: Path, tokenizer: Any) -> dict[str, float]:
 
 
 def _bare(folder: Path, tokenizer: Any) -> dict[str, float]:
-    """Token ids of rendered text, in batches on all cores, thrown away."""
+    """Tokenizes rendered text, in batches on all cores, and discards the result."""
     with open(folder / "rows.jsonl", encoding="utf-8") as handle:
         texts = [
             tokenizer.apply_chat_template([*row["prompt"], *row["completion"]], tokenize=False)
@@ -202,18 +219,18 @@ def _batches(texts: list[str]) -> Iterator[list[str]]:
 
 
 def _trl(folder: Path, tokenizer: Any, *, processes: int | None) -> dict[str, float]:
-    """What SFTTrainer does to its data before the first step, timed inside a trainer of a model that is next to nothing."""
+    """Times what SFTTrainer does to its data before the first step, with a tiny model."""
     import datasets
     from transformers import LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
 
-    taken: list[dict[str, float]] = []
+    timings: list[dict[str, float]] = []
 
     class Timed(SFTTrainer):
         def _prepare_dataset(self, *arguments: Any, **named: Any) -> Any:
             clock = Clock()
             prepared = super()._prepare_dataset(*arguments, **named)
-            taken.append(clock.read())
+            timings.append(clock.read())
             return prepared
 
     rows = datasets.load_dataset("json", data_files=str(folder / "rows.jsonl"), split="train")
@@ -232,13 +249,13 @@ def _trl(folder: Path, tokenizer: Any, *, processes: int | None) -> dict[str, fl
     )
     start = memory_of_tree(os.getpid())
     Timed(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
-    return {**taken[0], "start": start}
+    return {**timings[0], "start": start}
 
 
 def _main() -> None:
     name, folder, tokenizer = sys.argv[1:4]
     if name not in CONTENDERS:
-        bench(Path(name), tokenizer=folder, rows=int(tokenizer))
+        compare_data_preparation(Path(name), tokenizer=folder, rows=int(tokenizer))
         return
     result = _work(name, Path(folder), tokenizer)
     (Path(folder) / f"{name}.json").write_text(json.dumps(result))

@@ -1,7 +1,8 @@
-"""Training speed: this project beside `trl sft`, and each option of the speed group beside its plain form.
+"""`finetune bench speed`: compares training speed with `trl sft`, and each option of the kernels group with its plain
+form.
 
-Every contender is a process of its own on the same rows, the same tokens a step, the same seed; they take turns. What each
-adapter has learnt is measured by one function afterwards.
+Every contender is its own process on the same rows, with the same tokens per step and the same seed; they take turns.
+One function measures every adapter's held-out loss afterwards.
 """
 
 from __future__ import annotations
@@ -17,19 +18,23 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
+from typing import TYPE_CHECKING
 
 from finetune.console import human_bytes, log
 from finetune.errors import ConfigError
 
+if TYPE_CHECKING:
+    from finetune.hardware import Placement
+
 PACK_TOKENS = 1024
 PACKS_PER_STEP = 2
 TRL_ROWS, TRL_ACCUMULATE = 4, 2
-"""About as many tokens a step as two packs of 1,024: rows of this work have 220 on average."""
+"""About as many tokens per step as two packs of 1,024: these rows have 220 on average."""
 
 LEARNING_RATE, RANK, ALPHA = 2e-4, 16, 32
 HELD_OUT_ROWS = 64
 FLOP_PER_TOKEN_AND_PARAMETER = 4
-"""Two each forward and for the gradient of the input; frozen weights have no gradient of their own."""
+"""Two each for the forward pass and the gradient of the input; frozen weights get no gradient."""
 
 ABLATIONS = {
     "everything plain": ["kernels=plain"],
@@ -43,24 +48,29 @@ ABLATIONS = {
 }
 
 OTHER_STARTS = {"ours, start 2": ["run.seed=2"], "ours, start 3": ["run.seed=3"]}
-"""The same training from other random adapters and in another order: how far apart they end is the noise of a loss."""
+"""The same training from other random adapters and in another order; the spread of their losses is the noise of a
+loss."""
 
 LIKE_TRL = "ours, as trl comes"
 LIKE_TRL_OVERRIDES = [
-    "data.packing=false", f"train.micro_batch={TRL_ROWS}", f"train.rows_per_step={TRL_ROWS * TRL_ACCUMULATE}", "model.dtype=float32",
-]  # fmt: skip
-"""In the numbers and the batches of `trl sft` as it comes, for its loss: float32 ends lower than bfloat16, whoever trains."""
+    "data.packing=false",
+    f"train.micro_batch={TRL_ROWS}",
+    f"train.rows_per_step={TRL_ROWS * TRL_ACCUMULATE}",
+    "model.dtype=float32",
+]
+"""The dtype and the batches of `trl sft` as it comes, to compare losses: float32 ends lower than bfloat16 in either
+trainer."""
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """One training.
+class SpeedResult:
+    """Measurements of one training.
 
     Attributes:
         tokens_per_second: In the training loop, padding not counted.
         peak_rss_bytes: Of the whole process.
         seconds: Of the whole process.
-        held_out_loss: Nats per trained token afterwards, on rows that were not trained.
+        held_out_loss: Nats per trained token afterwards, on rows that were not trained on.
     """
 
     name: str
@@ -70,53 +80,49 @@ class Measured:
     held_out_loss: float
 
 
-def bench(source: Path, *, rows: int, against: str | None, repeats: int) -> None:
+def compare_training_speed(source: Path, *, rows: int, against: str | None, repeats: int) -> None:
     """Prints a table and one line of JSON.
 
     Args:
         source: JSON Lines with ``question`` and ``answer``.
         rows: Rows to train on; the next 64 are held out.
-        against: ``trl`` runs it beside; None runs this project's options beside each other.
-        repeats: Turns of each contender but TRL as it comes, which takes minutes; the fastest counts.
+        against: ``trl`` compares with it; None compares this project's options with each other.
+        repeats: Runs of each contender except TRL as it comes, which takes minutes; the fastest counts.
 
     Raises:
         ConfigError: The source has too few rows.
     """
-    with tempfile.TemporaryDirectory(prefix="finetune-bench-") as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory(prefix="finetune-bench-") as scratch:
+        folder = Path(scratch)
         write_rows(source, folder, rows)
-        contenders: dict[str, list[str]] = {
-            "ours": [],
-            **(OTHER_STARTS | {LIKE_TRL: LIKE_TRL_OVERRIDES} if against else ABLATIONS),
-        }
-        found: dict[str, list[Measured]] = {}
+        others = OTHER_STARTS | {LIKE_TRL: LIKE_TRL_OVERRIDES} if against else ABLATIONS
+        contenders: dict[str, list[str]] = {"ours": [], **others}
+        results: dict[str, list[SpeedResult]] = {}
         for turn in range(repeats):
             for name, overrides in contenders.items():
-                found.setdefault(name, []).append(ours(name, folder, overrides))
+                results.setdefault(name, []).append(ours(name, folder, overrides))
             if against and turn == 0:
-                found["trl as it comes"] = [trl("trl as it comes", folder, tuned=False)]
+                results["trl as it comes"] = [trl("trl as it comes", folder, tuned=False)]
             if against:
-                found.setdefault("trl tuned by hand", []).append(trl("trl tuned by hand", folder, tuned=True))
-        best = {name: max(turns, key=lambda turn: turn.tokens_per_second) for name, turns in found.items()}
-        parameters = json.loads((folder / "runs" / "ours" / "model" / "manifest.json").read_text())["product"][
-            "parameters"
-        ]
-    for measured in best.values():
+                results.setdefault("trl tuned by hand", []).append(trl("trl tuned by hand", folder, tuned=True))
+        best = {name: max(turns, key=lambda turn: turn.tokens_per_second) for name, turns in results.items()}
+        loaded = json.loads((folder / "runs" / "ours" / "model" / "manifest.json").read_text())["product"]
+    for result in best.values():
         log(
             "bench",
-            f"{measured.name:24} {measured.tokens_per_second:7.0f} tokens/s, peak {human_bytes(measured.peak_rss_bytes)}, "
-            f"{measured.seconds:.0f} s, held-out loss {measured.held_out_loss:.4f}",
+            f"{result.name:24} {result.tokens_per_second:7.0f} tokens/s, peak {human_bytes(result.peak_rss_bytes)}, "
+            f"{result.seconds:.0f} s, held-out loss {result.held_out_loss:.4f}",
         )
-    result = summary(best, parameters) if against else {name: asdict(measured) for name, measured in best.items()}
-    sys.stdout.write(json.dumps(result) + "\n")
+    against_trl = summarize(best, loaded["parameters"]) if against else None
+    sys.stdout.write(json.dumps(against_trl or {name: asdict(result) for name, result in best.items()}) + "\n")
 
 
-def summary(best: dict[str, Measured], parameters: int) -> dict[str, float]:
-    """What the comparison comes to."""
+def summarize(best: dict[str, SpeedResult], parameters: int) -> dict[str, float]:
+    """Returns the comparison with TRL as ratios and differences."""
     mine, tuned = best["ours"], best["trl tuned by hand"]
     starts = [best[name].held_out_loss for name in ("ours", *OTHER_STARTS)]
     limit = matmul_limit()
-    log("bench", f"the machine's products reach {limit / 1e12:.2f} TFLOP/s at the widest shape of this model")
+    log("bench", f"the machine's matrix products reach {limit / 1e12:.2f} TFLOP/s at the widest shape of this model")
     return {
         "ratio_trl_default": round(mine.tokens_per_second / best["trl as it comes"].tokens_per_second, 2),
         "ratio_trl_tuned": round(mine.tokens_per_second / tuned.tokens_per_second, 2),
@@ -130,15 +136,15 @@ def summary(best: dict[str, Measured], parameters: int) -> dict[str, float]:
 
 
 def write_rows(source: Path, folder: Path, rows: int) -> None:
-    """Writes the rows to train on and those held out, as prompt and completion messages."""
+    """Writes the rows to train on and the held-out rows, as prompt and completion messages."""
     if not source.is_file():
-        raise ConfigError(f"bench speed: source={source} is no file; give JSON Lines with question and answer")
+        raise ConfigError(f"bench speed: source={source} is not a file; give JSON Lines with question and answer")
     lines = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()[: rows + HELD_OUT_ROWS]]
     if len(lines) < rows + HELD_OUT_ROWS:
         raise ConfigError(
             f"bench speed: {source} has {len(lines)} rows and {rows + HELD_OUT_ROWS} are needed; lower rows"
         )
-    turned = [
+    conversations = [
         {
             "prompt": [{"role": "user", "content": line["question"]}],
             "completion": [{"role": "assistant", "content": line["answer"]}],
@@ -146,65 +152,68 @@ def write_rows(source: Path, folder: Path, rows: int) -> None:
         for line in lines
     ]
     (folder / "trl").mkdir()
-    for file, part in (("trl/train.jsonl", turned[:rows]), ("heldout.jsonl", turned[rows:])):
+    for file, part in (("trl/train.jsonl", conversations[:rows]), ("heldout.jsonl", conversations[rows:])):
         (folder / file).write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
 
 
-def ours(name: str, folder: Path, overrides: Sequence[str]) -> Measured:
-    """This project, up to the trained adapter."""
+def ours(name: str, folder: Path, overrides: Sequence[str]) -> SpeedResult:
+    """Runs this project up to the trained adapter."""
     root = folder / "runs"
     command = [
-        sys.executable, "-m", "finetune", f"run.root={root}", "run.name=ours", "run.if_exists=overwrite", "run.until=train",
-        "data=custom", f"data.path={folder / 'trl' / 'train.jsonl'}", f"data.heldout_path={folder / 'heldout.jsonl'}",
+        sys.executable, "-m", "finetune", f"run.root={root}", "run.name=ours", "run.if_exists=overwrite",
+        "run.until=train", "data=custom", f"data.path={folder / 'trl' / 'train.jsonl'}",
+        f"data.heldout_path={folder / 'heldout.jsonl'}",
         f"data.max_tokens={PACK_TOKENS}", f"train.micro_batch={PACKS_PER_STEP}", "train.tokens_per_step=null",
-        f"train.rows_per_step={PACKS_PER_STEP}", "train.steps=null", "train.epochs=1", "train.evaluations=0", "train.checkpoints=0",
-        "optim=adamw", f"optim.learning_rate={LEARNING_RATE}", "optim.schedule=constant", "optim.warmup=0",
-        "optim.max_grad_norm=1.0", f"lora.rank={RANK}", f"lora.alpha={ALPHA}", "tracking=[]", *overrides,
+        f"train.rows_per_step={PACKS_PER_STEP}", "train.steps=null", "train.epochs=1", "train.evaluations=0",
+        "train.checkpoints=0", "optim=adamw", f"optim.learning_rate={LEARNING_RATE}",
+        "optim.schedule=constant", "optim.warmup=0", "optim.max_grad_norm=1.0", f"lora.rank={RANK}",
+        f"lora.alpha={ALPHA}", "tracking=[]", *overrides,
     ]  # fmt: skip
-    seconds, peak = timed(name, command, folder, {})
+    seconds, peak = run_timed(name, command, folder, {})
     product = json.loads((root / "ours" / "train" / "manifest.json").read_text())["product"]
     loss = held_out_loss(root / "ours" / "train" / "adapter", root / "ours" / "data" / "heldout")
-    return Measured(name, product["tokens_per_second"], peak, seconds, loss)
+    return SpeedResult(name, product["tokens_per_second"], peak, seconds, loss)
 
 
-def trl(name: str, folder: Path, *, tuned: bool) -> Measured:
-    """`trl sft` on the same rows: as it comes, or packed, without checkpointing, in bfloat16, with all threads."""
+def trl(name: str, folder: Path, *, tuned: bool) -> SpeedResult:
+    """Runs `trl sft` on the same rows: as it comes, or packed, without checkpointing, in our dtype, all threads."""
     out = folder / "trl-out"
     shutil.rmtree(out, ignore_errors=True)
     settings = {
-        "model_name_or_path": base_folder(), "dataset_name": folder / "trl", "output_dir": out, "lora_r": RANK, "lora_alpha": ALPHA,
-        "lora_dropout": 0, "lora_target_modules": "all-linear", "learning_rate": LEARNING_RATE, "lr_scheduler_type": "constant",
-        "num_train_epochs": 1, "seed": 1, "report_to": "none", "save_strategy": "no", "logging_steps": 1,
+        "model_name_or_path": base_folder(), "dataset_name": folder / "trl", "output_dir": out, "lora_r": RANK,
+        "lora_alpha": ALPHA, "lora_dropout": 0, "lora_target_modules": "all-linear", "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant", "num_train_epochs": 1, "seed": 1, "report_to": "none", "save_strategy": "no",
+        "logging_steps": 1,
     }  # fmt: skip
     flags = ["--load_in_4bit", "--use_bnb_nested_quant", "--use_peft", "--use_cpu"]
     flags += [text for key, value in settings.items() for text in (f"--{key}", str(value))]
     command = [str(Path(sys.executable).with_name("trl")), "sft", *flags]
     batch = ["--per_device_train_batch_size", str(TRL_ROWS), "--gradient_accumulation_steps", str(TRL_ACCUMULATE)]
     if tuned:
-        batch = ["--per_device_train_batch_size", str(PACKS_PER_STEP), "--packing", "--max_length", str(PACK_TOKENS),
-                 "--gradient_checkpointing", "false", "--dtype", "bfloat16", "--bf16", "true"]  # fmt: skip
+        dtype = quickstart_placement().dtype
+        batch = ["--per_device_train_batch_size", str(PACKS_PER_STEP), "--packing", "--max_length", str(PACK_TOKENS)]
+        batch += ["--gradient_checkpointing", "false", "--dtype", dtype, "--bf16", str(dtype == "bfloat16").lower()]
     threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))} if tuned else {}  # its launcher sets 1
-    seconds, peak = timed(name, [*command, *batch], folder, threads)
+    seconds, peak = run_timed(name, [*command, *batch], folder, threads)
     runs = folder / "runs" / "ours"
     product = json.loads((runs / "data" / "manifest.json").read_text())["product"]
     text = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")
     runtime = float(text.rpartition("'train_runtime':")[2].split(",")[0].strip(" '\""))
     loss = held_out_loss(out, runs / "data" / "heldout")
-    return Measured(name, round(product["tokens"] / runtime, 1), peak, seconds, loss)
+    return SpeedResult(name, round(product["tokens"] / runtime, 1), peak, seconds, loss)
 
 
-def timed(name: str, command: Sequence[str], folder: Path, surroundings: dict[str, str]) -> tuple[float, int]:
-    """Seconds and peak resident memory of a process that must succeed.
+def run_timed(name: str, command: Sequence[str], folder: Path, environment: dict[str, str]) -> tuple[float, int]:
+    """Runs a process that must succeed; returns its seconds and peak resident memory.
 
     Raises:
-        ConfigError: It failed; its last words are given.
+        ConfigError: It failed; the message ends with its last output.
     """
     log("bench", f"{name} ...")
     started = time.monotonic()
+    variables = os.environ | {"HF_HUB_OFFLINE": "1"} | environment
     with open(folder / "log.txt", "wb") as log_file:
-        process = subprocess.Popen(
-            command, stdout=log_file, stderr=subprocess.STDOUT, env=os.environ | {"HF_HUB_OFFLINE": "1"} | surroundings
-        )
+        process = subprocess.Popen(command, stdout=log_file, stderr=subprocess.STDOUT, env=variables)
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
@@ -214,8 +223,7 @@ def timed(name: str, command: Sequence[str], folder: Path, surroundings: dict[st
 
 
 def held_out_loss(adapter: Path, rows: Path) -> float:
-    """Nats per trained token of the quantized base with an adapter, whoever trained it."""
-    from finetune import hardware
+    """Measures nats per trained token of the quantized base with an adapter, whoever trained it."""
     from finetune.config import load
     from finetune.inference.adapted import free, load_adapted_model
     from finetune.inference.losses import mean_loss, row_losses
@@ -223,16 +231,24 @@ def held_out_loss(adapter: Path, rows: Path) -> float:
     from finetune.model import ModelSpec
 
     config = load(["+experiment=quickstart"])
-    placement = hardware.place(hardware.probe(config.hardware), config)
-    graph = load_adapted_model(ModelSpec.resolve(config, placement), adapter)
-    loss = mean_loss(row_losses(graph, read_rows(rows), batch_tokens=2048))
-    del graph
+    model = load_adapted_model(ModelSpec.resolve(config, quickstart_placement()), adapter)
+    loss = mean_loss(row_losses(model, read_rows(rows), batch_tokens=2048))
+    del model
     free()
     return loss
 
 
+def quickstart_placement() -> Placement:
+    """Decides where and in which dtype the contenders compute."""
+    from finetune import hardware
+    from finetune.config import load
+
+    config = load(["+experiment=quickstart"])
+    return hardware.place(hardware.probe(config.hardware), config)
+
+
 def base_folder() -> Path:
-    """The quickstart's base in safetensors, which `trl sft` can load."""
+    """Returns the folder of the quickstart's base in safetensors, which `trl sft` can load."""
     from finetune.config import load
     from finetune.model import fetch
 
@@ -240,10 +256,11 @@ def base_folder() -> Path:
 
 
 def matmul_limit() -> float:
-    """Operations a second of a product of the size that training uses most, in bfloat16; the best of some."""
+    """Measures operations per second of this model's widest product, in the dtype of the training; the best of 30."""
     import torch
 
-    x, weight = torch.randn(2048, 576, dtype=torch.bfloat16), torch.randn(3072, 576, dtype=torch.bfloat16)
+    dtype = getattr(torch, quickstart_placement().dtype)
+    x, weight = torch.randn(2048, 576, dtype=dtype), torch.randn(3072, 576, dtype=dtype)
     best = float("inf")
     for _ in range(30):
         started = time.perf_counter()

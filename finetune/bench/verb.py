@@ -68,51 +68,47 @@ def _explained(name: str) -> str:
 
 
 def _data(settings: Settings) -> None:
-    from finetune.bench.data import bench
+    from finetune.bench.data import compare_data_preparation
 
     rows = _whole(settings, "data", "rows", 100_000)
-    bench(Path(settings["source"]), tokenizer=settings.get("tokenizer") or quickstart_tokenizer(), rows=rows)
+    compare_data_preparation(
+        Path(settings["source"]), tokenizer=settings.get("tokenizer") or quickstart_tokenizer(), rows=rows
+    )
 
 
 def _speed(settings: Settings) -> None:
-    from finetune.bench.speed import bench
+    from finetune.bench.speed import compare_training_speed
 
     if settings.get("against", "trl") != "trl":
         raise ConfigError(
             f"bench speed: against must be trl, or left out to compare the speed options; got {settings['against']}"
         )
-    bench(
+    compare_training_speed(
         Path(settings["source"]), rows=_whole(settings, "speed", "rows", 128), against=settings.get("against"),
         repeats=_whole(settings, "speed", "repeats", 1),
     )  # fmt: skip
 
 
 def _start(settings: Settings) -> None:
-    from finetune.bench.start import bench
+    from finetune.bench.start import measure_start
 
-    bench(repeats=_whole(settings, "start", "repeats", 3))
-
-
-def _merge(settings: Settings) -> None:
-    from finetune.merge.bench import bench
-
-    bench(parameters=number(settings.get("parameters", "3e9"), "bench merge: parameters"))
+    measure_start(repeats=_whole(settings, "start", "repeats", 3))
 
 
 def _quantization(settings: Settings) -> None:
-    from finetune.bench.lab import Further, compare
+    from finetune.bench.quantization import OptionalMeasurements, compare_backends
     from finetune.paths import SHIPPED
 
     if "task" in settings and "metric" not in settings:
         raise ConfigError("bench quantization: task needs metric, which judges its answers, e.g. metric=label")
-    compare(
+    compare_backends(
         model=settings.get("model", QUICKSTART),
         text=Path(settings.get("text") or SHIPPED / "general.txt"),
         tokens=_whole(settings, "quantization", "tokens", 2048),
         grid=_grid(settings, "quantization"),
         out=Path(settings.get("out", "outputs/quantization.html")),
         backends=_names(settings),
-        further=Further(
+        optional=OptionalMeasurements(
             repeats=0 if settings.get("repeats") == "0" else _whole(settings, "quantization", "repeats", 3),
             task=Path(settings["task"]) if "task" in settings else None,
             metric=settings.get("metric", ""),
@@ -125,16 +121,16 @@ def _quantization(settings: Settings) -> None:
 
 
 def _tuning(settings: Settings) -> None:
-    from finetune.bench.lab import Budget, tune
+    from finetune.bench.tuning import TuningBudget, compare_tuning
 
-    tune(
+    compare_tuning(
         source=Path(settings["source"]) if "source" in settings else None,
         rows=_whole(settings, "tuning", "rows", 64),
         heldout=_whole(settings, "tuning", "heldout", 64),
         model=settings.get("model", QUICKSTART),
         grid=_grid(settings, "tuning"),
         backends=_names(settings),
-        budget=Budget(
+        budget=TuningBudget(
             steps=_whole(settings, "tuning", "steps", 24),
             learning_rate=number(settings.get("learning_rate", "1e-3"), "bench tuning: learning_rate"),
             seeds=_whole(settings, "tuning", "seeds", 3),
@@ -184,7 +180,7 @@ def _humaneval(settings: Settings) -> None:
 
 
 NEEDED = {
-    "source": "give a JSON Lines file, e.g. source=gsm8k/train.jsonl (question and answer) or source=HumanEval.jsonl.gz",
+    "source": "give a JSON Lines file, such as source=gsm8k/train.jsonl (question and answer) or HumanEval.jsonl.gz",
     "model": "give a .gguf file, a folder, a hub id or an option of the model group, e.g. model=smollm2_135m",
 }
 
@@ -236,7 +232,6 @@ BENCHES = {
             "out",
         ),
     ),
-    "merge": Measurement("merging a large checkpoint, beside cp and peft", _merge, ("parameters",)),
     "humaneval": Measurement(
         "problems solved by a model or a GGUF, in a sandbox",
         _humaneval,

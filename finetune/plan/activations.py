@@ -163,7 +163,8 @@ def loss_bytes(inputs: PlanInputs) -> float:
         return inputs.trainer.logits_bytes * a.vocab_size * tokens
     if inputs.steps.loss_on_trained_tokens:
         tiles = 2 if tokens > TRAINED_ROWS else 1  # the next one is made before the last one goes
-        each = max(tiles * c, c + (0 if inputs.steps.native else 2 * FLOAT))
+        copies = 0 if inputs.steps.native else FLOAT if c == FLOAT else 2 * FLOAT  # float32 logits need no cast
+        each = max(tiles * c, c + copies)
         return TRAINED_ROWS * a.vocab_size * each + 3 * c * a.hidden_size * tokens
     tile_tokens, tile_entries = inputs.trainer.loss_tile
     tile = min(tokens, tile_tokens) * min(a.vocab_size, tile_entries)

@@ -23,7 +23,7 @@ SELECTIVE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 MARGIN = 0.93
 """A proposal must hold, so it leaves room for the closed form's own error: 7 % for nine in ten of litgpt's published
-figures. Source: scripts/check_plan.py."""
+figures. Source: benchmarks/check_plan.py."""
 
 SAME_SPEED = 0.01
 """A share of speed that is not known anyway."""

@@ -12,7 +12,7 @@ GIB = 1024**3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trainer:
+class TrainerMemoryModel:
     """How an implementation of the training step spends memory; the defaults are this project's.
 
     Attributes:
@@ -51,7 +51,7 @@ class Trainer:
     cuts_all: bool = False
 
 
-OURS = Trainer()
+OURS = TrainerMemoryModel()
 """TRL 1.16 with its fused head: trl/kernels/chunked_logprob.py (4,096 tokens) and trl/trainer/utils.py (32,768 entries)."""
 
 
@@ -149,7 +149,7 @@ class PlanInputs:
     answer_tokens: int = 0
     measured_tokens: int = 4096
     steps: Steps = Steps()
-    trainer: Trainer = OURS
+    trainer: TrainerMemoryModel = OURS
 
     @property
     def step_tokens(self) -> int:

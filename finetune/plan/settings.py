@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from finetune.architecture import ArchitectureConfig, from_config_json
 from finetune.hardware.place import choose_dtype
-from finetune.plan.inputs import PlanInputs, Steps, Trainer
+from finetune.plan.inputs import PlanInputs, Steps, TrainerMemoryModel
 
 if TYPE_CHECKING:
     from finetune.config import RunConfig
@@ -72,7 +72,7 @@ def from_config(config: RunConfig, machine: Machine) -> PlanInputs:
         answer_tokens=config.eval.max_new_tokens,
         measured_tokens=max(config.eval.batch_tokens, config.merge.batch_tokens),
         steps=steps,
-        trainer=Trainer(reduced_input_copies=autocast),
+        trainer=TrainerMemoryModel(reduced_input_copies=autocast),
     )
 
 
@@ -81,6 +81,7 @@ def steps_of(
 ) -> Steps:
     """Predicts what `finetune.kernels` will choose, from the configuration alone; tests compare the two."""
     kernels, lora, method = config.kernels, config.lora, config.quantization.method
+    upcast = "none" if dtype == "float32" else config.model.upcast
     fused = (
         kernels.layers != "plain"
         and architecture.family in FUSED_FAMILIES
@@ -88,14 +89,11 @@ def steps_of(
         and not lora.dropout
         and lora.variant != "dora"
         and method in ("none", "nf4", "fp4")
-        and config.model.upcast == "none"
+        and upcast == "none"
         and config.launch.strategy in ("single", "ddp")
     )
     loss_on_trained_tokens = (
-        kernels.loss != "all"
-        and dtype != "float16"
-        and architecture.family not in CAPPED_FAMILIES
-        and config.model.upcast != "all"
+        kernels.loss != "all" and dtype != "float16" and architecture.family not in CAPPED_FAMILIES and upcast != "all"
     )
     native = (
         device == "cpu"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from finetune.bench.lab.compare import chosen
+from finetune.bench.quantization import quantization_options
 from finetune.config import load
 from finetune.errors import ConfigError, HardwareError
 from finetune.hardware import Machine, place
@@ -73,7 +73,8 @@ def test_auto_takes_what_the_machine_has(machine: Machine, device: str, dtype: s
 
 def test_optimizer_without_paging_says_why() -> None:
     assert place(CPU, config()).optimizer_reason == (
-        "paged_adamw_8bit needs unified memory to page to, which cpu does not have; this is the same optimizer without paging"
+        "paged_adamw_8bit needs unified memory to page to, which cpu does not have; "
+        "this is the same optimizer without paging"
     )
 
 
@@ -128,7 +129,7 @@ def test_a_method_that_runs_nowhere_says_why_and_names_one_that_runs(name: str) 
     assert backend.reason
     assert not backend.tunable
     alternative = backend.alternative.removeprefix("quantization=")
-    assert backend.alternative.startswith("model.name=") or alternative in chosen([], where="test")
+    assert backend.alternative.startswith("model.name=") or alternative in quantization_options([], where="test")
     with pytest.raises(
         ConfigError,
         match=re.escape(f"quantization.method={name} does not run: {backend.reason}; choose {backend.alternative}"),
@@ -145,7 +146,7 @@ def test_a_method_that_runs_is_placed(machine: Machine, name: str) -> None:
 def test_every_method_has_a_file_of_the_group_and_every_file_a_method() -> None:
     methods = [
         yaml.safe_load((CONF / "quantization" / f"{name}.yaml").read_text())["method"]
-        for name in chosen([], where="test")
+        for name in quantization_options([], where="test")
     ]
     assert set(methods) == set(BACKENDS)
 

@@ -7,7 +7,7 @@ import pytest
 
 from finetune.architecture import ArchitectureConfig
 from finetune.plan.activations import activations, loss_bytes, saved_in_layer
-from finetune.plan.inputs import PlanInputs, Steps, Trainer
+from finetune.plan.inputs import PlanInputs, Steps, TrainerMemoryModel
 
 TINY = ArchitectureConfig(
     family="llama", hidden_size=128, intermediate_size=384, layers=6, heads=8, kv_heads=4, head_dim=16, vocab_size=512,
@@ -16,7 +16,7 @@ TINY = ArchitectureConfig(
 INPUTS = PlanInputs(
     architecture=TINY, method="none", rank=8, adapter_bytes=4, rows=2, tokens=50, checkpointing=False, device="cpu"
 )
-BFLOAT16 = dataclasses.replace(INPUTS, adapter_bytes=2, trainer=Trainer(reduced_input_copies=False))
+BFLOAT16 = dataclasses.replace(INPUTS, adapter_bytes=2, trainer=TrainerMemoryModel(reduced_input_copies=False))
 
 
 def saved_bytes(*, adapter_dtype: Any, autocast: bool) -> int:
@@ -66,7 +66,7 @@ def test_closed_form_counts_what_autograd_saves(adapter_bytes: int) -> None:
         adapter_dtype=torch.bfloat16 if adapter_bytes == 2 else torch.float32, autocast=adapter_bytes == 4
     )
     inputs = dataclasses.replace(
-        INPUTS, adapter_bytes=adapter_bytes, trainer=Trainer(reduced_input_copies=adapter_bytes == 4)
+        INPUTS, adapter_bytes=adapter_bytes, trainer=TrainerMemoryModel(reduced_input_copies=adapter_bytes == 4)
     )
     assert saved_in_layer(inputs) * inputs.step_tokens * TINY.layers == pytest.approx(found, rel=0.05)
 
@@ -138,5 +138,5 @@ def test_selective_checkpointing_keeps_only_the_input_of_gated_layers() -> None:
 
 def test_old_bitsandbytes_keeps_inputs_of_frozen_layers() -> None:
     new = dataclasses.replace(BFLOAT16, method="nf4", targets=("q_proj",))
-    old = dataclasses.replace(new, trainer=Trainer(keeps_inputs=True, reduced_input_copies=False))
+    old = dataclasses.replace(new, trainer=TrainerMemoryModel(keeps_inputs=True, reduced_input_copies=False))
     assert saved_in_layer(old) - saved_in_layer(new) == 2 * (128 + 384)

@@ -1,20 +1,20 @@
-"""A finished training of the lab's, measured in a process of its own: ``python -m finetune.bench.lab.tuned``."""
+"""Measures a finished training of `finetune bench tuning`: ``python -m finetune.bench.tuning_worker``."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from finetune.bench.lab.task import Task, losses, scores
+from finetune.bench.task import Task, losses, scores
 from finetune.inference.fresh_process import answer
 
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
-    """The held-out rows, read and answered by the very graph that was trained.
+    """Reads and answers the held-out rows with exactly the model that was trained.
 
     Args:
-        request: ``run`` (its folder), ``overrides``, ``metric``, ``max_new_tokens``, ``untuned`` (whether the base without its
-            adapter is measured too).
+        request: ``run`` (its folder), ``overrides``, ``metric``, ``max_new_tokens``, ``untuned`` (whether the base
+            without its adapter is measured too).
 
     Returns:
         ``losses``, ``scores``, and ``untuned``, the base's losses or None.
@@ -31,14 +31,18 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     placement = hardware.place(hardware.probe(config.hardware), config)
     torch.set_num_threads(placement.threads)
     spec = ModelSpec.resolve(config, placement)
-    graph = load_adapted_model(spec, run / "train" / "adapter")
+    model = load_adapted_model(spec, run / "train" / "adapter")
     task = Task(data=run / "data", metric=request["metric"], max_new_tokens=request["max_new_tokens"])
     rows = read_rows(task.data / "heldout")
-    found: dict[str, Any] = {"losses": losses(graph, rows), "scores": scores(graph, spec, task, rows), "untuned": None}
+    figures: dict[str, Any] = {
+        "losses": losses(model, rows),
+        "scores": scores(model, spec, task, rows),
+        "untuned": None,
+    }
     if request["untuned"]:
-        with graph.disable_adapter():
-            found["untuned"] = losses(graph, rows)
-    return found
+        with model.disable_adapter():
+            figures["untuned"] = losses(model, rows)
+    return figures
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks import other_trainers as trainers
 from finetune.architecture import ArchitectureConfig, parameters
-from finetune.plan import phases, trainers, weights
-from finetune.plan.inputs import ALL_LINEAR, PlanInputs, Trainer
+from finetune.plan import phases, weights
+from finetune.plan.inputs import ALL_LINEAR, PlanInputs, TrainerMemoryModel
 
 UNITS = {"TB": 1e12, "GiB": 1024**3, "GB": 1e9, "MiB": 1024**2, "MB": 1e6}
 NUMBERS = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "int4": 0.5}
@@ -25,15 +26,18 @@ QLORA_RANK = 64
 """Taken where a source of QLoRA's authors states no rank, with every linear layer adapted: their script's defaults."""
 
 CORRECTED_GPUS = ("T4", "A10G", "L4")
-"""They keep error correction in the same memory, which takes a sixteenth: nvidia-smi lists 15,360 MiB on a T4 sold with 16 GB."""
+"""They keep error correction in the same memory, which takes a sixteenth: nvidia-smi lists 15,360 MiB on a T4 sold with
+16 GB."""
 
 SHORTEST_TOKENS = 512
-"""Taken where a source states no length: half of what issue trackers call a short row; stated in the output as unknown."""
+"""Taken where a source states no length: half of what issue trackers call a short row; stated in the output as
+unknown."""
 
 ALIASES = {
     "llama-7b": "llama1_7b", "llama-13b": "llama1_13b", "llama-33b": "llama1_33b", "llama-65b": "llama1_65b",
     "guanaco-7b": "llama1_7b", "guanaco-13b": "llama1_13b", "guanaco-33b": "llama1_33b", "guanaco-65b": "llama1_65b",
-    "phi-1.5": "phi15", "stablelm": "stablelm_alpha_3b", "tiny-llama": "tinyllama_11b", "phi-3-mini": "phi3_mini", "phi-2": "phi2",
+    "phi-1.5": "phi15", "stablelm": "stablelm_alpha_3b", "tiny-llama": "tinyllama_11b", "phi-3-mini": "phi3_mini",
+    "phi-2": "phi2",
 }  # fmt: skip
 
 TARGETS = {
@@ -189,7 +193,7 @@ def _inputs(row: Mapping[str, Any], architectures: Mapping[str, ArchitectureConf
     )
 
 
-def _trainer(row: Mapping[str, Any], method: str) -> Trainer:
+def _trainer(row: Mapping[str, Any], method: str) -> TrainerMemoryModel:
     source, quantized = row["source"], method != "none"
     if "litgpt" in source:
         if "resource-tables" in source:

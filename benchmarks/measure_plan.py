@@ -1,7 +1,8 @@
-"""Measures what training takes on this machine's CPU, for the plan to be compared with: python scripts/measure_plan.py FILE [--only NAME]
+"""Measures what training takes on this machine's CPU, for the plan to be compared with: python -m
+benchmarks.measure_plan FILE [--only NAME]
 
 Each setting trains the quickstart's model for three steps in a process of its own. FILE gets rows in the form that
-scripts/check_plan.py reads; settings that FILE has already are not measured again.
+benchmarks/check_plan.py reads; settings that FILE has already are not measured again.
 """
 
 import argparse
@@ -33,15 +34,21 @@ SETTINGS: dict[str, list[str]] = {
     "fp4, 2 x 512, adamw": ["quantization=fp4", "optim=adamw", "train.micro_batch=2", "data.pack_tokens=512"],
     "none, 1 x 512": ["quantization=none", "train.micro_batch=1", "data.pack_tokens=512"],
     "none, 2 x 1024, rank 8": ["quantization=none", "train.micro_batch=2", "data.pack_tokens=1024", "lora.rank=8"],
-    "none, 8 x 512, checkpointing": ["quantization=none", "train.micro_batch=8", "data.pack_tokens=512", "train.checkpointing=full"],
-    "none, 4 x 512, q and v": ["quantization=none", "train.micro_batch=4", "data.pack_tokens=512", "lora.targets=[q_proj,v_proj]"],
+    "none, 8 x 512, checkpointing": [
+        "quantization=none", "train.micro_batch=8", "data.pack_tokens=512", "train.checkpointing=full",
+    ],
+    "none, 4 x 512, q and v": [
+        "quantization=none", "train.micro_batch=4", "data.pack_tokens=512", "lora.targets=[q_proj,v_proj]",
+    ],
     "int8, 2 x 512": ["quantization=int8", "train.micro_batch=2", "data.pack_tokens=512"],
     "nf4, 2 x 512, dropout": ["train.micro_batch=2", "data.pack_tokens=512", "lora.dropout=0.1"],
     "nf4, 2 x 512, plain layers": ["kernels=plain", "train.micro_batch=2", "data.pack_tokens=512"],
-    "nf4, 2 x 512, plain, checkpointing": ["kernels=plain", "train.micro_batch=2", "data.pack_tokens=512", "train.checkpointing=full"],
+    "nf4, 2 x 512, plain, checkpointing": [
+        "kernels=plain", "train.micro_batch=2", "data.pack_tokens=512", "train.checkpointing=full",
+    ],
     "nf4, 8 pairs of up to 72": [
-        "data=preference", "data.objective=preference", "train.objective=dpo", "data.path={pairs}", "data.heldout_share=0.05",
-        "data.max_tokens=72", "train.micro_batch=8",
+        "data=preference", "data.objective=preference", "train.objective=dpo", "data.path={pairs}",
+        "data.heldout_share=0.05", "data.max_tokens=72", "train.micro_batch=8",
     ],
 }  # fmt: skip
 
@@ -60,7 +67,7 @@ def main() -> None:
         row = measure(name, number=number, libraries=libraries)
         rows.append(row)
         arguments.file.write_text(
-            json.dumps({"made": "scripts/measure_plan.py", "n": len(rows), "rows": rows}, indent=1) + "\n"
+            json.dumps({"made": "benchmarks/measure_plan.py", "n": len(rows), "rows": rows}, indent=1) + "\n"
         )
         print(f"{name}: {row['reported']:.0f} MB", flush=True)
 
@@ -81,11 +88,21 @@ def measure(name: str, *, number: int, libraries: int) -> dict[str, Any]:
         trained = json.loads((Path(folder) / "measured" / "train" / "manifest.json").read_text())
         plan = json.loads((Path(folder) / "measured" / "plan" / "manifest.json").read_text())["product"]
         return {
-            "id": number, "model": "smollm2_135m", "params_b": plan["parameters"] / 1e9, "method": "qlora" if "nf4" in name else "lora",
-            "overrides": [o.replace(f"{folder}/", "") for o in overrides], "gpu": None, "n_gpus": 0,
-            "reported": trained["peak_rss_bytes"] / 1e6, "unit": "MB", "libraries": libraries / 1e6, "kind": "peak RSS of the process",
-            "source": f"scripts/measure_plan.py, {platform.machine()}, {os.cpu_count()} cores", "unknown_conditions": [], "note": name,
-        }  # fmt: skip
+            "id": number,
+            "model": "smollm2_135m",
+            "params_b": plan["parameters"] / 1e9,
+            "method": "qlora" if "nf4" in name else "lora",
+            "overrides": [override.replace(f"{folder}/", "") for override in overrides],
+            "gpu": None,
+            "n_gpus": 0,
+            "reported": trained["peak_rss_bytes"] / 1e6,
+            "unit": "MB",
+            "libraries": libraries / 1e6,
+            "kind": "peak RSS of the process",
+            "source": f"benchmarks/measure_plan.py, {platform.machine()}, {os.cpu_count()} cores",
+            "unknown_conditions": [],
+            "note": name,
+        }
 
 
 def train(overrides: list[str]) -> None:

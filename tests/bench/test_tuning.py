@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 
 from finetune.bench import bench
-from finetune.bench.lab.compare import Measured, refused
-from finetune.bench.lab.known import claims
-from finetune.bench.lab.task import deal
-from finetune.bench.lab.tuning import summary
+from finetune.bench.quantization import unsupported_status
+from finetune.bench.task import split_rows
+from finetune.bench.tuning import summarize
 from finetune.errors import ConfigError
 from finetune.hardware.backends import BACKENDS
 
@@ -25,7 +24,7 @@ def run(losses: list[list[float]], scores: list[float]) -> dict[str, Any]:
 def test_a_difference_is_paired_by_row_and_pooled_over_seeds() -> None:
     none = [run([[2.0, 2], [6.0, 2]], [1.0, 0.0]), run([[2.2, 2], [6.2, 2]], [1.0, 0.0])]
     other = [run([[2.4, 2], [6.4, 2]], [0.0, 0.0]), run([[2.4, 2], [6.4, 2]], [1.0, 0.0])]
-    found = summary("nf4", other, none)
+    found = summarize("nf4", other, none)
     assert (found.untuned_loss, found.loss, found.losses) == (5.0, 2.2, [2.2, 2.2])
     assert found.loss_change == {"difference": 0.15, "low": 0.15, "high": 0.15}, (
         "every row is off by the same, so nothing is uncertain"
@@ -33,30 +32,30 @@ def test_a_difference_is_paired_by_row_and_pooled_over_seeds() -> None:
     assert found.loss_change_by_seed == [0.2, 0.1]
     assert found.metric["value"] == 0.25
     assert found.metric_change["difference"] == -0.25
-    same = summary("none", none, none)
+    same = summarize("none", none, none)
     assert (same.loss_change["difference"], same.metric_change["difference"]) == (0.0, 0.0)
 
 
 def test_rows_are_dealt_from_the_top(tmp_path: Path) -> None:
     source = tmp_path / "rows.jsonl"
     source.write_text("".join(json.dumps({"prompt": str(row), "completion": "x"}) + "\n" for row in range(5)))
-    deal(source, tmp_path / "dealt", train=3, heldout=2, where="source")
+    split_rows(source, tmp_path / "dealt", train=3, heldout=2, where="source")
     found = {
         file.stem: [json.loads(line)["prompt"] for line in file.read_text().splitlines()]
         for file in (tmp_path / "dealt").iterdir()
     }
     assert found == {"train": ["0", "1", "2"], "heldout": ["3", "4"]}
     with pytest.raises(ConfigError, match="has 5 rows and 6 are needed; lower rows or heldout"):
-        deal(source, tmp_path / "dealt", train=3, heldout=3, where="source")
+        split_rows(source, tmp_path / "dealt", train=3, heldout=3, where="source")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tuning", "backends=nf5"], "nf5 is no option of quantization; there are awq, fp4"),
+        (["tuning", "backends=nf5"], "nf5 is not an option of quantization; choose from awq, fp4"),
         (["tuning", "metric=beauty"], "metric must be one of .*; got beauty"),
         (["tuning", "grid=moon"], "grid must be moved or as_it_is; got moon"),
-        (["quantization", "backends=nf5"], "nf5 is no option of quantization; there are awq, fp4"),
+        (["quantization", "backends=nf5"], "nf5 is not an option of quantization; choose from awq, fp4"),
         (["quantization", "task=rows.jsonl"], "task needs metric"),
     ],
 )
@@ -66,24 +65,10 @@ def test_what_cannot_be_measured_is_said_at_once(arguments: list[str], message: 
 
 
 def test_a_method_that_does_not_run_is_a_row_with_its_reason() -> None:
-    assert {name for name in BACKENDS if refused(name)} == {name for name, backend in BACKENDS.items() if not backend.devices}
-    assert refused("gptq") == f"not run: {BACKENDS['gptq'].reason}"
-
-
-def test_published_orderings_are_held_against_what_was_measured() -> None:
-    def measured(backend: str, kl: float, bits: float) -> Measured:
-        return Measured(backend=backend, status="measured", kl=kl, bits_per_parameter=bits)
-
-    rows = [
-        measured("int8", 0.01, 8.06),
-        measured("nf4", 0.2, 4.5),
-        measured("nf4_double", 0.2, 4.127),
-        measured("fp4", 0.1, 4.5),
-    ]
-    found = claims(rows)
-    assert [one.holds for one in found] == [True, False, True, True, True]
-    assert found[1].seen == "KL 0.2000 (nf4), 0.1000 (fp4)"
-    assert claims(rows[:1]) == []
+    assert {name for name in BACKENDS if unsupported_status(name)} == {
+        name for name, backend in BACKENDS.items() if not backend.devices
+    }
+    assert unsupported_status("gptq") == f"not run: {BACKENDS['gptq'].reason}"
 
 
 @pytest.mark.slow
@@ -93,13 +78,26 @@ def test_the_verb_trains_measures_and_ends_with_one_line_of_json(tiny_base: Path
         "".join(json.dumps({"prompt": f"say {row}", "completion": f"it is {row % 3}"}) + "\n" for row in range(40))
     )
     command = [
-        sys.executable, "-m", "finetune", "bench", "tuning", f"source={rows}", "rows=24", "heldout=8", f"model={tiny_base}", "steps=2",
-        "seeds=1", "backends=none,gptq", "metric=label", "max_new_tokens=4", f"out={tmp_path / 'tuning.json'}",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "finetune",
+        "bench",
+        "tuning",
+        f"source={rows}",
+        "rows=24",
+        "heldout=8",
+        f"model={tiny_base}",
+        "steps=2",
+        "seeds=1",
+        "backends=none,gptq",
+        "metric=label",
+        "max_new_tokens=4",
+        f"out={tmp_path / 'tuning.json'}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    by_name = {one["backend"]: one for one in json.loads(done.stdout.splitlines()[-1])}
-    assert [one["status"].partition(":")[0] for one in by_name.values()] == ["measured", "not run"]
+    by_name = {result["backend"]: result for result in json.loads(done.stdout.splitlines()[-1])}
+    assert [result["status"].partition(":")[0] for result in by_name.values()] == ["measured", "not run"]
     assert by_name["none"]["loss_change"]["difference"] == 0
     assert by_name["none"]["loss"] < by_name["none"]["untuned_loss"]
     assert 0 <= by_name["none"]["metric"]["value"] <= 1

@@ -1,4 +1,4 @@
-"""Rows of a task: rendered by the data room once, read and answered by every model, judged by one metric."""
+"""Rows of a task: prepared by the data stage once, then read and answered by every model and scored by one metric."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from finetune.model import ModelSpec
 
 BATCH_ROWS = 16
 BATCH_TOKENS = 2048
@@ -17,12 +20,12 @@ BATCH_TOKENS = 2048
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-    """What models are judged on.
+    """Held-out rows that models are scored on.
 
     Attributes:
         data: The data stage's folder, with a held-out split.
         metric: One of `finetune.eval.metrics.METRICS`; empty for the loss alone.
-        max_new_tokens: Of an answer at most.
+        max_new_tokens: Longest answer.
     """
 
     data: Path
@@ -31,7 +34,8 @@ class Task:
 
 
 def check_metric(metric: str, *, where: str) -> None:
-    """
+    """Checks that a metric exists.
+
     Raises:
         ConfigError: There is no such metric.
     """
@@ -41,14 +45,14 @@ def check_metric(metric: str, *, where: str) -> None:
         raise ConfigError(f"{where}: metric must be one of {', '.join(sorted(METRICS))}; got {metric}")
 
 
-def deal(source: Path, folder: Path, *, train: int, heldout: int, where: str) -> list[str]:
-    """Writes a file's first rows to train on and the next to measure on; returns the settings that name them.
+def split_rows(source: Path, folder: Path, *, train: int, heldout: int, where: str) -> list[str]:
+    """Writes a file's first rows to train on and the next to measure on; returns the overrides that name them.
 
     Raises:
-        ConfigError: The file is not there or too short.
+        ConfigError: The file is missing or too short.
     """
     if not source.is_file():
-        raise ConfigError(f"{where}={source} is no file; give JSON Lines in any format that data.path takes")
+        raise ConfigError(f"{where}={source} is not a file; give JSON Lines in any format that data.path takes")
     lines = [line for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
     if len(lines) < train + heldout:
         raise ConfigError(
@@ -60,31 +64,31 @@ def deal(source: Path, folder: Path, *, train: int, heldout: int, where: str) ->
     return ["data=custom", f"data.path={folder / 'train.jsonl'}", f"data.heldout_path={folder / 'heldout.jsonl'}"]
 
 
-def line(overrides: Sequence[str], *, root: Path, name: str) -> tuple[float, int]:
-    """Runs the line in a process of its own; seconds and peak resident memory of all of it."""
-    from finetune.bench.speed import timed
+def run_pipeline(overrides: Sequence[str], *, root: Path, name: str) -> tuple[float, int]:
+    """Runs the pipeline in a fresh process; returns seconds and peak resident memory of all of it."""
+    from finetune.bench.speed import run_timed
 
-    own = [f"run.root={root}", f"run.name={name}", "run.if_exists=overwrite", "tracking=[]", "preflight=off"]
-    return timed(name, [sys.executable, "-m", "finetune", "+experiment=quickstart", *overrides, *own], root, {})
+    run = [f"run.root={root}", f"run.name={name}", "run.if_exists=overwrite", "tracking=[]", "preflight=off"]
+    return run_timed(name, [sys.executable, "-m", "finetune", "+experiment=quickstart", *overrides, *run], root, {})
 
 
-def model_choice(model: str) -> list[str]:
-    """Overrides that name a model: an option of the model group, or whatever ``model.name`` takes."""
+def model_overrides(model: str) -> list[str]:
+    """Returns overrides that select a model: an option of the model group, or a value of ``model.name``."""
     from finetune.paths import CONF
 
-    known = (CONF / "model" / f"{model}.yaml").is_file() and not model.startswith("_")
-    return [f"model={model}"] if known else ["model=custom", f"model.name={json.dumps(model)}"]
+    is_option = (CONF / "model" / f"{model}.yaml").is_file() and not model.startswith("_")
+    return [f"model={model}"] if is_option else ["model=custom", f"model.name={json.dumps(model)}"]
 
 
 def losses(model: Any, rows: list[dict[str, Any]]) -> list[tuple[float, int]]:
-    """Per row, nats summed over its trained tokens, and how many those are."""
+    """Returns for each row the nats summed over its trained tokens, and their number."""
     from finetune.inference.losses import row_losses
 
-    return [(one.loss, one.tokens) for one in row_losses(model, rows, batch_tokens=BATCH_TOKENS)]
+    return [(row.loss, row.tokens) for row in row_losses(model, rows, batch_tokens=BATCH_TOKENS)]
 
 
-def scores(model: Any, spec: Any, task: Task, rows: list[dict[str, Any]]) -> list[float]:
-    """Per row, how good the greedy answer is; empty where no metric was asked for."""
+def scores(model: Any, spec: ModelSpec, task: Task, rows: list[dict[str, Any]]) -> list[float]:
+    """Scores the greedy answer to each row; empty without a metric."""
     from finetune.eval.metrics import METRICS, prepare_rows
     from finetune.inference.chat import load_chat
     from finetune.inference.generation import generate
@@ -102,5 +106,5 @@ def scores(model: Any, spec: Any, task: Task, rows: list[dict[str, Any]]) -> lis
 
 
 def change_figures(change: Any) -> dict[str, float]:
-    """A difference of `finetune.inference.bootstrap` as the tables' JSON has it."""
+    """Rounds a difference of `finetune.inference.bootstrap` for the tables' JSON."""
     return {"difference": round(change.value, 4), "low": round(change.low, 4), "high": round(change.high, 4)}

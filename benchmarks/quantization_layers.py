@@ -1,7 +1,14 @@
-"""Inside the layers: how far each kind of rounding moves them, where the outliers are, and what smoothing does about them."""
+"""Measures rounding errors, code books, outliers and smoothing inside the layers: python -m
+benchmarks.quantization_layers TEXT
+
+Writes one page. ``--results`` adds a comparison with published claims from the last line of `finetune bench
+quantization`.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,18 +33,19 @@ MOST_UNEVEN = 12
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """What was found.
+    """Measurements of one base.
 
     Attributes:
-        errors: Per layer and method: ``{"layer", "method", "rms", "max", "cosine"}``; rms is a share of the weights' own.
+        errors: Per layer and method: ``{"layer", "method", "rms", "max", "cosine"}``; rms is a share of the weights'
+            own.
         blocks: Per block size: ``{"block", "bits", "double_bits", "rms", "double_rms"}`` of NF4.
         codes: By method, the levels of its code book between -1 and 1.
         histogram: Shares of weights by their value over their block's largest, in equal bins between -1 and 1.
         code_errors: By code book, the mean squared error over the weights' mean square.
         activations: Per layer: ``{"layer", "largest", "median", "outlier_channels", "channels"}`` of its inputs, and
-            ``weight_unevenness``: how many times its median input channel the largest one of its weight is.
-        smoothing: Per layer with the most uneven inputs: ``{"layer", "before", "after"}``, relative error of the layer's
-            output in int8 with one scale for activations, without and with SmoothQuant's migration.
+            ``weight_unevenness``: its weight's largest input channel over the median one.
+        smoothing: Per layer with the most uneven inputs: ``{"layer", "before", "after"}``, relative error of the
+            layer's output in int8 with one scale for activations, without and with SmoothQuant's migration.
     """
 
     errors: list[dict[str, Any]] = field(default_factory=list)
@@ -49,11 +57,11 @@ class Study:
     smoothing: list[dict[str, Any]] = field(default_factory=list)
 
 
-def study(folder: Path, rows: list[dict[str, list[int]]]) -> Study:
-    """Studies a base in float32.
+def study_layers(folder: Path, rows: list[dict[str, list[int]]]) -> Study:
+    """Measures a base in float32.
 
     Args:
-        folder: Holds it.
+        folder: The base.
         rows: ``input_ids``; the first few are read for activations.
     """
     import torch
@@ -86,7 +94,7 @@ def study(folder: Path, rows: list[dict[str, list[int]]]) -> Study:
 
 
 def record_inputs(model: Any, layers: dict[str, Any], rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-    """What each layer reads, shape (tokens, channels) in bfloat16; layers that read the same share it."""
+    """Records what each layer reads, shape (tokens, channels), in bfloat16."""
     import torch
 
     seen: dict[str, list[Tensor]] = {name: [] for name in layers}
@@ -105,7 +113,7 @@ def record_inputs(model: Any, layers: dict[str, Any], rows: list[dict[str, list[
 
 
 def four_bit(kind: str, *, block: int = BLOCK, double: bool = False) -> Callable[[Tensor], Tensor]:
-    """bitsandbytes' own rounding, there and back."""
+    """Returns bitsandbytes' own rounding, there and back."""
 
     def there_and_back(weight: Tensor) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
@@ -121,7 +129,7 @@ def four_bit(kind: str, *, block: int = BLOCK, double: bool = False) -> Callable
 
 
 def uniform(bits: int, *, block: int | None) -> Callable[[Tensor], Tensor]:
-    """Evenly spaced levels, symmetric, one scale a block or a row."""
+    """Returns rounding to evenly spaced levels, symmetric, with one scale per block or row."""
 
     def there_and_back(weight: Tensor) -> Tensor:
         groups = weight.reshape(-1, block) if block else weight
@@ -142,7 +150,7 @@ ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def distance(weight: Tensor, other: Tensor) -> dict[str, float]:
-    """Root mean square error over the weights' own, largest error, and cosine between both."""
+    """Returns root mean square error over the weights' own, largest error, and cosine between both."""
     import torch
 
     error = weight - other
@@ -151,8 +159,11 @@ def distance(weight: Tensor, other: Tensor) -> dict[str, float]:
 
 
 def block_size(weights: dict[str, Tensor], block: int) -> dict[str, Any]:
-    """NF4 at one block size: bits a weight by counting (4, and a float32 a block; with double quantization a byte a block and
-    a float32 for every 256 of them), and the error that comes with them."""
+    """Measures NF4 at one block size: its error, and its bits per weight.
+
+    Bits are counted: 4, and a float32 per block; with double quantization a byte per block and a float32 for 256
+        blocks.
+    """
     plain, double = (
         math.sqrt(mean_square(weights, four_bit("nf4", block=block, double=double))) for double in (False, True)
     )
@@ -166,13 +177,13 @@ def block_size(weights: dict[str, Tensor], block: int) -> dict[str, Any]:
 
 
 def mean_square(weights: dict[str, Tensor], rounded: Callable[[Tensor], Tensor]) -> float:
-    """Squared error of all weights over their sum of squares."""
+    """Returns the squared error of all weights over their sum of squares."""
     lost = sum(float((weight - rounded(weight)).square().sum()) for weight in weights.values())
     return lost / sum(float(weight.square().sum()) for weight in weights.values())
 
 
 def normalized(weights: dict[str, Tensor]) -> Tensor:
-    """Every weight over the largest of its block, shape (weights,)."""
+    """Divides every weight by the largest of its block, shape (weights,)."""
     import torch
 
     groups = [weight.reshape(-1, BLOCK) for weight in weights.values()]
@@ -180,16 +191,16 @@ def normalized(weights: dict[str, Tensor]) -> Tensor:
 
 
 def code_books() -> dict[str, Tensor]:
-    """Levels between -1 and 1, ascending."""
+    """Returns the levels between -1 and 1, ascending."""
     import torch
     from bitsandbytes.functional import get_4bit_type
 
-    made = {name: get_4bit_type(name, device="cpu").float().unique() for name in ("nf4", "fp4")}
-    return {**made, "uniform": torch.linspace(-1, 1, 15)}
+    books = {name: get_4bit_type(name, device="cpu").float().unique() for name in ("nf4", "fp4")}
+    return {**books, "uniform": torch.linspace(-1, 1, 15)}
 
 
 def code_error(values: Tensor, code: Tensor) -> float:
-    """Squared error over mean square when each value goes to its nearest level."""
+    """Returns the squared error over mean square when each value is rounded to its nearest level."""
     import torch
 
     places = torch.bucketize(values, (code[1:] + code[:-1]) / 2)
@@ -197,7 +208,7 @@ def code_error(values: Tensor, code: Tensor) -> float:
 
 
 def spread(seen: Tensor) -> dict[str, Any]:
-    """How uneven a layer's inputs are, channel by channel."""
+    """Describes how uneven a layer's inputs are, channel by channel."""
     tops = seen.float().abs().amax(0)
     outliers = int((tops > OUTLIER).sum())
     return {
@@ -209,20 +220,57 @@ def spread(seen: Tensor) -> dict[str, Any]:
 
 
 def unevenness(seen: Tensor) -> float:
+    """Returns the largest channel over the median one."""
     tops = seen.float().abs().amax(0)
     return float(tops.max() / tops.median().clamp_min(1e-12))
 
 
 def smoothed(seen: Tensor, weight: Tensor) -> dict[str, float]:
-    """Error of the layer's output in int8, without and with the migration of scales from inputs to weights."""
+    """Returns the error of the layer's output in int8, without and with the migration of scales from inputs to
+    weights."""
     x = seen.float()
     scale = (x.abs().amax(0).clamp_min(1e-5) ** MIGRATION) / (weight.abs().amax(0).clamp_min(1e-5) ** (1 - MIGRATION))
     return {"before": int8_error(x, weight, x, weight), "after": int8_error(x, weight, x / scale, weight * scale)}
 
 
 def int8_error(x: Tensor, weight: Tensor, scaled: Tensor, rescaled: Tensor) -> float:
-    """Relative error of the product when inputs get one scale for the tensor and weights one a row."""
+    """Returns the relative error of the product when inputs get one scale per tensor and weights one per row."""
     tensor_scale = scaled.abs().max() / 127
     inputs = (scaled / tensor_scale).round().clamp(-128, 127) * tensor_scale
     exact = x @ weight.T
     return float((inputs @ uniform(8, block=None)(rescaled).T - exact).norm() / exact.norm())
+
+
+def main() -> None:
+    from benchmarks.quantization_layers_page import write_page
+    from finetune.bench.off_grid import moved_off_the_grid
+    from finetune.bench.quantization import QuantizationResult, text_rows
+    from finetune.bench.task import model_overrides
+    from finetune.config import load
+    from finetune.model import fetch
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("text", type=Path)
+    parser.add_argument(
+        "--model", default="smollm2_135m", help="an option of the model group, or a value of model.name"
+    )
+    parser.add_argument("--grid", choices=("moved", "as_it_is"), default="moved", help="whether to leave a 4-bit grid")
+    parser.add_argument("--results", type=Path, help="the JSON line of finetune bench quantization, in a file")
+    parser.add_argument("--out", type=Path, default=Path("outputs/quantization_layers.html"))
+    arguments = parser.parse_args()
+    base = fetch(load(["+experiment=quickstart", *model_overrides(arguments.model)]).model)
+    folder = moved_off_the_grid(base) if arguments.grid == "moved" else base.folder
+    rows = text_rows(arguments.text, base.folder, ACTIVATION_ROWS * 256)
+    results = json.loads(arguments.results.read_text(encoding="utf-8")) if arguments.results else []
+    write_page(
+        arguments.out,
+        study_layers(folder, rows),
+        [QuantizationResult(**result) for result in results],
+        model=base.name,
+        text=arguments.text.name,
+    )
+    print(f"the page: {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,10 +1,12 @@
-"""Merging a large checkpoint, ours beside ``cp`` and beside peft, on the same files in one run.
+"""Compares merging a large checkpoint with ``cp`` and with peft, on the same files: python -m benchmarks.merge
+[--parameters 3e9]
 
-Each contender works in a process of its own, so that its peak memory is its own.
+Each contender works in its own process, so that its peak memory is counted separately.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -20,20 +22,21 @@ from finetune.errors import MergeError
 from finetune.inference.fresh_process import answer, run_in_fresh_process
 
 HIDDEN, INTERMEDIATE, HEADS, KEY_VALUE_HEADS, VOCABULARY = 4096, 11008, 32, 32, 32000
-"""Widths of Llama 2 7B; the number of layers follows from the size that is asked for."""
+"""Widths of Llama 2 7B; the number of layers follows from the requested size."""
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SHARD_LAYERS = 4
 RANK = 16
+MODULE = "benchmarks.merge"
 PROMPT = list(range(1, 33))
 
 
-def bench(*, parameters: float = 3e9, folder: Path | None = None) -> dict[str, Any]:
-    """Compares the contenders; the last line printed is the result as JSON.
+def compare_merges(*, parameters: float = 3e9, folder: Path | None = None) -> dict[str, Any]:
+    """Measures the contenders; the last line printed is the result as JSON.
 
     Args:
-        parameters: Size of the checkpoint, made of random bfloat16 weights; three of them lie on disk at a time.
-        folder: Where; None for the system's temporary folder.
+        parameters: Size of the checkpoint of random bfloat16 weights; the disk holds three of them at a time.
+        folder: Where to work; None for the system's temporary folder.
 
     Returns:
         ``peak_rss_bytes``, ``ratio_to_cp`` (of throughput), ``ratio_to_peft_rss`` and ``max_logit_difference``.
@@ -45,48 +48,43 @@ def bench(*, parameters: float = 3e9, folder: Path | None = None) -> dict[str, A
         work = Path(scratch)
         free = shutil.disk_usage(work).free
         if free < 3 * 2.2 * parameters:
+            need = human_bytes(6.6 * parameters)
             raise MergeError(
-                f"the bench needs {human_bytes(6.6 * parameters)} of disk in {work.parent} and {human_bytes(free)} are free"
+                f"benchmarks.merge needs {need} of disk in {work.parent} and {human_bytes(free)} are free; "
+                "lower --parameters"
             )
-        made = run_in_fresh_process(
-            "finetune.merge.bench", {"mode": "make", "folder": work, "layers": layers_for(parameters)}, work=work
-        )
-        size = f"{made['parameters']:,} random weights, {human_bytes(made['bytes'])} in {made['files']} files"
-        log("bench", f"a Llama of {made['layers']} layers, {size}")
+        base = _run(work, "make", layers=layers_for(parameters))
+        size = f"{base['parameters']:,} random weights, {human_bytes(base['bytes'])} in {base['files']} files"
+        log("bench", f"a Llama of {base['layers']} layers, {size}")
         copied = _copy_seconds(work / "base", work / "copy")
         shutil.rmtree(work / "copy")
-        ours = run_in_fresh_process("finetune.merge.bench", {"mode": "ours", "folder": work}, work=work)
-        ours |= run_in_fresh_process(
-            "finetune.merge.bench", {"mode": "logits", "folder": work, "model": "ours"}, work=work
-        )
-        theirs = run_in_fresh_process("finetune.merge.bench", {"mode": "peft", "folder": work}, work=work)
-        theirs |= run_in_fresh_process(
-            "finetune.merge.bench", {"mode": "logits", "folder": work, "model": "peft"}, work=work
-        )
+        ours = _run(work, "ours") | _run(work, "logits", model="ours")
+        peft = _run(work, "peft") | _run(work, "logits", model="peft")
     rows = [
         ["cp", f"{copied:.1f}", ""],
         ["finetune, original + BA", f"{ours['seconds']:.1f}", human_bytes(ours["peak_rss_bytes"])],
+        ["peft merge_and_unload", f"{peft['seconds']:.1f}", human_bytes(peft["peak_rss_bytes"])],
     ]
-    rows.append(["peft merge_and_unload", f"{theirs['seconds']:.1f}", human_bytes(theirs["peak_rss_bytes"])])
     table("bench", ["", "seconds", "peak memory"], rows)
-    difference = max(abs(one - other) for one, other in zip(ours["logits"], theirs["logits"], strict=True))
-    log(
-        "bench",
-        f"logits of the two merged models differ by {difference:.5f} at most; the largest is {max(map(abs, theirs['logits'])):.3f}",
-    )
+    difference = max(abs(a - b) for a, b in zip(ours["logits"], peft["logits"], strict=True))
+    largest = max(map(abs, peft["logits"]))
+    log("bench", f"logits of the two merged models differ by at most {difference:.5f}; the largest is {largest:.3f}")
     result = {
         "peak_rss_bytes": ours["peak_rss_bytes"],
         "ratio_to_cp": round(copied / ours["seconds"], 3),
-        "ratio_to_peft_rss": round(ours["peak_rss_bytes"] / theirs["peak_rss_bytes"], 4),
+        "ratio_to_peft_rss": round(ours["peak_rss_bytes"] / peft["peak_rss_bytes"], 4),
         "max_logit_difference": round(difference, 5),
     }
     sys.stdout.write(json.dumps(result) + "\n")
-    sys.stdout.flush()
     return result
 
 
+def _run(work: Path, mode: str, **request: Any) -> dict[str, Any]:
+    return run_in_fresh_process(MODULE, {"mode": mode, "folder": work, **request}, work=work)
+
+
 def layers_for(parameters: float) -> int:
-    """Layers that bring the model nearest to a size; at least one."""
+    """Returns the number of layers, at least one, whose model is nearest to a size."""
     layer = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * HIDDEN * KEY_VALUE_HEADS // HEADS + 3 * HIDDEN * INTERMEDIATE
     return max(1, round((parameters - 2 * VOCABULARY * HIDDEN) / layer))
 
@@ -94,7 +92,7 @@ def layers_for(parameters: float) -> int:
 def _copy_seconds(source: Path, target: Path) -> float:
     started = time.monotonic()
     subprocess.run(["cp", "-r", str(source), str(target)], check=True)
-    for file in target.iterdir():  # ours is on the disk when it says so, so the copy must be too
+    for file in target.iterdir():  # ours is on the disk when it returns, so the copy must be too
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
     return time.monotonic() - started
@@ -106,27 +104,27 @@ def _work(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shapes(layers: int) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Tensor shapes by file, as Llama's checkpoints name them."""
+    """Returns tensor shapes by file, named as in Llama's checkpoints."""
     narrow = HIDDEN * KEY_VALUE_HEADS // HEADS
     files: dict[str, dict[str, tuple[int, ...]]] = {}
     for layer in range(layers):
         file = files.setdefault(f"model-{layer // SHARD_LAYERS:05d}.safetensors", {})
-        at = f"model.layers.{layer}"
+        prefix = f"model.layers.{layer}"
         for name, shape in {
             "q_proj": (HIDDEN, HIDDEN),
             "k_proj": (narrow, HIDDEN),
             "v_proj": (narrow, HIDDEN),
             "o_proj": (HIDDEN, HIDDEN),
         }.items():
-            file[f"{at}.self_attn.{name}.weight"] = shape
+            file[f"{prefix}.self_attn.{name}.weight"] = shape
         for name, shape in {
             "gate_proj": (INTERMEDIATE, HIDDEN),
             "up_proj": (INTERMEDIATE, HIDDEN),
             "down_proj": (HIDDEN, INTERMEDIATE),
         }.items():
-            file[f"{at}.mlp.{name}.weight"] = shape
+            file[f"{prefix}.mlp.{name}.weight"] = shape
         for name in ("input_layernorm", "post_attention_layernorm"):
-            file[f"{at}.{name}.weight"] = (HIDDEN,)
+            file[f"{prefix}.{name}.weight"] = (HIDDEN,)
     ends = {
         "model.embed_tokens.weight": (VOCABULARY, HIDDEN),
         "lm_head.weight": (VOCABULARY, HIDDEN),
@@ -146,29 +144,31 @@ def _make(request: dict[str, Any]) -> dict[str, Any]:
     base.mkdir()
     torch.manual_seed(0)
     files = _shapes(request["layers"])
-    planned = {
+    shards = {
         file: [Planned(name, torch.bfloat16, shape) for name, shape in tensors.items()]
         for file, tensors in files.items()
     }
     noise = torch.randn(1 << 22).to(torch.bfloat16) * 0.02
-    for file, tensors in planned.items():
+    for file, tensors in shards.items():
         with ShardWriter(base / file, tensors) as writer:
             for tensor in tensors:
                 count = tensor.size // 2
-                piece = (
-                    torch.ones(count, dtype=torch.bfloat16)
-                    if len(tensor.shape) == 1
-                    else noise.repeat(count // len(noise) + 1)[:count]
-                )
-                writer.write(piece)
-    write_index(base, planned)
+                ones = torch.ones(count, dtype=torch.bfloat16)
+                writer.write(ones if len(tensor.shape) == 1 else noise.repeat(count // len(noise) + 1)[:count])
+    write_index(base, shards)
     LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=request["layers"],
-        num_attention_heads=HEADS, num_key_value_heads=KEY_VALUE_HEADS, architectures=["LlamaForCausalLM"], tie_word_embeddings=False,
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=request["layers"],
+        num_attention_heads=HEADS,
+        num_key_value_heads=KEY_VALUE_HEADS,
+        architectures=["LlamaForCausalLM"],
+        tie_word_embeddings=False,
         dtype="bfloat16",
-    ).save_pretrained(base)  # fmt: skip
+    ).save_pretrained(base)
     _make_adapter(Path(request["folder"]) / "adapter", files)
-    size = sum(tensor.size for tensors in planned.values() for tensor in tensors)
+    size = sum(tensor.size for tensors in shards.values() for tensor in tensors)
     return {"layers": request["layers"], "parameters": size // 2, "bytes": size, "files": len(files)}
 
 
@@ -215,7 +215,8 @@ def _peft(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _logits(request: dict[str, Any]) -> dict[str, Any]:
-    """Logits after a fixed prompt; the merged files are deleted then, since the next contender needs the room."""
+    """Returns the logits after a fixed prompt and deletes the merged files, since the next contender needs the
+    space."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -229,12 +230,21 @@ def _logits(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _peak_bytes() -> int:
-    """Largest resident memory of this process so far. Source: getrusage(2), KiB on Linux and bytes on macOS."""
+    """Returns the largest resident memory of this process. Source: getrusage(2), KiB on Linux and bytes on macOS."""
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parameters", type=float, default=3e9, help="size of the checkpoint")
+    compare_merges(parameters=parser.parse_args().parameters)
+
+
 if __name__ == "__main__":
-    answer(_work)
+    if sys.argv[-1].endswith("result.json"):  # a contender: the request and result files of run_in_fresh_process
+        answer(_work)
+    else:
+        main()

@@ -1,7 +1,7 @@
-"""Compares the plan's closed form with published memory figures: python scripts/check_plan.py FILE [--rows]
+"""Compares the plan's closed form with published memory figures: python -m benchmarks.check_plan FILE [--rows]
 
-FILE holds {"rows": [...]}. Prints each source's median and 90th-percentile error, and ends with one line of JSON. Rows that the plan
-has no figure for are named and not counted.
+FILE holds {"rows": [...]}. Prints each source's median and 90th-percentile error, and ends with one line of JSON. Rows
+that the plan has no figure for are named and not counted.
 """
 
 import argparse
@@ -13,11 +13,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from benchmarks.published_figures import Comparison, compare, compare_run, unplanned
 from finetune.architecture import ArchitectureConfig
 from finetune.config import load
 from finetune.hardware import probe
 from finetune.plan.inputs import PlanInputs
-from finetune.plan.reference import Comparison, compare, compare_run, unplanned
 from finetune.plan.settings import from_config
 
 MODELS = Path(__file__).parents[1] / "conf" / "model"
@@ -39,7 +39,7 @@ def main() -> None:
     compared = [compare_run(row, inputs_of(row)) if "overrides" in row else compare(row, known) for row in rows]
     if arguments.rows:
         for row, comparison in zip(rows, compared, strict=True):
-            print(line(row["model"], row["note"] if "overrides" in row else row["method"], comparison))
+            print(row_text(row["model"], row["note"] if "overrides" in row else row["method"], comparison))
     for source in sorted({comparison.source for comparison in compared}):
         print(summary(source, [c for c in compared if c.source == source]))
     own = sorted(c.own_error for c in compared if c.own_error is not None)
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def read(file: Path, parser: argparse.ArgumentParser) -> list[dict[str, Any]]:
-    """The rows; a file that is none of ours ends the script with a sentence and exit code 2."""
+    """The rows; a file in another form ends the script with a message and exit code 2."""
     try:
         rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"]
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -60,7 +60,8 @@ def read(file: Path, parser: argparse.ArgumentParser) -> list[dict[str, Any]]:
 
 
 def inputs_of(row: Mapping[str, Any]) -> PlanInputs:
-    """A row of scripts/measure_plan.py names its settings as a user types them, so that the plan reads them as a user's."""
+    """A row of benchmarks/measure_plan.py names its settings as a user types them, so that the plan reads them as a
+    user's."""
     config = load([*row["overrides"], "run.name=compared"])
     return from_config(config, probe(config.hardware))
 
@@ -96,7 +97,7 @@ def figures(found: Sequence[float]) -> str:
     return f"median {statistics.median(found):6.1%}  p90 {percentile(found, 0.9):6.1%}"
 
 
-def line(model: str, method: str, c: Comparison) -> str:
+def row_text(model: str, method: str, c: Comparison) -> str:
     reported = f"{c.reported_bytes / 1e9:8.2f}" if c.reported_bytes else " " * 8
     signed = f"{c.planned_bytes / c.reported_bytes - 1:+7.1%}" if c.reported_bytes else " " * 7
     fits = f"  fits {c.fits} planned {c.planned_fits}" if c.fits is not None else ""

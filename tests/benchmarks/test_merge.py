@@ -1,6 +1,6 @@
 """The bench's checkpoint has the size of the model whose widths it takes."""
 
-from finetune.merge.bench import _shapes, layers_for
+from benchmarks.merge import _shapes, layers_for
 
 
 def test_seven_billion_weights_make_the_layers_of_llama_2_7b() -> None:

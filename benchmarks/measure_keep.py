@@ -1,7 +1,10 @@
-"""What a byte budget for layers in full precision buys over uniform NF4, on two texts: ``python scripts/measure_keep.py``.
+"""What a byte budget for layers in full precision buys over uniform NF4, on two texts: ``python -m
+benchmarks.measure_keep``.
 
-Per text: layers are chosen on its first half, and KL and loss against the dense base are measured on its second half. The
-control keeps layers drawn at random for the same budget. The base is moved off the 4-bit grid that the quickstart's GGUF lies on.
+Per text: layers are chosen on its first half, and KL and loss against the dense base are measured on its second half.
+    The
+control keeps layers drawn at random for the same budget. The base is moved off the 4-bit grid that the quickstart's
+GGUF lies on.
 """
 
 from __future__ import annotations
@@ -13,8 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from finetune.bench.lab.compare import rows_of
-from finetune.bench.lab.offgrid import moved_off_the_grid
+from finetune.bench.off_grid import moved_off_the_grid
+from finetune.bench.quantization import text_rows
 from finetune.config import load as compose
 from finetune.hardware import Placement
 from finetune.inference.adapted import free
@@ -56,7 +59,7 @@ def main() -> None:
         return model
 
     for text in given.texts:
-        rows = rows_of(text, base.folder, given.tokens)
+        rows = text_rows(text, base.folder, given.tokens)
         chosen_on, measured_on = rows[: len(rows) // 2], rows[len(rows) // 2 :]
         with tempfile.TemporaryDirectory() as place:
             dense = ModelSpec(
