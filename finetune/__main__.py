@@ -88,10 +88,10 @@ def execute(verb: str, config: RunConfig, *, overrides: list[str], own: dict[str
     """A composed command."""
     if verb == "plan":
         from finetune.hardware import probe
-        from finetune.plan import plan, show, with_own
+        from finetune.plan import plan, show, with_options
         from finetune.provenance import idle
 
-        config.plan = with_own(config.plan, own)
+        config.plan = with_options(config.plan, own)
         show(plan(config, probe(config.hardware)))
         log("plan", *idle(config, overrides))
         return DONE

@@ -1,4 +1,10 @@
-"""The dimensions of a decoder, and what can be counted from them alone: no weights, no download, no torch."""
+"""A decoder's dimensions, and what can be counted from them alone: no weights, no download, no torch.
+
+::
+
+    architecture = from_config_json(Path("my-model"))
+    print(parameters(architecture))
+"""
 
 import json
 from collections.abc import Iterator
@@ -18,12 +24,16 @@ _NAMES = {
 }
 
 
+SIZES = ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "head_dim", "vocab_size", "max_positions")
+"""Dimensions that every model has."""
+
+
 @dataclass(kw_only=True, slots=True)
 class ArchitectureConfig:
-    """A decoder-only transformer as its dimensions; sizes in elements, not bytes."""
+    """Describes a decoder-only transformer by its dimensions, in elements."""
 
     family: str
-    """The ``model_type`` of transformers, e.g. ``llama``; decides the names of the linear layers."""
+    """The ``model_type`` of transformers, for example ``llama``; decides the names of the linear layers."""
 
     hidden_size: int
     """Width of the residual stream."""
@@ -50,7 +60,7 @@ class ArchitectureConfig:
     """The output head is the embedding, so it is stored once."""
 
     max_positions: int
-    """Longest sequence in tokens that the model was made for."""
+    """Longest sequence in tokens that the model supports."""
 
     experts: int = 0
     """Feed-forward experts per block; 0 for a dense model."""
@@ -86,19 +96,11 @@ class ArchitectureConfig:
     """Query and key heads are normalised, with a weight of ``head_dim`` each (Qwen3, Gemma 3)."""
 
     softcap: bool = False
-    """Attention scores are capped by a tanh, which fused attention kernels but the newest cannot do (Gemma 2)."""
+    """Attention scores are capped by a tanh, which only the newest fused attention kernels support (Gemma 2)."""
 
     def problems(self) -> Iterator[str]:
-        for name in (
-            "hidden_size",
-            "intermediate_size",
-            "layers",
-            "heads",
-            "kv_heads",
-            "head_dim",
-            "vocab_size",
-            "max_positions",
-        ):
+        """Yields one sentence for each invalid dimension."""
+        for name in SIZES:
             if getattr(self, name) < 1:
                 yield f"model.architecture.{name} must be at least 1; got {getattr(self, name)}"
         if self.kv_heads > 0 and self.heads % self.kv_heads:
@@ -106,12 +108,13 @@ class ArchitectureConfig:
         if self.mlp not in ("gated", "plain"):
             yield f"model.architecture.mlp must be gated or plain; got {self.mlp!r}"
         if self.active_experts > self.experts:
-            yield f"model.architecture.active_experts must be at most experts ({self.experts}); got {self.active_experts}"
+            limit = f"at most experts ({self.experts})"
+            yield f"model.architecture.active_experts must be {limit}; got {self.active_experts}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
-    """One kind of linear layer: ``count`` matrices of ``out_features`` by ``in_features``."""
+    """Linear layers of one kind: ``count`` matrices of ``out_features`` by ``in_features``."""
 
     name: str
     in_features: int
@@ -121,16 +124,18 @@ class Linear:
 
     @property
     def weights(self) -> int:
-        """Elements of all ``count`` matrices, biases left out."""
+        """Returns the elements of all ``count`` matrices, without biases."""
         return self.in_features * self.out_features * self.count
 
     @property
     def biases(self) -> int:
+        """Returns the elements of all biases."""
         return self.out_features * self.count if self.bias else 0
 
 
 def linear_layers(architecture: ArchitectureConfig) -> list[Linear]:
-    """The block's ``nn.Linear`` layers: what bitsandbytes quantizes and LoRA can adapt. The head is not among them.
+    """Lists the block's ``nn.Linear`` layers, which bitsandbytes quantizes and LoRA can adapt; the head is not among
+    them.
 
     Experts are fused 3-D parameters in transformers 5, not linear layers, so they are not listed either.
     """
@@ -158,35 +163,38 @@ def linear_layers(architecture: ArchitectureConfig) -> list[Linear]:
             names = [gate_name, up_name] if a.mlp == "gated" else [up_name]
             shapes += [(name, a.hidden_size, a.intermediate_size, bias) for name in names]
         shapes.append((down_name, a.intermediate_size, a.hidden_size, bias))
-    return [Linear(name=n, in_features=i, out_features=o, count=a.layers, bias=b) for n, i, o, b in shapes]
+    return [
+        Linear(name=name, in_features=in_features, out_features=out_features, count=a.layers, bias=has_bias)
+        for name, in_features, out_features, has_bias in shapes
+    ]
 
 
 def linear_parameters(architecture: ArchitectureConfig) -> int:
-    """Weights in the block's linear layers, biases left out: what 4-bit quantization makes small."""
+    """Counts the weights of the block's linear layers, without biases: what 4-bit quantization compresses."""
     return sum(linear.weights for linear in linear_layers(architecture))
 
 
 def embedding_parameters(architecture: ArchitectureConfig) -> int:
-    """Weights of the input embedding alone."""
+    """Counts the weights of the input embedding."""
     return architecture.vocab_size * architecture.hidden_size
 
 
 def head_parameters(architecture: ArchitectureConfig) -> int:
-    """Weights of the output head that are stored apart from the embedding; 0 where they are tied."""
+    """Counts the weights of the output head; 0 where it is tied to the embedding."""
     if architecture.tied_embeddings:
         return 0
     return embedding_parameters(architecture) + (architecture.vocab_size if architecture.head_bias else 0)
 
 
 def norm_parameters(architecture: ArchitectureConfig) -> int:
-    """Weights and biases of every normalisation, the last one included."""
+    """Counts weights and biases of every normalisation, the last one included."""
     a = architecture
     wide = (a.norms_per_layer * a.layers + 1) * a.hidden_size * (2 if a.norm_bias else 1)
     return wide + (2 * a.head_dim * a.layers if a.qk_norm else 0)
 
 
 def expert_parameters(architecture: ArchitectureConfig) -> int:
-    """Weights of all experts and their routers: fused parameters that bitsandbytes leaves as they are."""
+    """Counts the weights of all experts and routers: fused parameters, which bitsandbytes does not quantize."""
     a = architecture
     if not a.experts:
         return 0
@@ -195,30 +203,30 @@ def expert_parameters(architecture: ArchitectureConfig) -> int:
 
 
 def parameters(architecture: ArchitectureConfig) -> int:
-    """Every stored element of the model, tied weights once."""
+    """Counts every stored element of the model, tied weights once."""
     biases = sum(linear.biases for linear in linear_layers(architecture))
     inside = linear_parameters(architecture) + biases + expert_parameters(architecture) + norm_parameters(architecture)
     return inside + embedding_parameters(architecture) + head_parameters(architecture)
 
 
 def from_config_json(path: Path) -> ArchitectureConfig:
-    """The dimensions of a local model folder, read from the ``config.json`` that transformers wrote.
+    """Reads the dimensions of a local model folder from the ``config.json`` that transformers wrote.
 
     Args:
         path: The folder, or the file itself.
 
     Raises:
-        ModelError: There is no such file, it is no JSON, it lacks a dimension, or its family is not known here.
+        ModelError: There is no such file, it is not JSON, it lacks a dimension, or its family is unknown.
     """
     file = path / "config.json" if path.is_dir() else path
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ModelError(
-            f"model.name: {file} cannot be read: {error.strerror}; a local model folder must hold config.json, and the "
-            "dimensions of any other model are given under model.architecture"
+            f"model.name: {file} cannot be read: {error.strerror}; a local model folder must contain config.json; give "
+            "the dimensions of any other model under model.architecture"
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:  # a GGUF is no text at all
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:  # a GGUF is a binary file
         raise ModelError(
             f"model.name: {file} is not JSON: {error}; give the dimensions under model.architecture"
         ) from error
@@ -254,7 +262,7 @@ def _from_transformers(content: dict[str, Any]) -> ArchitectureConfig:
     if family not in _FAMILIES:
         raise ModelError(
             f"model.name: no dimensions are known for model_type {family!r}; known are {', '.join(_FAMILIES)}. "
-            "Give them under model.architecture, or go on without a plan"
+            "Give them under model.architecture, or continue without a plan"
         )
     heads = content["num_attention_heads"]
     experts = content.get("num_local_experts") or content.get("num_experts") or 0

@@ -1,4 +1,5 @@
-"""Optimizer and schedule: what the user may name, and what it becomes where there is no paging."""
+"""Optimizer and learning rate schedule: the settings, and the optimizer that replaces a paged one on a device without
+paging."""
 
 import math
 from collections.abc import Iterator
@@ -11,62 +12,64 @@ UNPAGED = {
     "paged_lion_8bit": "lion_8bit",
     "paged_lion_32bit": "lion_32bit",
 }
-"""The same optimizer with its states in ordinary memory."""
+"""The same optimizers with their states in ordinary memory."""
 
 OPTIMIZERS = (*UNPAGED, *UNPAGED.values())
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine", "wsd": "warmup_stable_decay"}
-"""Our names to transformers'; with a warmup of 0, ``constant_with_warmup`` is constant."""
+"""transformers' names by ours; with a warmup of 0, ``constant_with_warmup`` is constant."""
 
 UNDECAYED = ("lora_magnitude_vector", "bias", "norm")
-"""Parts of names of parameters that weight decay leaves alone: lengths and offsets whose rest is not at 0."""
+"""Parts of the names of parameters without weight decay: magnitudes and biases, whose neutral value is not 0."""
 
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
-    """How the adapter's weights move."""
+    """Selects the optimizer and its learning rate schedule."""
 
     name: str
-    """transformers' name, e.g. ``paged_adamw_8bit``."""
+    """transformers' name, for example ``paged_adamw_8bit``."""
 
     learning_rate: float
-    """Peak step size."""
+    """Peak learning rate."""
 
     lora_plus_ratio: float | None = None
-    """LoRA+: B learns this many times faster than A, which keeps ``learning_rate``. None: both learn alike."""
+    """LoRA+: learning rate of B over that of A, which keeps ``learning_rate``. None gives both the same."""
 
     schedule: str
-    """How the rate falls after warmup: ``constant``, ``linear``, ``cosine``, or ``wsd`` (it stays, then falls at the end)."""
+    """Decay of the rate after warmup: ``constant``, ``linear``, ``cosine``, or ``wsd`` (constant, then a decay at the
+    end)."""
 
     warmup: float | None
-    """Share of the steps in which the rate rises from 0, 0 to below 1. None: one of the next two says it."""
+    """Share of the steps in which the rate rises from 0; from 0 to below 1. None where one of the next two is set."""
 
     warmup_steps: int | None = None
-    """The same, in steps."""
+    """Warmup in steps."""
 
     warmup_tokens: int | None = None
-    """The same, in tokens read; rounded up to whole steps."""
+    """Warmup in tokens read; rounded up to whole steps."""
 
     decay: float = 0.2
-    """``wsd`` only: share of the steps at the end in which the rate falls to 0 along 1 - sqrt. Source: arXiv 2405.18392:
-    10 to 20 % with this form end as low as a full cosine."""
+    """``wsd`` only: share of the steps at the end in which the rate falls to 0 along 1 - sqrt. With 10 to 20 %, the
+    loss ends as low as with a full cosine. Source: arXiv 2405.18392."""
 
     weight_decay: float
-    """Pull towards 0 on each step, decoupled as in AdamW."""
+    """Weight decay on each step, decoupled as in AdamW."""
 
     max_grad_norm: float
-    """Gradients are scaled down to this norm where they exceed it."""
+    """Gradients with a larger norm are scaled down to this norm."""
 
     beta1: float
-    """Memory of the gradient's mean."""
+    """Decay of the running mean of the gradient."""
 
     beta2: float
-    """Memory of the gradient's square."""
+    """Decay of the running mean of the squared gradient."""
 
     def problems(self) -> Iterator[str]:
+        """Yields one sentence for each invalid setting."""
         if self.name not in OPTIMIZERS:
             yield f"optim.name must be one of {', '.join(OPTIMIZERS)}; got {self.name!r}"
         if self.learning_rate <= 0:
-            yield f"optim.learning_rate must be positive, or nothing moves; got {self.learning_rate}"
+            yield f"optim.learning_rate must be positive, or nothing trains; got {self.learning_rate}"
         if self.lora_plus_ratio is not None and self.lora_plus_ratio <= 0:
             yield f"optim.lora_plus_ratio must be positive (16 is usual), or null for none; got {self.lora_plus_ratio}"
         if self.schedule not in SCHEDULES:
@@ -75,9 +78,10 @@ class OptimConfig:
         if not 0 < self.decay <= 1:
             yield f"optim.decay is a share of the steps, above 0 and at most 1; got {self.decay}"
         if self.schedule == "wsd" and (self.warmup or 0) + self.decay > 1:
-            yield f"optim.warmup and optim.decay are shares of the same steps, together at most 1; got {self.warmup} and {self.decay}"
+            shares = f"got {self.warmup} and {self.decay}"
+            yield f"optim.warmup and optim.decay are shares of the same steps, together at most 1; {shares}"
         if self.weight_decay < 0:
-            yield f"optim.weight_decay must not be negative, or weights grow by themselves; got {self.weight_decay}"
+            yield f"optim.weight_decay must not be negative, or weights grow without gradients; got {self.weight_decay}"
         if self.max_grad_norm <= 0:
             yield f"optim.max_grad_norm must be positive; got {self.max_grad_norm}"
         for key, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
@@ -86,12 +90,13 @@ class OptimConfig:
 
     def _warmup_problems(self) -> Iterator[str]:
         forms = {"warmup": self.warmup, "warmup_steps": self.warmup_steps, "warmup_tokens": self.warmup_tokens}
-        given = {key: value for key, value in forms.items() if value is not None}
-        if len(given) != 1:
-            found = " and ".join(f"{key}={value}" for key, value in given.items()) or "none"
-            keep = next((key for key in reversed(given)), "warmup")
-            others = ", ".join(f"optim.{key}=null" for key in given if key != keep) or "optim.warmup=0"
-            yield f"optim.warmup, warmup_steps and warmup_tokens say the same in three forms: give exactly one; got {found}: set {others}"
+        values = {key: value for key, value in forms.items() if value is not None}
+        if len(values) != 1:
+            got = " and ".join(f"{key}={value}" for key, value in values.items()) or "none"
+            last = next((key for key in reversed(values)), "warmup")
+            remedy = ", ".join(f"optim.{key}=null" for key in values if key != last) or "optim.warmup=0"
+            names = "optim.warmup, warmup_steps and warmup_tokens"
+            yield f"{names} are three forms of one setting: give exactly one; got {got}: set {remedy}"
         if self.warmup is not None and not 0 <= self.warmup < 1:
             yield f"optim.warmup is a share of the steps, at least 0 and below 1; got {self.warmup}"
         for key in ("warmup_steps", "warmup_tokens"):
@@ -100,47 +105,47 @@ class OptimConfig:
 
 
 def warmup_steps(config: OptimConfig, *, steps: int, tokens_per_step: float) -> int:
-    """Steps in which the rate rises, whichever form the user chose; at most all of them.
+    """Returns the number of steps in which the rate rises, from whichever form is set; at most all steps.
 
     Args:
         config: The optim group.
-        steps: Optimizer steps in all.
+        steps: Total optimizer steps.
         tokens_per_step: Tokens that one step reads, on average and over all processes.
     """
     if config.warmup_steps is not None:
-        wanted = config.warmup_steps
+        rising = config.warmup_steps
     elif config.warmup_tokens is not None:
-        wanted = math.ceil(config.warmup_tokens / tokens_per_step)
+        rising = math.ceil(config.warmup_tokens / tokens_per_step)
     else:
-        assert config.warmup is not None, "problems() has let no config without a warmup pass"
-        wanted = math.ceil(steps * config.warmup)
-    return min(wanted, steps)
+        assert config.warmup is not None, "problems() rejects a config without a warmup"
+        rising = math.ceil(steps * config.warmup)
+    return min(rising, steps)
 
 
 def schedule_arguments(config: OptimConfig, *, steps: int, tokens_per_step: float) -> dict[str, Any]:
-    """What transformers' TrainingArguments are told about the learning rate's course.
+    """Returns the learning rate schedule as keyword arguments of transformers' TrainingArguments.
 
     Source: transformers 5.23, optimization.get_wsd_schedule; its stable phase is what warmup and decay leave.
     """
     rising = warmup_steps(config, steps=steps, tokens_per_step=tokens_per_step)
-    told: dict[str, Any] = {"lr_scheduler_type": SCHEDULES[config.schedule], "warmup_steps": rising}
+    arguments: dict[str, Any] = {"lr_scheduler_type": SCHEDULES[config.schedule], "warmup_steps": rising}
     if config.schedule == "wsd":
         falling = min(math.ceil(steps * config.decay), steps - rising)
-        told["lr_scheduler_kwargs"] = {"num_decay_steps": falling, "decay_type": "1-sqrt"}
-    return told
+        arguments["lr_scheduler_kwargs"] = {"num_decay_steps": falling, "decay_type": "1-sqrt"}
+    return arguments
 
 
 def parameter_groups(model: Any, config: OptimConfig) -> list[dict[str, Any]]:
-    """What trains, in groups with their own rate and decay; A first, so that its rate is the one that is logged.
+    """Groups trained parameters by learning rate and weight decay; A comes first, so that its rate is logged.
 
     Args:
-        model: Its parameters that require a gradient are taken, each once.
+        model: Every parameter that requires a gradient is in one group.
         config: The optim group.
     """
-    faster = config.learning_rate * (config.lora_plus_ratio or 1.0)
+    rate_of_b = config.learning_rate * (config.lora_plus_ratio or 1.0)
     groups: dict[str, dict[str, Any]] = {
         "a": {"params": [], "lr": config.learning_rate, "weight_decay": config.weight_decay},
-        "b": {"params": [], "lr": faster, "weight_decay": config.weight_decay},
+        "b": {"params": [], "lr": rate_of_b, "weight_decay": config.weight_decay},
         "undecayed": {"params": [], "lr": config.learning_rate, "weight_decay": 0.0},
     }
     for name, parameter in model.named_parameters():
@@ -154,7 +159,7 @@ def parameter_groups(model: Any, config: OptimConfig) -> list[dict[str, Any]]:
 
 
 def make_optimizer(model: Any, config: OptimConfig, arguments: Any) -> Any:
-    """The optimizer that a transformers Trainer would make of its arguments, over our `parameter_groups`.
+    """Builds the optimizer that a transformers Trainer would build from its arguments, with our `parameter_groups`.
 
     Args:
         model: The adapted model.
@@ -168,7 +173,7 @@ def make_optimizer(model: Any, config: OptimConfig, arguments: Any) -> Any:
 
 
 def state_bytes(optimizer: Any) -> int:
-    """Bytes that an optimizer keeps between steps."""
+    """Counts the bytes that an optimizer keeps between steps."""
     import torch
 
     inner = getattr(optimizer, "optimizer", optimizer)

@@ -23,9 +23,16 @@ from tests.fixtures.models import load
 
 def config(**changes: Any) -> OptimConfig:
     settings = {
-        "name": "adamw_torch", "learning_rate": 0.01, "schedule": "constant", "warmup": 0.0, "weight_decay": 0.0, "max_grad_norm": 1.0,
-        "beta1": 0.9, "beta2": 0.999, **changes,
-    }  # fmt: skip
+        "name": "adamw_torch",
+        "learning_rate": 0.01,
+        "schedule": "constant",
+        "warmup": 0.0,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "beta1": 0.9,
+        "beta2": 0.999,
+        **changes,
+    }
     return OptimConfig(**settings)
 
 
@@ -38,9 +45,14 @@ def arguments(folder: Path, optim: OptimConfig, **changes: Any) -> Any:
     from transformers import TrainingArguments
 
     return TrainingArguments(
-        output_dir=str(folder), optim=optim.name, learning_rate=optim.learning_rate, weight_decay=optim.weight_decay, use_cpu=True,
-        report_to="none", **changes,
-    )  # fmt: skip
+        output_dir=str(folder),
+        optim=optim.name,
+        learning_rate=optim.learning_rate,
+        weight_decay=optim.weight_decay,
+        use_cpu=True,
+        report_to="none",
+        **changes,
+    )
 
 
 def step(model: Any, optimizer: Any, *, steps: int = 1) -> None:
@@ -74,9 +86,12 @@ def rates(schedule: str, *, steps: int, **changes: Any) -> list[float]:
     told = schedule_arguments(config(schedule=schedule, **changes), steps=steps, tokens_per_step=100)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler = get_scheduler(
-        told["lr_scheduler_type"], optimizer, num_warmup_steps=told["warmup_steps"], num_training_steps=steps,
+        told["lr_scheduler_type"],
+        optimizer,
+        num_warmup_steps=told["warmup_steps"],
+        num_training_steps=steps,
         scheduler_specific_kwargs=told.get("lr_scheduler_kwargs"),
-    )  # fmt: skip
+    )
     found = []
     for _ in range(steps + 1):
         found.append(scheduler.get_last_lr()[0])

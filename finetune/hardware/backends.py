@@ -1,4 +1,5 @@
-"""The one table of quantization methods: what each can do and where it runs. `place` decides by it, and error messages quote it."""
+"""The one table of quantization methods: what each can do and where it runs. `place` decides by it, and error messages
+quote it."""
 
 from dataclasses import dataclass
 
@@ -55,23 +56,28 @@ BACKENDS = {
         title="4-bit torchao",
         library="torchao",
         alternative="quantization=nf4_double",
-        reason="torchao 0.18 packs 4 bits only for GPUs and with the package mslk, and peft 0.21 trains no adapter on those layers; "
+        reason="torchao 0.18 packs 4 bits only for GPUs and with the package mslk, and peft 0.21 trains no adapter on "
+        "those layers; "
         "on a CPU it stores 4 bits in a byte each, as much as torchao_int8 needs at a hundredth of the divergence",
-        source="torchao 0.18.0: three of its 4-bit forms raised on CPU, IntxWeightOnly ran; peft/tuners/lora/torchao.py",
+        source="torchao 0.18.0: three of its 4-bit forms raised on CPU, IntxWeightOnly ran; "
+        "peft/tuners/lora/torchao.py",
     ),
     "qat": BackendSupport(
         title="quantization-aware training",
         library="torchao",
         alternative="quantization=nf4_double",
-        reason="torchao 0.18 rounds a layer's own weight in every pass and not its sum with the adapter, so under LoRA the frozen "
+        reason="torchao 0.18 rounds a layer's own weight in every pass and not its sum with the adapter, so under "
+        "LoRA the frozen "
         "base is rounded once, as with any method here, and the merged model is rounded again",
-        source="torchao 0.18.0, torchao/quantization/qat/linear.py; LoRA on its layers ran on CPU, at the loss of plain 4-bit",
+        source="torchao 0.18.0, torchao/quantization/qat/linear.py; LoRA on its layers ran on CPU, at the loss of "
+        "plain 4-bit",
     ),
     "gptq": BackendSupport(
         title="GPTQ",
         library="gptqmodel",
         alternative="quantization=nf4_double",
-        reason="gptqmodel 7.7 requires torch 2.14 and this version is tested with 2.13; it compiles its kernels with g++ at the "
+        reason="gptqmodel 7.7 requires torch 2.14 and this version is tested with 2.13; it compiles its kernels with "
+        "g++ at the "
         "first load, three of its CPU layers stop gradients after an evaluation, and transformers saves them as noise",
         source=GPTQMODEL,
     ),
@@ -79,7 +85,8 @@ BACKENDS = {
         title="AWQ",
         library="gptqmodel",
         alternative="quantization=nf4_double",
-        reason="transformers 5 loads it through gptqmodel 7.7 alone, which requires torch 2.14 and this version is tested with "
+        reason="transformers 5 loads it through gptqmodel 7.7 alone, which requires torch 2.14 and this version is "
+        "tested with "
         "2.13, and peft cannot merge it",
         source=GPTQMODEL,
     ),
@@ -87,7 +94,8 @@ BACKENDS = {
         title="GGUF",
         library="gguf",
         alternative="model.name=<file>.gguf with any other quantization",
-        reason="a GGUF file is a base to start from, dequantized once, and a format to export to (export=gguf_q4_k_m); transformers "
+        reason="a GGUF file is a base to start from, dequantized once, and a format to export to "
+        "(export=gguf_q4_k_m); transformers "
         "5.23 computes with its blocks only through a kernel from the hub, and calls such a model not trainable",
         source="transformers 5.23.0, quantizers/quantizer_gguf.py; gguf 0.19.0, run here on CPU",
     ),

@@ -7,8 +7,9 @@ from finetune.console import log
 
 BUSY_PERCENT = 30
 SPIN_COUNT = "20000"
-"""Rounds that a waiting thread spins before it sleeps. Next to one busy program, OpenMP's default (300,000) made training more than
-ten times slower; on a quiet machine this value costs an eighth of the speed. Both were measured on two cores with AMX."""
+"""Rounds that a waiting thread spins before it sleeps. Next to one busy program, OpenMP's default (300,000) made
+training more than ten times slower; on a quiet machine this value costs an eighth of the speed. Both were measured on
+two cores with AMX."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,8 @@ class CpuUsage:
 
 
 def yield_to_busy_cpu(since: CpuUsage) -> None:
-    """Lets waiting threads sleep early where other programs need the CPU. OpenMP reads the setting when torch is imported.
+    """Lets waiting threads sleep early where other programs need the CPU. OpenMP reads the setting when torch is
+    imported.
 
     Args:
         since: Usage at the program's start; composing and checking the configuration takes long enough to measure.

@@ -1,4 +1,14 @@
-"""Will it fit, where, and what would help: bytes per phase from the architecture's dimensions, no weights touched."""
+"""Estimates whether a run will fit, where, and what would help: bytes per phase, from the architecture's dimensions
+alone.
+
+::
+
+    config = load(["+experiment=llama7b_qlora", "hardware=rtx4090"])
+    result = show(plan(config, probe(config.hardware)))
+    print(result.fits, result.peak_bytes)
+
+No weights are touched, and torch is imported only with ``plan.exact``.
+"""
 
 from __future__ import annotations
 
@@ -8,29 +18,28 @@ from typing import TYPE_CHECKING
 
 from finetune.errors import ModelError
 from finetune.model.config import looks_local
-from finetune.plan.config import PlanConfig, with_own
-from finetune.plan.duration import seconds
+from finetune.plan.duration import stage_seconds
 from finetune.plan.fit import propose
 from finetune.plan.product import Plan, make_plan
-from finetune.plan.settings import from_config
+from finetune.plan.settings import PlanConfig, from_config, with_options
 from finetune.plan.show import show
 from finetune.plan.throughput import throughput, token_operations
 
 if TYPE_CHECKING:
     from finetune.config import RunConfig
     from finetune.hardware import Machine
-    from finetune.plan.inputs import PlanInputs
 
-__all__ = ["Plan", "PlanConfig", "plan", "show", "with_own"]
+__all__ = ["Plan", "PlanConfig", "plan", "show", "with_options"]
 
 
 def plan(config: RunConfig, machine: Machine) -> Plan:
-    """What the run needs in each phase, in closed form: no torch, no download.
+    """Computes what the run needs in each phase, in closed form: no torch, no download.
 
-    A model whose dimensions are not known gives a plan that says so, since training it is possible all the same.
+    A model of unknown dimensions gets a plan that says so, since it can be trained all the same.
 
     Raises:
-        ModelError: The model's folder is not there, or ``plan.exact`` was asked for and the model cannot be counted.
+        ModelError: The model's folder is missing, or ``plan.exact`` is set and the model cannot be counted.
+        HardwareError: The machine cannot compute in ``model.dtype``.
     """
     try:
         inputs = from_config(config, machine)
@@ -38,22 +47,20 @@ def plan(config: RunConfig, machine: Machine) -> Plan:
         if looks_local(config.model.name) and isinstance(error.__cause__, OSError):
             raise
         return Plan(known=False, notes=[f"no plan: {error}"])
-    made = make_plan(inputs, machine, checkpoints=config.train.keep_checkpoints + (config.train.select == "best"))
+    memory = make_plan(inputs, machine, checkpoints=config.train.keep_checkpoints + (config.train.select == "best"))
     speed = throughput(inputs, machine, runs=Path(config.run.root) if config.hardware.name == "auto" else None)
+    exact = {}
+    if config.plan.exact:
+        from finetune.plan.exact import compare  # imports torch
+
+        terms = compare(config, inputs, machine)
+        exact = {name: {"closed": term.closed, "exact": term.exact} for name, term in terms.items()}
     return dataclasses.replace(
-        made,
-        seconds={stage: round(took, 1) for stage, took in seconds(config, inputs, speed).items()},
+        memory,
+        seconds={stage: round(seconds, 1) for stage, seconds in stage_seconds(config, inputs, speed).items()},
         tokens_per_second=round(speed.tokens_per_second, 1),
         speed_source=speed.source,
         token_operations=token_operations(inputs),
-        exact=_counted(config, inputs, machine) if config.plan.exact else {},
+        exact=exact,
         proposal=propose(inputs, machine) if config.plan.fit else [],
     )
-
-
-def _counted(config: RunConfig, inputs: PlanInputs, machine: Machine) -> dict[str, dict[str, int]]:
-    from finetune.plan.exact import compare  # imports torch
-
-    return {
-        name: {"closed": term.closed, "exact": term.exact} for name, term in compare(config, inputs, machine).items()
-    }

@@ -1,4 +1,4 @@
-"""How long training, evaluation and merge will take: rough, and said to be."""
+"""Estimates how long training, evaluation and merge will take; the plan says that the estimate is rough."""
 
 from __future__ import annotations
 
@@ -13,32 +13,31 @@ if TYPE_CHECKING:
     from finetune.config import RunConfig
 
 TOKEN_BYTES = 4
-"""Bytes of text for each token, about: GPT-2's tokenizer makes one of 4 characters of English. Source: OpenAI's tokenizer page."""
+"""Approximate bytes of text per token: GPT-2's tokenizer makes one of 4 characters of English. Source: OpenAI's
+tokenizer page."""
 
 DISK_BANDWIDTH = 500e6
-"""Bytes per second of a solid-state disk over SATA."""
+"""Bytes per second of a solid-state disk on SATA."""
 
 ARTIFACTS = 4
 """Models that the eval stage measures: base, quantized base, adapter, merged."""
 
 
-def seconds(config: RunConfig, inputs: PlanInputs, speed: Throughput) -> dict[str, float]:
-    """Rough seconds of the long stages; ``train`` is missing where the amount of data is not known before it is prepared."""
+def stage_seconds(config: RunConfig, inputs: PlanInputs, speed: Throughput) -> dict[str, float]:
+    """Estimates the long stages; ``train`` is missing where the amount of data is not known before it is prepared."""
     tokens = training_tokens(config, inputs)
     train = {} if tokens is None else {"train": tokens / speed.tokens_per_second + _held_out(config, inputs, speed)}
     return {**train, "merge": merge_seconds(config, inputs, speed), "eval": eval_seconds(config, inputs, speed)}
 
 
 def training_tokens(config: RunConfig, inputs: PlanInputs) -> float | None:
-    """Tokens that training reads; None where neither the steps nor the data's size are known here."""
+    """Returns the tokens that training reads; None where neither the steps nor the data's size are known."""
     if config.train.steps is not None:
         rows = config.train.rows_per_step
-        per_step = (
-            rows * inputs.documents * inputs.tokens
-            if rows is not None
-            else config.train.tokens_per_step or inputs.tokens
-        )
-        return float(config.train.steps * per_step)
+        step_tokens = config.train.tokens_per_step or inputs.tokens
+        if rows is not None:
+            step_tokens = rows * inputs.documents * inputs.tokens
+        return float(config.train.steps * step_tokens)
     file = Path(config.data.path).expanduser() if config.data.path else None
     if file is None or not file.is_file():
         return None
@@ -46,7 +45,7 @@ def training_tokens(config: RunConfig, inputs: PlanInputs) -> float | None:
 
 
 def forward_seconds(inputs: PlanInputs, speed: Throughput, *, tokens: float) -> float:
-    """Of passes that keep nothing: a training step is two of them, or more."""
+    """Returns seconds of forward passes without gradients; a training step takes as long as two or more of them."""
     return tokens * token_operations(inputs) / passes(inputs) / speed.operations_per_second
 
 
@@ -56,7 +55,8 @@ def _held_out(config: RunConfig, inputs: PlanInputs, speed: Throughput) -> float
 
 
 def eval_seconds(config: RunConfig, inputs: PlanInputs, speed: Throughput) -> float:
-    """Four models: each is read from disk, takes the loss of some rows, and writes answers a token of all rows at a time."""
+    """Estimates the eval stage: each of four models is read from disk, computes losses, and generates one token of all
+    rows at a time."""
     dense = weights.dense_bytes(inputs)
     losses = forward_seconds(inputs, speed, tokens=config.eval.loss_rows * config.data.max_tokens)
     batches = -(-config.eval.rows // config.eval.batch_rows) if config.eval.rows else 0
@@ -65,7 +65,8 @@ def eval_seconds(config: RunConfig, inputs: PlanInputs, speed: Throughput) -> fl
 
 
 def merge_seconds(config: RunConfig, inputs: PlanInputs, speed: Throughput) -> float:
-    """Each candidate is read, written and measured; the trained graph and the file that is kept are measured too."""
+    """Estimates the merge stage: each candidate is read, written and measured; the trained model and the final file are
+    measured too."""
     candidates = len(config.merge.candidates)
     measured = forward_seconds(inputs, speed, tokens=(candidates + 2) * config.merge.loss_rows * config.data.max_tokens)
     return 2 * candidates * weights.dense_bytes(inputs) / DISK_BANDWIDTH + measured

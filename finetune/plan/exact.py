@@ -1,4 +1,4 @@
-"""``plan exact=true``: a step of the real modelling code is counted tensor by tensor, and compared with the closed form."""
+"""``plan.exact``: counts a step of the real modelling code tensor by tensor, and compares it with the closed form."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.errors import ModelError
 from finetune.plan import weights
 from finetune.plan.activations import activations
-from finetune.plan.inputs import FLOAT, PlanInputs
-from finetune.plan.segments import block_bytes
+from finetune.plan.inputs import FLOAT, PlanInputs, block_bytes
 from finetune.plan.settings import planned_dtype
 from finetune.plan.weights import SMALLEST_8BIT_ELEMENTS, STATE_BLOCK
 
@@ -22,27 +21,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Term:
-    """One term by both ways, in bytes of one process that holds everything (no shards)."""
+    """One term by both methods, in bytes of one process without shards."""
 
     closed: int
     exact: int
 
     @property
     def difference(self) -> float:
-        """Of the closed form from the count, as a share of the count."""
+        """Returns the closed form's relative difference from the count."""
         return self.closed / self.exact - 1 if self.exact else float(self.closed != 0)
 
 
 def compare(config: RunConfig, inputs: PlanInputs, machine: Machine) -> dict[str, Term]:
-    """Every term that a count can give, closed form beside count; ``together`` is their sum at the step's peak.
+    """Compares every term that can be counted; ``together`` is their sum at the step's peak.
 
     Raises:
-        ModelError: The family cannot be counted.
+        ModelError: The model cannot be counted.
     """
     alone = dataclasses.replace(inputs, strategy="single", processes=1, offload=False)
     counted = count(config, alone, dtype=planned_dtype(config, machine))
     frozen, kept = weights.weight_bytes(alone), activations(alone)
-    moment = max(kept.logits, kept.layer + kept.logits_held) + weights.workspace_bytes(alone)
+    at_peak = max(kept.logits, kept.layer + kept.logits_held) + weights.workspace_bytes(alone)
     closed = {
         "weights": frozen.codes,
         "constants": frozen.constants,
@@ -52,7 +51,7 @@ def compare(config: RunConfig, inputs: PlanInputs, machine: Machine) -> dict[str
         "gradients": weights.gradient_bytes(alone),
         "optimizer": weights.optimizer_bytes(alone),
         "kept activations": kept.stored,
-        "at the peak besides": moment,
+        "at the peak besides": at_peak,
     }
     terms = {
         name: Term(closed=round(closed[name]), exact=round(counted[name]))
@@ -66,86 +65,87 @@ def compare(config: RunConfig, inputs: PlanInputs, machine: Machine) -> dict[str
 
 
 def count(config: RunConfig, inputs: PlanInputs, *, dtype: str) -> dict[str, float]:
-    """Bytes by term of one process, counted on tensors without contents: no download, no memory, no GPU."""
+    """Counts the bytes of one process by term, on tensors without contents: no download, no memory, no GPU."""
     import torch
     from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-    from finetune.plan.fake import build, materialize
+    from finetune.plan.fake import build_model, materialize
 
-    model, quantized = build(config, inputs, dtype=dtype)
+    model, quantized = build_model(config, inputs, dtype=dtype)
     with FakeTensorMode():
-        found = packed(model, quantized, inputs)
+        counted = count_quantized(model, quantized, inputs)
         materialize(model, quantized)
-        learnt = [p for p in model.parameters() if p.requires_grad]
-        seen = {id(model.get_submodule(name).weight) for name in quantized}
-        rest = [p for p in model.parameters() if not p.requires_grad and id(p) not in seen]
+        trained = [p for p in model.parameters() if p.requires_grad]
+        quantized_weights = {id(model.get_submodule(name).weight) for name in quantized}
+        rest = [p for p in model.parameters() if not p.requires_grad and id(p) not in quantized_weights]
         linear = {id(module.weight) for name, module in model.named_modules() if _is_plain_linear(name, module)}
-        found["weights"] += sum(_size(p) for p in rest if id(p) in linear)
-        found["unquantized"] = sum(_size(p) for p in rest if id(p) not in linear)
-        found["adapter"] = found["gradients"] = sum(_size(p) for p in learnt)
-        found["optimizer"] = sum(state_bytes(p.numel(), p.element_size(), inputs.optimizer) for p in learnt)
+        counted["weights"] += sum(_size(p) for p in rest if id(p) in linear)
+        counted["unquantized"] = sum(_size(p) for p in rest if id(p) not in linear)
+        counted["adapter"] = counted["gradients"] = sum(_size(p) for p in trained)
+        counted["optimizer"] = sum(state_bytes(p.numel(), p.element_size(), inputs.optimizer) for p in trained)
         try:
-            found |= step(model, quantized, inputs, dtype=getattr(torch, dtype))
+            counted |= count_step(model, quantized, inputs, dtype=getattr(torch, dtype))
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             family = inputs.architecture.family
             raise ModelError(
-                f"plan exact=true: {family} decides by its data which weights it uses, which cannot be counted"
+                f"plan --exact: {family} chooses its weights by the data, which cannot be counted; leave --exact out"
             ) from error
-    return found
+    return counted
 
 
-def step(model: Any, quantized: list[str], inputs: PlanInputs, *, dtype: Any) -> dict[str, float]:
-    """One forward and backward pass: what is alive when the forward pass ends, and how much more at the worst moment."""
+def count_step(model: Any, quantized: list[str], inputs: PlanInputs, *, dtype: Any) -> dict[str, float]:
+    """Counts a forward and backward pass: the bytes alive when the forward pass ends, and those added at the worst
+    moment."""
     import torch
 
     from finetune.kernels.autograd import FusedLinearCrossEntropy
-    from finetune.plan.fake import Alive, drop_as_a_gpu, quickened, stand_in
+    from finetune.plan.fake import LiveBytes, fused_layers, replace_quantized_layers, use_gpu_dropout
 
-    if not inputs.steps.fused:
-        stand_in(model, quantized, dtype=dtype, holds=inputs.method == "int8")
+    if not inputs.kernels.fused:
+        replace_quantized_layers(model, quantized, dtype=dtype, keeps_input=inputs.method == "int8")
     if inputs.device == "cuda":
-        drop_as_a_gpu(model)
-    with quickened(model, inputs, dtype=dtype) as kernels:
-        for parameter in model.parameters():  # gradients of the micro-batch before, which the step adds to
+        use_gpu_dropout(model)
+    with fused_layers(model, inputs, dtype=dtype) as kernels:
+        for parameter in model.parameters():  # gradients of the previous micro-batch, to which the step adds
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         resident = [*model.parameters(), *model.buffers(), *gradients]
-        alive = Alive(resident, size=lambda size: block_bytes(size, inputs))
-        batch = inputs_of(inputs)
+        alive = LiveBytes(resident, size=lambda size: block_bytes(size, inputs))
+        batch = fake_batch(inputs)
         autocast = torch.autocast(
             "cpu",
             dtype,
-            enabled=not (inputs.steps.fused and inputs.steps.loss_on_trained_tokens) and dtype != torch.float32,
+            enabled=not (inputs.kernels.fused and inputs.kernels.loss_on_trained_tokens) and dtype != torch.float32,
         )
         with alive:
             with autocast:
                 causal = model.get_base_model()
                 hidden = causal.get_decoder()(**batch, use_cache=False).last_hidden_state
                 ended = alive.live
-                if inputs.steps.loss_on_trained_tokens:
+                if inputs.kernels.loss_on_trained_tokens:
                     head = causal.get_output_embeddings().weight
                     trained = hidden.reshape(-1, hidden.shape[-1]).clone().to(head.dtype)
                     loss = FusedLinearCrossEntropy.apply(
                         trained, head, torch.empty(len(trained), dtype=torch.long), kernels
                     )
                     del hidden, trained
-                else:  # TRL's own loss is as in the closed form: it keeps the hidden states, and the backward pass starts there
+                else:  # TRL's own loss is taken from the closed form: it keeps the hidden states
                     loss = hidden.float().sum()
                     alive.peak = max(alive.peak, ended + activations(inputs).logits)
-            stored = alive.live  # autocast's copies of what is not kept are gone
+            stored = alive.live  # autocast's copies of what is not kept are freed
             loss.backward()
     return {"kept activations": stored, "at the peak besides": alive.peak - stored, "cached": _cached(model, inputs)}
 
 
-def inputs_of(inputs: PlanInputs) -> dict[str, Any]:
-    """A micro-batch as the collator makes it: documents end to end."""
+def fake_batch(inputs: PlanInputs) -> dict[str, Any]:
+    """Returns a micro-batch as the collator builds it, documents end to end."""
     import torch
 
-    from finetune.plan.fake import Borders
+    from finetune.plan.fake import FakeBorders
 
     documents = inputs.rows * inputs.documents
     ids = torch.empty((1, inputs.step_tokens), dtype=torch.long)
-    borders = Borders(documents=documents, tokens=inputs.tokens)
+    borders = FakeBorders(documents=documents, tokens=inputs.tokens)
     lengths = {"max_length_q": inputs.tokens, "max_length_k": inputs.tokens}
     return {
         "input_ids": ids,
@@ -156,8 +156,8 @@ def inputs_of(inputs: PlanInputs) -> dict[str, Any]:
     }
 
 
-def packed(model: Any, quantized: list[str], inputs: PlanInputs) -> dict[str, float]:
-    """Bytes of quantized weights and their constants, as bitsandbytes' own operators shape them."""
+def count_quantized(model: Any, quantized: list[str], inputs: PlanInputs) -> dict[str, float]:
+    """Counts quantized weights and their constants with bitsandbytes' own operators."""
     import torch
 
     codes = constants = 0.0
@@ -178,7 +178,7 @@ def packed(model: Any, quantized: list[str], inputs: PlanInputs) -> dict[str, fl
 
 
 def state_bytes(elements: int, element_bytes: int, optimizer: str) -> float:
-    """Optimizer states of one tensor, by the rules that `weights.optimizer_bytes` names."""
+    """Returns the optimizer states of one tensor, by the rules of `weights.optimizer_bytes`."""
     states = 1 if "lion" in optimizer else 2
     if optimizer.endswith("_8bit") and elements >= SMALLEST_8BIT_ELEMENTS:
         return states * (elements + FLOAT * math.ceil(elements / STATE_BLOCK))
@@ -186,8 +186,8 @@ def state_bytes(elements: int, element_bytes: int, optimizer: str) -> float:
 
 
 def _cached(model: Any, inputs: PlanInputs) -> float:
-    """16-bit copies that fused layers keep beside the quantized weights."""
-    if not (inputs.steps.cached or weights.stays_mapped(inputs)):
+    """Counts dense copies that fused layers keep next to the quantized weights."""
+    if not (inputs.kernels.cached or weights.stays_mapped(inputs)):
         return 0
     linear = [module for name, module in model.named_modules() if name.endswith("base_layer")]
     return sum(module.weight.numel() * inputs.compute_bytes for module in linear)

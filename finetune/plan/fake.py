@@ -1,4 +1,5 @@
-"""The real modelling code on tensors without contents: transformers' class, bitsandbytes' layers, peft's adapter, our fused steps."""
+"""Builds the real modelling code on tensors without contents: transformers' class, bitsandbytes' layers, peft's
+adapter."""
 
 from __future__ import annotations
 
@@ -27,15 +28,15 @@ if TYPE_CHECKING:
     from finetune.config import RunConfig
 
 UNCOUNTED = ("falcon", "gpt_neox")
-"""Families whose configuration names things differently; they are planned in closed form only."""
+"""Families whose configuration has other names; they are planned in closed form only."""
 
 
-class Alive(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors that are alive.
 
     Attributes:
-        live: Now.
-        peak: At the worst moment since it was last set.
+        live: Bytes alive now.
+        peak: Bytes at the worst moment since it was last set.
     """
 
     def __init__(self, resident: list[Tensor], *, size: Any) -> None:
@@ -58,28 +59,30 @@ class Alive(TorchDispatchMode):
         self.live += size
         self.peak = max(self.peak, self.live)
 
-        def gone(_: Any) -> None:
+        def freed(_: Any) -> None:
             self.live -= size
             self.known.pop(key, None)
 
-        self.known[key] = weakref.ref(storage, gone)
+        self.known[key] = weakref.ref(storage, freed)
 
 
-class Borders:
-    """Where documents begin: the one thing that fused attention reads as numbers."""
+class FakeBorders:
+    """The documents' boundaries, the only values that fused attention reads."""
 
     def __init__(self, *, documents: int, tokens: int) -> None:
         self.borders = [tokens * number for number in range(documents + 1)]
 
     def tolist(self) -> list[int]:
+        """Returns the boundaries."""
         return self.borders
 
     def to(self, _: Any) -> Tensor:
+        """Returns a tensor of their shape."""
         return torch.empty(len(self.borders), dtype=torch.int64)
 
 
-class Compiled:
-    """The shapes that finetune/kernels's compiled kernels write; they make no float32 copies."""
+class FakeNativeKernels:
+    """Stands in for the compiled kernels of finetune/kernels: writes their shapes, without float32 copies."""
 
     @staticmethod
     def rms_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -114,16 +117,16 @@ class Compiled:
 
 
 class _Frozen(torch.autograd.Function):
-    """What bitsandbytes' products take and keep: the weight is dequantized each way; LLM.int8 holds on to its input.
+    """Allocates and keeps what bitsandbytes' products do: the weight is dequantized each way; LLM.int8 keeps its input.
 
     Source: bitsandbytes 0.50, autograd/_functions.py, ``MatMul4Bit`` and ``MatMul8bitLt``.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, holds: bool) -> Tensor:
-        if not holds:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, keeps_input: bool) -> Tensor:
+        if not keeps_input:
             weight.to(x.dtype)
-        ctx.weight, ctx.shape, ctx.held = weight, x.shape, x if holds else None
+        ctx.weight, ctx.shape, ctx.kept = weight, x.shape, x if keeps_input else None
         return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
     @staticmethod
@@ -133,21 +136,21 @@ class _Frozen(torch.autograd.Function):
 
 
 class FusedDropout(nn.Module):
-    """Dropout as a GPU does it: one kernel that keeps a byte for each element. A CPU keeps its mask in the input's numbers."""
+    """Dropout as on a GPU: one kernel that keeps a byte per element. On a CPU the mask has the input's dtype."""
 
-    def __init__(self, share: float) -> None:
+    def __init__(self, probability: float) -> None:
         super().__init__()
-        self.share = share
+        self.probability = probability
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.native_dropout(x, self.share, True)[0]
+        return torch.native_dropout(x, self.probability, True)[0]
 
 
-def build(config: RunConfig, inputs: PlanInputs, *, dtype: str) -> tuple[Any, list[str]]:
-    """The adapted model on the meta device, by the same steps as a run's; names of its quantized layers.
+def build_model(config: RunConfig, inputs: PlanInputs, *, dtype: str) -> tuple[Any, list[str]]:
+    """Builds the adapted model on the meta device as a run does; returns it with the names of its quantized layers.
 
     Raises:
-        ModelError: The family or the variant of LoRA is not counted here.
+        ModelError: The quantization method, the family or the variant of LoRA cannot be counted.
     """
     from transformers import AutoModelForCausalLM
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
@@ -157,25 +160,30 @@ def build(config: RunConfig, inputs: PlanInputs, *, dtype: str) -> tuple[Any, li
 
     if config.quantization.method not in ("none", "nf4", "fp4", "int8"):
         raise ModelError(
-            f"plan exact=true: quantization.method={config.quantization.method} is planned in closed form only; leave exact=true out"
+            f"plan --exact: quantization.method={config.quantization.method} is planned in closed form only; "
+            "leave --exact out"
         )
     if config.lora.variant == "dora":
         raise ModelError(
-            "plan exact=true: dora starts from the lengths of the weights' rows, and a count has no weights; leave exact=true out"
+            "plan --exact: dora is initialised with the norms of the weights' rows, and a count has no weights; "
+            "leave --exact out"
         )
-    told = loader_arguments(config.quantization, dtype=dtype).get("quantization_config")
-    described = transformers_config(config, inputs.architecture)
+    bnb_config = loader_arguments(config.quantization, dtype=dtype).get("quantization_config")
+    model_config = transformers_config(config, inputs.architecture)
     with torch.device("meta"), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = AutoModelForCausalLM.from_config(
-            described, dtype=getattr(torch, dtype), attn_implementation=_attention(inputs)
+            model_config, dtype=getattr(torch, dtype), attn_implementation=_attention(inputs)
         )
-        if told is not None:
-            replace_with_bnb_linear(model, modules_to_not_convert=told.llm_int8_skip_modules, quantization_config=told)
+        if bnb_config is not None:
+            skip = bnb_config.llm_int8_skip_modules
+            replace_with_bnb_linear(model, modules_to_not_convert=skip, quantization_config=bnb_config)
             model.is_loaded_in_4bit, model.is_loaded_in_8bit = inputs.packed_4bit, config.quantization.method == "int8"
         model.requires_grad_(False)
-        wished = dataclasses.replace(config.lora, rank=config.lora.width, variant="lora")  # the start changes no size
-        adapted = lora.attach(model, wished, upcast=inputs.upcast, checkpointing=inputs.checkpointing, seed=0)
+        lora_config = dataclasses.replace(
+            config.lora, rank=config.lora.width, variant="lora"
+        )  # the initialisation changes no size
+        adapted = lora.attach(model, lora_config, upcast=inputs.upcast, checkpointing=inputs.checkpointing, seed=0)
         lora.cast_adapter(adapted, config.lora.dtype)
     return adapted.train(), list(quantized_layers(adapted))
 
@@ -185,7 +193,7 @@ def _attention(inputs: PlanInputs) -> str:
 
 
 def transformers_config(config: RunConfig, architecture: ArchitectureConfig) -> Any:
-    """A local folder's own configuration, or that of the class with these dimensions."""
+    """Returns a local folder's own configuration, or that of the class with these dimensions."""
     from transformers import AutoConfig
 
     folder = Path(config.model.name).expanduser()
@@ -193,7 +201,7 @@ def transformers_config(config: RunConfig, architecture: ArchitectureConfig) -> 
         return AutoConfig.from_pretrained(folder)
     a = architecture
     if a.family in UNCOUNTED:
-        raise ModelError(f"plan exact=true: {a.family} models are planned in closed form only; leave exact=true out")
+        raise ModelError(f"plan --exact: {a.family} models are planned in closed form only; leave --exact out")
     experts = {
         "num_local_experts": a.experts, "num_experts": a.experts, "num_experts_per_tok": a.active_experts,
         "moe_intermediate_size": a.intermediate_size,
@@ -209,35 +217,32 @@ def transformers_config(config: RunConfig, architecture: ArchitectureConfig) -> 
 def materialize(model: Any, quantized: list[str]) -> None:
     """Gives every parameter and buffer of a meta model a fake storage on the CPU, tied ones once.
 
-    Quantized weights become float32 without contents, so that making them dense in 16 bit is a copy, as dequantizing is.
+    Quantized weights become float32 without contents, so that casting them to 16 bit creates a copy, as dequantizing
+    does.
     """
-    made: dict[int, nn.Parameter] = {}
+    parameters: dict[int, nn.Parameter] = {}
     frozen = {id(model.get_submodule(name)) for name in quantized}
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is None:
                 continue
-            if id(parameter) not in made:
-                dtype = torch.float32 if id(module) in frozen and name == "weight" else parameter.dtype
-                shape = (
-                    (module.out_features, module.in_features)
-                    if id(module) in frozen and name == "weight"
-                    else parameter.shape
-                )
-                made[id(parameter)] = nn.Parameter(
-                    torch.empty(shape, dtype=dtype), requires_grad=parameter.requires_grad
-                )
-            module._parameters[name] = made[id(parameter)]
+            if id(parameter) not in parameters:
+                quantized_weight = id(module) in frozen and name == "weight"
+                shape = (module.out_features, module.in_features) if quantized_weight else parameter.shape
+                dtype = torch.float32 if quantized_weight else parameter.dtype
+                tensor = torch.empty(shape, dtype=dtype)
+                parameters[id(parameter)] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+            module._parameters[name] = parameters[id(parameter)]
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def stand_in(model: Any, quantized: list[str], *, dtype: torch.dtype, holds: bool) -> None:
-    """Puts bitsandbytes' shapes in the place of its kernels, which need contents."""
+def replace_quantized_layers(model: Any, quantized: list[str], *, dtype: torch.dtype, keeps_input: bool) -> None:
+    """Replaces bitsandbytes' kernels, which need contents, by operations with the same shapes."""
 
     def forward(layer: Any, x: Tensor) -> Tensor:
-        y: Tensor = _Frozen.apply(x.to(dtype), layer.weight, holds)
+        y: Tensor = _Frozen.apply(x.to(dtype), layer.weight, keeps_input)
         return (y if layer.bias is None else y + layer.bias.to(dtype)).to(x.dtype)
 
     for name in quantized:
@@ -245,35 +250,35 @@ def stand_in(model: Any, quantized: list[str], *, dtype: torch.dtype, holds: boo
         layer.forward = partial(forward, layer)
 
 
-def drop_as_a_gpu(model: Any) -> None:
-    """Puts a GPU's dropout in the place of the CPU's."""
+def use_gpu_dropout(model: Any) -> None:
+    """Replaces the CPU's dropout by a GPU's."""
     dropouts = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout)]
     for name in dropouts:
         model.set_submodule(name, FusedDropout(model.get_submodule(name).p))
 
 
 @contextlib.contextmanager
-def quickened(model: Any, inputs: PlanInputs, *, dtype: torch.dtype) -> Iterator[Any]:
-    """Our fused layers where the plan has them; hands over the kernels that the loss is computed with."""
+def fused_layers(model: Any, inputs: PlanInputs, *, dtype: torch.dtype) -> Iterator[Any]:
+    """Fuses layers where the plan does, within the context; yields the kernels that compute the loss."""
     from finetune.kernels import blocks
     from finetune.kernels.blocks import Switch
     from finetune.kernels.linear import FusedLinears
 
-    kernels: Any = Compiled if inputs.steps.native else plain
+    kernels: Any = FakeNativeKernels if inputs.kernels.native else plain
     causal, switch = model.get_base_model(), Switch()
     before = fused_attention.native
-    fused_attention.native = Compiled  # type: ignore[assignment]
+    fused_attention.native = FakeNativeKernels  # type: ignore[assignment]
     try:
-        if inputs.steps.fused:
-            cache = inputs.steps.cached or inputs.method == "none"
+        if inputs.kernels.fused:
+            cache = inputs.kernels.cached or inputs.method == "none"
             siblings = partial(FusedLinears.of, cache=cache, dtype=dtype)
             for attention in blocks.parts(causal, blocks.ATTENTIONS):
-                blocks.fuse_attention(attention, siblings=siblings, tiles=inputs.steps.tiles, switch=switch)
+                blocks.fuse_attention(attention, siblings=siblings, tiles=inputs.kernels.tiles, switch=switch)
             for mlp in blocks.parts(causal, blocks.GATED_MLPS):
                 blocks.fuse_swiglu_mlp(mlp, siblings=siblings, kernels=kernels, switch=switch)
             for norm in blocks.parts(causal, blocks.NORMS):
                 blocks.fuse_norm(norm, kernels=kernels, switch=switch)
-        if inputs.steps.selective:
+        if inputs.kernels.selective:
             for mlp in blocks.parts(causal, blocks.GATED_MLPS):
                 blocks.checkpoint_mlp(mlp)
         yield kernels

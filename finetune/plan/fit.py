@@ -1,8 +1,9 @@
-"""Proposes settings: of all that fit the machine, those that should read most tokens per second."""
+"""Proposes settings: of all that fit the machine, those with the most tokens per second."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,19 +20,20 @@ if TYPE_CHECKING:
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 SMALLEST_TOKENS = 256
 SELECTIVE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""Those whose gated layers ``train.checkpointing=selective`` knows. Source: finetune/kernels/blocks.py, GATED_MLPS."""
+"""Families whose gated layers ``train.checkpointing=selective`` supports. Source: finetune/kernels/blocks.py,
+GATED_MLPS."""
 
 MARGIN = 0.93
-"""A proposal must hold, so it leaves room for the closed form's own error: 7 % for nine in ten of litgpt's published
-figures. Source: benchmarks/check_plan.py."""
+"""Share of the memory that a proposal may use, because the closed form errs: by up to 7 % for nine in ten of litgpt's
+published figures. Source: benchmarks/check_plan.py."""
 
 SAME_SPEED = 0.01
-"""A share of speed that is not known anyway."""
+"""Relative difference of speed that the estimate cannot resolve."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One set-up that was looked at: tokens per second, and bytes on one device."""
+    """A possible configuration, with its tokens per second and its bytes on one device."""
 
     inputs: PlanInputs
     speed: float
@@ -39,40 +41,45 @@ class Candidate:
 
 
 def propose(inputs: PlanInputs, machine: Machine) -> list[str]:
-    """The best set-up as overrides to paste, the runner-up and why not; or what stands in the way."""
-    found: list[Candidate] = []
+    """Returns the best configuration as overrides to paste and the runner-up with its drawback, or says that nothing
+    fits."""
+    fitting: list[Candidate] = []
     tokens = inputs.tokens
-    while not found and tokens >= SMALLEST_TOKENS:
-        tried = list(_candidates(dataclasses.replace(inputs, tokens=tokens), machine))
-        found = [candidate for candidate in tried if _fits(candidate.inputs, machine)]
+    while not fitting and tokens >= SMALLEST_TOKENS:
+        candidates = list(_candidates(dataclasses.replace(inputs, tokens=tokens), machine))
+        fitting = [candidate for candidate in candidates if _fits(candidate.inputs, machine)]
         tokens //= 2
-    if not found:
+    if not fitting:
         smallest = min(_candidates(dataclasses.replace(inputs, tokens=SMALLEST_TOKENS), machine), key=lambda c: c.bytes)
         return [
-            f"nothing fits: even {overrides(inputs, smallest.inputs)} with {SMALLEST_TOKENS} tokens needs {human_bytes(smallest.bytes)} "
-            f"on a device that has {human_bytes(device_memory(smallest.inputs, machine))}"
+            f"nothing fits: even {overrides(inputs, smallest.inputs)} with {SMALLEST_TOKENS} tokens needs "
+            f"{human_bytes(smallest.bytes)} on a device with {human_bytes(device_memory(smallest.inputs, machine))}"
         ]
-    ranked = _ranked(found, inputs)
+    ranked = _ranked(fitting, inputs)
     best = ranked[0]
-    room = human_bytes(device_memory(best.inputs, machine))
+    memory = human_bytes(device_memory(best.inputs, machine))
+    speed = f"{best.speed:,.0f} tokens/s"
     sentences = [
         f"proposed: {overrides(inputs, best.inputs)}",
-        f"it needs {human_bytes(best.bytes)} of {room} and reads about {best.speed:,.0f} tokens/s; {_longest(best, machine)}",
+        f"it needs {human_bytes(best.bytes)} of {memory} and trains about {speed}; {_longest(best, machine)}",
     ]
-    others = sorted(ranked[1:], key=lambda c: _kind(c.inputs) == _kind(best.inputs))  # one of another kind says more
+    others = sorted(
+        ranked[1:], key=lambda c: _kind(c.inputs) == _kind(best.inputs)
+    )  # one of another kind is more informative
     other = next(iter(others), None)
     if other is not None:
         slower = 1 - other.speed / best.speed
         reason = f"about {slower:.0%} slower" if slower >= SAME_SPEED else "as fast"
-        memory = "more" if other.bytes > best.bytes else "less"
+        compared = "more" if other.bytes > best.bytes else "less"
         sentences.append(
-            f"runner-up: {overrides(inputs, other.inputs)}: {reason}, with {human_bytes(other.bytes)}, {memory} memory"
+            f"runner-up: {overrides(inputs, other.inputs)}: {reason}, with {human_bytes(other.bytes)}, {compared} "
+            f"memory"
         )
-    return sentences + _too_large(inputs, tried, best)
+    return sentences + _too_large(inputs, candidates, best)
 
 
 def overrides(before: PlanInputs, after: PlanInputs) -> str:
-    """What has to be typed to get from one set-up to the other."""
+    """Returns the overrides that change one configuration into the other."""
     words = [f"train.micro_batch={after.rows}", f"train.checkpointing={checkpointing(after)}"]
     if after.tokens != before.tokens:
         words.append(f"data.max_tokens={after.tokens} data.pack_tokens=null")
@@ -90,46 +97,55 @@ def overrides(before: PlanInputs, after: PlanInputs) -> str:
 
 
 def checkpointing(inputs: PlanInputs) -> str:
-    """The value of ``train.checkpointing``."""
-    return "full" if inputs.checkpointing else "selective" if inputs.steps.selective else "none"
+    """Returns the value of ``train.checkpointing``."""
+    return "full" if inputs.checkpointing else "selective" if inputs.kernels.selective else "none"
 
 
-def _ranked(found: list[Candidate], inputs: PlanInputs) -> list[Candidate]:
-    """Fastest first. Of equal speed, the one that changes less of what was asked for, then the one that needs less."""
-    top = max(candidate.speed for candidate in found)
+def _ranked(candidates: list[Candidate], inputs: PlanInputs) -> list[Candidate]:
+    """Sorts by speed; at equal speed by the number of changed settings, then by memory."""
+    top = max(candidate.speed for candidate in candidates)
 
-    def order(candidate: Candidate) -> tuple[float, int, float]:
+    def rank(candidate: Candidate) -> tuple[float, int, float]:
         after = candidate.inputs
-        changed = (
-            (after.method != inputs.method)
-            + (after.optimizer != inputs.optimizer)
-            + (after.strategy != inputs.strategy)
-        )
+        changed = sum(getattr(after, name) != getattr(inputs, name) for name in ("method", "optimizer", "strategy"))
         return (-round(candidate.speed / top / SAME_SPEED), changed, candidate.bytes)
 
-    return sorted(found, key=order)
+    return sorted(candidates, key=rank)
 
 
 def _candidates(inputs: PlanInputs, machine: Machine) -> Iterator[Candidate]:
-    for strategy, processes, offload in _launches(inputs, machine):
-        for method, double in dict.fromkeys([(inputs.method, inputs.double), ("nf4", True)]):
-            for full, selective in _checkpointings(inputs):
-                for optimizer in dict.fromkeys([inputs.optimizer, "paged_adamw_8bit"]):
-                    for rows in [
-                        rows for rows in MICRO_BATCHES if rows * processes <= max(inputs.step_rows, processes)
-                    ]:
-                        steps = dataclasses.replace(
-                            inputs.steps,
-                            selective=selective,
-                            fused=inputs.steps.fused and strategy != "fsdp",
-                            cached=inputs.steps.fused and inputs.device == "cpu" and method == "nf4",
-                        )
-                        tried = dataclasses.replace(
-                            inputs, strategy=strategy, processes=processes, offload=offload, method=method, double=double, steps=steps,
-                            checkpointing=full, rows=rows, optimizer=optimizer, offload_activations=False,
-                        )  # fmt: skip
-                        speed = throughput(tried, machine, runs=None).tokens_per_second
-                        yield Candidate(tried, speed, phases.peak(tried))
+    """Yields every combination of launch, quantization, checkpointing, optimizer and micro-batch."""
+    combinations = itertools.product(
+        _launches(inputs, machine),
+        dict.fromkeys([(inputs.method, inputs.double), ("nf4", True)]),
+        _checkpointings(inputs),
+        dict.fromkeys([inputs.optimizer, "paged_adamw_8bit"]),
+        MICRO_BATCHES,
+    )
+    for (strategy, processes, offload), (method, double), (full, selective), optimizer, rows in combinations:
+        if rows * processes > max(inputs.step_rows, processes):
+            continue
+        kernels = dataclasses.replace(
+            inputs.kernels,
+            selective=selective,
+            fused=inputs.kernels.fused and strategy != "fsdp",
+            cached=inputs.kernels.fused and inputs.device == "cpu" and method == "nf4",
+        )
+        candidate = dataclasses.replace(
+            inputs,
+            strategy=strategy,
+            processes=processes,
+            offload=offload,
+            method=method,
+            double=double,
+            kernels=kernels,
+            checkpointing=full,
+            rows=rows,
+            optimizer=optimizer,
+            offload_activations=False,
+        )
+        speed = throughput(candidate, machine, runs=None).tokens_per_second
+        yield Candidate(candidate, speed, phases.peak(candidate))
 
 
 def _checkpointings(inputs: PlanInputs) -> list[tuple[bool, bool]]:

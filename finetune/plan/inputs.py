@@ -9,29 +9,36 @@ from finetune.architecture import ArchitectureConfig, Linear, linear_layers
 ALL_LINEAR = "all-linear"
 FLOAT = 4
 GIB = 1024**3
+SEGMENT_BYTES, LARGE_BYTES = 2 * 1024**2, 10 * 1024**2
+"""A CUDA tensor of 10 MiB or more gets its own memory in steps of 2 MiB, and the remainder is not used by other large
+tensors.
+Source: torch's c10/cuda/CUDACachingAllocator.h, kMinLargeAlloc and kRoundLarge."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerMemoryModel:
-    """How an implementation of the training step spends memory; the defaults are this project's.
+    """How an implementation of the training step uses memory; the defaults are this project's.
 
     Attributes:
-        logits_bytes: Bytes alive per vocabulary entry and token when the loss is at its peak; 0 where the loss is tiled.
-        logits_held_bytes: How many of them stay alive until the whole backward pass is done.
+        logits_bytes: Bytes alive per vocabulary entry and token when the loss is at its peak; 0 where the loss is
+            tiled.
+        logits_held_bytes: Those of them that stay alive until the whole backward pass is done.
         loss_tile: Tokens and vocabulary entries of one tile of a tiled loss.
-        norm_bytes: Bytes that a normalisation keeps per element: RMSNorm computes in float32 and keeps that copy.
-        keeps_inputs: A frozen 4-bit layer keeps its input, although it needs none: bitsandbytes before 0.43.2, pull request 1270.
-        keeps_last_graph: Share of the step before whose kept inputs are still alive, because the loop names its loss until
-            the next one is there, and those inputs hang on the graph's nodes.
+        norm_bytes: Bytes that a normalisation keeps per element; RMSNorm computes in float32 and keeps that copy.
+        keeps_inputs: A frozen 4-bit layer keeps its input without need: bitsandbytes before 0.43.2, pull request 1270.
+        keeps_last_graph: Share of the previous step's kept inputs that are still alive: the loop refers to its loss
+            until the next one exists, and those inputs belong to the graph's nodes.
         keeps_qkv: Query, key and value are views of one projection, which therefore stays alive whole.
-        one_qkv_branch: Query, key and value share one LoRA branch, whose output is kept where it is scattered into theirs.
+        one_qkv_branch: Query, key and value share one LoRA branch, whose output is kept when it is scattered into
+            theirs.
         repeats_kv: Key and value heads are copied up to the number of query heads before attention.
         quantizes_head: The output head is quantized too.
-        unties: Embedding and head are stored apart even where the model ties them.
+        unties: Embedding and head are stored separately even where the model ties them.
         embedding_gradient: The embedding is left trainable by mistake, so its whole gradient is made.
         reduced_input_copies: Every LoRA branch casts its own copy of the input (autocast with float32 adapters).
         reenters: Checkpointing is the older, reentrant kind, whose first pass makes no graph at all.
-        cuts_all: FSDP cuts adapter, embedding and head too, as accelerate's plugin does, and not only the layers' frozen weights.
+        cuts_all: FSDP shards adapter, embedding and head too, as accelerate's plugin does, not only frozen layer
+            weights.
     """
 
     logits_bytes: int = 0
@@ -51,22 +58,24 @@ class TrainerMemoryModel:
     cuts_all: bool = False
 
 
-OURS = TrainerMemoryModel()
-"""TRL 1.16 with its fused head: trl/kernels/chunked_logprob.py (4,096 tokens) and trl/trainer/utils.py (32,768 entries)."""
+TRL = TrainerMemoryModel()
+"""TRL 1.16 with its fused head: trl/kernels/chunked_logprob.py (4,096 tokens) and trl/trainer/utils.py (32,768
+entries)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Steps:
-    """How this project computes a step, as `finetune.kernels` chooses it; the defaults are transformers' and peft's own way.
+class KernelChoice:
+    """How this project computes a step, as `finetune.kernels` chooses it; the defaults are transformers' and peft's
+    own.
 
     Attributes:
-        fused: q, k, v and gate, up as one product each, which keep only what the way back needs.
-        loss_on_trained_tokens: Head and loss on trained tokens, a few at a time.
-        native: Steps between products are compiled, without float32 copies.
-        tiles: Attention in AMX tiles, which keeps q, k and v as they came.
+        fused: q, k, v and gate, up are one product each, and keep only what the backward pass needs.
+        loss_on_trained_tokens: Head and loss are computed on trained tokens only, a few at a time.
+        native: Element-wise operations are compiled, without float32 copies.
+        tiles: Attention runs in AMX tiles, which keeps q, k and v as the product wrote them.
         cached: Quantized weights are kept in 16 bit too, dequantized once.
-        flat: All documents of a micro-batch lie in one row, so plain attention carries a mask of tokens by tokens.
-        selective: Only gated layers are computed again.
+        flat: All documents of a micro-batch lie in one row, so plain attention has a mask of tokens by tokens.
+        selective: Checkpointing recomputes only the gated layers.
     """
 
     fused: bool = False
@@ -80,41 +89,42 @@ class Steps:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanInputs:
-    """One training set-up.
+    """One training configuration.
 
     Attributes:
         architecture: The model's dimensions.
         method: ``none``, ``nf4``, ``fp4``, ``int8``, ``torchao_int8`` or ``hqq``.
         double: Whether the 4-bit constants are quantized too.
         keep: Linear layers that stay unquantized, as `finetune.quantization.is_kept` reads them.
-        keep_bytes: What further unquantized layers may take beyond their quantized form.
+        keep_bytes: Bytes that further unquantized layers may take beyond their quantized form.
         bits, group_size: hqq's.
         rank: LoRA rank; 0 trains every weight instead (full fine-tuning).
         targets: Last name segments of adapted layers, or ``all-linear``; ``head`` for the output head.
         adapter_bytes: Bytes per element of the adapter.
-        dropout: Whether LoRA drops inputs, which keeps a mask and a copy for each branch.
+        dropout: Whether LoRA has dropout, which keeps a mask and a copy for each branch.
         compute_bytes: Bytes per element of the computation.
-        stored_bytes: Bytes per element of unquantized weights at rest; 4 where they are float32 and cast for each product.
+        stored_bytes: Bytes per element of unquantized weights at rest; 4 where they are float32 and cast for each
+            product.
         cast_copy: A 16-bit copy of float32 weights stays through a step (autocast).
-        upcast: Frozen parts held in float32: ``none``, ``norms`` or ``all``.
+        upcast: Frozen parts stored in float32: ``none``, ``norms`` or ``all``.
         rows: Micro-batch per process, in rows or packs.
-        documents: Sequences that a row puts through the model: 2 where a row is a pair of answers.
+        documents: Sequences in a row: 2 where a row is a pair of answers.
         tokens: Tokens per sequence, padding included.
-        step_rows: Rows that one optimizer step reads over all processes: no micro-batch is larger.
-        checkpointing: Whether activations are computed again in the backward pass.
-        offload_activations: What checkpointing keeps waits in host memory.
+        step_rows: Rows that one optimizer step reads over all processes; no micro-batch is larger.
+        checkpointing: Whether activations are recomputed in the backward pass.
+        offload_activations: Whether host memory holds what checkpointing keeps.
         attention: ``fused`` (no score matrix is kept) or ``eager``.
         optimizer: transformers' name.
         strategy: ``single``, ``ddp``, ``fsdp`` or ``zero3``.
-        processes: Processes in all, one for each GPU.
-        offload: Shards wait in host memory.
-        accumulates: Gradients of earlier micro-batches are alive while a later one is computed.
+        processes: Number of processes, one for each GPU.
+        offload: Whether host memory holds the shards.
+        accumulates: Whether gradients of earlier micro-batches are alive while a later one is computed.
         device: ``cuda`` or ``cpu``.
-        answer_rows: Answers that the eval stage writes at a time.
-        answer_tokens: Tokens of an answer at most.
+        answer_rows: Batch size of generation in the eval stage.
+        answer_tokens: Longest answer.
         measured_tokens: Padded tokens per forward pass of the eval and merge stages.
-        steps: How a step is computed.
-        trainer: How the implementation spends memory.
+        kernels: How a step is computed.
+        trainer: How the implementation uses memory.
     """
 
     architecture: ArchitectureConfig
@@ -148,51 +158,61 @@ class PlanInputs:
     answer_rows: int = 0
     answer_tokens: int = 0
     measured_tokens: int = 4096
-    steps: Steps = Steps()
-    trainer: TrainerMemoryModel = OURS
+    kernels: KernelChoice = KernelChoice()
+    trainer: TrainerMemoryModel = TRL
 
     @property
     def step_tokens(self) -> int:
-        """Tokens that one process puts through the model at once."""
+        """Returns the tokens of one micro-batch of one process."""
         return self.rows * self.documents * self.tokens
 
     @property
     def shards(self) -> int:
-        """Parts that the layers' weights are cut into."""
+        """Returns the number of shards of the layers' weights."""
         return self.processes if self.strategy in ("fsdp", "zero3") else 1
 
     @property
     def rest_shards(self) -> int:
-        """Parts that adapter, gradients, states, embedding and head are cut into."""
+        """Returns the number of shards of adapter, gradients, states, embedding and head."""
         return self.shards if self.strategy == "zero3" or self.trainer.cuts_all else 1
 
     @property
     def packed_4bit(self) -> bool:
+        """Tells whether bitsandbytes stores the weights in 4 bits."""
         return self.method in ("nf4", "fp4")
 
     @property
     def stream_bytes(self) -> int:
-        """Bytes per element between the layers: float32 where embedding and norms are."""
+        """Returns bytes per element between the layers: float32 where embedding and norms are."""
         return FLOAT if self.upcast == "all" else self.compute_bytes
 
     @property
     def wide_bytes(self) -> int:
-        """Bytes per element inside the layers: bitsandbytes gives its input's numbers back, and a float32 norm gives float32."""
+        """Returns bytes per element inside the layers: bitsandbytes returns its input's dtype, and float32 norms return
+        float32."""
         return FLOAT if self.upcast != "none" and self.method != "none" else self.compute_bytes
 
     @property
     def head_adapted(self) -> bool:
+        """Tells whether the output head has an adapter."""
         return "head" in self.targets
 
     def adapts(self, linear: Linear) -> bool:
+        """Tells whether a linear layer has an adapter."""
         return self.rank > 0 and (ALL_LINEAR in self.targets or linear.name in self.targets)
 
     def adapted_layers(self) -> list[Linear]:
-        """The linear layers with an adapter, the head included where it has one."""
+        """Returns the linear layers with an adapter, the head included where it has one."""
         a = self.architecture
-        head = (
-            [Linear(name="head", in_features=a.hidden_size, out_features=a.vocab_size, count=1)]
-            if self.head_adapted
-            else []
-        )
-        return [linear for linear in linear_layers(a) if self.adapts(linear)] + (head if self.rank else [])
+        layers = [linear for linear in linear_layers(a) if self.adapts(linear)]
+        if self.rank and self.head_adapted:
+            layers.append(Linear(name="head", in_features=a.hidden_size, out_features=a.vocab_size, count=1))
+        return layers
+
+
+def block_bytes(size: float, inputs: PlanInputs) -> float:
+    """Returns what a tensor of ``size`` bytes takes from the device: torch's allocator for CUDA hands out whole
+    segments."""
+    if inputs.device != "cuda" or size < LARGE_BYTES:
+        return size
+    return -(-size // SEGMENT_BYTES) * SEGMENT_BYTES

@@ -1,4 +1,4 @@
-"""Bytes per phase: what is alive on one device, in the host and on disk while a run loads, steps, evaluates, saves, merges."""
+"""Bytes per phase on one device, in host memory and on disk, while a run loads, trains, evaluates, saves and merges."""
 
 from __future__ import annotations
 
@@ -11,37 +11,39 @@ from finetune.plan.activations_saved import layer_bytes
 from finetune.plan.inputs import GIB, PlanInputs
 
 CUDA_CONTEXT_BYTES = GIB // 2
-"""CUDA context and loaded kernels of one process. With lazy loading, which torch asks for, 0.4 to 0.6 GiB.
+"""CUDA context and loaded kernels of one process: 0.4 to 0.6 GiB with lazy loading, which torch uses.
 Source: CUDA programming guide, lazy loading."""
 
 USABLE_SHARE = 0.985
-"""Of a GPU's memory as it is sold, what a process can allocate: torch reports 23.69 GiB on a 24 GiB RTX 3090 and 79.15
+"""Share of a GPU's nominal memory that a process can allocate: torch reports 23.69 GiB on a 24 GiB RTX 3090 and 79.15
 on an 80 GiB A100. Source: "total capacity" in torch's out-of-memory messages, which issue trackers quote."""
 
 NCCL_BYTES = GIB // 4
-"""Buffers of one communicator: 4 MiB for each of two directions of up to 32 channels. Source: NCCL docs, NCCL_BUFFSIZE."""
+"""Buffers of one communicator: 4 MiB for each of two directions of up to 32 channels. Source: NCCL docs,
+NCCL_BUFFSIZE."""
 
 CUBLAS_WORKSPACE_BYTES = 8519680
 """torch's cuBLAS workspace, ``:4096:2:16:8``. Source: torch docs, CUBLAS_WORKSPACE_CONFIG."""
 
 PROCESS_BYTES = GIB // 2
-"""A Python process with torch, transformers, peft, trl and datasets imported: resident size seen with torch 2.13 on Linux."""
+"""A Python process with torch, transformers, peft, trl and datasets imported: resident size measured with torch 2.13 on
+Linux."""
 
 HOLES_PER_BLOCK = 0.5
-"""Holes in a C library's heap for each block in it: as tensors come and go, half as many stretches lie unused between them as
-are in use. Source: Knuth, The Art of Computer Programming, volume 1, section 2.5, the fifty-percent rule."""
+"""Holes per block in the C library's heap: as tensors are allocated and freed, half as many stretches are unused as are
+in use. Source: Knuth, The Art of Computer Programming, volume 1, section 2.5, the fifty-percent rule."""
 
 GATHERED_LAYERS = 2
-"""FSDP holds the layer at work whole, and the next one, which it fetches meanwhile. Source: torch docs, FSDP ``backward_prefetch``."""
+"""FSDP gathers the current layer, and prefetches the next one. Source: torch docs, FSDP ``backward_prefetch``."""
 
 AFTER_TRAINING = ("eval", "merge")
-"""Phases that need the dense model, can be done on another machine, and so do not decide whether training fits."""
+"""Phases that need the dense model and can run on another machine, so they do not decide whether training fits."""
 
 Terms = dict[str, float]
 
 
 def device_phases(inputs: PlanInputs) -> dict[str, Terms]:
-    """Bytes by term on one device for each phase; terms that are 0 are left out."""
+    """Returns bytes by term on one device for each phase, without terms that are 0."""
     resident = _resident(inputs)
     base = {name: resident[name] for name in ("weights", "constants", "unquantized", "gathered", "framework")}
     trained = base | {"adapter": resident["adapter"], "cached": resident["cached"]}
@@ -59,60 +61,60 @@ def device_phases(inputs: PlanInputs) -> dict[str, Terms]:
 
 
 def step_terms(inputs: PlanInputs, resident: Terms) -> Terms:
-    """What a training step adds at its peak: either the activations or, for many trained weights, the optimizer's step."""
-    kept = activations(inputs)
+    """Returns what a training step adds at its peak: the activations or, for many trained weights, the optimizer's
+    step."""
+    step = activations(inputs)
     gradients = resident["gradients"]
     workspace = weights.workspace_bytes(inputs) + (CUBLAS_WORKSPACE_BYTES if inputs.device == "cuda" else 0)
     earlier = gradients if inputs.accumulates else 0
-    at_loss = kept.logits > kept.layer + kept.logits_held
-    live = kept.peak + earlier + workspace
+    at_loss = step.logits > step.layer + step.logits_held
+    live = step.peak + earlier + workspace
     update = weights.optimizer_peak_bytes(inputs) / inputs.rest_shards
     if gradients + update > live:
         return {"gradients": gradients, "workspace": update}
     return {
         "gradients": earlier,
-        "activations": kept.stored + (0 if at_loss else kept.layer),
-        "loss": kept.logits if at_loss else kept.logits_held,
+        "activations": step.stored + (0 if at_loss else step.layer),
+        "loss": step.logits if at_loss else step.logits_held,
         "workspace": workspace,
     }
 
 
 def _resident(inputs: PlanInputs) -> Terms:
-    """Bytes per device that stay through training."""
+    """Returns bytes per device that stay allocated throughout training."""
     a, shards, rest = inputs.architecture, inputs.shards, inputs.rest_shards
     frozen = weights.weight_bytes(inputs)
-    adapter, gradients, states = (
-        weights.adapter_bytes(inputs),
-        weights.gradient_bytes(inputs),
-        weights.optimizer_bytes(inputs),
-    )
+    adapter, states = weights.adapter_bytes(inputs), weights.optimizer_bytes(inputs)
+    gradients = weights.gradient_bytes(inputs)
     gathered = 0.0
     if shards > 1:
         gathered = GATHERED_LAYERS * (frozen.codes + (adapter if rest > 1 else 0)) / a.layers
         gathered += (embedding_parameters(a) + head_parameters(a)) * inputs.compute_bytes if rest > 1 else 0
-    away = inputs.offload
-    rest_away = away and rest > 1
+    offload = inputs.offload
+    offload_rest = offload and rest > 1
     if inputs.processes > 1 and rest == 1:
-        gradients *= 2  # they travel in one message, a second copy: finetune.launch.gradients, as DDP's reducer has it in buckets
+        gradients *= (
+            2  # they are sent in one message, a second copy: finetune.launch.gradients, like the buckets of DDP
+        )
     return {
-        "weights": 0 if away else (frozen.codes + frozen.unused) / shards,
+        "weights": 0 if offload else (frozen.codes + frozen.unused) / shards,
         "constants": frozen.constants,
-        "unquantized": (0 if away else (frozen.unquantized - frozen.ends) / shards)
-        + (0 if rest_away else frozen.ends / rest),
+        "unquantized": (0 if offload else (frozen.unquantized - frozen.ends) / shards)
+        + (0 if offload_rest else frozen.ends / rest),
         "gathered": gathered,
-        "adapter": 0 if rest_away else adapter / rest,
-        "gradients": 0 if rest_away else gradients / rest,
-        "optimizer": 0 if rest_away else states / rest,
+        "adapter": 0 if offload_rest else adapter / rest,
+        "gradients": 0 if offload_rest else gradients / rest,
+        "optimizer": 0 if offload_rest else states / rest,
         "framework": framework_bytes(inputs),
         "cached": weights.cached_bytes(inputs),
     }
 
 
 def _load(inputs: PlanInputs, base: Terms) -> Terms:
-    """While the base comes in.
+    """Returns the terms while the base is loaded.
 
-    ZeRO-3 cuts a quantized base only when each device holds all of it. Source: transformers issue 24395, bitsandbytes issue
-    1249. launch=fsdp quantizes it in host memory, and what comes to a device is a layer at a time.
+    ZeRO-3 shards a quantized base only after each device has all of it. Source: transformers issue 24395, bitsandbytes
+    issue 1249. launch=fsdp quantizes it in host memory and moves one layer at a time to the device.
     """
     if inputs.shards == 1 or inputs.trainer.cuts_all:
         return base | {"workspace": largest_dense_bytes(inputs)}
@@ -126,34 +128,34 @@ def _load(inputs: PlanInputs, base: Terms) -> Terms:
 
 
 def framework_bytes(inputs: PlanInputs) -> float:
-    """What is there before the first tensor."""
+    """Returns what a process takes before the first tensor."""
     if inputs.device == "cpu":
         return PROCESS_BYTES
     return CUDA_CONTEXT_BYTES + (NCCL_BYTES if inputs.processes > 1 else 0)
 
 
 def allocator_bytes(inputs: PlanInputs) -> float:
-    """What is held without being used.
+    """Returns what the allocator reserves without use.
 
-    torch's caching allocator on a GPU: room for one more of the largest tensor, since a free stretch that smaller tensors
-    have nibbled at cannot take it. Source: torch docs, CUDA memory management, fragmentation. The C library on a CPU: holes
-    as large as the tensors that pass through a layer, between what each layer has left behind.
+    torch's caching allocator on a GPU reserves space for one more of the largest tensor, since free stretches that
+    smaller tensors have split cannot take it. Source: torch docs, CUDA memory management, fragmentation. The C library
+    on a CPU leaves holes as large as a layer's temporary tensors between what each layer keeps.
     """
     if inputs.device == "cuda":
         return largest_block_bytes(inputs)
-    whole = dataclasses.replace(inputs, steps=dataclasses.replace(inputs.steps, selective=False))
+    whole = dataclasses.replace(inputs, kernels=dataclasses.replace(inputs.kernels, selective=False))
     return HOLES_PER_BLOCK * inputs.architecture.layers * layer_bytes(whole)
 
 
 def largest_dense_bytes(inputs: PlanInputs) -> float:
-    """The largest tensor on its way in: it arrives dense and is quantized on the device."""
+    """Returns the largest tensor during loading: it arrives dense and is quantized on the device."""
     a = inputs.architecture
     linear = max(linear.in_features * linear.out_features for linear in linear_layers(a))
     return max(linear if inputs.method != "none" else 0, embedding_parameters(a)) * inputs.compute_bytes
 
 
 def _evaluation(inputs: PlanInputs) -> Terms:
-    """The dense base is among the artifacts: the largest of them, with the keys and values of the answers being written."""
+    """Returns the terms of the largest artifact, the dense base, with the keys and values of generation."""
     a = inputs.architecture
     tokens = min(inputs.tokens + inputs.answer_tokens, a.max_positions)
     cache = kv_cache_bytes(a, rows=inputs.answer_rows, tokens=tokens, element_bytes=inputs.compute_bytes)
@@ -167,7 +169,7 @@ def _evaluation(inputs: PlanInputs) -> Terms:
 
 
 def _merge(inputs: PlanInputs) -> Terms:
-    """The merged model, dense, measured against the trained graph."""
+    """Returns the terms of the dense merged model, which is compared with the trained one."""
     return {
         "weights": float(weights.dense_bytes(inputs)),
         "activations": forward_bytes(inputs, tokens=inputs.measured_tokens),
@@ -176,14 +178,15 @@ def _merge(inputs: PlanInputs) -> Terms:
 
 
 def single_process_bytes(inputs: PlanInputs) -> float:
+    """Returns what one process takes before the first tensor, without communication buffers."""
     return PROCESS_BYTES if inputs.device == "cpu" else CUDA_CONTEXT_BYTES
 
 
 def host_bytes(inputs: PlanInputs) -> dict[str, float]:
-    """Host memory per phase for all processes of one machine, besides what a CPU run counts as its device.
+    """Returns host memory per phase for all processes of one machine; empty where the device is the CPU.
 
-    The base's files are mapped, so what is read of them is resident too, once for all processes, but the system takes those
-    pages back when it needs the memory: no process has to have them. Source: safetensors; proc(5), RssFile.
+    The base's files are mapped, so what is read of them is also resident, once for all processes; the system frees
+    those pages when it needs the memory. Source: safetensors; proc(5), RssFile.
     """
     if inputs.device == "cpu":
         return {}
@@ -193,21 +196,21 @@ def host_bytes(inputs: PlanInputs) -> dict[str, float]:
         frozen.ends + weights.adapter_bytes(inputs) + weights.gradient_bytes(inputs) + weights.optimizer_bytes(inputs)
     )
     parts = frozen.codes + frozen.unquantized - frozen.ends + (rest if inputs.rest_shards > 1 else 0)
-    away = (parts if inputs.offload else 0) + offloaded_bytes(inputs) * inputs.processes
-    in_host = inputs.strategy == "fsdp" and not inputs.trainer.cuts_all  # where each process brings a whole base in
+    offloaded = (parts if inputs.offload else 0) + offloaded_bytes(inputs) * inputs.processes
+    in_host = inputs.strategy == "fsdp" and not inputs.trainer.cuts_all  # each process loads a whole base
     saved = weights.adapter_bytes(inputs) + weights.optimizer_bytes(inputs)
     return {
         "load": start
         + largest_dense_bytes(inputs) * inputs.processes
-        + (frozen.total * inputs.processes if in_host else away),
-        "step": start + away,
-        "save": start + away + saved,
+        + (frozen.total * inputs.processes if in_host else offloaded),
+        "step": start + offloaded,
+        "save": start + offloaded + saved,
         "merge": start + weights.dense_bytes(inputs) / inputs.architecture.layers,
     }
 
 
 def disk_bytes(inputs: PlanInputs, *, checkpoints: int) -> dict[str, float]:
-    """Disk that a run fills: the base once, checkpoints, adapter, merged model."""
+    """Returns the disk space of a run: the base once, checkpoints, adapter, merged model."""
     adapter = weights.adapter_bytes(inputs)
     return {
         "base": float(weights.dense_bytes(inputs)),
@@ -218,21 +221,25 @@ def disk_bytes(inputs: PlanInputs, *, checkpoints: int) -> dict[str, float]:
 
 
 def total(terms: Terms) -> float:
+    """Sums the terms of a phase."""
     return sum(terms.values())
 
 
 def peak(inputs: PlanInputs) -> float:
-    """Bytes on one device at the worst moment from loading to saving."""
+    """Returns the bytes on one device at the worst moment from loading to saving."""
     return max(total(terms) for phase, terms in device_phases(inputs).items() if phase not in AFTER_TRAINING)
 
 
 def needed(inputs: PlanInputs) -> float:
-    """Bytes that must be there for the run not to fail: a GPU's idle blocks are left out, since torch hands them back and
-    tries again before it gives up. Source: torch docs, CUDA memory management, ``release_cached_blocks``."""
+    """Returns the bytes without which the run fails: a GPU's idle blocks do not count, since torch frees them and
+    retries.
+
+    Source: torch docs, CUDA memory management, ``release_cached_blocks``.
+    """
     return peak(inputs) - (allocator_bytes(inputs) if inputs.device == "cuda" else 0)
 
 
 def step_peak(inputs: PlanInputs) -> float:
-    """Bytes on one device at the worst moment of training."""
+    """Returns the bytes on one device at the worst moment of training."""
     by_phase = device_phases(inputs)
     return max(total(by_phase["first_step"]), total(by_phase["step"]))

@@ -1,13 +1,15 @@
-"""A composed configuration as the plain numbers of the closed form."""
+"""The plan group, and the conversion of a composed configuration to `PlanInputs`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.architecture import ArchitectureConfig, from_config_json
 from finetune.hardware.place import choose_dtype
-from finetune.plan.inputs import PlanInputs, Steps, TrainerMemoryModel
+from finetune.plan.inputs import KernelChoice, PlanInputs, TrainerMemoryModel
 
 if TYPE_CHECKING:
     from finetune.config import RunConfig
@@ -15,30 +17,48 @@ if TYPE_CHECKING:
 
 MIB = 1024**2
 FUSED_FAMILIES = ("llama", "mistral", "qwen2")
-"""Their layers are what `finetune.kernels.blocks` can fuse; Qwen3's attention has norms of its own, so it is not."""
+"""Families whose layers `finetune.kernels.blocks` can fuse; Qwen3's attention contains norms, so it cannot."""
 
 CAPPED_FAMILIES = ("gemma2",)
-"""They change their logits after the head, so head and loss stay TRL's."""
+"""Families that change their logits after the head, so TRL computes head and loss."""
+
+
+@dataclass(kw_only=True, slots=True)
+class PlanConfig:
+    """Selects what the plan shows besides memory and time."""
+
+    fit: bool = False
+    """Also proposes the settings that fit the hardware and train fastest, as overrides to paste."""
+
+    exact: bool = False
+    """Also counts a step of the real modelling code tensor by tensor, on tensors without contents; takes half a
+    minute."""
+
+    def problems(self) -> Iterator[str]:
+        """Yields nothing: every combination is valid."""
+        return iter(())
+
+
+def with_options(config: PlanConfig, options: Mapping[str, str]) -> PlanConfig:
+    """Replaces settings of the plan group by the command's own options, such as ``{"fit": "true"}``."""
+    return replace(config, **{name: value == "true" for name, value in options.items()})
 
 
 def from_config(config: RunConfig, machine: Machine) -> PlanInputs:
-    """The plain numbers of a composed configuration.
+    """Converts a composed configuration.
 
     Raises:
-        ModelError: ``model.architecture`` is null and the model is no local folder whose config.json tells it.
+        ModelError: ``model.architecture`` is null, and the model is not a local folder with a readable config.json.
     """
     architecture = config.model.architecture or from_config_json(Path(config.model.name).expanduser())
     device = planned_device(config, machine)
     dtype = planned_dtype(config, machine)
-    steps = steps_of(config, machine, architecture=architecture, device=device, dtype=dtype)
+    kernels = predict_kernels(config, machine, architecture=architecture, device=device, dtype=dtype)
     pairs = config.train.objective != "sft"
-    tokens = (
-        config.data.pack_tokens
-        if config.data.packing and config.data.pack_tokens and not pairs
-        else config.data.max_tokens
-    )
+    packed_tokens = config.data.pack_tokens if config.data.packing and not pairs else None
+    tokens = packed_tokens or config.data.max_tokens
     element = 4 if dtype == "float32" else 2
-    autocast = not (steps.fused and steps.loss_on_trained_tokens) and (
+    autocast = not (kernels.fused and kernels.loss_on_trained_tokens) and (
         config.lora.dtype != "bfloat16" or config.model.upcast != "none"
     )
     return PlanInputs(
@@ -71,14 +91,14 @@ def from_config(config: RunConfig, machine: Machine) -> PlanInputs:
         answer_rows=config.eval.batch_rows if config.eval.rows else 0,
         answer_tokens=config.eval.max_new_tokens,
         measured_tokens=max(config.eval.batch_tokens, config.merge.batch_tokens),
-        steps=steps,
+        kernels=kernels,
         trainer=TrainerMemoryModel(reduced_input_copies=autocast),
     )
 
 
-def steps_of(
+def predict_kernels(
     config: RunConfig, machine: Machine, *, architecture: ArchitectureConfig, device: str, dtype: str
-) -> Steps:
+) -> KernelChoice:
     """Predicts what `finetune.kernels` will choose, from the configuration alone; tests compare the two."""
     kernels, lora, method = config.kernels, config.lora, config.quantization.method
     upcast = "none" if dtype == "float32" else config.model.upcast
@@ -101,7 +121,7 @@ def steps_of(
         and (fused or loss_on_trained_tokens)
         and dtype == "bfloat16"
     )
-    return Steps(
+    return KernelChoice(
         fused=fused,
         loss_on_trained_tokens=loss_on_trained_tokens,
         native=native,

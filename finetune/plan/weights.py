@@ -1,4 +1,4 @@
-"""Bytes of what does not depend on the batch: weights, adapter, gradients, optimizer states."""
+"""Bytes that do not depend on the batch: weights, adapter, gradients, optimizer states."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from finetune.architecture import (
     norm_parameters,
     parameters,
 )
-from finetune.plan.inputs import PlanInputs
-from finetune.plan.segments import block_bytes
+from finetune.plan.inputs import PlanInputs, block_bytes
 from finetune.quantization.skip_modules import is_kept
 
 BLOCK = 64
-"""Weights that share one constant in bitsandbytes' 4-bit forms. Source: QLoRA paper, section 3; bitsandbytes' default."""
+"""Weights that share one constant in bitsandbytes' 4-bit forms. Source: QLoRA paper, section 3; bitsandbytes'
+default."""
 
 HQQ_BYTES = {8: 1, 6: 1, 5: 1, 4: 1 / 2, 3: 4 / 10, 2: 1 / 4, 1: 1 / 8}
-"""Bytes a weight: 5 and 6 bits lie in a byte, ten of 3 bits in four. Source: hqq 0.2.8, core/bitpack.py."""
+"""Bytes per weight: 5 and 6 bits take a byte, ten weights of 3 bits take four. Source: hqq 0.2.8, core/bitpack.py."""
 
 DOUBLE_BLOCK = 256
 """Constants that share one second-level constant. Source: QLoRA paper, section 3."""
@@ -42,10 +42,10 @@ class Weights:
 
     Attributes:
         codes: Quantized (or dense) weights of the block's linear layers.
-        constants: Their quantization constants; never cut into shards.
+        constants: Their quantization constants; never sharded.
         unquantized: Embedding, head, norms, biases, experts.
         ends: Embedding and head alone.
-        unused: What is left over in the segments of a GPU's memory that ``codes`` lie in.
+        unused: The unused rest of the GPU memory segments that hold ``codes``.
     """
 
     codes: float
@@ -56,11 +56,12 @@ class Weights:
 
     @property
     def total(self) -> float:
+        """Returns the sum of all parts."""
         return self.codes + self.constants + self.unquantized + self.unused
 
 
 def weight_bytes(inputs: PlanInputs) -> Weights:
-    """The frozen model as it lies in memory."""
+    """Computes the frozen model in memory."""
     a = inputs.architecture
     inside = quantized_linear(inputs)
     quantized = sum(linear.weights for linear in inside)
@@ -85,7 +86,7 @@ def weight_bytes(inputs: PlanInputs) -> Weights:
 
 
 def quantized_linear(inputs: PlanInputs) -> list[Linear]:
-    """The linear layers without those kept by name. Names are Llama's: ``model.layers.3.mlp.down_proj``."""
+    """Returns the linear layers without those kept by name. Names are Llama's: ``model.layers.3.mlp.down_proj``."""
 
     def quantized(linear: Linear) -> int:
         names = [
@@ -94,12 +95,12 @@ def quantized_linear(inputs: PlanInputs) -> list[Linear]:
         ]
         return sum(not any(is_kept(name, inputs.keep) for name in both) for both in names)
 
-    every = linear_layers(inputs.architecture)
-    return [dataclasses.replace(linear, count=quantized(linear)) for linear in every] if inputs.keep else every
+    layers = linear_layers(inputs.architecture)
+    return [dataclasses.replace(linear, count=quantized(linear)) for linear in layers] if inputs.keep else layers
 
 
 def quantized_bytes(inputs: PlanInputs, elements: int, rows: int) -> tuple[float, float]:
-    """Of weights in matrices of ``rows`` rows together: their codes and their constants."""
+    """Returns the bytes of codes and constants of weights in matrices with ``rows`` rows in total."""
     if inputs.method == "none":
         return elements * (FLOAT if inputs.upcast == "all" and inputs.rank else inputs.stored_bytes), 0
     if inputs.method == "int8":
@@ -113,12 +114,12 @@ def quantized_bytes(inputs: PlanInputs, elements: int, rows: int) -> tuple[float
 
 
 def dense_bytes(inputs: PlanInputs) -> int:
-    """The model in 16 bit, as it is downloaded and as a merge writes it."""
+    """Returns the bytes of the model in 16 bit, as it is downloaded and as a merge writes it."""
     return 2 * parameters(inputs.architecture)
 
 
 def trainable_parameters(inputs: PlanInputs) -> int:
-    """Elements of the adapter, or of the whole model where there is none."""
+    """Returns the elements of the adapter, or of the whole model without one."""
     if not inputs.rank:
         return parameters(inputs.architecture)
     return sum(
@@ -127,28 +128,26 @@ def trainable_parameters(inputs: PlanInputs) -> int:
 
 
 def element_bytes(inputs: PlanInputs) -> int:
-    """Bytes per trained element."""
+    """Returns bytes per trained element."""
     return inputs.adapter_bytes if inputs.rank else inputs.stored_bytes
 
 
 def adapter_bytes(inputs: PlanInputs) -> float:
-    """LoRA's A and B; 0 for full fine-tuning, whose weights are counted with the model."""
+    """Returns the bytes of LoRA's A and B; 0 for full fine-tuning, whose weights count as the model's."""
     return trainable_parameters(inputs) * inputs.adapter_bytes if inputs.rank else 0
 
 
 def gradient_bytes(inputs: PlanInputs) -> float:
-    """A gradient has its parameter's dtype."""
-    own = trainable_parameters(inputs) * element_bytes(inputs)
-    frozen = (
-        embedding_parameters(inputs.architecture) * inputs.compute_bytes if inputs.trainer.embedding_gradient else 0
-    )
-    return own + frozen
+    """Returns the bytes of all gradients; each has its parameter's dtype."""
+    trained = trainable_parameters(inputs) * element_bytes(inputs)
+    embedding = embedding_parameters(inputs.architecture) * inputs.compute_bytes
+    frozen = embedding if inputs.trainer.embedding_gradient else 0
+    return trained + frozen
 
 
 def optimizer_bytes(inputs: PlanInputs) -> float:
-    """States that stay between steps. torch's AdamW keeps them in the parameter's dtype, bitsandbytes in its own."""
+    """Returns the bytes of the states. torch's AdamW keeps them in the parameter's dtype, bitsandbytes in its own."""
     count = trainable_parameters(inputs)
-    own = element_bytes(inputs)
     name = inputs.optimizer.removeprefix("paged_")
     states = 1 if name.startswith("lion") else 2
     if name == "sgd":
@@ -158,11 +157,11 @@ def optimizer_bytes(inputs: PlanInputs) -> float:
         return states * ((count - small) * (1 + FLOAT / STATE_BLOCK) + small * FLOAT)
     if name.endswith("_32bit"):
         return states * count * FLOAT
-    return states * count * own
+    return states * count * element_bytes(inputs)
 
 
 def optimizer_peak_bytes(inputs: PlanInputs) -> float:
-    """What a step of the optimizer needs besides: torch's foreach AdamW makes one temporary of every parameter's size.
+    """Returns what an optimizer step also needs: torch's foreach AdamW creates one temporary of every parameter's size.
 
     Source: torch/optim/adamw.py, ``_multi_tensor_adamw``, ``exp_avg_sq_sqrt``. Fused and bitsandbytes
     optimizers update in place.
@@ -173,7 +172,7 @@ def optimizer_peak_bytes(inputs: PlanInputs) -> float:
 
 
 def _small_elements(inputs: PlanInputs) -> int:
-    """Elements of adapter matrices too small for 8-bit states."""
+    """Counts the elements of adapter matrices that are too small for 8-bit states."""
     if not inputs.rank:
         return 0
     sides = [
@@ -185,27 +184,31 @@ def _small_elements(inputs: PlanInputs) -> int:
 
 
 def stays_mapped(inputs: PlanInputs) -> bool:
-    """Fused layers put unquantized siblings below each other; the pages of the file that they were read from stay resident
-    beside them until the system needs the memory. Source: safetensors maps its files."""
-    return inputs.steps.fused and inputs.method == "none" and inputs.device == "cpu"
+    """Tells whether the base's file stays resident next to the concatenated weights of fused layers.
+
+    The system frees its pages when it needs the memory. Source: safetensors maps its files.
+    """
+    return inputs.kernels.fused and inputs.method == "none" and inputs.device == "cpu"
 
 
 def cached_bytes(inputs: PlanInputs) -> float:
-    """16-bit copies of the quantized weights that fused layers keep on a CPU, or of unquantized ones, whose file stays mapped."""
-    if not inputs.steps.cached and not stays_mapped(inputs):
+    """Returns dense copies of the quantized weights that fused layers keep on a CPU, or unquantized ones whose file
+    stays mapped."""
+    if not inputs.kernels.cached and not stays_mapped(inputs):
         return 0
     return sum(linear.weights for linear in quantized_linear(inputs)) * inputs.compute_bytes
 
 
 def workspace_bytes(inputs: PlanInputs) -> float:
-    """The largest quantized matrix, dense: bitsandbytes dequantizes a whole one for each product, LLM.int8 on the way back.
+    """Returns the largest quantized matrix, dense: bitsandbytes dequantizes it for each product, LLM.int8 in the
+    backward pass.
 
-    Fused layers dequantize gate and up and put them below each other, so both are there twice.
+    Fused layers dequantize gate and up and concatenate them, so both exist twice.
     """
-    if inputs.method == "none" or inputs.steps.cached:
+    if inputs.method == "none" or inputs.kernels.cached:
         return 0
     a = inputs.architecture
-    if inputs.steps.fused:
+    if inputs.kernels.fused:
         return 2 * 2 * a.hidden_size * a.intermediate_size * inputs.compute_bytes
     largest = max(linear.in_features * linear.out_features for linear in linear_layers(a))
     if inputs.trainer.quantizes_head:

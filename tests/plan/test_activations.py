@@ -7,12 +7,20 @@ import pytest
 
 from finetune.architecture import ArchitectureConfig
 from finetune.plan.activations import activations, loss_bytes, saved_in_layer
-from finetune.plan.inputs import PlanInputs, Steps, TrainerMemoryModel
+from finetune.plan.inputs import KernelChoice, PlanInputs, TrainerMemoryModel
 
 TINY = ArchitectureConfig(
-    family="llama", hidden_size=128, intermediate_size=384, layers=6, heads=8, kv_heads=4, head_dim=16, vocab_size=512,
-    tied_embeddings=False, max_positions=256,
-)  # fmt: skip
+    family="llama",
+    hidden_size=128,
+    intermediate_size=384,
+    layers=6,
+    heads=8,
+    kv_heads=4,
+    head_dim=16,
+    vocab_size=512,
+    tied_embeddings=False,
+    max_positions=256,
+)
 INPUTS = PlanInputs(
     architecture=TINY, method="none", rank=8, adapter_bytes=4, rows=2, tokens=50, checkpointing=False, device="cpu"
 )
@@ -26,9 +34,14 @@ def saved_bytes(*, adapter_dtype: Any, autocast: bool) -> int:
     from transformers import LlamaConfig, LlamaModel
 
     config = LlamaConfig(
-        hidden_size=TINY.hidden_size, intermediate_size=TINY.intermediate_size, num_hidden_layers=TINY.layers,
-        num_attention_heads=TINY.heads, num_key_value_heads=TINY.kv_heads, vocab_size=TINY.vocab_size, head_dim=TINY.head_dim,
-    )  # fmt: skip
+        hidden_size=TINY.hidden_size,
+        intermediate_size=TINY.intermediate_size,
+        num_hidden_layers=TINY.layers,
+        num_attention_heads=TINY.heads,
+        num_key_value_heads=TINY.kv_heads,
+        vocab_size=TINY.vocab_size,
+        head_dim=TINY.head_dim,
+    )
     model = peft.get_peft_model(
         LlamaModel(config).to(torch.bfloat16), peft.LoraConfig(r=8, target_modules="all-linear")
     )
@@ -86,7 +99,7 @@ def test_eager_attention_grows_with_the_square_of_the_length() -> None:
 
 def test_eager_attention_over_documents_in_one_row_sees_all_of_them() -> None:
     apart = dataclasses.replace(BFLOAT16, attention="eager", rows=2)
-    flat = dataclasses.replace(apart, steps=Steps(flat=True))
+    flat = dataclasses.replace(apart, kernels=KernelChoice(flat=True))
     assert saved_in_layer(flat) - saved_in_layer(apart) == 8 * 50 * (4 + 2)
 
 
@@ -107,7 +120,7 @@ def test_trls_loss_without_triton_is_counted_on_its_own_code(cap: float | None) 
     from torch._subclasses.fake_tensor import FakeTensorMode
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-    from finetune.plan.fake import Alive
+    from finetune.plan.fake import LiveBytes
 
     wide = dataclasses.replace(TINY, vocab_size=65536, softcap=cap is not None)
     inputs = dataclasses.replace(INPUTS, architecture=wide)
@@ -115,7 +128,7 @@ def test_trls_loss_without_triton_is_counted_on_its_own_code(cap: float | None) 
         hidden = torch.empty(inputs.step_tokens, TINY.hidden_size, dtype=torch.bfloat16, requires_grad=True)
         head = torch.empty(wide.vocab_size, TINY.hidden_size, dtype=torch.bfloat16)
         targets = torch.empty(inputs.step_tokens, dtype=torch.long)
-        with Alive([hidden, head, targets], size=float) as alive:
+        with LiveBytes([hidden, head, targets], size=float) as alive:
             logprobs = ChunkedLogProbFunction.apply(
                 hidden, head, None, targets, 1.0, inputs.trainer.loss_tile[1], cap, 1.0, ()
             )[0]
@@ -130,8 +143,8 @@ def test_int8_holds_on_to_its_inputs_although_layers_are_computed_again() -> Non
 
 
 def test_selective_checkpointing_keeps_only_the_input_of_gated_layers() -> None:
-    fused = dataclasses.replace(INPUTS, steps=Steps(fused=True))
-    selective = dataclasses.replace(INPUTS, steps=Steps(fused=True, selective=True))
+    fused = dataclasses.replace(INPUTS, kernels=KernelChoice(fused=True))
+    selective = dataclasses.replace(INPUTS, kernels=KernelChoice(fused=True, selective=True))
     assert saved_in_layer(fused) - saved_in_layer(selective) > 2 * 2 * 384
     assert activations(selective).peak < activations(fused).peak
 

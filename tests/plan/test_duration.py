@@ -8,7 +8,7 @@ import pytest
 from finetune.config import load
 from finetune.hardware import Machine, probe
 from finetune.plan import plan, show
-from finetune.plan.duration import seconds, training_tokens
+from finetune.plan.duration import stage_seconds, training_tokens
 from finetune.plan.settings import from_config
 from finetune.plan.throughput import passes, throughput, token_operations
 from tests.fixtures.architectures import inputs, machine
@@ -29,7 +29,8 @@ def finished_run(root: Path, *, cores: int, tokens_per_second: float) -> None:
 
 
 def test_a_token_costs_two_operations_for_each_weight_and_pass() -> None:
-    # 6.6 billion weights that compute (the embedding is looked up, the head is passed), and 2 % for the scores of 1,024 tokens.
+    # 6.6 billion weights that compute (the embedding is looked up, the head is passed), and 2 % for the scores of 1,024
+    # tokens.
     assert token_operations(inputs(checkpointing=False)) == pytest.approx(4 * 6.6e9, rel=0.03)
     assert token_operations(inputs()) / token_operations(inputs(checkpointing=False)) == pytest.approx(1.5)
 
@@ -91,7 +92,7 @@ def test_a_file_tells_by_its_size_and_a_hub_only_when_it_is_read(tmp_path: Path)
 def test_every_long_stage_has_a_time() -> None:
     config = load(["+experiment=quickstart"])
     found = from_config(config, HERE)
-    times = seconds(config, found, throughput(found, HERE, runs=None))
+    times = stage_seconds(config, found, throughput(found, HERE, runs=None))
     assert set(times) == {"train", "merge", "eval"}
     assert all(took > 0 for took in times.values())
 

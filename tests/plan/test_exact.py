@@ -53,12 +53,13 @@ def test_closed_form_and_count_agree_within_a_twentieth(overrides: list[str]) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixtral_8x7b", "qwen3_30b_a3b"])
 def test_bitsandbytes_leaves_fused_experts_alone(name: str) -> None:
-    """What transformers hands to bitsandbytes are the attention's layers: every expert stays an unquantized parameter."""
-    from finetune.plan.fake import build
+    """What transformers hands to bitsandbytes are the attention's layers: every expert stays an unquantized
+    parameter."""
+    from finetune.plan.fake import build_model
 
     config = load(["+experiment=llama7b_qlora", f"model={name}", "model.architecture.layers=2"])
     inputs = from_config(config, probe(config.hardware))
-    model, quantized = build(config, inputs, dtype="bfloat16")
+    model, quantized = build_model(config, inputs, dtype="bfloat16")
     assert {layer.split(".")[-2] for layer in quantized} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     experts = sum(p.numel() for layer, p in model.named_parameters() if "experts" in layer)
     a = inputs.architecture
@@ -96,8 +97,8 @@ def test_what_needs_the_weights_contents_is_not_counted() -> None:
     config = load(["+experiment=quickstart", "lora=dora"])
     machine = probe(config.hardware)
     inputs = from_config(config, machine)
-    assert inputs.steps.fused is False
-    with pytest.raises(ModelError, match="dora starts from the lengths"):
+    assert inputs.kernels.fused is False
+    with pytest.raises(ModelError, match="dora is initialised with the norms"):
         compare(config, inputs, machine)
 
 
@@ -129,16 +130,16 @@ def test_the_plan_knows_how_steps_will_be_computed(overrides: list[str]) -> None
     from finetune.hardware import place
     from finetune.kernels.choose import choose
     from finetune.kernels.fusion import facts_of
-    from finetune.plan.fake import build
+    from finetune.plan.fake import build_model
 
     config = load([*overrides, "model.architecture.layers=1", "hardware.device=cpu"])
     machine = probe(config.hardware)
     placement = place(machine, config)
     inputs = from_config(config, machine)
-    model, _ = build(config, inputs, dtype=placement.dtype)
+    model, _ = build_model(config, inputs, dtype=placement.dtype)
     choice = choose(config.kernels, facts_of(model, placement), device="cpu")
     cached = choice.cached and config.quantization.method != "none"
-    assert (inputs.steps.fused, inputs.steps.loss_on_trained_tokens, inputs.steps.cached) == (
+    assert (inputs.kernels.fused, inputs.kernels.loss_on_trained_tokens, inputs.kernels.cached) == (
         choice.fused,
         choice.loss_on_trained_tokens,
         cached,

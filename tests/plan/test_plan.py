@@ -11,10 +11,10 @@ import pytest
 
 from finetune.config import load
 from finetune.hardware import Machine, place, probe
-from finetune.plan import PlanConfig, phases, show, weights, with_own
+from finetune.plan import PlanConfig, phases, show, weights, with_options
 from finetune.plan.activations_saved import layer_bytes
 from finetune.plan.fit import propose
-from finetune.plan.inputs import OURS
+from finetune.plan.inputs import TRL
 from finetune.plan.product import Plan, make_plan
 from finetune.plan.settings import from_config
 from finetune.run import to_jsonable
@@ -46,7 +46,7 @@ def test_seventy_billion_fits_two_gpus_only_in_shards() -> None:
     assert make_plan(offloaded, machine(24, 24, ram=128), checkpoints=2).fits is True
 
 
-def test_more_processes_than_gpus_do_not_fit_and_it_is_said() -> None:
+def test_more_processes_than_gpus_do_not_fit_and_the_plan_says_so() -> None:
     plan = make_plan(inputs(strategy="ddp", processes=4), machine(24, 24), checkpoints=2)
     assert plan.fits is False
     assert plan.obstacle == "launch.processes=4, but the machine has 2 GPUs"
@@ -61,18 +61,18 @@ def test_offloaded_shards_need_host_memory() -> None:
     assert make_plan(wish, machine(24, 24, ram=16), checkpoints=2).fits is False
 
 
-def test_full_disk_is_said() -> None:
+def test_full_disk_is_reported() -> None:
     small = dataclasses.replace(machine(24), disk_free_bytes=GIB)
-    assert any("the disk needs" in note for note in make_plan(inputs(), small, checkpoints=2).notes)
+    assert any("of disk space" in note for note in make_plan(inputs(), small, checkpoints=2).notes)
 
 
-def test_unquantized_experts_are_said_and_priced() -> None:
+def test_unquantized_experts_are_reported_with_their_cost() -> None:
     plan = make_plan(inputs("mixtral_8x7b"), machine(80), checkpoints=2)
     assert plan.fits is False
-    said = next(note for note in plan.notes if "experts" in note)
-    assert "97% of the model is not quantized" in said
+    note = next(note for note in plan.notes if "experts" in note)
+    assert "97% of the model is not quantized" in note
     # 45.1 billion weights in experts and routers: 2 bytes each, or 4.127 bits as NF4 with double quantization.
-    assert "They take 84.0 GiB; as nf4 they would take 21.7 GiB, 62.3 GiB less" in said
+    assert "They take 84.0 GiB; as nf4 they would take 21.7 GiB, 62.3 GiB less" in note
 
 
 def test_terms_of_a_phase_add_up_to_its_peak() -> None:
@@ -94,12 +94,12 @@ def test_every_change_that_is_advised_needs_less() -> None:
 
 
 def test_fewer_answers_at_a_time_are_advised_where_they_fit() -> None:
-    asked = inputs(answer_rows=32, answer_tokens=96)
-    said = make_plan(asked, machine(24), checkpoints=2).notes
-    assert any(re.search(r"eval needs 30\.\d GiB .* eval\.batch_rows=16 fits", note) for note in said)
+    setup = inputs(answer_rows=32, answer_tokens=96)
+    notes = make_plan(setup, machine(24), checkpoints=2).notes
+    assert any(re.search(r"eval needs 30\.\d GiB .* eval\.batch_rows=16 fits", note) for note in notes)
     assert not any(
         "eval" in note
-        for note in make_plan(dataclasses.replace(asked, answer_rows=8), machine(24), checkpoints=2).notes
+        for note in make_plan(dataclasses.replace(setup, answer_rows=8), machine(24), checkpoints=2).notes
     )
 
 
@@ -111,7 +111,7 @@ def test_show_prints_every_phase_and_the_verdict(capsys: pytest.CaptureFixture[s
     )
 
 
-def test_unknown_model_is_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_model_is_reported_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     show(Plan(known=False, notes=["no plan: dimensions unknown"]))
     assert capsys.readouterr().out == "plan       no plan: dimensions unknown\n"
 
@@ -140,7 +140,7 @@ def test_seventy_billion_on_two_gpus_is_proposed_shards() -> None:
     assert "launch=fsdp launch.processes=2" in sentences[0]
 
 
-def test_what_cannot_fit_at_all_is_said() -> None:
+def test_what_cannot_fit_at_all_is_reported() -> None:
     assert propose(inputs("llama31_405b"), machine(24))[0].startswith("nothing fits")
 
 
@@ -154,11 +154,11 @@ NAMED = ["rtx4060_8gb", "rtx3060_12gb", "rtx4060ti_16gb", "rtx4090", "t4", "a100
 @pytest.mark.parametrize("name", NAMED)
 def test_a_proposal_that_is_pasted_fits(name: str) -> None:
     """What is printed as overrides is what was planned, whoever types it."""
-    asked = ["+experiment=llama7b_qlora", f"hardware={name}"]
-    config = load(asked)
+    overrides = ["+experiment=llama7b_qlora", f"hardware={name}"]
+    config = load(overrides)
     here = probe(config.hardware)
     words = propose(from_config(config, here), here)[0].removeprefix("proposed: ").split()
-    pasted = load([*asked, *words])
+    pasted = load([*overrides, *words])
     assert make_plan(from_config(pasted, here), here, checkpoints=2).fits is True
 
 
@@ -169,10 +169,10 @@ def test_a_pair_is_planned_as_two_documents_of_the_longest_row() -> None:
 
 
 def test_a_gpu_without_bfloat16_gets_plain_layers() -> None:
-    asked = ["+experiment=llama7b_qlora", "lora.dropout=0"]
+    overrides = ["+experiment=llama7b_qlora", "lora.dropout=0"]
     for name, fused in (("rtx4090", True), ("t4", False)):
-        config = load([*asked, f"hardware={name}"])
-        assert from_config(config, probe(config.hardware)).steps.fused is fused
+        config = load([*overrides, f"hardware={name}"])
+        assert from_config(config, probe(config.hardware)).kernels.fused is fused
 
 
 def test_a_plan_has_the_dtype_that_the_run_is_placed_in() -> None:
@@ -182,7 +182,7 @@ def test_a_plan_has_the_dtype_that_the_run_is_placed_in() -> None:
         config = load(["+experiment=quickstart", f"model.dtype={dtype}"])
         planned = from_config(config, here)
         assert (planned.compute_bytes, planned.stored_bytes) == (element, element)
-        assert planned.steps.native is (element == 2)
+        assert planned.kernels.native is (element == 2)
         assert {2: "bfloat16", 4: "float32"}[element] == place(here, config).dtype
 
 
@@ -200,7 +200,7 @@ def test_a_heap_has_half_as_many_holes_as_blocks() -> None:
 
 
 def test_zero3_shards_as_everyone_elses_fsdp_does() -> None:
-    sharded = inputs("llama2_70b", strategy="fsdp", processes=2, trainer=dataclasses.replace(OURS, cuts_all=True))
+    sharded = inputs("llama2_70b", strategy="fsdp", processes=2, trainer=dataclasses.replace(TRL, cuts_all=True))
     assert phases.step_peak(dataclasses.replace(sharded, strategy="zero3")) == phases.step_peak(sharded)
 
 
@@ -208,7 +208,7 @@ def test_zero3_loads_a_whole_quantized_base_on_each_device_and_fsdp_in_host_memo
     sharded = inputs("llama2_70b", strategy="fsdp", processes=8)
     zero = dataclasses.replace(sharded, strategy="zero3")
     whole = weights.weight_bytes(sharded).total
-    loads = {one.strategy: phases.total(phases.device_phases(one)["load"]) for one in (sharded, zero)}
+    loads = {setup.strategy: phases.total(phases.device_phases(setup)["load"]) for setup in (sharded, zero)}
     assert loads["zero3"] > whole
     assert loads["fsdp"] < whole / 4
     assert phases.host_bytes(sharded)["load"] > 8 * whole > phases.host_bytes(zero)["load"]
@@ -218,8 +218,8 @@ def test_zero3_loads_a_whole_quantized_base_on_each_device_and_fsdp_in_host_memo
 
 def test_our_fsdp_cuts_the_layers_alone() -> None:
     ours = inputs("llama2_70b", strategy="fsdp", processes=2)
-    theirs = dataclasses.replace(ours, trainer=dataclasses.replace(OURS, cuts_all=True))
-    found, other = (phases.device_phases(one)["step"] for one in (ours, theirs))
+    theirs = dataclasses.replace(ours, trainer=dataclasses.replace(TRL, cuts_all=True))
+    found, other = (phases.device_phases(setup)["step"] for setup in (ours, theirs))
     assert found["adapter"] == weights.adapter_bytes(ours) == 2 * other["adapter"]
     assert found["unquantized"] > weights.weight_bytes(ours).ends > other["unquantized"]
     assert found["gathered"] < other["gathered"]
@@ -231,11 +231,11 @@ def test_deepspeed_is_planned_as_zero3() -> None:
 
 
 @pytest.mark.parametrize(
-    ("own", "fit", "exact"),
+    ("options", "fit", "exact"),
     [({"fit": "true"}, True, False), ({"exact": "true", "fit": "false"}, False, True), ({}, False, False)],
 )
-def test_the_verbs_own_settings_take_the_groups_place(own: dict[str, str], fit: bool, exact: bool) -> None:
-    found = with_own(PlanConfig(), own)
+def test_the_commands_own_options_take_the_groups_place(options: dict[str, str], fit: bool, exact: bool) -> None:
+    found = with_options(PlanConfig(), options)
     assert (found.fit, found.exact) == (fit, exact)
 
 
