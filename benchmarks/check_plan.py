@@ -60,8 +60,7 @@ def read(file: Path, parser: argparse.ArgumentParser) -> list[dict[str, Any]]:
 
 
 def inputs_of(row: Mapping[str, Any]) -> PlanInputs:
-    """A row of benchmarks/measure_plan.py names its settings as a user types them, so that the plan reads them as a
-    user's."""
+    """Plans a row of benchmarks/measure_plan.py, which lists its settings as a user types them."""
     config = load([*row["overrides"], "run.name=compared"])
     return from_config(config, probe(config.hardware))
 

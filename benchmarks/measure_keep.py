@@ -1,9 +1,8 @@
 """What a byte budget for layers in full precision buys over uniform NF4, on two texts: ``python -m
 benchmarks.measure_keep``.
 
-Per text: layers are chosen on its first half, and KL and loss against the dense base are measured on its second half.
-    The
-control keeps layers drawn at random for the same budget. The base is moved off the 4-bit grid that the quickstart's
+Layers are chosen on the first half of each text; KL and loss against the dense base are measured on its second half.
+The control keeps layers drawn at random for the same budget. The base is moved off the 4-bit grid that the quickstart's
 GGUF lies on.
 """
 

@@ -215,8 +215,7 @@ def _peft(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _logits(request: dict[str, Any]) -> dict[str, Any]:
-    """Returns the logits after a fixed prompt and deletes the merged files, since the next contender needs the
-    space."""
+    """Returns the logits after a fixed prompt and deletes the merged files to free disk space."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -1,7 +1,6 @@
 """How other projects' training scripts use memory, which is needed to compare the closed form with their figures.
 
-Nothing here is fitted: each flag was read in the named source at the named commit. Bytes per vocabulary entry follow
-    the
+No flag is fitted: each was read in the named source at the named commit. Bytes per vocabulary entry follow the
 tensors that are alive together while the loss is computed backwards.
 """
 

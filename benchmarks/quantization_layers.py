@@ -161,8 +161,7 @@ def distance(weight: Tensor, other: Tensor) -> dict[str, float]:
 def block_size(weights: dict[str, Tensor], block: int) -> dict[str, Any]:
     """Measures NF4 at one block size: its error, and its bits per weight.
 
-    Bits are counted: 4, and a float32 per block; with double quantization a byte per block and a float32 for 256
-        blocks.
+    Bits are counted as 4 and a float32 per block; with double quantization a byte per block and one float32 for 256.
     """
     plain, double = (
         math.sqrt(mean_square(weights, four_bit("nf4", block=block, double=double))) for double in (False, True)
@@ -226,8 +225,7 @@ def unevenness(seen: Tensor) -> float:
 
 
 def smoothed(seen: Tensor, weight: Tensor) -> dict[str, float]:
-    """Returns the error of the layer's output in int8, without and with the migration of scales from inputs to
-    weights."""
+    """Returns the error of the layer's int8 output, without and with migration of scales from inputs to weights."""
     x = seen.float()
     scale = (x.abs().amax(0).clamp_min(1e-5) ** MIGRATION) / (weight.abs().amax(0).clamp_min(1e-5) ** (1 - MIGRATION))
     return {"before": int8_error(x, weight, x, weight), "after": int8_error(x, weight, x / scale, weight * scale)}

@@ -134,8 +134,7 @@ class Linear:
 
 
 def linear_layers(architecture: ArchitectureConfig) -> list[Linear]:
-    """Lists the block's ``nn.Linear`` layers, which bitsandbytes quantizes and LoRA can adapt; the head is not among
-    them.
+    """Lists the block's ``nn.Linear`` layers, without the head: those that are quantized and can have adapters.
 
     Experts are fused 3-D parameters in transformers 5, not linear layers, so they are not listed either.
     """

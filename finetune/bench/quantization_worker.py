@@ -177,8 +177,7 @@ def decode(model: Any, batch: int) -> int:
 
 
 def token_ids(model: Any, rows: int, length: int) -> Any:
-    """Returns token ids that every vocabulary has, each different from the one before; speed does not depend on
-    them."""
+    """Returns token ids that every vocabulary has, each different from the one before."""
     import torch
 
     return (torch.arange(rows * length) % min(1000, model.config.vocab_size)).view(rows, length).to(model.device)

@@ -33,8 +33,9 @@ class CpuUsage:
 
 
 def yield_to_busy_cpu(since: CpuUsage) -> None:
-    """Lets waiting threads sleep early where other programs need the CPU. OpenMP reads the setting when torch is
-    imported.
+    """Lets waiting threads sleep early where other programs need the CPU.
+
+    OpenMP reads the setting when torch is imported.
 
     Args:
         since: Usage at the program's start; composing and checking the configuration takes long enough to measure.

@@ -16,9 +16,8 @@ if TYPE_CHECKING:
 X86 = ("x86_64", "AMD64", "i386", "i686")
 BFLOAT16_INSTRUCTIONS = frozenset({"avx512_bf16", "amx_bf16"})
 """x86 instruction sets that multiply bfloat16. Without them torch does so without vector instructions.
-Measured on an AMD EPYC with AVX2 only, two threads: a product of 2048 x 576 and 576 x 3072 takes 9 times as long as in
-    float32, and a
-training step of the 135M model took 97 s."""
+On an AMD EPYC with AVX2 only and two threads, a product of 2048 x 576 and 576 x 3072 took 9 times as long as in
+float32, and a training step of the 135M model took 97 s."""
 
 
 @dataclass(frozen=True, kw_only=True)

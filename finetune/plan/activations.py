@@ -75,14 +75,12 @@ def activations(inputs: PlanInputs) -> Activations:
 
 
 def whole_tiles(tokens: int) -> int:
-    """Rounds positions of the loss on trained tokens up to whole tiles. Source: finetune/kernels/autograd.py,
-    ``token_losses``."""
+    """Rounds positions of the loss on trained tokens up to whole tiles, as `finetune.kernels.autograd` does."""
     return -(-tokens // TRAINED_ROWS) * TRAINED_ROWS
 
 
 def mask_bytes(inputs: PlanInputs) -> float:
-    """Returns the bytes of the attention mask, once for all layers: boolean, or floating-point where attention is
-    eager.
+    """Returns the bytes of the attention mask, once for all layers; eager attention has a floating-point one.
 
     Recomputed layers keep it, although fused attention never reads it.
     """
@@ -120,19 +118,18 @@ def recomputed_bytes(inputs: PlanInputs) -> float:
 
 
 def backward_temporaries(inputs: PlanInputs) -> float:
-    """Returns the gradients alive at the widest point of a layer's backward pass: the feed-forward's factors and the
-    residual.
+    """Returns the gradients alive at the widest point of a layer's backward pass: feed-forward factors and residual.
 
     Eager attention's scores may be wider; by the time their gradients exist, what the feed-forward kept has been freed.
 
-    The fused gated activation works in float32 in plain torch: gate and up, the gradient, the sigmoid, both results,
-        and
-    both results concatenated. Source: finetune/kernels/plain.py, ``swiglu_backward``; compiled, it writes one result.
+    The fused gated activation in plain torch works in float32 with gate and up, the gradient, the sigmoid, both
+    results, and these concatenated. Source: finetune/kernels/plain.py, ``swiglu_backward``; compiled, it writes one result.
     """
     a, c, tokens = inputs.architecture, inputs.wide_bytes, inputs.step_tokens
     width = a.intermediate_size * max(1, a.active_experts)
     if inputs.kernels.fused:
-        gated = tokens * c * 4 * width if inputs.kernels.native else tokens * (FLOAT * 8 + c * 2) * width
+        casts = 0 if c == FLOAT else 3 * FLOAT  # gate, up and the gradient
+        gated = tokens * width * (4 * c if inputs.kernels.native else casts + 5 * FLOAT + 2 * c)
         product = tokens * c * 2 * width + workspace_bytes(inputs)
         return max(gated, product) - workspace_bytes(inputs) + tokens * c * 2 * a.hidden_size
     wide = tokens * c * ((3 if a.mlp == "gated" else 2) * width + 2 * a.hidden_size)

@@ -57,8 +57,7 @@ def layer_bytes(inputs: PlanInputs) -> float:
 
 
 def norms(inputs: PlanInputs) -> Iterator[SavedTensor]:
-    """Yields what normalisations keep: RMSNorm its input in float32, LayerNorm, a single operation, its input
-    unchanged.
+    """Yields what normalisations keep: RMSNorm its input in float32, LayerNorm its input unchanged.
 
     A trained weight also keeps the normalised value. Query and key norms work on the heads.
     """
@@ -168,8 +167,7 @@ def input_tensors(inputs: PlanInputs) -> list[InputTensor]:
 
 
 def feed_forward(inputs: PlanInputs) -> Iterator[SavedTensor]:
-    """Yields the gate before and after its activation, and up; of a plain block the activation's input. Times active
-    experts."""
+    """Yields the gate before and after its activation, and up; of a plain block the activation's input."""
     a = inputs.architecture
     if inputs.kernels.selective and a.mlp == "gated":
         return
@@ -178,8 +176,7 @@ def feed_forward(inputs: PlanInputs) -> Iterator[SavedTensor]:
 
 
 def adapter_copies(inputs: PlanInputs) -> Iterator[SavedTensor]:
-    """Yields copies of A and B in the compute dtype, where theirs differs: autocast's copies, and those of fused
-    layers."""
+    """Yields autocast's and the fused layers' copies of A and B in the compute dtype, where theirs differs."""
     c = inputs.compute_bytes
     if inputs.kernels.fused or (inputs.trainer.reduced_input_copies and inputs.adapter_bytes != c):
         recomputed = GATED_LAYERS if inputs.kernels.selective else ()

@@ -55,8 +55,7 @@ def _held_out(config: RunConfig, inputs: PlanInputs, speed: Throughput) -> float
 
 
 def eval_seconds(config: RunConfig, inputs: PlanInputs, speed: Throughput) -> float:
-    """Estimates the eval stage: each of four models is read from disk, computes losses, and generates one token of all
-    rows at a time."""
+    """Estimates the eval stage: each of four models is loaded, computes losses, and generates answers in batches."""
     dense = weights.dense_bytes(inputs)
     losses = forward_seconds(inputs, speed, tokens=config.eval.loss_rows * config.data.max_tokens)
     batches = -(-config.eval.rows // config.eval.batch_rows) if config.eval.rows else 0
@@ -65,8 +64,7 @@ def eval_seconds(config: RunConfig, inputs: PlanInputs, speed: Throughput) -> fl
 
 
 def merge_seconds(config: RunConfig, inputs: PlanInputs, speed: Throughput) -> float:
-    """Estimates the merge stage: each candidate is read, written and measured; the trained model and the final file are
-    measured too."""
+    """Estimates the merge stage: candidates are written and measured, as are the trained model and the result."""
     candidates = len(config.merge.candidates)
     measured = forward_seconds(inputs, speed, tokens=(candidates + 2) * config.merge.loss_rows * config.data.max_tokens)
     return 2 * candidates * weights.dense_bytes(inputs) / DISK_BANDWIDTH + measured

@@ -94,8 +94,7 @@ def count(config: RunConfig, inputs: PlanInputs, *, dtype: str) -> dict[str, flo
 
 
 def count_step(model: Any, quantized: list[str], inputs: PlanInputs, *, dtype: Any) -> dict[str, float]:
-    """Counts a forward and backward pass: the bytes alive when the forward pass ends, and those added at the worst
-    moment."""
+    """Counts the bytes alive when the forward pass ends, and those that the backward pass adds at its worst moment."""
     import torch
 
     from finetune.kernels.autograd import FusedLinearCrossEntropy

@@ -41,8 +41,7 @@ class Candidate:
 
 
 def propose(inputs: PlanInputs, machine: Machine) -> list[str]:
-    """Returns the best configuration as overrides to paste and the runner-up with its drawback, or says that nothing
-    fits."""
+    """Returns the best configuration as overrides, and the runner-up with its drawback; or says that nothing fits."""
     fitting: list[Candidate] = []
     tokens = inputs.tokens
     while not fitting and tokens >= SMALLEST_TOKENS:

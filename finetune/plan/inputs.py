@@ -65,8 +65,7 @@ entries)."""
 
 @dataclass(frozen=True, kw_only=True)
 class KernelChoice:
-    """How this project computes a step, as `finetune.kernels` chooses it; the defaults are transformers' and peft's
-    own.
+    """How a step is computed, as `finetune.kernels` chooses it; the defaults are transformers' and peft's own.
 
     Attributes:
         fused: q, k, v and gate, up are one product each, and keep only what the backward pass needs.
@@ -188,8 +187,7 @@ class PlanInputs:
 
     @property
     def wide_bytes(self) -> int:
-        """Returns bytes per element inside the layers: bitsandbytes returns its input's dtype, and float32 norms return
-        float32."""
+        """Returns bytes per element inside the layers: bitsandbytes keeps the input's dtype, float32 norms change it."""
         return FLOAT if self.upcast != "none" and self.method != "none" else self.compute_bytes
 
     @property
@@ -211,8 +209,7 @@ class PlanInputs:
 
 
 def block_bytes(size: float, inputs: PlanInputs) -> float:
-    """Returns what a tensor of ``size`` bytes takes from the device: torch's allocator for CUDA hands out whole
-    segments."""
+    """Returns the bytes that a tensor of ``size`` bytes takes; torch's CUDA allocator hands out whole segments."""
     if inputs.device != "cuda" or size < LARGE_BYTES:
         return size
     return -(-size // SEGMENT_BYTES) * SEGMENT_BYTES

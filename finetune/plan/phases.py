@@ -61,8 +61,7 @@ def device_phases(inputs: PlanInputs) -> dict[str, Terms]:
 
 
 def step_terms(inputs: PlanInputs, resident: Terms) -> Terms:
-    """Returns what a training step adds at its peak: the activations or, for many trained weights, the optimizer's
-    step."""
+    """Returns what a training step adds at its peak: activations or, for many trained weights, the optimizer's step."""
     step = activations(inputs)
     gradients = resident["gradients"]
     workspace = weights.workspace_bytes(inputs) + (CUBLAS_WORKSPACE_BYTES if inputs.device == "cuda" else 0)
@@ -231,8 +230,7 @@ def peak(inputs: PlanInputs) -> float:
 
 
 def needed(inputs: PlanInputs) -> float:
-    """Returns the bytes without which the run fails: a GPU's idle blocks do not count, since torch frees them and
-    retries.
+    """Returns the bytes without which the run fails; a GPU's idle blocks do not count, since torch frees them.
 
     Source: torch docs, CUDA memory management, ``release_cached_blocks``.
     """

@@ -192,16 +192,14 @@ def stays_mapped(inputs: PlanInputs) -> bool:
 
 
 def cached_bytes(inputs: PlanInputs) -> float:
-    """Returns dense copies of the quantized weights that fused layers keep on a CPU, or unquantized ones whose file
-    stays mapped."""
+    """Returns the bytes of dense copies on a CPU: of cached quantized weights, or of a file that stays mapped."""
     if not inputs.kernels.cached and not stays_mapped(inputs):
         return 0
     return sum(linear.weights for linear in quantized_linear(inputs)) * inputs.compute_bytes
 
 
 def workspace_bytes(inputs: PlanInputs) -> float:
-    """Returns the largest quantized matrix, dense: bitsandbytes dequantizes it for each product, LLM.int8 in the
-    backward pass.
+    """Returns the bytes of the largest quantized matrix, dense, as each product or LLM.int8's backward pass needs it.
 
     Fused layers dequantize gate and up and concatenate them, so both exist twice.
     """
