@@ -123,7 +123,7 @@ def backward_temporaries(inputs: PlanInputs) -> float:
     Eager attention's scores may be wider; by the time their gradients exist, what the feed-forward kept has been freed.
 
     The fused gated activation in plain torch works in float32 with gate and up, the gradient, the sigmoid, both
-    results, and these concatenated. Source: finetune/kernels/plain.py, ``swiglu_backward``; compiled, it writes one result.
+    results, and these concatenated. Source: finetune/kernels/plain.py, ``swiglu_backward``; compiled, one result.
     """
     a, c, tokens = inputs.architecture, inputs.wide_bytes, inputs.step_tokens
     width = a.intermediate_size * max(1, a.active_experts)

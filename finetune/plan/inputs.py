@@ -187,7 +187,7 @@ class PlanInputs:
 
     @property
     def wide_bytes(self) -> int:
-        """Returns bytes per element inside the layers: bitsandbytes keeps the input's dtype, float32 norms change it."""
+        """Returns bytes per element inside the layers: bitsandbytes keeps the input's dtype, float32 norms widen it."""
         return FLOAT if self.upcast != "none" and self.method != "none" else self.compute_bytes
 
     @property
