@@ -1,4 +1,4 @@
-"""Compares the plan's closed form with published memory figures: python -m benchmarks.check_plan FILE [--rows]
+"""Compares the plan's closed form with published memory figures: ``python -m benchmarks.check_plan FILE [--rows]``.
 
 FILE holds {"rows": [...]}. Prints each source's median and 90th-percentile error, and ends with one line of JSON. Rows
 that the plan has no figure for are named and not counted.
@@ -42,16 +42,16 @@ def main() -> None:
             print(row_text(row["model"], row["note"] if "overrides" in row else row["method"], comparison))
     for source in sorted({comparison.source for comparison in compared}):
         print(summary(source, [c for c in compared if c.source == source]))
-    own = sorted(c.own_error for c in compared if c.own_error is not None)
-    if own:
-        print(f"{'of these, without the libraries':<55}{len(own):>4} rows  {figures(own)}")
+    without_libraries = sorted(c.error_without_libraries for c in compared if c.error_without_libraries is not None)
+    if without_libraries:
+        print(f"{'of these, without the libraries':<55}{len(without_libraries):>4} rows  {figures(without_libraries)}")
     print(summary("every condition known", [c for c in compared if c.known]))
     print(summary("all", compared))
     print(json.dumps(verdict(compared)))
 
 
 def read(file: Path, parser: argparse.ArgumentParser) -> list[dict[str, Any]]:
-    """The rows; a file in another form ends the script with a message and exit code 2."""
+    """Reads the rows; a file in another form ends the script with a message and exit code 2."""
     try:
         rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"]
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -66,14 +66,14 @@ def inputs_of(row: Mapping[str, Any]) -> PlanInputs:
 
 
 def architectures() -> dict[str, ArchitectureConfig]:
-    """Every shipped model's dimensions by option name."""
-    found = {}
+    """Returns every shipped model's dimensions by option name."""
+    models = {}
     for file in sorted(MODELS.glob("*.yaml")):
         option = OmegaConf.to_container(OmegaConf.load(file))
         assert isinstance(option, dict)
         if option.get("architecture"):
-            found[file.stem] = ArchitectureConfig(**option["architecture"])
-    return found
+            models[file.stem] = ArchitectureConfig(**option["architecture"])
+    return models
 
 
 def errors(compared: Sequence[Comparison]) -> list[float]:
@@ -81,19 +81,19 @@ def errors(compared: Sequence[Comparison]) -> list[float]:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Nearest rank, so that the figure is one of the rows'."""
+    """Returns the percentile by nearest rank, so that the figure belongs to a row."""
     return values[min(len(values) - 1, int(share * len(values)))]
 
 
 def summary(name: str, compared: Sequence[Comparison]) -> str:
-    found = errors(compared)
+    relative = errors(compared)
     verdicts = [c.fits == c.planned_fits for c in compared if c.fits is not None]
     right = f"  fits right {sum(verdicts)}/{len(verdicts)}" if verdicts else ""
-    return f"{name:<55}{len(compared):>4} rows  {figures(found) if found else '':27}{right}"
+    return f"{name:<55}{len(compared):>4} rows  {figures(relative) if relative else '':27}{right}"
 
 
-def figures(found: Sequence[float]) -> str:
-    return f"median {statistics.median(found):6.1%}  p90 {percentile(found, 0.9):6.1%}"
+def figures(relative: Sequence[float]) -> str:
+    return f"median {statistics.median(relative):6.1%}  p90 {percentile(relative, 0.9):6.1%}"
 
 
 def row_text(model: str, method: str, c: Comparison) -> str:
@@ -104,12 +104,12 @@ def row_text(model: str, method: str, c: Comparison) -> str:
 
 
 def verdict(compared: Sequence[Comparison]) -> dict[str, float | int]:
-    found = errors(compared)
+    relative = errors(compared)
     verdicts = [c.fits == c.planned_fits for c in compared if c.fits is not None]
     return {
         "rows": len(compared),
-        "median_error": round(statistics.median(found), 4),
-        "p90_error": round(percentile(found, 0.9), 4),
+        "median_error": round(statistics.median(relative), 4),
+        "p90_error": round(percentile(relative, 0.9), 4),
         "fit_verdicts_right": round(sum(verdicts) / len(verdicts), 4) if verdicts else 1.0,
     }
 

@@ -1,5 +1,4 @@
-"""What a byte budget for layers in full precision buys over uniform NF4, on two texts: ``python -m
-benchmarks.measure_keep``.
+"""Measures layers in full precision against uniform NF4: ``python -m benchmarks.measure_keep TEXT ...``.
 
 Layers are chosen on the first half of each text; KL and loss against the dense base are measured on its second half.
 The control keeps layers drawn at random for the same budget. The base is moved off the 4-bit grid that the quickstart's
@@ -35,7 +34,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="of each text, half to choose and half to measure")
     parser.add_argument("--budgets", nargs="+", type=float, default=[4.0, 16.0], help="MiB")
     parser.add_argument("--seed", type=int, default=1)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     config = compose(["+experiment=quickstart"])
     base = fetch(config.model)
     folder = moved_off_the_grid(base)
@@ -50,15 +49,15 @@ def main() -> None:
         name: str, quantization: QuantizationConfig, reference: Reference, *, text: Path, rows: list[Any]
     ) -> Any:
         model: Any = ModelSpec(base=moved, config=config.model, quantization=quantization, placement=placement).load()
-        found = agreement(model, rows, reference, batch_tokens=1024)
+        compared = agreement(model, rows, reference, batch_tokens=1024)
         print(
-            f"| {text.name} | {name} | {resident_bytes(model) / MIB:.1f} | {found.kl:.4f} | {found.loss:.4f} |",
+            f"| {text.name} | {name} | {resident_bytes(model) / MIB:.1f} | {compared.kl:.4f} | {compared.loss:.4f} |",
             flush=True,
         )
         return model
 
-    for text in given.texts:
-        rows = text_rows(text, base.folder, given.tokens)
+    for text in arguments.texts:
+        rows = text_rows(text, base.folder, arguments.tokens)
         chosen_on, measured_on = rows[: len(rows) // 2], rows[len(rows) // 2 :]
         with tempfile.TemporaryDirectory() as place:
             dense = ModelSpec(
@@ -74,19 +73,20 @@ def main() -> None:
             uniform = QuantizationConfig(method="nf4", double=True)
             model = measured("nothing", uniform, reference, text=text, rows=measured_on)
             costs = rounding_costs(model, reader(folder), [row["input_ids"] for row in chosen_on])
-            found: list[dict[str, Any]] = [
+            candidates: list[dict[str, Any]] = [
                 {"layer": name, "cost": costs[name], "bytes": extra_bytes(layer, 2)}
                 for name, layer in quantized_layers(model).items()
             ]
             del model
             free()
             drawn = [
-                {**one, "cost": random.Random(f"{given.seed}{one['layer']}").random() * one["bytes"]} for one in found
+                {**layer, "cost": random.Random(f"{arguments.seed}{layer['layer']}").random() * layer["bytes"]}
+                for layer in candidates
             ]
-            for budget in given.budgets:
-                for name, some in (("by measure", found), ("at random", drawn)):
-                    layers, _ = choose(some, budget=int(budget * MIB))
-                    keep = [one["layer"] for one in layers]
+            for budget in arguments.budgets:
+                for name, layers in (("by measure", candidates), ("at random", drawn)):
+                    chosen, _ = choose(layers, budget=int(budget * MIB))
+                    keep = [layer["layer"] for layer in chosen]
                     kept = dataclasses.replace(uniform, keep=keep)
                     measured(f"{budget:g} MiB {name}: {len(keep)} layers", kept, reference, text=text, rows=measured_on)
                     free()

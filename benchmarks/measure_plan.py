@@ -1,5 +1,4 @@
-"""Measures what training takes on this machine's CPU, for the plan to be compared with: python -m
-benchmarks.measure_plan FILE [--only NAME]
+"""Measures the memory of trainings on this machine's CPU: ``python -m benchmarks.measure_plan FILE [--only NAME]``.
 
 Each setting trains the quickstart's model for three steps in a process of its own. FILE gets rows in the form that
 benchmarks/check_plan.py reads; settings that FILE has already are not measured again.
@@ -73,7 +72,7 @@ def main() -> None:
 
 
 def measure(name: str, *, number: int, libraries: int) -> dict[str, Any]:
-    """Trains a setting and describes it as a row; the peak is that of the resident memory in the train stage."""
+    """Trains a setting and returns its row; the figure is the peak resident memory of the train stage."""
     with tempfile.TemporaryDirectory() as folder:
         micro_batch = next(int(o.split("=")[1]) for o in SETTINGS[name] if o.startswith("train.micro_batch="))
         overrides = [*COMMON, *(o.format(pairs=pairs(Path(folder))) if "{pairs}" in o else o for o in SETTINGS[name])]
@@ -115,23 +114,23 @@ def train(overrides: list[str]) -> None:
 
 
 def pairs(folder: Path) -> Path:
-    """The quickstart's requests with their own answer and that of the next row."""
+    """Writes the quickstart's requests, each with its answer and that of the next row."""
     file = folder / "pairs.jsonl"
     if not file.is_file():
         rows = [json.loads(line)["messages"] for line in QUICKSTART.read_text(encoding="utf-8").splitlines()]
         texts = [{message["role"]: message["content"] for message in row} for row in rows]
-        made = [
+        preferences = [
             {"prompt": a["user"], "chosen": a["assistant"], "rejected": b["assistant"]}
             for a, b in itertools.pairwise(texts)
         ]
         file.write_text(
-            "".join(json.dumps(row) + "\n" for row in made if row["chosen"] != row["rejected"]), encoding="utf-8"
+            "".join(json.dumps(row) + "\n" for row in preferences if row["chosen"] != row["rejected"]), encoding="utf-8"
         )
     return file
 
 
 def libraries_bytes() -> int:
-    """Resident memory of a process that has imported what a training imports, and done nothing."""
+    """Measures the resident memory of a process that has only imported what a training imports."""
     code = "import finetune.pipeline, finetune.train.trainer, psutil; print(psutil.Process().memory_info().rss)"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     answer = subprocess.run(

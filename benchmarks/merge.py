@@ -1,5 +1,4 @@
-"""Compares merging a large checkpoint with ``cp`` and with peft, on the same files: python -m benchmarks.merge
-[--parameters 3e9]
+"""Compares merging a large checkpoint with ``cp`` and peft: ``python -m benchmarks.merge [--parameters 3e9]``.
 
 Each contender works in its own process, so that its peak memory is counted separately.
 """

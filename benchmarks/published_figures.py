@@ -1,4 +1,4 @@
-"""Published figures as inputs of the closed form: which conditions a row states, and which its source implies."""
+"""Converts published figures to inputs of the closed form, from stated and implied conditions of each row."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from finetune.plan import phases, weights
 from finetune.plan.inputs import ALL_LINEAR, PlanInputs, TrainerMemoryModel
 
 UNITS = {"TB": 1e12, "GiB": 1024**3, "GB": 1e9, "MiB": 1024**2, "MB": 1e6}
-NUMBERS = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "int4": 0.5}
-"""Bytes of a parameter, by the names that accelerate's tables use."""
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "int4": 0.5}
+"""Bytes per parameter, by the names that accelerate's tables use."""
 
 TRAINABLE = re.compile(r"nf4|fp4|int4|int8|hqq|[2348]-?bit")
 NOT_TRAINABLE = re.compile(r"gptq|awq|aqlm|fp8|float8")
-"""What a row says of quantization: forms that a base can have here while it is trained, and forms that it cannot."""
+"""Patterns of quantizations that can be trained on here, and of those that cannot."""
 
 GIB = 1024**3
 QLORA_RANK = 64
-"""Taken where a source of QLoRA's authors states no rank, with every linear layer adapted: their script's defaults."""
+"""Rank where a source of QLoRA's authors states none, with every linear layer adapted: their script's defaults."""
 
 CORRECTED_GPUS = ("T4", "A10G", "L4")
-"""They keep error correction in the same memory, which takes a sixteenth: nvidia-smi lists 15,360 MiB on a T4 sold with
+"""GPUs whose error correction takes a sixteenth of the memory: nvidia-smi lists 15,360 MiB on a T4 sold with
 16 GB."""
 
 SHORTEST_TOKENS = 512
-"""Taken where a source states no length: half of what issue trackers call a short row; stated in the output as
+"""Length where a source states none: half of what issue trackers call a short row; stated in the output as
 unknown."""
 
 ALIASES = {
@@ -48,7 +48,7 @@ TARGETS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One published row beside the closed form.
+    """A published row and the closed form's figure.
 
     Attributes:
         row: Its id.
@@ -75,8 +75,8 @@ class Comparison:
         return None if not self.reported_bytes else abs(self.planned_bytes - self.reported_bytes) / self.reported_bytes
 
     @property
-    def own_error(self) -> float | None:
-        """The same without the libraries, which would make a small model's figures look better than they are."""
+    def error_without_libraries(self) -> float | None:
+        """Returns the error without the libraries, which hide the error of a small model."""
         if not self.reported_bytes or not self.libraries[1]:
             return None
         planned, reported = self.planned_bytes - self.libraries[0], self.reported_bytes - self.libraries[1]
@@ -84,23 +84,31 @@ class Comparison:
 
 
 def unplanned(row: Mapping[str, Any]) -> str | None:
-    """Why the closed form has no figure for a row; None where it has one."""
+    """Explains why the closed form has no figure for a row; None where it has one."""
     missing = [key for key in ("id", "source", "model", "method", "kind", "reported", "unit") if key not in row]
     if missing:
         return f"{' and '.join(missing)} missing"
     if row["reported"] is not None and row["unit"] not in UNITS:
         return f"unit {row['unit']} is none of {', '.join(UNITS)}"
-    numbers = row.get("quantisation")
+    quantisation = row.get("quantisation")
     if row["method"] == "load only":
         return (
-            None if row.get("params_b") and numbers in NUMBERS else f"a model of {row.get('params_b')} B in {numbers}"
+            None
+            if row.get("params_b") and quantisation in DTYPE_BYTES
+            else f"a model of {row.get('params_b')} B in {quantisation}"
         )
-    known = not numbers or (TRAINABLE.search(numbers.lower()) and not NOT_TRAINABLE.search(numbers.lower()))
-    return None if known or row["method"].startswith("full") else f"quantisation {numbers} is not one that trains here"
+    known = not quantisation or (
+        TRAINABLE.search(quantisation.lower()) and not NOT_TRAINABLE.search(quantisation.lower())
+    )
+    return (
+        None
+        if known or row["method"].startswith("full")
+        else f"quantisation {quantisation} is not one that trains here"
+    )
 
 
 def compare_run(row: Mapping[str, Any], inputs: PlanInputs) -> Comparison:
-    """A training measured here: resident memory of its whole process, which is what the plan says of a CPU."""
+    """Compares a training measured here: its process's resident memory, which the plan predicts for a CPU."""
     return Comparison(
         row=row["id"],
         source=_source(row),
@@ -136,7 +144,7 @@ def compare(row: Mapping[str, Any], architectures: Mapping[str, ArchitectureConf
 
 def _planned(row: Mapping[str, Any], architectures: Mapping[str, ArchitectureConfig]) -> float:
     if row["method"] == "load only":
-        return row["params_b"] * 1e9 * NUMBERS[row["quantisation"]]
+        return row["params_b"] * 1e9 * DTYPE_BYTES[row["quantisation"]]
     inputs = _inputs(row, architectures)
     by_phase = phases.device_phases(inputs)
     framework = phases.framework_bytes(inputs)
@@ -224,8 +232,8 @@ def _quantization(row: Mapping[str, Any]) -> tuple[str, bool]:
 
 def _bits(row: Mapping[str, Any]) -> int:
     """bitsandbytes knows no 2 and 3 bits; LLaMA-Factory names HQQ for them, which needs no calibration."""
-    found = re.match(r"([23])-?bit", row.get("quantisation") or "")
-    return int(found.group(1)) if found else 4
+    match = re.match(r"([23])-?bit", row.get("quantisation") or "")
+    return int(match.group(1)) if match else 4
 
 
 def _targets(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -256,7 +264,7 @@ def _optimizer(row: Mapping[str, Any]) -> str:
 def find_architecture(
     name: str, billions: float, architectures: Mapping[str, ArchitectureConfig]
 ) -> ArchitectureConfig:
-    """The named model's dimensions, or those of the model nearest in size with as many layers as make it as large."""
+    """Returns the named model's dimensions, or those of the nearest model with layers added to match its size."""
     plain = re.sub(r"[^a-z0-9]", "", name.lower().removesuffix("-instruct"))
     for alias, key in ALIASES.items():
         if name.lower().startswith(alias):
@@ -272,11 +280,11 @@ def find_architecture(
 
 
 def _device_bytes(row: Mapping[str, Any]) -> float:
-    """Memory of the row's GPU: the number in its name, as makers count it, less what error correction takes."""
+    """Returns the memory of the row's GPU: the number in its name, less what error correction takes."""
     name = row.get("gpu") or ""
-    found = re.search(r"(\d+) ?GB", name)
+    match = re.search(r"(\d+) ?GB", name)
     corrected = any(re.search(rf"\b{gpu}\b", name) for gpu in CORRECTED_GPUS)
-    return int(found.group(1)) * GIB * (15 / 16 if corrected else 1) if found else 0.0
+    return int(match.group(1)) * GIB * (15 / 16 if corrected else 1) if match else 0.0
 
 
 def _unit(row: Mapping[str, Any]) -> float:

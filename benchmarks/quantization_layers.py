@@ -1,8 +1,6 @@
-"""Measures rounding errors, code books, outliers and smoothing inside the layers: python -m
-benchmarks.quantization_layers TEXT
+"""Measures rounding errors and outliers inside layers: ``python -m benchmarks.quantization_layers TEXT``.
 
-Writes one page. ``--results`` adds a comparison with published claims from the last line of `finetune bench
-quantization`.
+Writes one page. ``--results`` adds a comparison with published claims, from the JSON of `finetune bench quantization`.
 """
 
 from __future__ import annotations

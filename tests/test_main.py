@@ -90,8 +90,8 @@ def test_exports_that_could_only_fail_after_training_are_refused_before_all_at_o
         (["replay", "force=maybe"], "replay force must be true or false; got 'maybe'"),
         (["replay", "run.name=a", "lora.rank=3"], "replay: lora.rank=3 would have no effect; it takes run.name, run.root"),
         (["diff", "json=yes", "a", "b"], "diff json must be true or false; got 'yes'"),
-        (["bench", "merge", "parameters"], "bench merge: parameters: there is no such setting; it takes parameters=..."),
-        (["bench", "merge", "parameters=nan"], "bench merge: parameters must be a positive number; got 'nan'"),
+        (["bench", "start", "repeats"], "bench start: repeats: there is no such setting; it takes repeats=..."),
+        (["bench", "start", "repeats=nan"], "bench start: repeats must be a positive number; got 'nan'"),
         (["bench", "start", "repeats=0.5"], "bench start: repeats must be a whole number; got '0.5'"),
         (["plan", "model=custom", "model.name=/not/there"], "model.name: /not/there cannot be read: No such file or directory"),
         (["merge.adapters={/not/there: 0.5}"], "merge.adapters: /not/there is no adapter"),
@@ -194,5 +194,5 @@ def test_composing_and_planning_import_nothing_heavy(arguments: list[str]) -> No
 def test_bench_names_what_it_can_measure(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "weather"]) == 2
     assert "say what to measure, one of data, speed, start" in capsys.readouterr().err
-    assert main(["bench", "merge", "--help"]) == 0
-    assert "merge [parameters=]: merging a large checkpoint" in capsys.readouterr().out
+    assert main(["bench", "start", "--help"]) == 0
+    assert "start [repeats=]: from the start of a process" in capsys.readouterr().out
