@@ -11,7 +11,7 @@ import yaml
 from finetune.bench.quantization import quantization_options
 from finetune.config import load
 from finetune.errors import ConfigError, HardwareError
-from finetune.hardware import Machine, place
+from finetune.hardware import Machine, place, probe
 from finetune.hardware.backends import BACKENDS, markdown
 from finetune.hardware.probe import Gpu
 from finetune.paths import CONF
@@ -82,6 +82,11 @@ def test_a_cpu_without_bfloat16_instructions_computes_in_float32_and_says_why() 
     reason = next(reason for reason in place(AVX2, config()).reasons if reason.startswith("dtype"))
     assert reason.startswith("dtype float32: this CPU has neither avx512_bf16 nor amx_bf16")
     assert "without vector instructions" in reason
+
+
+def test_a_named_machine_without_a_gpu_has_this_machines_cpu() -> None:
+    named, here = probe(load(["+experiment=quickstart", "hardware=cpu_16gb"]).hardware), probe()
+    assert (named.features, named.processor, named.ram_bytes) == (here.features, here.processor, 16 * GIB)
 
 
 def test_an_explicit_bfloat16_is_honoured_on_any_cpu() -> None:
