@@ -1,4 +1,4 @@
-"""The bench makes the rows that it says, and ends with one line of JSON."""
+"""The benchmark makes the promised rows, and ends with one line of JSON."""
 
 import json
 import os

@@ -65,7 +65,7 @@ def test_duplicates_are_kept_where_asked(run: Callable[..., PreparedData]) -> No
 
 def test_training_rows_that_are_held_out_are_dropped(run: Callable[..., PreparedData], tmp_path: Path) -> None:
     product = run(ROWS[:5], heldout_path=str(write_jsonl(tmp_path / "held.jsonl", ROWS[3:7])))
-    assert product.rows["dropped"] == {"is a held-out row too": 2}
+    assert product.rows["dropped"] == {"is also a held-out row": 2}
     assert product.heldout_rows == 4
 
 
@@ -156,11 +156,11 @@ def test_work_can_be_sent_to_another_process(tokenizer: Any) -> None:
     import pickle
 
     from finetune.data import template
+    from finetune.data.encoder import serialize
     from finetune.data.render import Renderer
-    from finetune.data.tokens import serialized
-    from finetune.data.worker import Job, Worker
+    from finetune.data.worker import Worker, WorkerSettings
 
-    chat = template.probe(tokenizer)
+    chat = template.inspect_template(tokenizer)
     renderer = Renderer(
         template=chat,
         train_roles=frozenset(["assistant"]),
@@ -170,12 +170,17 @@ def test_work_can_be_sent_to_another_process(tokenizer: Any) -> None:
         bos="",
         eos="",
     )
-    job = Job(
-        formats={0: ("prompt_completion", {})}, references=frozenset(), renderer=renderer, tokenizer=serialized(tokenizer),
-        max_tokens=99, too_long="drop", preference=False,
-    )  # fmt: skip
-    done = Worker(pickle.loads(pickle.dumps(job))).process(0, [(1, ROWS[0])])
-    assert done.ids.tolist() == Worker(job).process(0, [(1, ROWS[0])]).ids.tolist()
+    settings = WorkerSettings(
+        formats={0: ("prompt_completion", {})},
+        references=frozenset(),
+        renderer=renderer,
+        tokenizer=serialize(tokenizer),
+        max_tokens=99,
+        too_long="drop",
+        preference=False,
+    )
+    done = Worker(pickle.loads(pickle.dumps(settings))).process(0, [(1, ROWS[0])])
+    assert done.ids.tolist() == Worker(settings).process(0, [(1, ROWS[0])]).ids.tolist()
 
 
 def test_tests_of_held_out_rows_are_kept_beside_the_reference(run: Callable[..., PreparedData], tmp_path: Path) -> None:
