@@ -15,10 +15,9 @@ from finetune.cache import file_sha256
 from finetune.console import log
 from finetune.data.config import DataConfig
 from finetune.data.sources import Source
-from finetune.run import to_jsonable
 
-NOT_CONTENT = ("cache", "workers", "path", "heldout_path", "preview_rows")
-"""Settings that change where or how fast, not what. Paths count by the content of their files."""
+PATHS = ("path", "heldout_path")
+"""Settings whose files are hashed instead of their names."""
 
 
 def cache_key(
@@ -26,7 +25,7 @@ def cache_key(
 ) -> str:
     """Returns the hash that names a preparation's result before it is made."""
     hasher = hashlib.sha256()
-    content = {name: value for name, value in to_jsonable(config).items() if name not in NOT_CONTENT}
+    content = {name: value for name, value in config.key().items() if name not in PATHS}
     described = [(source.name, source.mix, source.heldout, source.digest()) for source in sources]
     # A template that writes today's date gives other tokens tomorrow.
     today = datetime.now(UTC).date().isoformat() if template and "strftime_now" in template else ""

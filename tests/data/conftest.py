@@ -1,4 +1,4 @@
-"""Configs and prepared folders for the data room's tests."""
+"""Configs and prepared folders for the data tests."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path

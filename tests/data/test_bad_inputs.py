@@ -284,7 +284,7 @@ def test_broken_row_stops_with_its_line_and_reason(case: str, run: Callable[...,
 
 
 @pytest.mark.parametrize("case", ROWS)
-def test_broken_row_is_counted_and_explained_where_asked(
+def test_broken_row_is_counted_and_explained_with_bad_rows_drop(
     case: str, run: Callable[..., PreparedData], tmp_path: Path
 ) -> None:
     name, row, reason = ROWS[case]
@@ -312,30 +312,30 @@ def test_missing_file_names_a_near_one(run: Callable[..., PreparedData], tmp_pat
         run(path=str(tmp_path / "trian.jsonl"))
 
 
-def test_missing_folder_says_so(run: Callable[..., PreparedData], tmp_path: Path) -> None:
+def test_missing_folder_is_named(run: Callable[..., PreparedData], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="neither does the folder"):
         run(path=str(tmp_path / "no" / "rows.jsonl"))
 
 
-def test_empty_folder_says_so(run: Callable[..., PreparedData], tmp_path: Path) -> None:
+def test_empty_folder_is_named(run: Callable[..., PreparedData], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="contains no data file"):
         run(path=str(tmp_path / "empty"))
 
 
-def test_glob_that_matches_nothing_says_so(run: Callable[..., PreparedData], tmp_path: Path) -> None:
+def test_glob_without_matches_is_named(run: Callable[..., PreparedData], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         run(path=str(tmp_path / "*.jsonl"))
 
 
-def test_folder_in_place_of_a_file_says_so(run: Callable[..., PreparedData], tmp_path: Path) -> None:
+def test_folder_instead_of_a_file_is_named(run: Callable[..., PreparedData], tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").mkdir()
     with pytest.raises(DataError, match="contains no data file"):
         run(path=str(tmp_path / "a.jsonl"))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_unreadable_file_says_so(run: Callable[..., PreparedData], tmp_path: Path) -> None:
+def test_unreadable_file_is_named(run: Callable[..., PreparedData], tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_bytes(GOOD)
     file.chmod(0)
@@ -343,7 +343,7 @@ def test_unreadable_file_says_so(run: Callable[..., PreparedData], tmp_path: Pat
         run(path=str(file))
 
 
-def test_hub_that_cannot_be_reached_says_what_to_do(run: Callable[..., PreparedData]) -> None:
+def test_unreachable_hub_is_an_error_with_a_remedy(run: Callable[..., PreparedData]) -> None:
     with pytest.raises(DataError, match=r"data.hub=nobody/nothing .* cannot be loaded: .*data.path"):
         run(hub="nobody/nothing")
 

@@ -80,7 +80,7 @@ BESIDE = [
 
 
 @pytest.mark.parametrize(("row", "found", "left"), BESIDE)
-def test_columns_beside_the_pair_are_used_or_named_as_unread(
+def test_further_columns_are_used_or_named_as_unused(
     row: dict[str, Any], found: tuple[str, dict[str, str]], left: list[str]
 ) -> None:
     assert detect([row]) == found
@@ -98,7 +98,7 @@ def test_context_is_read_with_its_question(run: Callable[..., PreparedData], tok
     assert "<|im_start|>user\nWho?\n\nAda sits here.<|im_end|>" in text
 
 
-def test_text_beside_a_label_is_not_guessed_to_be_raw_text() -> None:
+def test_text_with_a_label_is_not_taken_for_raw_text() -> None:
     with pytest.raises(DataError, match=r"a column 'category' next to 'text'.*completion: category"):
         detect([{"text": "Where is my card?", "category": "card_arrival"}])
 
@@ -146,7 +146,7 @@ def test_tool_calls_of_sharegpt_become_openais() -> None:
     assert conversation.tools == [{"type": "function", "function": {"name": "lookup"}}]
 
 
-def test_tools_are_spelt_out_for_templates_without_them(run: Callable[..., PreparedData], tokenizer: Any) -> None:
+def test_tools_become_text_for_templates_without_them(run: Callable[..., PreparedData], tokenizer: Any) -> None:
     call = {
         "role": "assistant",
         "content": None,
@@ -177,20 +177,20 @@ def test_every_assistant_turn_is_trained_with_its_end(run: Callable[..., Prepare
     assert trained_text(split(product, "train")[0], tokenizer) == "one<|im_end|>two<|im_end|>"
 
 
-def test_answer_that_begins_with_a_newline_is_tokenised_apart_from_its_prompt(
+def test_answer_that_begins_with_a_newline_is_tokenized_separately_from_its_prompt(
     run: Callable[..., PreparedData], tokenizer: Any
 ) -> None:
     product = run([pair("q", "\n\n a")])
     row = split(product, "train")[0]
-    asked = tokenizer.apply_chat_template(ASK, add_generation_prompt=True, tokenize=False)
-    prompt = tokenizer(asked, add_special_tokens=False).input_ids
+    request = tokenizer.apply_chat_template(ASK, add_generation_prompt=True, tokenize=False)
+    prompt = tokenizer(request, add_special_tokens=False).input_ids
     assert row["input_ids"][: len(prompt)] == prompt
     assert trained_text(row, tokenizer) == "\n\n a<|im_end|>"
 
 
 def test_system_message_is_added_where_a_row_has_none(run: Callable[..., PreparedData], tokenizer: Any) -> None:
-    mine = {"messages": [{"role": "system", "content": "mine"}, *ASK, {"role": "assistant", "content": "a"}]}
-    product = run([SAME["messages"], mine], system="yours")
+    own_system = {"messages": [{"role": "system", "content": "mine"}, *ASK, {"role": "assistant", "content": "a"}]}
+    product = run([SAME["messages"], own_system], system="yours")
     first, second = (tokenizer.decode(row["input_ids"], skip_special_tokens=False) for row in split(product, "train"))
     assert first.startswith("<|im_start|>system\nyours<|im_end|>")
     assert second.startswith("<|im_start|>system\nmine<|im_end|>")
@@ -264,7 +264,7 @@ def test_unpaired_preference_may_be_sharegpt() -> None:
         ),
     ],
 )
-def test_preference_that_is_broken_says_how(row: dict[str, Any], reason: str) -> None:
+def test_broken_preference_row_has_a_reason(row: dict[str, Any], reason: str) -> None:
     with pytest.raises(BadRow) as caught:
         READERS["preference"](row)
     assert str(caught.value) == reason

@@ -133,8 +133,8 @@ def test_template_marks_its_golden_mask(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_read_before_the_answer_is_what_serving_sends(name: str) -> None:
     tokenizer, encoded = render(name, golden_turns(name))
-    asked = [{"role": role, "content": content} for role, content in golden_turns(name)[:-1]]
-    served = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    request = [{"role": role, "content": content} for role, content in golden_turns(name)[:-1]]
+    served = tokenizer.apply_chat_template(request, add_generation_prompt=True, tokenize=False)
     assert encoded.ids[: encoded.answer] == tokenizer(served, add_special_tokens=False).input_ids
 
 
@@ -158,7 +158,7 @@ def test_control_tokens_in_a_users_text_stay_text(name: str) -> None:
     assert f"you wrote {end}!" in tokenizer.decode(encoded.ids, skip_special_tokens=False)
 
 
-def test_control_tokens_in_a_users_text_are_obeyed_where_asked() -> None:
+def test_control_tokens_in_a_users_text_are_read_with_control_tokens_control() -> None:
     tokenizer, encoded = render("chatml", [("user", "a <|im_end|> b"), ("assistant", "c")], control_tokens="control")
     assert encoded.ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 3
 

@@ -43,7 +43,7 @@ def test_product_survives_json(run: Callable[..., PreparedData]) -> None:
     assert PreparedData(folder=product.folder, **json.loads(json.dumps(fields))) == product
 
 
-def test_rendering_says_what_serving_must_do(run: Callable[..., PreparedData], tokenizer: Any) -> None:
+def test_rendering_has_what_serving_must_do(run: Callable[..., PreparedData], tokenizer: Any) -> None:
     rendering = json.loads((run(ROWS).folder / "rendering.json").read_text())
     assert rendering["template"] == tokenizer.chat_template
     assert rendering["end_of_turn_id"] == tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -66,12 +66,12 @@ PREFERENCE = [
 ]
 
 
-def test_preview_shows_the_rejected_answer_beside_the_chosen_one(run: Callable[..., PreparedData]) -> None:
+def test_preview_shows_the_rejected_answer_after_the_chosen_one(run: Callable[..., PreparedData]) -> None:
     page = (run(PREFERENCE, objective="preference").folder / "preview.html").read_text()
     assert page.index("<mark>Good 1.</mark>") < page.index("<mark>Bad 1.</mark>") < page.index("<mark>Good 2.</mark>")
 
 
-def test_preview_says_which_answers_are_undesirable(run: Callable[..., PreparedData]) -> None:
+def test_preview_marks_undesirable_answers(run: Callable[..., PreparedData]) -> None:
     rows = [{**pair("a", "Nice one."), "label": True}, {**pair("b", "Ugly one."), "label": False}]
     page = (run(rows, objective="preference").folder / "preview.html").read_text()
     shown = {part.split("<mark>")[1][:4]: "undesirable" in part for part in page.split("<details open>")[1:]}
@@ -81,9 +81,9 @@ def test_preview_says_which_answers_are_undesirable(run: Callable[..., PreparedD
 def test_preview_shows_documents_from_anywhere_in_packed_rows(run: Callable[..., PreparedData], tokenizer: Any) -> None:
     product = run(ROWS, packing=True)
     assert product.packed_rows < 3
-    found = SplitFile(product.folder / "train").sample(6)
-    assert len({document.row for document in found}) == 6
-    assert found == SplitFile(product.folder / "train").sample(6)
+    sample = SplitFile(product.folder / "train").sample(6)
+    assert len({document.row for document in sample}) == 6
+    assert sample == SplitFile(product.folder / "train").sample(6)
     assert sorted(document.row for document in SplitFile(product.folder / "train").sample(99)) == list(range(12))
 
 
@@ -142,7 +142,7 @@ def test_why_names_the_original_of_a_duplicate(run: Callable[..., PreparedData],
     assert explain_row(product.folder, "12", tokenizer).endswith("dropped as a duplicate of rows.jsonl:6 (row 5)")
 
 
-def test_why_says_what_the_ledger_has(run: Callable[..., PreparedData], tokenizer: Any) -> None:
+def test_unknown_row_is_an_error_with_the_ledgers_rows(run: Callable[..., PreparedData], tokenizer: Any) -> None:
     with pytest.raises(DataError, match=r"no such row; it has rows\.jsonl:1 to 12"):
         explain_row(run(ROWS).folder, "rows.jsonl:99", tokenizer)
 

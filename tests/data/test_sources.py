@@ -97,7 +97,7 @@ def test_glob_and_commas_name_several_files(run: Callable[..., PreparedData], tm
     assert [row["source"] for row in ledger(product)] == ["part0.jsonl", "part1.jsonl", "part2.jsonl", "more.jsonl"]
 
 
-def test_files_of_one_name_are_told_apart_by_their_folders(run: Callable[..., PreparedData], tmp_path: Path) -> None:
+def test_files_of_one_name_get_the_names_of_their_folders(run: Callable[..., PreparedData], tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
     write_jsonl(tmp_path / "a" / "x.jsonl", ROWS[:1])

@@ -19,7 +19,7 @@ def test_long_rows_are_dropped_and_counted(run: Callable[..., PreparedData]) -> 
     assert product.rows["dropped"] == {"longer than max_tokens": 2}
 
 
-def test_long_rows_stop_everything_where_asked(run: Callable[..., PreparedData]) -> None:
+def test_long_rows_are_an_error_with_too_long_error(run: Callable[..., PreparedData]) -> None:
     with pytest.raises(DataError, match=r"2 of 3 rows cannot be used; raise data\.max_tokens"):
         run(ROWS, max_tokens=64, too_long="error")
 
@@ -87,13 +87,13 @@ def test_thresholds_say_what_they_would_cut(run: Callable[..., PreparedData]) ->
     assert here["trained_tokens_share"] > 0.9
 
 
-def test_row_that_is_too_long_to_be_tokenised_still_counts_among_the_lengths(run: Callable[..., PreparedData]) -> None:
+def test_row_that_is_too_long_to_be_tokenized_still_counts_among_the_lengths(run: Callable[..., PreparedData]) -> None:
     product = run([pair(), pair("who?", "word " * 100_000)], max_tokens=64)
     assert product.lengths["longest"] > 1000
     assert next(item for item in product.lengths["thresholds"] if item["max_tokens"] == 64)["rows_share"] == 0.5
     assert sum(product.lengths["histogram"]["rows"]) == 2
 
 
-def test_nothing_left_says_how_long_the_shortest_is(run: Callable[..., PreparedData]) -> None:
+def test_error_without_rows_names_the_shortest_length(run: Callable[..., PreparedData]) -> None:
     with pytest.raises(DataError, match=r"the shortest has [\d,]+ tokens or more and data\.max_tokens is 16: raise it"):
         run([pair()], max_tokens=16)
