@@ -1,4 +1,4 @@
-"""What is made once and used by every run: under ``FINETUNE_CACHE`` or the user's cache folder."""
+"""Keeps results that every run shares, under ``FINETUNE_CACHE`` or the user's cache folder."""
 
 import contextlib
 import fcntl
@@ -12,7 +12,7 @@ from finetune.console import log
 
 
 def cache_folder(name: str) -> Path:
-    """The folder of one kind of cached things, made if it is not there."""
+    """Returns the folder of one kind of cached results, and creates it if necessary."""
     root = (
         os.environ.get("FINETUNE_CACHE")
         or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune"
@@ -24,13 +24,13 @@ def cache_folder(name: str) -> Path:
 
 @contextlib.contextmanager
 def exclusive(folder: Path, key: str, *, what: str) -> Iterator[None]:
-    """Makes a cached thing while no other run makes the same; the second one waits, says so, and finds it made.
+    """Holds a lock while one process creates a cached result; a second one logs that it waits, and then finds it.
 
     The kernel drops the lock with the process that holds it, so a killed run leaves none behind.
 
     Args:
-        folder: Of the cache; one that cannot be written is used without a lock, since nothing can be made there either.
-        key: Names the thing.
+        folder: The cache. One that cannot be written to is used without a lock, since nothing can be created there.
+        key: Names the result.
         what: For the message, e.g. ``these data``.
     """
     with contextlib.ExitStack() as stack:
@@ -40,16 +40,21 @@ def exclusive(folder: Path, key: str, *, what: str) -> Iterator[None]:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                log("cache", f"another run is making {what} in {folder}; this one waits and uses them")
+                log("cache", f"another run is making {what} in {folder}; this run waits and then uses them")
                 fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
 
-def file_sha256(file: Path) -> str:
-    """SHA-256 of a file's bytes, remembered by path, size and time of change so that large files are read once.
+def file_sha256(file: Path, *, reuse: bool = True) -> str:
+    """Hashes a file's bytes.
 
-    A memory that cannot be read or written costs a second reading and nothing else.
+    Args:
+        reuse: Whether a hash from before is returned while path, size and modification time are the same, so that large
+            files are read once. To find damage, say False: a damaged disk does not change the modification time.
     """
+    if not reuse:
+        with open(file, "rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
     resolved = file.resolve()
     status = resolved.stat()
     key = hashlib.sha256(f"{resolved}:{status.st_size}:{status.st_mtime_ns}".encode()).hexdigest()
@@ -58,8 +63,7 @@ def file_sha256(file: Path) -> str:
         memo = cache_folder("hashes") / f"{key}.json"
         if memo.is_file():
             return str(json.loads(memo.read_text())["sha256"])
-    with open(resolved, "rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    digest = file_sha256(resolved, reuse=False)
     if memo is not None:
         partial = memo.with_suffix(f".{os.getpid()}")
         with contextlib.suppress(OSError):

@@ -25,6 +25,17 @@ def device_bytes() -> int:
     return int(torch.cuda.memory_reserved())
 
 
+def free_bytes(device: str) -> int:
+    """Returns the free memory of a device such as ``cpu`` or ``cuda:0``."""
+    if device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
 class PeakMemory:
     """Samples memory in a thread and appends ``{"time", "stage", "rss_bytes", "device_bytes"}`` lines to a file.
 

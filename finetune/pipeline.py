@@ -18,6 +18,7 @@ from finetune.errors import GateMissed, HardwareError
 from finetune.eval import Judge, evaluate
 from finetune.export import ExportConfig, export
 from finetune.export.needs import check_packages
+from finetune.files import atomic_write_text
 from finetune.hardware import Machine, Placement
 from finetune.inference.adapted import check_adapter
 from finetune.launch import Ranks, log_to_file, refuse
@@ -30,7 +31,7 @@ from finetune.products import Exports, MergedModel, PreflightResult, PreparedDat
 from finetune.provenance import tell_idle, tell_unread, watch
 from finetune.quantization import KeptLayers, check_installed, choose_skip_modules
 from finetune.report import report
-from finetune.run import STAGES, RunFolder, fingerprint, to_jsonable, write_json, write_text
+from finetune.run import STAGES, RunFolder, fingerprint, to_jsonable, write_json
 from finetune.tracking import Trackers, figures, open_trackers
 from finetune.train import join_training, train_adapter
 from finetune.trainable import TrainableModel, TrainingJob, trainable_model
@@ -291,8 +292,8 @@ def describe_environment(config: RunConfig) -> dict[str, Any]:
 
 def write_record(folder: RunFolder, config: RunConfig, *, overrides: Sequence[str], described: dict[str, Any]) -> None:
     """Writes what was asked for and what it runs with."""
-    write_text(folder.path / "config.yaml", to_yaml(config))
-    write_text(folder.path / "command.txt", " ".join(["python -m finetune", *overrides]) + "\n")
+    atomic_write_text(folder.path / "config.yaml", to_yaml(config))
+    atomic_write_text(folder.path / "command.txt", " ".join(["python -m finetune", *overrides]) + "\n")
     write_json(folder.path / "overrides.json", list(overrides))
     write_json(folder.path / "environment.json", described)
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from finetune.console import human_bytes, log
+from finetune.console import log
 from finetune.errors import ConfigError
+from finetune.files import atomic_write_text, require_disk
 from finetune.memory import PeakMemory
 
 IF_EXISTS = ("fail", "resume", "overwrite")
@@ -97,12 +98,7 @@ class RunFolder:
             raise ConfigError(
                 f"run.root: {self.path} cannot be made: {error.strerror}; choose another run.root"
             ) from error
-        free = shutil.disk_usage(self.path).free
-        if free < SMALLEST_FREE_DISK_BYTES:
-            raise ConfigError(
-                f"run.root: the disk of {self.path} has {human_bytes(free)} left and a run needs at least "
-                f"{human_bytes(SMALLEST_FREE_DISK_BYTES)}; free some, or choose another run.root"
-            )
+        require_disk(self.path, SMALLEST_FREE_DISK_BYTES, "run.root: a run", error=ConfigError)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -245,15 +241,8 @@ def to_jsonable(value: Any) -> Any:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Writes a value as indented JSON; see `write_text`."""
-    write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(file: Path, text: str) -> None:
-    """Writes a neighbouring file, then renames it: a reader sees the old content or the new, never half of it."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
+    """Writes indented JSON atomically."""
+    atomic_write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def _cost(started: float, peak: PeakMemory) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from finetune.errors import EvalError
 from finetune.inference.generation import generate
 from finetune.inference.kl_divergence import agreement, reference_logprobs
 from finetune.inference.losses import mean_loss, row_losses
-from finetune.inference.rows import batches
+from finetune.inference.rows import group_by_length
 
 ROWS = [
     {"input_ids": [1, 40, 50, 60, 2], "labels": [-100, -100, 50, 60, 2]},
@@ -149,7 +149,7 @@ def test_row_beyond_the_models_positions_is_refused(model: Any) -> None:
 
 def test_batches_keep_within_tokens_and_cover_every_row() -> None:
     lengths = [3, 9, 2, 2, 7, 30]
-    found = list(batches(lengths, batch_tokens=14))
+    found = list(group_by_length(lengths, batch_tokens=14))
     assert sorted(index for batch in found for index in batch) == list(range(6))
     assert found[0] == [5]
     assert all(len(batch) * max(lengths[i] for i in batch) <= 14 for batch in found[1:])

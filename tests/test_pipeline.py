@@ -55,7 +55,7 @@ def test_the_whole_line_leaves_what_the_contract_promises(
     ("content", "message"),
     [
         (None, "rows.jsonl"),
-        ("", "holds no rows"),
+        ("", "contains no rows"),
         ('{"messages": [\n', "rows.jsonl:1"),
         ('{"messages": [{"role": "user", "content": "hi"}]}\n', "rows.jsonl:1"),
     ],

@@ -1,4 +1,4 @@
-"""Prepared data by content: the same bytes, template, tokenizer, settings and code are not worked through twice."""
+"""Reuses prepared data whose sources, template, tokenizer, settings and code are the same."""
 
 import contextlib
 import dataclasses
@@ -11,31 +11,32 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from finetune.cache import file_sha256
 from finetune.console import log
 from finetune.data.config import DataConfig
 from finetune.data.sources import Source
-from finetune.run import to_jsonable
 
-NOT_CONTENT = ("cache", "workers", "path", "heldout_path", "preview_rows")
-"""Settings that change where or how fast, not what. Paths count by what their files hold."""
+PATHS = ("path", "heldout_path")
+"""Settings whose files are hashed instead of their names."""
 
 
-def key(
+def cache_key(
     config: DataConfig, sources: list[Source], *, tokenizer: str, template: str | None, extra: dict[str, Any], seed: int
 ) -> str:
-    """Names the result of a preparation before it is made."""
+    """Returns the hash that names a preparation's result before it is made."""
     hasher = hashlib.sha256()
-    content = {name: value for name, value in to_jsonable(config).items() if name not in NOT_CONTENT}
+    content = {name: value for name, value in config.key().items() if name not in PATHS}
     described = [(source.name, source.mix, source.heldout, source.digest()) for source in sources]
     # A template that writes today's date gives other tokens tomorrow.
     today = datetime.now(UTC).date().isoformat() if template and "strftime_now" in template else ""
-    hasher.update(json.dumps([content, described, template, extra, seed, today, code()], sort_keys=True).encode())
+    content_and_code = [content, described, template, extra, seed, today, package_hash()]
+    hasher.update(json.dumps(content_and_code, sort_keys=True).encode())
     hasher.update(tokenizer.encode())
     return hasher.hexdigest()
 
 
-def code() -> str:
-    """Hash of this room's sources."""
+def package_hash() -> str:
+    """Hashes this package's source files."""
     hasher = hashlib.sha256()
     for file in sorted(Path(__file__).parent.rglob("*.py")):
         hasher.update(file.read_bytes())
@@ -43,27 +44,27 @@ def code() -> str:
 
 
 def restore(root: Path, key: str, folder: Path) -> dict[str, Any] | None:
-    """Brings a kept result into ``folder``; None where there is none or it has been tampered with."""
-    kept = root / key
-    record = kept / "product.json"
+    """Copies a cached result into ``folder`` and returns its product; None without one, or if a file has changed."""
+    cached = root / key
+    record = cached / "product.json"
     if not record.is_file():
         return None
     content = json.loads(record.read_text())
     for name, digest in content["files"].items():
-        file = kept / name
-        if not file.is_file() or _digest(file) != digest:
-            log("data", f"the cached {file} is not what was written, so everything is prepared again")
-            shutil.rmtree(kept)
+        file = cached / name
+        if not file.is_file() or file_sha256(file, reuse=False) != digest:
+            log("data", f"the cached {file} has changed since it was written, so all data are prepared again")
+            shutil.rmtree(cached)
             return None
     for name in content["files"]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).unlink(missing_ok=True)
-        shutil.copyfile(kept / name, folder / name)
+        shutil.copyfile(cached / name, folder / name)
     return content["product"]
 
 
 def credit(config: Any) -> None:
-    """Reads every setting, so that none counts as unread: what comes from the cache was prepared with these."""
+    """Reads every setting, so that none is reported as unread: the cached result was prepared with these settings."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         for part in value.values() if isinstance(value, dict) else [value]:
@@ -71,27 +72,21 @@ def credit(config: Any) -> None:
                 credit(part)
 
 
-def keep(root: Path, key: str, folder: Path, product: dict[str, Any]) -> None:
-    """Copies a result into the cache; the last step is a rename, so a reader sees all of it or none."""
+def save(root: Path, key: str, folder: Path, product: dict[str, Any]) -> None:
+    """Copies a result into the cache. The last step is a rename, so a reader sees all of it or nothing."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=".new-", dir=root))
     except OSError as error:
-        log("data", f"not kept for the next start, because data.cache={root} cannot be written: {error.strerror}")
+        log("data", f"not cached for the next run, because data.cache={root} cannot be written: {error.strerror}")
         return
-    files = sorted(
-        str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file() and file.name != "manifest.json"
-    )
-    for name in files:
+    written = (file for file in folder.rglob("*") if file.is_file() and file.name != "manifest.json")
+    names = sorted(str(file.relative_to(folder)) for file in written)
+    for name in names:
         (work / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / name, work / name)
-    record = {"product": product, "files": {name: _digest(work / name) for name in files}}
+    record = {"product": product, "files": {name: file_sha256(work / name, reuse=False) for name in names}}
     (work / "product.json").write_text(json.dumps(record))
     with contextlib.suppress(OSError):  # another process was faster; its result is the same
         os.rename(work, root / key)
     shutil.rmtree(work, ignore_errors=True)
-
-
-def _digest(file: Path) -> str:
-    with open(file, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""What a user may ask of the data."""
+"""Settings of the data: sources, format, length, packing, loss mask, held-out rows and checks."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -7,8 +7,17 @@ from typing import Any
 from finetune.run import to_jsonable
 
 FORMATS = (
-    "auto", "alpaca", "messages", "prompt_completion", "sharegpt", "guanaco", "completion", "text", "preference", "unpaired",
-)  # fmt: skip
+    "auto",
+    "alpaca",
+    "messages",
+    "prompt_completion",
+    "sharegpt",
+    "guanaco",
+    "completion",
+    "text",
+    "preference",
+    "unpaired",
+)
 TOO_LONG = ("drop", "truncate_prompt", "truncate", "split", "error")
 BAD_ROWS = ("error", "drop")
 DUPLICATES = ("drop", "keep")
@@ -23,10 +32,10 @@ NOT_IN_KEY = ("workers", "cache", "preview_rows")
 
 @dataclass(kw_only=True, slots=True)
 class SourceConfig:
-    """One of several sources that are mixed."""
+    """One of several mixed sources."""
 
     path: str | None = None
-    """File, glob, folder, or several with commas between."""
+    """File, glob or folder; several are separated by commas."""
 
     hub: str | None = None
     """Name of a data set on the hub, e.g. ``timdettmers/openassistant-guanaco``."""
@@ -38,7 +47,7 @@ class SourceConfig:
 
     columns: dict[str, str] = field(default_factory=dict)
     weight: float | None = None
-    """Share of the mix, relative to the other weights; rows are left out until the shares hold."""
+    """Share of the mix, relative to the other weights; rows are dropped until the shares are met."""
 
     rows: int | None = None
     """Exactly this many rows, drawn by the run's seed."""
@@ -46,10 +55,10 @@ class SourceConfig:
 
 @dataclass(kw_only=True, slots=True)
 class CheckConfig:
-    """Where a share of rows becomes a warning. 0 means any row, 1 means never."""
+    """Thresholds above which a share of rows becomes a warning. 0 warns about any row, 1 never warns."""
 
     near_duplicate_similarity: float
-    """Two rows are near duplicates when they share this share of their token 5-grams (Jaccard)."""
+    """Two rows are near duplicates when their token 5-grams have at least this Jaccard similarity."""
 
     near_duplicate_share: float
     """Warn above this share of near duplicates."""
@@ -58,19 +67,19 @@ class CheckConfig:
     """A training row leaks when this share of its token 13-grams occurs in held-out rows."""
 
     overlap_rows_share: float
-    """Warn above this share of overlapping training rows."""
+    """Warn above this share of overlapping_documents training rows."""
 
     smallest_trained_share: float
-    """Warn when fewer tokens than this are trained."""
+    """Warn when the share of trained tokens is below this."""
 
     largest_label_share: float
-    """Warn when one answer makes up more than this share of the rows, and answers repeat like labels."""
+    """Warn when one answer makes up more than this share of the rows and answers repeat as labels do."""
 
     control_character_share: float
     """Warn above this share of rows with control characters."""
 
     secret_share: float
-    """Warn above this share of rows with what looks like keys or passwords."""
+    """Warn above this share of rows with likely keys or passwords."""
 
     email_share: float
     """Warn above this share of rows with e-mail addresses."""
@@ -78,10 +87,10 @@ class CheckConfig:
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
-    """Which rows, in which form, how long, and what is learnt from them."""
+    """Selects the rows, their format and length, and the tokens to train on."""
 
     path: str | None = None
-    """File, glob or folder, several with commas between: JSON, JSONL, CSV, TSV, Parquet, Arrow, text; ``.gz`` too."""
+    """File, glob or folder, several separated by commas: JSON, JSONL, CSV, TSV, Parquet, Arrow, text; also ``.gz``."""
 
     hub: str | None = None
     """Name of a data set on the hub, instead of ``path``."""
@@ -89,79 +98,80 @@ class DataConfig:
     revision: str | None = None
     split: str = "train"
     streaming: bool = False
-    """Reads a hub data set as it comes, without downloading all of it first; with ``limit`` only its beginning."""
+    """Reads a hub data set while it downloads; with ``limit``, only its beginning is downloaded."""
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """Several sources by name, mixed by ``weight`` or ``rows``; instead of ``path`` and ``hub``."""
 
     heldout_path: str | None = None
-    """Explicit held-out rows. Then nothing is split off the training rows."""
+    """Explicit held-out rows. No training rows are held out then."""
 
     heldout_share: float = 0.0
-    """Share of the rows split off by content, so that equal prompts fall on one side. Used where ``heldout_rows`` is null."""
+    """Share of the rows to hold out, by content: equal prompts stay together. Used where ``heldout_rows`` is null."""
 
     heldout_rows: int | None = None
-    """This many rows split off instead of a share."""
+    """Number of rows to hold out, instead of a share."""
 
     format: str
-    """``auto`` looks at the first rows and says what it found."""
+    """``auto`` detects the format from the first rows and logs it."""
 
     columns: dict[str, str] = field(default_factory=dict)
-    """The format's own name of a column -> the name in the file, e.g. ``{prompt: question, completion: answer}``."""
+    """Column name of the format -> column name in the file, e.g. ``{prompt: question, completion: answer}``."""
 
     text_unit: str = "file"
-    """What one row of a ``.txt`` file is: ``line``, ``paragraph`` (blank line between) or ``file``."""
+    """What one row of a ``.txt`` file is: ``line``, ``paragraph`` (separated by blank lines) or ``file``."""
 
     system: str | None = None
     """System message for rows that have none."""
 
     template: str | None = None
-    """A chat template by name (``conf/data/template/<name>.jinja``) or file, for bases that bring none."""
+    """Chat template by name (``conf/data/template/<name>.jinja``) or file, for base models without one."""
 
     tools: str = "template"
-    """``template``: the chat template writes tools and calls; ``text``: they are written into the messages as JSON."""
+    """``template``: the chat template renders tools and calls; ``text``: they become JSON inside the messages."""
 
     control_tokens: str = "text"
-    """What ``<|im_end|>`` and the like mean inside a message: ``text`` (spelt out, harmless) or ``control``."""
+    """Meaning of control tokens such as ``<|im_end|>`` inside a message: ``text`` (harmless) or ``control``."""
 
     max_tokens: int
     """Longest document, in tokens."""
 
     too_long: str
-    """What happens to longer ones: ``drop``, ``truncate_prompt``, ``truncate``, ``split`` or ``error``."""
+    """Treatment of longer documents: ``drop``, ``truncate_prompt``, ``truncate``, ``split`` or ``error``."""
 
     packing: bool
-    """Several documents per training row, isolated from each other by their positions."""
+    """Puts several documents into one training row, isolated from each other by their positions."""
 
     pack_tokens: int | None = None
     """Tokens per packed row; ``max_tokens`` where null."""
 
     train_roles: list[str] = field(default_factory=lambda: ["assistant"])
-    """Whose turns are learnt; a message's own ``train: false`` wins."""
+    """Roles whose turns are trained on; a message's own ``train: false`` takes precedence."""
 
     bad_rows: str
-    """``error`` stops and names the first ones; ``drop`` counts them and says why in the ledger."""
+    """``error`` stops and names the first ones; ``drop`` counts them and records why in the ledger."""
 
     duplicates: str
     """``drop`` keeps the first of equal rows; ``keep`` only counts them."""
 
     leaked: str
-    """Training rows that are held-out rows too: ``drop`` or ``keep``."""
+    """Treatment of training rows that are also held-out rows: ``drop`` or ``keep``."""
 
     objective: str = "supervised"
-    """``supervised`` learns the chosen and the desirable answers; ``preference`` writes the others beside them."""
+    """``supervised`` trains on the chosen and desirable answers; ``preference`` also writes the others."""
 
     limit: int | None = None
-    """Read at most this many rows of each split."""
+    """Largest number of rows to read from each split."""
 
     checks: CheckConfig
     workers: int = 0
-    """Processes; 0 means one per core for large sets and none for small ones."""
+    """Number of processes; 0 uses one per core for large data sets and none for small ones."""
 
     cache: str | None = None
-    """Prepared data are kept here by content, so a second start reads them; null: in the cache of ``FINETUNE_CACHE``; empty: nowhere."""
+    """Folder for prepared data, which the next run reuses; null: below ``FINETUNE_CACHE``; empty: no cache."""
 
     preview_rows: int = 20
+    """Number of training rows in ``preview.html``."""
 
     def key(self) -> dict[str, Any]:
         """Returns the settings that change the prepared rows."""
@@ -169,54 +179,62 @@ class DataConfig:
         return {name: value for name, value in settings.items() if name not in NOT_IN_KEY}
 
     def problems(self) -> Iterator[str]:
-        yield from _where(self)
-        yield from _choices(self)
-        yield from _numbers(self)
+        yield from _source_problems(self)
+        yield from _choice_problems(self)
+        yield from _number_problems(self)
 
 
-def _where(config: DataConfig) -> Iterator[str]:
-    given = [name for name in ("path", "hub", "sources") if getattr(config, name)]
-    if len(given) != 1:
-        got = " and ".join(f"data.{name}" for name in given) or "none"
-        yield f"data.path, data.hub or data.sources must be given, one of them; got {got}; e.g. data.path=rows.jsonl"
+def _source_problems(config: DataConfig) -> Iterator[str]:
+    named = [name for name in ("path", "hub", "sources") if getattr(config, name)]
+    if len(named) != 1:
+        got = " and ".join(f"data.{name}" for name in named) or "none"
+        yield f"set exactly one of data.path, data.hub and data.sources; got {got}; e.g. data.path=rows.jsonl"
     for name, source in config.sources.items():
         where = f"data.sources.{name}"
         if bool(source.path) == bool(source.hub):
-            yield f"{where} must have either path or hub; got {'both' if source.path else 'neither'}"
+            got = "both" if source.path else "neither"
+            yield f"{where} must have either path or hub; got {got}; set one of them"
         if source.weight is not None and source.rows is not None:
-            yield f"{where}: weight and rows exclude each other; got {source.weight} and {source.rows}; leave one out"
+            yield f"{where}: weight and rows exclude each other; got {source.weight} and {source.rows}; remove one"
         if source.weight is not None and source.weight <= 0:
-            yield f"{where}.weight must be more than 0; got {source.weight}; leave the source out instead"
+            yield f"{where}.weight must be greater than 0; got {source.weight}; to skip the source, remove it"
         if source.rows is not None and source.rows < 1:
-            yield f"{where}.rows must be at least 1; got {source.rows}; leave the source out instead"
+            yield f"{where}.rows must be at least 1; got {source.rows}; to skip the source, remove it"
         if source.format is not None and source.format not in FORMATS:
             yield f"{where}.format must be one of {', '.join(FORMATS)}; got {source.format!r}"
     weighted = [source.weight is not None for source in config.sources.values()]
     if any(weighted) and not all(weighted):
-        yield "data.sources: either every source has a weight or none has; give the others one too, or use rows"
+        yield "data.sources: either all sources have a weight or none has; add the missing weights, or use rows"
 
 
-def _choices(config: DataConfig) -> Iterator[str]:
+def _choice_problems(config: DataConfig) -> Iterator[str]:
     choices = {
-        "format": FORMATS, "too_long": TOO_LONG, "bad_rows": BAD_ROWS, "duplicates": DUPLICATES, "leaked": DUPLICATES,
-        "text_unit": TEXT_UNITS, "control_tokens": CONTROL_TOKENS, "tools": TOOLS, "objective": OBJECTIVES,
-    }  # fmt: skip
+        "format": FORMATS,
+        "too_long": TOO_LONG,
+        "bad_rows": BAD_ROWS,
+        "duplicates": DUPLICATES,
+        "leaked": DUPLICATES,
+        "text_unit": TEXT_UNITS,
+        "control_tokens": CONTROL_TOKENS,
+        "tools": TOOLS,
+        "objective": OBJECTIVES,
+    }
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             yield f"data.{name} must be one of {', '.join(allowed)}; got {getattr(config, name)!r}"
     unknown = [role for role in config.train_roles if role not in ROLES]
     if unknown:
-        yield f"data.train_roles may hold {', '.join(ROLES)}; got {unknown}"
+        yield f"data.train_roles may contain {', '.join(ROLES)}; got {unknown}"
     if not config.train_roles:
-        yield "data.train_roles is empty, so nothing would be learnt; use [assistant]"
+        yield "data.train_roles is empty, so no token would be trained on; use [assistant]"
 
 
-def _numbers(config: DataConfig) -> Iterator[str]:
+def _number_problems(config: DataConfig) -> Iterator[str]:
     if config.max_tokens < 8:
         yield f"data.max_tokens must be at least 8; got {config.max_tokens}"
     if config.pack_tokens is not None and config.pack_tokens < config.max_tokens:
         yield (
-            f"data.pack_tokens must not be less than data.max_tokens ({config.max_tokens}), or long rows would fit nowhere; "
+            f"data.pack_tokens must be at least data.max_tokens ({config.max_tokens}), or long documents do not fit; "
             f"got {config.pack_tokens}"
         )
     if not 0 <= config.heldout_share < 1:
@@ -224,16 +242,19 @@ def _numbers(config: DataConfig) -> Iterator[str]:
     for name in ("heldout_rows", "limit"):
         value = getattr(config, name)
         if value is not None and value < 1:
-            yield f"data.{name} must be at least 1; got {value}; leave it null for none"
+            yield f"data.{name} must be at least 1; got {value}; null turns it off"
     if config.objective == "preference" and config.too_long == "split":
-        yield "data.too_long=split cannot keep the two answers of a preference row together; use drop, truncate_prompt or truncate"
+        yield (
+            "data.too_long=split would separate the two answers of a preference row; "
+            "use drop, truncate_prompt or truncate"
+        )
     if config.heldout_path and config.heldout_rows is not None:
-        yield "data.heldout_rows splits rows off the training rows, but data.heldout_path names them already; leave one out"
+        yield "data.heldout_rows and data.heldout_path both name the held-out rows; remove one"
     if config.workers < 0:
-        yield f"data.workers must not be negative; got {config.workers}; 0 lets us choose"
+        yield f"data.workers must not be negative; got {config.workers}; 0 chooses by the size of the data"
     if config.preview_rows < 0:
         yield f"data.preview_rows must not be negative; got {config.preview_rows}"
     for name in CheckConfig.__dataclass_fields__:
         value = getattr(config.checks, name)
         if not 0 <= value <= 1:
-            yield f"data.checks.{name} is a share between 0 and 1; got {value}"
+            yield f"data.checks.{name} must be between 0 and 1; got {value}"

@@ -1,18 +1,18 @@
-"""The one intermediate form: what every format becomes, and what every renderer gets."""
+"""Conversation: the one form that every format is read into and that the renderer takes."""
 
 from dataclasses import dataclass
 from typing import Any
 
 Message = dict[str, Any]
-"""``role`` and ``content``, perhaps ``tool_calls``, ``name``, ``tool_call_id``: what chat templates read."""
+"""``role`` and ``content``, perhaps ``tool_calls``, ``name``, ``tool_call_id``: the keys that chat templates read."""
 
 
 class BadRow(Exception):
     """A row that cannot be used.
 
     Args:
-        reason: What rule it breaks: a short sentence that is counted in the ledger.
-        detail: The value that broke it.
+        reason: The rule that it breaks: a short sentence that the ledger counts.
+        detail: The value that breaks the rule.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -23,16 +23,16 @@ class BadRow(Exception):
 
 @dataclass(slots=True)
 class Conversation:
-    """Turns for a chat template, or raw text where ``parts`` is given.
+    """Turns for a chat template, or raw text where ``parts`` is set.
 
     Attributes:
         messages: The turns; the last one is the answer.
-        train: One entry per message: True, False, or None where the row does not say.
-        tools: JSON schemas of the tools that the model may call.
-        parts: Raw text with whether it is trained, in place of messages.
+        train: One entry per message: whether it is trained on, or None where the row does not say.
+        tools: JSON schemas of the tools that the model can call.
+        parts: Pieces of raw text and whether each is trained on, instead of messages.
         rejected: The worse answer, for preference objectives.
-        desirable: For unpaired preference: whether the answer is one to learn.
-        tests: For code: what judges the answer, as the row has it; kept for the evaluation and never shown to the model.
+        desirable: For unpaired preference: whether the answer is a good one.
+        tests: For code: the tests that judge the answer; for the evaluation only, the model never sees them.
     """
 
     messages: list[Message]
@@ -45,17 +45,17 @@ class Conversation:
 
     @property
     def answer(self) -> str:
-        """The text that the last turn ends with."""
+        """Returns the text of the last turn."""
         if self.parts is not None:
             return self.parts[-1][0]
         return self.messages[-1]["content"] or ""
 
 
 def check(conversation: Conversation, train_roles: frozenset[str]) -> None:
-    """Refuses what no chat template can mean.
+    """Checks that roles alternate in a way that chat templates support, and that there is an answer.
 
     Raises:
-        BadRow: Names the rule and the turn.
+        BadRow: Names the broken rule and the turn.
     """
     if conversation.parts is not None:
         if not conversation.parts[-1][0].strip():
@@ -68,11 +68,11 @@ def check(conversation: Conversation, train_roles: frozenset[str]) -> None:
     for number, message in enumerate(messages, 1):
         role = message["role"]
         if role == "system" and before not in ("", "system"):
-            raise BadRow("a system message stands after other turns", f"message {number}")
+            raise BadRow("a system message follows other turns", f"message {number}")
         if role == before and role in ("user", "assistant"):
             raise BadRow(f"two {role} turns in a row", f"messages {number - 1} and {number}")
         if role == "assistant" and before in ("", "system"):
-            raise BadRow("the first turn is the assistant's, so it answers nothing", f"message {number}")
+            raise BadRow("the first turn is the assistant's, so there is no question", f"message {number}")
         if role == "tool" and before not in ("assistant", "tool"):
             raise BadRow("a tool result follows no assistant turn", f"message {number}")
         before = role
@@ -81,12 +81,12 @@ def check(conversation: Conversation, train_roles: frozenset[str]) -> None:
     last = messages[-1]
     if not last["content"].strip() and not last.get("tool_calls"):
         raise BadRow("the answer is empty")
-    if not any(trained(conversation, train_roles)):
-        raise BadRow("no turn is trained", f"roles {', '.join(m['role'] for m in messages)}")
+    if not any(trained_turns(conversation, train_roles)):
+        raise BadRow("no turn is trained on", f"roles {', '.join(m['role'] for m in messages)}")
 
 
-def trained(conversation: Conversation, train_roles: frozenset[str]) -> list[bool]:
-    """Whether each message is learnt: its own mark, else its role."""
+def trained_turns(conversation: Conversation, train_roles: frozenset[str]) -> list[bool]:
+    """Returns whether each message is trained on: by its own mark, or else by its role."""
     roles = [message["role"] in train_roles for message in conversation.messages]
     if conversation.train is None:
         return roles

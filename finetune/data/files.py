@@ -1,4 +1,4 @@
-"""Files as rows: each with its line, so that every later message can point at it."""
+"""Reads files as rows, each with its line number, so that every later message can point to it."""
 
 import bz2
 import csv
@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from finetune.data.jsonarray import ArrayReader
+from finetune.data.json_array import ArrayReader
 from finetune.errors import DataError
+from finetune.files import first_error_line
 
 Raw = tuple[int, Any]
-"""Line (or number within the file) and the row: bytes of JSON where parsing can wait, else a dict."""
+"""Line (or number within the file) and the row: unparsed JSON as bytes, or a dict."""
 
 COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".text", ".md")
@@ -23,8 +24,8 @@ BOMS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 BATCH_ROWS = 1000
 
 
-def kind_of(path: Path) -> str:
-    """The suffix that decides how a file is read, without its compression's."""
+def file_kind(path: Path) -> str:
+    """Returns the suffix that decides how a file is read, without that of its compression."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     while suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
@@ -32,15 +33,15 @@ def kind_of(path: Path) -> str:
 
 
 def rows(path: Path, *, text_unit: str) -> Iterator[Raw]:
-    """Streams one file.
+    """Streams the rows of one file.
 
     Raises:
-        DataError: The file is missing, empty, unreadable, damaged, or of no known kind.
+        DataError: The file is missing, empty, unreadable, damaged, or of an unknown kind.
     """
-    kind = kind_of(path)
+    kind = file_kind(path)
     if kind not in SUFFIXES:
         raise DataError(
-            f"{path}: files of this kind are not known; known are {', '.join(SUFFIXES)}, each also as .gz, .bz2, .xz"
+            f"{path}: unknown file type; known types are {', '.join(SUFFIXES)}, each also as .gz, .bz2, .xz"
         )
     seen = False
     try:
@@ -50,15 +51,15 @@ def rows(path: Path, *, text_unit: str) -> Iterator[Raw]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path}{_not_utf8(path)} ({error.reason}); save the file as UTF-8") from error
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: the compressed file is damaged or cut off ({error}); fetch it again") from error
+        raise DataError(f"{path}: the compressed file is damaged or truncated ({error}); download it again") from error
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}; check the name and the rights") from error
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}; check its name and permissions") from error
     if not seen:
-        raise DataError(f"{path}: holds no rows; remove it from data.path or fill it")
+        raise DataError(f"{path}: contains no rows; remove it from data.path")
 
 
 def _not_utf8(path: Path) -> str:
-    """Where a file stops being UTF-8: decoders know only the place in their block, so it is looked for again, line by line."""
+    """Finds the line that is not UTF-8. Decoders report only the position in their own block."""
     with open_bytes(path) as handle:
         for number, line in enumerate(handle, 1):
             try:
@@ -83,7 +84,7 @@ def _of_kind(path: Path, kind: str, text_unit: str) -> Iterator[Raw]:
 
 
 def open_bytes(path: Path) -> IO[bytes]:
-    """Opens a file, decompressed, after a look at its first bytes."""
+    """Opens a file, decompressed, after a check of its first bytes."""
     opener = COMPRESSED.get(path.suffix.lower(), open)
     handle: IO[bytes] = opener(path, "rb")  # type: ignore[operator]
     start = handle.read(4)
@@ -92,7 +93,7 @@ def open_bytes(path: Path) -> IO[bytes]:
         raise DataError(f"{path}: is {BOMS[start[:2]]}; save the file as UTF-8")
     if start[:2] == b"\x1f\x8b":
         handle.close()
-        raise DataError(f"{path}: is compressed with gzip but not named so; rename it to {path.name}.gz")
+        raise DataError(f"{path}: is compressed with gzip but its name does not say so; rename it to {path.name}.gz")
     handle.seek(3 if start[:3] == b"\xef\xbb\xbf" else 0)
     return handle
 
@@ -105,7 +106,7 @@ def _jsonl(path: Path) -> Iterator[Raw]:
 
 
 def _json(path: Path) -> Iterator[Raw]:
-    """An array, JSON lines under another name, or one object that holds the array."""
+    """Reads an array, JSON lines under another name, or one object that contains the array."""
     with open_bytes(path) as handle:
         start = handle.tell()
         first = handle.readline()
@@ -115,13 +116,14 @@ def _json(path: Path) -> Iterator[Raw]:
         if not first.lstrip().startswith(b"{"):
             yield from ArrayReader(path, io.TextIOWrapper(handle, encoding="utf-8")).elements()
             return
-        if _whole(first):
+        if _is_row(first):
             yield from ((line, raw) for line, raw in enumerate(handle, 1) if not raw.isspace())
             return
         yield from _wrapped(path, handle.read())
 
 
-def _whole(line: bytes) -> bool:
+def _is_row(line: bytes) -> bool:
+    """Returns whether a line is a complete row, and not an object around a list of rows."""
     try:
         value = json.loads(line)
     except ValueError:
@@ -135,12 +137,12 @@ def _wrapped(path: Path, content: bytes) -> Iterator[Raw]:
         value = json.loads(content)
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{path}:{error.lineno}: not valid JSON: {error.msg}, column {error.colno}; mend the file"
+            f"{path}:{error.lineno}: not valid JSON: {error.msg}, column {error.colno}; fix the file"
         ) from error
     lists = {name: item for name, item in value.items() if isinstance(item, list)}
     if len(lists) != 1:
-        inside = f"{', '.join(list(value)[:8])}{' ...' if len(value) > 8 else ''}" if value else "nothing in it"
-        raise DataError(f"{path}: is one object with {inside}, not a list of rows; write a JSON array or JSON lines")
+        keys = f"the keys {', '.join(list(value)[:8])}{' ...' if len(value) > 8 else ''}" if value else "no keys"
+        raise DataError(f"{path}: is one object with {keys}, not a list of rows; write a JSON array or JSON lines")
     yield from enumerate(next(iter(lists.values())), 1)
 
 
@@ -154,26 +156,23 @@ def _csv(path: Path, delimiter: str) -> Iterator[Raw]:
                 return
             _check_header(path, header, delimiter)
             for cells in reader:
-                if cells:
-                    yield (
-                        reader.line_num,
-                        dict(zip(header, cells, strict=True))
-                        if len(cells) == len(header)
-                        else (len(cells), len(header)),
-                    )
+                if len(cells) == len(header):
+                    yield reader.line_num, dict(zip(header, cells, strict=True))
+                elif cells:
+                    yield reader.line_num, (len(cells), len(header))
         except csv.Error as error:
             raise DataError(
-                f"{path}:{reader.line_num}: not valid CSV: {error}; quotes inside a cell are written twice"
+                f"{path}:{reader.line_num}: not valid CSV: {error}; double the quotes inside a cell"
             ) from error
 
 
 def _check_header(path: Path, header: list[str], delimiter: str) -> None:
-    twice = sorted({name for name in header if header.count(name) > 1})
-    if twice:
-        raise DataError(f"{path}:1: the column {twice[0]!r} stands twice; give each column its own name")
+    repeated = sorted({name for name in header if header.count(name) > 1})
+    if repeated:
+        raise DataError(f"{path}:1: the column {repeated[0]!r} appears twice; give each column its own name")
     if len(header) == 1 and delimiter == "," and any(mark in header[0] for mark in ";\t|"):
         raise DataError(
-            f"{path}:1: one column named {header[0]!r}: the cells are not divided by commas; save the file with commas"
+            f"{path}:1: one column named {header[0]!r}: cells are not separated by commas; save the file with commas"
         )
 
 
@@ -184,19 +183,19 @@ def _text(path: Path, unit: str) -> Iterator[Raw]:
             if content.strip():
                 yield 1, {"text": content}
             return
-        start, gathered = 1, list[str]()
+        start, paragraph = 1, list[str]()
         for line, text in enumerate(handle, 1):
             if unit == "line":
                 if text.strip():
                     yield line, {"text": text.rstrip("\n")}
             elif text.strip():
-                start = start if gathered else line
-                gathered.append(text)
-            elif gathered:
-                yield start, {"text": "".join(gathered).rstrip("\n")}
-                gathered = []
-        if gathered:
-            yield start, {"text": "".join(gathered).rstrip("\n")}
+                start = start if paragraph else line
+                paragraph.append(text)
+            elif paragraph:
+                yield start, {"text": "".join(paragraph).rstrip("\n")}
+                paragraph = []
+        if paragraph:
+            yield start, {"text": "".join(paragraph).rstrip("\n")}
 
 
 def _parquet(path: Path) -> Iterator[Raw]:
@@ -204,14 +203,10 @@ def _parquet(path: Path) -> Iterator[Raw]:
     import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-        line = 0
-        for batch in file.iter_batches(batch_size=BATCH_ROWS):
-            for row in batch.to_pylist():
-                line += 1
-                yield line, row
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=BATCH_ROWS)
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: cannot be read as Parquet: {_first_line(error)}; write it again") from error
+        raise DataError(f"{path}: cannot be read as Parquet: {first_error_line(error)}; write it again") from error
 
 
 def _arrow(path: Path) -> Iterator[Raw]:
@@ -225,14 +220,6 @@ def _arrow(path: Path) -> Iterator[Raw]:
                 source.seek(0)
                 reader = pyarrow.ipc.open_file(source)
                 batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
-            line = 0
-            for batch in batches:
-                for row in batch.to_pylist():
-                    line += 1
-                    yield line, row
+            yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: cannot be read as Arrow: {_first_line(error)}; write it again") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{path}: cannot be read as Arrow: {first_error_line(error)}; write it again") from error

@@ -1,4 +1,4 @@
-"""Best-fit decreasing: every document goes into the fullest row that still has room."""
+"""Packs documents into rows by best-fit decreasing: each goes into the fullest row that it still fits into."""
 
 from dataclasses import dataclass
 
@@ -7,11 +7,11 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Packs:
-    """Rows of documents.
+    """Packed rows of documents.
 
     Attributes:
-        documents: Document numbers, pack after pack.
-        starts: Where each pack begins in ``documents``; one more entry than packs.
+        documents: Document numbers, row after row.
+        starts: Where each row begins in ``documents``; one more entry than rows.
     """
 
     documents: np.ndarray
@@ -21,8 +21,8 @@ class Packs:
         return len(self.starts) - 1
 
 
-def alone(documents: np.ndarray) -> Packs:
-    """One document per row, in their order."""
+def one_per_row(documents: np.ndarray) -> Packs:
+    """Puts each document into a row of its own, in order."""
     return Packs(documents, np.arange(len(documents) + 1))
 
 
@@ -31,32 +31,32 @@ def pack(documents: np.ndarray, lengths: np.ndarray, *, capacity: int, generator
 
     Args:
         documents: Numbers of the documents.
-        lengths: Their tokens, none above ``capacity``.
-        generator: Shuffles the rows, which would otherwise come ordered by length.
+        lengths: Tokens of each document, at most ``capacity``.
+        generator: Shuffles the rows, which would otherwise be ordered by length.
 
     Source: best-fit decreasing needs at most 11/9 of the fewest rows plus one (Johnson, 1973). A big integer with one
-    bit per amount of room finds the tightest row without a search.
+    bit per amount of free space finds the best row without a search.
     """
     order = np.argsort(-lengths, kind="stable")
     members: list[list[int]] = []
-    by_room: dict[int, list[int]] = {}
-    rooms = 0
+    rows_by_space: dict[int, list[int]] = {}
+    spaces = 0
     for document, length in zip(documents[order].tolist(), lengths[order].tolist(), strict=True):
-        fitting = rooms >> length
+        fitting = spaces >> length
         if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            waiting = by_room[room]
-            row = waiting.pop()
-            if not waiting:
-                rooms ^= 1 << room
+            space = length + (fitting & -fitting).bit_length() - 1
+            candidates = rows_by_space[space]
+            row = candidates.pop()
+            if not candidates:
+                spaces ^= 1 << space
             members[row].append(document)
         else:
-            room, row = capacity, len(members)
+            space, row = capacity, len(members)
             members.append([document])
-        left = room - length
+        left = space - length
         if left:
-            by_room.setdefault(left, []).append(row)
-            rooms |= 1 << left
+            rows_by_space.setdefault(left, []).append(row)
+            spaces |= 1 << left
     shuffled = [members[row] for row in generator.permutation(len(members))]
     starts = np.concatenate([[0], np.cumsum([len(row) for row in shuffled])]).astype(np.int64)
     return Packs(np.array([document for row in shuffled for document in row], dtype=np.int64), starts)

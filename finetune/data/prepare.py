@@ -1,42 +1,46 @@
-"""The verb: rows on disk in, token ids with masks and a ledger out."""
+"""Entry functions of the package. They import numpy, pyarrow and tokenizers only when they are called."""
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from finetune.data.config import DataConfig
 from finetune.products import PreparedData
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def prepare(config: DataConfig, *, folder: Path, tokenizer: Any, seed: int) -> PreparedData:
-    """Reads, renders, tokenises, marks, checks, splits and packs; says what it decided.
+
+def prepare(config: DataConfig, *, folder: Path, tokenizer: "PreTrainedTokenizerBase", seed: int) -> PreparedData:
+    """Reads, renders, tokenizes, masks, checks, splits and packs the rows, and logs its decisions.
 
     Args:
-        folder: Gets ``train/``, ``heldout/``, ``ledger.parquet``, ``rendering.json``, ``lengths.json`` and ``preview.html``.
-        tokenizer: A fast tokenizer; gets ``config.template`` where that is given.
+        folder: Receives ``train/``, ``heldout/``, ``ledger.parquet``, ``rendering.json``, ``lengths.json`` and
+            ``preview.html``.
+        tokenizer: A fast tokenizer. Its chat template becomes ``config.template`` where that is set.
         seed: Decides the split, the mix and the order of the packed rows.
 
     Returns:
-        Where they lie, and the counts.
+        Their folder, and the counts.
 
     Raises:
-        DataError: Something the user can mend, with its place.
+        DataError: The user can fix it; the message names the place.
     """
     from finetune.data import pipeline
 
-    return pipeline.run(config, folder=folder, tokenizer=tokenizer, seed=seed)
+    return pipeline.prepare(config, folder=folder, tokenizer=tokenizer, seed=seed)
 
 
-def explain(folder: Path, where: str, tokenizer: Any) -> None:
-    """Prints one input row's fate, with its text, what is learnt of it, and its token ids.
+def explain(folder: Path, where: str, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Prints what happened to one input row, with its text, its trained spans and its token ids.
 
     Args:
         folder: A prepared folder.
         where: ``train.jsonl:137``, or the ledger's row number.
 
     Raises:
-        DataError: Nothing was prepared there, or no such row was read.
+        DataError: The folder has no prepared data, or there is no such row.
     """
-    from finetune.data.show import explain as explaining
+    from finetune.data.show.explain import explain_row
 
-    sys.stdout.write(explaining.explain(folder, where, tokenizer) + "\n")
+    sys.stdout.write(explain_row(folder, where, tokenizer) + "\n")

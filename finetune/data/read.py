@@ -1,4 +1,4 @@
-"""All sources through the workers, into the store."""
+"""Reads all sources, processes their rows in workers, and fills the token store."""
 
 import gc
 import multiprocessing
@@ -8,113 +8,107 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from itertools import islice
+from itertools import chain, islice
 
 from tqdm import tqdm
 
 from finetune.console import log
 from finetune.data.config import DataConfig
 from finetune.data.files import Raw
-from finetune.data.formats import COLUMNS, detect, unread
+from finetune.data.formats import COLUMNS, ColumnMapping, detect, unused_columns
 from finetune.data.sources import Source
-from finetune.data.store import Store
-from finetune.data.worker import Job, Processed, Worker, as_object
+from finetune.data.store import TokenStore
+from finetune.data.worker import Processed, Worker, WorkerSettings, parse_object
 from finetune.errors import DataError
 
-BATCH_ROWS = 500
-LOOK_AT_ROWS = 20
-COLLECT_AFTER_OBJECTS = 100_000
-"""Batches make many short-lived objects and few cycles, so looking for cycles at the usual 700 is a tenth of the time."""
+Batch = tuple[int, list[Raw]]
+"""Number of the source, and some of its rows."""
 
-ROWS_WORTH_PROCESSES = 4000
-"""Below this, starting processes costs more than it saves."""
+BATCH_ROWS = 500
+DETECTION_ROWS = 20
+COLLECT_AFTER_OBJECTS = 100_000
+"""Batches create many short-lived objects and few cycles; the default threshold of 700 costs a tenth of the time."""
+
+MIN_ROWS_FOR_PROCESSES = 4000
+"""For fewer rows, starting processes costs more than it saves."""
 
 _worker: Worker | None = None
-"""Of this process; set once by ``_begin`` in each worker process, since a tokenizer is too large to send with every batch."""
+"""This process's worker. ``_start`` sets it, because a tokenizer is too large to send with every batch."""
 
 
-def formats_of(sources: list[Source]) -> dict[int, tuple[str, dict[str, str]]]:
-    """The format and column mapping of each source, said once for sources that agree.
+def resolve_formats(sources: list[Source]) -> dict[int, tuple[str, ColumnMapping]]:
+    """Returns the format and the column mapping of each source, and logs them once for sources that agree.
 
     Raises:
-        DataError: A source looks like nothing known, or lacks a mapped column.
+        DataError: A source has an unknown format, or lacks a mapped column.
     """
-    chosen: dict[int, tuple[str, dict[str, str]]] = {}
-    said: dict[str, list[str]] = {}
+    formats: dict[int, tuple[str, ColumnMapping]] = {}
+    messages: dict[str, list[str]] = {}
     for number, source in enumerate(sources):
-        rows = [row for row in (as_object(value) for _, value in source.rows(LOOK_AT_ROWS)) if row]
+        rows = [row for row in (parse_object(value) for _, value in source.rows(DETECTION_ROWS)) if row]
         _check_columns(source, rows)
-        if source.format != "auto":
-            chosen[number] = (source.format, source.columns)
-            said.setdefault(f"format {source.format}, as asked{_left(rows, *chosen[number])}", []).append(source.name)
-            continue
-        if not rows:
-            raise DataError(
-                f"{source.name}: none of its first rows is an object, so its format cannot be seen; check the file"
+        name, columns = (source.format, source.columns) if source.format != "auto" else _detect(source, rows)
+        formats[number] = (name, columns)
+        why = ", as set"
+        if source.format == "auto":
+            mapping = (
+                f" ({', '.join(f'{actual} -> {column}' for column, actual in columns.items())})" if columns else ""
             )
-        mapped = [
-            {**row, **{ours: row[actual] for ours, actual in source.columns.items() if actual in row}} for row in rows
-        ]
-        try:
-            name, columns = detect(mapped)
-        except DataError as error:
-            raise DataError(f"{source.name}: {error}") from error
-        columns = {**columns, **source.columns}
-        chosen[number] = (name, columns)
-        mapping = f" ({', '.join(f'{actual} -> {ours}' for ours, actual in columns.items())})" if columns else ""
-        said.setdefault(
-            f"format {name}{mapping}, because the first rows have its columns{_left(rows, name, columns)}", []
-        ).append(source.name)
-    for sentence, names in said.items():
-        log("data", f"{', '.join(names[:4])}{' ...' if len(names) > 4 else ''}: {sentence}")
-    return chosen
+            why = f"{mapping}, because the first rows have its columns"
+        unused = unused_columns(rows, name, columns)
+        rest = f"; not read: {', '.join(unused[:8])}{' ...' if len(unused) > 8 else ''}" if unused else ""
+        messages.setdefault(f"format {name}{why}{rest}", []).append(source.name)
+    for message, names in messages.items():
+        log("data", f"{', '.join(names[:4])}{' ...' if len(names) > 4 else ''}: {message}")
+    return formats
 
 
-def _left(rows: list[dict], name: str, columns: dict[str, str]) -> str:
-    left = unread(rows, name, columns)
-    return f"; not read: {', '.join(left[:8])}{' ...' if len(left) > 8 else ''}" if left else ""
+def _detect(source: Source, rows: list[dict]) -> tuple[str, ColumnMapping]:
+    if not rows:
+        raise DataError(f"{source.name}: none of its first rows is an object, so its format is unknown; check the file")
+    mapped = [
+        {**row, **{column: row[actual] for column, actual in source.columns.items() if actual in row}} for row in rows
+    ]
+    try:
+        name, columns = detect(mapped)
+    except DataError as error:
+        raise DataError(f"{source.name}: {error}") from error
+    return name, {**columns, **source.columns}
 
 
 def _check_columns(source: Source, rows: list[dict]) -> None:
-    known = (
-        {name for names in COLUMNS.values() for name in names}
-        if source.format == "auto"
-        else set(COLUMNS[source.format])
-    )
-    known.add("tests")
-    for ours, actual in source.columns.items():
-        if ours not in known:
+    columns = chain.from_iterable(COLUMNS.values()) if source.format == "auto" else COLUMNS[source.format]
+    known = {*columns, "tests"}
+    for column, actual in source.columns.items():
+        where = f"data.columns.{column}"
+        if column not in known:
             raise DataError(
-                f"data.columns.{ours}: the format {source.format} has no such column; it has {', '.join(sorted(known))}"
+                f"{where}: the format {source.format} has no such column; it has {', '.join(sorted(known))}"
             )
         if rows and not any(actual in row for row in rows):
-            raise DataError(
-                f"data.columns.{ours}: no column {actual!r} in {source.name}; it has {', '.join(map(str, rows[0]))}"
-            )
+            raise DataError(f"{where}: no column {actual!r} in {source.name}; it has {', '.join(map(str, rows[0]))}")
 
 
-def run(config: DataConfig, sources: list[Source], job: Job, store: Store) -> None:
-    """Fills the store, in the order of the sources whatever the number of processes."""
+def fill_store(config: DataConfig, sources: list[Source], settings: WorkerSettings, store: TokenStore) -> None:
+    """Processes all rows into the store, in the order of the sources for any number of processes."""
     batches = _batches(sources, config.limit)
-    first = list(islice(batches, max(1, ROWS_WORTH_PROCESSES // BATCH_ROWS)))
-    few = sum(len(raws) for _, raws in first) < ROWS_WORTH_PROCESSES
+    first = list(islice(batches, max(1, MIN_ROWS_FOR_PROCESSES // BATCH_ROWS)))
+    few = sum(len(raws) for _, raws in first) < MIN_ROWS_FOR_PROCESSES
     processes = 1 if few and not config.workers else config.workers or os.cpu_count() or 1
     everything = _chain(first, batches)
     with tqdm(desc="data: rows", unit=" rows", file=sys.stderr, delay=1, unit_scale=True) as bar:
-        for done in _in_processes(job, everything, processes) if processes > 1 else _here(job, everything):
+        for done in _in_processes(settings, everything, processes) if processes > 1 else _here(settings, everything):
             store.add(done)
             bar.update(len(done.rows))
 
 
-def _chain(
-    first: list[tuple[int, list[Raw]]], rest: Iterator[tuple[int, list[Raw]]]
-) -> Iterator[tuple[int, list[Raw]]]:
+def _chain(first: list[Batch], rest: Iterator[Batch]) -> Iterator[Batch]:
     yield from first
-    first.clear()
+    first.clear()  # itertools.chain would keep these rows in memory
     yield from rest
 
 
-def _batches(sources: list[Source], limit: int | None) -> Iterator[tuple[int, list[Raw]]]:
+def _batches(sources: list[Source], limit: int | None) -> Iterator[Batch]:
     left = {False: limit, True: limit}
     for number, source in enumerate(sources):
         rows = source.rows(left[source.heldout])
@@ -124,21 +118,21 @@ def _batches(sources: list[Source], limit: int | None) -> Iterator[tuple[int, li
                 left[source.heldout] = (left[source.heldout] or 0) - len(batch)
 
 
-def _here(job: Job, batches: Iterator[tuple[int, list[Raw]]]) -> Iterator[Processed]:
-    worker = Worker(job)
+def _here(settings: WorkerSettings, batches: Iterator[Batch]) -> Iterator[Processed]:
+    worker = Worker(settings)
     for source, raws in batches:
         yield worker.process(source, raws)
 
 
-def _in_processes(job: Job, batches: Iterator[tuple[int, list[Raw]]], processes: int) -> Iterator[Processed]:
-    """Keeps a few batches per process under way; results come in order."""
-    # Forked processes share the tokenizer's memory; elsewhere each makes its own.
+def _in_processes(settings: WorkerSettings, batches: Iterator[Batch], processes: int) -> Iterator[Processed]:
+    """Keeps a few batches per process in progress, and yields the results in order."""
+    # Forked processes share the tokenizer's memory; spawned ones load their own.
     forked = sys.platform == "linux"
     context = multiprocessing.get_context("fork" if forked else "spawn")
-    start: Worker | Job = Worker(job) if forked else job
+    start: Worker | WorkerSettings = Worker(settings) if forked else settings
     pending: deque[Future[Processed]] = deque()
     try:
-        with ProcessPoolExecutor(processes, mp_context=context, initializer=_begin, initargs=(start,)) as pool:
+        with ProcessPoolExecutor(processes, mp_context=context, initializer=_start, initargs=(start,)) as pool:
             for source, raws in batches:
                 pending.append(pool.submit(_process, source, raws))
                 if len(pending) > 2 * processes:
@@ -146,10 +140,10 @@ def _in_processes(job: Job, batches: Iterator[tuple[int, list[Raw]]], processes:
             while pending:
                 yield pending.popleft().result()
     except BrokenProcessPool as error:
-        raise DataError("a data process was killed, usually for want of memory; try data.workers=1") from error
+        raise DataError("a data process was killed, usually because memory ran out; try data.workers=1") from error
 
 
-def _begin(start: Worker | Job) -> None:
+def _start(start: Worker | WorkerSettings) -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     gc.freeze()

@@ -1,26 +1,27 @@
-"""Conversations as text, and where in that text the learnt stretches lie."""
+"""Renders conversations as text and finds the spans of that text to train on."""
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.data.conversation import BadRow, Conversation, Message, trained
+from finetune.data.conversation import BadRow, Conversation, Message, trained_turns
 from finetune.data.template import Template
 
-FIRST_STAND_IN = 0xF0000
-"""Private-use characters stand in for control tokens that a user merely wrote about, until the text is tokenised."""
+FIRST_PLACEHOLDER = 0xF0000
+"""Private-use characters replace control tokens that a user only wrote about, until the text is tokenized."""
 
 
 @dataclass(slots=True)
 class Rendered:
-    """Text with marks.
+    """Rendered text with the spans to train on.
 
     Attributes:
-        text: What is tokenised.
-        spans: Learnt stretches, [start, end) in characters, in order.
-        answer: Where the last turn begins: everything before it is what serving sends.
-        reference: The last turn's text.
-        literals: Stand-in characters and the control tokens that they stand for.
+        text: The text to tokenize.
+        spans: Trained spans, [start, end) in characters, in order.
+        answer: Where the last turn begins. Serving sends everything before it.
+        reference: The text of the last turn.
+        literals: Placeholder character -> the control token that it replaces.
     """
 
     text: str
@@ -29,14 +30,20 @@ class Rendered:
     reference: str
     literals: dict[str, str] = field(default_factory=dict)
 
+    def with_literals(self) -> str:
+        """Returns the text with the control tokens in place of their placeholders."""
+        if not self.literals:
+            return self.text
+        return "".join(self.literals.get(character, character) for character in self.text)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Renderer:
-    """Everything that decides how a conversation is written.
+    """The settings that decide how a conversation is written.
 
     Attributes:
-        template: None where only raw text is read.
-        bos: Put before raw text, or "".
+        template: None where all rows are raw text.
+        bos: Precedes raw text; may be "".
         eos: Ends raw text.
         control_tokens: ``text`` or ``control``.
     """
@@ -50,85 +57,85 @@ class Renderer:
     eos: str
 
     def render(self, conversation: Conversation) -> Rendered:
-        """One conversation.
+        """Renders one conversation.
 
         Raises:
-            BadRow: The template refuses, changes or drops some of it.
+            BadRow: The template rejects, changes or drops a part of it.
         """
         if conversation.parts is not None:
-            return self._raw(conversation.parts)
+            return self._render_text(conversation.parts)
         if self.template is None:
             raise BadRow("the tokenizer has no chat template", "choose one with data.template=...")
-        learnt = trained(conversation, self.train_roles)
+        trained = trained_turns(conversation, self.train_roles)
         messages = conversation.messages
         if self.system is not None and messages[0]["role"] != "system":
-            messages, learnt = [{"role": "system", "content": self.system}, *messages], [False, *learnt]
+            messages, trained = [{"role": "system", "content": self.system}, *messages], [False, *trained]
         tools = conversation.tools
         if self.tools == "text":
-            messages, learnt, tools = spell_out_tools(messages, learnt, tools)
-        messages, literals = self._spell_out(messages)
-        rendered = _Turns(self.template, messages, tools).rendered(learnt)
+            messages, trained, tools = tools_as_text(messages, trained, tools)
+        messages, literals = self._replace_control_tokens(messages)
+        rendered = _Turns(self.template, messages, tools).rendered(trained)
         rendered.literals = literals
         return rendered
 
     def spans_of(self, conversation: Conversation) -> list[tuple[int, int]]:
-        """Where assistant turns lie in the rendered text."""
+        """Returns the spans of the assistant's turns in the rendered text."""
         assert self.template is not None
-        learnt = [message["role"] == "assistant" for message in conversation.messages]
-        return _Turns(self.template, conversation.messages, None).rendered(learnt).spans
+        trained = [message["role"] == "assistant" for message in conversation.messages]
+        return _Turns(self.template, conversation.messages, None).rendered(trained).spans
 
-    def _raw(self, parts: list[tuple[str, bool]]) -> Rendered:
+    def _render_text(self, parts: list[tuple[str, bool]]) -> Rendered:
         text, spans = self.bos, list[tuple[int, int]]()
-        for part, learnt in parts:
-            if learnt:
+        for part, trained in parts:
+            if trained:
                 spans.append((len(text), len(text) + len(part)))
             text += part
         start, end = spans[-1]
         spans[-1] = (start, end + len(self.eos))
         return Rendered(text + self.eos, spans, answer=start, reference=parts[-1][0])
 
-    def _spell_out(self, messages: list[Message]) -> tuple[list[Message], dict[str, str]]:
+    def _replace_control_tokens(self, messages: list[Message]) -> tuple[list[Message], dict[str, str]]:
         assert self.template is not None
         control = self.template.control
         if self.control_tokens == "control" or not any(control.search(message["content"]) for message in messages):
             return messages, {}
-        stand_ins: dict[str, str] = {}
+        placeholders: dict[str, str] = {}
 
-        def stand_in(match: Any) -> str:
-            return stand_ins.setdefault(match.group(), chr(FIRST_STAND_IN + len(stand_ins)))
+        def placeholder(match: re.Match[str]) -> str:
+            return placeholders.setdefault(match.group(), chr(FIRST_PLACEHOLDER + len(placeholders)))
 
-        spelt = [{**message, "content": control.sub(stand_in, message["content"])} for message in messages]
-        return spelt, {character: token for token, character in stand_ins.items()}
+        replaced = [{**message, "content": control.sub(placeholder, message["content"])} for message in messages]
+        return replaced, {character: token for token, character in placeholders.items()}
 
 
 @dataclass(slots=True)
 class _Turns:
-    """One conversation's rendering: prefixes are rendered to find where turns begin and end."""
+    """Renders one conversation, and prefixes of it to find where turns begin and end."""
 
     template: Template
     messages: list[Message]
     tools: list[Any] | None
 
-    def rendered(self, learnt: list[bool]) -> Rendered:
+    def rendered(self, trained: list[bool]) -> Rendered:
         last = len(self.messages) - 1
         text = self.template.render(self.messages, tools=self.tools)
         self._check_tools(text)
-        spans = [self._span(text, turn) for turn in range(len(self.messages)) if learnt[turn]]
-        answer = spans[-1][0] if learnt[last] else self._start(text, last)
+        spans = [self._span(text, turn) for turn in range(len(self.messages)) if trained[turn]]
+        answer = spans[-1][0] if trained[last] else self._start(text, last)
         return Rendered(text, spans, answer=answer, reference=self.messages[last]["content"])
 
     def _check_tools(self, text: str) -> None:
-        """A name that also stands in the prose proves nothing, so the text must differ from the one without tools or calls."""
+        """Checks that tools and calls change the text. A name alone proves nothing: it may also be in the prose."""
         if self.tools and (
             not all(tool["function"]["name"] in text for tool in self.tools)
             or self.template.render(self.messages, tools=None) == text
         ):
             raise BadRow("the chat template does not write the tools", "use data.tools=text or another template")
         if any(message.get("tool_calls") for message in self.messages):
-            bare = [
+            without = [
                 {name: value for name, value in message.items() if name != "tool_calls"} for message in self.messages
             ]
-            if self.template.render(bare, tools=self.tools) == text:
+            if self.template.render(without, tools=self.tools) == text:
                 raise BadRow("the chat template does not write tool calls", "use data.tools=text or another template")
 
     def _span(self, text: str, turn: int) -> tuple[int, int]:
@@ -137,20 +144,20 @@ class _Turns:
         end = text.find(self.template.end_of_turn, start, limit)
         if end < 0:
             if message["role"] == "assistant":
-                raise BadRow("the chat template writes no end of turn after an answer", f"message {turn + 1}")
+                raise BadRow("the chat template does not end the turn after an answer", f"message {turn + 1}")
             end = limit
         else:
             end += len(self.template.end_of_turn)
         inside = text[start:end]
         if message["content"].strip() not in inside:
-            raise BadRow("the chat template changes the words of a learnt turn", f"message {turn + 1}")
+            raise BadRow("the chat template changes the words of a trained turn", f"message {turn + 1}")
         for call in message.get("tool_calls", ()):
             if call["function"]["name"] not in inside:
                 raise BadRow("the chat template does not write tool calls", "use data.tools=text or another template")
         return start, end
 
     def _start(self, text: str, turn: int) -> int:
-        """Where a turn's own words begin: after what serving sends before it."""
+        """Returns where a turn begins: after the text that serving sends before it."""
         before = self.messages[:turn]
         assistant = self.messages[turn]["role"] == "assistant"
         if not assistant and all(message["role"] == "system" for message in before):
@@ -162,39 +169,37 @@ class _Turns:
         if text.startswith(prefix):
             return len(prefix)
         if text.startswith(self.template.render(before, tools=self.tools)):
-            raise BadRow("the chat template's prompt is no beginning of the conversation", f"at message {turn + 1}")
+            raise BadRow("the chat template's prompt is not a prefix of the conversation", f"at message {turn + 1}")
         raise BadRow("the chat template rewrites earlier turns when later ones follow", f"at message {turn + 1}")
 
     def _after(self, text: str, before: str) -> int:
-        """Where two renderings part, moved out of the control token that it may lie in."""
-        shared = _shared(before, text)
-        inside = (
-            match.start() for match in self.template.control.finditer(text) if match.start() < shared < match.end()
-        )
-        return next(inside, shared)
+        """Returns where two renderings start to differ, or the start of the control token that this is inside of."""
+        shared = _shared_length(before, text)
+        tokens = self.template.control.finditer(text)
+        return next((token.start() for token in tokens if token.start() < shared < token.end()), shared)
 
     def _find(self, text: str, turn: int) -> int:
         at = text.find(self.messages[turn]["content"].strip())
         if at < 0:
-            raise BadRow("the chat template changes the words of a learnt turn", f"message {turn + 1}")
+            raise BadRow("the chat template changes the words of a trained turn", f"message {turn + 1}")
         return at
 
     def _limit(self, text: str, turn: int) -> int:
-        """Up to where the text is decided by the turns so far."""
-        return _shared(self.template.render(self.messages[: turn + 1], tools=self.tools), text)
+        """Returns the length of the text that the turns so far determine."""
+        return _shared_length(self.template.render(self.messages[: turn + 1], tools=self.tools), text)
 
 
-def _shared(one: str, other: str) -> int:
-    """Length of the beginning that two texts share."""
-    if other.startswith(one):
-        return len(one)
-    return next(at for at, pair in enumerate(zip(one, f"{other}\0", strict=False)) if pair[0] != pair[1])
+def _shared_length(first: str, second: str) -> int:
+    """Returns the length of the common prefix of two texts."""
+    if second.startswith(first):
+        return len(first)
+    return next(at for at, pair in enumerate(zip(first, f"{second}\0", strict=False)) if pair[0] != pair[1])
 
 
-def spell_out_tools(
-    messages: list[Message], learnt: list[bool], tools: list[Any] | None
+def tools_as_text(
+    messages: list[Message], trained: list[bool], tools: list[Any] | None
 ) -> tuple[list[Message], list[bool], list[Any] | None]:
-    """Tools and calls as JSON inside the messages, for templates that know neither."""
+    """Writes tools and calls as JSON into the messages, for templates without support for them."""
     plain: list[Message] = []
     for message in messages:
         content = message["content"]
@@ -205,10 +210,10 @@ def spell_out_tools(
         content = f"<tool_response>\n{content}\n</tool_response>" if message["role"] == "tool" else content
         plain.append({"role": role, "content": content})
     if not tools:
-        return plain, learnt, None
+        return plain, trained, None
     listed = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
     note = f"You may call these tools, one JSON object each between <tool_call> and </tool_call>:\n{listed}"
     if plain[0]["role"] == "system":
         first = {"role": "system", "content": f"{plain[0]['content']}\n\n{note}"}
-        return [first, *plain[1:]], learnt, None
-    return [{"role": "system", "content": note}, *plain], [False, *learnt], None
+        return [first, *plain[1:]], trained, None
+    return [{"role": "system", "content": note}, *plain], [False, *trained], None

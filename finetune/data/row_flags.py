@@ -1,4 +1,4 @@
-"""What is noted of a row besides its tokens: hashes that find it again, and flags for what is delicate in it."""
+"""Hashes of a row's content, and flags for likely secrets and personal data."""
 
 import hashlib
 import json
@@ -16,10 +16,10 @@ SECRET = re.compile(
     r"|(?i:\b(?:password|passwd|api[_-]?key|secret)\b\s*[:=]\s*[\"']?(?=[^\s\"']*\d)[^\s\"']{8,})"
 )
 SECRET_HINTS = (
-    "AKIA", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "hf_", "sk-", "xox", "PRIVATE KEY", "eyJ", "assw", "ASSW", "pi_key", "pi-key", "pikey",
-    "PI_KEY", "PI-KEY", "PIKEY", "pi_Key", "piKey", "ecret", "ECRET",
-)  # fmt: skip
-"""A secret holds one of these; looking for them first is ten times faster than the pattern."""
+    *("AKIA", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "hf_", "sk-", "xox", "PRIVATE KEY", "eyJ", "assw", "ASSW"),
+    *("pi_key", "pi-key", "pikey", "PI_KEY", "PI-KEY", "PIKEY", "pi_Key", "piKey", "ecret", "ECRET"),
+)
+"""Every secret contains one of these; searching for them first is ten times faster than the pattern."""
 
 FLAGS = {
     "control characters": 1,
@@ -30,21 +30,21 @@ FLAGS = {
 }
 
 
-def hashes_of(conversation: Conversation) -> tuple[int, int, int]:
-    """Content, prompt and answer as 64-bit hashes; equal rows are equal here whatever file they came from."""
+def hash_conversation(conversation: Conversation) -> tuple[int, int, int]:
+    """Returns 64-bit hashes of content, prompt and answer; equal rows of different files have equal hashes."""
     if conversation.parts is not None:
         *before, (last, _) = conversation.parts
         prompt = "".join(text for text, _ in before) or last
     else:
         *turns, final = conversation.messages
-        prompt = "\x1e".join(_key(turn) for turn in turns)
-        last = _key(final)
+        prompt = "\x1e".join(_canonical(turn) for turn in turns)
+        last = _canonical(final)
     tools = json.dumps(conversation.tools, sort_keys=True) if conversation.tools else ""
-    rejected = _key(conversation.rejected) if conversation.rejected else ""
+    rejected = _canonical(conversation.rejected) if conversation.rejected else ""
     return _hash(f"{prompt}\x1d{last}\x1d{tools}\x1d{rejected}\x1d{conversation.desirable}"), _hash(prompt), _hash(last)
 
 
-def _key(turn: dict[str, Any]) -> str:
+def _canonical(turn: dict[str, Any]) -> str:
     calls = json.dumps(turn["tool_calls"], sort_keys=True) if "tool_calls" in turn else ""
     return f"{turn['role']}\x1f{turn['content'].strip()}{calls}"
 
@@ -53,7 +53,8 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
-def flags_of(rendered: Rendered) -> int:
+def find_flags(rendered: Rendered) -> int:
+    """Returns the ``FLAGS`` of a row, combined."""
     text = rendered.text
     flags = 0
     if not text.replace("\n", "").replace("\t", "").isprintable() and CONTROL_CHARACTERS.search(text):
@@ -65,6 +66,6 @@ def flags_of(rendered: Rendered) -> int:
     return flags | (FLAGS["control tokens as text"] if rendered.literals else 0)
 
 
-def delicate(text: str) -> str:
-    """The text with likely secrets and e-mail addresses blacked out, for pages that are passed around."""
+def redact(text: str) -> str:
+    """Replaces likely secrets and e-mail addresses, for pages that are shared."""
     return EMAIL.sub("[e-mail address]", SECRET.sub("[likely secret]", text))

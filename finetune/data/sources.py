@@ -1,4 +1,4 @@
-"""What ``data.path``, ``data.hub`` and ``data.sources`` mean: files in a fixed order, each with a name and a hash."""
+"""Resolves ``data.path``, ``data.hub`` and ``data.sources`` to files in a fixed order, each with a name and a hash."""
 
 import glob
 import hashlib
@@ -11,14 +11,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from finetune.cache import file_sha256
 from finetune.console import log
 from finetune.data import files
 from finetune.data.config import DataConfig, SourceConfig
 from finetune.errors import DataError
+from finetune.files import first_error_line
 
 SPLIT_NAMES = ("train", "test", "valid", "validation", "val", "dev", "eval", "heldout")
 LISTED = 6
-HASH_BLOCK_BYTES = 1 << 22
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -27,9 +28,9 @@ class Source:
     """One file or hub data set, ready to be read.
 
     Attributes:
-        name: How the ledger calls it; short, and different for every source of a run.
+        name: Its name in the ledger; short and unique within a run.
         path: The file, or None for the hub.
-        mix: Name of the entry of ``data.sources`` that it belongs to, or "".
+        mix: Its entry of ``data.sources``, or "".
     """
 
     name: str
@@ -45,30 +46,27 @@ class Source:
     heldout: bool
 
     def rows(self, limit: int | None) -> Iterator[files.Raw]:
+        """Yields the first ``limit`` rows, or all."""
         raw = files.rows(self.path, text_unit=self.text_unit) if self.path else hub_rows(self)
         return islice(raw, limit)
 
     def title(self) -> str:
-        """For readers elsewhere: nothing of this machine's folders."""
+        """Returns a name for readers on other machines, without folders."""
         version = f" at {self.revision}" if self.hub and self.revision else ""
         return f"{self.name}{version}{' (held out)' if self.heldout else ''}"
 
     def digest(self) -> str:
-        """Hash of the bytes; for the hub, of the name and the revision that was read."""
+        """Hashes the bytes; for the hub, the name and the revision that was read."""
         if self.path is None:
             return hub_digest(self)
-        hasher = hashlib.sha256()
         try:
-            with open(self.path, "rb") as handle:
-                while block := handle.read(HASH_BLOCK_BYTES):
-                    hasher.update(block)
+            return file_sha256(self.path, reuse=False)
         except OSError as error:
-            raise DataError(f"{self.path}: cannot be read: {error.strerror}; check the name and the rights") from error
-        return hasher.hexdigest()
+            raise DataError(f"{self.path}: cannot be read: {error.strerror}; check its name and permissions") from error
 
 
-def resolve(config: DataConfig) -> list[Source]:
-    """All sources, training rows first.
+def resolve_sources(config: DataConfig) -> list[Source]:
+    """Returns all sources, those of training rows first.
 
     Raises:
         DataError: A path matches nothing.
@@ -76,29 +74,36 @@ def resolve(config: DataConfig) -> list[Source]:
     entries = config.sources or {
         "": SourceConfig(path=config.path, hub=config.hub, revision=config.revision, split=config.split)
     }
-    found: list[Source] = []
+    sources: list[Source] = []
     for mix, entry in entries.items():
         where = f"data.sources.{mix}.path" if mix else "data.path"
-        found += _resolve_one(config, entry, mix=mix, where=where, heldout=False)
+        sources += _resolve_entry(config, entry, mix=mix, where=where, heldout=False)
     if config.heldout_path:
         heldout = SourceConfig(path=config.heldout_path)
-        found += _resolve_one(config, heldout, mix="", where="data.heldout_path", heldout=True)
-    _refuse_shared(found)
-    return _named(found)
+        sources += _resolve_entry(config, heldout, mix="", where="data.heldout_path", heldout=True)
+    _check_separate(sources)
+    return _with_unique_names(sources)
 
 
-def _resolve_one(config: DataConfig, entry: SourceConfig, *, mix: str, where: str, heldout: bool) -> list[Source]:
-    base = Source(
-        name="", path=None, hub=entry.hub, revision=entry.revision or config.revision, split=entry.split or config.split,
-        streaming=config.streaming, format=entry.format or config.format, columns=dict(entry.columns or config.columns),
-        text_unit=config.text_unit, mix=mix, heldout=heldout,
-    )  # fmt: skip
+def _resolve_entry(config: DataConfig, entry: SourceConfig, *, mix: str, where: str, heldout: bool) -> list[Source]:
+    source = Source(
+        name=str(entry.hub),
+        path=None,
+        hub=entry.hub,
+        revision=entry.revision or config.revision,
+        split=entry.split or config.split,
+        streaming=config.streaming,
+        format=entry.format or config.format,
+        columns=dict(entry.columns or config.columns),
+        text_unit=config.text_unit,
+        mix=mix,
+        heldout=heldout,
+    )
     if entry.path is None:
-        return [replace(base, name=str(entry.hub))]
-    paths = [
-        path for part in entry.path.split(",") if part.strip() for path in _expand(part.strip(), where, base.split)
-    ]
-    return [replace(base, path=path, name=path.name) for path in dict.fromkeys(paths)]
+        return [source]
+    parts = [part.strip() for part in entry.path.split(",") if part.strip()]
+    paths = [path for part in parts for path in _expand(part, where, source.split)]
+    return [replace(source, path=path, name=path.name) for path in dict.fromkeys(paths)]
 
 
 def _expand(part: str, where: str, split: str) -> list[Path]:
@@ -108,29 +113,30 @@ def _expand(part: str, where: str, split: str) -> list[Path]:
     if path.exists():
         return [path]
     matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
-    usable = [match for match in matches if match.is_file()]
-    if not usable:
-        near = _near(path)
+    matching_files = [match for match in matches if match.is_file()]
+    if not matching_files:
+        hint = _did_you_mean(path)
         raise DataError(
-            f"{where}: {part} does not exist{near}; give a file, a folder or a glob, relative to {Path.cwd()}"
+            f"{where}: {part} does not exist{hint}; give a file, a folder or a glob, relative to {Path.cwd()}"
         )
-    return usable
+    return matching_files
 
 
 def _folder(path: Path, where: str, split: str) -> list[Path]:
-    """A folder's data files; where they are named by split, only the asked split's."""
+    """Returns a folder's data files; where their names contain splits, only those of ``split``."""
     inside = sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path)))
-    data = [file for file in inside if files.kind_of(file) in files.SUFFIXES and not _about(file)]
+    data = [file for file in inside if files.file_kind(file) in files.SUFFIXES and not _is_description(file)]
     if not data:
-        raise DataError(f"{where}: the folder {path} holds no data file; known kinds are {', '.join(files.SUFFIXES)}")
-    mine = [file for file in data if _split_of(file.relative_to(path)) == split]
-    if mine and len(mine) < len(data):
-        left = [file for file in data if file not in mine]
-        log("data", f"{path}: read {_listed(mine, path)} because data.split={split}; left out {_listed(left, path)}")
-        return mine
-    kinds = {files.kind_of(file) for file in data}
+        known = ", ".join(files.SUFFIXES)
+        raise DataError(f"{where}: the folder {path} contains no data file; known types are {known}")
+    of_split = [file for file in data if _split_of(file.relative_to(path)) == split]
+    if of_split and len(of_split) < len(data):
+        others = _list_files([file for file in data if file not in of_split], path)
+        log("data", f"{path}: read {_list_files(of_split, path)} because data.split={split}; not read: {others}")
+        return of_split
+    kinds = {files.file_kind(file) for file in data}
     if ".txt" in kinds and len(kinds) > 1:
-        data = [file for file in data if files.kind_of(file) not in (".txt", ".text", ".md")]
+        data = [file for file in data if files.file_kind(file) not in (".txt", ".text", ".md")]
     return data
 
 
@@ -138,23 +144,19 @@ def _hidden(file: Path) -> bool:
     return any(part.startswith(".") for part in file.parts)
 
 
-def _about(file: Path) -> bool:
-    """Files that tell of the data, as hubs and ``datasets.save_to_disk`` lay them beside it."""
-    return file.stem.upper() in ("README", "LICENSE") or file.name in (
-        "dataset_info.json",
-        "dataset_infos.json",
-        "dataset_dict.json",
-        "state.json",
-    )
+def _is_description(file: Path) -> bool:
+    """Returns whether a file describes the data, as hubs and ``datasets.save_to_disk`` add them."""
+    names = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+    return file.stem.upper() in ("README", "LICENSE") or file.name in names
 
 
-def _listed(paths: list[Path], folder: Path) -> str:
+def _list_files(paths: list[Path], folder: Path) -> str:
     names = [str(file.relative_to(folder)) for file in paths]
     return f"{', '.join(names[:LISTED])}{f' and {len(names) - LISTED:,} more' if len(names) > LISTED else ''}"
 
 
 def _split_of(file: Path) -> str:
-    """By the file's name or its innermost folder's that says one (``train/data-00000-of-00001.arrow``)."""
+    """Reads the split from the file's name, or from the innermost folder (``train/data-00000-of-00001.arrow``)."""
     for part in (file.name.lower().split(".")[0], *(folder.lower() for folder in reversed(file.parts[:-1]))):
         for name in SPLIT_NAMES:
             if part == name or part.startswith((f"{name}-", f"{name}_")):
@@ -162,26 +164,24 @@ def _split_of(file: Path) -> str:
     return ""
 
 
-def _near(path: Path) -> str:
+def _did_you_mean(path: Path) -> str:
     import difflib
 
     if not path.parent.is_dir():
-        return f" (nor does the folder {path.parent})"
+        return f", and neither does the folder {path.parent}"
     close = difflib.get_close_matches(path.name, [file.name for file in path.parent.iterdir()], n=1)
     return f"; did you mean {path.parent / close[0]}?" if close else ""
 
 
-def _refuse_shared(sources: list[Source]) -> None:
+def _check_separate(sources: list[Source]) -> None:
     training = {source.path.resolve() for source in sources if source.path and not source.heldout}
     for source in sources:
         if source.heldout and source.path and source.path.resolve() in training:
-            raise DataError(
-                f"data.heldout_path: {source.path} is among the training files too; held-out rows must be others"
-            )
+            raise DataError(f"data.heldout_path: {source.path} is also a training file; name a file of other rows")
 
 
-def _named(sources: list[Source]) -> list[Source]:
-    """File names, with as many folders in front as it takes to tell them apart."""
+def _with_unique_names(sources: list[Source]) -> list[Source]:
+    """Adds as many folders to file names as are necessary to make them unique."""
     names = [source.name for source in sources]
     for depth in range(2, max((len(source.path.parts) for source in sources if source.path), default=0) + 1):
         shared = {name for name in names if names.count(name) > 1}
@@ -193,33 +193,31 @@ def _named(sources: list[Source]) -> list[Source]:
 
 
 def hub_rows(source: Source) -> Iterator[files.Raw]:
-    """Rows of a hub data set, numbered from 1.
+    """Returns the rows of a hub data set, numbered from 1.
 
     Raises:
-        DataError: The hub, the name, the revision or the split cannot be had.
+        DataError: The hub cannot be reached, or has no such data set, revision or split.
     """
-    return enumerate(
-        hub_dataset(str(source.hub), revision=source.revision, split=source.split, streaming=source.streaming), 1
-    )
+    name, revision = str(source.hub), source.revision
+    return enumerate(hub_dataset(name, revision=revision, split=source.split, streaming=source.streaming), 1)
 
 
 @lru_cache(maxsize=16)
 def hub_dataset(name: str, *, revision: str | None, split: str, streaming: bool) -> Any:
-    """Asks the hub once per data set, however often its rows are looked at."""
+    """Loads a data set from the hub once, even if its rows are read several times."""
     import datasets
 
     try:
         return datasets.load_dataset(name, revision=revision, split=split, streaming=streaming)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"data.hub={name} revision={revision or 'main'} split={split} cannot be had: {reason}; "
-            "check the name and the network, or download the files and give data.path=<file>"
+            f"data.hub={name} revision={revision or 'main'} split={split} cannot be loaded: {first_error_line(error)}; "
+            "check the name and the network, or download the files and set data.path=<file>"
         ) from error
 
 
 def hub_digest(source: Source) -> str:
-    """The loaded data set's fingerprint, which follows the commit; a stream has none, so it is only as fixed as its revision."""
+    """Hashes the data set's fingerprint, which depends on the commit; a stream has none, so its revision is hashed."""
     if not source.streaming:
         dataset = hub_dataset(str(source.hub), revision=source.revision, split=source.split, streaming=False)
         return hashlib.sha256(repr((source.hub, source.split, dataset._fingerprint)).encode()).hexdigest()

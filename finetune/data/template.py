@@ -1,15 +1,18 @@
-"""The tokenizer's chat template, looked at before it is trusted."""
+"""Selects, inspects and renders the tokenizer's chat template."""
 
 import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.console import log
 from finetune.data.conversation import BadRow, Message
 from finetune.errors import DataError
 from finetune.paths import CONF
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PROBE_QUESTION = "Which way is up"
 PROBE_ANSWER = "Away from the ground"
@@ -17,11 +20,11 @@ PROBE_ANSWER = "Away from the ground"
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """A chat template with what was learnt about it.
+    """A chat template and its properties.
 
     Attributes:
         source: The Jinja text.
-        special: What the template may name: ``bos_token``, ``eos_token``, ...
+        special: The names that the template can use: ``bos_token``, ``eos_token``, ...
         end_of_turn: The token that ends an assistant's turn.
         control: Matches every control token of the tokenizer.
     """
@@ -32,51 +35,49 @@ class Template:
     control: re.Pattern[str]
 
     def render(self, messages: list[Message], *, tools: list[Any] | None = None, prompt: bool = False) -> str:
-        """Messages as text; ``prompt`` adds what stands before an assistant's turn.
+        """Renders messages; ``prompt`` adds the opening of the assistant's next turn.
 
         Raises:
-            BadRow: The template refuses the messages.
+            BadRow: The template rejects the messages.
         """
         return _render(self.source, self.special, messages, tools=tools, prompt=prompt)
 
 
-def shipped(name: str) -> Path:
-    """Where ``conf/data/template/<name>.jinja`` lies, in a checkout or in an installed wheel."""
+def shipped_template(name: str) -> Path:
+    """Returns the path of ``conf/data/template/<name>.jinja``, in a checkout or in an installed wheel."""
     return CONF / "data" / "template" / f"{name}.jinja"
 
 
-def choose(name: str | None, tokenizer: Any) -> None:
-    """Gives the tokenizer the template that the user named. What the tokenizer brings is only replaced on that wish.
+def set_template(name: str | None, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Sets the tokenizer's chat template to the one that the user named; without a name, keeps the tokenizer's own.
 
     Raises:
         DataError: There is no template of that name, or none at all.
     """
+    own = getattr(tokenizer, "chat_template", None)
+    names = ", ".join(sorted(file.stem for file in shipped_template("x").parent.glob("*.jinja")))
     if name is None:
-        if not getattr(tokenizer, "chat_template", None):
-            names = ", ".join(sorted(file.stem for file in shipped("x").parent.glob("*.jinja")))
-            raise DataError(
-                f"data.template: the tokenizer brings no chat template and none is assumed; choose one of {names}, or a file"
-            )
+        if not own:
+            raise DataError(f"data.template: the tokenizer has no chat template; choose one of {names}, or a file")
         return
-    file = Path(name) if name.endswith((".jinja", ".j2")) else shipped(name)
+    file = Path(name) if name.endswith((".jinja", ".j2")) else shipped_template(name)
     if not file.is_file():
-        names = ", ".join(sorted(other.stem for other in shipped("x").parent.glob("*.jinja")))
         raise DataError(
-            f"data.template: there is no template {name!r} ({file} is no file); choose one of {names}, or a .jinja file"
+            f"data.template: there is no template {name!r} (no file {file}); choose one of {names}, or a .jinja file"
         )
     text = file.read_text(encoding="utf-8").rstrip("\n")
-    if getattr(tokenizer, "chat_template", None) not in (None, text):
-        log("data", f"the tokenizer's own chat template is replaced because data.template={name} was asked for")
+    if own not in (None, text):
+        log("data", f"data.template={name} replaces the tokenizer's own chat template")
     tokenizer.chat_template = text
 
 
-def probe(tokenizer: Any) -> Template:
-    """Learns how the tokenizer's template ends a turn, and that it can be trained on at all.
+def inspect_template(tokenizer: "PreTrainedTokenizerBase") -> Template:
+    """Finds out how the tokenizer's template ends a turn, and checks that it can be used for training.
 
     Raises:
-        DataError: The template cannot be rendered, has no end of turn, or writes two BOS.
+        DataError: The template cannot be rendered, has no end of turn, or writes BOS twice.
     """
-    source = tokenizer.chat_template
+    source: Any = tokenizer.chat_template
     if isinstance(source, dict):
         source = source["default"] if "default" in source else next(iter(source.values()))
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
@@ -85,7 +86,7 @@ def probe(tokenizer: Any) -> Template:
     )
     if not controls:
         raise DataError(
-            "data.template: the tokenizer has no control tokens, so nothing could end a turn; choose another tokenizer"
+            "data.template: the tokenizer has no control tokens, so no token can end a turn; choose another tokenizer"
         )
     control = re.compile("|".join(map(re.escape, controls)))
     question, answer = {"role": "user", "content": PROBE_QUESTION}, {"role": "assistant", "content": PROBE_ANSWER}
@@ -98,7 +99,7 @@ def probe(tokenizer: Any) -> Template:
     bos = special.get("bos_token")
     if bos and text.startswith(bos + bos):
         raise DataError(
-            f"data.template: the chat template writes {bos} twice, where one at most may begin a conversation; mend the template"
+            f"data.template: the chat template writes {bos} twice at the beginning of a conversation; fix the template"
         )
     return Template(source=source, special=special, end_of_turn=_end_of_turn(text, control), control=control)
 
@@ -107,20 +108,27 @@ def _end_of_turn(text: str, control: re.Pattern[str]) -> str:
     at = text.find(PROBE_ANSWER)
     if at < 0:
         raise DataError(
-            "data.template: the chat template does not write the assistant's words; choose another with data.template=..."
+            "data.template: the chat template does not write the assistant's words; "
+            "choose another with data.template=..."
         )
     tail = text[at + len(PROBE_ANSWER) :]
     match = control.match(tail.lstrip())
     if not match:
         raise DataError(
-            f"data.template: the chat template ends an assistant's turn with {tail[:30]!r}, which begins with no control token of the "
-            "tokenizer, so the model would never learn to stop; choose another with data.template=..."
+            f"data.template: the chat template ends an assistant's turn with {tail[:30]!r}, which does not begin with "
+            "a control token of the tokenizer, so the model would never learn to stop; "
+            "choose another with data.template=..."
         )
     return match.group()
 
 
 def _render(
-    source: str, special: Any, messages: list[Message], *, tools: list[Any] | None = None, prompt: bool = False
+    source: str,
+    special: dict[str, str],
+    messages: list[Message],
+    *,
+    tools: list[Any] | None = None,
+    prompt: bool = False,
 ) -> str:
     from jinja2 import TemplateError
 
@@ -129,14 +137,17 @@ def _render(
             messages=messages, tools=tools, documents=None, add_generation_prompt=prompt, **special
         )
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-        raise BadRow("the chat template refuses the turns", str(error)) from error
+        raise BadRow("the chat template rejects the turns", str(error)) from error
 
 
 @lru_cache(maxsize=4)
 def _compiled(source: str) -> Any:
-    """What apply_chat_template calls in the end; a test holds the two together. Its checks of every call cost as much again."""
+    """Compiles a template as ``apply_chat_template`` does, whose checks would double the time of every call.
+
+    A test checks that both give the same text.
+    """
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     compiled = _compile_jinja_template(source)
-    compiled.globals = dict(compiled.globals)  # a chain of maps is walked at every call
+    compiled.globals = dict(compiled.globals)  # a chain of maps is searched at every call
     return compiled

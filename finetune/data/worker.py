@@ -1,4 +1,4 @@
-"""What one process does with a batch of rows: read, render, tokenise, mark, measure."""
+"""Processes a batch of rows in one process: reads, renders, tokenizes and masks them."""
 
 import json
 from collections.abc import Sequence
@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from finetune.data.checks.shingles import signatures
 from finetune.data.conversation import BadRow, Conversation, check
+from finetune.data.encoder import Encoded, Encoder
 from finetune.data.files import Raw
 from finetune.data.formats import READERS
-from finetune.data.formats.fields import tests_of
-from finetune.data.jsonarray import refuse_constant, unique
-from finetune.data.length import fit
+from finetune.data.formats.fields import read_tests
+from finetune.data.json_array import reject_constant, reject_duplicate_keys
 from finetune.data.render import Rendered, Renderer
-from finetune.data.row_flags import FLAGS, flags_of, hashes_of
-from finetune.data.tokens import Encoded, Encoder
+from finetune.data.row_flags import FLAGS, find_flags, hash_conversation
+from finetune.data.shingles import signatures
+from finetune.data.truncation import shorten
 
 ROW = np.dtype(
     [
@@ -34,31 +34,32 @@ ROW = np.dtype(
         ("desirable", "i1"),
         ("characters", "i4"),
     ]
-)  # fmt: skip
+)
 DOCUMENT = np.dtype([("row", "i8"), ("length", "i4"), ("trained", "i4"), ("answer", "i4"), ("role", "i1")])
 CHOSEN, REJECTED = 0, 1
 
 
 class TooLong(BadRow):
-    """A row that is refused before it is tokenised.
+    """A row that is rejected before it is tokenized.
 
     Args:
-        fewest: Tokens that it has at least; the lengths count it so.
+        min_tokens: Lower bound of its tokens, for the length statistics.
     """
 
-    def __init__(self, reason: str, detail: str, *, fewest: int) -> None:
-        super().__init__(reason, detail)
-        self.fewest = fewest
+    def __init__(self, *, min_tokens: int) -> None:
+        super().__init__("longer than max_tokens", f"at least {min_tokens:,} tokens")
+        self.min_tokens = min_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """What every process needs; made once.
+class WorkerSettings:
+    """Settings that every worker process needs.
 
     Attributes:
-        formats: By source: the format's name and the columns to map.
-        references: By source: whether the answers' text must be kept for evaluation.
-        preference: Whether rejected answers are tokenised too.
+        formats: Source number -> name of the format, and the columns to map.
+        references: Numbers of the sources whose answers are kept as text, for the evaluation.
+        tokenizer: Its serialized content.
+        preference: Whether rejected answers are also tokenized.
     """
 
     formats: dict[int, tuple[str, dict[str, str]]]
@@ -72,24 +73,24 @@ class Job:
 
 @dataclass(slots=True)
 class Processed:
-    """A batch's outcome, columnar.
+    """The result of one batch, in columns.
 
     Attributes:
         rows: One ``ROW`` per input row, in order.
-        documents: One ``DOCUMENT`` per tokenised document; ``row`` counts from the batch's first row.
+        documents: One ``DOCUMENT`` per tokenized document; ``row`` counts from the batch's first row.
         ids: All tokens.
-        learnt: 1 where a token carries loss.
-        signatures: For finding near duplicates, one per document.
-        reasons: Reason texts that ``rows["reason"]`` counts into, from 1.
-        details: For bad rows: what exactly was wrong.
-        references: Text of the last turns, where asked for.
-        tests: What judges them, where a row says.
+        loss_mask: 1 for tokens with loss.
+        signatures: MinHash signature of each document.
+        reasons: Texts that ``rows["reason"]`` indexes, from 1.
+        details: Row -> the value that made it unusable.
+        references: Row -> text of its last turn, where required.
+        tests: Row -> the tests that judge its answer, where it has some.
     """
 
     rows: np.ndarray
     documents: np.ndarray
     ids: np.ndarray
-    learnt: np.ndarray
+    loss_mask: np.ndarray
     signatures: np.ndarray
     reasons: list[str]
     details: dict[int, str] = field(default_factory=dict)
@@ -98,75 +99,73 @@ class Processed:
 
 
 class Worker:
-    """Holds what is costly to make: the tokenizer's core."""
+    """Processes batches with one tokenizer, which is slow to load."""
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.encoder = Encoder(job.tokenizer)
+    def __init__(self, settings: WorkerSettings) -> None:
+        self.settings = settings
+        self.encoder = Encoder(settings.tokenizer)
 
     def process(self, source: int, raws: Sequence[Raw]) -> Processed:
-        """One batch of one source."""
+        """Processes one batch of one source."""
         batch = _Batch(source, raws)
-        name, columns = self.job.formats[source]
+        name, columns = self.settings.formats[source]
         rendered: list[tuple[int, int, Conversation, Rendered]] = []
         for number, (_, value) in enumerate(raws):
-            mine: list[tuple[int, int, Conversation, Rendered]] = []
+            of_row: list[tuple[int, int, Conversation, Rendered]] = []
             try:
                 conversation = read(value, name, columns)
-                check(conversation, self.job.renderer.train_roles)
-                mine.append((number, CHOSEN, conversation, self._render(conversation)))
-                if conversation.rejected is not None and self.job.preference:
+                check(conversation, self.settings.renderer.train_roles)
+                of_row.append((number, CHOSEN, conversation, self._render(conversation)))
+                if conversation.rejected is not None and self.settings.preference:
                     other = Conversation([*conversation.messages[:-1], conversation.rejected], tools=conversation.tools)
-                    mine.append((number, REJECTED, other, self._render(other)))
-                batch.describe(number, conversation, mine[0][-1])
+                    of_row.append((number, REJECTED, other, self._render(other)))
+                batch.describe(number, conversation, of_row[0][-1])
             except BadRow as error:
-                batch.refuse(number, _of_rejected(error) if mine else error)
-                if isinstance(error, TooLong) and not mine:
-                    batch.rows[number]["full_tokens"] = error.fewest
+                batch.refuse(number, _of_rejected(error) if of_row else error)
+                if isinstance(error, TooLong) and not of_row:
+                    batch.rows[number]["full_tokens"] = error.min_tokens
             else:
-                rendered += mine
-        encoded_items = self.encoder.encode([item for *_, item in rendered])
-        for (number, role, conversation, item), encoded in zip(rendered, encoded_items, strict=True):
+                rendered += of_row
+        results = self.encoder.encode([item for *_, item in rendered])
+        for (number, role, conversation, item), encoded in zip(rendered, results, strict=True):
             try:
                 if isinstance(encoded, BadRow):
                     raise encoded
-                batch.add(number, role, self._fitted(conversation, encoded, batch, number, role))
-                if role == CHOSEN and source in self.job.references:
+                batch.add(number, role, self._pieces(conversation, encoded, batch.rows[number], role))
+                if role == CHOSEN and source in self.settings.references:
                     batch.references[number] = item.reference
                     if conversation.tests is not None:
-                        batch.tests[number] = tests_of(conversation.tests)
+                        batch.tests[number] = read_tests(conversation.tests)
             except BadRow as error:
                 if not batch.rows["reason"][number]:
                     batch.refuse(number, _of_rejected(error) if role == REJECTED else error)
         return batch.done()
 
     def _render(self, conversation: Conversation) -> Rendered:
-        rendered = self.job.renderer.render(conversation)
+        rendered = self.settings.renderer.render(conversation)
         try:
             rendered.text.encode()
         except UnicodeEncodeError as error:
-            raise BadRow("the text holds half a character (a lone surrogate)", f"at character {error.start}") from error
-        fewest = self.encoder.fewest_tokens(rendered.text)
-        if fewest > self.job.max_tokens and self.job.too_long in ("drop", "error"):
-            raise TooLong("longer than max_tokens", f"at least {fewest:,} tokens", fewest=fewest)
+            raise BadRow(
+                "the text contains half a character (a lone surrogate)", f"at character {error.start}"
+            ) from error
+        min_tokens = self.encoder.min_tokens(rendered.text)
+        if min_tokens > self.settings.max_tokens and self.settings.too_long in ("drop", "error"):
+            raise TooLong(min_tokens=min_tokens)
         return rendered
 
-    def _fitted(
-        self, conversation: Conversation, encoded: Encoded, batch: "_Batch", number: int, role: int
-    ) -> list[Encoded]:
-        row = batch.rows[number]
+    def _pieces(self, conversation: Conversation, encoded: Encoded, row: np.void, role: int) -> list[Encoded]:
         if role == CHOSEN:
-            row["full_tokens"], row["full_trained"] = len(encoded.ids), encoded.trained
+            row["full_tokens"], row["full_trained"] = len(encoded.ids), encoded.trained_tokens
             row["flags"] |= FLAGS["in pieces"] * encoded.in_pieces
-        if len(encoded.ids) <= self.job.max_tokens:
+        limit, policy = self.settings.max_tokens, self.settings.too_long
+        if len(encoded.ids) <= limit:
             return [encoded]
-        pieces, cut = fit(
-            encoded, conversation, max_tokens=self.job.max_tokens, policy=self.job.too_long, again=self._again
-        )
-        row["truncated_by"] += cut
+        pieces, lost = shorten(encoded, conversation, max_tokens=limit, policy=policy, encode=self._encode)
+        row["truncated_by"] += lost
         return pieces
 
-    def _again(self, conversation: Conversation) -> Encoded:
+    def _encode(self, conversation: Conversation) -> Encoded:
         result = self.encoder.encode([self._render(conversation)])[0]
         if isinstance(result, BadRow):
             raise result
@@ -178,29 +177,29 @@ def _of_rejected(error: BadRow) -> BadRow:
 
 
 def read(value: Any, name: str, columns: dict[str, str]) -> Conversation:
-    """A raw row as a conversation.
+    """Reads a raw row as a conversation.
 
     Raises:
-        BadRow: It is not what the format says.
+        BadRow: It does not have the format.
     """
     if isinstance(value, bytes):
         value = _json(value)
     if isinstance(value, tuple):
-        raise BadRow("the row has another number of cells than the header", f"{value[0]} instead of {value[1]}")
+        raise BadRow("the row and the header have different numbers of cells", f"{value[0]} and {value[1]}")
     if not isinstance(value, dict):
         raise BadRow("the row is not an object", f"it is a {type(value).__name__}")
     if columns:
-        absent = [actual for actual in columns.values() if actual not in value]
-        if absent:
-            raise BadRow(f"column {absent[0]!r} is missing", f"the row has {', '.join(map(str, value))}")
-        value = {**value, **{ours: value[actual] for ours, actual in columns.items()}}
+        missing = [actual for actual in columns.values() if actual not in value]
+        if missing:
+            raise BadRow(f"column {missing[0]!r} is missing", f"the row has {', '.join(map(str, value))}")
+        value = {**value, **{column: value[actual] for column, actual in columns.items()}}
     conversation = READERS[name](value)
     conversation.tests = value.get("tests")
     return conversation
 
 
-def as_object(value: Any) -> dict[str, Any]:
-    """A raw row as an object, or an empty one where it is none; for looking at the first rows only."""
+def parse_object(value: Any) -> dict[str, Any]:
+    """Reads a raw row as an object; returns {} where it is not one. For format detection only."""
     try:
         value = _json(value) if isinstance(value, bytes) else value
     except BadRow:
@@ -210,7 +209,7 @@ def as_object(value: Any) -> dict[str, Any]:
 
 def _json(value: bytes) -> Any:
     try:
-        return json.loads(value, object_pairs_hook=unique, parse_constant=refuse_constant)
+        return json.loads(value, object_pairs_hook=reject_duplicate_keys, parse_constant=reject_constant)
     except json.JSONDecodeError as error:
         raise BadRow("the line is not valid JSON", f"{error.msg}, column {error.colno}") from error
     except UnicodeDecodeError as error:
@@ -222,7 +221,7 @@ def _json(value: bytes) -> Any:
 
 
 class _Batch:
-    """Gathers a batch's outcome row by row."""
+    """Collects the result of a batch row by row."""
 
     def __init__(self, source: int, raws: Sequence[Raw]) -> None:
         self.rows = np.zeros(len(raws), dtype=ROW)
@@ -243,34 +242,33 @@ class _Batch:
 
     def describe(self, number: int, conversation: Conversation, rendered: Rendered) -> None:
         row = self.rows[number]
-        row["content"], row["prompt"], row["answer"] = hashes_of(conversation)
+        row["content"], row["prompt"], row["answer"] = hash_conversation(conversation)
         row["characters"] = len(rendered.text)
         if conversation.desirable is not None:
             row["desirable"] = conversation.desirable
-        row["flags"] = flags_of(rendered)
+        row["flags"] = find_flags(rendered)
 
     def add(self, number: int, role: int, pieces: list[Encoded]) -> None:
         if self.rows["reason"][number]:
             return
         for encoded in pieces:
-            trained = encoded.trained
-            if not trained:
+            if not encoded.trained_tokens:
                 raise BadRow("no trained token is left")
-            self.documents[number].append((number, len(encoded.ids), trained, encoded.answer, role))
+            self.documents[number].append((number, len(encoded.ids), encoded.trained_tokens, encoded.answer, role))
             self.pieces[number].append(encoded)
 
     def done(self) -> Processed:
         self.rows["pieces"] = [sum(document[4] == CHOSEN for document in documents) for documents in self.documents]
         pieces = [encoded for row in self.pieces for encoded in row]
         documents = [document for row in self.documents for document in row]
-        listed = np.array(documents, dtype=DOCUMENT) if documents else np.zeros(0, dtype=DOCUMENT)
+        columns = np.array(documents, dtype=DOCUMENT) if documents else np.zeros(0, dtype=DOCUMENT)
         ids = np.concatenate([np.array(encoded.ids, dtype=np.int32) for encoded in pieces] or [np.zeros(0, np.int32)])
         return Processed(
             rows=self.rows,
-            documents=listed,
+            documents=columns,
             ids=ids,
-            signatures=signatures(ids, listed["length"].astype(np.int64)),
-            learnt=np.concatenate([encoded.mask() for encoded in pieces] or [np.zeros(0, np.uint8)]),
+            signatures=signatures(ids, columns["length"].astype(np.int64)),
+            loss_mask=np.concatenate([encoded.loss_mask() for encoded in pieces] or [np.zeros(0, np.uint8)]),
             reasons=list(self.reasons),
             details=self.details,
             references={number: text for number, text in self.references.items() if not self.rows["reason"][number]},

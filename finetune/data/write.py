@@ -1,4 +1,4 @@
-"""Arrow files that ``datasets.load_from_disk`` opens, written without loading ``datasets``."""
+"""Writes Arrow files for ``datasets.load_from_disk`` without importing ``datasets``."""
 
 import json
 from collections.abc import Iterator
@@ -9,29 +9,28 @@ import numpy as np
 import pyarrow
 
 from finetune.data.pack import Packs
-from finetune.data.store import Store
+from finetune.data.store import TokenStore
 from finetune.data.worker import REJECTED
 
-ROWS_AT_ONCE = 256
+BATCH_ROWS = 256
 LIST = "list"
-OTHER_FIELDS = {"rejected_input_ids": LIST, "rejected_labels": LIST, "desirable": "int32"}
-"""What preference objectives read besides; empty lists where a row has no rejected answer."""
+FIELDS = {"input_ids": LIST, "labels": LIST, "seq_lengths": LIST, "rows": LIST}
+PREFERENCE_FIELDS = {"rejected_input_ids": LIST, "rejected_labels": LIST, "desirable": "int32"}
+"""Additional fields for preference objectives; the lists are empty where a row has no rejected answer."""
 
 
-def train(folder: Path, store: Store, packs: Packs, *, preference: bool, fingerprint: str) -> None:
-    """``input_ids``, ``labels``, ``seq_lengths``, ``rows``; for preference objectives the rejected answers too."""
-    fields = {"input_ids": LIST, "labels": LIST, "seq_lengths": LIST, "rows": LIST}
-    if preference:
-        fields |= OTHER_FIELDS
+def write_train(folder: Path, store: TokenStore, packs: Packs, *, preference: bool, fingerprint: str) -> None:
+    """Writes packed rows: ``FIELDS``, and for preference objectives the rejected answers."""
+    fields = FIELDS | (PREFERENCE_FIELDS if preference else {})
     _write(folder, fields, _train_batches(store, packs, preference=preference), fingerprint=f"{fingerprint}-train")
 
 
-def _train_batches(store: Store, packs: Packs, *, preference: bool) -> Iterator[dict[str, Any]]:
+def _train_batches(store: TokenStore, packs: Packs, *, preference: bool) -> Iterator[dict[str, Any]]:
     rejected = _rejected(store) if preference else {}
-    for first in range(0, len(packs), ROWS_AT_ONCE):
-        borders = packs.starts[first : first + ROWS_AT_ONCE + 1]
+    for start in range(0, len(packs), BATCH_ROWS):
+        borders = packs.starts[start : start + BATCH_ROWS + 1]
         documents = packs.documents[borders[0] : borders[-1]]
-        ids, labels = store.gather(documents)
+        ids, labels = store.tokens_and_labels(documents)
         lengths = store.documents["length"][documents]
         tokens = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[borders - borders[0]]
         rows = store.documents["row"][documents]
@@ -42,17 +41,17 @@ def _train_batches(store: Store, packs: Packs, *, preference: bool) -> Iterator[
             "rows": _lists(rows, borders - borders[0]),
         }
         if preference:
-            columns |= _others(store, rejected, rows)
+            columns |= _preference_columns(store, rejected, rows)
         yield columns
 
 
-def _others(store: Store, rejected: dict[int, int], rows: np.ndarray) -> dict[str, Any]:
-    """`OTHER_FIELDS` of some rows."""
-    others = np.array([number for row in rows if (number := rejected.get(int(row), -1)) >= 0], dtype=np.int64)
-    there = np.array([int(row) in rejected for row in rows], dtype=bool)
+def _preference_columns(store: TokenStore, rejected: dict[int, int], rows: np.ndarray) -> dict[str, Any]:
+    """Returns the ``PREFERENCE_FIELDS`` of rows."""
+    has_rejected = np.array([int(row) in rejected for row in rows], dtype=bool)
+    documents = np.array([rejected[int(row)] for row in rows[has_rejected]], dtype=np.int64)
     lengths = np.zeros(len(rows), dtype=np.int64)
-    lengths[there] = store.documents["length"][others]
-    ids, labels = store.gather(others)
+    lengths[has_rejected] = store.documents["length"][documents]
+    ids, labels = store.tokens_and_labels(documents)
     borders = np.concatenate([[0], np.cumsum(lengths)])
     desirable = pyarrow.array(store.rows["desirable"][rows].astype(np.int32))
     return {
@@ -62,46 +61,39 @@ def _others(store: Store, rejected: dict[int, int], rows: np.ndarray) -> dict[st
     }
 
 
-def _rejected(store: Store) -> dict[int, int]:
+def _rejected(store: TokenStore) -> dict[int, int]:
     numbers = np.flatnonzero(store.documents["role"] == REJECTED)
     return dict(zip(store.documents["row"][numbers].tolist(), numbers.tolist(), strict=True))
 
 
-def heldout(folder: Path, store: Store, documents: np.ndarray, *, preference: bool, fingerprint: str) -> None:
-    """The same columns, never packed, with what serving would send and the answer it should get."""
-    fields = {
-        "input_ids": LIST,
-        "labels": LIST,
-        "seq_lengths": LIST,
-        "rows": LIST,
-        "prompt_ids": LIST,
-        "reference": "string",
-        "row": "int32",
-    }
+def write_heldout(
+    folder: Path, store: TokenStore, documents: np.ndarray, *, preference: bool, fingerprint: str
+) -> None:
+    """Writes held-out rows: never packed, with the prompt that serving would send and the expected answer."""
+    fields = FIELDS | {"prompt_ids": LIST, "reference": "string", "row": "int32"}
     if store.tests:
         fields["tests"] = "string"
     if preference:
-        fields |= OTHER_FIELDS
-    _write(
-        folder, fields, _heldout_batches(store, documents, preference=preference), fingerprint=f"{fingerprint}-heldout"
-    )
+        fields |= PREFERENCE_FIELDS
+    batches = _heldout_batches(store, documents, preference=preference)
+    _write(folder, fields, batches, fingerprint=f"{fingerprint}-heldout")
 
 
-def _heldout_batches(store: Store, documents: np.ndarray, *, preference: bool) -> Iterator[dict[str, Any]]:
+def _heldout_batches(store: TokenStore, documents: np.ndarray, *, preference: bool) -> Iterator[dict[str, Any]]:
     rejected = _rejected(store) if preference else {}
-    for first in range(0, len(documents), ROWS_AT_ONCE):
-        some = documents[first : first + ROWS_AT_ONCE]
-        ids, labels = store.gather(some)
-        lengths, answers = store.documents["length"][some], store.documents["answer"][some]
+    for start in range(0, len(documents), BATCH_ROWS):
+        batch = documents[start : start + BATCH_ROWS]
+        ids, labels = store.tokens_and_labels(batch)
+        lengths, answers = store.documents["length"][batch], store.documents["answer"][batch]
         tokens = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        ones = np.arange(len(some) + 1)
-        prompts = [ids[start : start + answer] for start, answer in zip(tokens[:-1], answers, strict=True)]
-        rows = store.documents["row"][some]
+        single = np.arange(len(batch) + 1)
+        prompts = [ids[first : first + answer] for first, answer in zip(tokens[:-1], answers, strict=True)]
+        rows = store.documents["row"][batch]
         columns = {
             "input_ids": _lists(ids, tokens),
             "labels": _lists(labels, tokens),
-            "seq_lengths": _lists(lengths, ones),
-            "rows": _lists(rows, ones),
+            "seq_lengths": _lists(lengths, single),
+            "rows": _lists(rows, single),
             "prompt_ids": _lists(np.concatenate(prompts), np.concatenate([[0], np.cumsum(answers, dtype=np.int64)])),
             "reference": pyarrow.array([store.references[int(row)] for row in rows], pyarrow.string()),
             "row": pyarrow.array(rows.astype(np.int32)),
@@ -109,7 +101,7 @@ def _heldout_batches(store: Store, documents: np.ndarray, *, preference: bool) -
         if store.tests:
             columns["tests"] = pyarrow.array([store.tests.get(int(row)) for row in rows], pyarrow.string())
         if preference:
-            columns |= _others(store, rejected, rows)
+            columns |= _preference_columns(store, rejected, rows)
         yield columns
 
 
@@ -128,15 +120,16 @@ def _write(folder: Path, fields: dict[str, str], batches: Iterator[dict[str, Any
             writer.write_batch(pyarrow.record_batch(list(columns.values()), schema=schema))
     features = {column: _feature(kind) for column, kind in fields.items()}
     (folder / "dataset_info.json").write_text(json.dumps({"features": features}, indent=2))
-    # ``datasets`` names the results of its own caches by this, so it must differ where the content does.
     state: dict[str, Any] = {
         "_data_files": [{"filename": name}],
-        "_fingerprint": fingerprint,
+        "_fingerprint": fingerprint,  # ``datasets`` uses it as a cache key, so it must differ where the content does
         "_format_columns": None,
         "_format_kwargs": {},
         "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
     }
-    (folder / "state.json").write_text(json.dumps(state | {"_output_all_columns": False, "_split": None}, indent=2))
+    (folder / "state.json").write_text(json.dumps(state, indent=2))
 
 
 def _feature(kind: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from finetune.errors import EvalError
 from finetune.eval.config import ARTIFACTS, EvalConfig
 from finetune.eval.harness import Harness
 from finetune.eval.harness import show as show_harness
+from finetune.files import atomic_write_text
 from finetune.model import ModelSpec
 from finetune.products import MergedModel, PreparedData, Scores, TrainedAdapter
 
@@ -191,18 +192,17 @@ def _text(tokenizer: Any, ids: list[int]) -> str:
 
 
 def _write_samples(file: Path, *, rows: list[dict[str, Any]], table: Table, tokenizer: Any, metrics: list[str]) -> None:
-    partial = file.with_name(file.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as handle:
-        for number, row in enumerate(rows):
-            sample = {
-                "row": int(row["row"]),
-                "prompt": tokenizer.decode(row["prompt_ids"], skip_special_tokens=False),
-                "reference": row["reference"],
-                **{name: table.texts[name][number] for name in ARTIFACTS},
-                "scores": {name: dict(_row_scores(table, name, metrics, number)) for name in ARTIFACTS},
-            }
-            handle.write(json.dumps(sample, ensure_ascii=False) + "\n")
-    partial.replace(file)
+    samples = (
+        {
+            "row": int(row["row"]),
+            "prompt": tokenizer.decode(row["prompt_ids"], skip_special_tokens=False),
+            "reference": row["reference"],
+            **{name: table.texts[name][number] for name in ARTIFACTS},
+            "scores": {name: dict(_row_scores(table, name, metrics, number)) for name in ARTIFACTS},
+        }
+        for number, row in enumerate(rows)
+    )
+    atomic_write_text(file, (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
 
 
 def _row_scores(table: Table, name: str, metrics: list[str], number: int) -> Iterator[tuple[str, float]]:

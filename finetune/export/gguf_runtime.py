@@ -18,6 +18,7 @@ from finetune.errors import ExportError
 from finetune.export.gguf.library import Model
 from finetune.export.parity import POSITIONS
 from finetune.inference.fresh_process import answer
+from finetune.inference.rows import IGNORED
 
 SLOTS = 4
 """Answers that the server writes at a time: a choice. One pass over the weights gives a token of each, and each holds a cache."""
@@ -120,7 +121,7 @@ def _last_logits(model: Model, prompt: list[int]) -> np.ndarray:
 def _loss(model: Model, row: dict[str, list[int]]) -> list[float]:
     """``[nats, trained tokens]`` of a held-out row."""
     labels = row["labels"]
-    positions = [number - 1 for number in range(1, len(labels)) if labels[number] != -100]
+    positions = [number - 1 for number in range(1, len(labels)) if labels[number] != IGNORED]
     nats = 0.0
     for position, logits in zip(positions, model.logits(row["input_ids"], positions), strict=True):
         numbers = logits.astype(np.float64)

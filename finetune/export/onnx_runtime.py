@@ -12,6 +12,7 @@ import numpy as np
 
 from finetune.export.parity import POSITIONS, chat_tokens
 from finetune.inference.fresh_process import answer
+from finetune.inference.rows import IGNORED
 
 Past = dict[str, np.ndarray]
 Forward = Callable[[list[int], Past], tuple[np.ndarray, Past]]
@@ -62,7 +63,7 @@ def _last_logits(forward: Forward, empty: Past, prompt: list[int]) -> np.ndarray
 def _loss(logits: np.ndarray, labels: list[int]) -> list[float]:
     """``[nats, trained tokens]`` of a row, from the logits after each of its tokens."""
     targets = np.array(labels[1:])
-    trained = np.flatnonzero(targets != -100)
+    trained = np.flatnonzero(targets != IGNORED)
     picked = logits[trained].astype(np.float64)
     top = picked.max(axis=1)
     nats = np.log(np.exp(picked - top[:, None]).sum(axis=1)) + top - picked[np.arange(len(trained)), targets[trained]]

@@ -1,4 +1,4 @@
-"""Rows of the prepared data as one micro-batch: documents end to end, or each padded in a row of its own."""
+"""Collates prepared rows into a micro-batch: documents concatenated in one row, or each padded in its own row."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,34 +10,35 @@ import torch
 from finetune.inference.rows import IGNORED
 
 FLAT_MULTIPLE = 64
-"""A flat row is filled up to a multiple of so many tokens: a CPU's matrix library keeps code and memory for each shape it meets,
-which was 0.6 GB after 15 steps of a small model."""
+"""Flat rows are padded to a multiple of this: a CPU's matrix library keeps code and memory for every shape, which took
+0.6 GB after 15 steps of a small model."""
 
 
 @dataclass(frozen=True, slots=True)
 class Collator:
-    """Makes micro-batches.
+    """Collator of packed or unpacked rows.
 
     Attributes:
-        flat: All documents end to end in one row, kept apart by positions that restart; needs an attention that heeds
-            them. What fills the row up is a document of its own. Otherwise every document has a row of its own, packed or not.
-        pad_token_id: Fills the rows up; masked, and never learnt.
+        flat: Concatenates all documents in one row, separated by positions that restart, which the attention must
+            support; the padding is one more document. Otherwise every document has a row of its own, packed or not.
+        pad_token_id: Pads the rows, masked and without loss.
     """
 
     flat: bool
     pad_token_id: int
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """
+        """Collates rows.
+
         Args:
             rows: ``input_ids``, ``labels``, ``seq_lengths`` (documents of the row) and ``rows`` (their ledger numbers).
 
         Returns:
-            ``input_ids`` and ``labels``, shape (1, tokens) with ``position_ids`` and the borders of the documents that
-            variable-length kernels take, or (documents, longest) with ``attention_mask``. The first token of a document
-            is never a label: nothing stands before it. ``padding`` counts the tokens that fill up.
+            ``input_ids`` and ``labels``: shape (1, tokens) with ``position_ids`` and the document borders for
+            variable-length kernels, or (documents, longest) with ``attention_mask``. The first token of a document has
+            no label, because it has no token before it. ``padding`` is the number of padding tokens.
         """
-        documents = [document for row in rows for document in _documents(row)]
+        documents = [document for row in rows for document in split_documents(row)]
         return self._flat(documents) if self.flat else self._padded(documents)
 
     def _flat(self, documents: list[tuple[list[int], list[int]]]) -> dict[str, Any]:
@@ -61,14 +62,15 @@ class Collator:
         shape = (len(documents), max(len(ids) for ids, _ in documents))
         input_ids, labels = torch.full(shape, self.pad_token_id), torch.full(shape, IGNORED)
         mask = torch.zeros(shape, dtype=torch.long)
-        for number, (ids, learnt) in enumerate(documents):
+        for number, (ids, document_labels) in enumerate(documents):
             input_ids[number, : len(ids)] = torch.tensor(ids)
-            labels[number, : len(ids)] = torch.tensor(learnt)
+            labels[number, : len(ids)] = torch.tensor(document_labels)
             mask[number, : len(ids)] = 1
         return {"input_ids": input_ids, "labels": labels, "attention_mask": mask, "padding": int((mask == 0).sum())}
 
 
-def _documents(row: dict[str, Any]) -> Iterator[tuple[list[int], list[int]]]:
+def split_documents(row: dict[str, Any]) -> Iterator[tuple[list[int], list[int]]]:
+    """Yields the tokens and the labels of each document of a row."""
     borders = [0]
     for length in row["seq_lengths"]:
         borders.append(borders[-1] + length)

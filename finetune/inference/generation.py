@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from finetune.inference.logits import evaluating, unwrap
-from finetune.inference.rows import batches
+from finetune.inference.rows import group_by_length
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def generations(
             total=len(prompts), desc=progress, unit="row", file=sys.stderr, disable=progress is None, leave=False
         ) as bar,
     ):
-        for batch in batches(lengths, batch_tokens=sys.maxsize, batch_rows=batch_rows):
+        for batch in group_by_length(lengths, batch_tokens=sys.maxsize, batch_rows=batch_rows):
             answers = _batch(unwrap(model), [prompts[i] for i in batch], ends=stops, pad=pad, limit=max_new_tokens)
             yield from zip(batch, answers, strict=True)
             bar.update(len(batch))

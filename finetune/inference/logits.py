@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from finetune.errors import EvalError
-from finetune.inference.rows import IGNORED, Row, measured
+from finetune.inference.rows import IGNORED, Row, token_batches
 
 CHUNK_BYTES = 64 * 1024**2
 """Size of the float32 logits that are alive at one time. A choice: small beside any model, large enough for a fast product."""
@@ -62,7 +62,7 @@ def trained_logits(
 
     Args:
         model: A causal language model, with or without a peft adapter; on one device.
-        rows: ``input_ids`` and ``labels`` each; labels of -100 are read only.
+        rows: ``input_ids`` and ``labels`` each; tokens with the label IGNORED have no loss.
         batch_tokens: Padded tokens per forward pass.
         progress: Title of the progress bar; None for none.
 
@@ -73,7 +73,7 @@ def trained_logits(
         EvalError: A row is longer than the positions that the model has.
     """
     _check_lengths(model, rows)
-    found = measured(rows, batch_tokens=batch_tokens)
+    found = token_batches(rows, batch_tokens=batch_tokens)
     lengths = [len(row["input_ids"]) for row in rows]
     with (
         evaluating(model),

@@ -1,4 +1,4 @@
-"""Rows of token ids and labels: reading them, counting what is trained, grouping them into padded batches."""
+"""Reads prepared rows, counts their trained tokens, and groups them into padded batches."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -7,69 +7,69 @@ from typing import Any
 from finetune.errors import EvalError
 
 IGNORED = -100
-"""Label of a token that is read and not learnt. Source: ignore_index of torch.nn.CrossEntropyLoss."""
+"""Label of a token without loss. Source: the default ignore_index of torch.nn.CrossEntropyLoss."""
 
 Row = Mapping[str, Any]
 
 
 def open_dataset(folder: Path) -> Any:
-    """A split that the data room wrote with ``save_to_disk``: a sequence of rows that are read when they are asked for.
+    """Opens a split of the prepared data: a sequence of rows that are read on access.
 
     Args:
-        folder: ``data/heldout``, say.
+        folder: For example ``data/heldout``.
 
     Raises:
-        EvalError: The folder is missing, or holds no row.
+        EvalError: The folder is missing or contains no rows.
     """
     from datasets import load_from_disk
 
     if not folder.is_dir():
-        raise EvalError(f"{folder} is missing, so there is nothing to measure on; run the data stage first")
+        raise EvalError(f"{folder} is missing, so there is nothing to evaluate on; run the data stage first")
     split = load_from_disk(str(folder))
     if not len(split):
-        raise EvalError(f"{folder} holds no row, so there is nothing to measure on; raise data.heldout_rows")
+        raise EvalError(f"{folder} contains no rows, so there is nothing to evaluate on; raise data.heldout_rows")
     return split
 
 
 def read_rows(folder: Path, *, limit: int | None = None) -> list[dict[str, Any]]:
-    """The first rows of such a split, in memory; all of them when ``limit`` is None.
+    """Reads the first ``limit`` rows of a split, or all, into memory.
 
     Raises:
-        EvalError: The folder is missing, or holds no row.
+        EvalError: The folder is missing or contains no rows.
     """
     split = open_dataset(folder)
     return [split[number] for number in range(len(split) if limit is None else min(limit, len(split)))]
 
 
 def trained_tokens(row: Row) -> int:
-    """Tokens that a loss is taken on: labelled, and with something before them to be predicted from."""
+    """Counts the tokens with loss: they have a label and a token before them."""
     return sum(label != IGNORED for label in row["labels"][1:])
 
 
-def measured(rows: Sequence[Row], *, batch_tokens: int) -> list[list[int]]:
-    """The batches in which rows are measured, one forward pass each: those that train a token.
+def token_batches(rows: Sequence[Row], *, batch_tokens: int) -> list[list[int]]:
+    """Groups the rows with loss into batches for one forward pass each.
 
     Args:
-        rows: ``input_ids`` and ``labels`` each.
+        rows: Each with ``input_ids`` and ``labels``.
         batch_tokens: Padded tokens per batch.
 
     Returns:
-        Row numbers of each batch, longest rows first.
+        The row numbers of each batch, longest rows first.
     """
     numbers = [number for number, row in enumerate(rows) if trained_tokens(row)]
     lengths = [len(rows[number]["input_ids"]) for number in numbers]
-    return [[numbers[index] for index in batch] for batch in batches(lengths, batch_tokens=batch_tokens)]
+    return [[numbers[index] for index in batch] for batch in group_by_length(lengths, batch_tokens=batch_tokens)]
 
 
-def batches(lengths: Sequence[int], *, batch_tokens: int, batch_rows: int | None = None) -> Iterator[list[int]]:
-    """Groups rows of like length, longest first, so that the memory peak comes at once and padding is small.
+def group_by_length(lengths: Sequence[int], *, batch_tokens: int, batch_rows: int | None = None) -> Iterator[list[int]]:
+    """Groups rows of similar length, longest first: the memory peak comes first, and padding is small.
 
     Args:
         lengths: Tokens per row, shape (rows,).
-        batch_tokens: Padded size of a batch, rows times longest; a single longer row still makes a batch.
-        batch_rows: Rows of a batch at most.
+        batch_tokens: Largest padded size of a batch, rows times longest; a single longer row is a batch of its own.
+        batch_rows: Largest number of rows of a batch.
 
-    Returns:
+    Yields:
         Indices into ``lengths``, one list per batch.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))

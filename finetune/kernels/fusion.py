@@ -16,6 +16,7 @@ from torch import Tensor
 
 from finetune.console import log
 from finetune.errors import HardwareError
+from finetune.inference.rows import IGNORED
 from finetune.kernels import blocks, native, plain
 from finetune.kernels.autograd import FusedLinearCrossEntropy, TokenLosses
 from finetune.kernels.blocks import Switch
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from finetune.hardware import Placement
     from finetune.kernels.config import KernelsConfig
 
-IGNORED = -100
 TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
 """Names of glibc's mallopt. Source: malloc.h."""
 

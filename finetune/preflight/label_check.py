@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow.parquet
 
+from finetune.inference.rows import IGNORED
 from finetune.preflight.batch import collated_learnt, documents, learnt, rejected
 from finetune.preflight.context import CheckContext, CheckResult
 from finetune.preflight.stop_tokens import end_tokens_of
@@ -68,7 +69,7 @@ def _miscounted(
     count: Counter[int] = Counter()
     pieces = Counter(owners)
     for tokens, document, owner in zip(given, prepared, owners, strict=False):
-        count[owner] += len(tokens) + (document["labels"][0] != -100)
+        count[owner] += len(tokens) + (document["labels"][0] != IGNORED)
     for owner, found in count.items():
         if owner not in ledger:
             yield f"row {owner} is not in the ledger"

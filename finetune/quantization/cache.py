@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.cache import cache_folder
 from finetune.console import human_bytes, log
+from finetune.files import require_disk
 from finetune.hardware.backends import BACKENDS
 from finetune.quantization.backends import holdings, restore, save
 from finetune.quantization.config import QuantizationConfig, spec
@@ -211,9 +212,8 @@ def _alone(root: Path) -> Iterator[bool]:
 
 def _check_space(root: Path, model: nn.Module) -> None:
     """Leaves as much again as the copy takes: the run itself is about to write checkpoints, often to the same disk."""
-    needed, free = 2 * sum(tensor.nbytes for _, tensor in holdings(model)), shutil.disk_usage(root).free
-    if free < needed:
-        raise OSError(f"the disk of {root} has {human_bytes(free)} left, and twice the copy is {human_bytes(needed)}")
+    need_bytes = 2 * sum(tensor.nbytes for _, tensor in holdings(model))
+    require_disk(root, need_bytes, "twice the quantized copy", remedy="free some space", error=OSError)
 
 
 def _flush(folder: Path) -> None:

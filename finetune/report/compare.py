@@ -1,11 +1,11 @@
 """Two runs side by side: on the console, and as a page of its own beside the figures."""
 
-import os
 from collections.abc import Iterator, Mapping
 from html import escape
 from pathlib import Path
 
 from finetune.console import change_text, log, table
+from finetune.files import atomic_write_text
 from finetune.report.answers import code, last_request
 from finetune.report.format import ARTIFACTS, MISSING, metric_title, number
 from finetune.report.markup import Html, folded, joined, section, tag
@@ -43,9 +43,7 @@ def show_comparison(comparison: Fields, file: Path) -> None:
         log("eval", f"{name}: the rows that changed most; more of them in {file}")
         heads = ["request", one, two, f"scores of {one}", f"of {two}"]
         table("eval", heads, [[_short(text) for text in _texts(row)] + _scores(row) for row in changed[:SHOWN_ROWS]])
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(page(comparison), encoding="utf-8")
-    os.replace(partial, file)
+    atomic_write_text(file, page(comparison))
 
 
 def page(comparison: Fields) -> str:

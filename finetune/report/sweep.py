@@ -1,11 +1,11 @@
 """The jobs of a sweep on one page: a table and a picture. Jobs that failed or were stopped are in it with their reason."""
 
-import os
 from html import escape
 from pathlib import Path
 
 from finetune.console import log, table
 from finetune.errors import ConfigError
+from finetune.files import atomic_write_text
 from finetune.report.format import MISSING, duration, number, size
 from finetune.report.markup import Html, figure, joined, mark, section, tag
 from finetune.report.markup import table as html_table
@@ -39,9 +39,7 @@ def report_sweep(folder: Path) -> bool:
         [_cells(job, content["settings"], width=REASON_WIDTH) for job in content["jobs"]],
     )
     write_json(folder / "report.json", content)
-    partial = folder / "report.html.partial"
-    partial.write_text(page(content), encoding="utf-8")
-    os.replace(partial, folder / "report.html")
+    atomic_write_text(folder / "report.html", page(content))
     log(
         "sweep",
         f"{_count(content['jobs'])}; {best(content['jobs'])}",

@@ -1,10 +1,10 @@
 """The verb: reads what the stages left in the run folder and writes three files at its top."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.console import log
+from finetune.files import atomic_write_text
 from finetune.report.markdown import markdown
 from finetune.report.page import page
 from finetune.report.run_data import gather
@@ -51,15 +51,9 @@ def report(run: Path, *, status: str = "complete") -> ReportFiles:
         folder=run, json=run / "report.json", markdown=run / "report.md", html=run / "report.html", status=content["status"]
     )  # fmt: skip
     write_json(files.json, content)
-    _write(files.markdown, markdown(content))
-    _write(files.html, page(content, facts))
+    atomic_write_text(files.markdown, markdown(content))
+    atomic_write_text(files.html, page(content, facts))
     if content["missing"]:
         log("report", f"partial: {', '.join(content['missing'])} did not finish in this run")
     log("report", f"the whole run on one page: {files.html}")
     return files
-
-
-def _write(file: Path, text: str) -> None:
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)

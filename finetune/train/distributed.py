@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import set_seed
 
 from finetune.inference.losses import RowLoss, row_losses
-from finetune.inference.rows import measured
+from finetune.inference.rows import token_batches
 from finetune.launch.gradients import spread
 from finetune.launch.shards import join_collectives
 
@@ -39,7 +39,7 @@ def distributed_row_losses(
     shares = [rows[rank :: ranks.count] for rank in range(ranks.count)]
     own = row_losses(model, shares[ranks.rank], batch_tokens=batch_tokens)
     if ranks.shards:
-        passes = [len(measured(share, batch_tokens=batch_tokens)) for share in shares]
+        passes = [len(token_batches(share, batch_tokens=batch_tokens)) for share in shares]
         join_collectives(model.get_base_model(), passes=max(passes) - passes[ranks.rank])
     found = ranks.all_gather([dataclasses.astuple(row) for row in own])
     return [RowLoss(*found[number % len(found)][number // len(found)]) for number in range(len(rows))]

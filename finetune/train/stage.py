@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from finetune.cache import file_sha256
 from finetune.console import human_bytes, log
 from finetune.errors import TrainError
+from finetune.files import atomic_write_text
 from finetune.launch.shards import shard
 from finetune.optim import state_bytes
 from finetune.products import TrainedAdapter
-from finetune.run import write_text
 from finetune.train.checkpoints import (
     choose_on_all_ranks,
     find_damage,
@@ -185,7 +185,7 @@ def rewind(file: Path, *, step: int) -> None:
     if not file.is_file():
         return
     lines = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    write_text(file, "".join(line for line in lines if json.loads(line)["step"] <= step))
+    atomic_write_text(file, "".join(line for line in lines if json.loads(line)["step"] <= step))
 
 
 def read_curve(file: Path) -> list[dict[str, float]]:

@@ -16,7 +16,7 @@ from trl import SFTTrainer
 from finetune.console import log
 from finetune.inference.collate import Collator
 from finetune.inference.losses import mean_loss
-from finetune.inference.rows import read_rows
+from finetune.inference.rows import IGNORED, read_rows
 from finetune.launch.gradients import all_reduce_gradients
 from finetune.lora import cast_adapter
 from finetune.optim import make_optimizer
@@ -92,7 +92,7 @@ class Trainer(SFTTrainer):
         """A micro-batch; without rows, one that trains nothing and is not computed."""
         if rows:
             return self.data_collator(rows)
-        nothing = torch.full((1, 1), -100)
+        nothing = torch.full((1, 1), IGNORED)
         dataset: Any = self.train_dataset
         empty = {"input_ids": nothing, "labels": nothing, "padding": 1, "rows": [], "answer_tokens": nothing[0, :0]}
         return empty | ({"instead": self.data_collator([dataset[0]])} if self.ranks.shards else {})
@@ -100,7 +100,7 @@ class Trainer(SFTTrainer):
     def training_step(self, model: Any, inputs: dict[str, Any], *arguments: Any, **keywords: Any) -> Any:
         labels = inputs["labels"]
         self.own_tokens += labels.numel() - inputs.pop("padding")
-        self.own_trained += int((labels != -100).sum())
+        self.own_trained += int((labels != IGNORED).sum())
         rows = inputs.pop("rows")
         if "instead" in inputs:
             self.join_collectives(model, inputs["instead"])

@@ -1,4 +1,4 @@
-"""Configs and prepared folders for the data room's tests."""
+"""Configs and prepared folders for the data tests."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,9 +11,17 @@ from finetune.products import PreparedData
 from tests.data.helpers import checks, write_jsonl
 
 NEUTRAL: dict[str, Any] = {
-    "format": "auto", "max_tokens": 256, "too_long": "drop", "packing": False, "bad_rows": "error", "duplicates": "drop",
-    "leaked": "drop", "cache": "", "workers": 1, "preview_rows": 3,
-}  # fmt: skip
+    "format": "auto",
+    "max_tokens": 256,
+    "too_long": "drop",
+    "packing": False,
+    "bad_rows": "error",
+    "duplicates": "drop",
+    "leaked": "drop",
+    "cache": "",
+    "workers": 1,
+    "preview_rows": 3,
+}
 
 
 @pytest.fixture

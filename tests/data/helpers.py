@@ -1,4 +1,4 @@
-"""What the data room's tests share besides fixtures."""
+"""Helpers of the data tests."""
 
 import json
 from collections.abc import Iterable
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.config import CheckConfig
+from finetune.inference.rows import IGNORED
 from finetune.products import PreparedData
 
 
@@ -27,7 +28,7 @@ def pair(prompt: str = "What is up?", completion: str = "The sky.") -> dict[str,
 
 
 def split(product: PreparedData, name: str) -> list[dict[str, Any]]:
-    from finetune.data.show.marked import SplitFile
+    from finetune.data.show.documents import SplitFile
 
     return SplitFile(product.folder / name).table.to_pylist()
 
@@ -38,5 +39,5 @@ def ledger(product: PreparedData) -> list[dict[str, Any]]:
     return pyarrow.parquet.read_table(product.folder / "ledger.parquet").to_pylist()
 
 
-def learnt(row: dict[str, Any], tokenizer: Any) -> str:
-    return tokenizer.decode([label for label in row["labels"] if label != -100], skip_special_tokens=False)
+def trained_text(row: dict[str, Any], tokenizer: Any) -> str:
+    return tokenizer.decode([label for label in row["labels"] if label != IGNORED], skip_special_tokens=False)

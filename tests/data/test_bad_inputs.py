@@ -1,4 +1,4 @@
-"""Eighty-odd broken inputs. Each one stops with a message that names the place, or is counted with its reason."""
+"""More than 80 broken inputs. Each stops with a message that names the place, or is counted with its reason."""
 
 import bz2
 import gzip
@@ -45,58 +45,98 @@ def calls(arguments: Any, **changes: Any) -> dict[str, Any]:
 
 USER, ANSWER = ("user", "q"), ("assistant", "a")
 FILES: dict[str, tuple[str, bytes, str]] = {
-    "empty file": ("a.jsonl", b"", "holds no rows"),
-    "blank lines only": ("a.jsonl", b"\n \n", "holds no rows"),
+    "empty file": ("a.jsonl", b"", "contains no rows"),
+    "blank lines only": ("a.jsonl", b"\n \n", "contains no rows"),
     "UTF-16": ("a.jsonl", GOOD.decode().encode("utf-16"), "is UTF-16"),
     "UTF-16 CSV": ("a.csv", "prompt,completion\n".encode("utf-16-be").join([b"\xfe\xff", b""]), "is UTF-16"),
     "Latin-1 CSV": ("a.csv", PAIRS + "é,ü\n".encode("latin-1"), "not UTF-8"),
     "Latin-1 text": ("a.txt", "é\n".encode("latin-1"), "not UTF-8"),
     "Latin-1 JSON array": ("a.json", '[{"prompt": "é"}]'.encode("latin-1"), "not UTF-8"),
-    "unknown kind": ("a.docx", b"PK", "not known"),
-    "no suffix": ("rows", GOOD, "not known"),
-    "gzip cut off": ("a.jsonl.gz", gzip.compress(GOOD * 500)[:-20], "damaged or cut off"),
-    "gzip that is none": ("a.jsonl.gz", GOOD, "damaged or cut off"),
-    "gzip with a wrong checksum": ("a.jsonl.gz", gzip.compress(GOOD)[:-8] + b"\0" * 8, "damaged or cut off"),
+    "unknown kind": ("a.docx", b"PK", "unknown file type"),
+    "no suffix": ("rows", GOOD, "unknown file type"),
+    "gzip cut off": ("a.jsonl.gz", gzip.compress(GOOD * 500)[:-20], "damaged or truncated"),
+    "gzip that is none": ("a.jsonl.gz", GOOD, "damaged or truncated"),
+    "gzip with a wrong checksum": ("a.jsonl.gz", gzip.compress(GOOD)[:-8] + b"\0" * 8, "damaged or truncated"),
     "gzip without its suffix": ("a.jsonl", gzip.compress(GOOD), "rename it to a.jsonl.gz"),
     "bz2 that is none": ("a.jsonl.bz2", GOOD, "cannot be read|damaged"),
-    "bz2 cut off": ("a.jsonl.bz2", bz2.compress(GOOD * 500)[:-9], "damaged or cut off"),
-    "xz that is none": ("a.jsonl.xz", GOOD, "damaged or cut off"),
-    "xz cut off": ("a.jsonl.xz", lzma.compress(GOOD * 500)[:-9], "damaged or cut off"),
-    "empty gzip": ("a.jsonl.gz", gzip.compress(b""), "holds no rows"),
-    "JSON array cut off": ("a.json", b'[\n{"prompt": "a", "completion": "b"},\n{"prompt": "a', "a.json:3: not valid JSON"),
-    "JSON array with a missing comma": ("a.json", b'[{"prompt": "a", "completion": "b"}\n{"prompt": "c"}]', "a comma or ]"),
-    "JSON array with a comma at its end": ("a.json", b'[{"prompt": "a", "completion": "b"},\n]', "a.json:2: not valid JSON"),
-    "JSON array with something after it": ("a.json", b'[{"prompt": "a", "completion": "b"}]\n[]', "a.json:2: something follows"),
-    "JSON array with a duplicate key": ("a.json", b'[{"prompt": "a", "prompt": "b", "completion": "c"}]', "'prompt' stands twice"),
-    "JSON array with NaN": ("a.json", b'[{"prompt": "a", "completion": NaN}]', "NaN is no JSON value"),
-    "JSON array without elements": ("a.json", b"[]", "holds no rows"),
-    "JSON that is a number": ("a.json", b"42", "not with a JSON array"),
-    "JSON that is a string": ("a.json", b'"rows"', "not with a JSON array"),
-    "JSON object without rows": ("a.json", b'{\n"name": "set",\n"version": 1}', "is one object with name, version"),
+    "bz2 cut off": ("a.jsonl.bz2", bz2.compress(GOOD * 500)[:-9], "damaged or truncated"),
+    "xz that is none": ("a.jsonl.xz", GOOD, "damaged or truncated"),
+    "xz cut off": ("a.jsonl.xz", lzma.compress(GOOD * 500)[:-9], "damaged or truncated"),
+    "empty gzip": ("a.jsonl.gz", gzip.compress(b""), "contains no rows"),
+    "JSON array cut off": (
+        "a.json",
+        b'[\n{"prompt": "a", "completion": "b"},\n{"prompt": "a',
+        "a.json:3: not valid JSON",
+    ),
+    "JSON array with a missing comma": (
+        "a.json",
+        b'[{"prompt": "a", "completion": "b"}\n{"prompt": "c"}]',
+        "a comma or ]",
+    ),
+    "JSON array with a comma at its end": (
+        "a.json",
+        b'[{"prompt": "a", "completion": "b"},\n]',
+        "a.json:2: not valid JSON",
+    ),
+    "JSON array with something after it": (
+        "a.json",
+        b'[{"prompt": "a", "completion": "b"}]\n[]',
+        "a.json:2: there is text after the end",
+    ),
+    "JSON array with a duplicate key": (
+        "a.json",
+        b'[{"prompt": "a", "prompt": "b", "completion": "c"}]',
+        "'prompt' appears twice",
+    ),
+    "JSON array with NaN": ("a.json", b'[{"prompt": "a", "completion": NaN}]', "NaN is not a JSON value"),
+    "JSON array without elements": ("a.json", b"[]", "contains no rows"),
+    "JSON that is a number": ("a.json", b"42", "neither a JSON array nor an object"),
+    "JSON that is a string": ("a.json", b'"rows"', "neither a JSON array nor an object"),
+    "JSON object without rows": (
+        "a.json",
+        b'{\n"name": "set",\n"version": 1}',
+        "is one object with the keys name, version",
+    ),
     "JSON object cut off": ("a.json", b'{\n"data": [{"prompt": "a"', "a.json:2: not valid JSON"),
     "JSON array of numbers": ("a.json", b"[1, 2]", "none of its first rows is an object"),
-    "HTML error page": ("a.json", b"<!doctype html><p>404", "not with a JSON array"),
+    "HTML error page": ("a.json", b"<!doctype html><p>404", "neither a JSON array nor an object"),
     "CSV with a stray quote": ("a.csv", PAIRS + b'"a" b,c\n', "a.csv:2: not valid CSV"),
     "CSV with an open quote": ("a.csv", PAIRS + b'"a,c\nd,e\n', "not valid CSV"),
-    "CSV with semicolons": ("a.csv", b"prompt;completion\na;b\n", "not divided by commas"),
-    "CSV with a column twice": ("a.csv", b"prompt,prompt\na,b\n", "'prompt' stands twice"),
-    "CSV with its header only": ("a.csv", PAIRS, "holds no rows"),
+    "CSV with semicolons": ("a.csv", b"prompt;completion\na;b\n", "cells are not separated by commas"),
+    "CSV with a column twice": ("a.csv", b"prompt,prompt\na,b\n", "'prompt' appears twice"),
+    "CSV with its header only": ("a.csv", PAIRS, "contains no rows"),
     "Parquet that is none": ("a.parquet", GOOD, "cannot be read as Parquet"),
     "Parquet cut off": ("a.parquet", b"PAR1\x00\x00", "cannot be read as Parquet"),
     "empty Parquet file": ("a.parquet", b"", "cannot be read as Parquet"),
     "Arrow that is none": ("a.arrow", GOOD, "cannot be read as Arrow"),
     "unknown columns": ("a.jsonl", b'{"foo": 1, "bar": 2}\n', "no known format has the columns bar, foo"),
-    "two formats": ("a.jsonl", GOOD + b'{"instruction": "a", "output": "b"}\n', "look like alpaca and prompt_completion"),
+    "two formats": (
+        "a.jsonl",
+        GOOD + b'{"instruction": "a", "output": "b"}\n',
+        "look like alpaca and prompt_completion",
+    ),
     "objects without columns": ("a.jsonl", b"{}\n{}\n", "none of its first rows is an object"),
-    "text of spaces": ("a.txt", b"  \n\n \n", "holds no rows"),
-}  # fmt: skip
+    "text of spaces": ("a.txt", b"  \n\n \n", "contains no rows"),
+}
 
 ROWS: dict[str, tuple[str, Any, str]] = {
     "malformed JSON": ("prompt_completion", b'{"prompt": "a", "completion": ', "the line is not valid JSON"),
-    "JSON with a trailing comma": ("prompt_completion", b'{"prompt": "a", "completion": "b",}', "the line is not valid JSON"),
+    "JSON with a trailing comma": (
+        "prompt_completion",
+        b'{"prompt": "a", "completion": "b",}',
+        "the line is not valid JSON",
+    ),
     "single quotes": ("prompt_completion", b"{'prompt': 'a', 'completion': 'b'}", "the line is not valid JSON"),
-    "Latin-1 line": ("prompt_completion", '{"prompt": "é", "completion": "b"}'.encode("latin-1"), "the line is not UTF-8"),
-    "duplicate key": ("prompt_completion", b'{"prompt": "a", "prompt": "b", "completion": "c"}', "the line is not valid JSON"),
+    "Latin-1 line": (
+        "prompt_completion",
+        '{"prompt": "é", "completion": "b"}'.encode("latin-1"),
+        "the line is not UTF-8",
+    ),
+    "duplicate key": (
+        "prompt_completion",
+        b'{"prompt": "a", "prompt": "b", "completion": "c"}',
+        "the line is not valid JSON",
+    ),
     "NaN": ("prompt_completion", b'{"prompt": "a", "completion": NaN}', "the line is not valid JSON"),
     "Infinity": ("prompt_completion", b'{"prompt": "a", "completion": -Infinity}', "the line is not valid JSON"),
     "nested too deeply": ("prompt_completion", b'{"prompt": ' + b"[" * 200_000, "the line is not valid JSON"),
@@ -109,12 +149,24 @@ ROWS: dict[str, tuple[str, Any, str]] = {
     "answer of spaces": ("prompt_completion", pair(completion=" \n\t"), "the answer is empty"),
     "empty prompt": ("prompt_completion", pair(prompt=""), "the prompt is empty"),
     "number for an answer": ("prompt_completion", {"prompt": "a", "completion": 7}, "column 'completion' is not text"),
-    "object for an answer": ("prompt_completion", {"prompt": "a", "completion": {"a": 1}}, "column 'completion' is not text"),
+    "object for an answer": (
+        "prompt_completion",
+        {"prompt": "a", "completion": {"a": 1}},
+        "column 'completion' is not text",
+    ),
     "half a character": ("prompt_completion", b'{"prompt": "a", "completion": "\\ud800 b"}', "half a character"),
     "ten megabytes": ("prompt_completion", pair(completion="word " * 2_000_000), "longer than max_tokens"),
     "alpaca without output": ("alpaca", {"instruction": "a", "input": ""}, "column 'output' is missing"),
-    "alpaca with an empty instruction": ("alpaca", {"instruction": " ", "input": "", "output": "b"}, "the instruction is empty"),
-    "alpaca with a broken history": ("alpaca", {"instruction": "a", "output": "b", "history": [["only one"]]}, "an entry of 'history'"),
+    "alpaca with an empty instruction": (
+        "alpaca",
+        {"instruction": " ", "input": "", "output": "b"},
+        "the instruction is empty",
+    ),
+    "alpaca with a broken history": (
+        "alpaca",
+        {"instruction": "a", "output": "b", "history": [["only one"]]},
+        "an entry of 'history'",
+    ),
     "no messages": ("messages", {"messages": []}, "there are no messages"),
     "messages as text": ("messages", {"messages": "hello"}, "'messages' is text that is not JSON"),
     "messages as a number": ("messages", {"messages": 3}, "'messages' is not a list"),
@@ -126,37 +178,69 @@ ROWS: dict[str, tuple[str, Any, str]] = {
     "a message without content": ("messages", {"messages": [{"role": "user"}]}, "a message has no content"),
     "null content": ("messages", chat(("user", None), ANSWER), "a message has no content"),
     "content that is a number": ("messages", chat(("user", 3), ANSWER), "the content of a message is not text"),
-    "an image": ("messages", chat(("user", [{"type": "image_url", "image_url": "x"}]), ANSWER), "something other than text"),
+    "an image": (
+        "messages",
+        chat(("user", [{"type": "image_url", "image_url": "x"}]), ANSWER),
+        "something other than text",
+    ),
     "two users in a row": ("messages", chat(USER, USER, ANSWER), "two user turns in a row"),
     "two assistants in a row": ("messages", chat(USER, ANSWER, ANSWER), "two assistant turns in a row"),
     "assistant first": ("messages", chat(ANSWER, USER, ANSWER), "the first turn is the assistant's"),
     "user last": ("messages", chat(USER, ANSWER, USER), "the last turn is not the assistant's"),
     "only a user": ("messages", chat(USER), "the last turn is not the assistant's"),
-    "system in the middle": ("messages", chat(USER, ("system", "s"), ANSWER), "a system message stands after other turns"),
-    "tool result after a user": ("messages", chat(USER, ("tool", "r"), ANSWER), "a tool result follows no assistant turn"),
-    "nothing to train": ("messages", marked(None, False), "no turn is trained"),
+    "system in the middle": ("messages", chat(USER, ("system", "s"), ANSWER), "a system message follows other turns"),
+    "tool result after a user": (
+        "messages",
+        chat(USER, ("tool", "r"), ANSWER),
+        "a tool result follows no assistant turn",
+    ),
+    "nothing to train": ("messages", marked(None, False), "no turn is trained on"),
     "train that is a word": ("messages", marked("no", None), "neither true nor false"),
     "tool call without a name": ("messages", calls("{}", function={"arguments": "{}"}), "a tool call has no name"),
     "tool call with broken arguments": ("messages", calls('{"a": '), "the arguments of a tool call are not JSON"),
-    "tool without a name": ("messages", {**chat(USER, ANSWER), "tools": [{"type": "function", "function": {}}]}, "a tool has no name"),
+    "tool without a name": (
+        "messages",
+        {**chat(USER, ANSWER), "tools": [{"type": "function", "function": {}}]},
+        "a tool has no name",
+    ),
     "tools that are a number": ("messages", {**chat(USER, ANSWER), "tools": 5}, "column 'tools' is not a list"),
-    "tools that the template ignores": ("messages", {**chat(USER, ANSWER), "tools": [{"name": "lookup"}]}, "does not write the tools"),
+    "tools that the template ignores": (
+        "messages",
+        {**chat(USER, ANSWER), "tools": [{"name": "lookup"}]},
+        "does not write the tools",
+    ),
     "calls that the template ignores": ("messages", calls("{}"), "does not write tool calls"),
-    "sharegpt with an unknown speaker": ("sharegpt", sharegpt(("alien", "q"), ("gpt", "a")), "a turn has an unknown speaker"),
+    "sharegpt with an unknown speaker": (
+        "sharegpt",
+        sharegpt(("alien", "q"), ("gpt", "a")),
+        "a turn has an unknown speaker",
+    ),
     "sharegpt without a value": ("sharegpt", {"conversations": [{"from": "human"}]}, "a turn has no 'value'"),
     "sharegpt with a null value": ("sharegpt", sharegpt(("human", None), ("gpt", "a")), "a turn has no 'value'"),
     "sharegpt with text for a turn": ("sharegpt", {"conversations": ["hi"]}, "a turn is not an object"),
-    "sharegpt with a broken call": ("sharegpt", sharegpt(("human", "q"), ("function_call", "lookup(")), "a function call is not JSON"),
+    "sharegpt with a broken call": (
+        "sharegpt",
+        sharegpt(("human", "q"), ("function_call", "lookup(")),
+        "a function call is not JSON",
+    ),
     "guanaco without marks": ("guanaco", {"text": "just text"}, "no '### Human:'"),
-    "guanaco with text before": ("guanaco", {"text": "hm\n### Human: q\n### Assistant: a"}, "text stands before"),
+    "guanaco with text before": ("guanaco", {"text": "hm\n### Human: q\n### Assistant: a"}, "there is text before"),
     "guanaco without an answer": ("guanaco", {"text": "### Human: q"}, "the last turn is not the assistant's"),
     "empty text": ("text", {"text": "  "}, "the text is empty"),
     "equal answers": ("preference", {"prompt": "q", "chosen": "a", "rejected": "a"}, "are the same"),
     "no rejected answer": ("preference", {"prompt": "q", "chosen": "a"}, "column 'rejected' is missing"),
-    "empty rejected answer": ("preference", {"prompt": "q", "chosen": "a", "rejected": ""}, "the rejected answer is empty"),
-    "conversations that differ early": ("preference", whole([USER, ANSWER], [("user", "p"), ANSWER]), "differ before the last turn"),
+    "empty rejected answer": (
+        "preference",
+        {"prompt": "q", "chosen": "a", "rejected": ""},
+        "the rejected answer is empty",
+    ),
+    "conversations that differ early": (
+        "preference",
+        whole([USER, ANSWER], [("user", "p"), ANSWER]),
+        "differ before the last turn",
+    ),
     "label that is a number": ("unpaired", {**pair(), "label": 1}, "the label is neither true nor false"),
-}  # fmt: skip
+}
 
 
 def test_the_corpus_is_as_large_as_promised() -> None:
@@ -176,9 +260,16 @@ def broken(tmp_path: Path, row: Any) -> str:
     raw = row if isinstance(row, bytes) else json.dumps(row).encode()
     file = tmp_path / "rows.jsonl"
     good = {
-        **pair(), **chat(USER, ("assistant", "fine")), **sharegpt(("human", "q"), ("gpt", "a")), "instruction": "i", "output": "o",
-        "text": "### Human: q\n### Assistant: a", "chosen": "good", "rejected": "bad", "label": True,
-    }  # fmt: skip
+        **pair(),
+        **chat(USER, ("assistant", "fine")),
+        **sharegpt(("human", "q"), ("gpt", "a")),
+        "instruction": "i",
+        "output": "o",
+        "text": "### Human: q\n### Assistant: a",
+        "chosen": "good",
+        "rejected": "bad",
+        "label": True,
+    }
     good_row = json.dumps(good).encode()
     file.write_bytes(good_row + b"\n" + raw + b"\n")
     return str(file)
@@ -193,7 +284,7 @@ def test_broken_row_stops_with_its_line_and_reason(case: str, run: Callable[...,
 
 
 @pytest.mark.parametrize("case", ROWS)
-def test_broken_row_is_counted_and_explained_where_asked(
+def test_broken_row_is_counted_and_explained_with_bad_rows_drop(
     case: str, run: Callable[..., PreparedData], tmp_path: Path
 ) -> None:
     name, row, reason = ROWS[case]
@@ -207,7 +298,7 @@ def test_broken_row_is_counted_and_explained_where_asked(
 
 
 def broken_for(tmp_path: Path, row: Any, without: list[str]) -> str:
-    """The good first row has every format's columns, but for those that would change its meaning."""
+    """Writes a file whose good first row has no column that would change the meaning of the broken one."""
     path = Path(broken(tmp_path, row))
     first, _, rest = path.read_bytes().partition(b"\n")
     kept = {name: value for name, value in json.loads(first).items() if name not in without}
@@ -221,30 +312,30 @@ def test_missing_file_names_a_near_one(run: Callable[..., PreparedData], tmp_pat
         run(path=str(tmp_path / "trian.jsonl"))
 
 
-def test_missing_folder_says_so(run: Callable[..., PreparedData], tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="nor does the folder"):
+def test_missing_folder_is_named(run: Callable[..., PreparedData], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="neither does the folder"):
         run(path=str(tmp_path / "no" / "rows.jsonl"))
 
 
-def test_empty_folder_says_so(run: Callable[..., PreparedData], tmp_path: Path) -> None:
+def test_empty_folder_is_named(run: Callable[..., PreparedData], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="holds no data file"):
+    with pytest.raises(DataError, match="contains no data file"):
         run(path=str(tmp_path / "empty"))
 
 
-def test_glob_that_matches_nothing_says_so(run: Callable[..., PreparedData], tmp_path: Path) -> None:
+def test_glob_without_matches_is_named(run: Callable[..., PreparedData], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         run(path=str(tmp_path / "*.jsonl"))
 
 
-def test_folder_in_place_of_a_file_says_so(run: Callable[..., PreparedData], tmp_path: Path) -> None:
+def test_folder_instead_of_a_file_is_named(run: Callable[..., PreparedData], tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").mkdir()
-    with pytest.raises(DataError, match="holds no data file"):
+    with pytest.raises(DataError, match="contains no data file"):
         run(path=str(tmp_path / "a.jsonl"))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_unreadable_file_says_so(run: Callable[..., PreparedData], tmp_path: Path) -> None:
+def test_unreadable_file_is_named(run: Callable[..., PreparedData], tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_bytes(GOOD)
     file.chmod(0)
@@ -252,14 +343,14 @@ def test_unreadable_file_says_so(run: Callable[..., PreparedData], tmp_path: Pat
         run(path=str(file))
 
 
-def test_hub_that_cannot_be_reached_says_what_to_do(run: Callable[..., PreparedData]) -> None:
-    with pytest.raises(DataError, match=r"data.hub=nobody/nothing .* cannot be had: .*data.path"):
+def test_unreachable_hub_is_an_error_with_a_remedy(run: Callable[..., PreparedData]) -> None:
+    with pytest.raises(DataError, match=r"data.hub=nobody/nothing .* cannot be loaded: .*data.path"):
         run(hub="nobody/nothing")
 
 
 def test_held_out_file_that_is_trained_on_too_is_refused(run: Callable[..., PreparedData], tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(GOOD)
-    with pytest.raises(DataError, match="held-out rows must be others"):
+    with pytest.raises(DataError, match="is also a training file"):
         run(path=str(tmp_path / "a.jsonl"), heldout_path=str(tmp_path / "a.jsonl"))
 
 
@@ -273,7 +364,7 @@ def test_mapped_column_that_is_not_there_is_named(run: Callable[..., PreparedDat
 def test_csv_row_of_another_width_is_a_bad_row(run: Callable[..., PreparedData], tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(PAIRS + b"a,b\nc\nd,e,f\n")
     product = run(path=str(tmp_path / "a.csv"), bad_rows="drop")
-    assert product.rows["dropped"] == {"the row has another number of cells than the header": 2}
+    assert product.rows["dropped"] == {"the row and the header have different numbers of cells": 2}
 
 
 def test_parquet_with_numbers_for_text_is_a_bad_row(run: Callable[..., PreparedData], tmp_path: Path) -> None:

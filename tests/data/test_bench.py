@@ -1,4 +1,4 @@
-"""The bench makes the rows that it says, and ends with one line of JSON."""
+"""The benchmark makes the promised rows, and ends with one line of JSON."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def test_source_without_questions_is_refused(tmp_path: Path) -> None:
         write_rows(tmp_path / "x.jsonl", tmp_path / "rows.jsonl", rows=2)
 
 
-def test_memory_of_this_process_is_seen() -> None:
+def test_memory_of_this_process_is_measured() -> None:
     assert memory_of_tree(os.getpid()) > 10 * 1024**2
 
 

@@ -36,17 +36,17 @@ def test_option_composes_without_problems_once_it_has_rows(name: str) -> None:
 
 
 BROKEN: list[tuple[dict[str, Any], str]] = [
-    ({"path": None}, "data.path, data.hub or data.sources must be given, one of them; got none"),
+    ({"path": None}, "set exactly one of data.path, data.hub and data.sources; got none"),
     ({"hub": "a/b"}, "got data.path and data.hub"),
     ({"format": "alpacca"}, "data.format must be one of auto, alpaca"),
     ({"too_long": "cut"}, "data.too_long must be one of drop"),
     ({"max_tokens": 2}, "data.max_tokens must be at least 8; got 2"),
-    ({"pack_tokens": 100}, "data.pack_tokens must not be less than data.max_tokens"),
+    ({"pack_tokens": 100}, "data.pack_tokens must be at least data.max_tokens"),
     ({"heldout_share": 1.0}, "data.heldout_share must be at least 0 and below 1"),
     ({"heldout_rows": 0}, "data.heldout_rows must be at least 1"),
-    ({"heldout_rows": 5, "heldout_path": "x"}, "leave one out"),
-    ({"train_roles": ["robot"]}, "data.train_roles may hold system, user, assistant, tool; got ['robot']"),
-    ({"train_roles": []}, "nothing would be learnt"),
+    ({"heldout_rows": 5, "heldout_path": "x"}, "both name the held-out rows; remove one"),
+    ({"train_roles": ["robot"]}, "data.train_roles may contain system, user, assistant, tool; got ['robot']"),
+    ({"train_roles": []}, "no token would be trained on"),
     ({"workers": -1}, "data.workers must not be negative"),
     ({"path": None, "sources": {"a": SourceConfig()}}, "data.sources.a must have either path or hub; got neither"),
     (
@@ -55,7 +55,7 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"path": None, "sources": {"a": SourceConfig(path="x", weight=-1.0)}},
-        "data.sources.a.weight must be more than 0",
+        "data.sources.a.weight must be greater than 0",
     ),
     (
         {"path": None, "sources": {"a": SourceConfig(path="x", weight=1.0), "b": SourceConfig(path="y")}},

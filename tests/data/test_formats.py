@@ -1,4 +1,4 @@
-"""Every format becomes the same conversation, and says what it found."""
+"""Every format becomes the same conversation, and is logged."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 
 from finetune.data.conversation import BadRow
-from finetune.data.formats import READERS, detect, unread
+from finetune.data.formats import READERS, detect, unused_columns
 from finetune.errors import DataError
+from finetune.inference.rows import IGNORED
 from finetune.products import PreparedData
-from tests.data.helpers import learnt, ledger, pair, split
+from tests.data.helpers import ledger, pair, split, trained_text
 
 TOOL = {"type": "function", "function": {"name": "lookup", "parameters": {"type": "object"}}}
 ASK = [{"role": "user", "content": "q"}]
@@ -40,7 +41,7 @@ def test_every_format_trains_the_answer_and_its_end(
     name: str, run: Callable[..., PreparedData], tokenizer: Any
 ) -> None:
     product = run([SAME[name]])
-    assert learnt(split(product, "train")[0], tokenizer) == "a<|im_end|>"
+    assert trained_text(split(product, "train")[0], tokenizer) == "a<|im_end|>"
 
 
 @pytest.mark.parametrize(
@@ -79,11 +80,11 @@ BESIDE = [
 
 
 @pytest.mark.parametrize(("row", "found", "left"), BESIDE)
-def test_columns_beside_the_pair_are_used_or_named_as_unread(
+def test_further_columns_are_used_or_named_as_unused(
     row: dict[str, Any], found: tuple[str, dict[str, str]], left: list[str]
 ) -> None:
     assert detect([row]) == found
-    assert unread([row], *found) == left
+    assert unused_columns([row], *found) == left
 
 
 def test_column_that_only_some_rows_have_does_not_make_them_two_formats() -> None:
@@ -97,8 +98,8 @@ def test_context_is_read_with_its_question(run: Callable[..., PreparedData], tok
     assert "<|im_start|>user\nWho?\n\nAda sits here.<|im_end|>" in text
 
 
-def test_text_beside_a_label_is_not_guessed_to_be_raw_text() -> None:
-    with pytest.raises(DataError, match=r"beside 'text' stands 'category'.*completion: category"):
+def test_text_with_a_label_is_not_taken_for_raw_text() -> None:
+    with pytest.raises(DataError, match=r"a column 'category' next to 'text'.*completion: category"):
         detect([{"text": "Where is my card?", "category": "card_arrival"}])
 
 
@@ -106,7 +107,7 @@ def test_text_beside_a_label_is_not_guessed_to_be_raw_text() -> None:
     "chat", ["<s>[INST] q [/INST] a </s>", "<|im_start|>user\nq<|im_end|>", "### Instruction:\nq\n### Response:\na"]
 )
 def test_chats_that_are_written_out_are_not_guessed_to_be_raw_text(chat: str) -> None:
-    with pytest.raises(DataError, match="hold chats that are written out already"):
+    with pytest.raises(DataError, match="contain rendered chats"):
         detect([{"text": chat}, {"text": f"{chat} {chat}"}])
 
 
@@ -116,7 +117,7 @@ def test_raw_text_may_speak_of_chat_marks() -> None:
 
 def test_columns_are_mapped_by_the_users_names(run: Callable[..., PreparedData], tokenizer: Any) -> None:
     product = run([{"ask": "q", "say": "a"}], columns={"prompt": "ask", "completion": "say"})
-    assert learnt(split(product, "train")[0], tokenizer) == "a<|im_end|>"
+    assert trained_text(split(product, "train")[0], tokenizer) == "a<|im_end|>"
 
 
 def test_unknown_name_in_the_mapping_is_refused(run: Callable[..., PreparedData]) -> None:
@@ -145,7 +146,7 @@ def test_tool_calls_of_sharegpt_become_openais() -> None:
     assert conversation.tools == [{"type": "function", "function": {"name": "lookup"}}]
 
 
-def test_tools_are_spelt_out_for_templates_without_them(run: Callable[..., PreparedData], tokenizer: Any) -> None:
+def test_tools_become_text_for_templates_without_them(run: Callable[..., PreparedData], tokenizer: Any) -> None:
     call = {
         "role": "assistant",
         "content": None,
@@ -153,7 +154,9 @@ def test_tools_are_spelt_out_for_templates_without_them(run: Callable[..., Prepa
     }
     product = run([{"messages": [*ASK, call], "tools": [TOOL]}], tools="text", max_tokens=2048)
     row = split(product, "train")[0]
-    assert learnt(row, tokenizer) == '<tool_call>\n{"name": "lookup", "arguments": {"a": 1}}\n</tool_call><|im_end|>'
+    assert (
+        trained_text(row, tokenizer) == '<tool_call>\n{"name": "lookup", "arguments": {"a": 1}}\n</tool_call><|im_end|>'
+    )
     assert '{"name": "lookup", "parameters"' in tokenizer.decode(row["input_ids"])
 
 
@@ -165,44 +168,44 @@ def test_messages_that_say_no_are_not_trained(run: Callable[..., PreparedData], 
         {"role": "assistant", "content": "good"},
     ]
     product = run([{"messages": turns}])
-    assert learnt(split(product, "train")[0], tokenizer) == "good<|im_end|>"
+    assert trained_text(split(product, "train")[0], tokenizer) == "good<|im_end|>"
 
 
 def test_every_assistant_turn_is_trained_with_its_end(run: Callable[..., PreparedData], tokenizer: Any) -> None:
     turns = [*ASK, {"role": "assistant", "content": "one"}, *ASK, {"role": "assistant", "content": "two"}]
     product = run([{"messages": turns}])
-    assert learnt(split(product, "train")[0], tokenizer) == "one<|im_end|>two<|im_end|>"
+    assert trained_text(split(product, "train")[0], tokenizer) == "one<|im_end|>two<|im_end|>"
 
 
-def test_answer_that_begins_with_a_newline_is_tokenised_apart_from_its_prompt(
+def test_answer_that_begins_with_a_newline_is_tokenized_separately_from_its_prompt(
     run: Callable[..., PreparedData], tokenizer: Any
 ) -> None:
     product = run([pair("q", "\n\n a")])
     row = split(product, "train")[0]
-    asked = tokenizer.apply_chat_template(ASK, add_generation_prompt=True, tokenize=False)
-    prompt = tokenizer(asked, add_special_tokens=False).input_ids
+    request = tokenizer.apply_chat_template(ASK, add_generation_prompt=True, tokenize=False)
+    prompt = tokenizer(request, add_special_tokens=False).input_ids
     assert row["input_ids"][: len(prompt)] == prompt
-    assert learnt(row, tokenizer) == "\n\n a<|im_end|>"
+    assert trained_text(row, tokenizer) == "\n\n a<|im_end|>"
 
 
 def test_system_message_is_added_where_a_row_has_none(run: Callable[..., PreparedData], tokenizer: Any) -> None:
-    mine = {"messages": [{"role": "system", "content": "mine"}, *ASK, {"role": "assistant", "content": "a"}]}
-    product = run([SAME["messages"], mine], system="yours")
+    own_system = {"messages": [{"role": "system", "content": "mine"}, *ASK, {"role": "assistant", "content": "a"}]}
+    product = run([SAME["messages"], own_system], system="yours")
     first, second = (tokenizer.decode(row["input_ids"], skip_special_tokens=False) for row in split(product, "train"))
     assert first.startswith("<|im_start|>system\nyours<|im_end|>")
     assert second.startswith("<|im_start|>system\nmine<|im_end|>")
 
 
-def test_raw_text_is_learnt_but_for_its_first_token(run: Callable[..., PreparedData], tokenizer: Any) -> None:
+def test_raw_text_is_trained_on_except_for_its_first_token(run: Callable[..., PreparedData], tokenizer: Any) -> None:
     row = split(run([{"text": "The capital of France is Paris."}]), "train")[0]
-    assert row["labels"] == [-100, *row["input_ids"][1:]]
+    assert row["labels"] == [IGNORED, *row["input_ids"][1:]]
     assert row["input_ids"][-1] == tokenizer.eos_token_id
 
 
 def test_completion_learns_what_follows_the_prompt(run: Callable[..., PreparedData], tokenizer: Any) -> None:
     row = split(run([pair("2+2=", "4")], format="completion"), "train")[0]
     assert tokenizer.decode(row["input_ids"]) == "2+2=4<|im_end|>"
-    assert learnt(row, tokenizer) == "4<|im_end|>"
+    assert trained_text(row, tokenizer) == "4<|im_end|>"
 
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -261,7 +264,7 @@ def test_unpaired_preference_may_be_sharegpt() -> None:
         ),
     ],
 )
-def test_preference_that_is_broken_says_how(row: dict[str, Any], reason: str) -> None:
+def test_broken_preference_row_has_a_reason(row: dict[str, Any], reason: str) -> None:
     with pytest.raises(BadRow) as caught:
         READERS["preference"](row)
     assert str(caught.value) == reason
@@ -288,16 +291,16 @@ def test_preference_row_that_is_cut_keeps_both_answers_its_own(
         too_long="truncate_prompt",
     )
     row = split(product, "train")[0]
-    assert learnt(row, tokenizer) == "good<|im_end|>"
-    assert learnt({"labels": row["rejected_labels"]}, tokenizer) == "bad<|im_end|>"
+    assert trained_text(row, tokenizer) == "good<|im_end|>"
+    assert trained_text({"labels": row["rejected_labels"]}, tokenizer) == "bad<|im_end|>"
 
 
 def test_preference_rows_keep_both_answers_for_a_preference_objective(
     run: Callable[..., PreparedData], tokenizer: Any
 ) -> None:
     row = split(run([SAME["preference"]], objective="preference", packing=True), "train")[0]
-    assert learnt(row, tokenizer) == "a<|im_end|>"
-    assert learnt({"labels": row["rejected_labels"]}, tokenizer) == "b<|im_end|>"
+    assert trained_text(row, tokenizer) == "a<|im_end|>"
+    assert trained_text({"labels": row["rejected_labels"]}, tokenizer) == "b<|im_end|>"
 
 
 @pytest.mark.parametrize("unit", ["line", "paragraph", "file"])

@@ -1,6 +1,6 @@
 """Golden renderings of the shipped templates: text, token ids and masks.
 
-The texts were written by hand after each model family's published format; learnt stretches stand between the marks. The
+The texts were written by hand after each model family's published format; trained spans are between the marks. The
 tokenizers have one token per byte and one per control token, so the ids follow from the text without running ours.
 """
 
@@ -11,9 +11,9 @@ import pytest
 
 from finetune.data import template
 from finetune.data.conversation import Conversation
-from finetune.data.generation import cross_check
+from finetune.data.encoder import Encoded, Encoder
+from finetune.data.generation_marks import check_generation_marks
 from finetune.data.render import Renderer
-from finetune.data.tokens import Encoded, Encoder
 from finetune.errors import DataError
 
 CONTROL = {
@@ -39,7 +39,8 @@ GOLDEN = {
     ),
     "mistral": "<s>[INST] Be kind.\n\nHi [/INST]⟪ Yo é</s>⟫[INST] Bye [/INST]⟪ Ciao.\nSoon</s>⟫",
     "qwen": (
-        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟪Yo é<|im_end|>⟫\n"
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n⟪Yo é<|im_end|>⟫\n"
         "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n⟪Ciao.\nSoon<|im_end|>⟫\n"
     ),
     "gemma": (
@@ -54,12 +55,17 @@ GOLDEN = {
 GOLDEN["chatml"] = GOLDEN["smollm2"] = GOLDEN["qwen"]
 NAMES = sorted(GOLDEN)
 SETTINGS: dict[str, Any] = {
-    "train_roles": frozenset(["assistant"]), "system": None, "control_tokens": "text", "tools": "template", "bos": "", "eos": "",
-}  # fmt: skip
+    "train_roles": frozenset(["assistant"]),
+    "system": None,
+    "control_tokens": "text",
+    "tools": "template",
+    "bos": "",
+    "eos": "",
+}
 
 
 def bytes_tokenizer(name: str) -> Any:
-    """Control tokens first, then the 256 bytes in the order of GPT-2's byte alphabet."""
+    """Builds a tokenizer of control tokens and the 256 bytes in the order of GPT-2's byte alphabet."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -74,19 +80,19 @@ def bytes_tokenizer(name: str) -> Any:
         eos_token=EOS.get(name, control[1]),
         additional_special_tokens=control,
     )
-    template.choose(name, tokenizer)
+    template.set_template(name, tokenizer)
     return tokenizer
 
 
 def byte_alphabet() -> list[str]:
-    """GPT-2's printable stand-ins, byte 0 first (Radford et al., 2019, encoder.py)."""
+    """Returns GPT-2's printable characters for bytes, byte 0 first (Radford et al., 2019, encoder.py)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
 def expected(name: str) -> tuple[list[int], list[int]]:
-    """Ids and mask straight from the golden text."""
+    """Returns token ids and mask, directly from the golden text."""
     control = CONTROL[name]
     ids, mask, inside = [], [], 0
     for piece in re.split(f"({'|'.join(map(re.escape, [*control, '⟪', '⟫']))})", GOLDEN[name]):
@@ -101,7 +107,7 @@ def expected(name: str) -> tuple[list[int], list[int]]:
 
 def render(name: str, turns: list[tuple[str, str]], **changes: Any) -> tuple[Any, Encoded]:
     tokenizer = bytes_tokenizer(name)
-    renderer = Renderer(template=template.probe(tokenizer), **{**SETTINGS, **changes})
+    renderer = Renderer(template=template.inspect_template(tokenizer), **{**SETTINGS, **changes})
     conversation = Conversation([{"role": role, "content": content} for role, content in turns])
     encoded = Encoder.of(tokenizer).encode([renderer.render(conversation)])[0]
     assert isinstance(encoded, Encoded)
@@ -121,14 +127,14 @@ def test_template_renders_its_golden_token_ids(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_template_marks_its_golden_mask(name: str) -> None:
     _, encoded = render(name, golden_turns(name))
-    assert encoded.mask().tolist() == expected(name)[1]
+    assert encoded.loss_mask().tolist() == expected(name)[1]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_read_before_the_answer_is_what_serving_sends(name: str) -> None:
     tokenizer, encoded = render(name, golden_turns(name))
-    asked = [{"role": role, "content": content} for role, content in golden_turns(name)[:-1]]
-    served = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    request = [{"role": role, "content": content} for role, content in golden_turns(name)[:-1]]
+    served = tokenizer.apply_chat_template(request, add_generation_prompt=True, tokenize=False)
     assert encoded.ids[: encoded.answer] == tokenizer(served, add_special_tokens=False).input_ids
 
 
@@ -139,12 +145,12 @@ def test_the_generation_marks_of_shipped_templates_agree_with_ours(name: str) ->
     both = tokenizer.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
     _, encoded = render(name, TURNS)
     assert both["input_ids"] == encoded.ids
-    assert both["assistant_masks"] == encoded.mask().tolist()
+    assert both["assistant_masks"] == encoded.loss_mask().tolist()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_control_tokens_in_a_users_text_stay_text(name: str) -> None:
-    end = template.probe(bytes_tokenizer(name)).end_of_turn
+    end = template.inspect_template(bytes_tokenizer(name)).end_of_turn
     tokenizer, encoded = render(name, [("user", f"a {end} b"), ("assistant", f"you wrote {end}!")])
     tokenizer2, plain = render(name, [("user", "a b"), ("assistant", "you wrote!")])
     end_id = tokenizer.convert_tokens_to_ids(end)
@@ -152,60 +158,61 @@ def test_control_tokens_in_a_users_text_stay_text(name: str) -> None:
     assert f"you wrote {end}!" in tokenizer.decode(encoded.ids, skip_special_tokens=False)
 
 
-def test_control_tokens_in_a_users_text_are_obeyed_where_asked() -> None:
+def test_control_tokens_in_a_users_text_are_read_with_control_tokens_control() -> None:
     tokenizer, encoded = render("chatml", [("user", "a <|im_end|> b"), ("assistant", "c")], control_tokens="control")
     assert encoded.ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 3
 
 
-def test_user_turns_are_learnt_where_their_role_is_trained() -> None:
+def test_user_turns_are_trained_on_where_their_role_is() -> None:
     tokenizer, encoded = render("chatml", TURNS[:2], train_roles=frozenset(["user", "assistant"]))
-    learnt = tokenizer.decode([token for token, mark in zip(encoded.ids, encoded.mask(), strict=True) if mark])
-    assert learnt == "user\nHi<|im_end|>Yo é<|im_end|>"  # the first token of a document has nothing before it
+    trained = tokenizer.decode([token for token, mark in zip(encoded.ids, encoded.loss_mask(), strict=True) if mark])
+    assert trained == "user\nHi<|im_end|>Yo é<|im_end|>"  # the first token of a document has no token before it
 
 
 def test_generation_marks_that_hold_less_than_the_answer_are_refused() -> None:
     tokenizer = bytes_tokenizer("chatml")
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "{%- generation -%}{{- message['content'] + '<|im_end|>' -}}{%- endgeneration -%}",
-        "{%- generation -%}{{- message['content'][:3] -}}{%- endgeneration -%}{{- message['content'][3:] + '<|im_end|>' -}}",
+        "{%- generation -%}{{- message['content'][:3] -}}{%- endgeneration -%}"
+        "{{- message['content'][3:] + '<|im_end|>' -}}",
     )
-    chat = template.probe(tokenizer)
+    chat = template.inspect_template(tokenizer)
     renderer = Renderer(template=chat, **SETTINGS)
-    with pytest.raises(DataError, match="generation marks hold"):
-        cross_check(chat, renderer)
+    with pytest.raises(DataError, match="generation marks contain"):
+        check_generation_marks(chat, renderer)
 
 
 def test_template_without_an_end_of_turn_is_refused() -> None:
     tokenizer = bytes_tokenizer("chatml")
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     with pytest.raises(DataError, match="would never learn to stop"):
-        template.probe(tokenizer)
+        template.inspect_template(tokenizer)
 
 
 def test_template_that_writes_bos_twice_is_refused() -> None:
     tokenizer = bytes_tokenizer("llama3")
     tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
     with pytest.raises(DataError, match="twice"):
-        template.probe(tokenizer)
+        template.inspect_template(tokenizer)
 
 
 def test_tokenizer_without_a_template_names_the_choices() -> None:
     tokenizer = bytes_tokenizer("chatml")
     tokenizer.chat_template = None
     with pytest.raises(DataError, match="choose one of chatml, gemma, llama2"):
-        template.choose(None, tokenizer)
+        template.set_template(None, tokenizer)
 
 
 def test_template_whose_prompt_is_not_what_precedes_the_answer_is_refused() -> None:
     tokenizer = bytes_tokenizer("chatml")
     tokenizer.chat_template = tokenizer.chat_template.replace("'<|im_start|>assistant\\n'", "'<|im_start|>bot\\n'")
-    chat = template.probe(tokenizer)
-    with pytest.raises(DataError, match="prompt is no beginning of the conversation"):
-        cross_check(chat, Renderer(template=chat, **SETTINGS))
+    chat = template.inspect_template(tokenizer)
+    with pytest.raises(DataError, match="prompt is not a prefix of the conversation"):
+        check_generation_marks(chat, Renderer(template=chat, **SETTINGS))
 
 
 def llama_tokenizer() -> Any:
-    """SentencePiece's manners as transformers writes them for Llama 2: a space in front, spaces as U+2581, bytes as a last resort."""
+    """Builds a tokenizer like that of Llama 2: a space in front, spaces as U+2581, bytes as a last resort."""
     from tokenizers import Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
 
@@ -234,13 +241,13 @@ def llama_tokenizer() -> Any:
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1)]
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    template.choose("llama2", tokenizer)
+    template.set_template("llama2", tokenizer)
     return tokenizer
 
 
 def test_sentencepiece_spaces_belong_to_the_answer() -> None:
     tokenizer = llama_tokenizer()
-    renderer = Renderer(template=template.probe(tokenizer), **SETTINGS)
+    renderer = Renderer(template=template.inspect_template(tokenizer), **SETTINGS)
     conversation = Conversation(
         [{"role": role, "content": content} for role, content in [("user", "Hi"), ("assistant", "Yo"), *TURNS[2:]]]
     )
@@ -257,7 +264,7 @@ def test_our_rendering_is_apply_chat_templates(name: str, prompt: bool) -> None:
     tokenizer = bytes_tokenizer(name)
     turns = [{"role": role, "content": content} for role, content in golden_turns(name)][: -1 if prompt else None]
     theirs = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)
-    assert template.probe(tokenizer).render(turns, prompt=prompt) == theirs
+    assert template.inspect_template(tokenizer).render(turns, prompt=prompt) == theirs
 
 
 def test_our_rendering_of_tools_is_apply_chat_templates() -> None:
@@ -275,4 +282,4 @@ def test_our_rendering_of_tools_is_apply_chat_templates() -> None:
         {"role": "tool", "content": "r"},
     ]
     theirs = tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, add_generation_prompt=True)
-    assert template.probe(tokenizer).render(turns, tools=tools, prompt=True) == theirs
+    assert template.inspect_template(tokenizer).render(turns, tools=tools, prompt=True) == theirs

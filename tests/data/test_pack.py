@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.data.pack import pack
+from finetune.inference.rows import IGNORED
 from finetune.products import PreparedData
 from tests.data.helpers import pair, split
 
@@ -60,11 +61,11 @@ def test_packed_and_unpacked_rows_hold_the_same_documents(run: Callable[..., Pre
     assert documents == {row["rows"][0]: (row["input_ids"], row["labels"]) for row in split(unpacked, "train")}
 
 
-def test_a_packed_documents_first_token_is_never_learnt(run: Callable[..., PreparedData]) -> None:
+def test_a_packed_documents_first_token_is_never_trained_on(run: Callable[..., PreparedData]) -> None:
     product = run([{"text": text} for text in SENTENCES], packing=True)
     for row in split(product, "train"):
         for start in np.cumsum([0, *row["seq_lengths"][:-1]]):
-            assert row["labels"][start] == -100
+            assert row["labels"][start] == IGNORED
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -90,7 +91,7 @@ def test_packing_changes_no_documents_loss(attention: str, run: Callable[..., Pr
 
 
 def document_losses(model: Any, row: dict[str, Any]) -> list[tuple[int, float]]:
-    """Summed loss of each document: positions restart and no attention mask is given, so that the model isolates them."""
+    """Returns the summed loss of each document; positions restart, so that the model isolates documents."""
     import torch
 
     positions = torch.cat([torch.arange(length) for length in row["seq_lengths"]])
@@ -99,7 +100,7 @@ def document_losses(model: Any, row: dict[str, Any]) -> list[tuple[int, float]]:
             input_ids=torch.tensor([row["input_ids"]]), position_ids=positions[None], use_cache=False
         ).logits[0]
     losses = torch.nn.functional.cross_entropy(
-        logits[:-1], torch.tensor(row["labels"][1:]), ignore_index=-100, reduction="none"
+        logits[:-1], torch.tensor(row["labels"][1:]), ignore_index=IGNORED, reduction="none"
     )
     by_document = torch.split(torch.cat([torch.zeros(1), losses]), row["seq_lengths"])
     return [(number, float(part.sum())) for number, part in zip(row["rows"], by_document, strict=True)]

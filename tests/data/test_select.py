@@ -20,7 +20,7 @@ def held_out(product: PreparedData) -> set[int]:
     return {row["row"] for row in ledger(product) if row["split"] == "heldout"}
 
 
-def test_exactly_the_asked_rows_are_held_out(run: Callable[..., PreparedData]) -> None:
+def test_exactly_heldout_rows_are_held_out(run: Callable[..., PreparedData]) -> None:
     product = run(ROWS, heldout_rows=7)
     assert (product.train_rows, product.heldout_rows) == (33, 7)
 
@@ -57,7 +57,7 @@ def test_duplicates_name_their_original(run: Callable[..., PreparedData]) -> Non
     assert [row["duplicate_of"] for row in ledger(product)] == [-1, -1, -1, 1]
 
 
-def test_duplicates_are_kept_where_asked(run: Callable[..., PreparedData]) -> None:
+def test_duplicates_are_kept_with_duplicates_keep(run: Callable[..., PreparedData]) -> None:
     product = run([*ROWS[:3], ROWS[1]], duplicates="keep")
     assert product.rows["kept"] == 4
     assert product.rows["duplicate"] == 0
@@ -65,7 +65,7 @@ def test_duplicates_are_kept_where_asked(run: Callable[..., PreparedData]) -> No
 
 def test_training_rows_that_are_held_out_are_dropped(run: Callable[..., PreparedData], tmp_path: Path) -> None:
     product = run(ROWS[:5], heldout_path=str(write_jsonl(tmp_path / "held.jsonl", ROWS[3:7])))
-    assert product.rows["dropped"] == {"is a held-out row too": 2}
+    assert product.rows["dropped"] == {"is also a held-out row": 2}
     assert product.heldout_rows == 4
 
 
@@ -84,20 +84,23 @@ def test_the_first_held_out_rows_are_a_fair_sample_of_a_sorted_file(
 def test_held_out_rows_carry_prompt_reference_and_ledger_row(run: Callable[..., PreparedData], tokenizer: Any) -> None:
     product = run(ROWS, heldout_rows=3, packing=True)
     for row in split(product, "heldout"):
-        asked = ROWS[row["row"]]
+        source = ROWS[row["row"]]
         prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": asked["prompt"]}], add_generation_prompt=True, tokenize=False
+            [{"role": "user", "content": source["prompt"]}], add_generation_prompt=True, tokenize=False
         )
         assert row["prompt_ids"] == tokenizer(prompt, add_special_tokens=False).input_ids
-        assert row["reference"] == asked["completion"]
+        assert row["reference"] == source["completion"]
         assert row["input_ids"][: len(row["prompt_ids"])] == row["prompt_ids"]
 
 
 def test_the_number_of_processes_changes_nothing(run: Callable[..., PreparedData]) -> None:
     rows = [pair(f"What is {number}?", f"It is {number % 700}.") for number in range(1500)]
-    one, two = run(rows, workers=1, packing=True, heldout_rows=9), run(rows, workers=2, packing=True, heldout_rows=9)
-    assert split(one, "train") == split(two, "train")
-    assert ledger(one) == ledger(two)
+    single, parallel = (
+        run(rows, workers=1, packing=True, heldout_rows=9),
+        run(rows, workers=2, packing=True, heldout_rows=9),
+    )
+    assert split(single, "train") == split(parallel, "train")
+    assert ledger(single) == ledger(parallel)
 
 
 ANY_ROW = st.one_of(
@@ -136,16 +139,16 @@ def test_the_ledger_balances_whatever_the_rows(
     assert counts["kept"] == product.train_rows + product.heldout_rows == sum(line["fate"] == "kept" for line in lines)
     assert counts["truncated"] == sum(line["truncated_by"] > 0 for line in lines)
     train, out = split(product, "train"), split(product, "heldout")
-    mine = [line for line in lines if line["split"] == "train"]
-    assert product.tokens == sum(line["tokens"] for line in mine) == sum(len(row["input_ids"]) for row in train)
+    train_lines = [line for line in lines if line["split"] == "train"]
+    assert product.tokens == sum(line["tokens"] for line in train_lines) == sum(len(row["input_ids"]) for row in train)
     assert (
         product.trained_tokens
-        == sum(line["trained_tokens"] for line in mine)
+        == sum(line["trained_tokens"] for line in train_lines)
         == sum(np.sum(np.array(row["labels"]) != -100) for row in train)
     )
-    assert sorted(number for row in train for number in row["rows"]) == [line["row"] for line in mine]
+    assert sorted(number for row in train for number in row["rows"]) == [line["row"] for line in train_lines]
     assert sorted(row["row"] for row in out) == [line["row"] for line in lines if line["split"] == "heldout"]
-    for line in mine:
+    for line in train_lines:
         row = train[line["pack"]]
         at = row["rows"].index(line["row"])
         assert sum(row["seq_lengths"][:at]) == line["position"]
@@ -156,11 +159,11 @@ def test_work_can_be_sent_to_another_process(tokenizer: Any) -> None:
     import pickle
 
     from finetune.data import template
+    from finetune.data.encoder import serialize
     from finetune.data.render import Renderer
-    from finetune.data.tokens import serialized
-    from finetune.data.worker import Job, Worker
+    from finetune.data.worker import Worker, WorkerSettings
 
-    chat = template.probe(tokenizer)
+    chat = template.inspect_template(tokenizer)
     renderer = Renderer(
         template=chat,
         train_roles=frozenset(["assistant"]),
@@ -170,15 +173,20 @@ def test_work_can_be_sent_to_another_process(tokenizer: Any) -> None:
         bos="",
         eos="",
     )
-    job = Job(
-        formats={0: ("prompt_completion", {})}, references=frozenset(), renderer=renderer, tokenizer=serialized(tokenizer),
-        max_tokens=99, too_long="drop", preference=False,
-    )  # fmt: skip
-    done = Worker(pickle.loads(pickle.dumps(job))).process(0, [(1, ROWS[0])])
-    assert done.ids.tolist() == Worker(job).process(0, [(1, ROWS[0])]).ids.tolist()
+    settings = WorkerSettings(
+        formats={0: ("prompt_completion", {})},
+        references=frozenset(),
+        renderer=renderer,
+        tokenizer=serialize(tokenizer),
+        max_tokens=99,
+        too_long="drop",
+        preference=False,
+    )
+    done = Worker(pickle.loads(pickle.dumps(settings))).process(0, [(1, ROWS[0])])
+    assert done.ids.tolist() == Worker(settings).process(0, [(1, ROWS[0])]).ids.tolist()
 
 
-def test_tests_of_held_out_rows_are_kept_beside_the_reference(run: Callable[..., PreparedData], tmp_path: Path) -> None:
+def test_tests_of_held_out_rows_are_kept_with_the_reference(run: Callable[..., PreparedData], tmp_path: Path) -> None:
     rows = [
         {**pair(f"Add {number}.", f"def f(x): return x + {number}"), "tests": f"assert f(1) == {number + 1}"}
         for number in range(8)

@@ -1,4 +1,4 @@
-"""The summary, the page, one row's fate; and the cache that makes the second start quick."""
+"""The summary, the preview page, the fate of one row, and the cache that makes the next run start fast."""
 
 import dataclasses
 import json
@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from finetune.data import explain as print_explanation
+from finetune.data import explain
 from finetune.data.config import SourceConfig
-from finetune.data.show.explain import explain
-from finetune.data.show.marked import SplitFile
+from finetune.data.show import explain_row
+from finetune.data.show.documents import SplitFile
 from finetune.errors import DataError
 from finetune.products import PreparedData
 from tests.data.helpers import pair, split, write_jsonl
@@ -43,13 +43,13 @@ def test_product_survives_json(run: Callable[..., PreparedData]) -> None:
     assert PreparedData(folder=product.folder, **json.loads(json.dumps(fields))) == product
 
 
-def test_rendering_says_what_serving_must_do(run: Callable[..., PreparedData], tokenizer: Any) -> None:
+def test_rendering_has_what_serving_must_do(run: Callable[..., PreparedData], tokenizer: Any) -> None:
     rendering = json.loads((run(ROWS).folder / "rendering.json").read_text())
     assert rendering["template"] == tokenizer.chat_template
     assert rendering["end_of_turn_id"] == tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
-def test_preview_marks_the_learnt_text_and_escapes_the_rest(run: Callable[..., PreparedData]) -> None:
+def test_preview_marks_the_trained_text_and_escapes_the_rest(run: Callable[..., PreparedData]) -> None:
     page = (run(ROWS).folder / "preview.html").read_text()
     assert any(
         f'<mark>It is &lt;b&gt;{number}&lt;/b&gt;.</mark><mark class="end">&lt;|im_end|&gt;</mark>' in page
@@ -66,12 +66,12 @@ PREFERENCE = [
 ]
 
 
-def test_preview_shows_the_rejected_answer_beside_the_chosen_one(run: Callable[..., PreparedData]) -> None:
+def test_preview_shows_the_rejected_answer_after_the_chosen_one(run: Callable[..., PreparedData]) -> None:
     page = (run(PREFERENCE, objective="preference").folder / "preview.html").read_text()
     assert page.index("<mark>Good 1.</mark>") < page.index("<mark>Bad 1.</mark>") < page.index("<mark>Good 2.</mark>")
 
 
-def test_preview_says_which_answers_are_undesirable(run: Callable[..., PreparedData]) -> None:
+def test_preview_marks_undesirable_answers(run: Callable[..., PreparedData]) -> None:
     rows = [{**pair("a", "Nice one."), "label": True}, {**pair("b", "Ugly one."), "label": False}]
     page = (run(rows, objective="preference").folder / "preview.html").read_text()
     shown = {part.split("<mark>")[1][:4]: "undesirable" in part for part in page.split("<details open>")[1:]}
@@ -81,9 +81,9 @@ def test_preview_says_which_answers_are_undesirable(run: Callable[..., PreparedD
 def test_preview_shows_documents_from_anywhere_in_packed_rows(run: Callable[..., PreparedData], tokenizer: Any) -> None:
     product = run(ROWS, packing=True)
     assert product.packed_rows < 3
-    found = SplitFile(product.folder / "train").sample(6)
-    assert len({document.row for document in found}) == 6
-    assert found == SplitFile(product.folder / "train").sample(6)
+    sample = SplitFile(product.folder / "train").sample(6)
+    assert len({document.row for document in sample}) == 6
+    assert sample == SplitFile(product.folder / "train").sample(6)
     assert sorted(document.row for document in SplitFile(product.folder / "train").sample(99)) == list(range(12))
 
 
@@ -103,13 +103,13 @@ def test_preview_counts_each_source_and_shows_rows_of_every_reason(
 
 
 def test_why_shows_the_rejected_answer(run: Callable[..., PreparedData], tokenizer: Any) -> None:
-    text = explain(run(PREFERENCE, objective="preference").folder, "rows.jsonl:2", tokenizer)
+    text = explain_row(run(PREFERENCE, objective="preference").folder, "rows.jsonl:2", tokenizer)
     assert "⟪Good 1.<|im_end|>⟫" in text
     assert "⟪Bad 1.<|im_end|>⟫" in text.split("rejected answer")[1]
 
 
 def test_why_counts_the_tokens_of_a_long_row_once(run: Callable[..., PreparedData], tokenizer: Any) -> None:
-    text = explain(run([*ROWS, pair("q", "a b c " * 60)], max_tokens=64).folder, "rows.jsonl:13", tokenizer)
+    text = explain_row(run([*ROWS, pair("q", "a b c " * 60)], max_tokens=64).folder, "rows.jsonl:13", tokenizer)
     assert "left out, because: longer than max_tokens (" in text
     assert text.count("tokens") == 2
 
@@ -117,40 +117,40 @@ def test_why_counts_the_tokens_of_a_long_row_once(run: Callable[..., PreparedDat
 def test_summary_names_the_mix(run: Callable[..., PreparedData], tmp_path: Path, capsys: Any) -> None:
     one, two = write_jsonl(tmp_path / "one.jsonl", ROWS), write_jsonl(tmp_path / "two.jsonl", [pair("Who?", "Me.")])
     run(sources={"facts": SourceConfig(path=str(one), rows=5), "talk": SourceConfig(path=str(two))})
-    assert "mixed, before rows are held out: facts 5 rows, talk 1 row\n" in capsys.readouterr().out
+    assert "mix, before rows are held out: facts 5 rows, talk 1 row\n" in capsys.readouterr().out
 
 
-def test_why_shows_a_kept_row_with_its_learnt_text(run: Callable[..., PreparedData], tokenizer: Any) -> None:
+def test_why_shows_a_kept_row_with_its_trained_text(run: Callable[..., PreparedData], tokenizer: Any) -> None:
     product = run(ROWS, packing=True)
-    text = explain(product.folder, "rows.jsonl:4", tokenizer)
+    text = explain_row(product.folder, "rows.jsonl:4", tokenizer)
     assert "rows.jsonl:4 (row 3): kept and trained on" in text
     assert "What is 3?<|im_end|>\n<|im_start|>assistant\n⟪It is <b>3</b>.<|im_end|>⟫" in text
 
 
 def test_why_is_printed(run: Callable[..., PreparedData], tokenizer: Any, capsys: Any) -> None:
-    print_explanation(run(ROWS).folder, "rows.jsonl:1", tokenizer)
+    explain(run(ROWS).folder, "rows.jsonl:1", tokenizer)
     assert "rows.jsonl:1 (row 0): kept and trained on" in capsys.readouterr().out
 
 
 def test_why_explains_a_dropped_row(run: Callable[..., PreparedData], tokenizer: Any) -> None:
     product = run([*ROWS, pair("q", " ")], bad_rows="drop")
-    assert explain(product.folder, "rows.jsonl:13", tokenizer).endswith("left out, because: the answer is empty")
+    assert explain_row(product.folder, "rows.jsonl:13", tokenizer).endswith("dropped, because: the answer is empty")
 
 
 def test_why_names_the_original_of_a_duplicate(run: Callable[..., PreparedData], tokenizer: Any) -> None:
     product = run([*ROWS, ROWS[5]])
-    assert explain(product.folder, "12", tokenizer).endswith("duplicate of rows.jsonl:6 (row 5), so it was left out")
+    assert explain_row(product.folder, "12", tokenizer).endswith("dropped as a duplicate of rows.jsonl:6 (row 5)")
 
 
-def test_why_says_what_the_ledger_has(run: Callable[..., PreparedData], tokenizer: Any) -> None:
+def test_unknown_row_is_an_error_with_the_ledgers_rows(run: Callable[..., PreparedData], tokenizer: Any) -> None:
     with pytest.raises(DataError, match=r"no such row; it has rows\.jsonl:1 to 12"):
-        explain(run(ROWS).folder, "rows.jsonl:99", tokenizer)
+        explain_row(run(ROWS).folder, "rows.jsonl:99", tokenizer)
 
 
 def test_summary_names_what_was_lost(run: Callable[..., PreparedData], capsys: Any) -> None:
     run([*ROWS, ROWS[0], pair("q", "")], bad_rows="drop")
     assert (
-        "14 rows read, 12 kept (12 to train on, 0 held out); left out: the answer is empty (1); duplicate (1)"
+        "14 rows read, 12 kept (12 to train on, 0 held out); dropped: the answer is empty (1); duplicate (1)"
         in " ".join(capsys.readouterr().out.split())
     )
 
@@ -199,4 +199,4 @@ def test_cache_that_was_tampered_with_is_made_again(
     kept = tmp_path / "cache" / first.fingerprint / "train" / "data-00000-of-00001.arrow"
     kept.write_bytes(kept.read_bytes()[:-1] + b"!")
     assert run(ROWS, cache=str(tmp_path / "cache")) == dataclasses.replace(first, folder=tmp_path / "out1")
-    assert "is not what was written" in " ".join(capsys.readouterr().out.split())
+    assert "has changed since it was written" in " ".join(capsys.readouterr().out.split())

@@ -1,4 +1,4 @@
-"""The same rows from any kind of file give the same tokens; folders, globs and mixes are what they say."""
+"""The same rows from any type of file give the same tokens; folders, globs and mixes are resolved."""
 
 import csv
 import gzip
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from finetune.data import DataConfig, SourceConfig
-from finetune.data.sources import resolve
+from finetune.data.sources import resolve_sources
 from finetune.errors import DataError
 from finetune.products import PreparedData
 from tests.data.helpers import ledger, pair, split, write_jsonl
@@ -77,7 +77,7 @@ def test_every_kind_of_file_gives_the_same_tokens(name: str, run: Callable[..., 
 def test_json_array_is_read_in_blocks(
     monkeypatch: pytest.MonkeyPatch, run: Callable[..., PreparedData], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("finetune.data.jsonarray.BLOCK_CHARACTERS", 7)
+    monkeypatch.setattr("finetune.data.json_array.BLOCK_CHARACTERS", 7)
     product = run(path=str(as_text(tmp_path / "rows.json", json.dumps(ROWS, indent=1))))
     assert product.rows["kept"] == 6
 
@@ -97,7 +97,7 @@ def test_glob_and_commas_name_several_files(run: Callable[..., PreparedData], tm
     assert [row["source"] for row in ledger(product)] == ["part0.jsonl", "part1.jsonl", "part2.jsonl", "more.jsonl"]
 
 
-def test_files_of_one_name_are_told_apart_by_their_folders(run: Callable[..., PreparedData], tmp_path: Path) -> None:
+def test_files_of_one_name_get_the_names_of_their_folders(run: Callable[..., PreparedData], tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
     write_jsonl(tmp_path / "a" / "x.jsonl", ROWS[:1])
@@ -122,7 +122,7 @@ def kept_by_source(product: PreparedData) -> dict[str, int]:
 def test_sources_are_mixed_by_weight(run: Callable[..., PreparedData], tmp_path: Path) -> None:
     product = run(sources=mixture(tmp_path, many={"weight": 1.0}, few={"weight": 1.0}))
     assert kept_by_source(product) == {"few.jsonl": 10, "many.jsonl": 10}
-    assert product.rows["dropped"] == {"left out by the mix": 20}
+    assert product.rows["dropped"] == {"not needed for the mix": 20}
 
 
 def test_sources_are_mixed_by_count_and_the_mix_is_recorded(run: Callable[..., PreparedData], tmp_path: Path) -> None:
@@ -165,6 +165,6 @@ def test_a_source_is_called_by_its_name_and_revision_and_no_folder_of_this_machi
 ) -> None:
     for name in ("rows.jsonl", "held.jsonl"):
         write_jsonl(tmp_path / name, ROWS)
-    found = resolve(make_config(path=str(tmp_path / "rows.jsonl"), heldout_path=str(tmp_path / "held.jsonl")))
-    assert [source.title() for source in found] == ["rows.jsonl", "held.jsonl (held out)"]
-    assert resolve(make_config(path=None, hub="org/name", revision="v2"))[0].title() == "org/name at v2"
+    sources = resolve_sources(make_config(path=str(tmp_path / "rows.jsonl"), heldout_path=str(tmp_path / "held.jsonl")))
+    assert [source.title() for source in sources] == ["rows.jsonl", "held.jsonl (held out)"]
+    assert resolve_sources(make_config(path=None, hub="org/name", revision="v2"))[0].title() == "org/name at v2"

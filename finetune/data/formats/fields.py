@@ -1,4 +1,4 @@
-"""Reading one field of a row, with a reason where it is not what the format says."""
+"""Reads one field of a row; raises `BadRow` with a reason where it does not have the format."""
 
 import json
 from collections.abc import Mapping
@@ -7,7 +7,8 @@ from typing import Any
 from finetune.data.conversation import BadRow, Message
 
 
-def need(row: Mapping[str, Any], name: str) -> Any:
+def require(row: Mapping[str, Any], name: str) -> Any:
+    """Returns a column that must exist and must not be null."""
     if name not in row:
         raise BadRow(f"column {name!r} is missing", f"the row has {', '.join(map(str, row)) or 'none'}")
     if row[name] is None:
@@ -15,52 +16,51 @@ def need(row: Mapping[str, Any], name: str) -> Any:
     return row[name]
 
 
-def text_of(row: Mapping[str, Any], name: str) -> str:
-    return as_text(need(row, name), where=f"column {name!r}")
+def require_text(row: Mapping[str, Any], name: str) -> str:
+    """Returns a column that must be text."""
+    return as_text(require(row, name), where=f"column {name!r}")
 
 
 def optional_text(row: Mapping[str, Any], name: str) -> str:
-    """The text, or nothing where the column is missing or null."""
+    """Returns the text, or "" where the column is missing or null."""
     value = row.get(name)
     return "" if value is None else as_text(value, where=f"column {name!r}")
 
 
 def as_text(value: Any, *, where: str) -> str:
+    """Returns a value that must be text."""
     if isinstance(value, str):
         return value
-    raise BadRow(f"{where} is not text", f"it is {kind_of(value)}")
+    raise BadRow(f"{where} is not text", f"it is {json_type(value)}")
 
 
 def as_list(value: Any, *, where: str) -> list[Any]:
+    """Returns a value that must be a list, perhaps as JSON inside a string, as in CSV files and tool columns."""
     if isinstance(value, str):
-        value = parsed(value, where=where)
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise BadRow(f"{where} is text that is not JSON", str(error)) from error
     if isinstance(value, list):
         return value
-    raise BadRow(f"{where} is not a list", f"it is {kind_of(value)}")
+    raise BadRow(f"{where} is not a list", f"it is {json_type(value)}")
 
 
-def parsed(value: str, *, where: str) -> Any:
-    """JSON inside a string, as CSV files and tool columns hold it."""
-    try:
-        return json.loads(value)
-    except ValueError as error:
-        raise BadRow(f"{where} is text that is not JSON", str(error)) from error
-
-
-def system_of(row: Mapping[str, Any]) -> list[Message]:
+def system_message(row: Mapping[str, Any]) -> list[Message]:
+    """Returns the row's system message, if it has one."""
     system = optional_text(row, "system")
     return [{"role": "system", "content": system}] if system.strip() else []
 
 
-def tests_of(value: Any) -> str:
-    """Source that judges an answer; a list of statements, as MBPP has it, stands on lines of their own."""
+def read_tests(value: Any) -> str:
+    """Returns the source code of the tests; a list of statements, as in MBPP, is joined by line breaks."""
     if isinstance(value, str):
         return value
     return "\n".join(as_text(line, where="a line of column 'tests'") for line in as_list(value, where="column 'tests'"))
 
 
-def tools_of(row: Mapping[str, Any]) -> list[Any] | None:
-    """The tools' schemas; OpenAI's outer ``function`` object is added where the row leaves it out."""
+def read_tools(row: Mapping[str, Any]) -> list[Any] | None:
+    """Returns the schemas of the tools, and adds OpenAI's outer ``function`` object where it is missing."""
     value = row.get("tools")
     if value is None or value == "" or value == []:
         return None
@@ -69,15 +69,15 @@ def tools_of(row: Mapping[str, Any]) -> list[Any] | None:
         return None
     for number, tool in enumerate(tools, 1):
         if not isinstance(tool, dict):
-            raise BadRow("a tool is not an object", f"tool {number} is {kind_of(tool)}")
+            raise BadRow("a tool is not an object", f"tool {number} is {json_type(tool)}")
         inner = tool.get("function", tool)
         if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
             raise BadRow("a tool has no name", f"tool {number}")
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
 
 
-def kind_of(value: Any) -> str:
-    """JSON's word for a value."""
+def json_type(value: Any) -> str:
+    """Returns JSON's name of a value's type."""
     if value is None:
         return "null"
     if isinstance(value, bool):

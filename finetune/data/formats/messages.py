@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune.data.conversation import BadRow, Conversation, Message
-from finetune.data.formats.fields import as_list, as_text, kind_of, need, tools_of
+from finetune.data.formats.fields import as_list, as_text, json_type, read_tools, require
 
 ROLES = {
     "system": "system",
@@ -19,12 +19,13 @@ ROLES = {
 
 
 def read(row: Mapping[str, Any]) -> Conversation:
-    messages, train = turns(need(row, "messages"))
-    return Conversation(messages, train=train, tools=tools_of(row))
+    """Reads one row."""
+    messages, train = parse_messages(require(row, "messages"))
+    return Conversation(messages, train=train, tools=read_tools(row))
 
 
-def turns(value: Any, *, where: str = "'messages'") -> tuple[list[Message], list[bool | None] | None]:
-    """The messages of a list, and which of them say whether they are trained."""
+def parse_messages(value: Any, *, where: str = "'messages'") -> tuple[list[Message], list[bool | None] | None]:
+    """Returns the messages of a list, and whether each is trained on, where any of them has a mark."""
     listed = as_list(value, where=where)
     messages = [_message(item, number) for number, item in enumerate(listed, 1)]
     marks = [_mark(item, number) for number, item in enumerate(listed, 1)]
@@ -34,7 +35,7 @@ def turns(value: Any, *, where: str = "'messages'") -> tuple[list[Message], list
 def _message(item: Any, number: int) -> Message:
     where = f"message {number}"
     if not isinstance(item, dict):
-        raise BadRow("a message is not an object", f"{where} is {kind_of(item)}")
+        raise BadRow("a message is not an object", f"{where} is {json_type(item)}")
     if "role" not in item:
         raise BadRow("a message has no role", f"{where} has {', '.join(map(str, item)) or 'nothing'}")
     role = ROLES.get(item["role"]) if isinstance(item["role"], str) else None
@@ -43,7 +44,9 @@ def _message(item: Any, number: int) -> Message:
     calls = item.get("tool_calls")
     message: Message = {"role": role, "content": _content(item, where, may_be_empty=bool(calls))}
     if calls:
-        message["tool_calls"] = [call_of(call, where) for call in as_list(calls, where=f"tool_calls of {where}")]
+        message["tool_calls"] = [
+            parse_tool_call(call, where) for call in as_list(calls, where=f"tool_calls of {where}")
+        ]
     for name in ("name", "tool_call_id", "reasoning_content"):
         if item.get(name) is not None:
             message[name] = as_text(item[name], where=f"{name} of a message")
@@ -64,12 +67,12 @@ def _content(item: dict[str, Any], where: str, *, may_be_empty: bool) -> str:
 def _part(part: Any, where: str) -> str:
     if isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
         return part["text"]
-    kind = part.get("type") if isinstance(part, dict) else kind_of(part)
-    raise BadRow("a message holds something other than text", f"{where} holds {kind}")
+    kind = part.get("type") if isinstance(part, dict) else json_type(part)
+    raise BadRow("a message contains something other than text", f"{where} contains {kind}")
 
 
-def call_of(call: Any, where: str) -> dict[str, Any]:
-    """A tool call in OpenAI's form; arguments that are JSON inside a string become values, as templates expect them."""
+def parse_tool_call(call: Any, where: str) -> dict[str, Any]:
+    """Returns a tool call in OpenAI's form, with arguments parsed from JSON, as templates expect them."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise BadRow("a tool call has no name", where)
@@ -79,15 +82,12 @@ def call_of(call: Any, where: str) -> dict[str, Any]:
             arguments = json.loads(arguments)
         except ValueError as error:
             raise BadRow("the arguments of a tool call are not JSON", f"{where}: {error}") from error
-    return {
-        "type": "function",
-        **{k: call[k] for k in ("id",) if k in call},
-        "function": {"name": function["name"], "arguments": arguments},
-    }
+    identifier = {"id": call["id"]} if "id" in call else {}
+    return {"type": "function", **identifier, "function": {"name": function["name"], "arguments": arguments}}
 
 
 def _mark(item: dict[str, Any], number: int) -> bool | None:
-    """``train`` is ours and TRL's neighbours', ``weight`` (0 or 1) is OpenAI's."""
+    """Reads whether a message is trained on: ``train``, or OpenAI's ``weight`` (0 or 1)."""
     mark = item.get("train", item.get("weight"))
     if mark is None or isinstance(mark, bool):
         return mark

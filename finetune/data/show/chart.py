@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from finetune.data.show.summary import count_of
+from finetune.data.show.summary import format_rows
 
 WIDTH, HEIGHT, MARGIN, FOOT, TOP = 940, 210, 46, 30, 18
 RIGHT = 0.8
@@ -26,7 +26,7 @@ def histogram(lengths: dict[str, Any], *, limit: int) -> str:
         kind = ' class="long"' if start >= limit else ""
         bars += (
             f'<rect{kind} x="{x(start) + 1:.1f}" y="{TOP + high - tall:.1f}" width="{wide_bar:.1f}" height="{tall:.1f}">'
-            f"<title>{start:,.0f} to {end:,.0f} tokens: {count_of(count)}</title></rect>"
+            f"<title>{start:,.0f} to {end:,.0f} tokens: {format_rows(count)}</title></rect>"
         )
     more = " or more" if longest < lengths["longest"] else ""
     ticks = "".join(
@@ -38,7 +38,7 @@ def histogram(lengths: dict[str, Any], *, limit: int) -> str:
         left = limit > longest * RIGHT
         line = f'<line x1="{x(limit):.1f}" x2="{x(limit):.1f}" y1="{TOP - 4}" y2="{HEIGHT - FOOT}"/>'
         line += _text(x(limit) + (-4 if left else 4), TOP + 10, f"limit {limit:,}", anchor="end" if left else "start")
-    scale = _text(6, 12, count_of(tallest), anchor="start") + _text(MARGIN - 6, HEIGHT - FOOT, "0", anchor="end")
+    scale = _text(6, 12, format_rows(tallest), anchor="start") + _text(MARGIN - 6, HEIGHT - FOOT, "0", anchor="end")
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="rows by length">{bars}{ticks}{scale}{line}</svg>'
     )

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.config import DataConfig
-from finetune.data.row_flags import delicate
+from finetune.data.row_flags import redact
 from finetune.data.show.chart import histogram
-from finetune.data.show.lines import Lines, gather
-from finetune.data.show.marked import Document, SplitFile, runs
+from finetune.data.show.documents import Document, SplitFile, decode_spans
+from finetune.data.show.ledger_digest import LedgerDigest, digest_ledger
 from finetune.products import PreparedData
 
 HELDOUT_SHOWN = 3
@@ -43,7 +43,7 @@ def write_preview(folder: Path, product: PreparedData, config: DataConfig, *, to
         SplitFile(folder / name).sample(min(most, config.preview_rows))
         for name, most in (("train", config.preview_rows), ("heldout", HELDOUT_SHOWN))
     )
-    lines = gather(folder, {document.row for document in [*train, *heldout]})
+    lines = digest_ledger(folder, {document.row for document in [*train, *heldout]})
     rendering = json.loads((folder / "rendering.json").read_text(encoding="utf-8"))
     rows = _Rows(lines, tokenizer, rendering["end_of_turn_id"])
     parts = [
@@ -62,13 +62,13 @@ def write_preview(folder: Path, product: PreparedData, config: DataConfig, *, to
     (folder / "preview.html").write_text(page, encoding="utf-8", errors="replace")
 
 
-def _what(lines: Lines) -> str:
+def _what(lines: LedgerDigest) -> str:
     names = list(lines.sources)
     more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
     return f"{', '.join(names[:3])}{more}: what the model will read, and (marked) what it will learn."
 
 
-def _sources(lines: Lines) -> str:
+def _sources(lines: LedgerDigest) -> str:
     if len(lines.sources) < 2:
         return ""
     header = "".join(f'<th class="n">{name}</th>' for name in ("rows read", "rows kept", "tokens", "learnt"))
@@ -86,7 +86,7 @@ def _legend(documents: list[Document], rendering: dict[str, Any]) -> str:
     if end is None or not documents:
         return ""
     learnt = sum(
-        any(token == end and mark for token, mark in zip(document.ids, document.learnt, strict=True))
+        any(token == end and mark for token, mark in zip(document.ids, document.trained, strict=True))
         for document in documents
     )
     avoided = any(document.rejected or document.desirable is False for document in documents)
@@ -130,7 +130,7 @@ def _thresholds(product: PreparedData, config: DataConfig) -> str:
 class _Rows:
     """Documents as text under their places in the files."""
 
-    def __init__(self, lines: Lines, tokenizer: Any, end: int | None) -> None:
+    def __init__(self, lines: LedgerDigest, tokenizer: Any, end: int | None) -> None:
         self.lines, self.tokenizer, self.end = lines, tokenizer, end
 
     def shown(self, documents: list[Document]) -> str:
@@ -138,7 +138,7 @@ class _Rows:
 
     def _one(self, document: Document) -> str:
         line = self.lines.rows[document.row]
-        facts = [f"{len(document.ids):,} tokens, {sum(document.learnt):,} of them learnt"]
+        facts = [f"{len(document.ids):,} tokens, {sum(document.trained):,} of them learnt"]
         facts += [f"truncated by {line['truncated_by']:,}"] if line["truncated_by"] else []
         facts += [f"one of {line['pieces']:,} pieces"] if line["pieces"] > 1 else []
         facts += ["desirable" if document.desirable else "undesirable"] if document.desirable is not None else []
@@ -153,15 +153,15 @@ class _Rows:
     def _text(self, document: Document) -> str:
         left, parts = LONGEST_SHOWN_CHARACTERS, []
         end = self.tokenizer.decode([self.end], skip_special_tokens=False) if self.end is not None else None
-        for text, learnt in runs(document, self.tokenizer, apart=self.end):
-            shown = html.escape(delicate(text)[: max(left, 0)])
+        for text, learnt in decode_spans(document, self.tokenizer, separate=self.end):
+            shown = html.escape(redact(text)[: max(left, 0)])
             left -= len(text)
             kind = ' class="end"' if text == end else ""
             parts.append(f"<mark{kind}>{shown}</mark>" if learnt and shown else shown)
         return "".join(parts) + (f" ... ({-left:,} more characters)" if left < 0 else "")
 
 
-def _left_out(product: PreparedData, lines: Lines) -> str:
+def _left_out(product: PreparedData, lines: LedgerDigest) -> str:
     lost = {
         **product.rows["dropped"],
         **({"duplicate": product.rows["duplicate"]} if product.rows["duplicate"] else {}),
@@ -173,8 +173,8 @@ def _left_out(product: PreparedData, lines: Lines) -> str:
     )
     some = "".join(
         f"<tr><td>{html.escape(line['source'])}:{line['line']}</td><td>{html.escape(reason)}</td>"
-        f"<td>{html.escape(delicate(line['detail']))}</td></tr>"
-        for reason, found in lines.gone.items()
+        f"<td>{html.escape(redact(line['detail']))}</td></tr>"
+        for reason, found in lines.dropped.items()
         for line in found
     )
     first = (

@@ -1,27 +1,26 @@
-"""Runs of tokens as numbers, for whole batches at once."""
+"""Hashes token n-grams and computes MinHash signatures, for many documents at once."""
 
 import numpy as np
 
 BASE = np.uint64(0x9E3779B97F4A7C15)
 INVERSE = np.uint64(pow(int(BASE), -1, 2**64))
 NEAR_TOKENS, OVERLAP_TOKENS = 5, 13
-"""5-grams for near duplicates, 13-grams for leakage: the lengths of SlimPajama and of GPT-3's appendix C."""
+"""5-grams for near duplicates and 13-grams for leakage: the lengths of SlimPajama and of GPT-3's appendix C."""
 SIGNATURE = 16
 BANDS = 4
-BLANK = np.uint64(2**64 - 1)
 
 
 def shingles(ids: np.ndarray, lengths: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """A hash for every run of ``size`` tokens that lies in one document.
+    """Hashes every n-gram of ``size`` tokens inside a document.
 
     Args:
         ids: Tokens of all documents, one after the other.
         lengths: Tokens of each document.
 
     Returns:
-        The hashes, and how many belong to each document.
+        The hashes, and the number of each document's hashes.
 
-    The polynomial is taken from a running sum, so the cost does not depend on ``size``.
+    The polynomial hash comes from a running sum, so the cost does not depend on ``size``.
     """
     counts = np.maximum(lengths.astype(np.int64) - size + 1, 0)
     if not counts.any():
@@ -43,34 +42,34 @@ def shingles(ids: np.ndarray, lengths: np.ndarray, size: int) -> tuple[np.ndarra
 
 
 def signatures(ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """MinHash of every document without the beginning that all share (a system message, say); zeros for short ones.
+    """Returns the MinHash signature of every document; zeros for short ones.
 
-    Source: Broder, 1997. The documents of one call share their beginning; calls should be large.
+    The prefix that all documents of the call share, such as a system message, is left out. Source: Broder, 1997.
     """
     result = np.zeros((len(lengths), SIGNATURE), dtype=np.uint32)
-    skip = shared_beginning(ids, lengths)
+    skip = shared_prefix_tokens(ids, lengths)
     starts = np.cumsum(lengths, dtype=np.int64) - lengths
     rest = lengths - skip
     index = np.arange(rest.sum()) + np.repeat(starts + skip - (np.cumsum(rest) - rest), rest)
     hashes, counts = shingles(ids[index], rest, NEAR_TOKENS)
-    there = counts > 0
-    if not there.any():
+    hashed = counts > 0
+    if not hashed.any():
         return result
-    borders = (np.cumsum(counts) - counts)[there]
+    borders = (np.cumsum(counts) - counts)[hashed]
     multipliers = np.random.default_rng(7).integers(1, 2**63, SIGNATURE, dtype=np.uint64) | np.uint64(1)
     with np.errstate(over="ignore"):
         for number, multiplier in enumerate(multipliers):
-            result[there, number] = np.minimum.reduceat(
-                (hashes * multiplier >> np.uint64(32)).astype(np.uint32), borders
-            )
+            values = (hashes * multiplier >> np.uint64(32)).astype(np.uint32)
+            result[hashed, number] = np.minimum.reduceat(values, borders)
     return result
 
 
-def shared_beginning(ids: np.ndarray, lengths: np.ndarray) -> int:
+def shared_prefix_tokens(ids: np.ndarray, lengths: np.ndarray) -> int:
+    """Returns the length of the prefix that all documents share; 0 for a single document."""
     if len(lengths) < 2:
         return 0
     starts = np.cumsum(lengths, dtype=np.int64) - lengths
     shortest = int(lengths.min())
-    heads = ids[starts[:, None] + np.arange(shortest)]
-    same = (heads == heads[0]).all(axis=0)
+    prefixes = ids[starts[:, None] + np.arange(shortest)]
+    same = (prefixes == prefixes[0]).all(axis=0)
     return shortest if same.all() else int(np.argmin(same))

@@ -1,4 +1,4 @@
-"""A JSON array read element by element, so that the file need not fit into memory."""
+"""Reads a JSON array element by element, so that the file need not fit into memory."""
 
 import json
 from collections.abc import Iterator
@@ -11,25 +11,26 @@ BLOCK_CHARACTERS = 1 << 20
 SPACE = " \t\r\n"
 
 
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys are all different; JSON would silently keep the last."""
+def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Builds an object from its pairs and raises ValueError for a repeated key, of which JSON keeps the last value."""
     value = dict(pairs)
     if len(value) != len(pairs):
         names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {repeated!r} appears twice in one object")
     return value
 
 
-def refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON value")
+def reject_constant(name: str) -> None:
+    """Raises ValueError for NaN and infinities, which Python reads and JSON does not have."""
+    raise ValueError(f"{name} is not a JSON value")
 
 
 class ArrayReader:
-    """Keeps one element and a block of text in memory.
+    """Reader that keeps one element and one block of text in memory.
 
     Args:
-        path: Named in messages.
+        path: For messages.
         handle: The file, decompressed and decoded.
     """
 
@@ -38,20 +39,21 @@ class ArrayReader:
         self.handle = handle
         self.buffer = ""
         self.line = 1
-        self.decoder = json.JSONDecoder(object_pairs_hook=unique, parse_constant=refuse_constant)
+        self.decoder = json.JSONDecoder(object_pairs_hook=reject_duplicate_keys, parse_constant=reject_constant)
 
     def elements(self) -> Iterator[tuple[int, Any]]:
-        """Number and value of each element.
+        """Yields the number and the value of each element.
 
         Raises:
-            DataError: Names the line where the text stops being an array.
+            DataError: The text is not an array; the message names the line.
         """
         opening = self._next()
         if not opening:
             return
         if opening != "[":
             raise DataError(
-                f"{self.path}:{self.line}: starts with {self.buffer[:10]!r}, not with a JSON array or object; check the file"
+                f"{self.path}:{self.line}: starts with {self.buffer[:10]!r}, which is neither a JSON array nor "
+                "an object; check the file"
             )
         self._take(1)
         number = 0
@@ -70,10 +72,10 @@ class ArrayReader:
             if mark == "]":
                 break
         if self._next():
-            raise DataError(f"{self.path}:{self.line}: something follows the end of the JSON array; remove it")
+            raise DataError(f"{self.path}:{self.line}: there is text after the end of the JSON array; remove it")
 
     def _next(self) -> str:
-        """The next character that is no space, or nothing at the end."""
+        """Skips spaces and returns the next character, or "" at the end."""
         while True:
             trimmed = self.buffer.lstrip(SPACE)
             self._take(len(self.buffer) - len(trimmed))
@@ -88,12 +90,12 @@ class ArrayReader:
                 value, end = self.decoder.raw_decode(self.buffer)
             except json.JSONDecodeError as error:
                 if not self._more(block):
-                    at = self.line + self.buffer.count("\n", 0, error.pos)
+                    line = self.line + self.buffer.count("\n", 0, error.pos)
                     raise DataError(
-                        f"{self.path}:{at}: not valid JSON: {error.msg}, in element {number}; mend the file"
+                        f"{self.path}:{line}: not valid JSON: {error.msg}, in element {number}; fix the file"
                     ) from error
             except ValueError as error:
-                raise DataError(f"{self.path}:{self.line}: element {number}: {error}; mend the file") from error
+                raise DataError(f"{self.path}:{self.line}: element {number}: {error}; fix the file") from error
             else:
                 if end < len(self.buffer) or not self._more(block):
                     self._take(end)
@@ -101,9 +103,9 @@ class ArrayReader:
             block *= 2
 
     def _more(self, characters: int) -> bool:
-        fresh = self.handle.read(characters)
-        self.buffer += fresh
-        return bool(fresh)
+        text = self.handle.read(characters)
+        self.buffer += text
+        return bool(text)
 
     def _take(self, count: int) -> None:
         self.line += self.buffer.count("\n", 0, count)

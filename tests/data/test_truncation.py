@@ -1,4 +1,4 @@
-"""What is longer than max_tokens is never cut unseen."""
+"""Documents longer than max_tokens are never cut silently."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from finetune.errors import DataError
+from finetune.inference.rows import IGNORED
 from finetune.products import PreparedData
-from tests.data.helpers import learnt, ledger, pair, split
+from tests.data.helpers import ledger, pair, split, trained_text
 
 SHORT, LONG_PROMPT, LONG_ANSWER = pair("q", "a"), pair("word " * 80 + "end?", "short"), pair("q", "word " * 80)
 ROWS = [SHORT, LONG_PROMPT, LONG_ANSWER]
@@ -18,7 +19,7 @@ def test_long_rows_are_dropped_and_counted(run: Callable[..., PreparedData]) -> 
     assert product.rows["dropped"] == {"longer than max_tokens": 2}
 
 
-def test_long_rows_stop_everything_where_asked(run: Callable[..., PreparedData]) -> None:
+def test_long_rows_are_an_error_with_too_long_error(run: Callable[..., PreparedData]) -> None:
     with pytest.raises(DataError, match=r"2 of 3 rows cannot be used; raise data\.max_tokens"):
         run(ROWS, max_tokens=64, too_long="error")
 
@@ -37,7 +38,7 @@ def test_truncated_prompts_keep_the_whole_answer_and_the_template(
     assert len(row["input_ids"]) <= 64
     assert text.startswith("<|im_start|>user\n")
     assert "end?<|im_end|>\n" in text
-    assert learnt(row, tokenizer) == "short<|im_end|>"
+    assert trained_text(row, tokenizer) == "short<|im_end|>"
     assert product.rows["dropped"] == {"longer than max_tokens even without its prompt": 1}
 
 
@@ -56,8 +57,8 @@ def test_split_raw_text_learns_every_token_but_the_first_once(run: Callable[...,
     text = {"text": " ".join(str(number) for number in range(200))}
     product = run([text], max_tokens=50, too_long="split")
     whole = split(run([text], max_tokens=4096), "train")[0]
-    learnt_ids = [label for row in split(product, "train") for label in row["labels"] if label != -100]
-    assert learnt_ids == whole["input_ids"][1:]
+    trained_ids = [label for row in split(product, "train") for label in row["labels"] if label != IGNORED]
+    assert trained_ids == whole["input_ids"][1:]
     assert ledger(product)[0]["pieces"] == product.packed_rows > 1
 
 
@@ -74,7 +75,7 @@ def test_split_conversations_break_before_user_turns_and_keep_the_system_message
     pieces = [tokenizer.decode(row["input_ids"], skip_special_tokens=False) for row in split(product, "train")]
     assert len(pieces) > 1
     assert all(piece.startswith("<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user") for piece in pieces)
-    assert "".join(learnt(row, tokenizer) for row in split(product, "train")) == "".join(
+    assert "".join(trained_text(row, tokenizer) for row in split(product, "train")) == "".join(
         f"answer {n}<|im_end|>" for n in range(8)
     )
 
@@ -86,13 +87,13 @@ def test_thresholds_say_what_they_would_cut(run: Callable[..., PreparedData]) ->
     assert here["trained_tokens_share"] > 0.9
 
 
-def test_row_that_is_too_long_to_be_tokenised_still_counts_among_the_lengths(run: Callable[..., PreparedData]) -> None:
+def test_row_that_is_too_long_to_be_tokenized_still_counts_among_the_lengths(run: Callable[..., PreparedData]) -> None:
     product = run([pair(), pair("who?", "word " * 100_000)], max_tokens=64)
     assert product.lengths["longest"] > 1000
     assert next(item for item in product.lengths["thresholds"] if item["max_tokens"] == 64)["rows_share"] == 0.5
     assert sum(product.lengths["histogram"]["rows"]) == 2
 
 
-def test_nothing_left_says_how_long_the_shortest_is(run: Callable[..., PreparedData]) -> None:
+def test_error_without_rows_names_the_shortest_length(run: Callable[..., PreparedData]) -> None:
     with pytest.raises(DataError, match=r"the shortest has [\d,]+ tokens or more and data\.max_tokens is 16: raise it"):
         run([pair()], max_tokens=16)

@@ -1,4 +1,4 @@
-"""The template's own ``{% generation %}`` marks against ours: two ways to the same mask, which must agree."""
+"""Compares our loss mask with the one from the template's own ``{% generation %}`` marks."""
 
 import re
 from typing import Any
@@ -17,17 +17,17 @@ TURNS = [
 ]
 
 
-def cross_check(template: Template, renderer: Renderer) -> None:
-    """Marks a conversation of two exchanges our way, and compares where the template has marks of its own.
+def check_generation_marks(template: Template, renderer: Renderer) -> None:
+    """Checks on a conversation of two exchanges that both masks are the same, where the template has marks.
 
     Raises:
-        DataError: A stretch begins or ends elsewhere; only the end of turn itself may be left out by the template.
+        DataError: A trained part begins or ends elsewhere. The template may leave out the end of turn itself.
     """
     try:
         ours = renderer.spans_of(Conversation([dict(turn) for turn in TURNS]))
     except BadRow as error:
         raise DataError(
-            f"data.template: {error}; mend the template, or choose another with data.template=..."
+            f"data.template: {error}; fix the template, or choose another with data.template=..."
         ) from error
     if not MARK.search(template.source):
         return
@@ -43,11 +43,11 @@ def cross_check(template: Template, renderer: Renderer) -> None:
         _same(text, a, b, template.end_of_turn) for a, b in zip(ours, theirs, strict=True)
     ):
         raise DataError(
-            f"data.template: the template's generation marks hold {[text[a:b] for a, b in theirs]}, but answers and their ends are "
-            f"{[text[a:b] for a, b in ours]}; mend the marks, or take them out"
+            f"data.template: the template's generation marks contain {[text[a:b] for a, b in theirs]}, but the answers "
+            f"with their ends are {[text[a:b] for a, b in ours]}; fix the marks, or remove them"
         )
 
 
 def _same(text: str, ours: tuple[int, int], theirs: tuple[int, int], end_of_turn: str) -> bool:
-    mine, marked = text[slice(*ours)].strip(), text[slice(*theirs)].strip()
-    return marked in (mine, mine.removesuffix(end_of_turn).strip())
+    expected, marked = text[slice(*ours)].strip(), text[slice(*theirs)].strip()
+    return marked in (expected, expected.removesuffix(end_of_turn).strip())

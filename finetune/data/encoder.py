@@ -1,0 +1,161 @@
+"""Tokenizes rendered text in batches and computes loss masks by position."""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from finetune.data.conversation import BadRow
+from finetune.data.render import Rendered
+from finetune.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Encoder:
+    """The tokenizer's Rust core without any additions: the text already contains every control token.
+
+    Args:
+        serialize: ``tokenizer.backend_tokenizer.to_str()``.
+    """
+
+    def __init__(self, serialize: str) -> None:
+        from tokenizers import Tokenizer, processors
+
+        self.core = Tokenizer.from_str(serialize)
+        self.core.no_truncation()
+        self.core.no_padding()
+        # By default the byte-level post-processor excludes spaces from the offsets; masks need exact offsets.
+        self.core.post_processor = processors.ByteLevel(trim_offsets=False)
+        self.longest_token = max(map(len, self.core.get_vocab()))
+
+    def min_tokens(self, text: str) -> int:
+        """Returns a lower bound of the text's tokens: no token is longer than the vocabulary's longest."""
+        return -(-len(text) // self.longest_token)
+
+    @classmethod
+    def of(cls, tokenizer: "PreTrainedTokenizerBase") -> "Encoder":
+        """Builds the encoder of a fast tokenizer."""
+        return cls(serialize(tokenizer))
+
+    def encode(self, rendered: Sequence[Rendered]) -> list["Encoded | BadRow"]:
+        """Returns the token ids and trained spans of each text, or the reason why it has no exact mask."""
+        batch = self.core.encode_batch([item.text for item in rendered], add_special_tokens=False)
+        results: list[Encoded | BadRow] = []
+        for item, encoding in zip(rendered, batch, strict=True):
+            try:
+                results.append(self._encoded(item, encoding))
+            except BadRow as error:
+                results.append(error)
+        return results
+
+    def _encoded(self, rendered: Rendered, encoding: Any) -> "Encoded":
+        borders = [*(position for span in rendered.spans for position in span), rendered.answer]
+        if rendered.literals:
+            return self._encode_pieces(rendered, borders)
+        tokens = [
+            token for position in borders if (token := _token_at(encoding, position, len(rendered.text))) is not None
+        ]
+        if len(tokens) < len(borders):
+            return self._encode_pieces(rendered, borders)
+        *starts_and_ends, answer = tokens
+        return Encoded(encoding.ids, list(zip(starts_and_ends[::2], starts_and_ends[1::2], strict=True)), answer)
+
+    def _encode_pieces(self, rendered: Rendered, borders: list[int]) -> "Encoded":
+        """Tokenizes the text between the borders piece by piece, as serving does.
+
+        This is for texts where one token would cross a border. The usual case is a prompt that ends in a newline before
+        an answer that begins with one: together they are one token, which a served prompt never ends with.
+        """
+        cuts = sorted({0, *borders, len(rendered.text)})
+        ids: list[int] = []
+        token_at = {0: 0}
+        for start, end in pairwise(cuts):
+            ids += self._encode_piece(rendered.text[start:end], rendered.literals)
+            token_at[end] = len(ids)
+        spans = [(token_at[start], token_at[end]) for start, end in rendered.spans]
+        if self.core.decode(ids, skip_special_tokens=False) != rendered.with_literals():
+            if rendered.literals:
+                tokens = ", ".join(rendered.literals.values())
+                raise BadRow("the tokenizer cannot write the control tokens in the text as plain text", tokens)
+            raise BadRow("a token crosses the border between prompt and answer")
+        return Encoded(ids, spans, token_at[rendered.answer], in_pieces=True)
+
+    def _encode_piece(self, text: str, literals: dict[str, str]) -> list[int]:
+        pieces, normal = [], ""
+        for character in text:
+            if character in literals:
+                pieces += [(normal, False), (literals[character], True)]
+                normal = ""
+            else:
+                normal += character
+        ids: list[int] = []
+        for piece, literal in [*pieces, (normal, False)]:
+            self.core.encode_special_tokens = literal
+            ids += self.core.encode(piece, add_special_tokens=False).ids
+        self.core.encode_special_tokens = False
+        return ids
+
+
+class Encoded:
+    """One tokenized document.
+
+    Attributes:
+        ids: Token ids.
+        spans: Trained spans, [start, end) in tokens.
+        answer: First token of the last turn.
+        in_pieces: Whether it was tokenized in pieces, because a token would have crossed a border.
+    """
+
+    __slots__ = ("answer", "ids", "in_pieces", "spans")
+
+    def __init__(self, ids: list[int], spans: list[tuple[int, int]], answer: int, *, in_pieces: bool = False) -> None:
+        self.ids = ids
+        self.spans = spans
+        self.answer = answer
+        self.in_pieces = in_pieces
+
+    @property
+    def trained_tokens(self) -> int:
+        """Number of tokens with loss."""
+        return sum(end - max(start, 1) for start, end in self.spans if end > 1)
+
+    def loss_mask(self) -> np.ndarray:
+        """Returns 1 for tokens with loss, else 0. The first token has no loss: there is no token to predict it from."""
+        mask = np.zeros(len(self.ids), dtype=np.uint8)
+        for start, end in self.spans:
+            mask[start:end] = 1
+        mask[:1] = 0
+        return mask
+
+
+def _token_at(encoding: Any, position: int, length: int) -> int | None:
+    """Returns the token that begins at a character, or None where a token contains it.
+
+    Bisection is ten times faster than the library's ``char_to_token``, which visits all tokens.
+    """
+    count = len(encoding)
+    if position == length:
+        return count
+    token = bisect_left(range(count), position, key=lambda number: encoding.token_to_chars(number)[0])
+    if token == count or encoding.token_to_chars(token)[0] != position:
+        return None
+    return token
+
+
+def serialize(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Returns the complete content of a fast tokenizer, which also identifies it.
+
+    Raises:
+        DataError: The tokenizer is not a fast one.
+    """
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    if core is None:
+        raise DataError(
+            f"{type(tokenizer).__name__} is not a fast tokenizer, so token positions in the text are unknown; "
+            "use the model's tokenizer.json"
+        )
+    return str(core.to_str())

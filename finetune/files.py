@@ -1,0 +1,50 @@
+"""Writes files completely or not at all, and checks that the disk has room for them."""
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from finetune.console import human_bytes
+from finetune.errors import FinetuneError
+
+
+def atomic_write_text(file: Path, text: str | Iterable[str]) -> None:
+    """Writes next to the file, then renames: a reader sees the old content or the new one, never a part.
+
+    Args:
+        text: The whole content, or its pieces in order.
+    """
+    partial = file.with_name(f"{file.name}.partial")
+    with open(partial, "w", encoding="utf-8") as handle:
+        handle.writelines([text] if isinstance(text, str) else text)
+    os.replace(partial, file)
+
+
+def require_disk(
+    folder: Path,
+    need_bytes: float,
+    purpose: str,
+    *,
+    remedy: str = "free some space, or choose another run.root",
+    error: type[Exception] = FinetuneError,
+) -> None:
+    """Refuses to start what the disk cannot hold.
+
+    Args:
+        purpose: Who needs the space, as the subject of the message: ``export.gguf``.
+        error: Class to raise.
+
+    Raises:
+        FinetuneError: ``folder``'s disk has less than ``need_bytes`` free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < need_bytes:
+        raise error(
+            f"{purpose} needs {human_bytes(need_bytes)} of disk space in {folder} and {human_bytes(free)} are free; {remedy}"
+        )
+
+
+def first_error_line(error: BaseException, *, characters: int = 160) -> str:
+    """Returns the first line of an error's message, or its class where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:characters]
