@@ -18,7 +18,7 @@ from typing import Any
 
 from finetune.console import human_bytes, log, table
 from finetune.errors import MergeError
-from finetune.inference.fresh_process import answer, run_in_fresh_process
+from finetune.inference.fresh_process import run_in_fresh_process, serve_request
 
 HIDDEN, INTERMEDIATE, HEADS, KEY_VALUE_HEADS, VOCABULARY = 4096, 11008, 32, 32, 32000
 """Widths of Llama 2 7B; the number of layers follows from the requested size."""
@@ -243,6 +243,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[-1].endswith("result.json"):  # a contender: the request and result files of run_in_fresh_process
-        answer(_work)
+        serve_request(_work)
     else:
         main()

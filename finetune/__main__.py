@@ -17,7 +17,8 @@ from finetune.config import CONF, RunConfig, compose_config, explain_all, load, 
 from finetune.console import log, print_error
 from finetune.errors import ConfigError, FinetuneError, GateMissed, Interrupted, RankFailed
 from finetune.hardware.busy import CpuUsage, yield_to_busy_cpu
-from finetune.launch import Ranks, as_launched, end, must_start, start
+from finetune.launch import Ranks, as_launched, start
+from finetune.launch.start import exit_process, must_start
 from finetune.overrides import opened
 from finetune.run import STAGES
 from finetune.verbs import LOOKS, recorded, split_own, sweep, with_experiment
@@ -126,7 +127,7 @@ def work(config: RunConfig, *, overrides: list[str], again: frozenset[str]) -> N
     from finetune.pipeline import run, run_worker
 
     launch = config.launch
-    ranks = Ranks(silence_seconds=launch.silence_seconds, shards=launch.strategy == "fsdp", offload=launch.offload)
+    ranks = Ranks(heartbeat_timeout_seconds=launch.heartbeat_timeout_seconds, shards=launch.strategy == "fsdp", offload=launch.offload)
     try:
         if ranks.is_main:
             run(config, overrides=overrides, ranks=ranks, redo=again)
@@ -135,7 +136,7 @@ def work(config: RunConfig, *, overrides: list[str], again: frozenset[str]) -> N
         else:
             run_worker(config, ranks=ranks)
     except BaseException as error:
-        explained = ranks.explain(error)
+        explained = ranks.final_error(error)
         if explained is error:
             raise
         raise explained from error
@@ -177,4 +178,4 @@ def with_hydra(verb: str, arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    end(main())
+    exit_process(main())

@@ -22,7 +22,8 @@ from finetune.export import ExportConfig
 from finetune.export.needs import conflicts as export_conflicts
 from finetune.hardware import HardwareConfig
 from finetune.kernels import KernelsConfig
-from finetune.launch import SHARDABLE, LaunchConfig
+from finetune.launch import LaunchConfig
+from finetune.launch.config import SHARDABLE
 from finetune.lora import LoraConfig
 from finetune.merge import MergeConfig
 from finetune.model import ModelConfig

@@ -21,7 +21,9 @@ from finetune.export.needs import check_packages
 from finetune.files import atomic_write_text
 from finetune.hardware import Machine, Placement
 from finetune.inference.adapted import check_adapter
-from finetune.launch import Ranks, log_to_file, refuse
+from finetune.launch import Ranks
+from finetune.launch.logs import log_to_file
+from finetune.launch.start import check_launch
 from finetune.merge import merge
 from finetune.model import ModelSpec
 from finetune.model.load import describe_padding
@@ -29,7 +31,9 @@ from finetune.plan import plan, show
 from finetune.preflight import run_preflight
 from finetune.products import Exports, MergedModel, PreflightResult, PreparedData, Scores, TrainedAdapter
 from finetune.provenance import tell_idle, tell_unread, watch
-from finetune.quantization import KeptLayers, check_installed, choose_skip_modules
+from finetune.quantization import choose_skip_modules
+from finetune.quantization.backends import check_installed
+from finetune.quantization.sensitivity import SkippedLayers
 from finetune.report import report
 from finetune.run import STAGES, RunFolder, fingerprint, to_jsonable, write_json
 from finetune.tracking import Trackers, figures, open_trackers
@@ -226,16 +230,16 @@ def run_worker(config: RunConfig, *, ranks: Ranks) -> None:
 
 
 def with_skip_modules(spec: ModelSpec, folder: RunFolder, data: PreparedData) -> ModelSpec:
-    """Chooses the layers that ``quantization.keep_mib`` pays for; returns the spec with them."""
-    if not spec.quantization.keep_mib:
+    """Chooses the layers that ``quantization.skip_modules_mib`` pays for; returns the spec with them."""
+    if not spec.quantization.skip_modules_mib:
         return spec
     kept = folder.stage(
         "quantization",
-        KeptLayers,
+        SkippedLayers,
         lambda out: choose_skip_modules(spec, folder=out, data=data),
-        key={**spec.key(), "quantization.keep_mib": spec.quantization.keep_mib, "data.sha256": data.fingerprint},
+        key={**spec.key(), "quantization.skip_modules_mib": spec.quantization.skip_modules_mib, "data.sha256": data.fingerprint},
     )
-    return dataclasses.replace(spec, quantization=kept.applied(spec.quantization))
+    return dataclasses.replace(spec, quantization=kept.apply_to(spec.quantization))
 
 
 def training_job(
@@ -270,7 +274,7 @@ def validate_environment(config: RunConfig, placement: Placement) -> None:
         check_adapter(Path(adapter).expanduser(), setting="merge.adapters")
     if "export" in stages:
         check_packages(config.export)
-    refuse(config.launch, device=placement.device, rehearses=config.preflight.level != "off")
+    check_launch(config.launch, device=placement.device, preflight=config.preflight.level != "off")
     if config.hardware.name != "auto":
         raise HardwareError(
             f"hardware={config.hardware.name} describes a machine to plan for; to run on this one, choose hardware=auto"

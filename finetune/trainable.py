@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from finetune import lora
 from finetune.console import human_bytes, log
-from finetune.inference.adapted import free
+from finetune.inference.adapted import free_memory
 from finetune.kernels import apply_fusion
-from finetune.launch.shards import PLAIN
+from finetune.launch.shards import FSDP_PREVENTS_FUSION
 from finetune.model.load import parameter_count, resident_bytes
 from finetune.quantization.config import spec as quantization_spec
 
@@ -57,7 +57,7 @@ class TrainableModel:
     def apply(self, result: PreflightResult) -> None:
         """Trains unpacked, or with plain layers, where the preflight found that the fast way is not exact."""
         self.packing = self.packing and result.packing_is_isolated
-        self.fusion.switch.on = self.fusion.switch.on and result.fused_layers_are_exact
+        self.fusion.enabled = self.fusion.enabled and result.fused_layers_are_exact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ def trainable_model(
     finally:
         load.cache_clear()
         gc.enable()
-        free()
+        free_memory()
 
 
 def load_trainable_model(config: RunConfig, spec: ModelSpec, data: PreparedData) -> TrainableModel:
@@ -135,7 +135,7 @@ def load_trainable_model(config: RunConfig, spec: ModelSpec, data: PreparedData)
         config.kernels,
         placement=spec.placement,
         checkpointing=config.train.checkpointing,
-        fusion_obstacle=PLAIN if sharded else None,
+        fusion_obstacle=FSDP_PREVENTS_FUSION if sharded else None,
     )
     gc.freeze()
     gc.enable()

@@ -101,7 +101,7 @@ class Nodes:
             "launch=multinode",
             f"launch.host={HOSTS[0]}",
             f"launch.node={number}",
-            f"launch.silence_seconds={SILENCE_SECONDS}",
+            f"launch.heartbeat_timeout_seconds={SILENCE_SECONDS}",
         ]
         inside = ["ip", "netns", "exec", f"finetune{number}"]
         return finetune(*told, *overrides, root=root, name="launch-nodes", prefix=inside)

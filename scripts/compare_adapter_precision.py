@@ -14,7 +14,7 @@ import numpy as np
 
 from finetune import hardware
 from finetune.config import load
-from finetune.inference.adapted import free, load_adapted_model
+from finetune.inference.adapted import free_memory, load_adapted_model
 from finetune.inference.losses import row_losses
 from finetune.inference.rows import read_rows
 from finetune.model import ModelSpec
@@ -66,7 +66,7 @@ def train_and_measure(dtype: str, seed: int, steps: int) -> tuple[np.ndarray, np
     graph = load_adapted_model(ModelSpec.resolve(config, placement), folder / "train" / "adapter")
     losses = row_losses(graph, read_rows(folder / "data" / "heldout"), batch_tokens=2048)
     del graph
-    free()
+    free_memory()
     print(f"{name}: {sum(row.loss for row in losses) / sum(row.tokens for row in losses):.4f}", flush=True)
     return np.array([row.loss for row in losses]), np.array([row.tokens for row in losses])
 

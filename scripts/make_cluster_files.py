@@ -13,8 +13,7 @@ import yaml
 
 from finetune.config import load
 from finetune.launch import LaunchConfig
-from finetune.launch.start import accelerate_config
-from finetune.launch.zero import zero3
+from finetune.launch.start import accelerate_config, zero3
 from finetune.train.sampler import micro_batches
 
 FOLDER = Path(__file__).parent / "cluster"

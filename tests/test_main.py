@@ -94,7 +94,7 @@ def test_exports_that_could_only_fail_after_training_are_refused_before_all_at_o
         (["bench", "start", "repeats=nan"], "bench start: repeats must be a positive number; got 'nan'"),
         (["bench", "start", "repeats=0.5"], "bench start: repeats must be a whole number; got '0.5'"),
         (["plan", "model=custom", "model.name=/not/there"], "model.name: /not/there cannot be read: No such file or directory"),
-        (["merge.adapters={/not/there: 0.5}"], "merge.adapters: /not/there is no adapter"),
+        (["merge.adapters={/not/there: 0.5}"], "merge.adapters: /not/there is not an adapter"),
     ],
 )  # fmt: skip
 def test_what_would_be_dropped_or_could_only_fail_ends_with_2_and_one_sentence(

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.inference.fresh_process import answer
+from finetune.inference.fresh_process import serve_request
 
 if TYPE_CHECKING:
     from finetune.model import ModelSpec
@@ -38,8 +38,8 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     from finetune import hardware
     from finetune.config import load as compose
     from finetune.hardware.backends import BACKENDS
-    from finetune.inference.adapted import free
-    from finetune.inference.kl_divergence import Reference, agreement, reference_logprobs
+    from finetune.inference.adapted import free_memory
+    from finetune.inference.kl_divergence import ReferenceLogits, compare_with_reference, record_reference
     from finetune.memory import rss_bytes
     from finetune.model import Base, ModelSpec
     from finetune.model.base import weights_sha256
@@ -61,7 +61,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     quantized, make_seconds = timed_load()
     size = disk_bytes(quantized, config.quantization)  # transformers 5.23 does not save again what it read in 4 bits
     del quantized
-    free()
+    free_memory()
     before = rss_bytes()
     model, load_seconds = timed_load()  # from the cached copy
     weights, constants, parameters = packed(model)
@@ -81,10 +81,10 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     rows, tokens = request["rows"], request["batch_tokens"]
     reference_request = dict(request["reference"])
     if reference_request.pop("records"):
-        reference = reference_logprobs(model, rows, Path(reference_request["file"]), batch_tokens=tokens)
+        reference = record_reference(model, rows, Path(reference_request["file"]), batch_tokens=tokens)
     else:
-        reference = Reference(**{**reference_request, "file": Path(reference_request["file"])})
-    compared = agreement(model, rows, reference, batch_tokens=tokens)
+        reference = ReferenceLogits(**{**reference_request, "file": Path(reference_request["file"])})
+    compared = compare_with_reference(model, rows, reference, batch_tokens=tokens)
     return figures | {
         "losses": [[row.loss, row.tokens, row.correct] for row in compared.losses],
         "agreement": compared.distances,
@@ -102,14 +102,15 @@ def packed(model: Any) -> tuple[int, int, int]:
     """
     from torch import nn
 
-    from finetune.quantization import quantized_layers, stored
+    from finetune.quantization import quantized_layers
+    from finetune.quantization.backends import packed_weight
 
     if not quantized_layers(model):
         head = model.get_output_embeddings()
         dense = [layer.weight for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not head]
         return sum(weight.nbytes for weight in dense), 0, sum(weight.numel() for weight in dense)
     codes = constants = parameters = 0
-    for weight in map(stored, quantized_layers(model).values()):
+    for weight in map(packed_weight, quantized_layers(model).values()):
         codes += weight.codes.nbytes
         constants += sum(tensor.nbytes for tensor in weight.constants.values())
         parameters += weight.shape.numel()
@@ -118,7 +119,7 @@ def packed(model: Any) -> tuple[int, int, int]:
 
 def disk_bytes(model: Any, quantization: Any) -> int:
     """Returns the size of its checkpoint; where the library writes its own layers alone, with the other tensors."""
-    from finetune.quantization import holdings, library_of, save
+    from finetune.quantization.backends import all_tensors, backend_of, save
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
@@ -126,8 +127,8 @@ def disk_bytes(model: Any, quantization: Any) -> int:
         written = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         if (folder / "config.json").is_file():
             return written
-    layers = [name for name, module in model.named_modules() if library_of(module)]
-    others = [t for name, t in holdings(model) if name.rpartition(".")[0] not in layers and "[" not in name]
+    layers = [name for name, module in model.named_modules() if backend_of(module)]
+    others = [t for name, t in all_tensors(model) if name.rpartition(".")[0] not in layers and "[" not in name]
     return written + sum(tensor.nbytes for tensor in others)
 
 
@@ -200,4 +201,4 @@ def tokens_per_second(work: Callable[[], int], repeats: int) -> float:
 
 
 if __name__ == "__main__":
-    answer(measure)
+    serve_request(measure)

@@ -225,7 +225,7 @@ def run_timed(name: str, command: Sequence[str], folder: Path, environment: dict
 def held_out_loss(adapter: Path, rows: Path) -> float:
     """Measures nats per trained token of the quantized base with an adapter, whoever trained it."""
     from finetune.config import load
-    from finetune.inference.adapted import free, load_adapted_model
+    from finetune.inference.adapted import free_memory, load_adapted_model
     from finetune.inference.losses import mean_loss, row_losses
     from finetune.inference.rows import read_rows
     from finetune.model import ModelSpec
@@ -234,7 +234,7 @@ def held_out_loss(adapter: Path, rows: Path) -> float:
     model = load_adapted_model(ModelSpec.resolve(config, quickstart_placement()), adapter)
     loss = mean_loss(row_losses(model, read_rows(rows), batch_tokens=2048))
     del model
-    free()
+    free_memory()
     return loss
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.bench.task import Task, losses, scores
-from finetune.inference.fresh_process import answer
+from finetune.inference.fresh_process import serve_request
 
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
@@ -46,4 +46,4 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    answer(measure)
+    serve_request(measure)

@@ -142,8 +142,8 @@ class _Line:
     def measure(self, name: str, models: _Models) -> Record:
         """One artifact; what an interrupted stage had measured of it already is used."""
         from finetune.eval.records import RecordFile
-        from finetune.inference.adapted import free
-        from finetune.inference.generation import generations
+        from finetune.inference.adapted import free_memory
+        from finetune.inference.generation import stream_answers
         from finetune.inference.losses import row_losses
 
         kept = RecordFile(self.folder / f"{name}.rows.jsonl", key=self._key(models.key(name)))
@@ -163,7 +163,7 @@ class _Line:
                     loaded, self.general, batch_tokens=self.config.batch_tokens, progress=f"{name}: general text"
                 )
             )
-        for place, answer in generations(
+        for place, answer in stream_answers(
             loaded, self.chat.tokenizer, [self.rows[number]["prompt_ids"] for number in open_dataset],
             max_new_tokens=self.config.max_new_tokens, batch_rows=self.config.batch_rows, ends=self.chat.ends,
             progress=f"{name}: answers" if open_dataset else None,
@@ -172,7 +172,7 @@ class _Line:
         if self.tasks is not None and asked:
             kept.add_harness(self.tasks.measure(loaded, self.chat.tokenizer))
         del loaded
-        free()
+        free_memory()
         return kept.record
 
     def _key(self, artifact: str) -> str:

@@ -17,7 +17,7 @@ from finetune.model import Base
 
 def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
     """Copies the adapter with its tokenizer and all that its loader needs, and opens it by plain peft."""
-    from finetune.inference.adapted import check_adapter, free, load_adapted_model
+    from finetune.inference.adapted import check_adapter, free_memory, load_adapted_model
 
     source, target = work.adapter.adapter, work.desk / name
     check_adapter(source)
@@ -31,7 +31,7 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
     graph = load_adapted_model(work.spec, source)
     wanted = work.expect(graph, settings, artifact="adapter")
     del graph
-    free()
+    free_memory()
     snippet = adapter_snippet(name, work.spec, ends=work.chat.ends)
     packages = ["peft", "transformers", *filter(None, [BACKENDS[work.spec.quantization.method].library])]
     parity = work.check(name, settings, wanted, snippet=snippet, ends=work.chat.ends, packages=packages)

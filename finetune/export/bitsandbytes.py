@@ -30,7 +30,7 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
         ExportError: Several adapters in the dequantized base, or a checkpoint that differs.
     """
     from finetune.export.cost import cost
-    from finetune.inference.adapted import free
+    from finetune.inference.adapted import free_memory
 
     config = _config(work, settings)
     work.need(name, 1.6 * work.merged_bytes)  # the dense weights meanwhile, and embedding, head and quantized layers
@@ -47,7 +47,7 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
     write_record(target, "merged", spec=spec, chat=work.chat)
     wanted = work.expect(model, settings)
     del model
-    free()
+    free_memory()
     snippet = merged_snippet(name, model=work.spec.config, dtype=work.merged_dtype)
     parity = work.check(name, settings, wanted, snippet=snippet, ends=[], packages=["transformers", "bitsandbytes"])
     parity["cost"] = cost(name, merged=before, export=wanted, config=settings, desk=work.desk, seed=work.judge.seed)
@@ -64,7 +64,7 @@ def _config(work: Work, settings: ExportConfig) -> QuantizationConfig:
 
 def _originals(work: Work, name: str) -> Path:
     """A folder with the original base and the adapter in one, as peft adds them."""
-    from finetune.inference.adapted import free, load_adapter
+    from finetune.inference.adapted import free_memory, load_adapter
 
     if work.merged.adapters:
         raise ExportError(
@@ -76,7 +76,7 @@ def _originals(work: Work, name: str) -> Path:
         model.config.tie_word_embeddings = False  # one of the two was trained: saved as tied, it would be lost
     model.save_pretrained(work.desk / "dense", max_shard_size=SHARD)
     del model
-    free()
+    free_memory()
     return work.desk / "dense"
 
 
@@ -85,7 +85,8 @@ def _open(work: Work, folder: Path, config: QuantizationConfig | None = None) ->
     import torch
     from transformers import AutoModelForCausalLM
 
-    from finetune.quantization import loader_arguments, protect
+    from finetune.quantization import loader_arguments
+    from finetune.quantization.bnb import prevent_repacking
 
     model = AutoModelForCausalLM.from_pretrained(
         folder,
@@ -95,5 +96,5 @@ def _open(work: Work, folder: Path, config: QuantizationConfig | None = None) ->
         trust_remote_code=work.spec.config.trust_remote_code,
         **(loader_arguments(config, dtype=work.merged_dtype) if config else {}),
     )
-    protect(model)  # before the first pass, or an evaluation repacks what is about to be saved
+    prevent_repacking(model)  # before the first pass, or an evaluation repacks what is about to be saved
     return model.eval().requires_grad_(False)

@@ -13,7 +13,14 @@ from finetune.console import change_text, human_bytes
 from finetune.export.config import ExportConfig
 from finetune.export.context import Work
 from finetune.hardware.backends import BACKENDS
-from finetune.inference.artifacts import beside, cells, heads, metric_names, same_rows, sentence
+from finetune.inference.artifacts import (
+    collect_artifacts,
+    describe_answer_changes,
+    describe_rows,
+    metric_names,
+    table_cells,
+    table_headers,
+)
 from finetune.model import Base
 from finetune.products import MergedModel, PreparedData, Scores, TrainedAdapter
 from finetune.quantization import QuantizationConfig, spec
@@ -116,16 +123,16 @@ def _made_from(facts: CardFacts) -> Iterator[str]:
 
 def _quality(facts: CardFacts) -> Iterator[str]:
     scores, merged = facts.scores, facts.merged
-    lines = same_rows(
+    lines = collect_artifacts(
         {"artifacts": scores.artifacts, "changes": scores.changes, "rows": scores.rows, "loss_rows": scores.loss_rows},
         {"candidates": merged.candidates, "chosen": merged.chosen, "loss_rows": merged.loss_rows},
         facts.exports,
     )
     names = metric_names(lines)
     yield "## How good it is\n"
-    yield sentence(lines) + "\n"
-    yield from _table(heads(lines, str), [cells(line, names) for line in lines])
-    for text in beside(lines, str):
+    yield describe_rows(lines) + "\n"
+    yield from _table(table_headers(lines, str), [table_cells(line, names) for line in lines])
+    for text in describe_answer_changes(lines, str):
         yield f"\n{text}"
     figures = [*names, *(["general_loss"] if "general_loss" in scores.changes["total"] else [])]
     if figures:

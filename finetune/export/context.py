@@ -123,14 +123,14 @@ class Work:
 
     def expect_merged(self, settings: ExportConfig) -> Expected:
         """What the merged model gives in its own numbers; asked once for all exports that ask for the same."""
-        from finetune.inference.adapted import free
+        from finetune.inference.adapted import free_memory
 
         asked = (settings.golden_rows, settings.loss_rows, settings.max_new_tokens)
         if asked not in self.merged_gives:
             merged = self.spec.dense(self.merged.folder / "model").load()
             self.merged_gives[asked] = self.expect(merged, settings, artifact="merged")
             del merged
-            free()
+            free_memory()
         return self.merged_gives[asked]
 
     def check(

@@ -56,12 +56,12 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
 
 def _expects(work: Work, settings: ExportConfig) -> Expected:
     """What the adapter gives on the dense base, in peft."""
-    from finetune.inference.adapted import free, load_adapted_model
+    from finetune.inference.adapted import free_memory, load_adapted_model
 
     graph = load_adapted_model(work.spec.dense(), work.adapter.adapter)
     wanted = work.expect(graph, settings)
     del graph
-    free()
+    free_memory()
     return wanted
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from finetune.errors import ExportError
 from finetune.export.gguf.library import Model
 from finetune.export.parity import POSITIONS
-from finetune.inference.fresh_process import answer
+from finetune.inference.fresh_process import serve_request
 from finetune.inference.rows import IGNORED
 
 SLOTS = 4
@@ -131,4 +131,4 @@ def _loss(model: Model, row: dict[str, list[int]]) -> list[float]:
 
 
 if __name__ == "__main__":
-    answer(ask)
+    serve_request(ask)

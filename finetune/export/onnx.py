@@ -30,7 +30,7 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
     Raises:
         ExportError: A package is missing, the disk is too small, torch cannot trace this model, or the graph differs.
     """
-    from finetune.inference.adapted import free
+    from finetune.inference.adapted import free_memory
     from finetune.inference.fresh_process import FreshProcessError, run_in_fresh_process
 
     numbers = settings.numbers or "float32"
@@ -40,7 +40,7 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
     merged = work.spec.dense(source, dtype="float32").on("cpu").load()
     wanted = work.expect(merged, settings)
     del merged
-    free()
+    free_memory()
     target.mkdir()
     for file in ("config.json", "generation_config.json"):
         shutil.copyfile(source / file, target / file)
@@ -180,6 +180,6 @@ def _round(file: Path, *, bits: int) -> None:
 
 
 if __name__ == "__main__":
-    from finetune.inference.fresh_process import answer
+    from finetune.inference.fresh_process import serve_request
 
-    answer(make)
+    serve_request(make)

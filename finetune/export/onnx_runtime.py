@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from finetune.export.parity import POSITIONS, chat_tokens
-from finetune.inference.fresh_process import answer
+from finetune.inference.fresh_process import serve_request
 from finetune.inference.rows import IGNORED
 
 Past = dict[str, np.ndarray]
@@ -71,4 +71,4 @@ def _loss(logits: np.ndarray, labels: list[int]) -> list[float]:
 
 
 if __name__ == "__main__":
-    answer(ask)
+    serve_request(ask)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from finetune.export.parity import chat_tokens, last_logits, pairs
-from finetune.inference.fresh_process import answer
+from finetune.inference.fresh_process import serve_request
 from finetune.inference.generation import generate
 from finetune.inference.losses import row_losses
 
@@ -59,4 +59,4 @@ def ask(request: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    answer(ask)
+    serve_request(ask)

@@ -26,7 +26,7 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
         ExportError: Weights or activations beyond them, or the folder differs from the model.
     """
     from finetune.export.cost import cost
-    from finetune.inference.adapted import free
+    from finetune.inference.adapted import free_memory
 
     numbers = settings.numbers or work.merged_dtype
     work.need(name, work.merged_bytes * (2 if numbers == "float32" != work.merged_dtype else 1))
@@ -42,7 +42,7 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
         wanted = work.expect(model, settings)
         _check_logits(wanted, name, numbers)
         del model
-        free()
+        free_memory()
     else:
         for file in (file for pattern in WEIGHTS for file in source.glob(pattern)):
             _link(file, target / file.name)

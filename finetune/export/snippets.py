@@ -2,8 +2,8 @@
 
 from finetune.hardware.backends import BACKENDS
 from finetune.model import ModelConfig, ModelSpec
-from finetune.quantization import QuantizationConfig, patterns
-from finetune.quantization.skip_modules import HEADS
+from finetune.quantization import QuantizationConfig
+from finetune.quantization.skip_modules import HEADS, skip_patterns
 
 
 def adapter_snippet(folder: str, spec: ModelSpec, *, ends: list[int]) -> str:
@@ -76,7 +76,7 @@ IMPORTS = {
 
 
 def _quantization(config: QuantizationConfig, *, dtype: str) -> list[str]:
-    library, kept = BACKENDS[config.method].library, patterns(config.keep)
+    library, kept = BACKENDS[config.method].library, skip_patterns(config.skip_modules)
     if library == "torchao":
         return [f"quantization_config=TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert={kept!r})"]
     if library != "bitsandbytes":
@@ -96,7 +96,7 @@ def _replaced(config: QuantizationConfig, *, dtype: str) -> list[str]:
     """hqq works on a loaded model."""
     return [
         f"settings = BaseQuantizeConfig(nbits={config.bits}, group_size={config.group_size}, axis=1)",
-        f"kept = re.compile({'|'.join(f'(?:.*[.])?{one}' if one in HEADS else one for one in patterns(config.keep))!r})",
+        f"kept = re.compile({'|'.join(f'(?:.*[.])?{one}' if one in HEADS else one for one in skip_patterns(config.skip_modules))!r})",
         "for name, layer in list(base.named_modules()):",
         "    if isinstance(layer, torch.nn.Linear) and not kept.fullmatch(name):",
         f"        made = HQQLinear(layer, settings, compute_dtype=torch.{dtype}, device=str(layer.weight.device))",

@@ -1,7 +1,6 @@
-"""Measures and runs a model in bounded memory: losses, log-probabilities, KL divergence, generation, bootstrap intervals.
+"""Measures and runs a model in bounded memory: losses, log-probabilities, KL divergence, answers, bootstrap intervals.
 
-Every stage that looks at a model takes it from here. Import from the module that has the function, so that importing
-the package stays light:
+Shared by all stages. Import from the module that has the function, so that importing the package stays light:
 
     from finetune.inference.losses import mean_loss, row_losses
 

@@ -20,7 +20,8 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def load_adapted_model(spec: ModelSpec, adapter: Path) -> PeftModel:
-    """Loads the base and a saved adapter as one model in evaluation mode, without gradients: the graph that was trained.
+    """Loads the base and a saved adapter as one model in evaluation mode, without gradients: the graph that was
+    trained.
 
     Raises:
         ModelError: The adapter is incomplete, or belongs to another model.
@@ -30,50 +31,50 @@ def load_adapted_model(spec: ModelSpec, adapter: Path) -> PeftModel:
 
 
 def check_adapter(folder: Path, *, setting: str = "") -> None:
-    """Both files of a plain peft adapter are there.
+    """Checks that both files of a peft adapter exist.
 
     Args:
         folder: Of the adapter.
-        setting: What named it, for the message.
+        setting: The setting that named it, for the message.
 
     Raises:
-        ModelError: One is missing.
+        ModelError: A file is missing.
     """
     missing = [name for name in ADAPTER_FILES if not (folder / name).is_file()]
     if missing:
         where = f"{setting}: {folder}" if setting else str(folder)
         raise ModelError(
-            f"{where} is no adapter: {' and '.join(missing)} missing; train first, or name the folder that peft wrote"
+            f"{where} is not an adapter: {' and '.join(missing)} missing; train first, or name a folder that peft wrote"
         )
 
 
 def load_adapter(model: Any, folder: Path, *, upcast: str) -> Any:
-    """Puts a saved adapter on a loaded base, in the very numbers that it was saved in.
+    """Loads a saved adapter onto a base, in the dtype that it was saved in.
 
-    Left alone, peft either widens a bfloat16 adapter to float32, or rounds a float32 one to the base's bfloat16 on the
-    way in; the trained graph computed in what was saved.
+    By default, peft either casts a bfloat16 adapter to float32, or rounds a float32 one to the base's bfloat16;
+    training computed in the saved dtype.
 
     Raises:
         ModelError: Names or shapes of the adapter do not fit this base.
     """
     from peft import PeftModel
 
-    from finetune.lora import prepare
+    from finetune.lora import prepare_for_training
 
-    prepare(model, upcast=upcast, checkpointing=False)
+    prepare_for_training(model, upcast=upcast, checkpointing=False)
     try:
         adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
     except (ValueError, RuntimeError, KeyError) as error:
         raise ModelError(
             f"{folder} does not fit this base: {str(error).splitlines()[0]}; give the base that it was trained on"
         ) from error
-    _restore(adapted, folder / ADAPTER_FILES[1])
+    _restore_saved_tensors(adapted, folder / ADAPTER_FILES[1])
     adapted.requires_grad_(False)
     return adapted.eval()
 
 
-def _restore(model: Any, file: Path) -> None:
-    """Gives each adapter parameter the saved tensor itself."""
+def _restore_saved_tensors(model: Any, file: Path) -> None:
+    """Replaces each adapter parameter by the saved tensor."""
     from safetensors.torch import load_file
 
     saved = load_file(file)
@@ -84,11 +85,11 @@ def _restore(model: Any, file: Path) -> None:
             parameter.data = tensor.to(parameter.device)
 
 
-def free() -> None:
-    """Gives memory back after a model's last name was deleted, on the GPU too."""
+def free_memory() -> None:
+    """Returns memory to the system after the last reference to a model was deleted, on the GPU too."""
     import torch
 
-    gc.unfreeze()  # the start of a run froze what was there
+    gc.unfreeze()  # a run freezes what exists when it starts
     gc.collect()
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # a C library other than glibc

@@ -1,4 +1,4 @@
-"""Intervals by resampling rows: the same resamples for every artifact, so that differences are paired.
+"""Computes intervals by resampling rows, with the same resamples for every artifact, so that differences are paired.
 
 Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13 (percentile intervals).
 """
@@ -19,13 +19,13 @@ LOW, HIGH = 2.5, 97.5
 """Percentiles of a 95 % interval."""
 
 RESAMPLES = 2000
-"""Where no setting says how many: Efron and Tibshirani, chapter 13, ask for 1000 or more."""
+"""Default. Efron and Tibshirani, chapter 13, ask for 1000 or more."""
 
 BLOCK_CELLS = 4_000_000
-"""Resample counts that are in memory at a time: 32 MB."""
+"""Resample counts in memory at a time: 32 MB."""
 
 LARGEST_EXPONENT = 700.0
-"""exp of more overflows a float64."""
+"""exp of a larger number overflows float64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """Sum over sum: a mean where the weights are 1, the loss of a token where they are tokens.
+    """A ratio of sums: the mean if the weights are 1, the loss per token if they are token counts.
 
     Attributes:
         totals: Per row, shape (rows,).
@@ -58,7 +58,7 @@ class Ratio:
     weights: ndarray
 
     def of(self, counts: ndarray) -> ndarray:
-        """The figure of each resample; counts has shape (resamples, rows)."""
+        """Returns the ratio in each resample; counts has shape (resamples, rows)."""
         weight = counts @ self.weights
         return np.divide(counts @ self.totals, weight, out=np.full(len(weight), np.nan), where=weight > 0)
 
@@ -72,22 +72,22 @@ def perplexity(loss: ndarray) -> ndarray:
 
 
 def token_loss(rows: Sequence[RowLoss]) -> Ratio:
-    """Nats per trained token; every token weighs the same."""
+    """Returns nats per trained token; every token has the same weight."""
     totals = np.array([row.loss for row in rows], dtype=float)
     return Ratio(totals=totals, weights=np.array([row.tokens for row in rows], dtype=float))
 
 
 def mean_of(values: list[float]) -> Ratio:
-    """The plain mean over rows."""
+    """Returns the mean over rows."""
     return Ratio(totals=np.asarray(values, dtype=float), weights=np.ones(len(values)))
 
 
 class Bootstrap:
-    """Resamples of so many rows, drawn once from a seed and used for every figure.
+    """Resamples rows, with the same resamples for every figure.
 
     Args:
-        rows: Rows of the evaluation.
-        samples: Resamples.
+        rows: Number of rows of the evaluation.
+        samples: Number of resamples.
         seed: Of the generator.
     """
 
@@ -95,20 +95,20 @@ class Bootstrap:
         self.rows, self.samples, self.seed = rows, samples, seed
 
     def level(self, figure: Ratio, *, shape: Callable[[ndarray], ndarray] = np.asarray) -> Interval:
-        """One artifact's figure; ``shape`` turns it into another (loss into perplexity)."""
+        """Returns one artifact's figure; ``shape`` transforms it (loss into perplexity)."""
         value = float(shape(np.array([figure.value]))[0])
         return _interval(value, shape(self._resampled(figure)))
 
     def difference(self, before: Ratio, after: Ratio, *, shape: Callable[[ndarray], ndarray] = np.asarray) -> Interval:
-        """After minus before, on the same rows in each resample."""
+        """Returns after minus before, on the same rows in each resample."""
         value = float((shape(np.array([after.value])) - shape(np.array([before.value])))[0])
         return _interval(value, shape(self._resampled(after)) - shape(self._resampled(before)))
 
     def loss(self, figure: Ratio) -> dict[str, Any]:
-        """A `token_loss` as every artifact's is told."""
-        found = self.level(figure)
-        told = {"loss": found.value, "loss_low": found.low, "loss_high": found.high}
-        return {**told, "perplexity": float(perplexity(np.array(found.value))), "tokens": int(figure.weights.sum())}
+        """Returns the fields of a `token_loss` that every artifact reports."""
+        level = self.level(figure)
+        fields = {"loss": level.value, "loss_low": level.low, "loss_high": level.high}
+        return {**fields, "perplexity": float(perplexity(np.array(level.value))), "tokens": int(figure.weights.sum())}
 
     def _resampled(self, figure: Ratio) -> ndarray:
         generator = np.random.default_rng(self.seed)

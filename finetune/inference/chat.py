@@ -1,22 +1,25 @@
-"""The tokenizer as it was used for the data: its template, and every token that ends an answer."""
+"""Loads the tokenizer with the chat template of the data, and the tokens that end an answer."""
+
+from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from finetune.model import ModelSpec
+if TYPE_CHECKING:
+    from finetune.model import ModelSpec
 
 
 @dataclass(frozen=True)
 class Chat:
-    """How conversations are written and where answers end.
+    """How conversations are rendered and where answers end.
 
     Attributes:
-        tokenizer: With the chat template that the data were rendered with.
-        ends: Token ids that end an answer: the tokenizer's end token, those of the base's generation config, and the
-            template's end of turn, which some bases name in neither.
-        system: The system message that the data room put before conversations without one; None for none.
+        tokenizer: Has the chat template that the data was rendered with.
+        ends: Token ids that end an answer: the tokenizer's EOS, those of the base's generation config, and the
+            template's end of turn, which some bases list in neither.
+        system: The system message that the data stage put before conversations without one; None for none.
     """
 
     tokenizer: Any
@@ -25,7 +28,7 @@ class Chat:
 
 
 def load_chat(spec: ModelSpec, data: Path) -> Chat:
-    """Reads the base's tokenizer and what the data room wrote into ``rendering.json``.
+    """Loads the base's tokenizer and what the data stage wrote to ``rendering.json``.
 
     Args:
         spec: Its base's folder has the tokenizer.
@@ -37,11 +40,6 @@ def load_chat(spec: ModelSpec, data: Path) -> Chat:
     if rendering.get("template"):
         tokenizer.chat_template = rendering["template"]
     configured = json.loads(settings.read_text(encoding="utf-8")).get("eos_token_id") if settings.is_file() else None
-    ends = {
-        tokenizer.eos_token_id,
-        rendering.get("end_of_turn_id"),
-        *(configured if isinstance(configured, list) else [configured]),
-    }
-    return Chat(
-        tokenizer=tokenizer, ends=sorted(end for end in ends if end is not None), system=rendering.get("system")
-    )
+    configured = configured if isinstance(configured, list) else [configured]
+    ends = {tokenizer.eos_token_id, rendering.get("end_of_turn_id"), *configured} - {None}
+    return Chat(tokenizer=tokenizer, ends=sorted(ends), system=rendering.get("system"))

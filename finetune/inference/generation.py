@@ -1,4 +1,4 @@
-"""Greedy answers, batched by prompt length, each ending where the model says so."""
+"""Generates greedy answers in batches of similar prompt length."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,11 +15,11 @@ from finetune.inference.rows import group_by_length
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a model wrote after a prompt.
+    """What a model generated after a prompt.
 
     Attributes:
         tokens: New token ids, without the end token.
-        stopped: The model ended it by itself; False where it ran into the limit.
+        stopped: Whether the model ended it; False where it reached the limit.
     """
 
     tokens: list[int]
@@ -36,24 +36,31 @@ def generate(
     ends: Sequence[int] | None = None,
     progress: str | None = None,
 ) -> list[Answer]:
-    """Greedy answers in the order of the prompts.
+    """Returns greedy answers in the order of the prompts.
 
     Args:
         model: A causal language model, with or without a peft adapter.
         tokenizer: Gives the padding and end tokens.
         prompts: Token ids up to and including the generation prompt.
-        max_new_tokens: Tokens of an answer at most, the end token included.
+        max_new_tokens: Limit of an answer's length, the end token included.
         batch_rows: Prompts per batch. Memory grows with it times (prompt + answer).
-        ends: Tokens that end an answer; None takes those of tokenizer and model.
+        ends: Tokens that end an answer; None uses those of tokenizer and model.
         progress: Title of the progress bar; None for none.
     """
-    found = dict(
-        generations(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_rows=batch_rows, ends=ends, progress=progress)
-    )  # fmt: skip
-    return [found[number] for number in range(len(prompts))]
+    stream = stream_answers(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        batch_rows=batch_rows,
+        ends=ends,
+        progress=progress,
+    )
+    answers = dict(stream)
+    return [answers[index] for index in range(len(prompts))]
 
 
-def generations(
+def stream_answers(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
@@ -63,13 +70,13 @@ def generations(
     ends: Sequence[int] | None = None,
     progress: str | None = None,
 ) -> Iterator[tuple[int, Answer]]:
-    """The same, one by one as the batches finish, so that a caller can keep what is done. Yields (index, answer)."""
+    """Yields (index of the prompt, answer) as batches finish, so that a caller can save them one by one."""
     stops = sorted(ends) if ends is not None else end_tokens(model, tokenizer)
     pad = _pad_token(tokenizer, stops)
     lengths = [len(prompt) for prompt in prompts]
     with (
         evaluating(model),
-        _whole_rows(unwrap(model).get_output_embeddings()),
+        _contiguous_head_input(unwrap(model).get_output_embeddings()),
         tqdm(
             total=len(prompts), desc=progress, unit="row", file=sys.stderr, disable=progress is None, leave=False
         ) as bar,
@@ -81,12 +88,11 @@ def generations(
 
 
 @contextmanager
-def _whole_rows(head: Any) -> Iterator[None]:
-    """Gives the head rows that lie one after the other.
+def _contiguous_head_input(head: Any) -> Iterator[None]:
+    """Makes the head's input contiguous.
 
-    transformers hands it each row's last position as a slice with gaps, and torch 2.13 multiplies such a slice on a CPU by
-    one copy of the weights per row: 1.7 GB and seconds for 32 rows of a vocabulary of 49,152 by 576.
-    """
+    transformers passes each row's last position as a strided slice, and torch 2.13 multiplies such a slice on a CPU by
+    one copy of the weights per row: 1.7 GB and seconds for 32 rows of a vocabulary of 49,152 by 576."""
     if head is None:
         yield
         return
@@ -98,7 +104,7 @@ def _whole_rows(head: Any) -> Iterator[None]:
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Every token that ends an answer: the tokenizer's and those of the model's generation config, in id order."""
+    """Returns the tokens that end an answer: the tokenizer's and those of the model's generation config, sorted."""
     ends = {tokenizer.eos_token_id}
     configured = getattr(getattr(unwrap(model), "generation_config", None), "eos_token_id", None)
     ends.update(configured if isinstance(configured, list) else [configured])
@@ -106,7 +112,7 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 
 def _pad_token(tokenizer: Any, ends: list[int]) -> int:
-    """Padding is masked, so any id does; the tokenizer's own keeps logs readable."""
+    """Returns the id for padding. It is masked, so any id works; the tokenizer's own keeps logs readable."""
     if tokenizer.pad_token_id is not None:
         return int(tokenizer.pad_token_id)
     return ends[0] if ends else 0
@@ -119,21 +125,31 @@ def _batch(model: Any, prompts: Sequence[Sequence[int]], *, ends: list[int], pad
     longest = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), longest), pad, dtype=torch.long)
     mask = torch.zeros((len(prompts), longest), dtype=torch.long)
-    for number, prompt in enumerate(prompts):
-        ids[number, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[number, longest - len(prompt) :] = 1
-    # Each neutral value is spelt out: transformers fills what is left unset from the model's own generation_config,
-    # and a penalty that some bases ship there would make this no greedy decoding.
+    for index, prompt in enumerate(prompts):
+        ids[index, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[index, longest - len(prompt) :] = 1
+    # Every neutral value is explicit: transformers takes unset ones from the model's own generation_config, and a
+    # penalty
+    # that some bases have there would make decoding other than greedy.
     greedy = GenerationConfig(
-        max_new_tokens=limit, do_sample=False, num_beams=1, temperature=1.0, top_k=50, top_p=1.0, repetition_penalty=1.0,
-        no_repeat_ngram_size=0, eos_token_id=ends or None, pad_token_id=pad, use_cache=True,
-    )  # fmt: skip
-    written = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=greedy)
-    return [_answer(row, ends) for row in written[:, longest:].tolist()]
+        max_new_tokens=limit,
+        do_sample=False,
+        num_beams=1,
+        temperature=1.0,
+        top_k=50,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        eos_token_id=ends or None,
+        pad_token_id=pad,
+        use_cache=True,
+    )
+    sequences = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=greedy)
+    return [_answer(row, ends) for row in sequences[:, longest:].tolist()]
 
 
 def _answer(tokens: list[int], ends: list[int]) -> Answer:
-    for place, token in enumerate(tokens):
+    for position, token in enumerate(tokens):
         if token in ends:
-            return Answer(tokens=tokens[:place], stopped=True)
+            return Answer(tokens=tokens[:position], stopped=True)
     return Answer(tokens=tokens, stopped=False)

@@ -1,7 +1,7 @@
-"""Is this the model that was trained? Whole distributions against a recorded reference, token by token.
+"""Compares a model with a recorded reference by the KL divergence of their predictions, token by token.
 
-The same pass gives each row's loss: a distribution goes to disk, so few are compared; a loss is one number, so all rows have one.
-"""
+The same pass measures the loss of every row. Distributions are large, so only those of the first positions are
+compared."""
 
 import math
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ from finetune.inference.rows import Row, trained_tokens
 
 
 @dataclass(frozen=True, slots=True)
-class Reference:
-    """A model's log-probabilities at the first trained positions, on disk, and its loss on every row.
+class ReferenceLogits:
+    """A model's log-probabilities at the first trained positions, in a file, and its loss on every row.
 
     Attributes:
-        file: float32, shape (positions, vocabulary), rows one after another.
-        positions: Trained tokens whose distributions are kept.
+        file: float32, shape (positions, vocabulary), row after row.
+        positions: Number of recorded distributions.
         vocabulary: Entries of a distribution.
-        losses: The reference's own, of each row; whoever compares with the file does not need them.
+        losses: Of each row; a comparison with the file does not need them.
     """
 
     file: Path
@@ -35,20 +35,20 @@ class Reference:
 
     @property
     def loss(self) -> float:
-        """Nats per trained token, over all rows."""
+        """Returns nats per trained token, over all rows."""
         return mean_loss(self.losses)
 
 
 @dataclass(frozen=True, slots=True)
 class KLResult:
-    """How near a model is to the reference, over the same trained tokens.
+    """How close a model is to the reference, over the same trained tokens.
 
     Attributes:
         kl: Mean KL(reference || model), in nats per token.
         top1_agreement: Share of positions where both rank the same token first.
-        max_difference: Largest difference of a log-probability that the reference holds above one in a million.
-        compared_tokens: Positions compared.
-        losses: The model's own, of each row, compared or not.
+        max_difference: Largest difference of a log-probability whose probability in the reference is above 1e-6.
+        compared_tokens: Number of compared positions.
+        losses: Of each row, compared or not.
     """
 
     kl: float
@@ -59,21 +59,21 @@ class KLResult:
 
     @property
     def loss(self) -> float:
-        """Nats per trained token, over all rows."""
+        """Returns nats per trained token, over all rows."""
         return mean_loss(self.losses)
 
     @property
     def distances(self) -> dict[str, float]:
-        """All but the losses."""
+        """Returns all fields but the losses."""
         names = ("kl", "top1_agreement", "max_difference", "compared_tokens")
         return {name: getattr(self, name) for name in names}
 
 
-SEEN_LOG_PROBABILITY = math.log(1e-6)
-"""Below it a log-probability is dominated by rounding and has no effect on text."""
+MIN_LOG_PROBABILITY = math.log(1e-6)
+"""Lower log-probabilities are dominated by rounding and have no effect on text."""
 
 
-def reference_logprobs(
+def record_reference(
     model: Any,
     rows: Sequence[Row],
     file: Path,
@@ -81,19 +81,19 @@ def reference_logprobs(
     batch_tokens: int,
     tokens: int | None = None,
     progress: str | None = None,
-) -> Reference:
-    """Takes the model's loss on the rows, and records its log-probabilities at their first trained positions.
+) -> ReferenceLogits:
+    """Measures the model's loss on the rows, and records its log-probabilities at their first trained positions.
 
     Args:
-        model: The model that others are to be compared with.
+        model: The model that others will be compared with.
         rows: ``input_ids`` and ``labels`` each.
-        file: Written as raw float32; takes 4 bytes times recorded positions times vocabulary.
+        file: Written as raw float32: 4 bytes times recorded positions times vocabulary.
         batch_tokens: Padded tokens per forward pass.
-        tokens: Positions to record at most; None records all.
+        tokens: Maximum number of positions to record; None records all.
         progress: Title of the progress bar; None for none.
 
     Raises:
-        EvalError: A row is longer than the positions that the model has.
+        EvalError: A row has more tokens than the model has positions.
     """
     starts, trained = _starts(rows)
     positions = trained if tokens is None else min(tokens, trained)
@@ -108,28 +108,31 @@ def reference_logprobs(
         memory[places] = torch.log_softmax(logits, dim=-1).cpu().numpy()
     if memory is not None:
         memory.flush()
-    return Reference(file=file, positions=positions, vocabulary=vocabulary, losses=totals.rows)
+    return ReferenceLogits(file=file, positions=positions, vocabulary=vocabulary, losses=totals.rows)
 
 
-def agreement(
-    model: Any, rows: Sequence[Row], reference: Reference, *, batch_tokens: int, progress: str | None = None
+def compare_with_reference(
+    model: Any, rows: Sequence[Row], reference: ReferenceLogits, *, batch_tokens: int, progress: str | None = None
 ) -> KLResult:
-    """Takes a model's loss on the rows, and compares it with a reference that was recorded on the same rows.
+    """Measures a model's loss on the rows, and compares it with a reference that was recorded on the same rows.
 
-    A vocabulary that was padded in one of the two is compared over the entries that both have.
+    If one vocabulary is padded, the entries that both have are compared.
 
     Args:
         model: The model to compare.
-        rows: The very rows of the reference, in the same order.
-        reference: What `reference_logprobs` returned.
+        rows: Those of the reference, in the same order.
+        reference: From `record_reference`.
         batch_tokens: Padded tokens per forward pass.
         progress: Title of the progress bar; None for none.
+
+    Raises:
+        ValueError: The rows have fewer trained tokens than the reference, so they are not the same rows.
     """
     starts, trained = _starts(rows)
     if trained < reference.positions:
-        raise ValueError(f"the reference holds {reference.positions} positions and the rows have {trained}: other rows")
+        raise ValueError(f"the reference has {reference.positions} positions and these rows {trained}: other rows")
     memory = np.memmap(reference.file, dtype=np.float32, mode="r", shape=(reference.positions, reference.vocabulary))
-    divergence, agreed, furthest, totals = 0.0, 0, 0.0, Totals(len(rows))
+    divergence, agreed, largest, totals = 0.0, 0, 0.0, Totals(len(rows))
     for chunk in trained_logits(model, rows, batch_tokens=batch_tokens, progress=progress):
         totals.add(chunk)
         places, logits = _recorded(chunk, starts, reference.positions)
@@ -141,12 +144,13 @@ def agreement(
         difference = theirs - ours
         divergence += float((theirs.exp() * difference).sum(-1).double().sum())
         agreed += int((theirs.argmax(-1) == ours.argmax(-1)).sum())
-        furthest = max(furthest, float(difference.abs().masked_fill(theirs < SEEN_LOG_PROBABILITY, 0.0).max()))
+        difference = difference.abs().masked_fill(theirs < MIN_LOG_PROBABILITY, 0.0)
+        largest = max(largest, float(difference.max()))
     count = max(reference.positions, 1)
     return KLResult(
         kl=max(divergence / count, 0.0),
         top1_agreement=agreed / count,
-        max_difference=furthest,
+        max_difference=largest,
         compared_tokens=reference.positions,
         losses=totals.rows,
     )
@@ -158,9 +162,9 @@ def _starts(rows: Sequence[Row]) -> tuple[np.ndarray, int]:
 
 
 def _recorded(chunk: Chunk, starts: np.ndarray, positions: int) -> tuple[np.ndarray, torch.Tensor]:
-    """Where in the file the chunk's positions stand, and their logits; those beyond the recorded ones are left out."""
+    """Returns the file's rows of the chunk's recorded positions, and their logits."""
     places: np.ndarray = starts[chunk.rows.numpy()] + chunk.ordinals.numpy()
-    kept = np.flatnonzero(places < positions)
-    return places[kept], chunk.logits if len(kept) == len(places) else chunk.logits[
-        torch.from_numpy(kept).to(chunk.logits.device)
-    ]
+    recorded = np.flatnonzero(places < positions)
+    if len(recorded) == len(places):
+        return places, chunk.logits
+    return places[recorded], chunk.logits[torch.from_numpy(recorded).to(chunk.logits.device)]

@@ -1,4 +1,4 @@
-"""Logits at trained positions only: the decoder runs once per batch, the head in chunks of bounded size."""
+"""Computes logits at trained positions only: the decoder once per batch, the head in chunks of bounded size."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,11 +14,11 @@ from finetune.errors import EvalError
 from finetune.inference.rows import IGNORED, Row, token_batches
 
 CHUNK_BYTES = 64 * 1024**2
-"""Size of the float32 logits that are alive at one time. A choice: small beside any model, large enough for a fast product."""
+"""Size of the float32 logits that exist at one time: small compared with any model, large enough for a fast product."""
 
 PROBE_TOKENS = 8
 PROBE_TOLERANCE = 0.02
-"""Decoder then head may differ from the whole model by rounding; a model that scales its logits differs by much more."""
+"""Decoder and head may differ from the whole model by rounding; a model that scales its logits differs by much more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Chunk:
     Attributes:
         rows: Row of each position, shape (n,), on the CPU.
         ordinals: Which trained token of its row each is, shape (n,), on the CPU.
-        targets: The tokens to be predicted, shape (n,).
+        targets: The tokens to predict, shape (n,).
         logits: float32, shape (n, vocabulary).
     """
 
@@ -39,13 +39,13 @@ class Chunk:
 
 
 def unwrap(model: Any) -> Any:
-    """The causal language model inside a peft wrapper; its adapters stay active, since they live in its layers."""
+    """Returns the causal language model inside a peft wrapper; adapters stay active, since they are in its layers."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode without gradients; what was training before trains again after."""
+    """Sets evaluation mode without gradients, and restores the mode afterwards."""
     training = model.training
     model.eval()
     try:
@@ -58,11 +58,11 @@ def evaluating(model: Any) -> Iterator[None]:
 def trained_logits(
     model: Any, rows: Sequence[Row], *, batch_tokens: int, progress: str | None = None
 ) -> Iterator[Chunk]:
-    """Streams the logits that predict each trained token, teacher-forced.
+    """Yields the logits that predict each trained token, teacher-forced.
 
     Args:
         model: A causal language model, with or without a peft adapter; on one device.
-        rows: ``input_ids`` and ``labels`` each; tokens with the label IGNORED have no loss.
+        rows: ``input_ids`` and ``labels`` each; tokens with the label -100 are context only.
         batch_tokens: Padded tokens per forward pass.
         progress: Title of the progress bar; None for none.
 
@@ -70,15 +70,15 @@ def trained_logits(
         Chunks in the order of the batches (longest rows first), not of the rows.
 
     Raises:
-        EvalError: A row is longer than the positions that the model has.
+        EvalError: A row has more tokens than the model has positions.
     """
     _check_lengths(model, rows)
-    found = token_batches(rows, batch_tokens=batch_tokens)
+    batches = token_batches(rows, batch_tokens=batch_tokens)
     lengths = [len(row["input_ids"]) for row in rows]
     with (
         evaluating(model),
         tqdm(
-            total=sum(lengths[index] for batch in found for index in batch),
+            total=sum(lengths[index] for batch in batches for index in batch),
             desc=progress,
             unit="tok",
             file=sys.stderr,
@@ -86,23 +86,24 @@ def trained_logits(
             leave=False,
         ) as bar,
     ):
-        graph = _Graph(unwrap(model))
-        for batch in found:
-            yield from graph.chunks([rows[index] for index in batch], numbers=batch)
+        split = _SplitModel(unwrap(model))
+        for batch in batches:
+            yield from split.chunks([rows[index] for index in batch], indices=batch)
             bar.update(sum(lengths[index] for index in batch))
 
 
 def _check_lengths(model: Any, rows: Sequence[Row]) -> None:
-    room = getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None)
     longest = max((len(row["input_ids"]) for row in rows), default=0)
-    if room is not None and longest > room:
+    if positions is not None and longest > positions:
         raise EvalError(
-            f"a held-out row has {longest} tokens and the model has {room} positions; lower data.max_tokens to {room}"
+            f"a held-out row has {longest} tokens and the model has {positions} positions; "
+            f"lower data.max_tokens to {positions}"
         )
 
 
-class _Graph:
-    """One model as decoder and head, or whole where its logits are more than the head's output."""
+class _SplitModel:
+    """A model split into decoder and head, or whole where its logits are not just the head's output."""
 
     def __init__(self, causal: Any) -> None:
         self.causal = causal
@@ -124,17 +125,18 @@ class _Graph:
         halves = self._logits(self._hidden(ids, mask)[0])[None]
         return bool((whole - halves).abs().max() <= PROBE_TOLERANCE * whole.abs().max().clamp(min=1.0))
 
-    def chunks(self, rows: Sequence[Row], *, numbers: Sequence[int]) -> Iterator[Chunk]:
+    def chunks(self, rows: Sequence[Row], *, indices: Sequence[int]) -> Iterator[Chunk]:
         ids, mask, labels = (tensor.to(self.device) for tensor in _pad(rows))
-        where = (labels[:, 1:] != IGNORED).nonzero()
+        trained = labels[:, 1:] != IGNORED
+        where = trained.nonzero()
         targets = labels[:, 1:][where[:, 0], where[:, 1]]
-        owners = torch.tensor(numbers)[where[:, 0].cpu()]
-        ordinals = ((labels[:, 1:] != IGNORED).cumsum(1) - 1)[where[:, 0], where[:, 1]].cpu()
+        owners = torch.tensor(indices)[where[:, 0].cpu()]
+        ordinals = (trained.cumsum(1) - 1)[where[:, 0], where[:, 1]].cpu()
         source = self._hidden(ids, mask) if self.splits else self._whole(ids, mask)
         for start in range(0, len(where), self.chunk_positions):
             part = slice(start, start + self.chunk_positions)
-            picked = source[where[part, 0], where[part, 1]]
-            logits = self._logits(picked) if self.splits else picked.float()
+            selected = source[where[part, 0], where[part, 1]]
+            logits = self._logits(selected) if self.splits else selected.float()
             yield Chunk(rows=owners[part], ordinals=ordinals[part], targets=targets[part], logits=logits)
 
     def _hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -153,14 +155,14 @@ class _Graph:
 
 
 def _pad(rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
-    """Right-padded ids, mask and labels, each of shape (rows, longest). Padding is masked, so its id does not matter."""
+    """Returns right-padded ids, mask and labels, each of shape (rows, longest)."""
     longest = max(len(row["input_ids"]) for row in rows)
     ids = torch.zeros((len(rows), longest), dtype=torch.long)
     mask = torch.zeros((len(rows), longest), dtype=torch.long)
     labels = torch.full((len(rows), longest), IGNORED, dtype=torch.long)
-    for number, row in enumerate(rows):
+    for index, row in enumerate(rows):
         length = len(row["input_ids"])
-        ids[number, :length] = torch.tensor(row["input_ids"])
-        labels[number, :length] = torch.tensor(row["labels"])
-        mask[number, :length] = 1
+        ids[index, :length] = torch.tensor(row["input_ids"])
+        labels[index, :length] = torch.tensor(row["labels"])
+        mask[index, :length] = 1
     return ids, mask, labels

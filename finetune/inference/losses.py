@@ -1,4 +1,4 @@
-"""Held-out loss, row by row."""
+"""Measures the loss of each held-out row."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from finetune.inference.rows import Row
 
 @dataclass(frozen=True, slots=True)
 class RowLoss:
-    """What one row cost.
+    """The loss of one row.
 
     Attributes:
         loss: Negative log-likelihood in nats, summed over the trained tokens.
         tokens: Trained tokens.
-        correct: Trained tokens that the model ranks first.
+        correct: Trained tokens that the model predicts as the most likely ones.
     """
 
     loss: float
@@ -27,7 +27,11 @@ class RowLoss:
 
 
 class Totals:
-    """Losses of so many rows, summed while their logits stream by."""
+    """Sums the losses of rows while their logits are streamed.
+
+    Args:
+        rows: Number of rows.
+    """
 
     def __init__(self, rows: int) -> None:
         self._losses = np.zeros(rows)
@@ -35,21 +39,21 @@ class Totals:
         self._correct = np.zeros(rows, dtype=np.int64)
 
     def add(self, chunk: Chunk) -> None:
-        cost = torch.nn.functional.cross_entropy(chunk.logits, chunk.targets, reduction="none").double().cpu().numpy()
+        losses = torch.nn.functional.cross_entropy(chunk.logits, chunk.targets, reduction="none").double().cpu().numpy()
         hits = (chunk.logits.argmax(-1) == chunk.targets).cpu().numpy()
         owners = chunk.rows.numpy()
-        np.add.at(self._losses, owners, cost)
+        np.add.at(self._losses, owners, losses)
         np.add.at(self._tokens, owners, 1)
         np.add.at(self._correct, owners, hits)
 
     @property
     def rows(self) -> list[RowLoss]:
-        found = zip(self._losses, self._tokens, self._correct, strict=True)
-        return [RowLoss(loss=float(loss), tokens=int(tokens), correct=int(correct)) for loss, tokens, correct in found]
+        sums = zip(self._losses, self._tokens, self._correct, strict=True)
+        return [RowLoss(loss=float(loss), tokens=int(tokens), correct=int(correct)) for loss, tokens, correct in sums]
 
 
 def row_losses(model: Any, rows: Sequence[Row], *, batch_tokens: int, progress: str | None = None) -> list[RowLoss]:
-    """Teacher-forced loss of each row over its trained tokens (label not -100, predicted from what stands before).
+    """Returns the teacher-forced loss of each row over its trained tokens, whose label is not -100.
 
     Args:
         model: A causal language model, with or without a peft adapter.
@@ -58,10 +62,10 @@ def row_losses(model: Any, rows: Sequence[Row], *, batch_tokens: int, progress: 
         progress: Title of the progress bar; None for none.
 
     Returns:
-        One figure per row, in the order of ``rows``; zeros where a row trains nothing.
+        One loss per row, in the order of ``rows``; zeros where a row has no trained token.
 
     Raises:
-        EvalError: A row is longer than the positions that the model has.
+        EvalError: A row has more tokens than the model has positions.
     """
     totals = Totals(len(rows))
     for chunk in trained_logits(model, rows, batch_tokens=batch_tokens, progress=progress):
@@ -70,6 +74,6 @@ def row_losses(model: Any, rows: Sequence[Row], *, batch_tokens: int, progress: 
 
 
 def mean_loss(losses: Sequence[RowLoss]) -> float:
-    """Nats per trained token over all rows; every token weighs the same. Not a number where nothing is trained."""
+    """Returns nats per trained token over all rows; every token has the same weight. NaN without trained tokens."""
     tokens = sum(row.tokens for row in losses)
     return sum(row.loss for row in losses) / tokens if tokens else float("nan")

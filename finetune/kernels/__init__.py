@@ -1,4 +1,12 @@
-"""How a training step is computed: fused layers, kernels, loss on trained tokens. Importing it stays light."""
+"""Computes training steps faster: fused layers, native CPU kernels, loss on trained tokens only.
+
+    fusion = apply_fusion(adapted, config.kernels, placement=placement, checkpointing="none")
+    loss = fusion.loss(adapted, micro_batch)  # summed over the trained tokens
+    with fusion.disabled():  # as transformers and peft compute it
+        logits = adapted(**micro_batch).logits
+
+Importing the package does not import torch.
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -1,6 +1,6 @@
 // Causal attention over documents that lie end to end, each by itself, on a CPU with AMX tiles (bfloat16 products, float32 sums).
 //
-// ``joint`` holds q, k and v of a token side by side, before rotary positions: (heads + 2 key_heads) * width numbers. A task is
+// ``joint`` holds q, k and v of a token, before rotary positions: (heads + 2 key_heads) * width elements. A task is
 // one document and head, so everything between its products stays in the core's own cache. Lengths are padded with zeros to
 // whole tiles in scratch memory only.
 //
@@ -12,7 +12,7 @@
 
 #include <vector>
 
-#include "numbers.h"
+#include "bfloat16.h"
 
 static const int64_t BLOCK = 32;  // rows and columns of two tiles by two
 static const int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // Linux: ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -270,7 +270,7 @@ extern "C" {
 // 0 where the kernel lets this process use tiles.
 int64_t attention_permission() { return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA); }
 
-// out: (tokens, heads * width); log_sum: (tokens, heads), the log of the sum of exp(scale q k). borders: documents + 1 numbers.
+// out: (tokens, heads * width); log_sum: (tokens, heads), the log of the sum of exp(scale q k). borders: documents + 1 elements.
 void attention_forward(const bf16* joint, const bf16* cosine, const bf16* sine, const int64_t* borders, int64_t documents, int64_t heads,
                        int64_t key_heads, int64_t width, float scale, bf16* out, float* log_sum) {
     Shape shape = {heads, key_heads, width};

@@ -1,109 +1,101 @@
-"""Which parts of which models are fused, and what their forward passes become."""
+"""Replaces the forward passes of known layer classes by fused ones."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from finetune.kernels.attention import Shape, attend
+from finetune.kernels.attention import AttentionShape, attend
 from finetune.kernels.autograd import RmsNorm, SwiGlu
 from finetune.kernels.linear import FusedLinears
 
+if TYPE_CHECKING:
+    from finetune.kernels.fusion import Fusion
+
 ATTENTIONS = ("LlamaAttention", "MistralAttention", "Qwen2Attention")
-"""transformers' classes whose forward is: q, k, v; rotary positions; attention; o. Read in transformers 5.23."""
+"""Classes of transformers whose forward is: q, k, v; rotary positions; attention; o. Checked in transformers 5.23."""
 
 GATED_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
-"""Those that are: down(silu(gate) * up)."""
+"""Classes whose forward is: down(silu(gate) * up)."""
 
 NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
-"""Those that are: weight * x / rms(x), rounded before the weight."""
+"""Classes whose forward is: weight * x / rms(x), rounded before it is multiplied by the weight."""
 
 Forward = Callable[..., Any]
+FuseLinears = Callable[[list[Any]], FusedLinears]
 
 
-@dataclass(slots=True)
-class Switch:
-    """Turns every fused part of a model off and on again, so that both ways can be compared."""
-
-    on: bool = True
+def modules_of(model: nn.Module, class_names: tuple[str, ...]) -> list[Any]:
+    """Returns the model's modules of these classes."""
+    return [module for module in model.modules() if type(module).__name__ in class_names]
 
 
-def parts(model: Any, names: tuple[str, ...]) -> list[Any]:
-    """The model's modules of certain classes."""
-    return [module for module in model.modules() if type(module).__name__ in names]
-
-
-def fuse_attention(
-    attention: Any, *, siblings: Callable[[list[Any]], FusedLinears], tiles: bool, switch: Switch
-) -> None:
-    """Documents whose borders are given are attended to one by one; anything else goes the module's own way."""
-    plain: Forward = attention.forward
-    joint, output = siblings([attention.q_proj, attention.k_proj, attention.v_proj]), siblings([attention.o_proj])
+def fuse_attention(attention: Any, fusion: Fusion, *, fuse_linears: FuseLinears, tiles: bool) -> None:
+    """Computes packed documents one by one. A batch without document boundaries takes the original forward pass."""
+    original: Forward = attention.forward
+    qkv, output = fuse_linears([attention.q_proj, attention.k_proj, attention.v_proj]), fuse_linears([attention.o_proj])
     config = attention.config
-    shape = Shape(config.num_attention_heads, config.num_key_value_heads, attention.head_dim, attention.scaling)
-    window = (
-        attention.sliding_window if hasattr(attention, "sliding_window") else getattr(config, "sliding_window", None)
+    shape = AttentionShape(
+        config.num_attention_heads, config.num_key_value_heads, attention.head_dim, attention.scaling
     )
+    has_own_window = hasattr(attention, "sliding_window")
+    window = attention.sliding_window if has_own_window else getattr(config, "sliding_window", None)
 
     def forward(hidden_states: Tensor, **inputs: Any) -> tuple[Tensor, None]:
-        borders = inputs.get("cu_seq_lens_q")
-        too_long = window is not None and borders is not None and inputs["max_length_q"] > window
-        if not switch.on or borders is None or too_long or joint.plain or output.plain:
-            result: tuple[Tensor, None] = plain(hidden_states=hidden_states, **inputs)
+        starts = inputs.get("cu_seq_lens_q")
+        too_long = window is not None and starts is not None and inputs["max_length_q"] > window
+        if not fusion.enabled or starts is None or too_long or qkv.needs_peft or output.needs_peft:
+            result: tuple[Tensor, None] = original(hidden_states=hidden_states, **inputs)
             return result
         cosine, sine = inputs["position_embeddings"]
-        found = attend(joint(hidden_states[0]), cosine[0], sine[0], borders=borders, shape=shape, tiles=tiles)
-        return output(found)[None], None
+        out = attend(qkv(hidden_states[0]), cosine[0], sine[0], starts=starts, shape=shape, tiles=tiles)
+        return output(out)[None], None
 
     attention.forward = forward
 
 
-def fuse_swiglu_mlp(
-    mlp: Any, *, siblings: Callable[[list[Any]], FusedLinears], kernels: ModuleType, switch: Switch
-) -> None:
-    """Gate and up as one product, their activation as one step."""
-    plain: Forward = mlp.forward
-    both, down = siblings([mlp.gate_proj, mlp.up_proj]), siblings([mlp.down_proj])
-    step = SwiGlu(kernels)
+def fuse_swiglu_mlp(mlp: Any, fusion: Fusion, *, fuse_linears: FuseLinears) -> None:
+    """Computes gate and up as one product, and SwiGLU in one pass."""
+    original: Forward = mlp.forward
+    gate_up, down = fuse_linears([mlp.gate_proj, mlp.up_proj]), fuse_linears([mlp.down_proj])
+    activation = SwiGlu(fusion.kernels)
 
     def forward(x: Tensor) -> Tensor:
-        if not switch.on or both.plain or down.plain or x.dtype != both.dtype:
-            result: Tensor = plain(x)
+        if not fusion.enabled or gate_up.needs_peft or down.needs_peft or x.dtype != gate_up.dtype:
+            result: Tensor = original(x)
             return result
         tokens = x.reshape(-1, x.shape[-1])
-        return down(both(tokens), step).view(x.shape)
+        return down(gate_up(tokens), activation).view(x.shape)
 
     mlp.forward = forward
 
 
-def fuse_norm(norm: Any, *, kernels: ModuleType, switch: Switch) -> None:
-    """The norm as one step."""
-    plain: Forward = norm.forward
+def fuse_norm(norm: Any, fusion: Fusion) -> None:
+    """Computes the norm in one pass."""
+    original: Forward = norm.forward
 
     def forward(x: Tensor) -> Tensor:
-        if not switch.on or x.dtype != norm.weight.dtype or norm.weight.requires_grad:
-            result: Tensor = plain(x)
+        if not fusion.enabled or x.dtype != norm.weight.dtype or norm.weight.requires_grad:
+            result: Tensor = original(x)
             return result
-        y: Tensor = RmsNorm.apply(x.contiguous(), norm.weight, norm.variance_epsilon, kernels)
+        y: Tensor = RmsNorm.apply(x.contiguous(), norm.weight, norm.variance_epsilon, fusion.kernels)
         return y
 
     norm.forward = forward
 
 
 def checkpoint_mlp(mlp: Any) -> None:
-    """``checkpointing=selective``: the widest activations are computed again on the way back instead of kept."""
-    inner: Forward = mlp.forward
+    """Recomputes the MLP's activations, the widest ones, in backward: ``train.checkpointing=selective``."""
+    original: Forward = mlp.forward
 
     def forward(x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
-            result: Tensor = inner(x)
+            result: Tensor = original(x)
             return result
-        again: Tensor = torch.utils.checkpoint.checkpoint(inner, x, use_reentrant=False)
-        return again
+        checkpointed: Tensor = torch.utils.checkpoint.checkpoint(original, x, use_reentrant=False)
+        return checkpointed
 
     mlp.forward = forward

@@ -1,4 +1,4 @@
-"""Decides how a step is computed: a pure function of wishes and facts, with reasons."""
+"""Decides how a step is computed: a pure function of settings and facts, with reasons."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ CACHE_SHARE = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
-    """What the choice hangs on.
+class KernelFacts:
+    """What the choice depends on. An obstacle is a reason, or None where nothing stands in the way.
 
     Attributes:
-        fusion_obstacle: Why the layers of this model cannot be fused; None where they can.
+        fusion_obstacle: Why the layers of this model cannot be fused.
         quantized: Whether the fused layers' weights are quantized.
         dense_bytes: Size of those weights in 16 bit.
         free_bytes: Free memory of the device.
-        head_split_obstacle: Why head and loss cannot be separated from the model; None where they can.
-        native_obstacle: Why there are no native kernels; None where there are.
-        tiles: Whether the attention kernels for AMX can be used.
-        allocator_obstacle: Why freed memory cannot be kept; None where it can.
+        head_split_obstacle: Why head and loss cannot be computed apart from the model.
+        native_obstacle: Why there are no native kernels.
+        tiles: Whether the AMX attention kernels can be used.
+        allocator_obstacle: Why freed memory cannot be kept.
     """
 
     fusion_obstacle: str | None
@@ -37,79 +37,80 @@ class Facts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
-    """How a step is computed, and why, a sentence for each."""
+class KernelChoice:
+    """How a step is computed, with one sentence of reason for each setting."""
 
     fused: bool
     cached: bool
     loss_on_trained_tokens: bool
     native: bool
     tiles: bool
-    keep_memory: bool
+    tune_malloc: bool
     reasons: tuple[str, ...]
 
 
-def choose(config: KernelsConfig, facts: Facts, *, device: str) -> Choice:
-    """
+def choose(config: KernelsConfig, facts: KernelFacts, *, device: str) -> KernelChoice:
+    """Chooses the faster way for every setting that is ``auto``, and checks the others.
+
     Raises:
-        HardwareError: A wish other than ``auto`` that cannot be fulfilled here.
+        HardwareError: A setting other than ``auto`` is not possible here.
     """
-    fused, fused_why = _wish(
-        "layers",
-        config.layers,
-        "fused",
-        facts.fusion_obstacle,
-        "q, k, v and gate, up of this model read the same input",
+    fused, layers_reason = _decide(
+        config, "layers", "fused", facts.fusion_obstacle, "one product for q, k, v and one for gate, up"
     )
-    crowded = facts.dense_bytes > CACHE_SHARE * facts.free_bytes
-    no_cache = None if fused else "layers are plain"
-    if config.weights == "auto" and fused and facts.quantized and device != "cpu":
-        no_cache = f"memory on {device} is what 4-bit weights are for"
-    elif config.weights == "auto" and fused and facts.quantized and crowded:
-        no_cache = f"16-bit copies would take more than {CACHE_SHARE:.0%} of the free memory"
-    gain = (
-        "16-bit copies fit, and dequantizing is done once"
-        if facts.quantized
-        else "siblings lie below each other, nothing is held twice"
-    )
-    cached, cached_why = _wish("weights", config.weights, "cached", no_cache, gain)
-    loss_on_trained_tokens, loss_why = _wish(
-        "loss", config.loss, "trained", facts.head_split_obstacle, "the rest of the logits would be thrown away"
-    )
-    nothing_to_do = None if fused or loss_on_trained_tokens else "layers and loss are plain"
-    native, native_why = _wish(
-        "implementation",
-        config.implementation,
-        "native",
-        facts.native_obstacle or nothing_to_do,
-        "one pass over memory each",
-    )
-    keeps, memory_why = _wish(
-        "memory",
-        config.memory,
-        "kept",
-        facts.allocator_obstacle if device == "cpu" else f"{device} has torch's own allocator",
-        "no page is asked for twice",
-    )
+    obstacle = _cache_obstacle(config, facts, fused, device)
+    cached, weights_reason = _decide(config, "weights", "cached", obstacle, _cache_gain(facts))
+    obstacle = facts.head_split_obstacle
+    split, loss_reason = _decide(config, "loss", "trained", obstacle, "logits of other tokens are not needed")
+    obstacle = facts.native_obstacle or (None if fused or split else "layers and loss are plain")
+    native, native_reason = _decide(config, "implementation", "native", obstacle, "one pass over memory each")
+    obstacle = facts.allocator_obstacle if device == "cpu" else f"torch has its own allocator on {device}"
+    tune_malloc, memory_reason = _decide(config, "memory", "kept", obstacle, "the system is asked for memory only once")
     tiles = native and fused and facts.tiles
+    plain_weights = "quantized" if facts.quantized else "as loaded"
+    amx = ", attention in AMX tiles" if tiles else ""
     reasons = (
-        f"layers {'fused' if fused else 'plain'}: {fused_why}",
-        f"weights {'cached' if cached else 'quantized' if facts.quantized else 'as loaded'}: {cached_why}",
-        f"loss on {'trained' if loss_on_trained_tokens else 'all'} tokens: {loss_why}",
-        f"kernels {'native' if native else 'plain'}: {native_why}{', attention in AMX tiles' if tiles else ''}",
-        f"memory {'kept' if keeps else 'plain'}: {memory_why}",
+        f"layers {'fused' if fused else 'plain'}: {layers_reason}",
+        f"weights {'cached' if cached else plain_weights}: {weights_reason}",
+        f"loss on {'trained' if split else 'all'} tokens: {loss_reason}",
+        f"implementation {'native' if native else 'plain'}: {native_reason}{amx}",
+        f"memory {'kept' if tune_malloc else 'plain'}: {memory_reason}",
     )
-    return Choice(
-        fused=fused, cached=cached, loss_on_trained_tokens=loss_on_trained_tokens, native=native, tiles=tiles, keep_memory=keeps, reasons=reasons
-    )  # fmt: skip
+    return KernelChoice(
+        fused=fused,
+        cached=cached,
+        loss_on_trained_tokens=split,
+        native=native,
+        tiles=tiles,
+        tune_malloc=tune_malloc,
+        reasons=reasons,
+    )
 
 
-def _wish(key: str, wish: str, better: str, obstacle: str | None, gain: str) -> tuple[bool, str]:
-    """Whether the better form is taken, and why."""
-    if wish not in ("auto", better):
+def _cache_obstacle(config: KernelsConfig, facts: KernelFacts, fused: bool, device: str) -> str | None:
+    if not fused:
+        return "layers are plain"
+    if config.weights == "auto" and facts.quantized:
+        if device != "cpu":
+            return f"4-bit weights save memory on {device}"
+        if facts.dense_bytes > CACHE_SHARE * facts.free_bytes:
+            return f"16-bit copies would take more than {CACHE_SHARE:.0%} of the free memory"
+    return None
+
+
+def _cache_gain(facts: KernelFacts) -> str:
+    return (
+        "16-bit copies fit, and weights are dequantized once" if facts.quantized else "fused weights share one tensor"
+    )
+
+
+def _decide(config: KernelsConfig, key: str, better: str, obstacle: str | None, gain: str) -> tuple[bool, str]:
+    """Returns whether the better form is taken, and the reason."""
+    setting = getattr(config, key)
+    if setting not in ("auto", better):
         return False, f"as set by kernels.{key}"
     if obstacle is None:
-        return True, gain if wish == "auto" else f"as set by kernels.{key}"
-    if wish == "auto":
+        return True, gain if setting == "auto" else f"as set by kernels.{key}"
+    if setting == "auto":
         return False, obstacle
-    raise HardwareError(f"kernels.{key}={wish} is not possible here: {obstacle}; use kernels.{key}=auto")
+    raise HardwareError(f"kernels.{key}={setting} is not possible here: {obstacle}; use kernels.{key}=auto")

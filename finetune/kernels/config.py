@@ -1,4 +1,4 @@
-"""The speed group: how a training step is computed. Results stay within rounding whatever is chosen."""
+"""The kernels group: how a training step is computed. Results stay within rounding whatever is chosen."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,24 +14,24 @@ CHOICES = {
 
 @dataclass(kw_only=True, slots=True)
 class KernelsConfig:
-    """What may be computed in another way. ``auto`` takes the faster one wherever it can be had, and says why."""
+    """Selects how steps are computed. ``auto`` takes the faster way wherever it is possible, and logs the reason."""
 
     layers: str
-    """``fused``: q, k, v and gate, up as one product each with their adapters, documents attended to one by one, only what the
-    way back needs is kept; ``plain``: transformers' and peft's own."""
+    """``fused``: one product for q, k, v and one for gate, up, adapters included; attention per packed document; saves
+    only what backward needs. ``plain``: the layers of transformers and peft."""
 
     weights: str
-    """``cached``: 4-bit weights of fused layers are dequantized once and kept in 16 bit; ``quantized``: at each use, which a
-    GPU's memory is spared for."""
+    """``cached``: dequantizes the 4-bit weights of fused layers once and keeps them in 16 bit. ``quantized``:
+    dequantizes at each use, which saves memory on a GPU."""
 
     loss: str
-    """``trained``: head and loss on trained tokens only, a few at a time; ``all``: TRL's own."""
+    """``trained``: computes head and loss on trained tokens only, in chunks. ``all``: TRL's loss over all logits."""
 
     implementation: str
-    """``native``: steps between products in C++, compiled for this processor on first use; ``plain``: torch."""
+    """``native``: norm, activation, loss and attention in C++, compiled for this CPU on first use. ``plain``: torch."""
 
     memory: str
-    """``kept``: what a step frees is kept for the next one instead of given back to the system; ``plain``: the C library's rules."""
+    """``kept``: the process keeps freed memory for the next step. ``plain``: the C library's defaults."""
 
     def problems(self) -> Iterator[str]:
         for key, values in CHOICES.items():
@@ -40,4 +40,4 @@ class KernelsConfig:
         if self.layers == "plain":
             for key, value in (("weights", "cached"), ("implementation", "native")):
                 if getattr(self, key) == value:
-                    yield f"kernels.{key}={value} serves fused layers and kernels.layers is plain; set one of them to auto"
+                    yield f"kernels.{key}={value} needs fused layers and kernels.layers is plain; set one to auto"

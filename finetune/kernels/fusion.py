@@ -1,12 +1,13 @@
-"""The verb: changes how an adapted model computes its steps, and says what was chosen."""
+"""Applies the chosen kernels to an adapted model."""
 
 from __future__ import annotations
 
 import ctypes
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -19,73 +20,85 @@ from finetune.errors import HardwareError
 from finetune.inference.rows import IGNORED
 from finetune.kernels import blocks, native, plain
 from finetune.kernels.autograd import FusedLinearCrossEntropy, TokenLosses
-from finetune.kernels.blocks import Switch
-from finetune.kernels.choose import Choice, Facts, choose
-from finetune.kernels.linear import FusedLinears, base, is_adapted
-from finetune.quantization import library_of
+from finetune.kernels.choose import KernelChoice, KernelFacts, choose
+from finetune.kernels.linear import FusedLinears, base_layer, is_adapted
+from finetune.quantization.backends import backend_of
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
     from finetune.hardware import Placement
     from finetune.kernels.config import KernelsConfig
 
 TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
-"""Names of glibc's mallopt. Source: malloc.h."""
+"""Parameters of glibc's mallopt. Source: malloc.h."""
 
 KEEP_BYTES = 2**31 - 1
-SCALED = "float16 needs its loss scaled before gradients are taken, which transformers does around plain layers"
+FLOAT16_OBSTACLE = "float16 needs loss scaling, which is done around plain layers only"
 LOGIT_SCALES = (
-    "final_logit_softcapping", "logit_scale", "logits_scaling", "logits_soft_cap", "lm_head_multiplier", "output_multiplier",
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "logits_soft_cap",
+    "lm_head_multiplier",
+    "output_multiplier",
     "logits_mup_width_multiplier",
-)  # fmt: skip
-"""Configuration keys of transformers 5.23 for what models do to their logits, or to the head's input, beside the head."""
+)
+"""Configuration keys of transformers 5.23 for what models do to their logits, or to the head's input, besides the
+head."""
 
 
+@dataclass(slots=True)
 class Fusion:
-    """How the steps of a model are computed.
+    """The kernels of one model.
 
     Attributes:
         choice: What was chosen, with reasons.
+        kernels: The module that computes norm, SwiGLU and cross entropy: `native` or `plain`.
+        enabled: Whether fused layers are used; the original forward passes otherwise.
     """
 
-    def __init__(self, choice: Choice, kernels: ModuleType) -> None:
-        self.choice, self.kernels, self.switch = choice, kernels, Switch()
+    choice: KernelChoice
+    kernels: ModuleType
+    enabled: bool = True
 
     @property
     def autocast(self) -> bool:
-        """Whether the model needs autocast around it: fused layers choose their numbers themselves."""
-        return not (self.switch.on and self.choice.fused and self.choice.loss_on_trained_tokens)
+        """Returns whether the model needs autocast: fused layers choose their dtypes themselves."""
+        return not (self.enabled and self.choice.fused and self.choice.loss_on_trained_tokens)
 
     @property
     def loss_on_trained_tokens(self) -> bool:
-        """Whether `loss` is to be used."""
-        return self.switch.on and self.choice.loss_on_trained_tokens
+        """Returns whether `loss` is to be used."""
+        return self.enabled and self.choice.loss_on_trained_tokens
 
     @contextmanager
-    def off(self) -> Iterator[None]:
-        """Everything as transformers and peft compute it, for a while."""
-        before, self.switch.on = self.switch.on, False
+    def disabled(self) -> Iterator[None]:
+        """Computes everything as transformers and peft do while the context is open."""
+        before, self.enabled = self.enabled, False
         try:
             yield
         finally:
-            self.switch.on = before
+            self.enabled = before
 
-    def loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """Summed loss of the trained tokens in nats, without logits of the others.
+    def loss(self, model: PeftModel, inputs: dict[str, Any]) -> Tensor:
+        """Computes the summed loss of the trained tokens in nats, without logits of the other tokens.
 
         Args:
             model: The adapted model.
             inputs: A micro-batch of the collator, with ``labels``.
         """
-        result: Tensor = FusedLinearCrossEntropy.apply(*self._trained(model, inputs))
+        result: Tensor = FusedLinearCrossEntropy.apply(*self._loss_inputs(model, inputs))
         return result
 
-    def token_losses(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """The same for each trained token, row by row, shape (tokens,)."""
-        result: Tensor = TokenLosses.apply(*self._trained(model, inputs))
+    def token_losses(self, model: PeftModel, inputs: dict[str, Any]) -> Tensor:
+        """Computes the loss of each trained token, row by row, shape (tokens,)."""
+        result: Tensor = TokenLosses.apply(*self._loss_inputs(model, inputs))
         return result
 
-    def _trained(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, ModuleType]:
-        """Hidden states that predict trained tokens, the head, those tokens, and who computes the loss."""
+    def _loss_inputs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, ModuleType]:
+        """Returns the hidden states that predict trained tokens, the head's weight, those tokens, and the kernels."""
         causal = model.get_base_model()
         labels = inputs["labels"]
         rest = {name: value for name, value in inputs.items() if name != "labels"}
@@ -101,134 +114,144 @@ def apply_fusion(
     """Fuses what can be fused, in place.
 
     Args:
-        adapted: From `lora.attach`, on its device.
-        config: The speed group.
-        placement: Device and numbers.
-        checkpointing: ``selective`` computes gated activations again on the way back, fused or not.
-        fusion_obstacle: Why layers cannot be fused, whatever the model; None where nothing speaks against it.
+        adapted: A `PeftModel` from `lora.attach`, on its device.
+        config: The kernels group.
+        placement: Device and dtype.
+        checkpointing: ``selective`` recomputes the MLPs' activations in backward, fused or not.
+        fusion_obstacle: Why layers cannot be fused, whatever the model; None where they may be.
 
     Raises:
-        HardwareError: A wish that this model or machine cannot fulfil.
+        HardwareError: A setting that this model or machine cannot satisfy.
     """
     model = adapted.get_base_model()
-    facts = facts_of(model, placement)
-    choice = choose(
-        config,
-        dataclasses.replace(facts, fusion_obstacle=fusion_obstacle or facts.fusion_obstacle),
-        device=placement.device,
-    )
-    log("speed", *choice.reasons)
-    quick = Fusion(choice, native if choice.native else plain)
+    facts = gather_facts(model, placement)
+    if fusion_obstacle:
+        facts = dataclasses.replace(facts, fusion_obstacle=fusion_obstacle)
+    choice = choose(config, facts, device=placement.device)
+    log("kernels", *choice.reasons)
+    fusion = Fusion(choice, native if choice.native else plain)
     if choice.fused:
-        siblings = partial(FusedLinears.of, cache=choice.cached, dtype=getattr(torch, placement.dtype))
-        fuse(model, quick, siblings=siblings)
+        fuse(model, fusion, fuse_linears=partial(FusedLinears.of, cache=choice.cached, dtype=_dtype(placement.dtype)))
     if checkpointing == "selective":
-        gated = blocks.parts(model, blocks.GATED_MLPS)
-        if not gated:
-            raise HardwareError(
-                f"train.checkpointing=selective knows no gated layers in {type(model).__name__}; use full or none"
-            )
-        for mlp in gated:
-            blocks.checkpoint_mlp(mlp)
-    if choice.keep_memory:
-        keep_memory()
-    return quick
+        checkpoint_mlps(model)
+    if choice.tune_malloc:
+        tune_malloc()
+    return fusion
 
 
-def fuse(model: Any, quick: Fusion, *, siblings: Callable[[list[Any]], FusedLinears]) -> None:
-    """Puts fused forward passes in the place of the model's."""
-    for attention in blocks.parts(model, blocks.ATTENTIONS):
-        tiles = quick.choice.tiles and attention.head_dim % native.TILE_WIDTH == 0
-        blocks.fuse_attention(attention, siblings=siblings, tiles=tiles, switch=quick.switch)
-    for mlp in blocks.parts(model, blocks.GATED_MLPS):
-        blocks.fuse_swiglu_mlp(mlp, siblings=siblings, kernels=quick.kernels, switch=quick.switch)
-    for norm in blocks.parts(model, blocks.NORMS):
-        blocks.fuse_norm(norm, kernels=quick.kernels, switch=quick.switch)
+def fuse(model: Any, fusion: Fusion, *, fuse_linears: blocks.FuseLinears) -> None:
+    """Replaces the forward passes of attention, MLPs and norms."""
+    for attention in blocks.modules_of(model, blocks.ATTENTIONS):
+        tiles = fusion.choice.tiles and attention.head_dim % native.TILE_WIDTH == 0
+        blocks.fuse_attention(attention, fusion, fuse_linears=fuse_linears, tiles=tiles)
+    for mlp in blocks.modules_of(model, blocks.GATED_MLPS):
+        blocks.fuse_swiglu_mlp(mlp, fusion, fuse_linears=fuse_linears)
+    for norm in blocks.modules_of(model, blocks.NORMS):
+        blocks.fuse_norm(norm, fusion)
 
 
-def facts_of(model: Any, placement: Placement) -> Facts:
-    """Looks at the model and the machine."""
+def checkpoint_mlps(model: Any) -> None:
+    """Recomputes the activations of all MLPs in backward.
+
+    Raises:
+        HardwareError: The model has no MLP of a known class.
+    """
+    mlps = blocks.modules_of(model, blocks.GATED_MLPS)
+    if not mlps:
+        raise HardwareError(
+            f"train.checkpointing=selective knows no gated MLP in {type(model).__name__}; use full or none"
+        )
+    for mlp in mlps:
+        blocks.checkpoint_mlp(mlp)
+
+
+def gather_facts(model: PreTrainedModel, placement: Placement) -> KernelFacts:
+    """Collects what the choice depends on from the model and the machine."""
     linear = _linear_layers(model)
-    native_obstacle = (
-        native.missing() if placement.device == "cpu" else f"they are for a CPU and this run is on {placement.device}"
-    )
-    if native_obstacle is None and placement.dtype != "bfloat16":
-        native_obstacle = f"they compute in bfloat16 and this run in {placement.dtype}"
-    if native_obstacle is None and native.library() is None:
-        native_obstacle = "g++ could not compile them"
-    return Facts(
+    native_obstacle = _native_obstacle(placement)
+    return KernelFacts(
         fusion_obstacle=fusion_obstacle(model, placement.dtype),
-        quantized=any(library_of(base(layer)) is not None for layer in linear),
+        quantized=any(backend_of(base_layer(layer)) is not None for layer in linear),
         dense_bytes=2 * sum(layer.in_features * layer.out_features for layer in linear),
         free_bytes=_free_bytes(placement.device),
-        head_split_obstacle=_no_split(model, placement.dtype),
+        head_split_obstacle=_head_split_obstacle(model, placement.dtype),
         native_obstacle=native_obstacle,
         tiles=native_obstacle is None and native.has_tiles(),
-        allocator_obstacle=None if sys.platform == "linux" else "only Linux's C library is known to keep it",
+        allocator_obstacle=None if sys.platform == "linux" else "only glibc on Linux can be told to keep it",
     )
+
+
+def _native_obstacle(placement: Placement) -> str | None:
+    if placement.device != "cpu":
+        return f"they are for a CPU and this run is on {placement.device}"
+    if obstacle := native.obstacle():
+        return obstacle
+    if placement.dtype != "bfloat16":
+        return f"they compute in bfloat16 and this run in {placement.dtype}"
+    return "g++ could not compile them" if native.library() is None else None
 
 
 def fusion_obstacle(model: Any, dtype: str) -> str | None:
-    """Why this model's layers cannot be fused; None where they can."""
+    """Returns why this model's layers cannot be fused; None where they can."""
     if dtype == "float16":
-        return SCALED
-    attentions, gated = blocks.parts(model, blocks.ATTENTIONS), blocks.parts(model, blocks.GATED_MLPS)
-    if not attentions or not gated:
-        return f"{type(model).__name__} is built of other parts than {', '.join(blocks.ATTENTIONS)}"
-    if any(type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation") for mlp in gated):
+        return FLOAT16_OBSTACLE
+    attentions, mlps = blocks.modules_of(model, blocks.ATTENTIONS), blocks.modules_of(model, blocks.GATED_MLPS)
+    if not attentions or not mlps:
+        return f"{type(model).__name__} has none of {', '.join(blocks.ATTENTIONS)}"
+    if any(type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation") for mlp in mlps):
         return "its activation is not SiLU"
     if any(attention.attention_dropout for attention in attentions):
-        return "it drops attention at random"
+        return "it has attention dropout"
     linear = _linear_layers(model)
-    layers = [layer for layer in linear if is_adapted(layer)]
-    if any(float(getattr(dropout, "p", 0.0)) for layer in layers for dropout in layer.lora_dropout.values()):
-        return "lora.dropout is not 0"
-    if any(getattr(layer, "lora_variant", None) for layer in layers):
-        return "this variant of LoRA is computed by peft"
-    bases = {_kind(base(layer)) for layer in linear}
-    odd = sorted(bases - {"Parameter", "Linear4bit"})
-    if odd:
-        return f"{', '.join(odd)} layers compute in their own way"
-    if any(
-        parameter.dtype != getattr(torch, dtype)
-        for norm in blocks.parts(model, blocks.NORMS)
-        for parameter in norm.parameters()
-    ):
-        return f"model.upcast keeps norms in other numbers than {dtype}"
+    if reason := _adapter_obstacle([layer for layer in linear if is_adapted(layer)]):
+        return reason
+    unknown = sorted({_class_name(base_layer(layer)) for layer in linear} - {"Parameter", "Linear4bit"})
+    if unknown:
+        return f"{', '.join(unknown)} layers have their own kernels"
+    norms = blocks.modules_of(model, blocks.NORMS)
+    if any(parameter.dtype != _dtype(dtype) for norm in norms for parameter in norm.parameters()):
+        return f"model.upcast keeps norms in another dtype than {dtype}"
     return None
 
 
-def _kind(layer: Any) -> str:
-    """The layer's class, or its weight's, where the layer is torch's own."""
+def _adapter_obstacle(layers: list[Any]) -> str | None:
+    if any(float(getattr(dropout, "p", 0.0)) for layer in layers for dropout in layer.lora_dropout.values()):
+        return "lora.dropout is not 0"
+    if any(getattr(layer, "lora_variant", None) for layer in layers):
+        return "only peft computes this variant of LoRA"
+    return None
+
+
+def _class_name(layer: Any) -> str:
+    """Returns the layer's class, or its weight's where the layer is torch's own."""
     return type(layer.weight).__name__ if type(layer) is torch.nn.Linear else type(layer).__name__
 
 
 def _linear_layers(model: Any) -> list[Any]:
-    """Those that fused layers are made of, adapted or not."""
-    fused = blocks.parts(model, (*blocks.ATTENTIONS, *blocks.GATED_MLPS))
-    return [layer for part in fused for layer in part.children() if hasattr(layer, "in_features")]
+    """Returns the linear layers of attention and MLPs, adapted or not."""
+    fused = blocks.modules_of(model, (*blocks.ATTENTIONS, *blocks.GATED_MLPS))
+    return [layer for module in fused for layer in module.children() if hasattr(layer, "in_features")]
 
 
-def _no_split(model: Any, dtype: str) -> str | None:
+def _head_split_obstacle(model: Any, dtype: str) -> str | None:
     if dtype == "float16":
-        return SCALED
-    head = model.get_output_embeddings()
-    text = model.config.get_text_config()
-    if (
-        head is None
-        or is_adapted(head)
-        or type(head).__name__ != "Linear"
-        or head.bias is not None
-        or head.weight.requires_grad
-    ):
-        return "its head is no frozen linear layer"
-    if head.weight.dtype != getattr(torch, dtype):
+        return FLOAT16_OBSTACLE
+    head, text = model.get_output_embeddings(), model.config.get_text_config()
+    is_linear = head is not None and not is_adapted(head) and type(head).__name__ == "Linear"
+    if not is_linear or head.bias is not None or head.weight.requires_grad:
+        return "its head is not a frozen linear layer without bias"
+    if head.weight.dtype != _dtype(dtype):
         return f"its head is not in {dtype}"
     if any(getattr(text, name, None) not in (None, 1.0) for name in LOGIT_SCALES):
         return "it changes its logits after the head"
     if getattr(text, "output_router_logits", False):
         return "its experts add to the loss"
     return None
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def _free_bytes(device: str) -> int:
@@ -239,8 +262,9 @@ def _free_bytes(device: str) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def keep_memory() -> None:
-    """Freed activations stay with the process: asking the system for a gigabyte of zeroed pages in each step costs a tenth of it."""
+def tune_malloc() -> None:
+    """Tells glibc to keep freed memory: requesting a gigabyte of zeroed pages in each step takes a tenth of its
+    time."""
     try:
         library = ctypes.CDLL("libc.so.6")
     except OSError:  # not glibc

@@ -2,7 +2,7 @@
 //
 // bfloat16 in and out as uint16_t. Rows are contiguous unless a stride (in elements) says otherwise. Every function has a
 // reference in plain torch, finetune/kernels/plain.py, and tests/kernels/test_native.py holds the two together.
-#include "numbers.h"
+#include "bfloat16.h"
 
 extern "C" {
 

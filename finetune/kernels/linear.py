@@ -1,4 +1,4 @@
-"""LoRA layers that read the same input, as one product forward and one back."""
+"""LoRA layers that read the same input, computed as one product forward and one backward."""
 
 from __future__ import annotations
 
@@ -9,17 +9,35 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from finetune.quantization import dense, library_of
+from finetune.quantization.backends import backend_of, dense
+
+
+class Activation(Protocol):
+    """A cheap function in front of a product, computed again in backward so that its result is not saved."""
+
+    def forward(self, raw: Tensor) -> Tensor: ...
+
+    def backward(self, grad: Tensor, raw: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoraBranch:
+    """Adds ``scale * x A' B'`` to some columns of the output."""
+
+    columns: slice
+    a: Tensor
+    b: Tensor
+    scale: float
 
 
 @dataclass(slots=True)
 class FusedLinears:
-    """Adapted linear layers with one input between them: q, k and v, or gate and up, or one alone.
+    """Linear layers with one input: q, k and v, or gate and up, or a single layer.
 
     Attributes:
-        layers: peft's LoRA layers; any but all of them may be plain linear ones.
-        dtype: Numbers of the computation.
-        cached: Their frozen weights below each other, shape (outputs, inputs); None computes them at each use.
+        layers: peft's LoRA layers or plain linear layers.
+        dtype: Dtype of the computation.
+        cached: Their frozen weights concatenated, shape (outputs, inputs); None computes them at each use.
         bias: Their biases, or None.
     """
 
@@ -30,131 +48,112 @@ class FusedLinears:
 
     @classmethod
     def of(cls, layers: list[Any], *, cache: bool, dtype: torch.dtype) -> FusedLinears:
-        biases = [base(layer).bias for layer in layers]
-        absent = [torch.zeros(layer.out_features, device=base(layer).weight.device) for layer in layers]
-        filled = [zeros if b is None else b.data for b, zeros in zip(biases, absent, strict=True)]
-        bias = None if all(b is None for b in biases) else torch.cat(filled).to(dtype)
-        made = cls(layers, dtype, None, bias)
+        biases = [base_layer(layer).bias for layer in layers]
+        zeros = [torch.zeros(layer.out_features, device=base_layer(layer).weight.device) for layer in layers]
+        filled = [zero if bias is None else bias.data for bias, zero in zip(biases, zeros, strict=True)]
+        bias = None if all(bias is None for bias in biases) else torch.cat(filled).to(dtype)
+        fused = cls(layers, dtype, None, bias)
         if cache:
-            made.cached = made.weight()
-            made._share()
-        return made
+            fused.cached = fused.weight()
+            fused._share_cached_weights()
+        return fused
 
     def weight(self) -> Tensor:
-        """The frozen weights, shape (outputs, inputs)."""
-        return (
-            torch.cat([dense(base(layer), self.dtype) for layer in self.layers]) if self.cached is None else self.cached
-        )
+        """Returns the frozen weights, shape (outputs, inputs)."""
+        if self.cached is not None:
+            return self.cached
+        return torch.cat([dense(base_layer(layer), self.dtype) for layer in self.layers])
 
-    def _share(self) -> None:
-        """Weights that were never quantized become views of the cached ones, so that nothing is held twice."""
+    def _share_cached_weights(self) -> None:
+        """Makes unquantized weights views of the cached ones, so that no weight is stored twice."""
         assert self.cached is not None
         start = 0
-        for layer in map(base, self.layers):
+        for layer in map(base_layer, self.layers):
             end = start + layer.out_features
-            if library_of(layer) is None:
+            if backend_of(layer) is None:
                 layer.weight.data = self.cached[start:end]
             start = end
 
-    def __call__(self, x: Tensor, step: Step | None = None) -> Tensor:
-        """The outputs side by side.
+    def __call__(self, x: Tensor, activation: Activation | None = None) -> Tensor:
+        """Returns the concatenated outputs, shape (tokens, outputs).
 
         Args:
-            x: Shape (tokens, inputs), or what ``step`` makes that of.
-            step: Computed before the product, and again on the way back, so that its result is not kept.
-
-        Returns:
-            Shape (tokens, outputs).
+            x: Shape (tokens, inputs), or the input of ``activation``.
+            activation: Computed before the product, and again in backward.
         """
-        matrices = [matrix for part in self.adapters for matrix in (part.a, part.b)]
-        result: Tensor = _Product.apply(x, self, step, *matrices)
+        matrices = [matrix for branch in self.branches for matrix in (branch.a, branch.b)]
+        result: Tensor = _FusedProduct.apply(x, self, activation, *matrices)
         return result
 
     @property
-    def adapters(self) -> list[Adapter]:
-        """Of the adapted layers, with the columns of the output that they change; none where they are switched off."""
-        found, start = [], 0
+    def branches(self) -> list[LoraBranch]:
+        """Returns the active adapters with the output columns that they change."""
+        branches, start = [], 0
         for layer in self.layers:
             end = start + layer.out_features
             if is_adapted(layer) and not layer.disable_adapters:
                 name = layer.active_adapters[0]
                 a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-                found.append(Adapter(slice(start, end), a, b, layer.scaling[name]))
+                branches.append(LoraBranch(slice(start, end), a, b, layer.scaling[name]))
             start = end
-        return found
+        return branches
 
     @property
-    def plain(self) -> bool:
-        """Whether peft has to compute them itself just now: merged, or several adapters at once."""
+    def needs_peft(self) -> bool:
+        """Returns whether only peft can compute the layers at the moment: merged, or several active adapters."""
         adapted = [layer for layer in self.layers if is_adapted(layer)]
         return any(layer.merged or len(layer.active_adapters) != 1 for layer in adapted)
 
 
-class Step(Protocol):
-    """A cheap step before a product."""
-
-    def forward(self, raw: Tensor) -> Tensor: ...
-
-    def backward(self, grad: Tensor, raw: Tensor) -> Tensor: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Adapter:
-    """``scale * x a' b'`` is added to some columns of the output."""
-
-    columns: slice
-    a: Tensor
-    b: Tensor
-    scale: float
-
-
 def is_adapted(layer: Any) -> bool:
-    """Whether a layer carries a LoRA."""
+    """Returns whether a layer carries a LoRA adapter."""
     return hasattr(layer, "lora_A")
 
 
-def base(layer: Any) -> Any:
-    """The frozen linear layer inside."""
+def base_layer(layer: Any) -> Any:
+    """Returns the frozen linear layer inside a LoRA layer."""
     return layer.get_base_layer() if is_adapted(layer) else layer
 
 
-class _Product(torch.autograd.Function):
-    """``x W' + b + s (x A') B'`` for each sibling. Only ``x A'`` and ``x``, or what ``x`` is made of, are kept."""
+class _FusedProduct(torch.autograd.Function):
+    """``x W' + b + s (x A') B'`` for each layer. Saves only ``x A'`` and ``x``, or the input of the activation."""
 
     @staticmethod
-    def forward(ctx: Any, raw: Tensor, siblings: FusedLinears, step: Step | None, *matrices: Tensor) -> Tensor:
-        x = step.forward(raw) if step else raw
-        adapters = siblings.adapters
-        y = torch.nn.functional.linear(x, siblings.weight(), siblings.bias)
+    def forward(
+        ctx: Any, raw: Tensor, linears: FusedLinears, activation: Activation | None, *matrices: Tensor
+    ) -> Tensor:
+        x = activation.forward(raw) if activation else raw
+        branches = linears.branches
+        y = torch.nn.functional.linear(x, linears.weight(), linears.bias)
         a = torch.cat(matrices[0::2]).to(x.dtype) if matrices else x.new_empty((0, x.shape[1]))
-        scaled = [(part.b * part.scale).to(x.dtype) for part in adapters]
+        scaled = [(branch.b * branch.scale).to(x.dtype) for branch in branches]
         inner = x @ a.t()
-        for part, ranks, b in zip(adapters, _ranks(matrices), scaled, strict=True):
-            y[:, part.columns].addmm_(inner[:, ranks], b.t())
+        for branch, ranks, b in zip(branches, _rank_slices(matrices), scaled, strict=True):
+            y[:, branch.columns].addmm_(inner[:, ranks], b.t())
         ctx.save_for_backward(raw, inner, a, *scaled)
-        ctx.step, ctx.siblings, ctx.adapters = step, siblings, adapters
-        ctx.ranks, ctx.formats = _ranks(matrices), [matrix.dtype for matrix in matrices]
+        ctx.activation, ctx.linears, ctx.branches = activation, linears, branches
+        ctx.ranks, ctx.dtypes = _rank_slices(matrices), [matrix.dtype for matrix in matrices]
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         raw, inner, a, *scaled = ctx.saved_tensors
-        x = ctx.step.forward(raw) if ctx.step else raw
-        d_inner, grads = torch.empty_like(inner), list[Tensor]()
-        for part, ranks, b in zip(ctx.adapters, ctx.ranks, scaled, strict=True):
-            mine = dy[:, part.columns]
-            d_inner[:, ranks] = mine @ b
-            grads.append((inner[:, ranks].t() @ mine).t().float() * part.scale)
+        x = ctx.activation.forward(raw) if ctx.activation else raw
+        d_inner, d_bs = torch.empty_like(inner), list[Tensor]()
+        for branch, ranks, b in zip(ctx.branches, ctx.ranks, scaled, strict=True):
+            dy_branch = dy[:, branch.columns]
+            d_inner[:, ranks] = dy_branch @ b
+            d_bs.append((inner[:, ranks].t() @ dy_branch).t().float() * branch.scale)
         d_a = d_inner.t() @ x
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ ctx.siblings.weight()
+            dx = dy @ ctx.linears.weight()
             dx.addmm_(d_inner, a)
-            dx = ctx.step.backward(dx, raw) if ctx.step else dx
-        found = [grad for ranks, d_b in zip(ctx.ranks, grads, strict=True) for grad in (d_a[ranks], d_b)]
-        return dx, None, None, *(grad.to(kind) for grad, kind in zip(found, ctx.formats, strict=True))
+            dx = ctx.activation.backward(dx, raw) if ctx.activation else dx
+        grads = [grad for ranks, d_b in zip(ctx.ranks, d_bs, strict=True) for grad in (d_a[ranks], d_b)]
+        return dx, None, None, *(grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True))
 
 
-def _ranks(matrices: tuple[Tensor, ...]) -> list[slice]:
-    """For each adapter its columns of ``x A'``."""
+def _rank_slices(matrices: tuple[Tensor, ...]) -> list[slice]:
+    """Returns the columns of ``x A'`` that belong to each adapter."""
     return [slice(*ends) for ends in pairwise(accumulate((a.shape[0] for a in matrices[0::2]), initial=0))]

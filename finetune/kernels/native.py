@@ -1,4 +1,7 @@
-"""The kernels of kernels.cpp, compiled for this very processor on first use and kept in the cache."""
+"""The C++ kernels, compiled for this processor on first use and cached.
+
+They need g++ and any x86-64 processor; only attention needs AMX, without which torch's attention is used.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,9 +21,9 @@ from torch import Tensor
 from finetune.cache import cache_folder
 
 if TYPE_CHECKING:
-    from finetune.kernels.attention import Shape
+    from finetune.kernels.attention import AttentionShape
 
-SOURCES = [Path(__file__).with_name(name) for name in ("numbers.h", "kernels.cpp", "attention.cpp")]
+SOURCES = [Path(__file__).with_name(name) for name in ("bfloat16.h", "kernels.cpp", "attention.cpp")]
 FLAGS = (
     "-O3",
     "-march=native",
@@ -31,20 +34,20 @@ FLAGS = (
     "-shared",
     "-fPIC",
 )
-"""No ``-ffast-math``: a loss that is no number must stay none. Threads are those of torch's own OpenMP, loaded before."""
+"""No ``-ffast-math``: a non-finite loss must stay non-finite. Threads are those of torch's OpenMP, loaded before."""
 
 COMPILE_SECONDS = 60
 FUNCTIONS = ("rms_forward", "rms_backward", "swiglu_forward", "swiglu_backward", "cross_entropy")
 TILE_WIDTH = 32
-"""Numbers of a head must be a multiple of a tile's."""
+"""The width of a head must be a multiple of it."""
 
 TILE_FUNCTIONS = ("attention_forward", "attention_backward")
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where they cannot be had; `missing` says why."""
-    if missing():
+    """Returns the compiled kernels; None where there is an `obstacle`, or g++ fails."""
+    if obstacle():
         return None
     file = _file()
     if not file.is_file() and not _compile(file):
@@ -57,15 +60,15 @@ def library() -> ctypes.CDLL | None:
 
 @cache
 def has_tiles() -> bool:
-    """Whether the attention kernels can be used: the processor has AMX, and the operating system lets this process use it."""
+    """Returns whether the attention kernels can be used: the CPU has AMX, and the system lets this process use it."""
     loaded = library()
     return loaded is not None and hasattr(loaded, TILE_FUNCTIONS[0]) and loaded.attention_permission() == 0
 
 
-def missing() -> str | None:
-    """Why this machine cannot have the kernels; None where it can."""
+def obstacle() -> str | None:
+    """Returns why the kernels cannot be compiled on this machine; None where they can."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
-        return "they are compiled on x86-64 Linux only"
+        return "they can be compiled on x86-64 Linux only"
     if _compiler() is None:
         return "there is no C++ compiler (g++)"
     return None
@@ -76,7 +79,7 @@ def _compiler() -> str | None:
 
 
 def _file() -> Path:
-    """Named by everything that the machine code depends on; a cache may be shared between machines."""
+    """Returns a path with a hash of everything that the machine code depends on: machines may share a cache."""
     compiler = _compiler()
     assert compiler is not None
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
@@ -96,97 +99,89 @@ def _compile(file: Path) -> bool:
     return True
 
 
-def _at(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
-
-
-def _library() -> ctypes.CDLL:
+def _call(name: str, *arguments: Tensor | int | float) -> None:
     loaded = library()
     assert loaded is not None
-    return loaded
+    getattr(loaded, name)(*map(_to_c, arguments))
 
 
-def _whole(value: int) -> ctypes.c_int64:
-    return ctypes.c_int64(value)
+def _to_c(value: Tensor | int | float) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    return ctypes.c_int64(value) if isinstance(value, int) else ctypes.c_float(value)
 
 
 def rms_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """See `plain.rms_forward`."""
+    """Computes `plain.rms_forward`."""
     y, rstd = torch.empty_like(x), torch.empty(x.shape[:-1], dtype=torch.float32)
-    _library().rms_forward(
-        _at(x), _at(weight), _at(y), _at(rstd), _whole(rstd.numel()), _whole(x.shape[-1]), ctypes.c_float(eps)
-    )  # fmt: skip
+    _call("rms_forward", x, weight, y, rstd, rstd.numel(), x.shape[-1], float(eps))
     return y, rstd
 
 
 def rms_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
-    """See `plain.rms_backward`."""
+    """Computes `plain.rms_backward`."""
     dx = torch.empty_like(x)
-    _library().rms_backward(_at(dy), _at(x), _at(weight), _at(rstd), _at(dx), _whole(rstd.numel()), _whole(x.shape[-1]))
+    _call("rms_backward", dy, x, weight, rstd, dx, rstd.numel(), x.shape[-1])
     return dx
 
 
-def swiglu_forward(both: Tensor) -> Tensor:
-    """See `plain.swiglu_forward`."""
-    rows, width = both.shape[0], both.shape[1] // 2
-    out = both.new_empty((rows, width))
-    _library().swiglu_forward(_at(both), _at(out), _whole(rows), _whole(width))
+def swiglu_forward(gate_up: Tensor) -> Tensor:
+    """Computes `plain.swiglu_forward`."""
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty((rows, width))
+    _call("swiglu_forward", gate_up, out, rows, width)
     return out
 
 
-def swiglu_backward(dy: Tensor, both: Tensor) -> Tensor:
-    """See `plain.swiglu_backward`."""
-    d_both = torch.empty_like(both)
-    _library().swiglu_backward(_at(dy), _at(both), _at(d_both), _whole(both.shape[0]), _whole(both.shape[1] // 2))
-    return d_both
+def swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
+    """Computes `plain.swiglu_backward`."""
+    d_gate_up = torch.empty_like(gate_up)
+    _call("swiglu_backward", dy, gate_up, d_gate_up, gate_up.shape[0], gate_up.shape[1] // 2)
+    return d_gate_up
 
 
 def attention_forward(
-    joint: Tensor, cosine: Tensor, sine: Tensor, borders: Tensor, shape: Shape
+    qkv: Tensor, cosine: Tensor, sine: Tensor, starts: Tensor, shape: AttentionShape
 ) -> tuple[Tensor, Tensor]:
-    """Rotary positions and causal attention of each document.
+    """Applies rotary positions and causal attention within each document.
 
     Args:
-        joint: q, k and v side by side, bfloat16, shape (tokens, (heads + 2 key_heads) width).
-        cosine: bfloat16, shape (tokens, width); so is ``sine``.
-        borders: int64, shape (documents + 1,).
-        shape: Of the heads; the width must be a multiple of 32.
+        qkv: q, k and v concatenated, bfloat16, shape (tokens, (heads + 2 key_heads) width).
+        cosine: bfloat16, shape (tokens, width); ``sine`` likewise.
+        starts: First token of each document, and the end of the last one, int64, shape (documents + 1,).
+        shape: The width must be a multiple of `TILE_WIDTH`.
 
     Returns:
         The output, shape (tokens, heads width), and the log of the sum of exp(scores), float32, shape (tokens, heads).
     """
-    out = joint.new_empty((len(joint), shape.heads * shape.width))
-    log_sum = joint.new_empty((len(joint), shape.heads), dtype=torch.float32)
-    _library().attention_forward(*_attention(joint, cosine, sine, borders, shape), _at(out), _at(log_sum))
+    out = qkv.new_empty((len(qkv), shape.heads * shape.width))
+    log_sum = qkv.new_empty((len(qkv), shape.heads), dtype=torch.float32)
+    _call("attention_forward", qkv, cosine, sine, starts, *_sizes(starts, shape), out, log_sum)
     return out, log_sum
 
 
 def attention_backward(
-    joint: Tensor,
+    qkv: Tensor,
     cosine: Tensor,
     sine: Tensor,
-    borders: Tensor,
-    shape: Shape,
+    starts: Tensor,
+    shape: AttentionShape,
     out: Tensor,
     d_out: Tensor,
     log_sum: Tensor,
 ) -> Tensor:
-    """The gradient of ``joint``."""
-    d_joint = torch.empty_like(joint)
-    arguments = _attention(joint, cosine, sine, borders, shape)
-    _library().attention_backward(*arguments, _at(out), _at(d_out), _at(log_sum), _at(d_joint))
-    return d_joint
+    """Computes the gradient of ``qkv``."""
+    d_qkv = torch.empty_like(qkv)
+    _call("attention_backward", qkv, cosine, sine, starts, *_sizes(starts, shape), out, d_out, log_sum, d_qkv)
+    return d_qkv
 
 
-def _attention(joint: Tensor, cosine: Tensor, sine: Tensor, borders: Tensor, shape: Shape) -> tuple[Any, ...]:
-    return (
-        _at(joint), _at(cosine), _at(sine), _at(borders), _whole(len(borders) - 1),
-        _whole(shape.heads), _whole(shape.key_heads), _whole(shape.width), ctypes.c_float(shape.scale),
-    )  # fmt: skip
+def _sizes(starts: Tensor, shape: AttentionShape) -> tuple[int | float, ...]:
+    return len(starts) - 1, shape.heads, shape.key_heads, shape.width, float(shape.scale)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """See `plain.cross_entropy`."""
+    """Computes `plain.cross_entropy`."""
     losses = torch.empty(len(targets), dtype=torch.float32)
-    _library().cross_entropy(_at(logits), _at(targets), _at(losses), _whole(logits.shape[0]), _whole(logits.shape[1]))
+    _call("cross_entropy", logits, targets, losses, logits.shape[0], logits.shape[1])
     return losses

@@ -1,15 +1,16 @@
-"""The same steps in plain torch, for every device and number format: the reference that native kernels are held to."""
+"""The kernels in plain torch, for every device and dtype: the reference of the native ones."""
 
 import torch
 from torch import Tensor
 
 
 def rms_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``weight * x / rms(x)`` as transformers rounds it.
+    """Computes ``weight * x / rms(x)`` as transformers rounds it.
 
     Args:
         x: Shape (..., width).
         weight: Shape (width,).
+        eps: Added to the mean square.
 
     Returns:
         The result, and 1 / rms in float32, shape (...).
@@ -20,31 +21,32 @@ def rms_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def rms_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
-    """The gradient of ``x``; the weight is frozen."""
+    """Computes the gradient of ``x``; the weight is frozen."""
     grad, normed = dy.float() * weight.float(), x.float() * rstd[..., None]
     return (rstd[..., None] * (grad - normed * (grad * normed).mean(-1, keepdim=True))).to(x.dtype)
 
 
-def swiglu_forward(both: Tensor) -> Tensor:
-    """``silu(gate) * up``.
+def swiglu_forward(gate_up: Tensor) -> Tensor:
+    """Computes ``silu(gate) * up``.
 
     Args:
-        both: gate and up side by side, shape (rows, 2 width).
+        gate_up: gate and up concatenated, shape (rows, 2 width).
     """
-    gate, up = both.float().chunk(2, -1)
-    return (torch.nn.functional.silu(gate) * up).to(both.dtype)
+    gate, up = gate_up.float().chunk(2, -1)
+    return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
 
 
-def swiglu_backward(dy: Tensor, both: Tensor) -> Tensor:
-    """The gradient of gate and up, side by side."""
-    gate, up = both.float().chunk(2, -1)
+def swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
+    """Computes the gradient of gate and up, concatenated."""
+    gate, up = gate_up.float().chunk(2, -1)
     grad, sigmoid = dy.float(), torch.sigmoid(gate)
     d_gate = grad * up * sigmoid * (1 + gate * (1 - sigmoid))
-    return torch.cat([d_gate, grad * gate * sigmoid], -1).to(both.dtype)
+    return torch.cat([d_gate, grad * gate * sigmoid], -1).to(gate_up.dtype)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Loss of each row in nats; the logits become their gradient, softmax minus one at the target.
+    """Computes the loss of each row in nats, and replaces the logits by their gradient: softmax minus one at the
+    target.
 
     Args:
         logits: Shape (rows, vocabulary).

@@ -1,8 +1,13 @@
-"""How many processes do the work."""
+"""Starts the processes of a run and lets them coordinate.
 
-from finetune.launch.config import SHARDABLE, LaunchConfig, as_launched
-from finetune.launch.logs import log_to_file
+if must_start(config.launch):  # finetune.launch.start
+    raise SystemExit(start(config.launch, ["train", "+experiment=quickstart"]))
+ranks = Ranks(heartbeat_timeout_seconds=30)
+data = ranks.broadcast(prepare() if ranks.is_main else None)
+"""
+
+from finetune.launch.config import LaunchConfig, as_launched
 from finetune.launch.ranks import Ranks
-from finetune.launch.start import end, must_start, refuse, start
+from finetune.launch.start import start
 
-__all__ = ["SHARDABLE", "LaunchConfig", "Ranks", "as_launched", "end", "log_to_file", "must_start", "refuse", "start"]
+__all__ = ["LaunchConfig", "Ranks", "as_launched", "start"]

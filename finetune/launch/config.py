@@ -1,99 +1,107 @@
 """The launch group."""
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from finetune.errors import ConfigError
+
 STRATEGIES = ("single", "ddp", "fsdp", "deepspeed")
 
 SHARDABLE = ("none", "nf4", "fp4")
-"""``quantization.method`` whose weights can be cut: one tensor of codes, and constants that stay whole. int8 keeps its scales with
-the codes and lays both out anew in its first pass."""
+"""``quantization.method`` whose weights can be sharded: one tensor of codes, and constants that stay whole. int8 keeps
+its scales with the codes and changes the layout of both in its first pass."""
 
 
 @dataclass(kw_only=True, slots=True)
 class LaunchConfig:
-    """How many processes do the work, and what they share."""
+    """Selects how many processes train, and what they share."""
 
     strategy: str
-    """``single``: one process. ``ddp``: a whole model each. ``fsdp``, ``deepspeed``: the base is cut into shards."""
+    """``single``: one process. ``ddp``: a whole model each. ``fsdp``, ``deepspeed``: the base is sharded."""
 
     processes: int
-    """Processes in all, one for each GPU."""
+    """Number of processes in total, one for each GPU."""
 
     offload: bool
-    """``fsdp`` and ``deepspeed``: shards that are not in use wait in host memory."""
+    """``fsdp`` and ``deepspeed``: shards that are not in use are kept in host memory."""
 
     nodes: int = 1
-    """Machines, each with as many of the processes; they share the disk of ``run.root``."""
+    """Number of machines; each runs the same number of processes. They share the disk of ``run.root``."""
 
     node: int = 0
-    """Which of them this is, 0 for the first, which prepares the data and goes on alone after training."""
+    """Index of this machine. Machine 0 prepares the data, and continues alone after training."""
 
     host: str = "127.0.0.1"
-    """Address of the first machine, as the others reach it."""
+    """Address of machine 0, as the others reach it."""
 
     port: int = 29500
-    """Free port there; with one machine, another is taken where it is in use."""
+    """A free port of machine 0. With a single machine, another one is taken where it is in use."""
 
-    silence_seconds: int = 30
-    """A process that is not heard of for so long is given up, and all end with a message. Each says every second that it lives."""
+    heartbeat_timeout_seconds: int = 30
+    """A process that sends no heartbeat for so long is considered dead, and all others end with a message."""
 
     grace_seconds: int = 300
-    """After a signal, time to finish a step and to write a checkpoint before the processes are killed."""
+    """Time after a signal to finish a step and write a checkpoint before the processes are killed."""
 
     def problems(self) -> Iterator[str]:
         if self.strategy not in STRATEGIES:
             yield f"launch.strategy must be one of {', '.join(STRATEGIES)}; got {self.strategy!r}"
-        for key in ("processes", "nodes", "port", "silence_seconds", "grace_seconds"):
+        for key in ("processes", "nodes", "port", "heartbeat_timeout_seconds", "grace_seconds"):
             if getattr(self, key) < 1:
                 yield f"launch.{key} must be at least 1; got {getattr(self, key)}"
         if self.strategy == "single" and self.processes != 1:
             yield f"launch.processes must be 1 with launch=single; got {self.processes}: choose launch=ddp"
         if self.strategy != "single" and self.processes == 1:
-            yield f"launch={self.strategy} with launch.processes=1 shares nothing; choose launch=single, or launch.processes=2 or more"
+            yield (
+                f"launch={self.strategy} with launch.processes=1 has nothing to share; choose launch=single, "
+                "or launch.processes=2 or more"
+            )
         if self.offload and self.strategy not in ("fsdp", "deepspeed"):
             yield f"launch.offload is for launch=fsdp and launch=deepspeed; got strategy {self.strategy!r}"
         if self.nodes >= 1 and self.processes % self.nodes:
-            yield f"launch.processes={self.processes} cannot be dealt evenly to launch.nodes={self.nodes}; give a multiple"
+            yield f"launch.processes={self.processes} must be a multiple of launch.nodes={self.nodes}"
         if not 0 <= self.node < max(self.nodes, 1):
-            yield f"launch.node must be 0 to {self.nodes - 1}, another on each machine; got {self.node}"
+            yield f"launch.node must be 0 to {self.nodes - 1}, different on each machine; got {self.node}"
         if self.nodes > 1 and self.host in ("127.0.0.1", "localhost"):
-            yield f"launch.host must be the first machine's address, as the others reach it; got {self.host}"
+            yield f"launch.host must be the address of machine 0, as the others reach it; got {self.host}"
 
 
 def process_count() -> int:
-    """Processes of this launch, as accelerate and torchrun tell them; 1 without a launcher."""
+    """Returns the number of processes of this launch, from the environment of accelerate or torchrun; 1 without
+    them."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_first_process() -> bool:
-    """Whether this process prints, writes and tracks."""
+    """Returns whether this process prints, writes and tracks."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def as_launched(config: LaunchConfig) -> LaunchConfig:
-    """The same, as the launcher that started this process has it: ``torchrun -m finetune`` needs no ``launch=``."""
-    import dataclasses
+    """Returns the group as the launcher started this process: ``torchrun -m finetune`` needs no ``launch=``.
 
-    from finetune.errors import ConfigError
-
-    count, told = process_count(), _told()
-    if told != "ddp" and config.strategy not in ("single", told):
+    Raises:
+        ConfigError: The group and the launcher contradict each other.
+    """
+    count, strategy = process_count(), _launcher_strategy()
+    if strategy != "ddp" and config.strategy not in ("single", strategy):
         raise ConfigError(
-            f"launch={config.strategy}, and the configuration of the launcher that started this says {told}; give the same"
+            f"launch={config.strategy} contradicts the launcher, which is configured for {strategy}; use one of them"
         )
     if count == 1 or (config.strategy != "single" and config.processes == count):
         return config
     if config.strategy == "single":
-        offload = told == "fsdp" and os.environ.get("FSDP_OFFLOAD_PARAMS") == "true"
-        return dataclasses.replace(config, strategy=told, processes=count, offload=offload)
+        offload = strategy == "fsdp" and os.environ.get("FSDP_OFFLOAD_PARAMS") == "true"
+        return dataclasses.replace(config, strategy=strategy, processes=count, offload=offload)
     raise ConfigError(
-        f"launch.processes={config.processes}, and the launcher that started this has made {count}; give the same number"
+        f"launch.processes={config.processes}, but the launcher started {count}; use the same number in both"
     )
 
 
-def _told() -> str:
-    """What accelerate's configuration asks for. Its plugins are taken off: each would wrap the model in its own way."""
-    asked = {name: os.environ.pop(f"ACCELERATE_USE_{name.upper()}", "false") for name in ("fsdp", "deepspeed")}
-    return next((name for name, said in asked.items() if said == "true"), "ddp")
+def _launcher_strategy() -> str:
+    """Reads the strategy from accelerate's variables, and removes them: accelerate would wrap the model a second
+    time."""
+    variables = {name: os.environ.pop(f"ACCELERATE_USE_{name.upper()}", "false") for name in ("fsdp", "deepspeed")}
+    return next((name for name, value in variables.items() if value == "true"), "ddp")

@@ -1,4 +1,4 @@
-"""Gradients of several processes as one: adapters are small, so all of them go in one message."""
+"""Sums gradients over processes in one message: adapters are small."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ def all_reduce_gradients(
 ) -> list[float]:
     """Sums the gradients of all processes in place, in one message, and some figures in another.
 
-    A parameter that no process has a gradient for keeps none: an optimizer leaves such a one alone.
+    A parameter without a gradient on any process gets none, because an optimizer skips such parameters.
 
     Args:
-        parameters: Those that train, in the same order everywhere. Adapters are small, so all of them are sent at once.
-        figures: Counted exactly up to 2^53.
-        device: Where figures travel; the gradients stay where they are.
+        parameters: Those that train, in the same order on every process.
+        figures: Summed in float64, so counts are exact up to 2^53.
+        device: Where figures are sent from; the gradients stay where they are.
 
     Returns:
-        The figures' sums.
+        The sums of the figures.
     """
     import torch
     from torch import distributed
@@ -30,20 +30,20 @@ def all_reduce_gradients(
     sums = torch.tensor(figures, dtype=torch.float64, device=device)
     if figures:
         distributed.all_reduce(sums)
-    learning = list(parameters)
-    if learning:
-        has = torch.tensor([float(p.grad is not None) for p in learning], device=learning[0].device)
-        parts = [(torch.zeros_like(p) if p.grad is None else p.grad).detach().float().flatten() for p in learning]
-        flat = torch.cat([*parts, has])
+    trained = list(parameters)
+    if trained:
+        has_gradient = torch.tensor([float(p.grad is not None) for p in trained], device=trained[0].device)
+        parts = [(torch.zeros_like(p) if p.grad is None else p.grad).detach().float().flatten() for p in trained]
+        flat = torch.cat([*parts, has_gradient])
         distributed.all_reduce(flat)
-        *gradients, has = flat.split([*(p.numel() for p in learning), len(learning)])
-        for parameter, gradient, present in zip(learning, gradients, has.tolist(), strict=True):
+        *gradients, has_gradient = flat.split([*(p.numel() for p in trained), len(trained)])
+        for parameter, gradient, present in zip(trained, gradients, has_gradient.tolist(), strict=True):
             parameter.grad = gradient.view_as(parameter).to(parameter.dtype) if present else None
     return [float(value) for value in sums.tolist()]
 
 
-def spread(parameters: Iterable[nn.Parameter]) -> None:
-    """Gives every process the first one's values."""
+def broadcast_parameters(parameters: Iterable[nn.Parameter]) -> None:
+    """Copies the values of the first process to all others."""
     import torch
     from torch import distributed
 

@@ -1,4 +1,4 @@
-"""How a process notices that another one of its launch is gone, without waiting for a message that never comes."""
+"""Detects that another process of the launch is gone, without waiting for a message that never arrives."""
 
 from __future__ import annotations
 
@@ -18,106 +18,102 @@ if TYPE_CHECKING:
     from finetune.launch.ranks import Ranks
 
 BEAT_SECONDS = 1.0
-LAST_WORD_SECONDS = 5.0
-"""How long a failed process stays so that the first one can pass its message on, and how long the others try to end in order."""
+EXIT_WAIT_SECONDS = 5.0
+"""How long a failed process waits for the first one to print its message, and how long the others may take to end."""
 
-FAILURE, HEARD = "failure", "heard"
-LOST = (
+FAILURE, ACKNOWLEDGED = "failure", "acknowledged"
+LOST_CONNECTION = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Broken pipe",
     "Application timeout caused pair closure",
     "gloo/transport",
 )
-"""How gloo says that another process is gone. Source: gloo's transport/tcp/pair.cc."""
+"""What gloo's errors contain when another process is gone. Source: gloo's transport/tcp/pair.cc."""
 
 
-class Pulse:
-    """Says that this process lives, and notices when another does not, in threads of its own.
+class Heartbeat:
+    """Sends a heartbeat and notices when others stop, in threads of its own.
 
-    Silence is counted in its own beats, not by the clock: a machine that was asleep wakes up with all its processes.
+    Time is counted in heartbeats of this process, not by the clock, so that a suspended machine can be resumed.
     """
 
-    def __init__(self, ranks: Ranks, store: Store, *, silence_seconds: int) -> None:
-        self.ranks, self.store, self.silence_seconds = ranks, store, silence_seconds
+    def __init__(self, ranks: Ranks, store: Store, *, timeout_seconds: int) -> None:
+        self.ranks, self.store, self.timeout_seconds = ranks, store, timeout_seconds
         self.watched = range(1, ranks.count) if ranks.is_main else range(1)
-        self.seen = dict.fromkeys(self.watched, (b"", 0))
+        self.last_seen = dict.fromkeys(self.watched, (b"", 0))
         self.beats = 0
 
     def start(self) -> None:
-        for task in (self.beat, self.watch):
+        for task in (self.send, self.monitor):
             threading.Thread(target=task, daemon=True).start()
 
-    def watch(self) -> None:
-        """Notices a beat that hangs: where the network is cut, a question to the store waits for its answer for many minutes."""
+    def monitor(self) -> None:
+        """Ends this process if `send` hangs: after a network failure, a store request may block for many minutes."""
         before, hanging = 0, 0
         while not self.ranks.leaving.wait(BEAT_SECONDS):
             hanging = hanging + 1 if self.beats == before else 0
             before = self.beats
-            if hanging * BEAT_SECONDS >= self.silence_seconds and not self.ranks.failure:
-                self._end(
-                    RankFailed(
-                        f"the machine of the first process has not answered for {self.silence_seconds} s", code=1
-                    )
-                )
+            if hanging * BEAT_SECONDS >= self.timeout_seconds and not self.ranks.failure:
+                self._end(RankFailed(f"machine 0 has not answered for {self.timeout_seconds} s", code=1))
 
-    def beat(self) -> None:
+    def send(self) -> None:
+        """Sends heartbeats until this process leaves or another one has failed."""
         while not self.ranks.leaving.wait(BEAT_SECONDS):
             self.beats += 1
             try:
                 self.store.set(f"alive/{self.ranks.rank}", str(self.beats))
-                failure = self._said() or self._silent()
-            except RuntimeError as error:  # torch's store errors are all of this kind
-                failure = RankFailed(
-                    f"the machine of the first process cannot be reached any more ({short(error)})", code=1
-                )
+                failure = self._reported_failure() or self._silent_rank()
+            except RuntimeError as error:  # all of torch's store errors are RuntimeErrors
+                failure = RankFailed(f"machine 0 cannot be reached any more ({first_line(error)})", code=1)
             if failure and not self.ranks.leaving.is_set():
                 self._end(failure)
                 return
 
-    def _said(self) -> RankFailed | None:
+    def _reported_failure(self) -> RankFailed | None:
         if not self.store.check([FAILURE]):
             return None
-        who = json.loads(self.store.get(FAILURE))
-        if who["rank"] == self.ranks.rank:
+        report = json.loads(self.store.get(FAILURE))
+        if report["rank"] == self.ranks.rank:
             return None
-        return RankFailed(
-            f"process {who['rank']} on {who['host']} failed, and all end with it: {who['message']}", code=who["code"]
-        )
+        message = f"process {report['rank']} on {report['host']} failed, so all end: {report['message']}"
+        return RankFailed(message, code=report["code"])
 
-    def _silent(self) -> RankFailed | None:
+    def _silent_rank(self) -> RankFailed | None:
         for rank in self.watched:
             key = f"alive/{rank}"
             now = self.store.get(key) if self.store.check([key]) else b""
-            before, beats = self.seen[rank]
-            self.seen[rank] = (now, beats + 1 if now == before else 0)
-            if beats * BEAT_SECONDS >= self.silence_seconds and now:
+            before, beats = self.last_seen[rank]
+            self.last_seen[rank] = (now, beats + 1 if now == before else 0)
+            if beats * BEAT_SECONDS >= self.timeout_seconds and now:
                 return RankFailed(
-                    f"process {rank} has not been heard of for {self.silence_seconds} s: it was killed, or its machine or the network is "
-                    f"down; logs/rank-{rank}.log has its last words, and run.if_exists=resume goes on from the last checkpoint",
+                    f"process {rank} has sent no heartbeat for {self.timeout_seconds} s: it was killed, or its machine "
+                    f"or the network is down; see the end of logs/rank-{rank}.log, and continue from the last "
+                    "checkpoint with run.if_exists=resume",
                     code=1,
                 )
         return None
 
     def _end(self, failure: RankFailed) -> None:
-        """Lets the main thread find out by itself, and ends the process where it cannot: it may hang in a message to the dead."""
+        """Gives the main thread time to notice the failure, then ends the process: it may hang in a collective call."""
         self.ranks.failure = failure
-        with suppress(RuntimeError):  # the store is gone: nobody waits for an answer
+        with suppress(RuntimeError):  # the store is gone, and with it whoever waits for the acknowledgement
             if self.ranks.is_main:
-                self.store.set(HEARD, "1")
-        time.sleep(LAST_WORD_SECONDS)
+                self.store.set(ACKNOWLEDGED, "1")
+        time.sleep(EXIT_WAIT_SECONDS)
         if not self.ranks.leaving.is_set() and not self.ranks.failing:
             os._exit(print_error(failure, failure.code))
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether an error means that another process of the group, or the store, is gone."""
+    """Returns whether an error means that another process of the group, or the store, is gone."""
     from torch.distributed import DistError
 
-    return isinstance(error, DistError) or (
-        isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in LOST)
-    )
+    if isinstance(error, DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in LOST_CONNECTION)
 
 
-def short(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, cut at 160 characters."""
     return (str(error).splitlines() or [type(error).__name__])[0][:160]

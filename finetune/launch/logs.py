@@ -1,4 +1,4 @@
-"""What each process of a launch says, in a file of its own."""
+"""Writes the output of each process to a file of its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Tee:
-    """A stream that also writes into a file; what only redraws a line, a progress bar, stays out of it."""
+    """A stream that also writes to a file, without text that redraws a line, such as progress bars."""
 
     def __init__(self, stream: TextIO, file: TextIO) -> None:
         self.stream, self.file = stream, file
@@ -31,11 +31,13 @@ class Tee:
 
 
 def log_to_file(ranks: Ranks, folder: Path) -> None:
-    """Writes ``logs/rank-<n>.log``: the first process also to the console, the others to the file alone, libraries included."""
+    """Writes ``logs/rank-<n>.log``: the first process also prints; the others write to the file only, libraries
+    included."""
     if ranks.count == 1:
         return
     (folder / "logs").mkdir(parents=True, exist_ok=True)
-    file = open(folder / "logs" / f"rank-{ranks.rank}.log", "a", encoding="utf-8", buffering=1)  # noqa: SIM115  # as long as the process
+    path = folder / "logs" / f"rank-{ranks.rank}.log"
+    file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  # open as long as the process runs
     if ranks.is_main:
         sys.stdout, sys.stderr = Tee(sys.stdout, file), Tee(sys.stderr, file)
         return

@@ -1,8 +1,8 @@
-"""What the processes of a launch tell each other beside gradients: where the run is, when the data are there, who failed.
+"""Lets the processes of a launch exchange everything but gradients: the run's folder, when the data is ready, failures.
 
-They speak through the key-value store that torchrun and accelerate bring along (`torch.distributed.TCPStore`), which is
-there before any process group and needs none. So one process may prepare data for hours while the others wait for a word,
-and a process that fails can still say why.
+They use the key-value store of torchrun and accelerate (`torch.distributed.TCPStore`), which exists before any process
+group. So one process may prepare data for hours while the others wait without a timeout, and a process that fails can
+still report why.
 """
 
 from __future__ import annotations
@@ -18,74 +18,78 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import FinetuneError, Interrupted, RankFailed
-from finetune.launch.heartbeat import BEAT_SECONDS, FAILURE, HEARD, LAST_WORD_SECONDS, Pulse, is_lost_connection, short
+from finetune.launch.heartbeat import (
+    ACKNOWLEDGED,
+    BEAT_SECONDS,
+    EXIT_WAIT_SECONDS,
+    FAILURE,
+    Heartbeat,
+    first_line,
+    is_lost_connection,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-CONNECT = timedelta(minutes=5)
-"""Processes of one launch start within it."""
-
+CONNECT_TIMEOUT = timedelta(minutes=5)
 POLL_SECONDS = 0.2
-
-
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""How a launcher tells a process what it is."""
+"""How a launcher passes a process its place in the launch."""
 
 
 class Ranks:
-    """The processes of one launch, seen from one of them; alone where there is no other.
+    """The processes of one launch, seen from one of them; also used when there is only one.
 
     Attributes:
-        rank: This process; 0 is the first, which prepares data, prints, writes and goes on alone after training.
-        count: All of them.
-        local: This process on its machine.
-        local_count: Those on its machine.
-        shards: Whether each holds only a part of the base, so that all must compute at the same time.
-        offload: Whether parts that are not in use wait in host memory.
-        failure: What another process said before it ended, or what this one knows of its end; None as long as all is well.
+        rank: Index of this process; process 0 prepares data, prints, writes, and continues alone after training.
+        count: Number of processes.
+        local: Index of this process on its machine.
+        local_count: Number of processes on its machine.
+        shards: Whether each holds only a shard of the base, so that all must compute at the same time.
+        offload: Whether shards that are not in use are kept in host memory.
+        failure: Why another process ended; None while all run.
     """
 
     def __init__(
         self,
         environment: dict[str, str] | None = None,
         *,
-        silence_seconds: int = 30,
+        heartbeat_timeout_seconds: int = 30,
         shards: bool = False,
         offload: bool = False,
     ) -> None:
-        told = os.environ if environment is None else environment
+        variables = os.environ if environment is None else environment
         self.shards, self.offload = shards, offload
-        self.rank, self.count = int(told.get("RANK", "0")), int(told.get("WORLD_SIZE", "1"))
-        self.local, self.local_count = int(told.get("LOCAL_RANK", "0")), int(told.get("LOCAL_WORLD_SIZE", "1"))
+        self.rank, self.count = int(variables.get("RANK", "0")), int(variables.get("WORLD_SIZE", "1"))
+        self.local = int(variables.get("LOCAL_RANK", "0"))
+        self.local_count = int(variables.get("LOCAL_WORLD_SIZE", "1"))
         self.failure: RankFailed | None = None
-        self.said = 0
+        self.calls = 0
         self.failing = False
         self.leaving = threading.Event()
         self.store: Store | None = None
         if self.count > 1:
             self.store = self._connect()
-            Pulse(
-                self, self._connect(), silence_seconds=silence_seconds
-            ).start()  # on a line of its own: waiting holds the other one
+            own_connection = self._connect()  # a waiting request blocks the other one
+            Heartbeat(self, own_connection, timeout_seconds=heartbeat_timeout_seconds).start()
 
     @property
     def is_main(self) -> bool:
-        """Whether this process prints, writes and tracks."""
+        """Returns whether this process prints, writes and tracks."""
         return self.rank == 0
 
     def put(self, key: str, value: Any) -> None:
-        """Leaves word for the others."""
+        """Stores a JSON value for the others."""
         if self.store is not None:
             self.store.set(key, json.dumps(value))
 
     def get(self, key: str) -> Any:
-        """Waits for another's word, as long as it takes.
+        """Waits for a value that another process stores, without a timeout.
 
         Raises:
             RankFailed: Another process ended meanwhile.
         """
-        assert self.store is not None, "alone, there is nobody to hear"
+        assert self.store is not None, "a single process has nothing to wait for"
         while not self.store.check([key]):
             if self.failure:
                 raise self.failure
@@ -93,44 +97,44 @@ class Ranks:
         return json.loads(self.store.get(key))
 
     def broadcast(self, value: Any = None) -> Any:
-        """The first process's value, in all of them. What JSON can hold; every process must call it."""
+        """Returns the first process's JSON value in every process. Every process must call it."""
         if self.count == 1:
             return value
-        self.said += 1
+        self.calls += 1
         if self.is_main:
-            self.put(f"share/{self.said}", value)
+            self.put(f"share/{self.calls}", value)
             return value
-        return self.get(f"share/{self.said}")
+        return self.get(f"share/{self.calls}")
 
     def all_gather(self, value: Any) -> list[Any]:
-        """Every process's value, in all of them, in their order. What JSON can hold; every process must call it."""
+        """Returns the JSON values of all processes in every process, in rank order. Every process must call it."""
         if self.count == 1:
             return [value]
-        self.said += 1
-        self.put(f"collect/{self.said}/{self.rank}", value)
-        return [self.get(f"collect/{self.said}/{rank}") for rank in range(self.count)]
+        self.calls += 1
+        self.put(f"collect/{self.calls}/{self.rank}", value)
+        return [self.get(f"collect/{self.calls}/{rank}") for rank in range(self.count)]
 
     @contextmanager
     def hidden(self) -> Iterator[None]:
-        """Hides the launch for a while: what one process does alone must not look for the others, as a trainer would."""
+        """Hides the launch from libraries: a trainer that one process runs alone must not wait for the others."""
         if self.store is None:
             yield
             return
         from accelerate.state import AcceleratorState
 
-        told = {name: os.environ.pop(name) for name in VARIABLES if name in os.environ}
+        variables = {name: os.environ.pop(name) for name in VARIABLES if name in os.environ}
         try:
             yield
         finally:
-            os.environ.update(told)
+            os.environ.update(variables)
             AcceleratorState._reset_state(reset_partial_state=True)
 
     def barrier(self) -> None:
-        """Waits until every process is here."""
+        """Waits until every process has reached this call."""
         self.all_gather(None)
 
-    def join(self, device: str) -> None:
-        """Makes the process group: from here on gradients can be added up.
+    def init_process_group(self, device: str) -> None:
+        """Creates the process group, which sums gradients.
 
         Args:
             device: ``cpu`` or ``cuda``.
@@ -144,21 +148,19 @@ class Ranks:
             torch.cuda.set_device(self.local)
         if self.count > self.local_count and "GLOO_SOCKET_IFNAME" not in os.environ:
             interface = interface_to(os.environ["MASTER_ADDR"])
-            if interface:  # by itself, gloo takes the one that this machine's name stands for, often the loopback
+            if interface:  # gloo's own choice is the one that this machine's name resolves to, often the loopback
                 os.environ["GLOO_SOCKET_IFNAME"] = interface
-        distributed.init_process_group(
-            "nccl" if device == "cuda" else "gloo", store=distributed.PrefixStore("group", self.store), rank=self.rank,
-            world_size=self.count,
-        )  # fmt: skip
+        backend, store = "nccl" if device == "cuda" else "gloo", distributed.PrefixStore("group", self.store)
+        distributed.init_process_group(backend, store=store, rank=self.rank, world_size=self.count)
 
     def shutdown(self) -> None:
-        """Ends the launch for this process, which is alone from here on: nothing may take it for one of many."""
+        """Ends the launch for this process, which continues alone: no library may take it for one of several."""
         if self.store is None:
             return
         from accelerate.state import AcceleratorState
         from torch import distributed
 
-        self._say_goodbye()
+        self._wait_for_others()
         self.leaving.set()
         if distributed.is_initialized():
             distributed.destroy_process_group()
@@ -167,35 +169,35 @@ class Ranks:
             os.environ.pop(name, None)
         self.rank, self.count, self.local, self.local_count = 0, 1, 0, 1
 
-    def _say_goodbye(self) -> None:
-        """The first process goes last: the store may live in it."""
+    def _wait_for_others(self) -> None:
+        """Lets process 0 leave last, because the store may be part of it."""
         if not self.is_main:
             self.put(f"bye/{self.rank}", True)
             return
         assert self.store is not None
-        deadline = time.monotonic() + LAST_WORD_SECONDS
+        deadline = time.monotonic() + EXIT_WAIT_SECONDS
         others = [f"bye/{rank}" for rank in range(1, self.count)]
         while not self.store.check(others) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
 
-    def explain(self, error: BaseException) -> BaseException:
-        """What this process should end with: its own error, told to the others, or the one that made it fail.
+    def final_error(self, error: BaseException) -> BaseException:
+        """Returns the error that this process ends with: its own, which is reported, or the failure that caused it.
 
         Args:
-            error: What came up to the command line.
+            error: What reached the command line.
         """
         if self.store is None or self.leaving.is_set() or isinstance(error, (RankFailed, Interrupted)):
             return self.failure or error if isinstance(error, RankFailed) else error
         if self.failure:
             return self.failure
         if is_lost_connection(error):
-            return self._missing(error)
+            return self._lost_rank(error)
         code = 2 if isinstance(error, FinetuneError) else 75 if isinstance(error, KeyboardInterrupt) else 1
-        self.fail(str(error) if code == 2 else f"{type(error).__name__}: {short(error)}", code)
+        self.report_failure(str(error) if code == 2 else f"{type(error).__name__}: {first_line(error)}", code)
         return error
 
-    def _missing(self, error: BaseException) -> RankFailed:
-        """Who broke the connection: another's last word, or whose heart has stopped."""
+    def _lost_rank(self, error: BaseException) -> RankFailed:
+        """Returns which process broke the connection: one that reported a failure, or one without heartbeat."""
         assert self.store is not None
         try:
             before = self._beats()
@@ -207,8 +209,9 @@ class Ranks:
             return self.failure
         who = f"process {', '.join(silent)}" if silent else "another process"
         return RankFailed(
-            f"{who} of this launch ended without a word ({short(error)}): it was killed, or its machine went down; its log is "
-            f"logs/rank-{silent[0] if silent else '<n>'}.log, and run.if_exists=resume goes on from the last checkpoint",
+            f"{who} of this launch ended without a report ({first_line(error)}): it was killed, or its machine went "
+            f"down; see logs/rank-{silent[0] if silent else '<n>'}.log, and continue from the last checkpoint with "
+            "run.if_exists=resume",
             code=1,
         )
 
@@ -217,27 +220,27 @@ class Ranks:
         others = (rank for rank in range(self.count) if rank != self.rank)
         return {rank: self.store.get(f"alive/{rank}") for rank in others if self.store.check([f"alive/{rank}"])}
 
-    def fail(self, message: str, code: int) -> None:
-        """The last word of a process that ends: the others end with it.
+    def report_failure(self, message: str, code: int) -> None:
+        """Reports that this process fails; the others end with it.
 
         Args:
-            message: For the user, on the first process's console.
+            message: For the user, printed by the first process.
             code: Exit code of all.
         """
         if self.store is None or self.leaving.is_set():
             return
         self.failing = True
-        who = {"rank": self.rank, "host": socket.gethostname(), "message": message, "code": code}
+        report = {"rank": self.rank, "host": socket.gethostname(), "message": message, "code": code}
         try:
-            self.store.set(FAILURE, json.dumps(who))
-            deadline = time.monotonic() + LAST_WORD_SECONDS
-            while not self.store.check([HEARD]) and time.monotonic() < deadline:
+            self.store.set(FAILURE, json.dumps(report))
+            deadline = time.monotonic() + EXIT_WAIT_SECONDS
+            while not self.store.check([ACKNOWLEDGED]) and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS)
-        except RuntimeError:  # the store is gone with its machine: there is nobody left to tell
+        except RuntimeError:  # the store is gone with its machine
             return
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether any process says so. A message of the process group, to be called by all."""
+        """Returns whether the flag is set on any process. Every process must call it, after `init_process_group`."""
         if self.count == 1:
             return flag
         from finetune.launch.gradients import all_reduce_gradients
@@ -249,23 +252,22 @@ class Ranks:
         from torch.distributed.rendezvous import rendezvous
 
         try:
-            store, _, _ = next(rendezvous("env://", timeout=CONNECT))
+            store, _, _ = next(rendezvous("env://", timeout=CONNECT_TIMEOUT))
         except (DistNetworkError, DistStoreError) as error:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            raise RankFailed(
-                f"the first process of this launch does not answer at {where} ({short(error)})", code=1
-            ) from error
+            message = f"the first process of this launch does not answer at {where} ({first_line(error)})"
+            raise RankFailed(message, code=1) from error
         return PrefixStore("finetune", store)
 
 
 def interface_to(host: str) -> str | None:
-    """Name of the network interface over which this machine reaches another; None where it cannot be told."""
+    """Returns the network interface over which this machine reaches another; None where it cannot be found."""
     import psutil
 
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one, suppress(OSError):
-        one.connect((host, 9))  # sends nothing: it only asks the routing table
-        own = one.getsockname()[0]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        probe.connect((host, 9))  # sends nothing, only consults the routing table
+        address = probe.getsockname()[0]
         for name, addresses in psutil.net_if_addrs().items():
-            if any(address.address == own for address in addresses):
+            if any(entry.address == address for entry in addresses):
                 return name
     return None

@@ -1,4 +1,4 @@
-"""Starts the processes of a launch with accelerate's own launcher."""
+"""Starts the processes of a launch with accelerate's launcher, and writes the configurations that launchers read."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ INTERRUPTED = 75
 
 
 def must_start(config: LaunchConfig) -> bool:
-    """Whether this process is the user's own, and the ones that work are still to be started."""
+    """Returns whether this is the user's own process, and the processes that train must still be started."""
     return config.strategy != "single" and process_count() == 1
 
 
 def accelerate_config(config: LaunchConfig) -> dict[str, Any]:
-    """What ``accelerate launch --config_file`` reads. Its ``MULTI_GPU`` means torchrun, on CPUs too: its ``MULTI_CPU`` means MPI.
+    """Returns the content of ``accelerate launch --config_file``.
 
-    Models and optimizers are prepared by us, so nothing is said of precision; what is said of FSDP tells our processes of it.
+    ``MULTI_GPU`` means torchrun, on CPUs too: ``MULTI_CPU`` means MPI. accelerate does not prepare models or optimizers
+    here, so precision is left out; from the FSDP part our processes only learn that FSDP is used.
     """
     fsdp = {
         "fsdp_version": 2,
@@ -36,14 +37,10 @@ def accelerate_config(config: LaunchConfig) -> dict[str, Any]:
         "fsdp_cpu_ram_efficient_loading": False,
         "fsdp_activation_checkpointing": False,
     }
-    kind = (
-        {"distributed_type": "FSDP", "fsdp_config": fsdp}
-        if config.strategy == "fsdp"
-        else {"distributed_type": "MULTI_GPU"}
-    )
     return {
         "compute_environment": "LOCAL_MACHINE",
-        **kind,
+        "distributed_type": "FSDP" if config.strategy == "fsdp" else "MULTI_GPU",
+        **({"fsdp_config": fsdp} if config.strategy == "fsdp" else {}),
         "num_processes": config.processes,
         "num_machines": config.nodes,
         "machine_rank": config.node,
@@ -60,57 +57,91 @@ def accelerate_config(config: LaunchConfig) -> dict[str, Any]:
     }
 
 
-def refuse(config: LaunchConfig, *, device: str, rehearses: bool) -> None:
-    """Says what this launch cannot do on a device.
+def zero3(
+    config: LaunchConfig, *, dtype: str, micro_batch: int, accumulate: int, max_grad_norm: float
+) -> dict[str, Any]:
+    """Returns DeepSpeed's ZeRO-3 settings for accelerate's plugin; none is left to ``auto``.
+
+    Args:
+        config: The launch group.
+        dtype: Of the computation.
+        micro_batch: Batch size per process.
+        accumulate: Micro-batches per step.
+        max_grad_norm: ``optim.max_grad_norm``.
+
+    Source: deepspeed.ai, DeepSpeed Configuration JSON.
+    """
+    host = {"device": "cpu", "pin_memory": True}
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulate,
+        "train_batch_size": micro_batch * accumulate * config.processes,
+        "gradient_clipping": max_grad_norm,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "fp16": {"enabled": dtype == "float16"},
+        "zero_optimization": {
+            "stage": 3,
+            "overlap_comm": True,
+            "contiguous_gradients": True,
+            "stage3_gather_16bit_weights_on_model_save": False,  # only the adapter is saved
+            **({"offload_param": host, "offload_optimizer": host} if config.offload else {}),
+        },
+    }
+
+
+def check_launch(config: LaunchConfig, *, device: str, preflight: bool) -> None:
+    """Checks that this launch is possible on a device.
 
     Args:
         config: The launch group.
         device: ``cpu``, ``cuda`` or ``mps``.
-        rehearses: Whether the run has a rehearsal.
+        preflight: Whether the run has a preflight stage.
 
     Raises:
-        HardwareError: With what to choose instead.
+        HardwareError: It is not; the message names the alternative.
     """
-    refuse_planned(config)
+    check_strategy(config)
     if config.strategy == "fsdp" and device == "mps":
         raise HardwareError("launch=fsdp needs NVIDIA GPUs or CPUs, and this run is on mps; use launch=single")
-    if config.strategy == "fsdp" and device == "cuda" and rehearses:
+    if config.strategy == "fsdp" and device == "cuda" and preflight:
         raise HardwareError(
-            "a rehearsal needs the whole base on one device, and launch=fsdp is for bases that have no room there: say preflight=off, and "
-            "rehearse the same settings with a smaller base first"
+            "preflight needs the whole base on one device, and launch=fsdp is for bases that do not fit there: set "
+            "preflight=off, and run preflight with the same settings and a smaller base first"
         )
     if config.offload and device == "cpu":
         raise HardwareError(
-            "launch.offload=true moves shards from a GPU's memory to the machine's, and this runs on a CPU; set it to false"
+            "launch.offload=true moves shards from GPU memory to host memory, and this run uses a CPU; set it to false"
         )
 
 
-def refuse_planned(config: LaunchConfig) -> None:
-    """
+def check_strategy(config: LaunchConfig) -> None:
+    """Checks that this version can train with the strategy.
+
     Raises:
-        HardwareError: The strategy is planned for and not trained with.
+        HardwareError: It can only plan with it.
     """
     if config.strategy == "deepspeed":
         raise HardwareError(
-            "launch=deepspeed is planned (finetune plan) and its settings are written (scripts/cluster/zero3.json), and it is not trained "
-            "with: ZeRO-3 brings a quantized base whole onto each device first; choose launch=fsdp, which does not"
+            "launch=deepspeed can be planned (finetune plan) and its settings are in scripts/cluster/zero3.json, but "
+            "it cannot train: ZeRO-3 first puts the whole quantized base on each device; choose launch=fsdp, which "
+            "does not"
         )
 
 
 def start(config: LaunchConfig, arguments: Sequence[str]) -> int:
-    """Runs ``finetune <arguments>`` in every process of this machine and waits for their end.
+    """Runs ``finetune <arguments>`` in every process of this machine and waits for them.
 
     Args:
         config: The launch group.
-        arguments: Verb and overrides, as the user typed them.
+        arguments: Command and overrides, as the user typed them.
 
     Returns:
         The exit code of the process that failed first, 0 where none did; 75 after a signal.
 
     Raises:
-        HardwareError: The strategy is planned for and not trained with.
+        HardwareError: The strategy can be planned but not trained with.
     """
-    refuse_planned(config)
+    check_strategy(config)
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -119,23 +150,24 @@ def start(config: LaunchConfig, arguments: Sequence[str]) -> int:
     where = f" on machine {config.node + 1} of {config.nodes}, {config.processes} in all" if config.nodes > 1 else ""
     log(
         "launch",
-        f"{config.strategy}: {here} processes{where}; logs/rank-<n>.log in the run's folder has what each of them says",
+        f"{config.strategy}: {here} processes{where}; each writes logs/rank-<n>.log in the run's folder",
     )
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a process that fails has said why
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a process that fails prints why
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(config.grace_seconds)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "accelerate.json"
         file.write_text(json.dumps(accelerate_config(config)), encoding="utf-8")
-        told = ["--config_file", str(file), "--num_cpu_threads_per_process", os.environ.get("OMP_NUM_THREADS", "1")]
+        threads = os.environ.get("OMP_NUM_THREADS", "1")
+        options = ["--config_file", str(file), "--num_cpu_threads_per_process", threads]
         try:
-            launch_command(launch_command_parser().parse_args([*told, "--module", "finetune", *arguments]))
+            launch_command(launch_command_parser().parse_args([*options, "--module", "finetune", *arguments]))
         except ChildFailedError as failed:
             rank, failure = failed.get_first_failure()
             code = failure.exitcode if failure.exitcode > 0 else 1
-            if rank:  # the first process has said it here itself
+            if rank:  # the first process has printed its error itself
+                log_file = f"logs/rank-{rank}.log"
                 print_error(
-                    f"process {rank} ended with exit code {failure.exitcode}; logs/rank-{rank}.log in the run's folder says why",
-                    code,
+                    f"process {rank} ended with exit code {failure.exitcode}; see {log_file} in the run's folder", code
                 )
             return code
         except SignalException:
@@ -143,9 +175,9 @@ def start(config: LaunchConfig, arguments: Sequence[str]) -> int:
     return 0
 
 
-def end(code: int) -> NoReturn:
-    """Ends this process. One of several that failed goes at once: the interpreter's own end would abort (exit code -6) in
-    threads of the process group that still wait for a process that is gone."""
+def exit_process(code: int) -> NoReturn:
+    """Ends this process. One of several that failed ends at once: the interpreter's own shutdown would abort (exit code
+    -6) in threads of the process group that still wait for a process that is gone."""
     if code and process_count() > 1:
         sys.stdout.flush()
         sys.stderr.flush()

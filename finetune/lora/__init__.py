@@ -1,7 +1,10 @@
-"""The adapter: which linear layers learn, in how many columns, from which start, and proof that every target matched."""
+"""Adapts a base with LoRA: selects linear layers, initialises the adapter, and sets its dtype.
 
-from finetune.lora.adapter import attach, cast_adapter, linear_layers, prepare, resolve
-from finetune.lora.calibration import read_documents
+adapted = attach(model, config.lora, upcast="norms", checkpointing=True, seed=1)
+adapted.print_trainable_parameters()
+"""
+
+from finetune.lora.adapter import attach, cast_adapter, prepare_for_training, read_documents
 from finetune.lora.config import LoraConfig
 
-__all__ = ["LoraConfig", "attach", "cast_adapter", "linear_layers", "prepare", "read_documents", "resolve"]
+__all__ = ["LoraConfig", "attach", "cast_adapter", "prepare_for_training", "read_documents"]

@@ -1,4 +1,4 @@
-"""Puts fresh adapters on a base: targets matched, base prepared, variant chosen, numbers set."""
+"""Attaches new adapters to a base: matches targets, prepares the base, initialises the variant, sets the dtype."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.console import human_bytes, log
 from finetune.errors import ModelError
-from finetune.lora.config import ALL_LINEAR, DOUBLED, LoraConfig
+from finetune.lora.config import ALL_LINEAR, LoraConfig
 
 if TYPE_CHECKING:
     from peft import LoraConfig as PeftConfig
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 MAGNITUDE = "lora_magnitude_vector"
-"""DoRA's length of each row, as peft names it."""
+"""peft's name of DoRA's vector of row lengths."""
 
 
 def attach(
@@ -31,21 +31,21 @@ def attach(
     original: Path | None = None,
     tokenizer: Any = None,
 ) -> PeftModel:
-    """Prepares the quantized base for training and puts fresh adapters on it; the base's weights stay as they are.
+    """Prepares the base for training and attaches new adapters to it; the base's weights stay unchanged.
 
     Args:
-        model: The base as `model.load` gave it.
+        model: The base, from `model.load`.
         config: The lora group.
         upcast: ``model.upcast``.
-        checkpointing: Whether activations are computed again in the backward pass instead of kept.
-        seed: Seeds the adapter's first weights.
+        checkpointing: Whether activations are recomputed in the backward pass instead of saved.
+        seed: Seed of the adapter's initial weights.
         calibration: Token ids of some training documents; only ``eva`` reads them.
         original: Folder of the unquantized base; only ``loftq`` reads it.
-        tokenizer: Knows the ids of ``lora.tokens``; read only where there are any.
+        tokenizer: Maps ``lora.tokens`` to ids; read only if there are any.
 
     Raises:
         ModelError: A target matches no linear layer (the message lists what the model has), a token is not in the
-            vocabulary, or the variant lacks what it starts from.
+            vocabulary, or the variant lacks what it is initialised from.
     """
     import peft
     import torch
@@ -53,82 +53,84 @@ def attach(
 
     from finetune.lora import init
 
-    targets = resolve(model, config.targets)
-    rows = token_rows(model, config.tokens, tokenizer)
-    inputs = {}
+    targets = match_targets(model, config.targets)
+    token_ids = trained_token_ids(model, config.tokens, tokenizer)
+    directions = {}
     if config.variant == "eva":
-        inputs = init.input_directions(model, targets, documents=calibration, rank=config.rank, seed=seed)
-    prepare(model, upcast=upcast, checkpointing=checkpointing)
+        directions = init.input_directions(model, targets, documents=calibration, rank=config.rank, seed=seed)
+    prepare_for_training(model, upcast=upcast, checkpointing=checkpointing)
     set_seed(seed)
-    adapted = peft.get_peft_model(model, settings(config, targets, rows))
+    adapted = peft.get_peft_model(model, peft_config(config, targets, token_ids))
     if config.variant == "eva":
-        init.init_eva(adapted, inputs)
-    elif config.variant in DOUBLED:
-        init.use_weight_parts(adapted, config.variant, rank=config.rank)
+        init.init_eva(adapted, directions)
+    elif config.variant == "olora":
+        init.init_olora(adapted, rank=config.rank)
+    elif config.variant == "pissa":
+        init.init_pissa(adapted, rank=config.rank)
     elif config.variant == "loftq":
         init.init_loftq(adapted, original, rank=config.rank)
     elif config.variant == "dora":
-        init.use_row_lengths(adapted, dtype=getattr(torch, config.dtype))
-    if rows:
-        _show_bias(adapted)
+        init.init_dora(adapted, dtype=getattr(torch, config.dtype))
+    if token_ids:
+        _expose_head_bias(adapted)
     cast_adapter(adapted, config.dtype)
-    _say(adapted, config, targets)
+    _log_summary(adapted, config, targets)
     return adapted
 
 
-def settings(config: LoraConfig, targets: Iterable[str], rows: dict[str, list[int]] | None = None) -> PeftConfig:
-    """What peft is told. It is not told of the start, so loading the saved adapter never repeats one."""
+def peft_config(config: LoraConfig, targets: Iterable[str], token_ids: dict[str, list[int]]) -> PeftConfig:
+    """Returns peft's configuration, without the initialisation: loading the saved adapter must not repeat it."""
     import peft
 
     return peft.LoraConfig(
         r=config.width,
-        lora_alpha=config.alpha * (config.width // config.rank),  # type: ignore[arg-type]  # peft takes a float and says int
+        lora_alpha=config.alpha * (config.width // config.rank),  # type: ignore[arg-type]  # peft accepts a float
         lora_dropout=config.dropout,
         target_modules=sorted(targets),
         use_rslora=config.variant == "rslora",
         use_dora=config.variant == "dora",
-        trainable_token_indices=rows or None,
+        trainable_token_indices=token_ids or None,
         task_type="CAUSAL_LM",
     )
 
 
-def _say(adapted: nn.Module, config: LoraConfig, targets: dict[str, int]) -> None:
+def _log_summary(adapted: nn.Module, config: LoraConfig, targets: dict[str, int]) -> None:
     matched = ", ".join(f"{name} x{count}" for name, count in sorted(targets.items()))
     parameters = [p for p in adapted.parameters() if p.requires_grad]
     count = sum(p.numel() for p in parameters) * config.rank // config.width
     size = human_bytes(sum(p.numel() * p.element_size() for p in parameters))
     kind = "" if config.variant == "lora" else f"{config.variant}, "
-    rows = f", and the embeddings of {', '.join(config.tokens)}" if config.tokens else ""
-    start = (
-        f", with the start that is taken off again: rank {config.width} on disk" if config.width != config.rank else ""
-    )
+    tokens = f", and the embeddings of {', '.join(config.tokens)}" if config.tokens else ""
+    saved = f", saved with rank {config.width} to subtract the initial update" if config.width != config.rank else ""
     log(
         "lora",
-        f"{kind}rank {config.rank} on {matched}{rows}: {count:,} trainable parameters, {size} in {config.dtype}{start}",
+        f"{kind}rank {config.rank} on {matched}{tokens}: {count:,} trainable parameters, "
+        f"{size} in {config.dtype}{saved}",
     )
 
 
-def resolve(model: nn.Module, wished: list[str]) -> dict[str, int]:
-    """How many linear layers each target matches, by the last segment of their names.
+def match_targets(model: nn.Module, targets: list[str]) -> dict[str, int]:
+    """Counts the linear layers that each target matches, by the last segment of their names.
 
     Raises:
-        ModelError: A wish matches nothing.
+        ModelError: A target matches nothing.
     """
     available = linear_layers(model)
-    if wished == [ALL_LINEAR]:
+    if targets == [ALL_LINEAR]:
         if not available:
             raise ModelError("lora.targets: this model has no linear layer besides its head, so nothing would train")
         return dict(available)
-    unmatched = sorted(set(wished) - set(available))
+    unmatched = sorted(set(targets) - set(available))
     if unmatched:
         raise ModelError(
-            f"lora.targets: {', '.join(unmatched)} match no linear layer. This model has {', '.join(sorted(available))}."
+            f"lora.targets: {', '.join(unmatched)} match no linear layer. "
+            f"This model has {', '.join(sorted(available))}."
         )
-    return {name: available[name] for name in wished}
+    return {name: available[name] for name in targets}
 
 
-def token_rows(model: Any, tokens: list[str], tokenizer: Any) -> dict[str, list[int]]:
-    """Rows of the embedding that are trained, by its name; empty where ``lora.tokens`` is.
+def trained_token_ids(model: Any, tokens: list[str], tokenizer: Any) -> dict[str, list[int]]:
+    """Returns the ids of ``lora.tokens`` by the name of the embedding; empty if there are none.
 
     Raises:
         ModelError: A token is not in the vocabulary.
@@ -139,15 +141,15 @@ def token_rows(model: Any, tokens: list[str], tokenizer: Any) -> dict[str, list[
     unknown = [token for token in tokens if token not in vocabulary]
     if unknown:
         raise ModelError(
-            f"lora.tokens: {', '.join(unknown)} not in the vocabulary of {len(vocabulary)} tokens; name tokens that it has, e.g. one that "
-            "it keeps in reserve"
+            f"lora.tokens: {', '.join(unknown)} not in the vocabulary of {len(vocabulary)} tokens; "
+            "name tokens that it has, e.g. a reserved one"
         )
     embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
     return {embedding.rpartition(".")[2]: sorted(vocabulary[token] for token in tokens)}
 
 
-def _show_bias(adapted: Any) -> None:
-    """TRL 1.16 asks the head for its bias while it computes the loss, and peft 0.21's wrapper of a tied head hides it."""
+def _expose_head_bias(adapted: Any) -> None:
+    """Gives peft 0.21's wrapper of a tied head the head's bias, which TRL 1.16 reads for its loss."""
     from peft.utils.other import TrainableTokensWrapper
 
     for module in adapted.modules():
@@ -156,7 +158,7 @@ def _show_bias(adapted: Any) -> None:
 
 
 def linear_layers(model: Any) -> Counter[str]:
-    """Linear layers but the head, quantized or not, counted by the last segment of their names."""
+    """Counts the linear layers except the head, quantized or not, by the last segment of their names."""
     head = model.get_output_embeddings()
     return Counter(
         name.rpartition(".")[2] for name, module in model.named_modules() if is_linear(module) and module is not head
@@ -164,29 +166,28 @@ def linear_layers(model: Any) -> Counter[str]:
 
 
 def is_linear(module: Any) -> bool:
-    """Whether a module is a linear layer, quantized or not; most libraries' are `nn.Linear` too."""
+    """Returns whether a module is a linear layer, quantized or not."""
     from torch import nn
 
-    from finetune.quantization import library_of
+    from finetune.quantization.backends import backend_of
 
-    return isinstance(module, nn.Linear) or library_of(module) is not None
+    return isinstance(module, nn.Linear) or backend_of(module) is not None
 
 
-def prepare(model: Any, *, upcast: str, checkpointing: bool) -> None:
-    """peft's ``prepare_model_for_kbit_training``, with the parts that ``upcast`` excludes set aside meanwhile.
+def prepare_for_training(model: Any, *, upcast: str, checkpointing: bool) -> None:
+    """Calls peft's ``prepare_model_for_kbit_training``, but upcasts only what ``upcast`` names.
 
-    peft turns every unquantized parameter to float32. For a frozen embedding of 128,000 rows that costs gigabytes and
-    buys nothing, so those tensors are swapped for empty ones while it works.
-    """
+    peft casts every unquantized parameter to float32. For a frozen embedding of 128,000 rows that takes gigabytes
+    without benefit, so those tensors are replaced by empty ones during the call."""
     import torch
     from peft import prepare_model_for_kbit_training
 
-    aside = {}
+    excluded = {}
     for name, parameter in model.named_parameters():
         is_norm = parameter.dim() == 1 and "norm" in name.lower()
         plain = type(parameter) is torch.nn.Parameter and parameter.dtype in (torch.bfloat16, torch.float16)
         if plain and (upcast == "none" or (upcast == "norms" and not is_norm)):
-            aside[name] = parameter.data
+            excluded[name] = parameter.data
             parameter.data = parameter.data.new_empty(0)
     prepare_model_for_kbit_training(
         model,
@@ -194,23 +195,44 @@ def prepare(model: Any, *, upcast: str, checkpointing: bool) -> None:
         gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
     )
     parameters = dict(model.named_parameters())
-    for name, data in aside.items():
+    for name, data in excluded.items():
         parameters[name].data = data
 
 
 def cast_adapter(model: nn.Module, dtype: str) -> int:
-    """Puts every trainable parameter into ``dtype``; returns how many changed.
+    """Casts every trainable parameter to ``dtype``; returns how many changed.
 
     TRL 1.16 casts the trainable parameters of a quantized model to bfloat16 inside its trainer's ``__init__``, so this
-    runs once when the adapter is made and once more after TRL's trainer is. DoRA's lengths stay in float32: one step
-    changes them by less than bfloat16 can hold. TRL leaves them out too.
-    """
+    is called when the adapter is created and again after TRL's trainer is. DoRA's row lengths stay in float32, as in
+    TRL: one step changes them by less than bfloat16 can represent."""
     import torch
 
     changed = 0
     for name, parameter in model.named_parameters():
-        wanted = torch.float32 if MAGNITUDE in name else getattr(torch, dtype)
-        if parameter.requires_grad and parameter.dtype != wanted:
-            parameter.data = parameter.data.to(wanted)
+        target = torch.float32 if MAGNITUDE in name else getattr(torch, dtype)
+        if parameter.requires_grad and parameter.dtype != target:
+            parameter.data = parameter.data.to(target)
             changed += 1
     return changed
+
+
+def read_documents(folder: Path, *, tokens: int) -> list[list[int]]:
+    """Returns the token ids of a training set's first documents, which EVA is initialised from.
+
+    Args:
+        folder: From the data stage: rows with ``input_ids`` and ``seq_lengths``.
+        tokens: Total number of tokens; the last document is cut.
+    """
+    from datasets import load_from_disk
+
+    documents: list[list[int]] = []
+    left = tokens
+    for pack in load_from_disk(str(folder)):
+        start = 0
+        for length in pack["seq_lengths"]:
+            documents.append(pack["input_ids"][start : start + length][:left])
+            start += length
+            left -= len(documents[-1])
+            if left <= 0:
+                return documents
+    return documents

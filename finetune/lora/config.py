@@ -1,28 +1,29 @@
-"""The lora group: which weights learn, how much room they get, and where they start."""
+"""The lora group."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 ALL_LINEAR = "all-linear"
 VARIANTS = ("lora", "rslora", "dora", "olora", "eva", "pissa", "loftq")
-DOUBLED = ("olora", "pissa")
-"""They start at parts of the base's own weights, so the adapter holds what it learns and the start that is taken off."""
+DOUBLE_RANK = ("olora", "pissa")
+"""They are initialised from the base's weights, so the adapter holds the trained update and the initial one to
+subtract."""
 
 QUANTIZED_ONLY = ("nf4", "fp4")
-"""LoftQ starts at the rounding errors of these; LLM.int8's are a hundred times smaller and an unquantized base has none."""
-
+"""LoftQ corrects the rounding errors of these; LLM.int8's are a hundred times smaller, an unquantized base has none."""
 
 DORA_BASES = ("none", "nf4", "fp4")
 
 
 @dataclass(kw_only=True, slots=True)
 class LoraConfig:
-    """Which weights learn, how much room they get, and where they start."""
+    """Selects the layers to adapt, the size of their adapters, and their initialisation."""
 
     variant: str = "lora"
-    """``lora``, or one that scales (``rslora``: by alpha / sqrt(rank)), splits (``dora``: length and direction of each
-    row) or starts otherwise: ``olora`` (QR of the weight), ``pissa`` (its largest singular vectors), ``eva`` (those of
-    the layer's inputs on the data), ``loftq`` (those of the quantization's error). The base is never changed."""
+    """``lora``; ``rslora`` scales by alpha / sqrt(rank); ``dora`` trains length and direction of each row separately.
+    The others change the initialisation: ``olora`` (QR of the weight), ``pissa`` (its largest singular vectors),
+    ``eva`` (those of the layer's inputs on the data), ``loftq`` (those of the quantization error). The base is never
+    changed."""
 
     rank: int
     """Columns of A, rows of B. Adapter memory grows linearly with it."""
@@ -31,34 +32,35 @@ class LoraConfig:
     """The update is scaled by ``alpha / rank``; keep the ratio when you change the rank."""
 
     dropout: float
-    """Share of the adapter's inputs zeroed while training, 0 to below 1."""
+    """Probability that an input of the adapter is zeroed during training, at least 0 and below 1."""
 
     targets: list[str]
     """Last name segments of the linear layers to adapt, e.g. ``q_proj``; ``all-linear`` takes all but the head."""
 
     dtype: str
-    """Numbers of the adapter: ``float32`` keeps small updates that ``bfloat16`` rounds away. DoRA's lengths stay float32."""
+    """Dtype of the adapter: ``float32`` keeps small updates that ``bfloat16`` rounds away. DoRA's lengths stay
+    float32."""
 
     tokens: list[str] = field(default_factory=list)
-    """Tokens of the vocabulary whose embeddings are trained too, e.g. those of a chat template that the base never saw:
-    one row each, in the head as well where it is tied to the embedding."""
+    """Tokens of the vocabulary whose embeddings are trained too, e.g. those of a chat template that the base does not
+    know: one row each, also in the head where it is tied to the embedding."""
 
     calibration_tokens: int = 2048
-    """``eva`` only: tokens of training documents that go through the base once, before the first step."""
+    """``eva`` only: tokens of training documents that it is initialised from."""
 
     @property
     def width(self) -> int:
-        """Rank of the adapter as it lies in memory and on disk; plain peft reads it as this rank."""
-        return self.rank * 2 if self.variant in DOUBLED else self.rank
+        """Returns the rank of the adapter in memory and on disk, which is the rank that peft reads."""
+        return self.rank * 2 if self.variant in DOUBLE_RANK else self.rank
 
     @property
     def step0_bound(self) -> float | None:
-        """How far the adapted model's logits may be from the base's before the first step, in standard deviations of them.
+        """Returns the allowed difference to the base's logits before the first step, in standard deviations of them.
 
-        0: to the bit. ``olora`` and ``pissa`` start with a sum that cancels: 0 in bfloat16, 4e-6 in float32 were seen.
-        ``dora`` divides each row by its length: 0 was seen on a CPU; under CUDA's autocast peft rounds the length to
-        bfloat16, which made 0.2 where it was imitated. None: ``loftq`` starts nearer to the unquantized base, on purpose.
-        """
+        0: equal to the bit. ``olora`` and ``pissa`` begin with a sum that cancels: 0 in bfloat16, 4e-6 in float32 were
+        measured. ``dora`` divides each row by its length: 0 was measured on a CPU; under CUDA's autocast peft rounds
+        the length to bfloat16, which gave 0.2 in an emulation. None: ``loftq`` differs on purpose, as it corrects the
+        base."""
         return {"loftq": None, "dora": 0.5, "olora": 1e-3, "pissa": 1e-3}.get(self.variant, 0.0)
 
     def problems(self) -> Iterator[str]:
@@ -73,17 +75,17 @@ class LoraConfig:
         if not self.targets:
             yield "lora.targets is empty, so nothing would train; name a layer, e.g. [q_proj, v_proj], or [all-linear]"
         if ALL_LINEAR in self.targets and len(self.targets) > 1:
-            yield f"lora.targets: {ALL_LINEAR} already takes every linear layer; got {self.targets}: leave the others out"
+            yield f"lora.targets: {ALL_LINEAR} selects every linear layer; got {self.targets}: remove the others"
         if self.dtype not in ("float32", "bfloat16"):
             yield f"lora.dtype must be float32 or bfloat16; got {self.dtype!r}"
         if self.variant == "eva" and self.calibration_tokens < 2 * self.rank:
             yield (
-                f"lora.calibration_tokens must be at least twice lora.rank, or variant=eva finds no {self.rank} directions; "
-                f"got {self.calibration_tokens}"
+                f"lora.calibration_tokens must be at least twice lora.rank, or variant=eva cannot find "
+                f"{self.rank} directions; got {self.calibration_tokens}"
             )
 
     def conflicts(self, *, quantization: str, weight_decay: float) -> Iterator[str]:
-        """Problems with what other groups say.
+        """Yields conflicts with other groups.
 
         Args:
             quantization: ``quantization.method``.
@@ -91,21 +93,18 @@ class LoraConfig:
         """
         if self.variant == "loftq" and quantization not in QUANTIZED_ONLY:
             yield (
-                f"lora.variant=loftq starts at the error of 4-bit rounding; got quantization.method={quantization}: "
+                f"lora.variant=loftq corrects the error of 4-bit rounding; got quantization.method={quantization}: "
                 "choose quantization=nf4, or another variant such as lora.variant=eva"
             )
         if self.variant == "dora" and quantization not in DORA_BASES:
-            why = (
-                "peft 0.21 loses an int8 layer's scales when it does on a CPU"
-                if quantization == "int8"
-                else "only bitsandbytes' was tried"
-            )
+            int8_reason = "on a CPU peft 0.21 then loses an int8 layer's scales"
+            reason = int8_reason if quantization == "int8" else "this is tested with bitsandbytes' 4 bits only"
             yield (
-                f"lora.variant=dora reads each weight in every pass, and {why}; "
+                f"lora.variant=dora reads each weight in every pass, and {reason}; "
                 f"got quantization.method={quantization}: choose quantization=nf4"
             )
-        if self.variant in DOUBLED and weight_decay != 0:
+        if self.variant in DOUBLE_RANK and weight_decay != 0:
             yield (
-                f"lora.variant={self.variant} starts at the base's own weights, which weight decay would pull to 0; "
+                f"lora.variant={self.variant} is initialised from the base's weights, and weight decay pulls to 0; "
                 f"got optim.weight_decay={weight_decay}: set optim.weight_decay=0"
             )

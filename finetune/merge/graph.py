@@ -20,7 +20,8 @@ def dequantized(graph: Any) -> Source:
     Returns:
         A source for `build`. It holds the graph; only one dense layer exists at a time.
     """
-    from finetune.quantization import dense, quantized_layers
+    from finetune.quantization import quantized_layers
+    from finetune.quantization.backends import dense
 
     layers = {f"{_plain(name)}.weight": layer for name, layer in quantized_layers(graph).items()}
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from finetune.inference.fresh_process import answer
-from finetune.inference.kl_divergence import KLResult, Reference, agreement
+from finetune.inference.fresh_process import serve_request
+from finetune.inference.kl_divergence import KLResult, ReferenceLogits, compare_with_reference
 from finetune.inference.rows import read_rows
 from finetune.trust import check_remote_code
 
@@ -25,9 +25,9 @@ def remeasure(request: dict[str, Any]) -> KLResult:
         trust_remote_code=bool(request["remote_code"]),
     )
     rows = read_rows(Path(request["heldout"]), limit=request["rows"])
-    reference = Reference(**{**request["reference"], "file": Path(request["reference"]["file"])})
-    return agreement(model, rows, reference, batch_tokens=request["batch_tokens"])
+    reference = ReferenceLogits(**{**request["reference"], "file": Path(request["reference"]["file"])})
+    return compare_with_reference(model, rows, reference, batch_tokens=request["batch_tokens"])
 
 
 if __name__ == "__main__":
-    answer(remeasure)
+    serve_request(remeasure)

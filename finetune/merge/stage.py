@@ -18,7 +18,7 @@ from finetune.model import Base, ModelSpec
 from finetune.products import MergedModel, PreparedData, TrainedAdapter
 
 if TYPE_CHECKING:
-    from finetune.inference.kl_divergence import KLResult, Reference
+    from finetune.inference.kl_divergence import KLResult, ReferenceLogits
     from finetune.inference.losses import RowLoss
     from finetune.merge.adapter_deltas import Change
     from finetune.merge.candidates import Built
@@ -132,12 +132,12 @@ class _Stage:
     rows: list[dict[str, Any]]
     seed: int
 
-    def build(self, adapter: Path, changes: dict[str, Change], *, names: list[str]) -> tuple[Reference, list[Built]]:
+    def build(self, adapter: Path, changes: dict[str, Change], *, names: list[str]) -> tuple[ReferenceLogits, list[Built]]:
         """Records the trained graph, then writes the candidates; the graph is gone before the first one is loaded."""
         import torch
 
-        from finetune.inference.adapted import free, load_adapted_model
-        from finetune.inference.kl_divergence import reference_logprobs
+        from finetune.inference.adapted import free_memory, load_adapted_model
+        from finetune.inference.kl_divergence import record_reference
         from finetune.merge.candidates import build, from_disk
         from finetune.merge.graph import add_adapters, dequantized
 
@@ -149,7 +149,7 @@ class _Stage:
                 "with the run's adapter: "
                 + ", ".join(f"{name} x {weight:g}" for name, weight in self.config.adapters.items()),
             )
-        reference = reference_logprobs(
+        reference = record_reference(
             graph, self.rows, self.work / "reference.f32", batch_tokens=self.config.batch_tokens, tokens=self.config.measure_tokens,
             progress="trained graph",
         )  # fmt: skip
@@ -169,7 +169,7 @@ class _Stage:
             )
             self._check_not_inert(built[-1])
         del graph, source
-        free()
+        free_memory()
         return reference, built
 
     def _check_not_inert(self, built: Built) -> None:
@@ -184,26 +184,26 @@ class _Stage:
 
         return Bootstrap(len(rows), samples=RESAMPLES, seed=self.seed).loss(token_loss(rows))
 
-    def figures(self, found: KLResult, reference: Reference) -> dict[str, Any]:
+    def figures(self, found: KLResult, reference: ReferenceLogits) -> dict[str, Any]:
         from finetune.inference.bootstrap import RESAMPLES, Bootstrap, token_loss
 
         draw = Bootstrap(len(self.rows), samples=RESAMPLES, seed=self.seed)
         difference = draw.difference(token_loss(reference.losses), token_loss(found.losses))
         return {**self.losses(found.losses), "loss_difference": difference.change, **found.distances}
 
-    def measure(self, built: Built, reference: Reference) -> dict[str, Any]:
-        from finetune.inference.adapted import free
-        from finetune.inference.kl_divergence import agreement
+    def measure(self, built: Built, reference: ReferenceLogits) -> dict[str, Any]:
+        from finetune.inference.adapted import free_memory
+        from finetune.inference.kl_divergence import compare_with_reference
 
         name = built.folder.name
         merged = self.spec.dense(built.folder).load()
-        found = agreement(merged, self.rows, reference, batch_tokens=self.config.batch_tokens, progress=name)
+        found = compare_with_reference(merged, self.rows, reference, batch_tokens=self.config.batch_tokens, progress=name)
         del merged
-        free()
+        free_memory()
         sizes = {"bytes": built.bytes, "adapted_weights": built.adapted, "changed_weights": built.changed}
         return {"name": name, **self.figures(found, reference), **sizes}
 
-    def reload(self, kept: Path, first: dict[str, Any], *, heldout: Path, reference: Reference) -> dict[str, Any]:
+    def reload(self, kept: Path, first: dict[str, Any], *, heldout: Path, reference: ReferenceLogits) -> dict[str, Any]:
         from finetune.inference.fresh_process import FreshProcessError, run_in_fresh_process
         from finetune.inference.kl_divergence import KLResult
         from finetune.inference.losses import RowLoss

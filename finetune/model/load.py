@@ -70,7 +70,10 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
     Raises:
         ModelError: The model has no layer to quantize, or transformers cannot load it.
     """
-    from finetune.quantization import check_keep, protect, quantized_cache, quantized_layers
+    from finetune.quantization import quantized_layers
+    from finetune.quantization.bnb import prevent_repacking
+    from finetune.quantization.cache import quantized_cache
+    from finetune.quantization.skip_modules import check_skip_modules
 
     base, config, quantization = spec.base, spec.config, spec.quantization
     cache = None
@@ -80,22 +83,23 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
         )
     cached = cache.read(lambda folder: _open(folder, spec)) if cache else None
     model = cached if cached is not None else _load_and_quantize(spec)
-    protect(model)
+    prevent_repacking(model)
     if spec.is_quantized and not quantized_layers(model):
         raise ModelError(
             f"quantization.method={quantization.method}: {config.name} has no linear layer to quantize; "
             "use quantization=none"
         )
-    check_keep(model, quantization.keep)
+    check_skip_modules(model, quantization.skip_modules)
     if cache and cached is None:
-        cache.keep(model)
+        cache.write(model)
     model.name_or_path = model.config._name_or_path = str(base.folder)  # peft writes it into the adapter
     model.requires_grad_(False)
     return model.eval()
 
 
 def _load_and_quantize(spec: ModelSpec) -> PreTrainedModel:
-    from finetune.quantization import loader_arguments, quantize
+    from finetune.quantization import loader_arguments
+    from finetune.quantization.backends import quantize
 
     folder, dtype = spec.base.folder, spec.placement.dtype
     try:
@@ -113,9 +117,9 @@ def _open(folder: Path, spec: ModelSpec, **arguments: Any) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from finetune.quantization import prepare
+    from finetune.quantization.bnb import quiet_imports
 
-    prepare()
+    quiet_imports()
     check_remote_code(folder, spec.config.remote_code)
     device = spec.placement.device
     rank = os.environ.get("LOCAL_RANK") if device == "cuda" else None
@@ -133,13 +137,13 @@ def _open(folder: Path, spec: ModelSpec, **arguments: Any) -> PreTrainedModel:
 
 def resident_bytes(model: Any) -> int:
     """Returns the bytes of parameters, buffers and quantization constants in memory."""
-    from finetune.quantization import holdings
+    from finetune.quantization.backends import all_tensors
 
-    return sum(tensor.numel() * tensor.element_size() for _, tensor in holdings(model))
+    return sum(tensor.numel() * tensor.element_size() for _, tensor in all_tensors(model))
 
 
 def parameter_count(model: Any) -> int:
     """Counts the weights of the dense model, however they are packed. Tied weights count once."""
-    from finetune.quantization import dense_parameters
+    from finetune.quantization.backends import dense_parameters
 
     return dense_parameters(model)

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -260,27 +260,19 @@ def use_gpu_dropout(model: Any) -> None:
 @contextlib.contextmanager
 def fused_layers(model: Any, inputs: PlanInputs, *, dtype: torch.dtype) -> Iterator[Any]:
     """Fuses layers where the plan does, within the context; yields the kernels that compute the loss."""
-    from finetune.kernels import blocks
-    from finetune.kernels.blocks import Switch
+    from finetune.kernels.fusion import Fusion, checkpoint_mlps, fuse
     from finetune.kernels.linear import FusedLinears
 
-    kernels: Any = FakeNativeKernels if inputs.kernels.native else plain
-    causal, switch = model.get_base_model(), Switch()
+    kernels: Any = Compiled if inputs.kernels.native else plain
+    causal, choice = model.get_base_model(), cast(Any, inputs.kernels)
     before = fused_attention.native
-    fused_attention.native = FakeNativeKernels  # type: ignore[assignment]
+    fused_attention.native = Compiled  # type: ignore[assignment]
     try:
         if inputs.kernels.fused:
             cache = inputs.kernels.cached or inputs.method == "none"
-            siblings = partial(FusedLinears.of, cache=cache, dtype=dtype)
-            for attention in blocks.parts(causal, blocks.ATTENTIONS):
-                blocks.fuse_attention(attention, siblings=siblings, tiles=inputs.kernels.tiles, switch=switch)
-            for mlp in blocks.parts(causal, blocks.GATED_MLPS):
-                blocks.fuse_swiglu_mlp(mlp, siblings=siblings, kernels=kernels, switch=switch)
-            for norm in blocks.parts(causal, blocks.NORMS):
-                blocks.fuse_norm(norm, kernels=kernels, switch=switch)
+            fuse(causal, Fusion(choice, kernels), fuse_linears=partial(FusedLinears.of, cache=cache, dtype=dtype))
         if inputs.kernels.selective:
-            for mlp in blocks.parts(causal, blocks.GATED_MLPS):
-                blocks.checkpoint_mlp(mlp)
+            checkpoint_mlps(causal)
         yield kernels
     finally:
         fused_attention.native = before

@@ -94,7 +94,7 @@ class PlanInputs:
         architecture: The model's dimensions.
         method: ``none``, ``nf4``, ``fp4``, ``int8``, ``torchao_int8`` or ``hqq``.
         double: Whether the 4-bit constants are quantized too.
-        keep: Linear layers that stay unquantized, as `finetune.quantization.is_kept` reads them.
+        keep: Linear layers that stay unquantized, as `finetune.quantization.is_skipped` reads them.
         keep_bytes: Bytes that further unquantized layers may take beyond their quantized form.
         bits, group_size: hqq's.
         rank: LoRA rank; 0 trains every weight instead (full fine-tuning).

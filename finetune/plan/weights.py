@@ -15,7 +15,7 @@ from finetune.architecture import (
     parameters,
 )
 from finetune.plan.inputs import PlanInputs, block_bytes
-from finetune.quantization.skip_modules import is_kept
+from finetune.quantization.skip_modules import is_skipped
 
 BLOCK = 64
 """Weights that share one constant in bitsandbytes' 4-bit forms. Source: QLoRA paper, section 3; bitsandbytes'
@@ -93,7 +93,7 @@ def quantized_linear(inputs: PlanInputs) -> list[Linear]:
             [f"model.layers.{layer}.{part}.{linear.name}" for part in ("self_attn", "mlp")]
             for layer in range(linear.count)
         ]
-        return sum(not any(is_kept(name, inputs.keep) for name in both) for both in names)
+        return sum(not any(is_skipped(name, inputs.keep) for name in both) for both in names)
 
     layers = linear_layers(inputs.architecture)
     return [dataclasses.replace(linear, count=quantized(linear)) for linear in layers] if inputs.keep else layers

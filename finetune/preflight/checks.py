@@ -76,7 +76,7 @@ CHECKS = (
         name="evaluation",
         sentence="an evaluation and a save in between leave gradients, weights and saved bytes as they are",
         prove=gradient_checks.evaluation_leaves_gradients,
-        cause="a quantized layer repacked its weights for inference (it needs finetune.quantization.protect), or saving quantized them "
+        cause="a quantized layer repacked its weights for inference (it needs finetune.quantization.prevent_repacking), or saving quantized them "
         "again",
     ),
     Check(

@@ -18,7 +18,7 @@ from finetune.inference.collate import Collator
 from finetune.inference.logits import unwrap
 from finetune.inference.rows import IGNORED
 from finetune.preflight.batch import Document, learnt
-from finetune.quantization import holdings
+from finetune.quantization.backends import all_tensors
 
 if TYPE_CHECKING:
     from finetune.kernels import Fusion
@@ -155,7 +155,7 @@ class CheckContext:
     def apply_failure(self, failed: str) -> None:
         """Continues as training will after a check has failed."""
         if failed == "speed":
-            self.quick.switch.on = False
+            self.quick.enabled = False
             self.__dict__.pop("nudged_gradients", None)
         if failed == "packing":
             self.job.trainable.packing = False
@@ -207,13 +207,13 @@ class CheckContext:
     def logits(self, *, adapter: bool) -> Tensor:
         """Last logits of the first document in evaluation mode by plain steps, shape (positions, vocabulary), float32."""
         self.model.eval()
-        with self.quick.off(), nullcontext() if adapter else self.model.disable_adapter():
+        with self.quick.disabled(), nullcontext() if adapter else self.model.disable_adapter():
             return last_logits(self.model, self.documents[0]["input_ids"], numbers=self.autocast)
 
     def weights(self) -> list[Tensor]:
         """Some bytes of every frozen tensor: a repacked or requantized one shows there."""
         learnt = {p.data_ptr() for p in self.model.parameters() if p.requires_grad}
-        flat = [one.reshape(-1).view(torch.uint8) for _, one in holdings(self.model) if one.data_ptr() not in learnt]
+        flat = [one.reshape(-1).view(torch.uint8) for _, one in all_tensors(self.model) if one.data_ptr() not in learnt]
         return [one[:: max(1, len(one) // SAMPLES)].clone() for one in flat]
 
     @contextmanager

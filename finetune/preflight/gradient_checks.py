@@ -40,7 +40,7 @@ ADAPTER = ("lora_A", "lora_B", "lora_embedding", "lora_magnitude", ROWS)
 def quick_steps_equal_plain_ones(context: CheckContext) -> CheckResult:
     """Fused layers, kernels and the loss on trained tokens give the gradient that transformers and peft give."""
     quick = context.nudged_gradients
-    with context.with_noisy_lora_b(), context.quick.off():
+    with context.with_noisy_lora_b(), context.quick.disabled():
         plain = context.gradients()
     share = apart(quick, plain)
     return CheckResult(

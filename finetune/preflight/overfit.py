@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from finetune.inference.adapted import free
+from finetune.inference.adapted import free_memory
 from finetune.inference.generation import generate
 from finetune.inference.rows import IGNORED
 from finetune.memory import PeakMemory
@@ -108,7 +108,7 @@ def give(context: CheckContext, rows: Dataset, heldout: Dataset | None) -> Overf
         batch, micro_batch=len(batch), steps=context.config.steps, listener=listener, callbacks=[look], heldout=examined,
         evaluations=int(bool(examined)), checkpoints=1,
     )  # fmt: skip
-    free()
+    free_memory()
     on_gpu = context.device.startswith("cuda")
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.inference.adapted import load_adapted_model
-from finetune.inference.fresh_process import answer
+from finetune.inference.fresh_process import serve_request
 from finetune.model.spec import read_spec
 
 
@@ -24,4 +24,4 @@ def logits(request: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    answer(logits)
+    serve_request(logits)

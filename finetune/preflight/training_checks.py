@@ -8,7 +8,7 @@ from datasets import load_from_disk
 from safetensors.torch import load_file
 
 from finetune.console import human_bytes
-from finetune.inference.adapted import free
+from finetune.inference.adapted import free_memory
 from finetune.inference.fresh_process import run_in_fresh_process
 from finetune.model.load import resident_bytes
 from finetune.preflight import overfit
@@ -50,7 +50,7 @@ def answers_end(context: CheckContext) -> CheckResult:
 def files_hold_the_model(context: CheckContext) -> CheckResult:
     """A fresh process loads base and saved adapter as the later stages do."""
     given = context.taught
-    free()
+    free_memory()
     needed, there = SECOND_COPY * resident_bytes(context.model), free_bytes(context.device)
     if needed > there:
         raise CheckSkipped(

@@ -80,8 +80,8 @@ BY_DESIGN = (
         lambda c, part: part.method not in ("nf4", "fp4") and not _rounds_again(c),
         "it is for nf4 and fp4, and quantization.method={part.method}",
     ),
-    Rule(("quantization.keep",), lambda c, part: part.method == "none", "nothing is quantized"),
-    Rule(("quantization.keep_tokens",), lambda c, part: not part.keep_mib, "quantization.keep_mib=0 measures nothing"),
+    Rule(("quantization.skip_modules",), lambda c, part: part.method == "none", "nothing is quantized"),
+    Rule(("quantization.skip_modules_tokens",), lambda c, part: not part.skip_modules_mib, "quantization.skip_modules_mib=0 measures nothing"),
     Rule(
         ("lora.calibration_tokens",),
         lambda c, part: part.variant != "eva",
@@ -138,7 +138,7 @@ BY_DESIGN = (
         "no task of lm-eval is asked for",
     ),
     Rule(
-        ("launch.nodes", "launch.node", "launch.host", "launch.port", "launch.silence_seconds", "launch.grace_seconds"),
+        ("launch.nodes", "launch.node", "launch.host", "launch.port", "launch.heartbeat_timeout_seconds", "launch.grace_seconds"),
         elsewhere,
         "the launcher reads them before the run",
     ),

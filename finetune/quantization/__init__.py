@@ -1,42 +1,14 @@
-"""How the frozen base is stored: what to pass to the loader, and what must hold afterwards."""
+"""Quantizes the frozen base: arguments for the loader, libraries on a loaded model, and a cache of the result.
 
-from finetune.quantization.backends import (
-    check_installed,
-    dense,
-    dense_parameters,
-    holdings,
-    library_of,
-    loader_arguments,
-    quantize,
-    quantized_layers,
-    save,
-    stored,
-)
-from finetune.quantization.bnb import prepare, protect
-from finetune.quantization.cache import quantized_cache
+    config = QuantizationConfig(method="nf4", double=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, **loader_arguments(config, dtype="bfloat16"))
+    print(len(quantized_layers(model)), spec(config))
+
+The package imports no torch; functions that ask about layers are in `backends`.
+"""
+
+from finetune.quantization.backends import loader_arguments, quantized_layers
 from finetune.quantization.config import QuantizationConfig, spec
-from finetune.quantization.sensitivity import KeptLayers, choose_skip_modules
-from finetune.quantization.skip_modules import check_keep, is_kept, patterns
+from finetune.quantization.sensitivity import choose_skip_modules
 
-__all__ = [
-    "KeptLayers",
-    "QuantizationConfig",
-    "check_installed",
-    "check_keep",
-    "choose_skip_modules",
-    "dense",
-    "dense_parameters",
-    "holdings",
-    "is_kept",
-    "library_of",
-    "loader_arguments",
-    "patterns",
-    "prepare",
-    "protect",
-    "quantize",
-    "quantized_cache",
-    "quantized_layers",
-    "save",
-    "spec",
-    "stored",
-]
+__all__ = ["QuantizationConfig", "choose_skip_modules", "loader_arguments", "quantized_layers", "spec"]

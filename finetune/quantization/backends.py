@@ -1,4 +1,4 @@
-"""Which library quantized a layer, and the questions that are put to all of them alike."""
+"""Finds the library that quantized a layer, and asks all libraries the same questions."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.errors import ModelError
 from finetune.hardware.backends import BACKENDS
 from finetune.quantization import bnb, hqq, torchao
-from finetune.quantization.config import QuantizationConfig
-from finetune.quantization.stored import Stored
+from finetune.quantization.config import PackedWeight, QuantizationConfig
 
 if TYPE_CHECKING:
     import torch
@@ -23,9 +22,10 @@ LIBRARIES: dict[str, Any] = {"bitsandbytes": bnb, "torchao": torchao, "hqq": hqq
 
 
 def check_installed(config: QuantizationConfig) -> None:
-    """
+    """Checks that the method's library is installed.
+
     Raises:
-        ModelError: The method's library is not there.
+        ModelError: It is not.
     """
     library = BACKENDS[config.method].library
     if library and importlib.util.find_spec(library) is None:
@@ -35,33 +35,33 @@ def check_installed(config: QuantizationConfig) -> None:
 
 
 def loader_arguments(config: QuantizationConfig, *, dtype: str) -> dict[str, Any]:
-    """Keyword arguments for ``from_pretrained``; empty where nothing is quantized on the way in.
+    """Returns keyword arguments for ``from_pretrained``; empty where the loader quantizes nothing.
 
     Args:
         config: The quantization group.
-        dtype: The computation's numbers, e.g. ``bfloat16``.
+        dtype: Of the computation, e.g. ``bfloat16``.
 
     Raises:
         ModelError: The method's library is not installed.
     """
     check_installed(config)
-    arguments = _does(config, "loader_arguments")
-    found: dict[str, Any] = arguments(config, dtype=dtype) if arguments else {}
-    return found
+    function = _library_function(config, "loader_arguments")
+    arguments: dict[str, Any] = function(config, dtype=dtype) if function else {}
+    return arguments
 
 
-def quantize(model: Any, config: QuantizationConfig, *, dtype: str) -> None:
-    """Quantizes what the loader left dense, where the library works on a loaded model."""
-    replace = _does(config, "quantize")
-    if replace:
-        replace(model, config, dtype=dtype)
+def quantize(model: PreTrainedModel, config: QuantizationConfig, *, dtype: str) -> None:
+    """Quantizes a loaded dense model in place, where the library works that way."""
+    function = _library_function(config, "quantize")
+    if function:
+        function(model, config, dtype=dtype)
 
 
 def save(model: PreTrainedModel, config: QuantizationConfig, folder: Path, *, shard: str) -> None:
-    """Writes the quantized form, in transformers' files or the library's own."""
-    write = _does(config, "save")
-    if write:
-        write(model, folder)
+    """Writes the quantized model, in transformers' files or the library's own."""
+    function = _library_function(config, "save")
+    if function:
+        function(model, folder)
     else:
         model.save_pretrained(folder, max_shard_size=shard)
 
@@ -69,82 +69,78 @@ def save(model: PreTrainedModel, config: QuantizationConfig, folder: Path, *, sh
 def restore(
     base: Path, config: QuantizationConfig, folder: Path, *, dtype: str, load: Callable[[Path], PreTrainedModel]
 ) -> PreTrainedModel:
-    """Opens what `save` wrote.
+    """Loads what `save` wrote.
 
     Args:
         base: Folder of the dense base.
         config: The quantization group.
-        folder: The saved form's.
-        dtype: The computation's numbers.
-        load: Opens a folder with transformers.
+        folder: Folder of the saved model.
+        dtype: Of the computation.
+        load: Loads a folder with transformers.
     """
-    put = _does(config, "restore")
-    if not put:
+    function = _library_function(config, "restore")
+    if not function:
         return load(folder)
     model = load(base)
-    put(model, config, folder, dtype=dtype)
+    function(model, config, folder, dtype=dtype)
     return model
 
 
-def _does(config: QuantizationConfig, what: str) -> Callable[..., Any] | None:
-    """The library's own way of doing something, where it has one."""
-    return getattr(LIBRARIES.get(BACKENDS[config.method].library), what, None)
+def _library_function(config: QuantizationConfig, name: str) -> Callable[..., Any] | None:
+    """Returns the library's own function of that name; None where it has none."""
+    return getattr(LIBRARIES.get(BACKENDS[config.method].library), name, None)
 
 
-def library_of(layer: Any) -> Any:
-    """The module of this room that knows the layer; None for one that is not quantized."""
+def backend_of(layer: Any) -> Any:
+    """Returns the module of this package that knows the layer; None where it is not quantized."""
     kind = type(layer)
-    if (kind.__module__, kind.__name__) == (
-        "torch.nn.modules.linear",
-        "Linear",
-    ):  # torchao's have another kind of weight
-        kind = type(layer.weight)
+    if (kind.__module__, kind.__name__) == ("torch.nn.modules.linear", "Linear"):
+        kind = type(layer.weight)  # torchao replaces the weight, not the layer
     library = LIBRARIES.get(kind.__module__.partition(".")[0])
     if library is bnb and not (hasattr(layer.weight, "quant_state") or hasattr(layer.weight, "CB")):
-        return None  # plain weights in its layer: the plan's count of sizes
+        return None  # a layer of the library with a plain weight: only the plan makes these, to count bytes
     return library
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Any]:
-    """The model's quantized layers by name."""
-    return {name: module for name, module in model.named_modules() if library_of(module)}
+    """Returns the model's quantized layers by name."""
+    return {name: module for name, module in model.named_modules() if backend_of(module)}
 
 
 def dense(layer: Any, dtype: torch.dtype | None = None) -> Tensor:
-    """A layer's weight as its forward pass sees it, shape (outputs, inputs); in its own numbers where none are named."""
-    library = library_of(layer)
-    weight: Tensor = library.dense(layer) if library else layer.weight.data
+    """Returns a layer's weight as its forward pass uses it, shape (outputs, inputs), in its own dtype by default."""
+    backend = backend_of(layer)
+    weight: Tensor = backend.dense(layer) if backend else layer.weight.data
     return weight if dtype is None else weight.to(dtype)
 
 
-def stored(layer: Any) -> Stored:
-    """What a quantized layer holds."""
-    found: Stored = library_of(layer).stored(layer)
-    return found
+def packed_weight(layer: Any) -> PackedWeight:
+    """Returns the codes and constants of a quantized layer."""
+    packed: PackedWeight = backend_of(layer).packed_weight(layer)
+    return packed
 
 
 def dense_parameters(model: nn.Module) -> int:
-    """Weights of the dense model, whatever they are packed into. Tied weights count once."""
+    """Counts the weights of the dense model, however they are packed. Tied weights count once."""
     layers = quantized_layers(model).values()
-    packed = _packed(layers)
-    return sum(p.numel() for p in model.parameters() if id(p) not in packed) + sum(
-        stored(layer).shape.numel() for layer in layers
-    )
+    packed = _packed_parameters(layers)
+    unquantized = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in packed)
+    return unquantized + sum(packed_weight(layer).shape.numel() for layer in layers)
 
 
-def holdings(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor that a model holds, by a name that says how it is read. Tied weights come once."""
+def all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yields every tensor of a model with a name that says how it is read. Tied weights come once."""
     layers = quantized_layers(model)
-    packed = _packed(layers.values())
+    packed = _packed_parameters(layers.values())
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if id(tensor) not in packed:
             yield name, tensor.data
     for name, layer in layers.items():
-        found = stored(layer)
-        for key, tensor in {"codes": found.codes, **found.constants, **found.books}.items():
-            yield f"{name}.{key}[{found.facts}]", tensor
+        weight = packed_weight(layer)
+        for key, tensor in {"codes": weight.codes, **weight.constants, **weight.books}.items():
+            yield f"{name}.{key}[{weight.layout}]", tensor
 
 
-def _packed(layers: Iterable[Any]) -> set[int]:
-    """Identities of the parameters that hold quantized layers' codes."""
+def _packed_parameters(layers: Iterable[Any]) -> set[int]:
+    """Returns the ids of the parameters that hold quantized layers' codes."""
     return {id(getattr(layer, name)) for layer in layers for name in ("weight", "W_q") if hasattr(layer, name)}

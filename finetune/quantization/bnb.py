@@ -7,24 +7,23 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import ModelError
-from finetune.quantization.config import QuantizationConfig
-from finetune.quantization.skip_modules import patterns
-from finetune.quantization.stored import Stored
+from finetune.quantization.config import PackedWeight, QuantizationConfig
+from finetune.quantization.skip_modules import skip_patterns
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
 def loader_arguments(config: QuantizationConfig, *, dtype: str) -> dict[str, Any]:
-    """Keyword arguments for ``from_pretrained``."""
-    prepare()
+    """Returns keyword arguments for ``from_pretrained``."""
+    quiet_imports()
     import torch
     from transformers import BitsAndBytesConfig
 
-    kept = patterns(config.keep)
+    skipped = skip_patterns(config.skip_modules)
     if config.method == "int8":
         settings = BitsAndBytesConfig(
-            load_in_8bit=True, llm_int8_threshold=config.threshold, llm_int8_skip_modules=kept
+            load_in_8bit=True, llm_int8_threshold=config.threshold, llm_int8_skip_modules=skipped
         )
     else:
         settings = BitsAndBytesConfig(
@@ -32,40 +31,43 @@ def loader_arguments(config: QuantizationConfig, *, dtype: str) -> dict[str, Any
             bnb_4bit_quant_type=config.method,
             bnb_4bit_use_double_quant=config.double,
             bnb_4bit_compute_dtype=getattr(torch, dtype),
-            llm_int8_skip_modules=kept,
+            llm_int8_skip_modules=skipped,
         )
     return {"quantization_config": settings}
 
 
-def protect(model: nn.Module) -> int:
-    """Keeps 4-bit weights as they are through evaluation; returns how many layers that concerned.
+def prevent_repacking(model: nn.Module) -> int:
+    """Keeps 4-bit weights unchanged during evaluation; returns the number of layers concerned.
 
     On a CPU with AVX512-BF16, bitsandbytes 0.50.2 repacks a layer's weight in place at its first evaluation. The
-    packed kernel has no backward pass, so training goes on with gradients cut off and no error, and saving or
-    dequantizing gives noise. Whatever is trained, saved or merged must pass through here first.
+    packed kernel has no backward pass, so training continues with gradients cut off and no error, and saving or
+    dequantizing gives noise. Call this before a model is trained, saved or merged.
 
     Raises:
-        ModelError: The layers would be read as noise anyway.
+        ModelError: bitsandbytes would read the layers as noise anyway.
     """
     layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "support_avx512bf16_for_cpu")}
     for layer in layers.values():
         layer.support_avx512bf16_for_cpu = False
-    _refuse_misread(layers)
+    _check_block_alignment(layers)
     return len(layers)
 
 
-def _refuse_misread(layers: dict[str, Any]) -> None:
-    """On a CPU, bitsandbytes 0.50.2 reads rows that are no multiple of a block as noise: each row starts a new constant there.
+def _check_block_alignment(layers: dict[str, Any]) -> None:
+    """Checks that rows are multiples of a block on a CPU.
+
+    bitsandbytes 0.50.2 starts a new constant at each row there, and reads other rows as noise.
 
     Raises:
-        ModelError: The model has such layers.
+        ModelError: They are not.
     """
     states = {name: layer.weight.quant_state for name, layer in layers.items() if layer.weight.device.type == "cpu"}
     misread = sorted({name.rpartition(".")[2] for name, state in states.items() if state.shape[-1] % state.blocksize})
     if misread:
         raise ModelError(
-            f"quantization: on a CPU bitsandbytes reads a 4-bit layer as noise when its inputs are no multiple of 64, as in "
-            f"{', '.join(misread)}; keep these unquantized with quantization.keep=[{','.join(misread)}], or use quantization=int8 or none"
+            "quantization: on a CPU bitsandbytes reads a 4-bit layer as noise when its inputs are not a multiple of "
+            f"64, as in {', '.join(misread)}; leave these unquantized with "
+            f"quantization.skip_modules=[{','.join(misread)}], or use quantization=int8 or none"
         )
 
 
@@ -74,44 +76,44 @@ def _uncompiled(function: Any = None, **_: Any) -> Any:
 
 
 def dense(layer: Any) -> Tensor:
-    """The weight, shape (outputs, inputs), in the numbers that it multiplies in; float32 for int8.
+    """Returns the weight, shape (outputs, inputs), in the dtype of its products; float32 for int8.
 
     Source: bitsandbytes 0.50.2, autograd/_functions.py (MatMul4Bit) and functional.int8_vectorwise_dequant.
     """
     from bitsandbytes import functional
 
-    found = stored(layer)
+    packed = packed_weight(layer)
     state = getattr(layer.weight, "quant_state", None)
     if state is None:
-        eight: Tensor = functional.int8_vectorwise_dequant(found.codes, found.constants["scales"])
-        return eight.float()
-    four: Tensor = functional.dequantize_4bit(found.codes, state).reshape(found.shape)
-    return four.to(layer.compute_dtype or four.dtype)
+        int8: Tensor = functional.int8_vectorwise_dequant(packed.codes, packed.constants["scales"])
+        return int8.float()
+    four_bit: Tensor = functional.dequantize_4bit(packed.codes, state).reshape(packed.shape)
+    return four_bit.to(layer.compute_dtype or four_bit.dtype)
 
 
-def stored(layer: Any) -> Stored:
+def packed_weight(layer: Any) -> PackedWeight:
+    """Returns the layer's codes and constants."""
     weight = layer.weight
     state = getattr(weight, "quant_state", None)
     if state is None:  # after its first pass a layer's state has the scales
         codes = weight.CB if weight.CB is not None else weight.data
         scales = weight.SCB if weight.SCB is not None else layer.state.SCB
-        return Stored(shape=codes.shape, codes=codes, constants={"scales": scales})
+        return PackedWeight(shape=codes.shape, codes=codes, constants={"scales": scales})
     constants, books = {"absmax": state.absmax}, {"code": state.code}
     if state.nested:
         constants["nested_absmax"] = state.state2.absmax
         books |= {"nested_code": state.state2.code, "offset": state.offset}
-    facts = f"{state.quant_type},{state.blocksize},{state.dtype},{tuple(state.shape)}"
-    return Stored(shape=state.shape, codes=weight.data, constants=constants, books=books, facts=facts)
+    layout = f"{state.quant_type},{state.blocksize},{state.dtype},{tuple(state.shape)}"
+    return PackedWeight(shape=state.shape, codes=weight.data, constants=constants, books=books, layout=layout)
 
 
-def prepare() -> None:
-    """To be called before transformers and peft import the libraries: saves seconds, and quiets some harmless messages.
+def quiet_imports() -> None:
+    """Imports the libraries before transformers and peft do: saves seconds, and silences some harmless messages.
 
-    At their import, bitsandbytes 0.50.2 (its reserve backend) and hqq 0.2.8 (forward passes that it offers for compiling)
-    hand functions to torch.compile, which imports torch's whole compiler; peft imports hqq wherever it is installed. They
-    are left as they are: nothing here calls them. The messages are of a hub kernel that is not there, int8's note for each
-    layer and pass, and torchao's GPU kernels, which a build of torch for CPUs cannot load.
-    """
+    At import, bitsandbytes 0.50.2 (its fallback backend) and hqq 0.2.8 (forward passes that it offers for compiling)
+    hand functions to torch.compile, which imports torch's whole compiler; peft imports hqq wherever it is installed.
+    Those functions stay uncompiled: nothing here calls them. The messages are about a hub kernel that does not exist,
+    int8's note for each layer and pass, and torchao's GPU kernels, which a CPU build of torch cannot load."""
     for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions", "torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     import torch

@@ -1,6 +1,6 @@
-"""The quantized base kept in the cache: the next start reads a quarter of the bytes and quantizes nothing.
+"""Caches the quantized base: the next start reads a quarter of the bytes and quantizes nothing.
 
-Every model read from a copy is proven: a digest over all its tensors must be that of the model that was quantized.
+A digest over all tensors of a model read from the cache must equal that of the model that was written.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from finetune.cache import cache_folder
 from finetune.console import human_bytes, log
 from finetune.files import require_disk
 from finetune.hardware.backends import BACKENDS
-from finetune.quantization.backends import holdings, restore, save
+from finetune.quantization.backends import all_tensors, restore, save
 from finetune.quantization.config import QuantizationConfig, spec
 
 if TYPE_CHECKING:
@@ -32,26 +32,29 @@ if TYPE_CHECKING:
 
     from finetune.hardware import Placement
 
-RECORD = "copy.json"
+RECORD = "record.json"
 CONFIGS = ("config.json", "generation_config.json")
 PACKAGES = ("transformers", "torch")
 UNUSED_DAYS = 30
-"""A copy that no run has read for so long goes when the next one is made; quantizing again costs one slow start."""
+"""Entries that no run has read for so long are removed when the next one is written; that costs one slow start."""
+
+LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, AssertionError, AttributeError)
+"""What libraries raise when they read damaged files."""
 
 SHARD = "2GB"
-"""Bounds the host memory that saving takes where the model lies on a GPU."""
+"""Bounds the host memory for saving a model that is on a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Copy:
-    """Where the quantized form of one base is kept, whether it is there yet or not.
+class QuantizedCache:
+    """The cache entry of one quantized base, whether it exists yet or not.
 
     Attributes:
-        folder: Holds config.json, safetensors and copy.json, which is written last. Its name is the method and a hash
-            over everything that decides the quantized numbers.
+        folder: Holds config.json, safetensors and record.json, which is written last. Its name is the method and a hash
+            over everything that decides the quantized weights.
         base: Folder of the dense base.
         quantization: The quantization group.
-        dtype: The computation's numbers.
+        dtype: Of the computation.
         threads: Threads that compute the digest.
     """
 
@@ -62,10 +65,10 @@ class Copy:
     threads: int
 
     def read(self, load: Callable[[Path], PreTrainedModel]) -> PreTrainedModel | None:
-        """The model, the very tensors that were kept; None where there is no copy, or a damaged one, which is removed.
+        """Returns the cached model; None where there is none, or a damaged one, which is removed.
 
         Args:
-            load: Opens a folder with transformers, as it was saved.
+            load: Loads a folder with transformers, as it was saved.
         """
         if not (self.folder / RECORD).is_file():
             return None
@@ -74,50 +77,31 @@ class Copy:
         try:
             record = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
             model = restore(self.base, self.quantization, self.folder, dtype=self.dtype, load=load)
-            wrong = (
-                ""
-                if digest(model, threads=self.threads) == record["digest"]
-                else "its tensors are not those that were kept"
-            )
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            RuntimeError,
-            AssertionError,
-            AttributeError,
-            SafetensorError,
-        ) as error:
-            wrong = str(error).strip().partition("\n")[0] or type(error).__name__
-        if wrong:
-            log(
-                "model",
-                f"the quantized copy {self.folder} is damaged ({wrong}); it is removed, and made again from the base",
-            )
+            same = digest(model, threads=self.threads) == record["digest"]
+            damage = "" if same else "its tensors differ from those that were written"
+        except (*LOAD_ERRORS, SafetensorError) as error:
+            damage = str(error).strip().partition("\n")[0] or type(error).__name__
+        if damage:
+            log("model", f"the quantized base {self.folder} is damaged ({damage}); removed, and quantized again")
             self._remove()
             return None
         with contextlib.suppress(OSError):
             os.utime(self.folder / RECORD)
-        log(
-            "model",
-            f"the quantized copy {self.folder} ({human_bytes(record['bytes'])}) is read and nothing is quantized, "
-            f"because base and quantization are those of {record['made']}",
-        )
+        log("model", f"quantized base of {record['made']} read from {self.folder} ({human_bytes(record['bytes'])})")
         return model
 
-    def keep(self, model: PreTrainedModel) -> None:
-        """Writes the copy beside its place and renames it; says so where that cannot be, and the run goes on.
+    def write(self, model: PreTrainedModel) -> None:
+        """Writes the model under a temporary name and renames it. If that fails, logs why; the run continues.
 
-        Of processes that start at once, one writes.
+        Of several processes that start at once, only one writes.
         """
         from safetensors import SafetensorError
 
         root = self.folder.parent
         partial = root / f".{self.folder.name}.{os.getpid()}"
         try:
-            with _alone(root) as alone:
-                if not alone or self.folder.is_dir():
+            with _exclusive(root) as is_only_writer:
+                if not is_only_writer or self.folder.is_dir():
                     return
                 _check_space(root, model)
                 save(model, self.quantization, partial, shard=SHARD)
@@ -129,10 +113,11 @@ class Copy:
         except (OSError, SafetensorError) as error:
             log(
                 "model",
-                f"no quantized copy is kept ({error}), so the next start quantizes again; FINETUNE_CACHE names another place",
+                f"the quantized base is not cached ({error}), so the next start quantizes again; "
+                "set FINETUNE_CACHE to another folder",
             )
         else:
-            log("model", f"a quantized copy ({human_bytes(size)}) is kept for later starts: {self.folder}")
+            log("model", f"the quantized base ({human_bytes(size)}) is cached in {self.folder}")
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -141,46 +126,50 @@ class Copy:
         return {"digest": digest(model, threads=self.threads), "bytes": size, "made": made}
 
     def _remove(self) -> None:
-        # Renamed first: a reader finds the copy whole or not at all.
+        # Renamed first: a reader finds a complete entry or none.
         aside = self.folder.with_name(f".{self.folder.name}.damaged.{os.getpid()}")
         with contextlib.suppress(OSError):
             os.replace(self.folder, aside)
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def quantized_cache(base: Path, *, weights: str, quantization: QuantizationConfig, placement: Placement) -> Copy | None:
-    """The place of a base's quantized copy, or None where the cache cannot be used, which is said.
+def quantized_cache(
+    base: Path, *, weights: str, quantization: QuantizationConfig, placement: Placement
+) -> QuantizedCache | None:
+    """Returns the cache entry of a quantized base; logs why and returns None where the cache cannot be used.
 
     Args:
         base: Folder of the dense base.
         weights: Hash of its weight files.
         quantization: The quantization group.
-        placement: Its numbers, and its device, since each quantizes with kernels of its own, name the copy.
+        placement: Its dtype and device are part of the key: each device quantizes with its own kernels.
     """
     try:
         root = cache_folder("quantized")
     except OSError as error:
-        log("model", f"no quantized copy can be kept or read ({error}); FINETUNE_CACHE names another place")
+        log("model", f"the cache of quantized bases cannot be used ({error}); set FINETUNE_CACHE to another folder")
         return None
     configs = {name: (base / name).read_text(encoding="utf-8") for name in CONFIGS if (base / name).is_file()}
     versions = [version(package) for package in dict.fromkeys([BACKENDS[quantization.method].library, *PACKAGES])]
-    content = [weights, configs, spec(quantization), placement.dtype, placement.device, versions, _code()]
+    content = [weights, configs, spec(quantization), placement.dtype, placement.device, versions, _code_sha256()]
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     folder = root / f"{quantization.method}-{key[:24]}"
-    return Copy(folder=folder, base=base, quantization=quantization, dtype=placement.dtype, threads=placement.threads)
+    return QuantizedCache(
+        folder=folder, base=base, quantization=quantization, dtype=placement.dtype, threads=placement.threads
+    )
 
 
 def digest(model: nn.Module, *, threads: int) -> str:
-    """SHA-256 over names, kinds, shapes and bytes of all parameters, buffers and quantization constants.
+    """Returns the SHA-256 over names, dtypes, shapes and bytes of all parameters, buffers and quantization constants.
 
-    Tied weights come once, so that a tie that was lost gives another list.
+    Tied weights come once, so that weights that are no longer tied change the digest.
     """
-    parts = list(holdings(model))
+    tensors = list(all_tensors(model))
     with ThreadPoolExecutor(max(1, threads)) as pool:
-        hashes = pool.map(_tensor_sha256, [tensor for _, tensor in parts])
+        hashes = pool.map(_tensor_sha256, [tensor for _, tensor in tensors])
         lines = [
-            f"{name} {tensor.dtype} {tuple(tensor.shape)} {one}"
-            for (name, tensor), one in zip(parts, hashes, strict=True)
+            f"{name} {tensor.dtype} {tuple(tensor.shape)} {sha256}"
+            for (name, tensor), sha256 in zip(tensors, hashes, strict=True)
         ]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -191,7 +180,7 @@ def _tensor_sha256(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data).hexdigest()
 
 
-def _code() -> str:
+def _code_sha256() -> str:
     hasher = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):
         hasher.update(file.read_bytes())
@@ -199,8 +188,8 @@ def _code() -> str:
 
 
 @contextlib.contextmanager
-def _alone(root: Path) -> Iterator[bool]:
-    """Whether no other process writes a copy at this moment."""
+def _exclusive(root: Path) -> Iterator[bool]:
+    """Yields whether this is the only process that writes at the moment."""
     with open(root / ".lock", "w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -211,20 +200,20 @@ def _alone(root: Path) -> Iterator[bool]:
 
 
 def _check_space(root: Path, model: nn.Module) -> None:
-    """Leaves as much again as the copy takes: the run itself is about to write checkpoints, often to the same disk."""
-    need_bytes = 2 * sum(tensor.nbytes for _, tensor in holdings(model))
-    require_disk(root, need_bytes, "twice the quantized copy", remedy="free some space", error=OSError)
+    """Requires twice the size: the run is about to write checkpoints, often to the same disk."""
+    need_bytes = 2 * sum(tensor.nbytes for _, tensor in all_tensors(model))
+    require_disk(root, need_bytes, "twice the quantized base", remedy="free some space", error=OSError)
 
 
 def _flush(folder: Path) -> None:
-    """On disk before the rename, so that a machine that stops leaves no copy of zeros behind."""
+    """Flushes the files to disk before the rename, so that a crash leaves no entry full of zeros."""
     for file in folder.iterdir():
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
 
 
 def _prune(root: Path, *, keep: Path) -> None:
-    """Removes copies unused for long, and what killed processes left half written a day ago."""
+    """Removes entries unused for long, and partial ones that killed processes left a day ago or earlier."""
     now = time.time()
     for path in root.iterdir():
         if path == keep or not path.is_dir():

@@ -1,10 +1,13 @@
-"""The quantization group."""
+"""The quantization group, and the form in which every library describes a quantized layer."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.hardware.backends import BACKENDS, unsupported_reason
+
+if TYPE_CHECKING:
+    from torch import Size, Tensor
 
 METHODS = tuple(BACKENDS)
 BITS = (1, 2, 3, 4, 5, 6, 8)
@@ -16,31 +19,31 @@ GROUP_MULTIPLE = 8
 
 @dataclass(kw_only=True, slots=True)
 class QuantizationConfig:
-    """How the frozen base is stored."""
+    """Selects how the frozen base is stored."""
 
     method: str
-    """``none``, ``nf4``, ``fp4`` (bitsandbytes 4-bit), ``int8`` (LLM.int8), ``torchao_int8``, ``hqq``; the others of
-    finetune/hardware/backends.py are refused with the reason."""
+    """``none``, ``nf4``, ``fp4`` (bitsandbytes 4-bit), ``int8`` (LLM.int8), ``torchao_int8``, ``hqq``; the other
+    methods of finetune/hardware/backends.py are refused with the reason."""
 
     double: bool = False
-    """Quantizes the 4-bit blocks' constants too: 0.37 bit a parameter less. Source: QLoRA paper, section 3."""
+    """Quantizes the constants of the 4-bit blocks too: saves 0.37 bit per parameter. Source: QLoRA paper, section 3."""
 
-    keep: list[str] = field(default_factory=list)
-    """Linear layers kept in full precision besides the head: the last segment of their names (``down_proj``), or their full
+    skip_modules: list[str] = field(default_factory=list)
+    """Linear layers in full precision besides the head: the last segment of their names (``down_proj``), or their full
     names, with ``*`` for anything (``model.layers.0.*``)."""
 
-    keep_mib: float = 0.0
-    """MiB that may be spent on keeping further layers in full precision: those where it saves most, by measurement on the run's
-    own training rows. 0 keeps none."""
+    skip_modules_mib: float = 0.0
+    """MiB to spend on further layers in full precision. They are chosen by measuring on the run's own training rows
+    where full precision helps most. 0 chooses none."""
 
-    keep_tokens: int = 2048
-    """Training tokens that measure it."""
+    skip_modules_tokens: int = 2048
+    """Training tokens for that measurement."""
 
     threshold: float = 6.0
-    """int8 only: activations beyond it are outliers, computed in 16 bit. Source: LLM.int8 paper, section 3.2."""
+    """int8 only: larger activations are outliers, computed in 16 bit. Source: LLM.int8 paper, section 3.2."""
 
     bits: int = 4
-    """hqq only: bits a weight, before the groups' constants."""
+    """hqq only: bits per weight, before the groups' constants."""
 
     group_size: int = 64
     """hqq only: weights that share a scale and a zero point, which take 32 bits together."""
@@ -58,23 +61,45 @@ class QuantizationConfig:
             yield f"quantization.bits must be one of {', '.join(map(str, BITS))}; got {self.bits}"
         if self.group_size < GROUP_MULTIPLE or self.group_size % GROUP_MULTIPLE:
             yield f"quantization.group_size must be a multiple of {GROUP_MULTIPLE}; got {self.group_size}"
-        if self.keep_mib < 0:
-            yield f"quantization.keep_mib must not be negative; got {self.keep_mib}"
-        if self.keep_tokens < 1:
-            yield f"quantization.keep_tokens must be at least 1; got {self.keep_tokens}"
-        if self.method == "none" and (self.keep or self.keep_mib):
-            yield "quantization.keep and keep_mib keep layers from being quantized, and quantization=none quantizes none: leave them out"
+        if self.skip_modules_mib < 0:
+            yield f"quantization.skip_modules_mib must not be negative; got {self.skip_modules_mib}"
+        if self.skip_modules_tokens < 1:
+            yield f"quantization.skip_modules_tokens must be at least 1; got {self.skip_modules_tokens}"
+        if self.method == "none" and (self.skip_modules or self.skip_modules_mib):
+            yield (
+                "quantization.skip_modules and skip_modules_mib exempt layers from quantization, and quantization=none "
+                "quantizes nothing: leave them out"
+            )
 
 
 def spec(config: QuantizationConfig) -> dict[str, Any]:
-    """What a loader must know to rebuild this base; travels with the adapter."""
+    """Returns what a loader must know to build this base again; it is saved with the adapter."""
     if config.method == "none":
         return {"method": "none"}
-    own: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     if config.method == "int8":
-        own = {"threshold": config.threshold}
+        settings = {"threshold": config.threshold}
     elif config.method == "hqq":
-        own = {"bits": config.bits, "group_size": config.group_size}
+        settings = {"bits": config.bits, "group_size": config.group_size}
     elif config.method in ("nf4", "fp4"):
-        own = {"double": config.double, "blocksize": 64}
-    return {"method": config.method, **own, "keep": list(config.keep)}
+        settings = {"double": config.double, "blocksize": 64}
+    return {"method": config.method, **settings, "keep": list(config.skip_modules)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedWeight:
+    """The weight of a quantized layer.
+
+    Attributes:
+        shape: Of the dense weight, (outputs, inputs).
+        codes: The packed integers.
+        constants: Scales and zero points, by name.
+        books: What all layers share: the values that the codes stand for.
+        layout: What else decides how the codes are read.
+    """
+
+    shape: "Size"
+    codes: "Tensor"
+    constants: "dict[str, Tensor]"
+    books: "dict[str, Tensor]" = field(default_factory=dict)
+    layout: str = ""

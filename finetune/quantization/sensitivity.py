@@ -1,4 +1,4 @@
-"""Which layers are worth their bytes in full precision, measured on the run's own training rows."""
+"""Measures on the run's own training rows which layers benefit most from full precision."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.console import human_bytes, log
 from finetune.errors import ModelError
-from finetune.quantization.backends import dense, quantized_layers, stored
+from finetune.quantization.backends import dense, packed_weight, quantized_layers
 from finetune.quantization.config import QuantizationConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
 
     from finetune.model import ModelSpec
     from finetune.products import PreparedData
@@ -24,126 +25,126 @@ SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeptLayers:
-    """What was chosen.
+class SkippedLayers:
+    """The layers that were chosen for full precision.
 
     Attributes:
-        folder: The stage's.
-        layers: In the order of their worth: ``{"layer", "cost", "bytes"}``; the cost is in nats a token, the bytes are what
-            full precision takes beyond the quantized form.
-        left: The same for the best one that was not kept; None where none is left.
-        tokens: That measured it.
+        folder: Of the stage.
+        layers: Best first: ``{"layer", "cost", "bytes"}``; the cost is in nats per token, the bytes are what full
+            precision takes beyond the quantized form.
+        next_best: The same for the best layer that was not chosen; None where there is none.
+        tokens: Tokens of the measurement.
     """
 
     folder: Path
     layers: list[dict[str, Any]]
-    left: dict[str, Any] | None
+    next_best: dict[str, Any] | None
     tokens: int
 
-    def applied(self, config: QuantizationConfig) -> QuantizationConfig:
-        """The group with the chosen layers by name."""
-        return dataclasses.replace(config, keep=[*config.keep, *[one["layer"] for one in self.layers]], keep_mib=0.0)
+    def apply_to(self, config: QuantizationConfig) -> QuantizationConfig:
+        """Returns the group with the chosen layers by name."""
+        names = [entry["layer"] for entry in self.layers]
+        return dataclasses.replace(config, skip_modules=[*config.skip_modules, *names], skip_modules_mib=0.0)
 
 
-def choose_skip_modules(spec: ModelSpec, *, folder: Path, data: PreparedData) -> KeptLayers:
-    """Spends ``quantization.keep_mib`` on the layers whose rounding costs most for their bytes.
+def choose_skip_modules(spec: ModelSpec, *, folder: Path, data: PreparedData) -> SkippedLayers:
+    """Spends ``quantization.skip_modules_mib`` on the layers whose rounding costs most for their bytes.
 
     Args:
         spec: The base as it will be loaded for training.
-        folder: The stage's.
+        folder: Of the stage.
         data: Its training rows are in ``data.folder/train``.
 
     Raises:
-        ModelError: The budget buys no layer, or the original weights are not at hand.
+        ModelError: The budget is smaller than the smallest layer, or the original weights are missing.
     """
-    from finetune.inference.adapted import free
+    from finetune.inference.adapted import free_memory
     from finetune.lora import read_documents
-    from finetune.lora.init import reader
+    from finetune.lora.init import checkpoint_reader
 
     config = spec.quantization
-    documents = [
-        document for document in read_documents(data.folder / "train", tokens=config.keep_tokens) if len(document) > 1
-    ]
-    loaded = dataclasses.replace(spec, quantization=dataclasses.replace(config, keep_mib=0.0)).load()
+    documents = read_documents(data.folder / "train", tokens=config.skip_modules_tokens)
+    documents = [document for document in documents if len(document) > 1]
+    loaded = dataclasses.replace(spec, quantization=dataclasses.replace(config, skip_modules_mib=0.0)).load()
     tokens = sum(len(document) - 1 for document in documents)
-    costs = rounding_costs(loaded, reader(spec.base.folder, wish="quantization.keep_mib"), documents)
-    found: list[dict[str, Any]] = [
+    read_original = checkpoint_reader(spec.base.folder, setting="quantization.skip_modules_mib")
+    costs = rounding_costs(loaded, read_original, documents)
+    candidates: list[dict[str, Any]] = [
         {"layer": name, "cost": costs[name] / tokens, "bytes": extra_bytes(layer, loaded.dtype.itemsize)}
         for name, layer in quantized_layers(loaded).items()
     ]
     del loaded
-    free()
-    layers, left = choose(found, budget=int(config.keep_mib * MIB))
+    free_memory()
+    layers, next_best = choose(candidates, budget=int(config.skip_modules_mib * MIB))
     if not layers:
-        cheapest = min(one["bytes"] for one in found)
         raise ModelError(
-            f"quantization.keep_mib={config.keep_mib:g} buys no layer: the smallest takes {human_bytes(cheapest)} more in full precision"
+            f"quantization.skip_modules_mib={config.skip_modules_mib:g} is less than the smallest layer takes: "
+            f"{human_bytes(min(entry['bytes'] for entry in candidates))} more in full precision"
         )
-    names = ", ".join(one["layer"] for one in layers[:SHOWN]) + (
-        f" and {len(layers) - SHOWN} more" if len(layers) > SHOWN else ""
-    )
+    more = f" and {len(layers) - SHOWN} more" if len(layers) > SHOWN else ""
+    names = ", ".join(entry["layer"] for entry in layers[:SHOWN]) + more
     log(
         "quantization",
-        f"{len(layers)} of {len(found)} layers stay in full precision for {human_bytes(sum(one['bytes'] for one in layers))}: {names}; "
-        f"their rounding costs most for its bytes on {tokens:,} training tokens",
+        f"{len(layers)} of {len(candidates)} layers stay in full precision and take "
+        f"{human_bytes(sum(entry['bytes'] for entry in layers))} more: {names}; their rounding costs most for "
+        f"its bytes on {tokens:,} training tokens",
     )
-    return KeptLayers(folder=folder, layers=layers, left=left, tokens=tokens)
+    return SkippedLayers(folder=folder, layers=layers, next_best=next_best, tokens=tokens)
 
 
-def choose(found: Sequence[dict[str, Any]], *, budget: int) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """The layers that a budget of bytes buys, dearest rounding for its bytes first, and the best one that it does not."""
-    kept, left = [], None
-    for one in sorted(found, key=lambda one: (-one["cost"] / one["bytes"], one["layer"])):
-        if one["bytes"] <= budget:
-            kept.append(one)
-            budget -= one["bytes"]
-        elif left is None:
-            left = one
-    return kept, left
+def choose(candidates: Sequence[dict[str, Any]], *, budget: int) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """Returns the layers that a budget of bytes buys, highest cost per byte first, and the best one that it does
+    not."""
+    chosen, next_best = [], None
+    for candidate in sorted(candidates, key=lambda entry: (-entry["cost"] / entry["bytes"], entry["layer"])):
+        if candidate["bytes"] <= budget:
+            chosen.append(candidate)
+            budget -= candidate["bytes"]
+        elif next_best is None:
+            next_best = candidate
+    return chosen, next_best
 
 
 def extra_bytes(layer: Any, element_bytes: int) -> int:
-    """What full precision takes beyond the quantized form."""
-    found = stored(layer)
-    return (
-        found.shape.numel() * element_bytes
-        - found.codes.nbytes
-        - sum(tensor.nbytes for tensor in found.constants.values())
-    )
+    """Returns what full precision takes beyond the quantized form."""
+    packed = packed_weight(layer)
+    quantized = packed.codes.nbytes + sum(tensor.nbytes for tensor in packed.constants.values())
+    return packed.shape.numel() * element_bytes - quantized
 
 
 def rounding_costs(
-    model: Any, original: Callable[[str], Tensor], documents: Iterable[Sequence[int]]
+    model: PreTrainedModel, original: Callable[[str], Tensor], documents: Iterable[Sequence[int]]
 ) -> dict[str, float]:
-    """What each layer's rounding adds to the divergence from the dense model, in nats over all tokens.
+    """Returns what each layer's rounding adds to the KL divergence from the dense model, in nats over all tokens.
 
-    With e the change of a layer's output at a token and g the loss's gradient there, half the mean of (g e)^2 is the
-    divergence to second order, the Fisher information taken at the text's own tokens. One pass each way gives all layers.
-    Source: Kullback-Leibler divergence to second order; empirical Fisher as in Kim et al. 2023, SqueezeLLM, section 4.1.
+    With e the change of a layer's output at a token and g the gradient of the loss there, half the mean of (g e)^2 is
+    the divergence to second order, with the Fisher information at the text's own tokens. One forward and one backward
+    pass measure all layers. Source: Kullback-Leibler divergence to second order; empirical Fisher as in Kim et al.
+    2023, SqueezeLLM, section 4.1.
 
     Args:
         model: The quantized base, without gradients.
-        original: A dense weight by its name in the model.
+        original: Returns a dense weight by its name in the model.
         documents: Token ids.
     """
     import torch
 
     costs = dict.fromkeys(quantized_layers(model), 0.0)
 
-    def watch(name: str) -> Callable[..., None]:
-        def seen(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def hook_of(name: str) -> Callable[..., None]:
+        def hook(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             rounded = dense(layer)
-            lost = (rounded.float() - original(f"{name}.weight").to(rounded.device).float()).to(inputs[0].dtype)
-            error = inputs[0].detach() @ lost.T
+            rounding = rounded.float() - original(f"{name}.weight").to(rounded.device).float()
+            error = inputs[0].detach() @ rounding.to(inputs[0].dtype).T
 
-            def add(gradient: Tensor) -> None:
+            def add_cost(gradient: Tensor) -> None:
                 costs[name] += float((gradient.float() * error.float()).sum(-1).square().sum()) / 2
 
-            output.register_hook(add)
+            output.register_hook(add_cost)
 
-        return seen
+        return hook
 
-    hooks = [layer.register_forward_hook(watch(name)) for name, layer in quantized_layers(model).items()]
+    hooks = [layer.register_forward_hook(hook_of(name)) for name, layer in quantized_layers(model).items()]
     model.enable_input_require_grads()
     try:
         for document in documents:

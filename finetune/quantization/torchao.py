@@ -1,32 +1,34 @@
-"""torchao: 8-bit weights with a scale a row; products are computed in 16 bit, so gradients pass."""
+"""torchao: 8-bit weights with one scale per row; products are computed in 16 bit, so gradients pass."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from finetune.quantization.config import QuantizationConfig
-from finetune.quantization.skip_modules import patterns
-from finetune.quantization.stored import Stored
+from finetune.quantization.config import PackedWeight, QuantizationConfig
+from finetune.quantization.skip_modules import skip_patterns
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 def loader_arguments(config: QuantizationConfig, *, dtype: str) -> dict[str, Any]:
+    """Returns keyword arguments for ``from_pretrained``."""
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 
-    return {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=patterns(config.keep))}
+    skipped = skip_patterns(config.skip_modules)
+    return {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=skipped)}
 
 
 def dense(layer: Any) -> Tensor:
-    """The weight, shape (outputs, inputs), in the numbers that it was made from."""
+    """Returns the weight, shape (outputs, inputs), in the dtype that it was quantized from."""
     weight: Tensor = layer.weight.dequantize()
     return weight
 
 
-def stored(layer: Any) -> Stored:
+def packed_weight(layer: Any) -> PackedWeight:
+    """Returns the layer's codes and constants."""
     weight = layer.weight
-    names, facts = weight.__tensor_flatten__()
+    names, attributes = weight.__tensor_flatten__()
     constants = {name: getattr(weight, name) for name in names if name != "qdata"}
-    return Stored(shape=weight.shape, codes=weight.qdata, constants=constants, facts=str(facts))
+    return PackedWeight(shape=weight.shape, codes=weight.qdata, constants=constants, layout=str(attributes))

@@ -2,7 +2,13 @@
 
 from collections.abc import Iterable, Sequence
 
-from finetune.inference.artifacts import beside, cells, heads, metric_names, sentence
+from finetune.inference.artifacts import (
+    describe_answer_changes,
+    describe_rows,
+    metric_names,
+    table_cells,
+    table_headers,
+)
 from finetune.report.format import (
     ARTIFACTS,
     count,
@@ -74,8 +80,8 @@ def _artifacts(report: Fields) -> str:
     lines = report["artifacts"]
     if not lines:
         return ""
-    listed = _table(heads(lines, metric_title), [cells(line, metric_names(lines)) for line in lines])
-    return "\n\n".join(["## Every artifact on the same rows", sentence(lines), listed, *beside(lines, metric_title)])
+    listed = _table(table_headers(lines, metric_title), [table_cells(line, metric_names(lines)) for line in lines])
+    return "\n\n".join(["## Every artifact on the same rows", describe_rows(lines), listed, *describe_answer_changes(lines, metric_title)])
 
 
 def _merge(report: Fields) -> str:

@@ -2,7 +2,13 @@
 
 from html import escape
 
-from finetune.inference.artifacts import beside, cells, heads, metric_names, sentence
+from finetune.inference.artifacts import (
+    describe_answer_changes,
+    describe_rows,
+    metric_names,
+    table_cells,
+    table_headers,
+)
 from finetune.report.format import (
     ARTIFACTS,
     CHANGES,
@@ -65,12 +71,12 @@ def artifacts(report: Fields) -> Html:
     names = metric_names(lines)
     kept = frozenset(index for index, line in enumerate(lines) if line["kept"])
     broken = [
-        [Html(escape(cell).replace(" [", "<br>[").replace(" from ", "<br>from ")) for cell in cells(line, names)]
+        [Html(escape(cell).replace(" [", "<br>[").replace(" from ", "<br>from ")) for cell in table_cells(line, names)]
         for line in lines
     ]
-    listed = table(heads(lines, metric_title), broken, strong=kept)
-    beneath = joined(tag("p", text, kind="caption") for text in beside(lines, metric_title))
-    return section("artifacts", "Every artifact on the same rows", tag("p", sentence(lines)), listed, beneath)
+    listed = table(table_headers(lines, metric_title), broken, strong=kept)
+    beneath = joined(tag("p", text, kind="caption") for text in describe_answer_changes(lines, metric_title))
+    return section("artifacts", "Every artifact on the same rows", tag("p", describe_rows(lines)), listed, beneath)
 
 
 def _loss_words(changes: Fields) -> Html:

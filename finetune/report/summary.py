@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from finetune.inference.artifacts import same_rows
+from finetune.inference.artifacts import collect_artifacts
 from finetune.report.run_data import Facts, Fields
 
 SCHEMA = 1
@@ -48,7 +48,7 @@ def summarize(facts: Facts, *, status: str) -> Fields:
         "eval": _section(facts, "eval"),
         "merge": _section(facts, "merge"),
         "export": exports["exports"] if exports else [],
-        "artifacts": same_rows(scores, facts.product("merge"), exports["exports"] if exports else []),
+        "artifacts": collect_artifacts(scores, facts.product("merge"), exports["exports"] if exports else []),
         "stages": {stage: _cost(manifest) for stage, manifest in facts.manifests.items()},
         "plan": facts.product("plan"),
         "decisions": _decisions(facts),

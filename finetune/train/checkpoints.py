@@ -80,7 +80,7 @@ def fingerprint_training(job: TrainingJob) -> TrainingFingerprint:
         **_prefixed("quantization", quantization_spec(spec.quantization)),
         **_prefixed("lora", to_jsonable(trainable.lora)),
         **_prefixed("optim", to_jsonable(job.optim)),
-        **_prefixed("kernels", {name: fusion.switch.on and getattr(fusion.choice, name) for name in ROUNDING}),
+        **_prefixed("kernels", {name: fusion.enabled and getattr(fusion.choice, name) for name in ROUNDING}),
         **_prefixed("train", train),
         **_prefixed("placement", {name: getattr(placement, name) for name in PLACED}),
         "packing": trainable.packing,

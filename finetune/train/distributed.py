@@ -11,7 +11,7 @@ from transformers import set_seed
 
 from finetune.inference.losses import RowLoss, row_losses
 from finetune.inference.rows import token_batches
-from finetune.launch.gradients import spread
+from finetune.launch.gradients import broadcast_parameters
 from finetune.launch.shards import join_collectives
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def prepare_distributed(trainer: Any, model: Any, *, ranks: Ranks, seed: int) ->
     """
     trainer.accelerator.prepare_model = partial(trainer.accelerator.prepare_model, evaluation_mode=True)
     trainer.accelerator.gather_for_metrics = lambda tensor: tensor
-    spread(parameter for parameter in model.parameters() if parameter.requires_grad)
+    broadcast_parameters(parameter for parameter in model.parameters() if parameter.requires_grad)
     if not ranks.is_main:
         set_seed(seed + ranks.rank)  # other dropout for other rows
 

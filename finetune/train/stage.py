@@ -11,7 +11,7 @@ from finetune.cache import file_sha256
 from finetune.console import human_bytes, log
 from finetune.errors import TrainError
 from finetune.files import atomic_write_text
-from finetune.launch.shards import shard
+from finetune.launch.shards import shard_base_model
 from finetune.optim import state_bytes
 from finetune.products import TrainedAdapter
 from finetune.train.checkpoints import (
@@ -96,9 +96,9 @@ def _train(job: TrainingJob, *, folder: Path, trackers: Trackers, ranks: Ranks) 
     if ranks.is_main:
         rewind(folder / "metrics.jsonl", step=resumed_from)
     placement = job.trainable.spec.placement
-    ranks.join(placement.device)
+    ranks.init_process_group(placement.device)
     if ranks.shards:
-        shard(job.trainable.model, processes=ranks.count, device=placement.device, offload=ranks.offload)
+        shard_base_model(job.trainable.model, processes=ranks.count, device=placement.device, offload=ranks.offload)
     if start:
         log("train", f"continues from step {start.step}: {start.folder}")
     session = TrainingSession(

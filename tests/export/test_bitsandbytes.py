@@ -17,7 +17,8 @@ from finetune.merge.adapter_deltas import read_changes
 from finetune.merge.candidates import build
 from finetune.merge.graph import dequantized
 from finetune.products import Exports
-from finetune.quantization import protect, quantized_layers
+from finetune.quantization import quantized_layers
+from finetune.quantization.bnb import prevent_repacking
 from tests.fixtures.artifacts import Line, Made
 from tests.fixtures.exports import Facts
 
@@ -62,7 +63,7 @@ def quantized(folder: Path) -> Any:
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=settings)
-    protect(model)
+    prevent_repacking(model)
     return model
 
 
@@ -72,7 +73,7 @@ def test_originals_with_the_adapter_are_rounded_and_saved_before_they_run(export
         AutoModelForCausalLM.from_pretrained(exported.folder / "bitsandbytes", dtype=torch.bfloat16),
         quantized(merged.folder / "model"),
     )
-    protect(saved)
+    prevent_repacking(saved)
     settings = json.loads((exported.folder / "bitsandbytes" / "config.json").read_text())["quantization_config"]
     assert (settings["bnb_4bit_quant_type"], settings["bnb_4bit_use_double_quant"]) == ("nf4", True)
     layers = quantized_layers(saved)

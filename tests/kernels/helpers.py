@@ -15,17 +15,25 @@ from finetune.kernels import Fusion, KernelsConfig, apply_fusion
 from tests.fixtures.models import PLACEMENT
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 GROUPED: dict[str, Any] = {**SIZES, "num_key_value_heads": 2, "head_dim": 32}
 """Two key heads of one tile's width for four query heads."""
 
 LENGTHS = (40, 1, 33, 31)
 
 BOUNDS = {"float32": 1e-5, "bfloat16": 0.06}
-"""How far the gradient of one matrix may lie from the plain one, in its own length. float32 keeps 24 bits: 1e-7 to 1e-6 was seen,
-so whatever the fused layers leave out shows. bfloat16 keeps 8 (0.4 % an operation, twenty deep): 0.5 to 2.5 % was seen."""
+"""How far the gradient of one matrix may lie from the plain one, in its own length. float32 keeps 24 bits: 1e-7 to 1e-6
+was seen, so whatever the fused layers leave out shows. bfloat16 keeps 8 (0.4 % an operation, twenty deep): 0.5 to 2.5 %
+was seen."""
 
 
 def kernels_config(**wishes: str) -> KernelsConfig:
@@ -62,14 +70,14 @@ def adapt(model: Any, *, checkpointing: bool = False, upcast: str = "none", **ch
     return adapted.train()
 
 
-def hasten(adapted: Any, *, dtype: str = "bfloat16", checkpointing: str = "none", **wishes: str) -> Fusion:
+def fuse(adapted: Any, *, dtype: str = "bfloat16", checkpointing: str = "none", **wishes: str) -> Fusion:
     return apply_fusion(
         adapted, kernels_config(**wishes), placement=replace(PLACEMENT, dtype=dtype), checkpointing=checkpointing
     )
 
 
 def batch(lengths: Sequence[int] = LENGTHS, *, flat: bool = True, trained: bool = True) -> dict[str, Any]:
-    """Random documents of which two tokens in three are learnt, or none."""
+    """Random documents of which two tokens in three are trained on, or none."""
     generator = torch.Generator().manual_seed(5)
     rows = []
     for length in lengths:
@@ -81,7 +89,7 @@ def batch(lengths: Sequence[int] = LENGTHS, *, flat: bool = True, trained: bool 
     return made
 
 
-def plain_loss(model: Any, inputs: dict[str, Any]) -> Tensor:
+def all_logits_loss(model: Any, inputs: dict[str, Any]) -> Tensor:
     """Summed loss over all logits, as transformers' own models give them."""
     rest = {name: value for name, value in inputs.items() if name != "labels"}
     logits = model(**rest, use_cache=False).logits[:, :-1].float().flatten(0, 1)
@@ -98,12 +106,12 @@ def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def both_ways(model: Any, quick: Fusion, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, float]:
-    """Loss by quick steps, by plain ones, and how far apart the gradients lie."""
-    mine = quick.loss(model, inputs)
+def fused_and_plain(model: Any, fusion: Fusion, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, float]:
+    """Loss by fusion steps, by plain ones, and how far distance the gradients lie."""
+    mine = fusion.loss(model, inputs)
     found = gradients(model, mine)
-    with quick.off():
-        plain = plain_loss(model, inputs)
+    with fusion.disabled():
+        plain = all_logits_loss(model, inputs)
         expected = gradients(model, plain)
     return mine.detach(), plain.detach(), farthest(found, expected)
 

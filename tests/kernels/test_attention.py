@@ -1,9 +1,8 @@
 """Attention by tiles and by torch, held to float64.
 
-Both compute in bfloat16 (8 bits) from inputs that are exact in it. Rounding of q and k, of chances and of the result lay 0.25 to
-0.3 % from float64 forward and 0.35 to 0.55 % back on every shape here; 1 % is allowed. A forgotten scale, mask or rotation is
-beyond 10 %.
-"""
+Both compute in bfloat16 (8 bits) from inputs that are exact in it. Rounding of q and k, of chances and of the result
+lay 0.25 to 0.3 % from float64 forward and 0.35 to 0.55 % back on every shape here; 1 % is allowed. A forgotten scale,
+mask or rotation is beyond 10 %."""
 
 import ctypes
 import subprocess
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from finetune.kernels import native
-from finetune.kernels.attention import Shape, attend, rotate
+from finetune.kernels.attention import AttentionShape, attend, rotate
 from tests.kernels.helpers import share
 
 BOUND = 0.01
@@ -24,13 +23,13 @@ HEADS = [(4, 2), (3, 3), (3, 1)]
 """Query heads and key heads: grouped, one to one, one for all."""
 
 
-NO_TILES = "this processor has no AMX, or the system does not let this process use it"
+NO_AMX = "this processor has no AMX, or the system does not let this process use it"
 
 
 @pytest.fixture
 def amx() -> None:
     if not native.has_tiles():
-        pytest.skip(native.missing() or NO_TILES)
+        pytest.skip(native.obstacle() or NO_AMX)
 
 
 @pytest.fixture(params=["tiles", "torch"])
@@ -48,9 +47,9 @@ class Case:
     ) -> None:
         generator = torch.Generator().manual_seed(heads * width + key_heads)
         tokens = sum(documents)
-        self.shape = Shape(heads, key_heads, width, 1.3 * width**-0.5)
-        self.borders = torch.tensor([0, *documents]).cumsum(0).to(torch.int32)
-        self.joint = (size * torch.randn(tokens, sum(self.shape.sizes), generator=generator)).bfloat16()
+        self.shape = AttentionShape(heads, key_heads, width, 1.3 * width**-0.5)
+        self.starts = torch.tensor([0, *documents]).cumsum(0).to(torch.int32)
+        self.qkv = (size * torch.randn(tokens, sum(self.shape.sizes), generator=generator)).bfloat16()
         self.d_out = torch.randn(tokens, heads * width, generator=generator).bfloat16()
         positions = torch.cat([torch.arange(length) for length in documents]).float()
         angles = positions[:, None] * 10_000 ** (-torch.arange(width) / width)
@@ -58,18 +57,18 @@ class Case:
 
     def run(self, tiles: bool) -> tuple[Tensor, Tensor]:
         """The output and the gradient of q, k and v."""
-        joint = self.joint.clone().requires_grad_(True)
-        out = attend(joint, self.cosine, self.sine, borders=self.borders, shape=self.shape, tiles=tiles)
+        qkv = self.qkv.clone().requires_grad_(True)
+        out = attend(qkv, self.cosine, self.sine, starts=self.starts, shape=self.shape, tiles=tiles)
         out.backward(self.d_out)
-        assert joint.grad is not None
-        return out.detach(), joint.grad
+        assert qkv.grad is not None
+        return out.detach(), qkv.grad
 
     def reference(self) -> tuple[Tensor, Tensor]:
         """By the formula, document by document, in float64."""
-        joint = self.joint.double().requires_grad_(True)
+        qkv = self.qkv.double().requires_grad_(True)
         shape, found = self.shape, []
-        for start, end in pairwise(self.borders.tolist()):
-            q, k, v = (part.unflatten(-1, (-1, shape.width)) for part in joint[start:end].split(shape.sizes, -1))
+        for start, end in pairwise(self.starts.tolist()):
+            q, k, v = (part.unflatten(-1, (-1, shape.width)) for part in qkv[start:end].split(shape.sizes, -1))
             q, k = (rotate(part, self.cosine[start:end].double(), self.sine[start:end].double()) for part in (q, k))
             k, v = (part.repeat_interleave(shape.heads // shape.key_heads, 1) for part in (k, v))
             scores = torch.einsum("qhw,khw->hqk", q, k) * shape.scale
@@ -78,8 +77,8 @@ class Case:
             found.append(torch.einsum("hqk,khw->qhw", chances, v).flatten(1))
         out = torch.cat(found)
         out.backward(self.d_out.double())
-        assert joint.grad is not None
-        return out.detach(), joint.grad
+        assert qkv.grad is not None
+        return out.detach(), qkv.grad
 
 
 @pytest.mark.parametrize("width", [32, 64, 96, 128])
@@ -88,7 +87,7 @@ def test_output_and_gradients_equal_the_formula(heads: tuple[int, int], width: i
     case = Case(*heads, width)
     (out, grad), (expected, expected_grad) = case.run(tiles), case.reference()
     assert share(out, expected) <= BOUND
-    for start, end in pairwise(case.borders.tolist()):
+    for start, end in pairwise(case.starts.tolist()):
         assert share(out[start:end], expected[start:end]) <= BOUND, f"document of length {end - start}"
     parts = zip("qkv", grad.split(case.shape.sizes, -1), expected_grad.split(case.shape.sizes, -1), strict=True)
     assert {name: distance for name, mine, right in parts if (distance := share(mine, right)) > BOUND} == {}
@@ -107,9 +106,9 @@ def test_scores_in_the_hundreds_overflow_nothing(tiles: bool) -> None:
 def test_changing_a_document_leaves_every_bit_of_the_others(changed: int, tiles: bool) -> None:
     case = Case(4, 2, 32)
     before = case.run(tiles)
-    mine = torch.zeros(len(case.joint), dtype=torch.bool)
-    mine[slice(*case.borders[changed : changed + 2].tolist())] = True
-    case.joint[mine] = case.joint[mine].flip(-1) + 1
+    mine = torch.zeros(len(case.qkv), dtype=torch.bool)
+    mine[slice(*case.starts[changed : changed + 2].tolist())] = True
+    case.qkv[mine] = case.qkv[mine].flip(-1) + 1
     after = case.run(tiles)
     assert (before[0] != after[0]).any(-1)[mine].all()
     for old, new in zip(before, after, strict=True):
@@ -119,7 +118,7 @@ def test_changing_a_document_leaves_every_bit_of_the_others(changed: int, tiles:
 def test_token_does_not_read_the_next_one(tiles: bool) -> None:
     case = Case(4, 2, 32, documents=(70,))
     before, _ = case.run(tiles)
-    case.joint[45:] += 1
+    case.qkv[45:] += 1
     after, _ = case.run(tiles)
     assert torch.equal(before[:45], after[:45])
     assert (before[45:] != after[45:]).any(-1).all()
@@ -175,14 +174,12 @@ def test_tiles_that_another_library_set_up_are_set_up_afterwards(rows: int, tmp_
     case, before = Case(4, 2, 64), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        joint = case.joint.clone()
+        qkv = case.qkv.clone()
         probe.put(bytes(settings))
-        out, log_sum = native.attention_forward(joint, case.cosine, case.sine, case.borders.long(), case.shape)
+        out, log_sum = native.attention_forward(qkv, case.cosine, case.sine, case.starts.long(), case.shape)
         probe.get(found)
         forward = bytes(found)
-        native.attention_backward(
-            joint, case.cosine, case.sine, case.borders.long(), case.shape, out, case.d_out, log_sum
-        )
+        native.attention_backward(qkv, case.cosine, case.sine, case.starts.long(), case.shape, out, case.d_out, log_sum)
         probe.get(found)
         backward = bytes(found)
     finally:

@@ -14,13 +14,13 @@ from tests.kernels.helpers import (
     GROUPED,
     SIZES,
     adapt,
+    all_logits_loss,
     base,
     batch,
-    both_ways,
     farthest,
+    fuse,
+    fused_and_plain,
     gradients,
-    hasten,
-    plain_loss,
 )
 
 LONGEST = 40
@@ -61,18 +61,18 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def made(name: str, dtype: str, **wishes: str) -> tuple[Any, Fusion]:
     family, settings = FAMILIES[name]
     adapted = adapt(base(family, dtype=dtype, **settings))
-    return adapted, hasten(adapted, dtype=dtype, **wishes)
+    return adapted, fuse(adapted, dtype=dtype, **wishes)
 
 
 @pytest.mark.parametrize("flat", [True, False], ids=["flat", "padded"])
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_loss_and_gradients_equal_the_plain_ones(name: str, dtype: str, flat: bool, steps: Counter[str]) -> None:
-    model, quick = made(name, dtype)
-    mine, expected, apart = both_ways(model, quick, batch(flat=flat))
+    model, fusion = made(name, dtype)
+    mine, expected, distance = fused_and_plain(model, fusion, batch(flat=flat))
     attentions = FUSED_ATTENTIONS.get(name, 2) if flat else 0
     assert +steps == +Counter({"attention": attentions, "product": 4 + 2 * attentions, "norm": 5})
-    assert apart <= BOUNDS[dtype]
+    assert distance <= BOUNDS[dtype]
     torch.testing.assert_close(mine, expected, rtol=1e-6 if dtype == "float32" else 2e-3, atol=0.0)
 
 
@@ -83,27 +83,27 @@ def test_every_way_to_compute_a_quantized_model_gives_the_gradient(
 ) -> None:
     from tests.fixtures.models import load
 
-    if implementation == "native" and (why := native.missing()):
+    if implementation == "native" and (why := native.obstacle()):
         pytest.skip(why)
     model = adapt(load(tiny_base, "nf4", double=True))
-    quick = hasten(model, layers="fused", loss="trained", weights=weights, implementation=implementation)
-    assert quick.kernels is (native if implementation == "native" else plain)
-    _, _, apart = both_ways(model, quick, batch())
-    assert apart <= BOUNDS["bfloat16"]
+    fusion = fuse(model, layers="fused", loss="trained", weights=weights, implementation=implementation)
+    assert fusion.kernels is (native if implementation == "native" else plain)
+    _, _, distance = fused_and_plain(model, fusion, batch())
+    assert distance <= BOUNDS["bfloat16"]
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
 def test_documents_of_one_row_do_not_read_each_other(dtype: str) -> None:
-    model, quick = made("llama", dtype)
-    together = quick.loss(model, batch((40, 33)))
+    model, fusion = made("llama", dtype)
+    together = fusion.loss(model, batch((40, 33)))
     alone = batch((40, 33), flat=False)
-    apart = sum(
-        quick.loss(
+    distance = sum(
+        fusion.loss(
             model, {**{key: alone[key][row : row + 1, :length] for key in ("input_ids", "labels")}, **_borders(length)}
         )
         for row, length in enumerate((40, 33))
     )
-    torch.testing.assert_close(together, apart, rtol=1e-6 if dtype == "float32" else 1e-3, atol=0.0)
+    torch.testing.assert_close(together, distance, rtol=1e-6 if dtype == "float32" else 1e-3, atol=0.0)
 
 
 def _borders(length: int) -> dict[str, Any]:
@@ -112,12 +112,12 @@ def _borders(length: int) -> dict[str, Any]:
 
 
 def test_adapter_that_is_switched_off_gives_the_base(steps: Counter[str]) -> None:
-    model, quick = made("llama", "bfloat16")
+    model, fusion = made("llama", "bfloat16")
     inputs = {name: value for name, value in batch().items() if name != "labels"}
     with torch.no_grad(), model.disable_adapter():
         found = model(**inputs, use_cache=False).logits
         assert "product" in steps, "a preference objective's reference takes the same steps as its policy"
-        with quick.off():
+        with fusion.disabled():
             expected = model(**inputs, use_cache=False).logits
     adapted = model(**inputs, use_cache=False).logits
     torch.testing.assert_close(
@@ -127,34 +127,34 @@ def test_adapter_that_is_switched_off_gives_the_base(steps: Counter[str]) -> Non
 
 
 def test_off_takes_no_fused_step_and_on_comes_back(steps: Counter[str]) -> None:
-    model, quick = made("llama", "bfloat16")
-    with quick.off():
-        plain_loss(model, batch())
+    model, fusion = made("llama", "bfloat16")
+    with fusion.disabled():
+        all_logits_loss(model, batch())
         assert not steps
-        assert quick.autocast
-        assert not quick.loss_on_trained_tokens
-    quick.loss(model, batch())
+        assert fusion.autocast
+        assert not fusion.loss_on_trained_tokens
+    fusion.loss(model, batch())
     assert steps["attention"] == 2
-    assert not quick.autocast
-    assert quick.loss_on_trained_tokens
+    assert not fusion.autocast
+    assert fusion.loss_on_trained_tokens
 
 
 def test_off_gives_the_bits_of_a_model_that_was_never_fused() -> None:
     untouched = adapt(base("Llama", **GROUPED))
-    expected = gradients(untouched, plain_loss(untouched, batch()))
-    model, quick = made("llama", "bfloat16")
-    with quick.off():
-        found = gradients(model, plain_loss(model, batch()))
+    expected = gradients(untouched, all_logits_loss(untouched, batch()))
+    model, fusion = made("llama", "bfloat16")
+    with fusion.disabled():
+        found = gradients(model, all_logits_loss(model, batch()))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_norm_that_learns_keeps_its_own_gradient(steps: Counter[str]) -> None:
-    model, quick = made("llama", "float32")
+    model, fusion = made("llama", "float32")
     norm = model.get_base_model().model.norm
     norm.weight.requires_grad_(True)
-    _, _, apart = both_ways(model, quick, batch())
+    _, _, distance = fused_and_plain(model, fusion, batch())
     assert steps["norm"] == 4
-    assert apart <= BOUNDS["float32"]
+    assert distance <= BOUNDS["float32"]
 
 
 def test_generation_with_a_cache_goes_the_plain_way(steps: Counter[str]) -> None:
@@ -172,7 +172,7 @@ def checkpointed(kind: str, **wishes: str) -> tuple[dict[str, Tensor], int]:
     adapted = adapt(base("Llama", **GROUPED))
     if kind == "full":
         adapted.gradient_checkpointing_enable({"use_reentrant": False})
-    quick = hasten(adapted, checkpointing=kind, **wishes)
+    fusion = fuse(adapted, checkpointing=kind, **wishes)
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ def checkpointed(kind: str, **wishes: str) -> tuple[dict[str, Tensor], int]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = quick.loss(adapted, batch()) if quick.loss_on_trained_tokens else plain_loss(adapted, batch())
+        loss = fusion.loss(adapted, batch()) if fusion.loss_on_trained_tokens else all_logits_loss(adapted, batch())
     return gradients(adapted, loss), sum(kept.values())
 
 

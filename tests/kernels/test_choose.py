@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from finetune.errors import HardwareError
-from finetune.kernels.choose import CACHE_SHARE, Choice, Facts, choose
+from finetune.kernels.choose import CACHE_SHARE, KernelChoice, KernelFacts, choose
 from tests.kernels.helpers import kernels_config
 
-GOOD = Facts(
+GOOD = KernelFacts(
     fusion_obstacle=None,
     quantized=True,
     dense_bytes=10,
@@ -21,11 +21,11 @@ GOOD = Facts(
 PLAIN = {"layers": "plain", "weights": "quantized", "loss": "all", "implementation": "plain", "memory": "plain"}
 
 
-def made(*, device: str = "cpu", wishes: dict[str, str] | None = None, **facts: Any) -> Choice:
+def made(*, device: str = "cpu", wishes: dict[str, str] | None = None, **facts: Any) -> KernelChoice:
     return choose(kernels_config(**{"memory": "auto", **(wishes or {})}), replace(GOOD, **facts), device=device)
 
 
-def reason(choice: Choice, key: str) -> str:
+def reason(choice: KernelChoice, key: str) -> str:
     (found,) = [sentence for sentence in choice.reasons if sentence.startswith(key)]
     return found
 
@@ -38,10 +38,10 @@ def test_everything_is_taken_where_nothing_stands_in_the_way() -> None:
         choice.loss_on_trained_tokens,
         choice.native,
         choice.tiles,
-        choice.keep_memory,
+        choice.tune_malloc,
     ) == (True,) * 6
     assert len(choice.reasons) == 5
-    assert reason(choice, "kernels").endswith("attention in AMX tiles")
+    assert reason(choice, "implementation").endswith("attention in AMX tiles")
 
 
 def test_plain_wishes_take_nothing_and_name_themselves() -> None:
@@ -52,7 +52,7 @@ def test_plain_wishes_take_nothing_and_name_themselves() -> None:
         choice.loss_on_trained_tokens,
         choice.native,
         choice.tiles,
-        choice.keep_memory,
+        choice.tune_malloc,
     ) == (False,) * 6
     assert [sentence.rpartition(": ")[2] for sentence in choice.reasons] == [
         f"as set by kernels.{key}" for key in PLAIN
@@ -71,14 +71,14 @@ def test_plain_wishes_take_nothing_and_name_themselves() -> None:
             "weights quantized: 16-bit copies would take more than 25% of the free memory",
         ),
         ({"head_split_obstacle": "its head is odd"}, "loss_on_trained_tokens", "loss on all tokens: its head is odd"),
-        ({"native_obstacle": "no g++"}, "native", "kernels plain: no g++"),
+        ({"native_obstacle": "no g++"}, "native", "implementation plain: no g++"),
         (
             {"fusion_obstacle": "odd", "head_split_obstacle": "odd"},
             "native",
-            "kernels plain: layers and loss are plain",
+            "implementation plain: layers and loss are plain",
         ),
-        ({"tiles": False}, "tiles", "kernels native: one pass over memory each"),
-        ({"native_obstacle": "no g++"}, "tiles", "kernels plain: no g++"),
+        ({"tiles": False}, "tiles", "implementation native: one pass over memory each"),
+        ({"native_obstacle": "no g++"}, "tiles", "implementation plain: no g++"),
     ],
 )
 def test_obstacle_takes_the_plain_form_with_its_reason(facts: dict[str, Any], attribute: str, sentence: str) -> None:
@@ -118,8 +118,8 @@ def test_a_wish_for_copies_outweighs_crowded_memory() -> None:
 
 def test_memory_is_kept_on_a_cpu_only() -> None:
     choice = made(device="cuda")
-    assert not choice.keep_memory
-    assert reason(choice, "memory") == "memory plain: cuda has torch's own allocator"
+    assert not choice.tune_malloc
+    assert reason(choice, "memory") == "memory plain: torch has its own allocator on cuda"
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_memory_is_kept_on_a_cpu_only() -> None:
         (
             {"memory": "kept"},
             {"device": "cuda"},
-            r"kernels\.memory=kept is not possible here: cuda has torch's own allocator",
+            r"kernels\.memory=kept is not possible here: torch has its own allocator on cuda",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""The speed group's problems, and the options that ship."""
+"""The kernels group's problems, and the options that ship."""
 
 from pathlib import Path
 
@@ -34,12 +34,12 @@ def test_every_known_value_is_accepted(key: str) -> None:
 
 
 @pytest.mark.parametrize(("key", "value"), [("weights", "cached"), ("implementation", "native")])
-def test_wish_that_needs_fused_layers_is_refused_beside_plain_ones(key: str, value: str) -> None:
+def test_wish_that_needs_fused_layers_is_refused_with_plain_ones(key: str, value: str) -> None:
     (problem,) = kernels_config(layers="plain", **{key: value}).problems()
-    assert problem.startswith(f"kernels.{key}={value} serves fused layers and kernels.layers is plain")
+    assert problem.startswith(f"kernels.{key}={value} needs fused layers and kernels.layers is plain")
 
 
-def test_all_problems_are_told_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     assert (
         len(list(kernels_config(layers="plain", weights="cached", implementation="native", loss="none").problems()))
         == 3

@@ -1,8 +1,8 @@
 """FusedLinears give what peft's own layers give, side by side.
 
-float32 is held to 1e-5 (24 bits; 1e-7 to 1e-6 was seen). In bfloat16 peft adds a float32 update and rounds once, siblings round twice,
-and a product has 8 bits: 0.2 to 0.5 % was seen, 1 % is allowed. An update left out, or scaled in another way, is beyond 10 %.
-"""
+float32 is held to 1e-5 (24 bits; 1e-7 to 1e-6 was seen). In bfloat16 peft adds a float32 update and rounds once,
+fused ones round twice, and a product has 8 bits: 0.2 to 0.5 % was seen, 1 % is allowed. An update left out, or
+scaled in another way, is beyond 10 %."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from finetune.kernels.linear import FusedLinears, base
-from finetune.quantization import dense, protect
+from finetune.kernels.linear import FusedLinears, base_layer
+from finetune.quantization.backends import dense
+from finetune.quantization.bnb import prevent_repacking
 from tests.kernels.helpers import farthest, share
 
 INPUTS, OUTPUTS = 64, {"q": 96, "k": 32, "v": 48}
@@ -38,7 +39,7 @@ def adapted(kind: str, *, biased: tuple[str, ...] = (), targets: tuple[str, ...]
             )
             four.load_state_dict(layer.state_dict())
             layers[name] = four.to(dtype).to("cpu")
-        protect(layers)
+        prevent_repacking(layers)
     layers.requires_grad_(False)
     if targets:
         peft.inject_adapter_in_model(peft.LoraConfig(r=4, lora_alpha=12, target_modules=list(targets)), layers)
@@ -49,7 +50,7 @@ def adapted(kind: str, *, biased: tuple[str, ...] = (), targets: tuple[str, ...]
     return layers.train()
 
 
-def siblings(layers: Any, kind: str, *, cache: bool = True) -> FusedLinears:
+def fused_linears(layers: Any, kind: str, *, cache: bool = True) -> FusedLinears:
     return FusedLinears.of(
         [layers[name] for name in OUTPUTS], cache=cache, dtype=torch.float32 if kind == "float32" else torch.bfloat16
     )
@@ -73,8 +74,8 @@ def step(compute: Any, layers: Any, kind: str) -> tuple[Tensor, dict[str, Tensor
     return y.detach(), {**found, "x": x.grad}
 
 
-def assert_same(layers: Any, joined: FusedLinears, kind: str, *, gradients: int) -> None:
-    (y, found), (expected, right) = step(joined, layers, kind), step(peft_way(layers), layers, kind)
+def assert_same(layers: Any, fused: FusedLinears, kind: str, *, gradients: int) -> None:
+    (y, found), (expected, right) = step(fused, layers, kind), step(peft_way(layers), layers, kind)
     assert y.dtype == expected.dtype
     assert {name: grad.dtype for name, grad in found.items()} == {name: grad.dtype for name, grad in right.items()}
     for mine, part in zip(y.split(list(OUTPUTS.values()), -1), expected.split(list(OUTPUTS.values()), -1), strict=True):
@@ -88,22 +89,22 @@ def assert_same(layers: Any, joined: FusedLinears, kind: str, *, gradients: int)
 @pytest.mark.parametrize("kind", BOUNDS)
 def test_outputs_and_gradients_are_those_of_peft(kind: str, biased: str, cache: bool) -> None:
     layers = adapted(kind, biased=BIASED[biased])
-    assert_same(layers, siblings(layers, kind, cache=cache), kind, gradients=7)
+    assert_same(layers, fused_linears(layers, kind, cache=cache), kind, gradients=7)
 
 
 @pytest.mark.parametrize("targets", [("q",), ("q", "v"), ("k",), ("v",), ()], ids=str)
 @pytest.mark.parametrize("kind", BOUNDS)
 def test_siblings_without_adapter_are_only_linear(kind: str, targets: tuple[str, ...]) -> None:
     layers = adapted(kind, biased=("q", "v"), targets=targets)
-    assert_same(layers, siblings(layers, kind), kind, gradients=1 + 2 * len(targets))
+    assert_same(layers, fused_linears(layers, kind), kind, gradients=1 + 2 * len(targets))
 
 
 @pytest.mark.parametrize("kind", BOUNDS)
 def test_one_layer_alone_is_a_sibling_too(kind: str) -> None:
     layers = adapted(kind, biased=("k",))
-    joined = FusedLinears.of([layers["k"]], cache=True, dtype=torch.float32 if kind == "float32" else torch.bfloat16)
-    x = torch.randn(5, INPUTS, generator=torch.Generator().manual_seed(2)).to(joined.dtype)
-    assert share(joined(x).detach(), layers["k"](x).detach()) <= BOUNDS[kind]
+    fused = FusedLinears.of([layers["k"]], cache=True, dtype=torch.float32 if kind == "float32" else torch.bfloat16)
+    x = torch.randn(5, INPUTS, generator=torch.Generator().manual_seed(2)).to(fused.dtype)
+    assert share(fused(x).detach(), layers["k"](x).detach()) <= BOUNDS[kind]
 
 
 def test_ranks_and_scales_may_differ() -> None:
@@ -115,7 +116,7 @@ def test_ranks_and_scales_may_differ() -> None:
     for name, parameter in layers.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(generator=torch.Generator().manual_seed(4))
-    assert_same(layers, siblings(layers, "float32"), "float32", gradients=7)
+    assert_same(layers, fused_linears(layers, "float32"), "float32", gradients=7)
 
 
 def test_adapter_in_bfloat16_gets_its_gradient_in_bfloat16() -> None:
@@ -124,7 +125,7 @@ def test_adapter_in_bfloat16_gets_its_gradient_in_bfloat16() -> None:
         if "lora_" in name:
             parameter.data = parameter.data.bfloat16()
     (_, found), (_, right) = (
-        step(siblings(layers, "bfloat16"), layers, "bfloat16"),
+        step(fused_linears(layers, "bfloat16"), layers, "bfloat16"),
         step(peft_way(layers), layers, "bfloat16"),
     )
     assert {grad.dtype for grad in found.values()} == {torch.bfloat16}
@@ -133,16 +134,16 @@ def test_adapter_in_bfloat16_gets_its_gradient_in_bfloat16() -> None:
 
 def test_input_that_needs_no_gradient_gets_none() -> None:
     layers = adapted("float32")
-    joined = siblings(layers, "float32")
+    fused = fused_linears(layers, "float32")
     x = torch.randn(3, INPUTS)
-    joined(x).sum().backward()
+    fused(x).sum().backward()
     assert x.grad is None
     assert all(layers[name].lora_A["default"].weight.grad is not None for name in OUTPUTS)
 
 
 @pytest.mark.parametrize("kind", BOUNDS)
 def test_weights_at_each_use_are_the_cached_ones(kind: str) -> None:
-    cached, again = (siblings(adapted(kind), kind, cache=cache) for cache in (True, False))
+    cached, again = (fused_linears(adapted(kind), kind, cache=cache) for cache in (True, False))
     assert again.cached is None
     assert torch.equal(cached.weight(), again.weight())
     assert cached.weight() is cached.cached
@@ -151,56 +152,56 @@ def test_weights_at_each_use_are_the_cached_ones(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
 def test_dense_weights_are_shared_with_the_base_and_not_held_twice(kind: str) -> None:
     layers = adapted(kind)
-    before = {name: base(layers[name]).weight.data.clone() for name in OUTPUTS}
-    joined = siblings(layers, kind)
-    assert joined.cached is not None
-    weights = {name: base(layers[name]).weight for name in OUTPUTS}
+    before = {name: base_layer(layers[name]).weight.data.clone() for name in OUTPUTS}
+    fused = fused_linears(layers, kind)
+    assert fused.cached is not None
+    weights = {name: base_layer(layers[name]).weight for name in OUTPUTS}
     assert {weight.untyped_storage().data_ptr() for weight in weights.values()} == {
-        joined.cached.untyped_storage().data_ptr()
+        fused.cached.untyped_storage().data_ptr()
     }
-    assert joined.cached.untyped_storage().nbytes() == sum(weight.nbytes for weight in weights.values())
+    assert fused.cached.untyped_storage().nbytes() == sum(weight.nbytes for weight in weights.values())
     assert all(torch.equal(weights[name], before[name]) for name in OUTPUTS)
 
 
-def test_quantized_weights_stay_quantized_beside_the_cached_ones() -> None:
+def test_quantized_weights_stay_quantized_next_to_the_cached_ones() -> None:
     layers = adapted("nf4")
-    before = {name: base(layers[name]).weight.data.clone() for name in OUTPUTS}
-    joined = siblings(layers, "nf4")
-    assert joined.cached is not None
+    before = {name: base_layer(layers[name]).weight.data.clone() for name in OUTPUTS}
+    fused = fused_linears(layers, "nf4")
+    assert fused.cached is not None
     for name in OUTPUTS:
-        layer = base(layers[name])
+        layer = base_layer(layers[name])
         assert layer.weight.data.dtype == torch.uint8
         assert torch.equal(layer.weight.data, before[name])
-    expected = torch.cat([dense(base(layers[name]), torch.bfloat16) for name in OUTPUTS])
-    assert torch.equal(joined.cached, expected)
+    expected = torch.cat([dense(base_layer(layers[name]), torch.bfloat16) for name in OUTPUTS])
+    assert torch.equal(fused.cached, expected)
 
 
 def test_without_a_bias_none_is_kept() -> None:
-    assert siblings(adapted("bfloat16"), "bfloat16").bias is None
+    assert fused_linears(adapted("bfloat16"), "bfloat16").bias is None
 
 
 def test_merged_or_several_adapters_are_left_to_peft() -> None:
     layers = adapted("float32")
-    joined = siblings(layers, "float32")
-    assert not joined.plain
+    fused = fused_linears(layers, "float32")
+    assert not fused.plain
     layers["v"].merge()
-    assert joined.plain
+    assert fused.plain
     layers["v"].unmerge()
-    assert not joined.plain
+    assert not fused.plain
     layers["q"].update_layer("second", 4, 8, config=peft.LoraConfig(r=4, lora_alpha=8))
     layers["q"].set_adapter(["default", "second"])
-    assert joined.plain
+    assert fused.plain
 
 
 def test_adapter_that_is_switched_off_is_left_out() -> None:
     layers = adapted("float32")
-    joined = siblings(layers, "float32")
+    fused = fused_linears(layers, "float32")
     layers["k"].enable_adapters(False)
-    assert not joined.plain
-    assert len(joined.adapters) == len(layers) - 1
+    assert not fused.plain
+    assert len(fused.adapters) == len(layers) - 1
     layers["k"].enable_adapters(True)
-    assert len(joined.adapters) == len(layers)
+    assert len(fused.adapters) == len(layers)
 
 
 def test_siblings_without_any_adapter_need_no_peft() -> None:
-    assert not siblings(adapted("float32", targets=()), "float32").plain
+    assert not fused_linears(adapted("float32", targets=()), "float32").plain

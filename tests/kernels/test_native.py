@@ -1,8 +1,7 @@
 """Native kernels are held to plain torch; both take bfloat16 and sum in float32.
 
-The order of a sum moves float32 results by some 1e-6, which carries a value now and then over a border of bfloat16: by one unit in
-its last place, at most 2^-7 of it. rms_forward rounds twice, so 2 units there. Nothing else may differ.
-"""
+The order of a sum moves float32 results by some 1e-6, which carries a value now and then over a border of bfloat16: by
+one unit in its last place, at most 2^-7 of it. rms_forward rounds twice, so 2 units there. Nothing else may differ."""
 
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from finetune.errors import HardwareError
 from finetune.kernels import native, plain
 from finetune.kernels.autograd import FusedLinearCrossEntropy
-from tests.kernels.helpers import GROUPED, adapt, base, hasten
+from tests.kernels.helpers import GROUPED, adapt, base, fuse
 
 UNIT = 2.0**-7
 SHAPES = [(1, 1), (1, 576), (7, 31), (3, 50), (5, 48), (2, 1536)]
@@ -22,27 +21,27 @@ SHAPES = [(1, 1), (1, 576), (7, 31), (3, 50), (5, 48), (2, 1536)]
 
 @pytest.fixture
 def compiled() -> None:
-    if why := native.missing():
+    if why := native.obstacle():
         pytest.skip(why)
     assert native.library() is not None, "g++ is there and cannot compile the kernels"
 
 
-def numbers(*shape: int, seed: int = 0, size: float = 1.0) -> Tensor:
+def random_bf16(*shape: int, seed: int = 0, size: float = 1.0) -> Tensor:
     return (size * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).bfloat16()
 
 
 def assert_close(found: Tensor, expected: Tensor, *, units: float = 1.0, absolute: float = 1e-6) -> None:
     torch.testing.assert_close(found.float(), expected.float(), rtol=units * UNIT, atol=absolute)
-    apart = (found != expected).float().mean()
-    assert apart <= 0.02 or found.numel() < 100, (
-        f"{apart:.1%} of the numbers are rounded in another way: more than chance"
+    distance = (found != expected).float().mean()
+    assert distance <= 0.02 or found.numel() < 100, (
+        f"{distance:.1%} of the random_bf16 are rounded in another way: more than chance"
     )
 
 
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 3, 64)], ids=str)
 def test_norm_equals_the_plain_one(shape: tuple[int, ...]) -> None:
-    x, weight, dy = numbers(*shape, size=3.0), numbers(shape[-1], seed=1), numbers(*shape, seed=2)
+    x, weight, dy = random_bf16(*shape, size=3.0), random_bf16(shape[-1], seed=1), random_bf16(*shape, seed=2)
     (y, rstd), (expected, expected_rstd) = native.rms_forward(x, weight, 1e-5), plain.rms_forward(x, weight, 1e-5)
     torch.testing.assert_close(rstd, expected_rstd, rtol=1e-6, atol=0.0)
     assert_close(y, expected, units=2.0)
@@ -53,7 +52,7 @@ def test_norm_equals_the_plain_one(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gated_activation_equals_the_plain_one(shape: tuple[int, int]) -> None:
     rows, width = shape
-    both, dy = numbers(rows, 2 * width, size=3.0), numbers(rows, width, seed=1)
+    both, dy = random_bf16(rows, 2 * width, size=3.0), random_bf16(rows, width, seed=1)
     assert_close(native.swiglu_forward(both), plain.swiglu_forward(both))
     assert_close(native.swiglu_backward(dy, both), plain.swiglu_backward(dy, both))
 
@@ -74,7 +73,7 @@ def test_gate_far_from_zero_is_open_or_shut(gate: float) -> None:
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize(("rows", "vocabulary"), [(1, 49_155), (3, 17), (1, 1), (5, 100), (4, 512)])
 def test_cross_entropy_equals_the_plain_one(rows: int, vocabulary: int) -> None:
-    logits = numbers(rows, vocabulary, size=4.0)
+    logits = random_bf16(rows, vocabulary, size=4.0)
     targets = torch.randint(0, vocabulary, (rows,), generator=torch.Generator().manual_seed(1))
     targets[-1], targets[0] = 0, vocabulary - 1
     mine, expected = logits.clone(), logits.clone()
@@ -95,9 +94,9 @@ def test_huge_logits_give_a_finite_loss() -> None:
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("place", [0, 15, 16, 31, 99])
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])
-def test_logit_that_is_no_number_makes_the_loss_none(broken: float, place: int) -> None:
+def test_non_finite_logit_makes_the_loss_non_finite(broken: float, place: int) -> None:
     """`Divergence` stops a run by its loss; a maximum or an exp that swallows NaN would hide it."""
-    logits = numbers(3, 100)
+    logits = random_bf16(3, 100)
     logits[1, place] = broken
     losses = native.cross_entropy(logits, torch.tensor([5, 6, 7]))
     assert losses.isfinite().tolist() == [True, False, True]
@@ -106,8 +105,8 @@ def test_logit_that_is_no_number_makes_the_loss_none(broken: float, place: int) 
 
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
-def test_number_that_is_none_passes_through_norm_and_gate(broken: float) -> None:
-    x = numbers(3, 50)
+def test_non_finite_values_pass_through_norm_and_gate(broken: float) -> None:
+    x = random_bf16(3, 50)
     x[1, 20] = broken
     y, _ = native.rms_forward(x, torch.ones(50).bfloat16(), 1e-5)
     gated = native.swiglu_forward(x)
@@ -117,7 +116,8 @@ def test_number_that_is_none_passes_through_norm_and_gate(broken: float) -> None
 
 @pytest.mark.usefixtures("compiled")
 def test_rounding_goes_to_the_nearest_and_ties_to_even() -> None:
-    """From 32 up the sigmoid is 1 in float32, so the gate times up is one product, exact before it is rounded: all 2^14 are tried."""
+    """From 32 up the sigmoid is 1 in float32, so the gate times up is one product, exact before it is rounded: all 2^14
+    are tried."""
     mantissas = 1 + torch.arange(128) / 128
     gate, up = (part.flatten() for part in torch.meshgrid(32 * mantissas, mantissas, indexing="ij"))
     exact = gate.double() * up.double()
@@ -129,7 +129,7 @@ def test_rounding_goes_to_the_nearest_and_ties_to_even() -> None:
 
 @pytest.mark.usefixtures("compiled")
 def test_threads_leave_every_bit_as_it_was() -> None:
-    x, both, logits = numbers(37, 96), numbers(37, 192), numbers(37, 333)
+    x, both, logits = random_bf16(37, 96), random_bf16(37, 192), random_bf16(37, 333)
     targets = torch.arange(37)
 
     def everything() -> list[Tensor]:
@@ -152,7 +152,7 @@ def test_threads_leave_every_bit_as_it_was() -> None:
 
 @pytest.mark.usefixtures("compiled")
 def test_loss_of_hundreds_of_rows_by_kernels_equals_the_plain_one() -> None:
-    hidden, weight = numbers(300, 64), numbers(515, 64, seed=1)
+    hidden, weight = random_bf16(300, 64), random_bf16(515, 64, seed=1)
     targets = torch.randint(0, 515, (300,), generator=torch.Generator().manual_seed(2))
     mine, expected = (
         FusedLinearCrossEntropy.apply(hidden, weight, targets, native),
@@ -161,19 +161,19 @@ def test_loss_of_hundreds_of_rows_by_kernels_equals_the_plain_one() -> None:
     torch.testing.assert_close(mine, expected, rtol=1e-6, atol=0.0)
 
 
-def test_machine_without_compiler_computes_plainly_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_machine_without_compiler_uses_torch_and_logs_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(native, "library", native.library.__wrapped__)
     assert native.library() is None
     adapted = adapt(base("Llama", **GROUPED))
-    choice = hasten(adapted).choice
+    choice = fuse(adapted).choice
     assert not choice.native
     assert not choice.tiles
     assert any("no C++ compiler" in reason or "x86-64 Linux only" in reason for reason in choice.reasons)
 
 
 def test_compiler_that_fails_leaves_no_kernels_and_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    if why := native.missing():
+    if why := native.obstacle():
         pytest.skip(why)
     broken = tmp_path / "bin" / "g++"
     broken.parent.mkdir()
@@ -183,9 +183,9 @@ def test_compiler_that_fails_leaves_no_kernels_and_no_file(monkeypatch: pytest.M
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(native, "library", native.library.__wrapped__)
     adapted = adapt(base("Llama", **GROUPED))
-    assert not hasten(adapted).choice.native
+    assert not fuse(adapted).choice.native
     with pytest.raises(
         HardwareError, match=r"kernels\.implementation=native is not possible here: g\+\+ could not compile them"
     ):
-        hasten(adapt(base("Llama", **GROUPED)), implementation="native")
+        fuse(adapt(base("Llama", **GROUPED)), implementation="native")
     assert not list((tmp_path / "cache").rglob("*.so"))

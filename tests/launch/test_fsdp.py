@@ -14,7 +14,7 @@ from finetune.__main__ import main
 from finetune.config import load
 from finetune.errors import ConfigError, HardwareError
 from finetune.launch import LaunchConfig, as_launched
-from finetune.launch.start import accelerate_config, refuse
+from finetune.launch.start import accelerate_config, check_launch
 from tests.fixtures.overrides import overrides
 from tests.fixtures.processes import ROOT, TOLERANCE, codes, curve, train_in_turn, train_together
 
@@ -24,14 +24,18 @@ ODD = {"steps": 12, "tokens_per_step": 300, "dropout": 0.0, "evaluation_rows": 1
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, tokenizer: Any) -> Path:
-    """DDP's and FSDP's trainings with quick loss, where FSDP is stopped and goes on, and both with transformers' and TRL's own steps."""
+    """DDP's and FSDP's trainings with quick loss, where FSDP is stopped and goes on, and both with transformers' and
+    TRL's own steps."""
     folder = tmp_path_factory.mktemp("runs")
     parts = {**ODD, "shards": True, "checkpointing": "full"}
     plain = {**ODD, "steps": 4, "plain": True}
     asked = [
-        ("ddp", {**ODD, "layers": "plain"}), ("fsdp", {**parts, "stop_step": 5}), ("fsdp", parts),
-        ("ddp-plain", plain), ("fsdp-plain", {**plain, "shards": True}),
-    ]  # fmt: skip
+        ("ddp", {**ODD, "layers": "plain"}),
+        ("fsdp", {**parts, "stop_step": 5}),
+        ("fsdp", parts),
+        ("ddp-plain", plain),
+        ("fsdp-plain", {**plain, "shards": True}),
+    ]
     ended = train_in_turn(tiny_base, tokenizer, [(folder / name, settings) for name, settings in asked], count=2)
     assert [codes(output) for _, output in ended] == [[0, 75, 0, 0, 0]] * 2, ended
     assert "continues from step 6" in " ".join(ended[0][1].split())
@@ -90,13 +94,24 @@ def test_accelerates_launcher_brings_fsdp_by_its_own_file_from_data_to_merge(tmp
         ROOT / "scripts" / "cluster" / "accelerate_fsdp.yaml",
     ]
     done = subprocess.run(
-        [sys.executable, *launched, "-m", "finetune", *overrides(tmp_path, tiny_base), "tracking=[]", "run.until=merge"],
-        cwd=ROOT, text=True, capture_output=True, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            *launched,
+            "-m",
+            "finetune",
+            *overrides(tmp_path, tiny_base),
+            "tracking=[]",
+            "run.until=merge",
+        ],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
     said = " ".join(done.stdout.split())
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "layers plain: launch=fsdp cuts the weights" in said
-    assert "are cut into 2 parts; embedding, head and adapter are not" in said
+    assert "layers plain: launch=fsdp gathers a layer" in said
+    assert "are split into 2 shards; embedding, head and adapter are not" in said
     assert (tmp_path / "outputs" / "tiny" / "merge" / "manifest.json").is_file()
 
 
@@ -109,21 +124,19 @@ def test_int8_in_shards_is_refused_up_front(strategy: str) -> None:
 
 
 def test_accelerates_configuration_names_the_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = {"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"}
-    for name, value in told.items():
+    variables = {"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"}
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     found = as_launched(LaunchConfig(strategy="single", processes=1, offload=False))
     assert (found.strategy, found.processes, found.offload) == ("fsdp", 2, True)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(
-        ConfigError, match="launch=ddp, and the configuration of the launcher that started this says fsdp"
-    ):
+    with pytest.raises(ConfigError, match="launch=ddp contradicts the launcher, which is configured for fsdp"):
         as_launched(LaunchConfig(strategy="ddp", processes=2, offload=False))
 
 
-def test_accelerate_is_told_of_fsdp_and_its_offload() -> None:
-    told = accelerate_config(LaunchConfig(strategy="fsdp", processes=2, offload=True))
-    assert (told["distributed_type"], told["fsdp_config"]["fsdp_offload_params"], told["mixed_precision"]) == (
+def test_accelerates_file_says_fsdp_and_offload() -> None:
+    content = accelerate_config(LaunchConfig(strategy="fsdp", processes=2, offload=True))
+    assert (content["distributed_type"], content["fsdp_config"]["fsdp_offload_params"], content["mixed_precision"]) == (
         "FSDP",
         True,
         "no",
@@ -131,28 +144,28 @@ def test_accelerate_is_told_of_fsdp_and_its_offload() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "device", "rehearses", "message"),
+    ("changes", "device", "preflight", "message"),
     [
-        ({}, "cuda", True, "say preflight=off"),
+        ({}, "cuda", True, "set preflight=off"),
         ({"offload": True}, "cpu", False, "launch.offload=true moves shards"),
         ({}, "mps", False, "needs NVIDIA GPUs or CPUs"),
     ],
 )
 def test_what_fsdp_cannot_do_on_a_device_is_said(
-    changes: dict[str, bool], device: str, rehearses: bool, message: str
+    changes: dict[str, bool], device: str, preflight: bool, message: str
 ) -> None:
     with pytest.raises(HardwareError, match=message):
-        refuse(
+        check_launch(
             LaunchConfig(strategy="fsdp", processes=2, **{"offload": False, **changes}),
             device=device,
-            rehearses=rehearses,
+            preflight=preflight,
         )
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_fsdp_equals_ddp_on_gpus(tmp_path: Path) -> None:
-    told = [
+    settings = [
         "+experiment=quickstart",
         "preflight=off",
         "tracking=[]",
@@ -161,7 +174,7 @@ def test_fsdp_equals_ddp_on_gpus(tmp_path: Path) -> None:
         "train.steps=20",
     ]
     for strategy in ("ddp", "fsdp"):
-        command = [*told, f"launch={strategy}", f"run.root={tmp_path}", f"run.name={strategy}", "run.until=train"]
+        command = [*settings, f"launch={strategy}", f"run.root={tmp_path}", f"run.name={strategy}", "run.until=train"]
         assert main(command) == 0
     assert curve(tmp_path / "fsdp") == pytest.approx(curve(tmp_path / "ddp"), abs=0.02), (
         "4-bit codes are made in host memory and on a GPU"

@@ -33,7 +33,7 @@ def test_node_that_dies_ends_the_other_and_a_restart_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     small = [one for one in SMALL if not one.startswith("train.steps")]
-    told = [
+    settings = [
         *small,
         f"model.name={tiny_base}",
         *data_overrides(tmp_path),
@@ -42,7 +42,7 @@ def test_node_that_dies_ends_the_other_and_a_restart_goes_on(
         "train.checkpoints=10",
     ]
     monkeypatch.setattr(check, "SILENCE_SECONDS", 6)
-    assert check.two_machines(tmp_path / "outputs", told, troubles=[(10, "killed", 1)], steps=100)
+    assert check.two_machines(tmp_path / "outputs", settings, troubles=[(10, "killed", 1)], steps=100)
     said = capsys.readouterr().out
     assert "node 1 killed: the other ended after" in said
     assert "finetune: process 1" in said

@@ -1,4 +1,5 @@
-"""ZeRO-3's settings: made from the launch group, and such that accelerate's plugin and DeepSpeed's own validation take them."""
+"""ZeRO-3's settings: made from the launch group, and such that accelerate's plugin and DeepSpeed's own validation take
+them."""
 
 import copy
 import dataclasses
@@ -8,8 +9,7 @@ import pytest
 
 from finetune.errors import HardwareError
 from finetune.launch import LaunchConfig
-from finetune.launch.start import refuse_planned
-from finetune.launch.zero import zero3
+from finetune.launch.start import check_strategy, zero3
 
 LAUNCH = LaunchConfig(strategy="deepspeed", processes=8, offload=True)
 SETTINGS = zero3(LAUNCH, dtype="bfloat16", micro_batch=2, accumulate=4, max_grad_norm=0.3)
@@ -39,13 +39,13 @@ def test_accelerates_plugin_takes_them() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="the package deepspeed is not installed")
 def test_deepspeeds_own_validation_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    from deepspeed.runtime.config import DeepKernelsConfig
+    from deepspeed.runtime.config import DeepSpeedConfig
 
     alone = dataclasses.replace(LAUNCH, processes=1)  # it counts the processes that are there
-    read = DeepKernelsConfig(zero3(alone, dtype="bfloat16", micro_batch=2, accumulate=4, max_grad_norm=0.3))
+    read = DeepSpeedConfig(zero3(alone, dtype="bfloat16", micro_batch=2, accumulate=4, max_grad_norm=0.3))
     assert (read.zero_config.stage, read.gradient_clipping, read.train_batch_size) == (3, 0.3, 8)
 
 
 def test_training_with_it_is_refused_with_the_reason() -> None:
-    with pytest.raises(HardwareError, match="brings a quantized base whole onto each device first; choose launch=fsdp"):
-        refuse_planned(LAUNCH)
+    with pytest.raises(HardwareError, match="first puts the whole quantized base on each device; choose launch=fsdp"):
+        check_strategy(LAUNCH)

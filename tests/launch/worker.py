@@ -1,4 +1,5 @@
-"""One process of small trainings, one after the other: ``python -m tests.launch.worker <base> <[[port, folder, settings], ...]>``."""
+"""One process of small trainings, one after the other: ``python -m tests.launch.worker <base> <[[port, folder,
+settings], ...]>``."""
 
 import json
 import os
@@ -11,8 +12,9 @@ from transformers import AutoTokenizer
 
 from finetune.console import log
 from finetune.errors import FinetuneError, Interrupted, RankFailed
-from finetune.launch import Ranks, end
+from finetune.launch import Ranks
 from finetune.launch.ranks import VARIABLES
+from finetune.launch.start import exit_process
 from tests.fixtures.trainings import Stopping, train
 
 
@@ -28,7 +30,7 @@ def seen(model: Any, *, file: Path) -> None:
 
 
 def broken(model: Any, *, calls: int) -> None:
-    """A forward pass that gives no number."""
+    """A forward pass with a non-finite loss."""
     count = 0
 
     def hook(module: Any, _arguments: Any, output: Any) -> None:
@@ -74,19 +76,24 @@ def main(folder: Path, base: Path, settings: dict[str, Any]) -> int:
 
     try:
         train(
-            folder, tiny_base=base, tokenizer=AutoTokenizer.from_pretrained(base), ranks=ranks, touch=touch,
-            trackers=Stopping(stop) if stop else None, **settings,
-        )  # fmt: skip
+            folder,
+            tiny_base=base,
+            tokenizer=AutoTokenizer.from_pretrained(base),
+            ranks=ranks,
+            touch=touch,
+            trackers=Stopping(stop) if stop else None,
+            **settings,
+        )
     except Interrupted as interrupted:
         log("end", str(interrupted))
         ranks.shutdown()
         return 75
     except FinetuneError as error:
         log("end", str(error))
-        ranks.fail(str(error), 2)
+        ranks.report_failure(str(error), 2)
         return 2
     except RuntimeError as error:
-        explained = ranks.explain(error)
+        explained = ranks.final_error(error)
         if not isinstance(explained, RankFailed):
             raise
         log("end", str(explained))
@@ -112,4 +119,4 @@ if __name__ == "__main__":
         os.environ.update(launch, MASTER_PORT=str(port))
         code = main(Path(name), Path(sys.argv[1]), asked)
         sys.stdout.write(f"ended with {code}\n")
-    end(code)
+    exit_process(code)

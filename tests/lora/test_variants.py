@@ -8,7 +8,7 @@ import torch
 
 from finetune.inference.adapted import load_adapter
 from finetune.lora import cast_adapter
-from finetune.lora.config import DOUBLED, VARIANTS
+from finetune.lora.config import DOUBLE_RANK, VARIANTS
 from tests.fixtures.models import load
 from tests.lora.helpers import RANK, adapt, config, logits, train
 
@@ -62,7 +62,7 @@ def test_first_logits_are_the_bases_and_its_weights_stay(
         assert (on - off).abs().max() == 0, "in bfloat16 even the sums that cancel leave nothing"
 
 
-@pytest.mark.parametrize("variant", DOUBLED)
+@pytest.mark.parametrize("variant", DOUBLE_RANK)
 def test_start_stays_where_it_was_also_after_a_checkpoint(
     loud_base: Path, documents: list[list[int]], tmp_path: Path, variant: str
 ) -> None:
@@ -102,7 +102,7 @@ def test_adapter_on_disk_names_no_start_that_loading_would_repeat(
         adapt(loud_base, "nf4", variant, documents).save_pretrained(tmp_path / variant)
         saved = json.loads((tmp_path / variant / "adapter_config.json").read_text())
         assert saved["init_lora_weights"] is True
-        assert saved["r"] == config(variant).width == (8 if variant in DOUBLED else 4)
+        assert saved["r"] == config(variant).width == (8 if variant in DOUBLE_RANK else 4)
 
 
 @pytest.mark.parametrize(
@@ -130,5 +130,5 @@ def test_every_variant_goes_with_the_quickstarts_base(variant: str) -> None:
 def test_unknown_variant_and_too_little_calibration_are_named() -> None:
     assert "lora.variant must be one of lora, rslora" in next(config("adalora").problems())
     assert list(config("eva", calibration_tokens=7).problems()) == [
-        "lora.calibration_tokens must be at least twice lora.rank, or variant=eva finds no 4 directions; got 7"
+        "lora.calibration_tokens must be at least twice lora.rank, or variant=eva cannot find 4 directions; got 7"
     ]

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.errors import FinetuneError, MergeError
 from finetune.inference.adapted import load_adapted_model
-from finetune.inference.kl_divergence import agreement, reference_logprobs
+from finetune.inference.kl_divergence import compare_with_reference, record_reference
 from finetune.inference.losses import mean_loss, row_losses
 from finetune.inference.rows import read_rows
 from finetune.merge import MergeConfig, merge
@@ -85,8 +85,8 @@ def test_merge_on_the_4bit_model_is_clearly_worse(
     parts = line()
     rows = read_rows(parts.data.folder / "heldout")
     graph = load_adapted_model(parts.spec, adapter.folder / "adapter")
-    reference = reference_logprobs(graph, rows, tmp_path / "reference.f32", batch_tokens=512)
-    wrong = agreement(graph.merge_and_unload(), rows, reference, batch_tokens=512)
+    reference = record_reference(graph, rows, tmp_path / "reference.f32", batch_tokens=512)
+    wrong = compare_with_reference(graph.merge_and_unload(), rows, reference, batch_tokens=512)
     assert wrong.kl > 20 * figures(merged, "dequantized")["kl"]
 
 
@@ -109,7 +109,7 @@ def test_every_quantization_merges_to_its_own_graph(
     rows = read_rows(parts.data.folder / "heldout")
     folder = adapter.folder / "adapter"
     graph = load_adapted_model(parts.spec, folder)
-    reference = reference_logprobs(graph, rows, tmp_path / "reference.f32", batch_tokens=512)
+    reference = record_reference(graph, rows, tmp_path / "reference.f32", batch_tokens=512)
     build(
         parts.spec.base.folder,
         read_changes(folder),
@@ -117,7 +117,7 @@ def test_every_quantization_merges_to_its_own_graph(
         dtype=torch.float32,
         source=dequantized(graph),
     )
-    found = agreement(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), rows, reference, batch_tokens=512)
+    found = compare_with_reference(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), rows, reference, batch_tokens=512)
     assert found.kl < (1e-2 if method == "int8" else 1e-6)  # LLM.int8 rounds activations too
 
 
@@ -180,7 +180,7 @@ def test_further_adapter_of_another_base_is_refused(
     with pytest.raises(MergeError, match=r"another base"):
         run(tmp_path / "merge", line(), adapter, adapters={str(further): 1.0})
     file.unlink()
-    with pytest.raises(FinetuneError, match=r"is no adapter: adapter_model.safetensors missing"):
+    with pytest.raises(FinetuneError, match=r"is not an adapter: adapter_model.safetensors missing"):
         run(tmp_path / "merge", line(), adapter, adapters={str(further): 1.0})
 
 

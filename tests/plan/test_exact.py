@@ -129,7 +129,7 @@ def test_the_plan_knows_how_steps_will_be_computed(overrides: list[str]) -> None
     """`plan` foresees without torch what `speed` chooses when it sees the model."""
     from finetune.hardware import place
     from finetune.kernels.choose import choose
-    from finetune.kernels.fusion import facts_of
+    from finetune.kernels.fusion import gather_facts
     from finetune.plan.fake import build_model
 
     config = load([*overrides, "model.architecture.layers=1", "hardware.device=cpu"])
@@ -137,7 +137,7 @@ def test_the_plan_knows_how_steps_will_be_computed(overrides: list[str]) -> None
     placement = place(machine, config)
     inputs = from_config(config, machine)
     model, _ = build_model(config, inputs, dtype=placement.dtype)
-    choice = choose(config.kernels, facts_of(model, placement), device="cpu")
+    choice = choose(config.kernels, gather_facts(model, placement), device="cpu")
     cached = choice.cached and config.quantization.method != "none"
     assert (inputs.kernels.fused, inputs.kernels.loss_on_trained_tokens, inputs.kernels.cached) == (
         choice.fused,

@@ -83,7 +83,7 @@ def test_quick_steps_with_a_wrong_factor_are_turned_off_for_the_other_proofs_too
     double_a_gradient(scene, monkeypatch)
     found = scene.run_preflight()
     assert not found.fused_layers_are_exact
-    assert not scene.trainable.fusion.switch.on
+    assert not scene.trainable.fusion.enabled
     assert names(found.checks, passed=False) == ["speed"]
 
 

@@ -69,7 +69,7 @@ def test_a_group_lists_all_of_its_keys(capsys: pytest.CaptureFixture[str]) -> No
     out = capsys.readouterr().out
     assert [line.split()[0] for line in out.splitlines()[1:]] == [
         f"quantization.{key}"
-        for key in ("method", "double", "keep", "keep_mib", "keep_tokens", "threshold", "bits", "group_size")
+        for key in ("method", "double", "skip_modules", "skip_modules_mib", "skip_modules_tokens", "threshold", "bits", "group_size")
     ]
 
 

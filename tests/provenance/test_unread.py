@@ -122,7 +122,7 @@ def test_a_key_of_what_was_not_chosen_is_no_dead_key() -> None:
          ["quantization.double=false has no effect: it is for nf4 and fp4, and quantization.method=int8"]),
         (["optim.warmup=null", "optim.warmup_steps=2"], ["optim.warmup=null has no effect: optim.warmup_steps=2 is set"]),
         (["export.card.numbers="], ["export.card.numbers= has no effect: left to the format, which may know one kind only"]),
-        (["data.columns={prompt: request}", "launch.silence_seconds=9", "run.if_exists=resume"], []),
+        (["data.columns={prompt: request}", "launch.heartbeat_timeout_seconds=9", "run.if_exists=resume"], []),
     ],
 )  # fmt: skip
 def test_what_was_typed_in_vain_is_said_before_the_run_with_its_reason(typed: list[str], said: list[str]) -> None:

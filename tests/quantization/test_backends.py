@@ -14,14 +14,15 @@ from finetune import lora, model
 from finetune.errors import ModelError
 from finetune.hardware.backends import BACKENDS
 from finetune.inference.adapted import load_adapted_model, load_adapter
-from finetune.inference.kl_divergence import agreement, reference_logprobs
+from finetune.inference.kl_divergence import compare_with_reference, record_reference
 from finetune.inference.rows import read_rows
 from finetune.kernels import apply_fusion
 from finetune.lora import LoraConfig
 from finetune.merge.adapter_deltas import read_changes
 from finetune.merge.candidates import build
 from finetune.merge.graph import dequantized
-from finetune.quantization import QuantizationConfig, dense, library_of, quantized_layers, spec, stored
+from finetune.quantization import QuantizationConfig, quantized_layers, spec
+from finetune.quantization.backends import backend_of, dense, packed_weight
 from tests.fixtures.models import PLACEMENT, model_spec
 from tests.fixtures.preflight import KERNELS, Scene
 
@@ -46,8 +47,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def settings(folder: Path) -> Any:
     return model.ModelConfig(
-        name=str(folder), revision=None, dtype="auto", attention="auto", upcast="none", remote_code={}, architecture=None
-    )  # fmt: skip
+        name=str(folder),
+        revision=None,
+        dtype="auto",
+        attention="auto",
+        upcast="none",
+        remote_code={},
+        architecture=None,
+    )
 
 
 def load(folder: Path, config: QuantizationConfig) -> Any:
@@ -76,9 +83,9 @@ def test_weights_are_packed_and_near_the_base_s(tiny_base: Path, config: Quantiz
     bits = 8 if config.method == "torchao_int8" else config.bits
     for name, layer in layers.items():
         original = weights[f"{name}.weight"].float()
-        assert stored(layer).shape == original.shape
+        assert packed_weight(layer).shape == original.shape
         assert (
-            stored(layer).codes.nbytes
+            packed_weight(layer).codes.nbytes
             <= math.ceil(original.numel() * max(bits, 3.2 if bits == 3 else 1) / 8) + 4 * original.shape[1]
         )
         error = (dense(layer, torch.float32) - original).norm() / original.norm()
@@ -97,7 +104,7 @@ def test_it_generates(tiny_base: Path, config: QuantizationConfig) -> None:
 def test_the_copy_holds_the_very_tensors(tiny_base: Path, config: QuantizationConfig, cache: Path, capsys: Any) -> None:
     first = load(tiny_base, config)(input_ids=IDS).logits
     again = load(tiny_base, config)(input_ids=IDS).logits
-    assert "nothing is quantized" in " ".join(capsys.readouterr().out.split())
+    assert "quantized base of" in " ".join(capsys.readouterr().out.split())
     assert torch.equal(first, again)
     assert [path.name.partition("-")[0] for path in cache.iterdir() if path.is_dir()] == [config.method]
 
@@ -112,8 +119,8 @@ def test_a_copy_with_another_number_is_made_again(
     largest = max((name for name in tensors if "embed" not in name), key=lambda name: tensors[name].nbytes)
     tensors[largest].view(torch.uint8)[0, 0] ^= 1
     with safe_open(file, "pt") as opened:
-        told = opened.metadata()
-    save_file(tensors, file, metadata=told)
+        metadata = opened.metadata()
+    save_file(tensors, file, metadata=metadata)
     capsys.readouterr()
     load(tiny_base, config)
     assert "is damaged" in capsys.readouterr().out
@@ -124,10 +131,12 @@ def test_tuning_learns_through_every_layer_and_changes_no_frozen_weight(
     tiny_base: Path, config: QuantizationConfig
 ) -> None:
     adapted = attach(load(tiny_base, config))
-    before = {name: (stored(one).codes.clone(), dense(one).clone()) for name, one in quantized_layers(adapted).items()}
-    learnt = [p for p in adapted.parameters() if p.requires_grad]
-    assert len(learnt) == 2 * 14
-    optimizer = torch.optim.AdamW(learnt, lr=2e-2)
+    before = {
+        name: (packed_weight(one).codes.clone(), dense(one).clone()) for name, one in quantized_layers(adapted).items()
+    }
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    assert len(trained) == 2 * 14
+    optimizer = torch.optim.AdamW(trained, lr=2e-2)
     losses = []
     for _ in range(3):
         found = gradients(adapted)
@@ -138,7 +147,7 @@ def test_tuning_learns_through_every_layer_and_changes_no_frozen_weight(
     assert all(found[name].any() for name in found), "after the first step B is not zero, so every A has a gradient"
     assert len(found) == 2 * 14
     for name, layer in quantized_layers(adapted).items():
-        assert torch.equal(stored(layer).codes, before[name][0])
+        assert torch.equal(packed_weight(layer).codes, before[name][0])
         assert torch.equal(dense(layer), before[name][1])
 
 
@@ -199,7 +208,7 @@ def test_the_merge_is_the_trained_graph_and_peft_s_own_is_not(
     parts = line("none", dtype="float32")
     rows, folder = read_rows(parts.data.folder / "heldout"), adapter.folder / "adapter"
     graph = load_adapted_model(dataclasses.replace(parts.spec, quantization=config), folder)
-    reference = reference_logprobs(graph, rows, tmp_path / "reference.f32", batch_tokens=512)
+    reference = record_reference(graph, rows, tmp_path / "reference.f32", batch_tokens=512)
     build(
         parts.spec.base.folder,
         read_changes(folder),
@@ -207,9 +216,11 @@ def test_the_merge_is_the_trained_graph_and_peft_s_own_is_not(
         dtype=torch.float32,
         source=dequantized(graph),
     )
-    ours = agreement(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), rows, reference, batch_tokens=512)
+    ours = compare_with_reference(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), rows, reference, batch_tokens=512
+    )
     assert ours.kl < 1e-6
-    rounded_again = agreement(graph.merge_and_unload(), rows, reference, batch_tokens=512)
+    rounded_again = compare_with_reference(graph.merge_and_unload(), rows, reference, batch_tokens=512)
     assert rounded_again.kl > 20 * max(ours.kl, 1e-7)
 
 
@@ -238,10 +249,10 @@ def test_groups_that_do_not_divide_a_layer_are_refused(tiny_base: Path) -> None:
 
 @each_library
 def test_layers_are_kept_by_segment_and_by_full_name(tiny_base: Path, config: QuantizationConfig) -> None:
-    loaded = load(tiny_base, dataclasses.replace(config, keep=["down_proj", "model.layers.1.self_attn.*"]))
+    loaded = load(tiny_base, dataclasses.replace(config, skip_modules=["down_proj", "model.layers.1.self_attn.*"]))
     assert len(quantized_layers(loaded)) == 14 - 2 - 4
-    assert library_of(loaded.model.layers[0].self_attn.q_proj) is not None
-    assert library_of(loaded.model.layers[1].self_attn.q_proj) is None
+    assert backend_of(loaded.model.layers[0].self_attn.q_proj) is not None
+    assert backend_of(loaded.model.layers[1].self_attn.q_proj) is None
 
 
 def test_each_runnable_method_that_is_called_tunable_is_tried_here_or_in_test_bnb() -> None:
@@ -263,8 +274,8 @@ def test_what_a_loader_must_know_travels() -> None:
     [
         ({"method": "hqq", "bits": 7}, "quantization.bits must be one of 1, 2, 3, 4, 5, 6, 8; got 7"),
         ({"method": "hqq", "group_size": 12}, "quantization.group_size must be a multiple of 8; got 12"),
-        ({"method": "none", "keep": ["down_proj"]}, "quantization=none quantizes none: leave them out"),
-        ({"method": "nf4", "keep_mib": -1.0}, "quantization.keep_mib must not be negative; got -1.0"),
+        ({"method": "none", "skip_modules": ["down_proj"]}, "quantization=none quantizes nothing: leave them out"),
+        ({"method": "nf4", "skip_modules_mib": -1.0}, "quantization.skip_modules_mib must not be negative; got -1.0"),
     ],
 )
 def test_impossible_settings_say_the_rule(changes: dict[str, Any], message: str) -> None:

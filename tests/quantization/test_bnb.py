@@ -9,7 +9,8 @@ import torch
 
 from finetune import model
 from finetune.errors import ModelError
-from finetune.quantization import QuantizationConfig, protect, quantized_layers, spec
+from finetune.quantization import QuantizationConfig, quantized_layers, spec
+from finetune.quantization.bnb import prevent_repacking
 from tests.fixtures.models import load, model_spec, quantization_config
 
 
@@ -30,7 +31,7 @@ def test_every_4bit_layer_is_protected_by_loading(tiny_base: Path) -> None:
     layers = quantized_layers(loaded)
     assert len(layers) == 14, "two blocks of seven linear layers"
     assert not any(layer.support_avx512bf16_for_cpu for layer in layers.values())
-    assert protect(loaded) == 14
+    assert prevent_repacking(loaded) == 14
 
 
 def test_the_head_stays_in_full_precision(tiny_base: Path) -> None:
@@ -91,10 +92,11 @@ def test_rows_that_the_cpu_would_read_as_noise_are_refused(tiny_base: Path, tmp_
     (tmp_path / "base" / "config.json").write_text(json.dumps({**settings, "intermediate_size": 96}))
     with pytest.raises(
         ModelError,
-        match=r"no multiple of 64, as in down_proj; keep these unquantized with quantization.keep=\[down_proj\]",
+        match=r"not a multiple of 64, as in down_proj; leave these unquantized with "
+        r"quantization.skip_modules=\[down_proj\]",
     ):
         load(tmp_path / "base", "nf4")
-    skipped = QuantizationConfig(method="nf4", keep=["down_proj"])
+    skipped = QuantizationConfig(method="nf4", skip_modules=["down_proj"])
     assert quantized_layers(model_spec(tmp_path / "base", skipped).load())
 
 
@@ -102,7 +104,7 @@ def test_reading_back_is_the_code_book_times_the_constant(tiny_base: Path) -> No
     from bitsandbytes.functional import get_4bit_type
     from safetensors.torch import load_file
 
-    from finetune.quantization import dense
+    from finetune.quantization.backends import dense
 
     code = get_4bit_type("nf4", device="cpu").float()
     weights = load_file(tiny_base / "model.safetensors")

@@ -149,7 +149,7 @@ def test_one_table_has_every_artifact_on_the_same_rows(run: Path) -> None:
     ):
         assert row in text
         assert row.split(" | ")[1].replace(" [", "<br>[") in files.html.read_text()
-    assert "beside merged model on the same 20 rows: Valid JSON -0.0500 [-0.1000, +0.0000] from 0.950" in text
+    assert "compared with merged model on the same 20 rows: Valid JSON -0.0500 [-0.1000, +0.0000] from 0.950" in text
 
 
 def test_decisions_come_with_their_reasons(run: Path) -> None:

@@ -1,4 +1,4 @@
-"""The verb: what it fuses, what it leaves alone and says why, and the loss on trained tokens."""
+"""apply_fusion: what it fuses, what it leaves alone and why, and the loss on trained tokens."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from finetune.errors import HardwareError
 from finetune.kernels import native, plain
 from finetune.kernels.autograd import LOSS_ROWS, FusedLinearCrossEntropy
 from tests.fixtures.models import load
-from tests.kernels.helpers import BOUNDS, GROUPED, SIZES, adapt, base, batch, both_ways, hasten, share
+from tests.kernels.helpers import BOUNDS, GROUPED, SIZES, adapt, base, batch, fuse, fused_and_plain, share
 
 GEMMA = ("Gemma", GROUPED)
 NEOX = ("GPTNeoX", SIZES)
@@ -27,43 +27,41 @@ def replaced(model: Any) -> list[str]:
 @pytest.mark.parametrize("family", [GEMMA, NEOX, ("Qwen3", GROUPED), ("Phi3", GROUPED)], ids=lambda family: family[0])
 def test_unknown_architecture_is_left_alone_and_its_loss_is_right(family: tuple[str, dict[str, Any]]) -> None:
     model = adapt(base(family[0], dtype="float32", **family[1]))
-    quick = hasten(model, dtype="float32")
-    assert layers_reason(quick.choice).startswith(
-        f"layers plain: {family[0]}ForCausalLM is built of other parts than LlamaAttention"
-    )
+    fusion = fuse(model, dtype="float32")
+    assert layers_reason(fusion.choice).startswith(f"layers plain: {family[0]}ForCausalLM has none of LlamaAttention")
     assert replaced(model) == []
-    assert quick.choice.loss_on_trained_tokens
-    mine, expected, apart = both_ways(model, quick, batch())
-    assert apart <= BOUNDS["float32"]
+    assert fusion.choice.loss_on_trained_tokens
+    mine, expected, distance = fused_and_plain(model, fusion, batch())
+    assert distance <= BOUNDS["float32"]
     torch.testing.assert_close(mine, expected, rtol=1e-6, atol=0.0)
 
 
 def test_dropout_is_left_to_peft() -> None:
     model = adapt(base("Llama", **GROUPED), dropout=0.1)
-    assert layers_reason(hasten(model).choice) == "layers plain: lora.dropout is not 0"
+    assert layers_reason(fuse(model).choice) == "layers plain: lora.dropout is not 0"
     assert replaced(model) == []
 
 
 def test_variant_with_its_own_formula_is_left_to_peft() -> None:
     model = adapt(base("Llama", **GROUPED), variant="dora")
-    assert layers_reason(hasten(model).choice) == "layers plain: this variant of LoRA is computed by peft"
+    assert layers_reason(fuse(model).choice) == "layers plain: only peft computes this variant of LoRA"
     assert replaced(model) == []
 
 
 def test_variant_that_only_scales_is_fused(tiny_base: Any) -> None:
     model = adapt(base("Llama", dtype="float32", **GROUPED), variant="rslora")
-    quick = hasten(model, dtype="float32")
-    assert quick.choice.fused
-    assert both_ways(model, quick, batch())[2] <= BOUNDS["float32"]
+    fusion = fuse(model, dtype="float32")
+    assert fusion.choice.fused
+    assert fused_and_plain(model, fusion, batch())[2] <= BOUNDS["float32"]
 
 
 def test_int8_layers_compute_in_their_own_way(tiny_base: Any) -> None:
     model = adapt(load(tiny_base, "int8"))
-    assert layers_reason(hasten(model).choice) == "layers plain: Linear8bitLt layers compute in their own way"
+    assert layers_reason(fuse(model).choice) == "layers plain: Linear8bitLt layers have their own kernels"
     assert replaced(model) == []
 
 
-def test_int8_layer_without_adapter_beside_dense_ones_is_seen_too() -> None:
+def test_int8_layer_without_adapter_among_dense_ones_is_found_too() -> None:
     """Its weight is whole numbers: taken for a dense one it would be off by its scales."""
     import bitsandbytes
 
@@ -76,33 +74,33 @@ def test_int8_layer_without_adapter_beside_dense_ones_is_seen_too() -> None:
         layer.self_attn.k_proj.load_state_dict(dense.state_dict())
         layer.self_attn.k_proj.to("cpu").requires_grad_(False)
     adapted = adapt(model, targets=["q_proj", "v_proj"])
-    assert layers_reason(hasten(adapted).choice) == "layers plain: Linear8bitLt layers compute in their own way"
+    assert layers_reason(fuse(adapted).choice) == "layers plain: Linear8bitLt layers have their own kernels"
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"hidden_act": "gelu"}, "its activation is not SiLU"),
-        ({"attention_dropout": 0.1}, "it drops attention at random"),
+        ({"attention_dropout": 0.1}, "it has attention dropout"),
     ],
 )
 def test_model_that_computes_otherwise_is_left_alone(changes: dict[str, Any], reason: str) -> None:
     model = adapt(base("Llama", **{**GROUPED, **changes}))
-    assert layers_reason(hasten(model).choice) == f"layers plain: {reason}"
+    assert layers_reason(fuse(model).choice) == f"layers plain: {reason}"
 
 
 @pytest.mark.parametrize("upcast", ["norms", "all"])
 def test_wider_norms_are_left_alone_and_a_step_can_be_taken(upcast: str, tiny_base: Any) -> None:
     """The last norm gives float32 then; the head's product must take it."""
     model = adapt(load(tiny_base, "nf4", double=True), upcast=upcast)
-    quick = hasten(model)
-    assert layers_reason(quick.choice) == "layers plain: model.upcast keeps norms in other numbers than bfloat16"
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=quick.autocast):
-        if quick.loss_on_trained_tokens:
-            mine, expected, apart = both_ways(model, quick, batch())
-            assert apart <= BOUNDS["bfloat16"]
+    fusion = fuse(model)
+    assert layers_reason(fusion.choice) == "layers plain: model.upcast keeps norms in another dtype than bfloat16"
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=fusion.autocast):
+        if fusion.loss_on_trained_tokens:
+            mine, expected, distance = fused_and_plain(model, fusion, batch())
+            assert distance <= BOUNDS["bfloat16"]
             torch.testing.assert_close(mine, expected, rtol=2e-3, atol=0.0)
-    assert quick.autocast
+    assert fusion.autocast
 
 
 @pytest.mark.parametrize(
@@ -114,15 +112,16 @@ def test_wider_norms_are_left_alone_and_a_step_can_be_taken(upcast: str, tiny_ba
 )
 def test_wish_for_fused_layers_of_an_unknown_architecture_stops_the_run(wishes: dict[str, str], message: str) -> None:
     with pytest.raises(HardwareError, match=message):
-        hasten(adapt(base(GEMMA[0], **GEMMA[1])), **wishes)
+        fuse(adapt(base(GEMMA[0], **GEMMA[1])), **wishes)
 
 
 def test_kernels_are_refused_for_other_numbers_than_bfloat16() -> None:
     with pytest.raises(
         HardwareError,
-        match=r"kernels\.implementation=native is not possible here: (they compute in bfloat16 and this run in float32|.*g\+\+)",
+        match=r"kernels\.implementation=native is not possible here: "
+        r"(they compute in bfloat16 and this run in float32|.*g\+\+)",
     ):
-        hasten(adapt(base("Llama", dtype="float32", **GROUPED)), dtype="float32", implementation="native")
+        fuse(adapt(base("Llama", dtype="float32", **GROUPED)), dtype="float32", implementation="native")
 
 
 @pytest.mark.parametrize(
@@ -135,7 +134,7 @@ def test_kernels_are_refused_for_other_numbers_than_bfloat16() -> None:
     ],
 )
 def test_model_with_more_than_a_head_keeps_all_logits(family: str, settings: dict[str, Any], reason: str) -> None:
-    choice = hasten(adapt(base(family, **settings), targets=["q_proj"])).choice
+    choice = fuse(adapt(base(family, **settings), targets=["q_proj"])).choice
     assert not choice.loss_on_trained_tokens
     assert f"loss on all tokens: {reason}" in choice.reasons
 
@@ -147,15 +146,15 @@ def test_head_with_an_adapter_keeps_all_logits() -> None:
     adapted = peft.get_peft_model(
         model, peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
     )
-    assert "loss on all tokens: its head is no frozen linear layer" in hasten(adapted).choice.reasons
+    assert "loss on all tokens: its head is not a frozen linear layer without bias" in fuse(adapted).choice.reasons
 
 
 def test_plain_speed_changes_no_forward_pass() -> None:
     model = adapt(base("Llama", **GROUPED))
-    quick = hasten(model, layers="plain", weights="quantized", loss="all", implementation="plain")
+    fusion = fuse(model, layers="plain", weights="quantized", loss="all", implementation="plain")
     assert replaced(model) == []
-    assert quick.autocast
-    assert not quick.loss_on_trained_tokens
+    assert fusion.autocast
+    assert not fusion.loss_on_trained_tokens
 
 
 def test_dense_base_takes_no_more_memory_after_it_is_fused() -> None:
@@ -166,7 +165,7 @@ def test_dense_base_takes_no_more_memory_after_it_is_fused() -> None:
         return sum(storages.values())
 
     before = size()
-    assert hasten(model).choice.cached
+    assert fuse(model).choice.cached
     assert size() == before
 
 
@@ -200,15 +199,16 @@ def test_head_loss_of_no_rows_is_zero(kernels: Any) -> None:
 @pytest.mark.parametrize("flat", [True, False], ids=["flat", "padded"])
 def test_micro_batch_that_trains_nothing_costs_nothing(flat: bool) -> None:
     model = adapt(base("Llama", **GROUPED))
-    quick = hasten(model)
-    loss = quick.loss(model, batch(flat=flat, trained=False))
+    fusion = fuse(model)
+    loss = fusion.loss(model, batch(flat=flat, trained=False))
     loss.backward()
     assert loss.item() == 0.0
     assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
 def test_share_of_a_step_scales_the_gradient_without_rounding_it() -> None:
-    """One micro-batch's share is 1 / (tokens of the step), which bfloat16 would round by up to 0.4 %, for all in one direction."""
+    """One micro-batch's share is 1 / (tokens of the step), which bfloat16 would round by up to 0.4 %, for all in one
+    direction."""
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(50, 64, generator=generator).bfloat16().requires_grad_(True)
     weight, targets = (

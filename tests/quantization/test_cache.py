@@ -29,7 +29,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def load(
     folder: Path, method: str = "nf4", *, double: bool = True, dtype: str = "bfloat16", keep: tuple[str, ...] = ()
 ) -> Any:
-    quantization = QuantizationConfig(method=method, double=double and method != "int8", keep=list(keep))
+    quantization = QuantizationConfig(method=method, double=double and method != "int8", skip_modules=list(keep))
     placement = Placement(
         device="cpu", dtype=dtype, attention="sdpa", optimizer="adamw_8bit", optimizer_reason="", threads=1, reasons=()
     )
@@ -94,11 +94,9 @@ def test_model_from_the_copy_is_the_fresh_one_bit_for_bit(
     tiny_base: Path, method: str, double: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fresh = load(tiny_base, method, double=double)
-    assert "is kept for later starts" in capsys.readouterr().out
+    assert ") is cached in" in capsys.readouterr().out
     copied = load(tiny_base, method, double=double)
-    assert "nothing is quantized, because base and quantization are those of" in " ".join(
-        capsys.readouterr().out.split()
-    )
+    assert "quantized base of" in " ".join(capsys.readouterr().out.split())
     before, after = tensors(fresh), tensors(copied)
     assert before.keys() == after.keys()
     assert [
@@ -138,7 +136,7 @@ def test_keeping_a_copy_leaves_the_model_as_it_was(
 def test_each_quantization_and_each_numbers_have_a_copy_of_their_own(tiny_base: Path, cache: Path) -> None:
     for count, arguments in enumerate(
         [{}, {"double": False}, {"method": "fp4"}, {"dtype": "float32"}, {"keep": ("down_proj",)}], start=1
-    ):  # fmt: skip
+    ):
         load(tiny_base, **arguments)  # type: ignore[arg-type]
         assert len(list(cache.glob("*4-*"))) == count
     assert len(quantized_layers(load(tiny_base, keep=("down_proj",)))) == 12
@@ -182,16 +180,16 @@ DAMAGES: dict[str, Any] = {
     ),
     "the end is missing": lambda copy: os.truncate(copy / "model.safetensors", 5000),
     "the weights are missing": lambda copy: (copy / "model.safetensors").unlink(),
-    "the config is no JSON": lambda copy: (copy / "config.json").write_text("{"),
-    "the record is no JSON": lambda copy: (copy / "copy.json").write_text("{"),
-    "the record is a list": lambda copy: (copy / "copy.json").write_text("[]"),
+    "the config is not JSON": lambda copy: (copy / "config.json").write_text("{"),
+    "the record is not JSON": lambda copy: (copy / "record.json").write_text("{"),
+    "the record is a list": lambda copy: (copy / "record.json").write_text("[]"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_copy_is_said_and_made_again(
     tiny_base: Path, cache: Path, damage: str, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     fresh = load(tiny_base)
     (copy,) = cache.glob("nf4-*")
     DAMAGES[damage](copy)
@@ -199,11 +197,11 @@ def test_damaged_copy_is_said_and_made_again(
     again = load(tiny_base)
     said = " ".join(capsys.readouterr().out.split())
     assert "is damaged" in said
-    assert "made again from the base" in said
-    assert "is kept for later starts" in said
+    assert "removed, and quantized again" in said
+    assert ") is cached in" in said
     assert torch.equal(logits(again), logits(fresh))
     load(tiny_base)
-    assert "nothing is quantized" in " ".join(capsys.readouterr().out.split())
+    assert "quantized base of" in " ".join(capsys.readouterr().out.split())
 
 
 def test_cache_that_cannot_be_made_is_said_and_the_model_loads(
@@ -212,12 +210,12 @@ def test_cache_that_cannot_be_made_is_said_and_the_model_loads(
     (tmp_path / "file").touch()
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "file"))
     assert torch.isfinite(logits(load(tiny_base))).all()
-    assert "no quantized copy can be kept or read" in capsys.readouterr().out
+    assert "the cache of quantized bases cannot be used" in capsys.readouterr().out
 
 
 def test_disk_that_is_full_while_writing_leaves_no_half_copy(
     tiny_base: Path, cache: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
@@ -225,7 +223,7 @@ def test_disk_that_is_full_while_writing_leaves_no_half_copy(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert torch.isfinite(logits(loaded)).all()
-    assert "no quantized copy is kept" in capsys.readouterr().out
+    assert "the quantized base is not cached" in capsys.readouterr().out
     assert [path.name for path in cache.iterdir()] == [".lock"]
 
 
@@ -234,7 +232,7 @@ def test_copies_that_nobody_reads_go_and_read_ones_stay(tiny_base: Path, cache: 
     load(tiny_base, "fp4")
     long_ago = time.time() - 31 * 86400
     for copy in cache.glob("*4-*"):
-        os.utime(copy / "copy.json", (long_ago, long_ago))
+        os.utime(copy / "record.json", (long_ago, long_ago))
     (cache / ".nf4-killed.1").mkdir()
     os.utime(cache / ".nf4-killed.1", (long_ago, long_ago))
     load(tiny_base, "fp4")
@@ -244,7 +242,7 @@ def test_copies_that_nobody_reads_go_and_read_ones_stay(tiny_base: Path, cache: 
 
 def test_processes_that_start_at_once_get_the_same_model(tiny_base: Path, cache: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from tests.quantization.test_copy import load; "
+        "import sys; from pathlib import Path; from tests.quantization.test_cache import load; "
         "from finetune.quantization.cache import digest; print('digest', digest(load(Path(sys.argv[1])), threads=1))"
     )
     command = [sys.executable, "-c", program, str(tiny_base)]

@@ -1,4 +1,4 @@
-"""Each start is the one that its paper describes, and is refused where what it starts from is missing."""
+"""Each initialisation is the one of its paper, and is refused where what it needs is missing."""
 
 from pathlib import Path
 from typing import Any
@@ -8,17 +8,18 @@ import torch
 
 from finetune.errors import ModelError
 from finetune.lora import attach
-from finetune.lora.config import DOUBLED
+from finetune.lora.config import DOUBLE_RANK
 from finetune.lora.init import dense_weight, lora_layers
 from tests.fixtures.models import load
 from tests.lora.helpers import RANK, TARGETS, adapt, config, logits, train
 
 
-@pytest.mark.parametrize("variant", DOUBLED)
+@pytest.mark.parametrize("variant", DOUBLE_RANK)
 def test_start_in_the_weights_trains_as_the_published_form_does(
     loud_base: Path, documents: list[list[int]], variant: str
 ) -> None:
-    """As published, B0 A0 is taken out of the weight; here it stays beside it. In float32 that is the same training."""
+    """As published, B0 A0 is subtracted from the weight; here it is kept next to it. In float32 that is the same
+    training."""
     import peft
     from transformers import AutoModelForCausalLM
 
@@ -155,8 +156,8 @@ def test_loftq_starts_at_the_best_correction_of_the_rounding(loud_base: Path, do
     [
         ("eva", "none", {}, "eva needs at least 8 tokens of training documents to find 4 directions; got 0"),
         ("loftq", "nf4", {}, "loftq needs the folder of the unquantized base"),
-        ("loftq", "none", {"original": Path("x")}, "x holds no"),
-        ("pissa", "nf4", {"rank": 65}, "has only 64 directions to start at; use at most lora.rank=64"),
+        ("loftq", "none", {"original": Path("x")}, "x has no"),
+        ("pissa", "nf4", {"rank": 65}, "has only 64 directions to initialise from; use at most lora.rank=64"),
     ],
 )
 def test_variant_that_lacks_its_start_is_refused(
@@ -168,7 +169,7 @@ def test_variant_that_lacks_its_start_is_refused(
 
 
 def test_loftq_on_a_base_that_is_not_in_4_bits_is_refused(loud_base: Path, documents: list[list[int]]) -> None:
-    with pytest.raises(ModelError, match="is not in 4 bits, so it has no rounding error to start at"):
+    with pytest.raises(ModelError, match="is not in 4 bits, so it has no rounding error to correct"):
         adapt(loud_base, "int8", "loftq", documents)
 
 

@@ -1,4 +1,4 @@
-"""What matches is adapted, what does not is an error, and the adapter's numbers are ours."""
+"""Targets that match are adapted, others are an error, and the adapter has our dtype."""
 
 from pathlib import Path
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from finetune.errors import ModelError
-from finetune.lora import LoraConfig, attach, cast_adapter, prepare, resolve
+from finetune.lora import LoraConfig, attach, cast_adapter, prepare_for_training
+from finetune.lora.adapter import match_targets
 from tests.fixtures.models import load
 
 
@@ -16,7 +17,7 @@ def config(**changes: object) -> LoraConfig:
 
 
 def test_all_linear_takes_every_linear_layer_but_the_head(tiny_base: Path) -> None:
-    found = resolve(load(tiny_base, "nf4"), ["all-linear"])
+    found = match_targets(load(tiny_base, "nf4"), ["all-linear"])
     assert set(found) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert set(found.values()) == {2}
 
@@ -25,7 +26,7 @@ def test_target_that_matches_nothing_is_an_error_that_lists_what_there_is(tiny_b
     with pytest.raises(
         ModelError, match=r"lora.targets: qkv_proj match no linear layer. This model has down_proj, gate_proj"
     ):
-        resolve(load(tiny_base, "none"), ["q_proj", "qkv_proj"])
+        match_targets(load(tiny_base, "none"), ["q_proj", "qkv_proj"])
 
 
 def test_model_without_linear_layers_is_refused() -> None:
@@ -33,7 +34,7 @@ def test_model_without_linear_layers_is_refused() -> None:
 
     model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=8, n_embd=8, n_layer=1, n_head=2))
     with pytest.raises(ModelError, match="no linear layer besides its head"):
-        resolve(model, ["all-linear"])
+        match_targets(model, ["all-linear"])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -62,7 +63,7 @@ def test_the_same_seed_gives_the_same_first_weights(tiny_base: Path) -> None:
 def test_upcast_reaches_what_it_names_and_nothing_else(tiny_base: Path, upcast: str, norm: str, embedding: str) -> None:
     model = load(tiny_base, "nf4")
     before = model.model.norm.weight.float().clone()
-    prepare(model, upcast=upcast, checkpointing=False)
+    prepare_for_training(model, upcast=upcast, checkpointing=False)
     assert model.model.norm.weight.dtype == getattr(torch, norm)
     assert model.get_input_embeddings().weight.dtype == getattr(torch, embedding)
     assert torch.equal(model.model.norm.weight.float(), before)

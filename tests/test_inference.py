@@ -8,7 +8,7 @@ import torch
 
 from finetune.errors import EvalError
 from finetune.inference.generation import generate
-from finetune.inference.kl_divergence import agreement, reference_logprobs
+from finetune.inference.kl_divergence import compare_with_reference, record_reference
 from finetune.inference.losses import mean_loss, row_losses
 from finetune.inference.rows import group_by_length
 
@@ -59,11 +59,21 @@ def test_softcapped_logits_are_capped(tokenizer: Any) -> None:
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     torch.manual_seed(0)
-    gemma = Gemma2ForCausalLM(Gemma2Config(
-        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=16,
-        final_logit_softcapping=0.5, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )).eval()  # fmt: skip
+    gemma = Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=512,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            final_logit_softcapping=0.5,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    ).eval()
     gemma.model.embed_tokens.weight.data.mul_(20)
     with torch.no_grad():
         expected = [whole_loss(gemma, row) for row in ROWS]
@@ -74,18 +84,28 @@ def test_scaled_logits_fall_back_to_the_whole_model(tokenizer: Any) -> None:
     from transformers import GraniteConfig, GraniteForCausalLM
 
     torch.manual_seed(0)
-    granite = GraniteForCausalLM(GraniteConfig(
-        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        logits_scaling=0.05, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )).eval()  # fmt: skip
+    granite = GraniteForCausalLM(
+        GraniteConfig(
+            vocab_size=512,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            logits_scaling=0.05,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    ).eval()
     with torch.no_grad():
         expected = [whole_loss(granite, row) for row in ROWS]
     assert [row.loss for row in row_losses(granite, ROWS, batch_tokens=100)] == pytest.approx(expected, abs=1e-3)
 
 
 def test_model_agrees_with_itself(model: Any, tmp_path: Path) -> None:
-    reference = reference_logprobs(model, ROWS, tmp_path / "reference.f32", batch_tokens=8)
-    found = agreement(model, ROWS, reference, batch_tokens=1000)
+    reference = record_reference(model, ROWS, tmp_path / "reference.f32", batch_tokens=8)
+    found = compare_with_reference(model, ROWS, reference, batch_tokens=1000)
     assert found.kl < 1e-6
     assert found.top1_agreement == 1
     assert found.compared_tokens == 7
@@ -94,8 +114,8 @@ def test_model_agrees_with_itself(model: Any, tmp_path: Path) -> None:
 
 
 def test_few_distributions_are_compared_and_every_row_has_its_loss(model: Any, tmp_path: Path) -> None:
-    reference = reference_logprobs(model, ROWS, tmp_path / "reference.f32", batch_tokens=1000, tokens=3)
-    found = agreement(model, ROWS, reference, batch_tokens=1000)
+    reference = record_reference(model, ROWS, tmp_path / "reference.f32", batch_tokens=1000, tokens=3)
+    found = compare_with_reference(model, ROWS, reference, batch_tokens=1000)
     assert (tmp_path / "reference.f32").stat().st_size == 3 * 512 * 4
     assert (found.compared_tokens, found.top1_agreement) == (3, 1)
     assert found.losses == reference.losses == row_losses(model, ROWS, batch_tokens=1000)
@@ -107,10 +127,10 @@ def test_divergence_is_that_of_the_definition(model: Any, tmp_path: Path) -> Non
     other = copy.deepcopy(model)
     with torch.no_grad():
         other.model.norm.weight.mul_(3)
-        reference = reference_logprobs(model, ROWS[:1], tmp_path / "reference.f32", batch_tokens=100)
+        reference = record_reference(model, ROWS[:1], tmp_path / "reference.f32", batch_tokens=100)
         ids = torch.tensor([ROWS[0]["input_ids"]])
         p, q = (torch.log_softmax(m(input_ids=ids).logits[0, 1:-1], -1) for m in (model, other))
-    found = agreement(other, ROWS[:1], reference, batch_tokens=100)
+    found = compare_with_reference(other, ROWS[:1], reference, batch_tokens=100)
     assert found.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), abs=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""Measures layers in full precision against uniform NF4: ``python -m benchmarks.measure_keep TEXT ...``.
+"""Measures layers in full precision against uniform NF4: ``python -m benchmarks.measure_skip_modules TEXT ...``.
 
 Layers are chosen on the first half of each text; KL and loss against the dense base are measured on its second half.
 The control keeps layers drawn at random for the same budget. The base is moved off the 4-bit grid that the quickstart's
@@ -18,9 +18,9 @@ from finetune.bench.off_grid import moved_off_the_grid
 from finetune.bench.quantization import text_rows
 from finetune.config import load as compose
 from finetune.hardware import Placement
-from finetune.inference.adapted import free
-from finetune.inference.kl_divergence import Reference, agreement, reference_logprobs
-from finetune.lora.init import reader
+from finetune.inference.adapted import free_memory
+from finetune.inference.kl_divergence import ReferenceLogits, compare_with_reference, record_reference
+from finetune.lora.init import checkpoint_reader
 from finetune.model import Base, ModelSpec, fetch
 from finetune.model.base import weights_sha256
 from finetune.model.load import resident_bytes
@@ -46,10 +46,10 @@ def main() -> None:
     print("|---|---|---|---|---|")
 
     def measured(
-        name: str, quantization: QuantizationConfig, reference: Reference, *, text: Path, rows: list[Any]
+        name: str, quantization: QuantizationConfig, reference: ReferenceLogits, *, text: Path, rows: list[Any]
     ) -> Any:
         model: Any = ModelSpec(base=moved, config=config.model, quantization=quantization, placement=placement).load()
-        compared = agreement(model, rows, reference, batch_tokens=1024)
+        compared = compare_with_reference(model, rows, reference, batch_tokens=1024)
         print(
             f"| {text.name} | {name} | {resident_bytes(model) / MIB:.1f} | {compared.kl:.4f} | {compared.loss:.4f} |",
             flush=True,
@@ -63,22 +63,22 @@ def main() -> None:
             dense = ModelSpec(
                 base=moved, config=config.model, quantization=QuantizationConfig(method="none"), placement=placement
             ).load()
-            reference = reference_logprobs(dense, measured_on, Path(place) / "reference.f32", batch_tokens=1024)
+            reference = record_reference(dense, measured_on, Path(place) / "reference.f32", batch_tokens=1024)
             print(
                 f"| {text.name} | everything | {resident_bytes(dense) / MIB:.1f} | 0 | {reference.loss:.4f} |",
                 flush=True,
             )
             del dense
-            free()
+            free_memory()
             uniform = QuantizationConfig(method="nf4", double=True)
             model = measured("nothing", uniform, reference, text=text, rows=measured_on)
-            costs = rounding_costs(model, reader(folder), [row["input_ids"] for row in chosen_on])
+            costs = rounding_costs(model, checkpoint_reader(folder), [row["input_ids"] for row in chosen_on])
             candidates: list[dict[str, Any]] = [
                 {"layer": name, "cost": costs[name], "bytes": extra_bytes(layer, 2)}
                 for name, layer in quantized_layers(model).items()
             ]
             del model
-            free()
+            free_memory()
             drawn = [
                 {**layer, "cost": random.Random(f"{arguments.seed}{layer['layer']}").random() * layer["bytes"]}
                 for layer in candidates
@@ -87,9 +87,9 @@ def main() -> None:
                 for name, layers in (("by measure", candidates), ("at random", drawn)):
                     chosen, _ = choose(layers, budget=int(budget * MIB))
                     keep = [layer["layer"] for layer in chosen]
-                    kept = dataclasses.replace(uniform, keep=keep)
+                    kept = dataclasses.replace(uniform, skip_modules=keep)
                     measured(f"{budget:g} MiB {name}: {len(keep)} layers", kept, reference, text=text, rows=measured_on)
-                    free()
+                    free_memory()
 
 
 if __name__ == "__main__":

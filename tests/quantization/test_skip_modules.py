@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from finetune.errors import ModelError
-from finetune.inference.kl_divergence import agreement, reference_logprobs
+from finetune.inference.kl_divergence import compare_with_reference, record_reference
 from finetune.inference.rows import read_rows
-from finetune.lora.init import reader
-from finetune.quantization import QuantizationConfig, choose_skip_modules, is_kept, patterns, quantized_layers
-from finetune.quantization.sensitivity import MIB, KeptLayers, choose, extra_bytes, rounding_costs
+from finetune.lora.init import checkpoint_reader
+from finetune.quantization import QuantizationConfig, choose_skip_modules, quantized_layers
+from finetune.quantization.sensitivity import MIB, SkippedLayers, choose, extra_bytes, rounding_costs
+from finetune.quantization.skip_modules import is_skipped, skip_patterns
 from tests.fixtures.rows import prepared_rows
 
 NF4 = QuantizationConfig(method="nf4", double=True)
@@ -45,23 +46,23 @@ def test_a_wish_means_a_last_segment_or_a_full_name(wish: str, kept: list[str]) 
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     names = ["model.layers.0.mlp.down_proj", "model.layers.0.mlp.gate_up_proj", "model.layers.11.mlp.down_proj"]
-    assert [name for name in names if is_kept(name, [wish])] == kept
-    assert [name for name in names if not should_convert_module(name, patterns([wish]))] == kept, (
+    assert [name for name in names if is_skipped(name, [wish])] == kept
+    assert [name for name in names if not should_convert_module(name, skip_patterns([wish]))] == kept, (
         "transformers reads it alike"
     )
-    assert [name for name in names if not should_convert_module(f"{name}.weight", patterns([wish]))] == kept
+    assert [name for name in names if not should_convert_module(f"{name}.weight", skip_patterns([wish]))] == kept
 
 
 def test_the_head_is_always_kept() -> None:
-    assert is_kept("lm_head", [])
+    assert is_skipped("lm_head", [])
 
 
 @pytest.mark.parametrize("method", ["nf4", "int8", "torchao_int8", "hqq"])
 def test_a_wish_that_matches_nothing_is_refused(line: Any, method: str) -> None:
     with pytest.raises(
-        ModelError, match=r"quantization.keep: dwn_proj match no linear layer; this model has down_proj, "
+        ModelError, match=r"quantization.skip_modules: dwn_proj match no linear layer; this model has down_proj, "
     ):
-        open_line(line, QuantizationConfig(method=method, keep=["dwn_proj"]))
+        open_line(line, QuantizationConfig(method=method, skip_modules=["dwn_proj"]))
 
 
 def test_a_budget_buys_the_dearest_rounding_for_its_bytes() -> None:
@@ -89,15 +90,15 @@ def test_costs_foretell_what_rounding_one_layer_does(line: Any, heldout: Any, tm
     """Ranks of the predicted and the measured divergence agree, layer by layer rounded alone."""
     rows = read_rows(heldout.folder / "heldout")[:4]
     dense = open_line(line, QuantizationConfig(method="none"))
-    reference = reference_logprobs(dense, rows, tmp_path / "reference.f32", batch_tokens=512)
+    reference = record_reference(dense, rows, tmp_path / "reference.f32", batch_tokens=512)
     rounded = open_line(line, NF4)
     base = line("none").spec.base.folder
-    costs = rounding_costs(rounded, reader(base), [row["input_ids"] for row in rows])
+    costs = rounding_costs(rounded, checkpoint_reader(base), [row["input_ids"] for row in rows])
     measured = {}
     for name in costs:
         others = [other for other in costs if other != name]
-        measured[name] = agreement(
-            open_line(line, dataclasses.replace(NF4, keep=others)), rows, reference, batch_tokens=512
+        measured[name] = compare_with_reference(
+            open_line(line, dataclasses.replace(NF4, skip_modules=others)), rows, reference, batch_tokens=512
         ).kl
     names = sorted(costs)
     ranks = [
@@ -110,7 +111,7 @@ def test_costs_foretell_what_rounding_one_layer_does(line: Any, heldout: Any, tm
 def test_costs_are_the_same_again_and_leave_the_model_as_it_was(line: Any) -> None:
     model, base = open_line(line, NF4), line("none").spec.base.folder
     before = model(input_ids=torch.tensor(DOCUMENTS[:1])).logits
-    first, second = (rounding_costs(model, reader(base), DOCUMENTS) for _ in range(2))
+    first, second = (rounding_costs(model, checkpoint_reader(base), DOCUMENTS) for _ in range(2))
     assert first == second
     assert torch.equal(before, model(input_ids=torch.tensor(DOCUMENTS[:1])).logits)
     assert not any(p.requires_grad for p in model.parameters())
@@ -120,12 +121,12 @@ def test_the_stage_names_the_layers_it_kept_and_a_loader_keeps_them(
     line: Any, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parts, data = line("none"), prepared_rows(tmp_path, tokenizer)
-    config = dataclasses.replace(NF4, keep_mib=0.03, keep_tokens=64)
-    kept = choose_skip_modules(dataclasses.replace(parts.spec, quantization=config), folder=tmp_path, data=data)  # fmt: skip
+    config = dataclasses.replace(NF4, skip_modules_mib=0.03, skip_modules_tokens=64)
+    kept = choose_skip_modules(dataclasses.replace(parts.spec, quantization=config), folder=tmp_path, data=data)
     assert 0 < sum(one["bytes"] for one in kept.layers) <= 0.03 * MIB
     assert "stay in full precision for" in " ".join(capsys.readouterr().out.split())
-    applied = kept.applied(config)
-    assert applied.keep_mib == 0
+    applied = kept.apply_to(config)
+    assert applied.skip_modules_mib == 0
     loaded = open_line(line, applied, dtype="bfloat16")
     original = load_file(parts.spec.base.folder / "model.safetensors")
     for one in kept.layers:
@@ -136,14 +137,17 @@ def test_the_stage_names_the_layers_it_kept_and_a_loader_keeps_them(
 
 def test_a_budget_below_the_smallest_layer_is_refused(line: Any, tokenizer: Any, tmp_path: Path) -> None:
     parts, data = line("none"), prepared_rows(tmp_path, tokenizer)
-    config = dataclasses.replace(NF4, keep_mib=0.001, keep_tokens=32)
-    with pytest.raises(ModelError, match=r"quantization.keep_mib=0.001 buys no layer: the smallest takes"):
+    config = dataclasses.replace(NF4, skip_modules_mib=0.001, skip_modules_tokens=32)
+    with pytest.raises(ModelError, match=r"quantization.skip_modules_mib=0.001 is less than the smallest layer takes"):
         choose_skip_modules(dataclasses.replace(parts.spec, quantization=config), folder=tmp_path, data=data)
 
 
 def test_chosen_layers_come_after_those_kept_by_name() -> None:
-    kept = KeptLayers(
-        folder=Path(), layers=[{"layer": "model.layers.0.mlp.down_proj", "cost": 1.0, "bytes": 1}], left=None, tokens=1
+    kept = SkippedLayers(
+        folder=Path(),
+        layers=[{"layer": "model.layers.0.mlp.down_proj", "cost": 1.0, "bytes": 1}],
+        next_best=None,
+        tokens=1,
     )
-    config = QuantizationConfig(method="nf4", keep=["o_proj"], keep_mib=1.0)
-    assert kept.applied(config).keep == ["o_proj", "model.layers.0.mlp.down_proj"]
+    config = QuantizationConfig(method="nf4", skip_modules=["o_proj"], skip_modules_mib=1.0)
+    assert kept.apply_to(config).skip_modules == ["o_proj", "model.layers.0.mlp.down_proj"]
