@@ -263,10 +263,10 @@ def fused_layers(model: Any, inputs: PlanInputs, *, dtype: torch.dtype) -> Itera
     from finetune.kernels.fusion import Fusion, checkpoint_mlps, fuse
     from finetune.kernels.linear import FusedLinears
 
-    kernels: Any = Compiled if inputs.kernels.native else plain
+    kernels: Any = FakeNativeKernels if inputs.kernels.native else plain
     causal, choice = model.get_base_model(), cast(Any, inputs.kernels)
     before = fused_attention.native
-    fused_attention.native = Compiled  # type: ignore[assignment]
+    fused_attention.native = FakeNativeKernels  # type: ignore[assignment]
     try:
         if inputs.kernels.fused:
             cache = inputs.kernels.cached or inputs.method == "none"
