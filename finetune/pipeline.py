@@ -15,7 +15,7 @@ from finetune.config import RunConfig, to_dict, to_yaml
 from finetune.console import log, quiet_libraries
 from finetune.data import prepare
 from finetune.errors import GateMissed, HardwareError
-from finetune.eval import Judge, evaluate
+from finetune.eval import AnswerScorer, evaluate
 from finetune.export import ExportConfig, export
 from finetune.export.needs import check_packages
 from finetune.files import atomic_write_text
@@ -144,12 +144,12 @@ def run_stages(run: Run) -> Iterator[str]:
     yield "eval"
 
     exports = without_push_if_gated(config.export, missed=scores.missed)
-    scorer = Judge(config=config.eval, folder=scores.folder, seed=seed)
+    scorer = AnswerScorer(config=config.eval, folder=scores.folder, seed=seed)
     folder.stage(
         "export",
         Exports,
         lambda out: export(
-            exports, folder=out, spec=spec, adapter=adapter, merged=merged, scores=scores, data=data, judge=scorer
+            exports, folder=out, spec=spec, adapter=adapter, merged=merged, scores=scores, data=data, scorer=scorer
         ),
         key={**trained, "merged.sha256": merged.sha256, "scores.sha256": fingerprint(scores), "export": exports},
     )

@@ -153,7 +153,7 @@ class Scores:
         artifacts: ``base``, ``base_quantized``, ``adapter``, ``merged``: ``{"loss", "loss_low", "loss_high",
             "perplexity", "tokens", "token_accuracy", "metrics": {name: {"value", "low", "high"}}, "stop_rate",
             "mean_tokens", "repetition", "general_loss": {"value", "low", "high"}}``; the three before the last only where answers
-            were written, the last, in nats per token, only where ``eval.forgetting`` names general text.
+            were written, the last, in nats per token, only where ``eval.general_text`` names general text.
         changes: ``quantization``, ``tuning``, ``merge``, ``total``: ``{figure: {"difference", "low", "high"}}``,
             paired by row, 95 %.
         rows: Rows that answers were written for.

@@ -145,15 +145,17 @@ def task_scores(model: Any, spec: ModelSpec, request: dict[str, Any] | None) -> 
 
 def pass_at_1(folder: Path, request: dict[str, Any] | None) -> dict[str, Any]:
     """Measures HumanEval's pass@1 with greedy answers."""
-    from finetune.eval.completers import open_writer
-    from finetune.eval.humaneval import complete, greedy, read_problems, result
+    from finetune.eval.completers import load_completer
+    from finetune.eval.humaneval import humaneval_sampling, read_problems, run_problems, summarize
 
     if request is None:
         return {}
-    writer = open_writer(str(folder), greedy(request["max_new_tokens"]), quantization=request["quantization"])
+    sampling = humaneval_sampling(request["max_new_tokens"])
+    completer = load_completer(str(folder), sampling, quantization=request["quantization"])
     with tempfile.TemporaryDirectory() as scratch:
-        tasks = read_problems(Path(request["source"]))[: request["problems"]]
-        return result(complete(tasks, writer, Path(scratch) / "completions.jsonl", samples=1, seed=1), seed=1)
+        problems = read_problems(Path(request["source"]))[: request["problems"]]
+        file = Path(scratch) / "completions.jsonl"
+        return summarize(run_problems(problems, completer, file, samples=1, seed=1), seed=1)
 
 
 def prefill(model: Any, batch: int) -> int:

@@ -161,18 +161,18 @@ def _whole(settings: Settings, what: str, name: str, otherwise: int) -> int:
 
 
 def _humaneval(settings: Settings) -> None:
-    from finetune.eval.humaneval import humaneval
+    from finetune.eval.humaneval import humaneval, humaneval_sampling
 
     counts = {
-        name: _whole(settings, "humaneval", name, 1)
-        for name in ("problems", "samples", "max_new_tokens", "seed")
-        if name in settings
+        name: _whole(settings, "humaneval", name, 1) for name in ("problems", "samples", "seed") if name in settings
     }
-    temperature = settings.get("temperature", "0")
+    text = settings.get("temperature", "0")
+    temperature = 0.0 if text == "0" else number(text, "bench humaneval: temperature")
+    max_new_tokens = _whole(settings, "humaneval", "max_new_tokens", 512)
     humaneval(
         Path(settings["source"]),
         model=settings["model"],
-        temperature=0.0 if temperature == "0" else number(temperature, "bench humaneval: temperature"),
+        sampling=humaneval_sampling(max_new_tokens, temperature),
         quantization=settings.get("quantization", "none"),
         out=Path(settings.get("out", "outputs/humaneval")),
         **counts,

@@ -1,4 +1,4 @@
-"""Two finished runs on the rows that both were measured on: read from their folders, no model is loaded."""
+"""Compares two finished runs on the rows that both were measured on, from their folders, without loading a model."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from finetune.inference.rows import open_dataset
 from finetune.run import write_json
 
 Key = tuple[str, int]
-"""What a row says, and how many rows before it in the same run say the same."""
+"""A row's content, and the number of earlier rows in the same run with the same content."""
 
 Loss = tuple[float, int]
-"""Nats summed over a row's trained tokens, and how many those are."""
+"""Nats summed over a row's trained tokens, and their number."""
 
 CHANGED_ROWS = 10
-"""Rows that are listed per artifact, those that changed most: a choice, as many as are read."""
+"""Rows listed per artifact, those that changed most: a choice, few enough to read."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """What one run's evaluation left.
+class RunResults:
+    """The evaluation's results of one run.
 
     Attributes:
-        name: The run's.
+        name: Of the run.
         config: Its eval group.
-        samples: Per row that answers were written for, its line of samples.jsonl.
+        samples: Per answered row, its line of samples.jsonl.
         losses: Per artifact and row, its loss.
-        general: Per artifact, the losses of ``eval.forgetting``'s text, in its order; empty where none was named.
-        references: The right answer of each row that the loss was taken on.
+        general: Per artifact, the losses of ``eval.general_text``'s text, in order; empty without general text.
+        references: The reference answer of each row that the loss was taken on.
     """
 
     name: str
@@ -49,19 +49,20 @@ class Measured:
 
 
 def compare(run: Path, other: Path, *, seed: int) -> dict[str, Any]:
-    """Holds another run's evaluation against one run's, artifact by artifact, on the rows that both have.
+    """Compares another run's evaluation with one run's, artifact by artifact, on the rows that both have.
 
-    Rows are the same when they say the same: prompt and right answer for the metrics, token ids and labels for the loss.
+    Rows are the same if their content is: prompt and reference for the metrics, token ids and labels for the loss.
 
     Args:
-        run: Run folder; gets ``eval/compare-<other>.json``.
+        run: Run folder; receives ``eval/compare-<other>.json``.
         other: Run folder.
         seed: Of the bootstrap.
 
     Returns:
-        ``{"runs": [run, other], "seed", "samples", "rows": {"answers" and "loss": {"shared", "only": [run's, other's]}},
-        "artifacts": {name: {"figures": {figure: {"levels": [run's, other's], "difference", "low", "high"}},
-        "changed": [{"prompt", "reference", "answers": [...], "scores": [{figure: value}, ...]}]}}, "remarks": [...]}``.
+        ``{"runs": [run, other], "seed", "samples", "rows": {"answers" and "loss": {"shared", "only": [run's,
+        other's]}}, "artifacts": {name: {"figures": {figure: {"levels": [run's, other's], "difference", "low",
+        "high"}}, "changed": [{"prompt", "reference", "answers": [...], "scores": [{figure: value}, ...]}]}},
+        "remarks": [...]}``.
         Differences are the other's minus the run's, with 95 % intervals paired by row.
 
     Raises:
@@ -70,31 +71,31 @@ def compare(run: Path, other: Path, *, seed: int) -> dict[str, Any]:
     """
     if run.resolve() == other.resolve():
         raise ConfigError(f"compare={other.name} is the run itself; name another run in {run.parent}")
-    one, two = read(run), read(other)
-    _check_settings(one, two)
-    rows = {"answers": _overlap(one.samples, two.samples), "loss": _overlap(one.references, two.references)}
-    if not any(found["shared"] for found in rows.values()):
+    first, second = read(run), read(other)
+    _check_settings(first, second)
+    rows = {"answers": _overlap(first.samples, second.samples), "loss": _overlap(first.references, second.references)}
+    if not any(overlap["shared"] for overlap in rows.values()):
         raise EvalError(
-            f"compare={two.name}: no held-out row of it says the same as one of {one.name} (rows are told apart by prompt, right answer "
-            "and token ids), so nothing can be compared; give both runs the same held-out data, system message and chat template"
+            f"compare={second.name}: it shares no held-out row with {first.name} (rows are compared by prompt, "
+            "reference and token ids), so nothing can be compared; give both runs the same held-out data, system "
+            "message and chat template"
         )
-    artifacts = [name for name in one.losses if name in two.losses]
+    samples = first.config["bootstrap_samples"]
+    shared = [name for name in first.losses if name in second.losses]
     content = {
-        "runs": [one.name, two.name],
+        "runs": [first.name, second.name],
         "seed": seed,
-        "samples": one.config["bootstrap_samples"],
+        "samples": samples,
         "rows": rows,
-        "artifacts": {
-            name: _artifact(name, one, two, samples=one.config["bootstrap_samples"], seed=seed) for name in artifacts
-        },
-        "remarks": list(_remarks(one, two, rows)),
+        "artifacts": {name: _artifact(name, first, second, samples=samples, seed=seed) for name in shared},
+        "remarks": list(_remarks(first, second, rows)),
     }
-    write_json(run / "eval" / f"compare-{two.name}.json", content)
+    write_json(run / "eval" / f"compare-{second.name}.json", content)
     return content
 
 
-def read(run: Path) -> Measured:
-    """Reads what an evaluation left in a run folder.
+def read(run: Path) -> RunResults:
+    """Reads the evaluation's results from a run folder.
 
     Raises:
         EvalError: It has not finished, or its held-out rows are gone.
@@ -104,28 +105,25 @@ def read(run: Path) -> Measured:
         raise EvalError(
             f"{run} holds no finished evaluation; run `finetune eval run.name={run.name}` first, or name another run"
         )
-    made = json.loads(manifest.read_text(encoding="utf-8"))
+    record = json.loads(manifest.read_text(encoding="utf-8"))
     lines = (run / "eval" / "samples.jsonl").read_text(encoding="utf-8").splitlines()
     samples = [json.loads(line) for line in lines]
-    heldout = open_dataset(run / "data" / "heldout").select(range(made["product"]["loss_rows"]))
+    answered = _numbered(json.dumps([row["prompt"], row["reference"]]) for row in samples)
+    heldout = open_dataset(run / "data" / "heldout").select(range(record["product"]["loss_rows"]))
     keys = _numbered(json.dumps([row["input_ids"], row["labels"]]) for row in heldout)
-    return Measured(
+    losses = {name: _losses(run / "eval", name, "losses") for name in record["product"]["artifacts"]}
+    return RunResults(
         name=run.name,
-        config={name.removeprefix("eval."): value for name, value in made["key"].items()},
-        samples=dict(
-            zip(_numbered(json.dumps([row["prompt"], row["reference"]]) for row in samples), samples, strict=True)
-        ),
-        losses={
-            name: dict(zip(keys, _losses(run / "eval", name, "losses"), strict=True))
-            for name in made["product"]["artifacts"]
-        },
-        general={name: _losses(run / "eval", name, "general") for name in made["product"]["artifacts"]},
+        config={name.removeprefix("eval."): value for name, value in record["key"].items()},
+        samples=dict(zip(answered, samples, strict=True)),
+        losses={name: dict(zip(keys, values, strict=True)) for name, values in losses.items()},
+        general={name: _losses(run / "eval", name, "general") for name in losses},
         references=dict(zip(keys, heldout["reference"], strict=True)),
     )
 
 
 def _numbered(contents: Iterable[str]) -> list[Key]:
-    """Rows that say the same are told apart by their order."""
+    """Returns the key of each row; equal contents differ by their order."""
     seen: Counter[str] = Counter()
     keys = []
     for content in contents:
@@ -142,61 +140,62 @@ def _losses(folder: Path, artifact: str, kind: str) -> list[Loss]:
     return [(loss, tokens) for line in lines for loss, tokens, _ in line.get(kind, [])]
 
 
-def _check_settings(one: Measured, two: Measured) -> None:
-    """What answers were judged by must be the same.
+def _check_settings(first: RunResults, second: RunResults) -> None:
+    """Checks that both runs scored answers by the same settings.
 
     Raises:
         EvalError: A setting differs.
     """
-    if not one.samples or not two.samples:
+    if not first.samples or not second.samples:
         return
-    settings = {key: [sorted(value) if isinstance(value := run.config[key], list) else value for run in (one, two)]
-                for key in ("metrics", "max_new_tokens")}  # fmt: skip
-    different = [
-        f"eval.{key} is {ours} in {one.name} and {theirs} in {two.name}"
-        for key, (ours, theirs) in settings.items()
-        if ours != theirs
-    ]
+    different = []
+    for key in ("metrics", "max_new_tokens"):
+        values = (run.config[key] for run in (first, second))
+        ours, theirs = (sorted(value) if isinstance(value, list) else value for value in values)
+        if ours != theirs:
+            different.append(f"eval.{key} is {ours} in {first.name} and {theirs} in {second.name}")
     if different:
         raise EvalError(
-            f"compare={two.name}: {'; '.join(different)}, so their scores do not mean the same; evaluate one of them again with the "
-            f"other's setting: finetune eval run.name={two.name} eval.<setting>=..."
+            f"compare={second.name}: {'; '.join(different)}, so their scores do not mean the same; evaluate one of "
+            f"them again with the other's setting: finetune eval run.name={second.name} eval.<setting>=..."
         )
 
 
 def _overlap(ours: Iterable[Key], theirs: Iterable[Key]) -> dict[str, Any]:
-    one, two = set(ours), set(theirs)
-    return {"shared": len(one & two), "only": [len(one - two), len(two - one)]}
+    first, second = set(ours), set(theirs)
+    return {"shared": len(first & second), "only": [len(first - second), len(second - first)]}
 
 
-def _artifact(name: str, one: Measured, two: Measured, *, samples: int, seed: int) -> dict[str, Any]:
-    """One artifact's figures in both runs, and the rows that changed most."""
+def _artifact(name: str, first: RunResults, second: RunResults, *, samples: int, seed: int) -> dict[str, Any]:
+    """Returns one artifact's figures in both runs, and the rows that changed most."""
     figures: dict[str, Any] = {}
-    rows = [key for key in one.references if key in two.references]
+    rows = [key for key in first.references if key in second.references]
     if rows:
-        draw = Bootstrap(len(rows), samples=samples, seed=seed)
-        before, after = (_ratio([run.losses[name][key] for key in rows]) for run in (one, two))
-        figures["loss"] = _figure(draw, before, after)
-        figures["perplexity"] = _figure(draw, before, after, shape=perplexity)
-    if _same_general(one, two):
-        before, after = (_ratio(run.general[name]) for run in (one, two))
+        bootstrap = Bootstrap(len(rows), samples=samples, seed=seed)
+        before, after = (_ratio([run.losses[name][key] for key in rows]) for run in (first, second))
+        figures["loss"] = _figure(bootstrap, before, after)
+        figures["perplexity"] = _figure(bootstrap, before, after, shape=perplexity)
+    if _same_general(first, second):
+        before, after = (_ratio(run.general[name]) for run in (first, second))
         figures["general_loss"] = _figure(Bootstrap(len(before.totals), samples=samples, seed=seed), before, after)
-    asked = [key for key in one.samples if key in two.samples]
-    if asked:
-        draw = Bootstrap(len(asked), samples=samples, seed=seed)
-        for metric in one.config["metrics"]:
-            before, after = (mean_of([run.samples[key]["scores"][name][metric] for key in asked]) for run in (one, two))
-            figures[metric] = _figure(draw, before, after)
-    changed = _changed_answers(name, one, two, asked) if asked else _changed_losses(name, one, two, rows)
+    answered = [key for key in first.samples if key in second.samples]
+    if answered:
+        bootstrap = Bootstrap(len(answered), samples=samples, seed=seed)
+        for metric in first.config["metrics"]:
+            scores = ([run.samples[key]["scores"][name][metric] for key in answered] for run in (first, second))
+            before, after = map(mean_of, scores)
+            figures[metric] = _figure(bootstrap, before, after)
+    changed = (
+        _changed_answers(name, first, second, answered) if answered else _changed_losses(name, first, second, rows)
+    )
     return {"figures": figures, "changed": changed}
 
 
-def _same_general(one: Measured, two: Measured) -> bool:
-    """Whether both were measured on the same general text: the same file, giving pieces of the same lengths."""
-    lengths = [[tokens for _, tokens in next(iter(run.general.values()), [])] for run in (one, two)]
-    return (
-        bool(lengths[0]) and lengths[0] == lengths[1] and one.config.get("forgetting") == two.config.get("forgetting")
-    )
+def _same_general(first: RunResults, second: RunResults) -> bool:
+    """Returns whether both runs have the same general text: the same file, split into pieces of the same lengths."""
+    ours, theirs = ([tokens for _, tokens in next(iter(run.general.values()), [])] for run in (first, second))
+    same_file = first.config.get("general_text") == second.config.get("general_text")
+    return bool(ours) and ours == theirs and same_file
 
 
 def _ratio(losses: list[Loss]) -> Ratio:
@@ -205,66 +204,61 @@ def _ratio(losses: list[Loss]) -> Ratio:
 
 
 def _figure(
-    draw: Bootstrap, before: Ratio, after: Ratio, *, shape: Callable[[ndarray], ndarray] = np.asarray
+    bootstrap: Bootstrap, before: Ratio, after: Ratio, *, shape: Callable[[ndarray], ndarray] = np.asarray
 ) -> dict[str, Any]:
-    found = draw.difference(before, after, shape=shape)
-    levels = [float(shape(np.array([level.value]))[0]) for level in (before, after)]
-    return {"levels": levels, "difference": found.value, "low": found.low, "high": found.high}
+    levels = [float(shape(np.array([ratio.value]))[0]) for ratio in (before, after)]
+    return {"levels": levels, **bootstrap.difference(before, after, shape=shape).change}
 
 
-def _changed_answers(name: str, one: Measured, two: Measured, rows: list[Key]) -> list[dict[str, Any]]:
-    """Rows whose scores differ, by the mean difference over the metrics, largest first."""
-    found = []
+def _changed_answers(name: str, first: RunResults, second: RunResults, rows: list[Key]) -> list[dict[str, Any]]:
+    """Returns the rows whose scores differ, sorted by the mean difference over the metrics, largest first."""
+    changed = []
     for key in rows:
-        ours, theirs = one.samples[key], two.samples[key]
+        ours, theirs = first.samples[key], second.samples[key]
         scores = [ours["scores"][name], theirs["scores"][name]]
-        size = float(np.mean([abs(scores[1][metric] - scores[0][metric]) for metric in one.config["metrics"]]))
+        size = float(np.mean([abs(scores[1][metric] - scores[0][metric]) for metric in first.config["metrics"]]))
         if size:
-            row = {
-                "prompt": ours["prompt"],
-                "reference": ours["reference"],
-                "answers": [ours[name], theirs[name]],
-                "scores": scores,
-            }
-            found.append((size, row))
-    return _largest(found)
+            answers = [ours[name], theirs[name]]
+            row = {"prompt": ours["prompt"], "reference": ours["reference"], "answers": answers, "scores": scores}
+            changed.append((size, row))
+    return _largest(changed)
 
 
-def _changed_losses(name: str, one: Measured, two: Measured, rows: list[Key]) -> list[dict[str, Any]]:
-    """Where no answers were written: rows by the difference of their loss per token."""
-    found = []
+def _changed_losses(name: str, first: RunResults, second: RunResults, rows: list[Key]) -> list[dict[str, Any]]:
+    """Returns the rows sorted by the difference of their loss per token, for runs without answers."""
+    changed = []
     for key in rows:
-        totals = [run.losses[name][key] for run in (one, two)]
+        totals = [run.losses[name][key] for run in (first, second)]
         ours, theirs = (loss / tokens if tokens else 0.0 for loss, tokens in totals)
         if ours != theirs:
             row = {
                 "prompt": None,
-                "reference": one.references[key],
+                "reference": first.references[key],
                 "answers": [None, None],
                 "scores": [{"loss": ours}, {"loss": theirs}],
             }
-            found.append((abs(theirs - ours), row))
-    return _largest(found)
+            changed.append((abs(theirs - ours), row))
+    return _largest(changed)
 
 
-def _largest(found: list[tuple[float, dict[str, Any]]]) -> list[dict[str, Any]]:
-    return [row for _, row in sorted(found, key=lambda pair: -pair[0])[:CHANGED_ROWS]]
+def _largest(changed: list[tuple[float, dict[str, Any]]]) -> list[dict[str, Any]]:
+    return [row for _, row in sorted(changed, key=lambda pair: -pair[0])[:CHANGED_ROWS]]
 
 
-def _remarks(one: Measured, two: Measured, rows: dict[str, dict[str, Any]]) -> Iterable[str]:
-    """What was left out, and why."""
-    for what, overlap in rows.items():
+def _remarks(first: RunResults, second: RunResults, rows: dict[str, dict[str, Any]]) -> Iterable[str]:
+    """Yields one sentence for each part that is not compared."""
+    for kind, overlap in rows.items():
         ours, theirs = overlap["only"]
+        only = f"{ours} only in {first.name}"
         if overlap["shared"] and (ours or theirs):
-            yield f"{what}: {overlap['shared']} rows are in both; {ours} only in {one.name} and {theirs} only in {two.name} are left out"
+            left_out = f"{only} and {theirs} only in {second.name} are left out"
+            yield f"{kind}: {overlap['shared']} rows are in both; {left_out}"
         if not overlap["shared"]:
-            why = "another tokenizer, template or data" if what == "loss" else "other rows, or none were asked for"
-            yield f"{what}: not compared, since no row is in both ({why}): {ours} only in {one.name}, {theirs} only in {two.name}"
-    if any(any(run.general.values()) for run in (one, two)) and not _same_general(one, two):
-        yield "general_loss: not compared, since eval.forgetting is not the same text in both"
-    alone = {
-        run.name: [name for name in run.losses if name not in other.losses] for run, other in ((one, two), (two, one))
-    }
-    for name, artifacts in alone.items():
+            why = "another tokenizer, template or data" if kind == "loss" else "other rows, or none were asked for"
+            yield f"{kind}: not compared, since no row is in both ({why}): {only}, {theirs} only in {second.name}"
+    if any(any(run.general.values()) for run in (first, second)) and not _same_general(first, second):
+        yield "general_loss: not compared, since eval.general_text is not the same text in both"
+    for run, other in ((first, second), (second, first)):
+        artifacts = [name for name in run.losses if name not in other.losses]
         if artifacts:
-            yield f"{', '.join(artifacts)}: measured only in {name}"
+            yield f"{', '.join(artifacts)}: measured only in {run.name}"

@@ -1,4 +1,4 @@
-"""Who completes a text: a causal language model in transformers, or a GGUF file in llama.cpp."""
+"""Completes texts: by a causal language model in transformers, or by a GGUF file in llama.cpp."""
 
 from __future__ import annotations
 
@@ -6,27 +6,30 @@ import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from finetune.cache import file_sha256
 from finetune.console import log
 from finetune.errors import EvalError
 from finetune.paths import CONF
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 LLAMA_CPP = "xllamacpp==2026.10.11549"
 PROMPT_TOKENS = 2048
-"""Room for a prompt in llama.cpp, which reserves memory for all of it; a longer one is refused."""
+"""Longest prompt in llama.cpp, which reserves memory for all of it; a longer one is refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How a completion is drawn.
+    """How tokens are sampled.
 
     Attributes:
-        max_new_tokens: Of a completion at most.
-        temperature: 0 takes the most probable token.
-        top_p: Tokens that together have this much of the probability are drawn from.
-        stops: Texts that end a completion and do not belong to it.
+        max_new_tokens: Maximum tokens of a completion.
+        temperature: 0 takes the most likely token.
+        top_p: Samples from the most likely tokens that together have this probability.
+        stops: Texts that end a completion and are not part of it.
     """
 
     max_new_tokens: int
@@ -35,22 +38,23 @@ class Sampling:
     stops: tuple[str, ...]
 
 
-class Writer(Protocol):
-    """Anything that completes a text."""
+class Completer(Protocol):
+    """Completes a text."""
 
     key: str
-    """Names its weights and numbers: another model has another."""
+    """Identifies weights and dtype: another model has another key."""
 
-    def generate(self, prompt: str, *, seed: int) -> str:
-        """The text after the prompt, up to the first stop."""
+    def complete(self, prompt: str, *, seed: int) -> str:
+        """Returns the text after the prompt, up to the first stop."""
         ...
 
 
-def open_writer(model: str, sampling: Sampling, *, quantization: str) -> Writer:
-    """Loads a model: a ``.gguf`` file in llama.cpp, anything else that ``model.name`` can name in transformers.
+def load_completer(model: str, sampling: Sampling, *, quantization: str) -> Completer:
+    """Loads a ``.gguf`` file in llama.cpp, or any other value of ``model.name`` in transformers.
 
     Args:
         model: Also the name of an option of the model group, e.g. ``smollm2_135m``.
+        sampling: How to sample tokens.
         quantization: Option of the quantization group; a GGUF file has its own.
 
     Raises:
@@ -58,14 +62,14 @@ def open_writer(model: str, sampling: Sampling, *, quantization: str) -> Writer:
         ConfigError, ModelError: transformers has no such model.
     """
     if not model.endswith(".gguf") or model.startswith("package:"):
-        return TransformersWriter(model, sampling, quantization=quantization)
+        return TransformersCompleter(model, sampling, quantization=quantization)
     if quantization != "none":
-        raise EvalError(f"quantization={quantization}: {model} is quantized as its file says; leave quantization out")
-    return LlamaCppWriter(Path(model), sampling)
+        raise EvalError(f"quantization={quantization}: {model} is quantized already; leave quantization out")
+    return LlamaCppCompleter(Path(model), sampling)
 
 
-class TransformersWriter:
-    """A causal language model on the device and in the numbers that `finetune.hardware.place` chooses."""
+class TransformersCompleter:
+    """A causal language model, with the device and dtype that `finetune.hardware.place` chooses."""
 
     def __init__(self, model: str, sampling: Sampling, *, quantization: str) -> None:
         from finetune import hardware
@@ -85,38 +89,44 @@ class TransformersWriter:
         self.ends = end_tokens(self.model, self.tokenizer)
         log("bench", f"{config.model.name} in transformers, {quantization}, {placement.dtype} on {placement.device}")
 
-    def generate(self, prompt: str, *, seed: int) -> str:
+    def complete(self, prompt: str, *, seed: int) -> str:
+        """Returns the text after the prompt, up to the first stop."""
         import torch
         from transformers import GenerationConfig, StoppingCriteriaList
 
         sampling = self.sampling
-        asked = self.tokenizer(prompt, return_tensors="pt").to(self.model.device)
-        length = asked["input_ids"].shape[1]
+        inputs = self.tokenizer(prompt, return_tensors="pt").to(self.model.device)
+        length = inputs["input_ids"].shape[1]
 
-        def stopped(ids: Any, scores: Any, **_: Any) -> Any:
-            return torch.tensor([cut(text := self._text(ids[0, length:]), sampling.stops) != text], device=ids.device)
+        def stopped(ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+            text = self._text(ids[0, length:])
+            return torch.tensor([cut_at_stop(text, sampling.stops) != text], device=ids.device)
 
         torch.manual_seed(seed)
-        drawn: dict[str, Any] = {"do_sample": False}
+        method: dict[str, Any] = {"do_sample": False}
         if sampling.temperature:
-            drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-        # transformers fills what is left unset from the model's own generation_config.
+            method = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        # Every setting is explicit: transformers fills unset ones from the model's own generation_config.
         settings = GenerationConfig(
-            max_new_tokens=sampling.max_new_tokens, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0,
-            eos_token_id=self.ends or None, pad_token_id=self.tokenizer.pad_token_id, **drawn,
-        )  # fmt: skip
+            max_new_tokens=sampling.max_new_tokens,
+            num_beams=1,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            eos_token_id=self.ends or None,
+            pad_token_id=self.tokenizer.pad_token_id,
+            **method,
+        )
+        stopping = StoppingCriteriaList([stopped])
         with torch.no_grad():
-            written = self.model.generate(
-                **asked, generation_config=settings, stopping_criteria=StoppingCriteriaList([stopped])
-            )
-        return cut(self._text(written[0, length:]), sampling.stops)
+            written = self.model.generate(**inputs, generation_config=settings, stopping_criteria=stopping)
+        return cut_at_stop(self._text(written[0, length:]), sampling.stops)
 
-    def _text(self, ids: Any) -> str:
+    def _text(self, ids: Tensor) -> str:
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
 
-class LlamaCppWriter:
+class LlamaCppCompleter:
     """A GGUF file in llama.cpp's own server, inside this process."""
 
     def __init__(self, file: Path, sampling: Sampling) -> None:
@@ -134,7 +144,7 @@ class LlamaCppWriter:
         params.model.path = str(file)
         params.n_ctx, params.n_parallel = PROMPT_TOKENS + sampling.max_new_tokens, 1
         params.verbosity, params.warmup = -1, False
-        # By default it takes all the machine's cores, and its threads spin: far slower where some belong to others.
+        # By default llama.cpp uses all the machine's cores, and its threads spin: far slower if other processes run.
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = probe().cores
         try:
             self.server = xllamacpp.Server(params)
@@ -142,20 +152,22 @@ class LlamaCppWriter:
             raise EvalError(f"model: llama.cpp cannot open {file}: {error}") from error
         self.sampling = sampling
         self.key = json.dumps(["llama.cpp", file_sha256(file)])
-        log("bench", f"{file.name} in llama.cpp, in its own numbers")
+        log("bench", f"{file.name} in llama.cpp, with the dtype of the file")
 
-    def generate(self, prompt: str, *, seed: int) -> str:
-        # Neutral values spelt out: llama.cpp's own defaults draw from 40 tokens above a twentieth of the best one.
-        asked = {
-            "prompt": prompt, "max_tokens": self.sampling.max_new_tokens, "temperature": self.sampling.temperature,
-            "top_k": 0, "top_p": self.sampling.top_p, "min_p": 0.0, "repeat_penalty": 1.0, "seed": seed, "stop": list(self.sampling.stops),
-        }  # fmt: skip
-        found = self.server.handle_completions(asked)
-        if "error" in found:
-            raise EvalError(f"llama.cpp refused a prompt: {found['error']['message']}")
-        return cut(found["choices"][0]["text"], self.sampling.stops)
+    def complete(self, prompt: str, *, seed: int) -> str:
+        """Returns the text after the prompt, up to the first stop."""
+        sampling = self.sampling
+        # Neutral values are explicit: llama.cpp's defaults are top_k=40 and min_p=0.05.
+        settings = {"top_k": 0, "top_p": sampling.top_p, "min_p": 0.0, "repeat_penalty": 1.0}
+        settings |= {"temperature": sampling.temperature, "max_tokens": sampling.max_new_tokens}
+        reply = self.server.handle_completions(
+            {"prompt": prompt, "seed": seed, "stop": list(sampling.stops), **settings}
+        )
+        if "error" in reply:
+            raise EvalError(f"llama.cpp refused a prompt: {reply['error']['message']}")
+        return cut_at_stop(reply["choices"][0]["text"], sampling.stops)
 
 
-def cut(text: str, stops: tuple[str, ...]) -> str:
-    """The text before the first stop."""
+def cut_at_stop(text: str, stops: tuple[str, ...]) -> str:
+    """Returns the text before the first stop."""
     return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]

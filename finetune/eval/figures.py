@@ -1,4 +1,4 @@
-"""From what was recorded row by row to figures with intervals, and to the samples that a reader can look at."""
+"""Turns per-row results into figures with intervals, and into text that a reader can look at."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,14 +10,17 @@ from finetune.eval.records import Record
 from finetune.inference.bootstrap import Bootstrap, Ratio, mean_of, perplexity, token_loss
 from finetune.inference.rows import Row
 
+Change = dict[str, float]
+"""``{"difference", "low", "high"}``."""
+
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """All artifacts' figures on the same rows.
+    """Per-row figures of all artifacts on the same rows.
 
     Attributes:
-        losses: Per artifact, the loss of a token.
-        general: Per artifact, that of a token of general text; empty where none was given.
+        losses: Per artifact, the loss per token.
+        general: Per artifact, the loss per token of general text; empty without general text.
         answers: Per artifact and figure, the mean over answers.
         texts: Per artifact, its answers as text.
     """
@@ -35,94 +38,84 @@ def tabulate(
 
     Args:
         records: By artifact.
-        rows: Those that answers were written for, with what the metrics ask of them.
+        rows: Those that were answered, with the columns that the metrics need.
         metrics: Names in `METRICS`.
         decode: Token ids to text, without special tokens.
     """
     losses = {name: token_loss(record.losses) for name, record in records.items()}
     general = {name: token_loss(record.general) for name, record in records.items() if record.general}
-    texts = {
-        name: [decode(record.answers[number].tokens) for number in range(len(rows))] for name, record in records.items()
-    }
-    answers = {}
+    texts: dict[str, list[str]] = {}
+    answers: dict[str, dict[str, Ratio]] = {}
     for name, record in records.items():
         written = [record.answers[number] for number in range(len(rows))]
-        scored = {
-            metric: [METRICS[metric](text, row) for text, row in zip(texts[name], rows, strict=True)]
-            for metric in metrics
-        }
-        scored["stop_rate"] = [float(answer.stopped) for answer in written]
-        scored["mean_tokens"] = [float(len(answer.tokens)) for answer in written]
-        scored["repetition"] = [repetition(answer.tokens) for answer in written]
-        answers[name] = {figure: mean_of(values) for figure, values in scored.items()} if rows else {}
+        texts[name] = [decode(answer.tokens) for answer in written]
+        pairs = list(zip(texts[name], rows, strict=True))
+        scores = {metric: [METRICS[metric](text, row) for text, row in pairs] for metric in metrics}
+        scores["stop_rate"] = [float(answer.stopped) for answer in written]
+        scores["mean_tokens"] = [float(len(answer.tokens)) for answer in written]
+        scores["repetition"] = [repetition(answer.tokens) for answer in written]
+        answers[name] = {figure: mean_of(values) for figure, values in scores.items()} if rows else {}
     return Table(losses=losses, general=general, answers=answers, texts=texts)
 
 
 def levels(table: Table, records: dict[str, Record], *, config: EvalConfig, seed: int) -> dict[str, dict[str, Any]]:
-    """Each artifact's figures: ``loss``, ``perplexity``, ``tokens``, ``token_accuracy``, ``metrics`` with intervals, ..."""
-    found: dict[str, dict[str, Any]] = {}
+    """Returns each artifact's figures: ``loss``, ``perplexity``, ``token_accuracy``, ``metrics`` with intervals, ..."""
+    artifacts: dict[str, dict[str, Any]] = {}
     for name in ARTIFACTS:
-        losses = records[name].losses
-        told = _draw(table.losses[name], config, seed).loss(table.losses[name])
-        right = sum(row.correct for row in losses) / max(told["tokens"], 1)
-        entry: dict[str, Any] = {
-            **told,
-            "token_accuracy": right,
-            **answer_levels(table.answers[name], config=config, seed=seed),
-        }
+        loss = _bootstrap(table.losses[name], config, seed).loss(table.losses[name])
+        correct = sum(row.correct for row in records[name].losses)
+        figures = {**loss, "token_accuracy": correct / max(loss["tokens"], 1)}
+        figures |= answer_levels(table.answers[name], config=config, seed=seed)
         if table.general:
-            entry["general_loss"] = _draw(table.general[name], config, seed).level(table.general[name]).level
-        found[name] = entry
-    return found
+            general = table.general[name]
+            figures["general_loss"] = _bootstrap(general, config, seed).level(general).level
+        artifacts[name] = figures
+    return artifacts
 
 
 def answer_levels(answers: dict[str, Ratio], *, config: EvalConfig, seed: int) -> dict[str, Any]:
-    """``metrics`` with intervals, and how the answers ended."""
-    metrics = {
-        figure: _draw(ratio, config, seed).level(ratio).level
-        for figure, ratio in answers.items()
-        if figure in config.metrics
-    }
-    return {
-        "metrics": metrics,
-        **{figure: ratio.value for figure, ratio in answers.items() if figure not in config.metrics},
-    }
+    """Returns ``metrics`` with intervals, and the other figures of the answers."""
+    metrics = {figure: ratio for figure, ratio in answers.items() if figure in config.metrics}
+    others = {figure: ratio.value for figure, ratio in answers.items() if figure not in config.metrics}
+    intervals = {name: _bootstrap(ratio, config, seed).level(ratio).level for name, ratio in metrics.items()}
+    return {"metrics": intervals, **others}
 
 
 def answer_changes(
     before: dict[str, Ratio], after: dict[str, Ratio], *, config: EvalConfig, seed: int
-) -> dict[str, dict[str, float]]:
-    """Each figure of the answers, after minus before, paired by row."""
+) -> dict[str, Change]:
+    """Returns the change of each figure of the answers, after minus before, paired by row."""
     return {
-        figure: _draw(ratio, config, seed).difference(ratio, after[figure]).change for figure, ratio in before.items()
+        figure: _bootstrap(ratio, config, seed).difference(ratio, after[figure]).change
+        for figure, ratio in before.items()
     }
 
 
-def changes(table: Table, *, config: EvalConfig, seed: int) -> dict[str, dict[str, dict[str, float]]]:
-    """What quantization cost, what tuning gained, what the merge cost, and all together, each paired by row."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for change, (before, after) in CHANGES.items():
-        one, other = table.losses[before], table.losses[after]
-        draw = _draw(one, config, seed)
-        found[change] = {
-            "loss": draw.difference(one, other).change,
-            "perplexity": draw.difference(one, other, shape=perplexity).change,
+def changes(table: Table, *, config: EvalConfig, seed: int) -> dict[str, dict[str, Change]]:
+    """Returns the changes by quantization, by tuning, by the merge, and by all of them, each paired by row."""
+    by_step: dict[str, dict[str, Change]] = {}
+    for step, (first, second) in CHANGES.items():
+        before, after = table.losses[first], table.losses[second]
+        bootstrap = _bootstrap(before, config, seed)
+        figures = {
+            "loss": bootstrap.difference(before, after).change,
+            "perplexity": bootstrap.difference(before, after, shape=perplexity).change,
         }
         if table.general:
-            one, other = table.general[before], table.general[after]
-            found[change]["general_loss"] = _draw(one, config, seed).difference(one, other).change
-        found[change] |= answer_changes(table.answers[before], table.answers[after], config=config, seed=seed)
-    return found
+            before, after = table.general[first], table.general[second]
+            figures["general_loss"] = _bootstrap(before, config, seed).difference(before, after).change
+        by_step[step] = figures | answer_changes(table.answers[first], table.answers[second], config=config, seed=seed)
+    return by_step
 
 
-def _draw(figure: Ratio, config: EvalConfig, seed: int) -> Bootstrap:
+def _bootstrap(figure: Ratio, config: EvalConfig, seed: int) -> Bootstrap:
     return Bootstrap(len(figure.totals), samples=config.bootstrap_samples, seed=seed)
 
 
 def missed_gates(
-    gate: dict[str, float], artifacts: dict[str, dict[str, Any]], changed: dict[str, dict[str, dict[str, float]]]
+    gate: dict[str, float], artifacts: dict[str, dict[str, Any]], changed: dict[str, dict[str, Change]]
 ) -> list[str]:
-    """One sentence for each threshold that was not met."""
+    """Returns one sentence for each threshold that was not met."""
     missed = []
     for key, bound in gate.items():
         subject, _, figure = key.partition(".")
@@ -135,5 +128,5 @@ def missed_gates(
 
 
 def _figure(artifact: dict[str, Any], figure: str) -> float:
-    found = artifact["metrics"].get(figure, artifact.get(figure))
-    return float(found["value"] if isinstance(found, dict) else found)
+    level = artifact["metrics"].get(figure, artifact.get(figure))
+    return float(level["value"] if isinstance(level, dict) else level)

@@ -1,4 +1,4 @@
-"""Tasks of EleutherAI's lm-eval, by its Python API, on models that are in memory already; packaged tasks or own files."""
+"""Runs tasks of EleutherAI's lm-eval on models that are in memory already; packaged tasks or the user's own files."""
 
 from __future__ import annotations
 
@@ -17,53 +17,52 @@ from finetune.run import to_jsonable
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PACKAGE = "lm-eval==0.4.13"
 
 
 @dataclass(kw_only=True, slots=True)
 class HarnessConfig:
-    """Which of lm-eval's tasks every artifact is measured on besides the held-out rows; none when ``tasks`` is empty."""
+    """Selects the lm-eval tasks that every artifact is measured on, in addition to the held-out rows."""
 
     tasks: list[str] = field(default_factory=list)
-    """Names of tasks or groups, e.g. ``mmlu``. Packaged ones take their data from the hub; own ones may name local files."""
+    """Names of tasks or groups, e.g. ``mmlu``. Packaged tasks download their data; own files may be local."""
 
     include_path: str | None = None
-    """Folder of own task files (YAML). Data files in them are seen from the working directory."""
+    """Folder of the user's own task files (YAML). Data files in them are relative to the working directory."""
 
     limit: int | None = None
-    """Rows of each task, from the top; None takes all."""
+    """Number of rows of each task, from the top; None takes all."""
 
     shots: int | None = None
-    """Solved examples before each question; None takes what the task says."""
+    """Number of few-shot examples; None takes the task's own number."""
 
     chat: bool = False
-    """Whether questions are written with the chat template. lm-eval's published figures are without."""
+    """Whether to apply the chat template. lm-eval's published figures do not."""
 
     batch_rows: int = 1
-    """Requests per forward pass. Memory grows with it times the longest request times the vocabulary."""
+    """Requests per forward pass. Memory grows with their number times the longest request times the vocabulary."""
 
     def problems(self) -> Iterator[str]:
+        """Yields one sentence for each setting that is not allowed."""
         if self.tasks and importlib.util.find_spec("lm_eval") is None:
             yield f"eval.harness.tasks={self.tasks} needs a package that is not installed; run: pip install {PACKAGE}"
         if self.include_path is not None and not Path(self.include_path).is_dir():
-            yield f"eval.harness.include_path must be a folder of task files; got {self.include_path}, which is none"
-        for key, value, least in (
-            ("limit", self.limit, 1),
-            ("shots", self.shots, 0),
-            ("batch_rows", self.batch_rows, 1),
-        ):
+            yield f"eval.harness.include_path must be a folder of task files; {self.include_path} is not one"
+        minima = (("limit", self.limit, 1), ("shots", self.shots, 0), ("batch_rows", self.batch_rows, 1))
+        for key, value, least in minima:
             if value is not None and value < least:
                 yield f"eval.harness.{key} must be at least {least}; got {value}"
 
 
 class Harness:
-    """Tasks that are loaded once, before any model is, and put to one model after another.
+    """Tasks that are loaded once, before any model, and run on one model after another.
 
     Args:
         config: The harness group; at least one task.
         samples: Bootstrap resamples, for metrics whose standard error has no closed form.
-        seed: Of the choice of solved examples, of sampling tasks and of the bootstrap.
+        seed: Of the few-shot examples, of sampling and of the bootstrap.
 
     Raises:
         EvalError: A task is unknown, needs the hub where it cannot be reached, or cannot be loaded.
@@ -75,27 +74,27 @@ class Harness:
         for name, task in self.loaded["tasks"].items():
             if getattr(task, "UNSAFE_CODE", False):
                 raise EvalError(
-                    f"eval.harness.tasks: {name} runs code that a model wrote, without limits; leave it out and measure code by "
-                    "eval.metrics"
+                    f"eval.harness.tasks: {name} runs code that a model wrote, without limits; leave it out and "
+                    "measure code with eval.metrics"
                 )
             if config.shots is not None or task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=config.shots or 0)
 
     @property
     def key(self) -> list[Any]:
-        """Names what is measured: while it stays the same, an earlier measurement of the same model holds."""
+        """Identifies tasks and settings: results of the same model are reused while the key stays the same."""
         return [to_jsonable(self.config), importlib.metadata.version("lm-eval"), self.samples, self.seed]
 
-    def measure(self, model: Any, tokenizer: Any) -> dict[str, Any]:
-        """Puts the tasks to one model.
+    def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """Runs the tasks on one model.
 
         Args:
             model: A causal language model, with or without a peft adapter.
-            tokenizer: Its.
+            tokenizer: The model's.
 
         Returns:
             ``{"lm_eval": version, "tasks": {task or group: {"rows", "shots", "version", "metrics":
-            {metric: {"value", "stderr", "higher_is_better"}}}}}``; ``stderr`` is None where lm-eval knows none.
+            {metric: {"value", "stderr", "higher_is_better"}}}}}``; ``stderr`` is None if lm-eval has none.
         """
         from lm_eval.evaluator import evaluate
         from transformers import set_seed
@@ -106,38 +105,41 @@ class Harness:
         for task in self.loaded["tasks"].values():
             task.set_fewshot_seed(seed=self.seed)
         with evaluating(model):
-            found = evaluate(
-                lm=_wrap(model, tokenizer, batch_rows=self.config.batch_rows), task_dict=self.loaded, limit=self.config.limit,
-                bootstrap_iters=self.samples, log_samples=False, apply_chat_template=self.config.chat,
+            results = evaluate(
+                lm=_wrap(model, tokenizer, batch_rows=self.config.batch_rows),
+                task_dict=self.loaded,
+                limit=self.config.limit,
+                bootstrap_iters=self.samples,
+                log_samples=False,
+                apply_chat_template=self.config.chat,
                 fewshot_as_multiturn=self.config.chat,
-            )  # fmt: skip
-        tasks = {name: _task(name, figures, found) for name, figures in found["results"].items()}
+            )
+        tasks = {name: _task(name, figures, results) for name, figures in results["results"].items()}
         return {
             "lm_eval": importlib.metadata.version("lm-eval"),
             "tasks": {name: task for name, task in tasks.items() if task["metrics"]},
         }
 
 
-def show(harness: dict[str, dict[str, Any]]) -> None:
-    """Prints what `Harness.measure` found, a column per artifact: value and standard error; nothing where there is nothing."""
+def show_harness(harness: dict[str, dict[str, Any]]) -> None:
+    """Prints the results of `Harness.measure`, one column per artifact with value and standard error."""
     if not harness:
         return
     first = next(iter(harness.values()))["tasks"]
-    rows = [
-        [f"{task} {metric}", *[_level(one["tasks"][task]["metrics"][metric]) for one in harness.values()]]
-        for task, facts in first.items()
-        for metric in facts["metrics"]
-    ]
+    rows = []
+    for task, metric in [(task, metric) for task, results in first.items() for metric in results["metrics"]]:
+        levels = [artifact["tasks"][task]["metrics"][metric] for artifact in harness.values()]
+        rows.append([f"{task} {metric}", *map(_level_text, levels)])
     table("eval", ["lm-eval", *harness], rows)
 
 
 def _load(config: HarnessConfig) -> Any:
-    """Tasks with their data, as lm-eval keeps them."""
+    """Loads tasks and their data."""
     from datasets.exceptions import DatasetsError
     from jinja2 import TemplateError
     from yaml import YAMLError
 
-    asked = ", ".join(config.tasks)
+    names = ", ".join(config.tasks)
     offline = "; HF_HUB_OFFLINE is set, so nothing is downloaded" if os.environ.get("HF_HUB_OFFLINE") else ""
     try:
         manager = _manager(config)
@@ -150,45 +152,46 @@ def _load(config: HarnessConfig) -> Any:
         return manager.load(list(config.tasks))
     except ConnectionError as error:
         raise EvalError(
-            f"eval.harness.tasks={asked}: {error}{offline}; fetch the data beforehand, or give a task file whose data_files are local "
-            "and its folder as eval.harness.include_path"
+            f"eval.harness.tasks={names}: {error}{offline}; download the data beforehand, or give a task file whose "
+            "data_files are local and its folder as eval.harness.include_path"
         ) from error
     except ImportError as error:
         raise EvalError(
-            f"eval.harness.tasks={asked}: a task needs a package that is not installed ({error}); pip install it"
+            f"eval.harness.tasks={names}: a task needs a package that is not installed ({error}); pip install it"
         ) from error
     except StopIteration as error:
         raise EvalError(
-            f"eval.harness.tasks={asked}: a data file of a task is empty; lm-eval looks at its first row"
+            f"eval.harness.tasks={names}: a data file of a task is empty; lm-eval reads its first row"
         ) from error
     except (OSError, KeyError, ValueError, TypeError, AssertionError, YAMLError, TemplateError, DatasetsError) as error:
         raise EvalError(
-            f"eval.harness.tasks={asked} cannot be loaded: {type(error).__name__}: {error}{offline}"
+            f"eval.harness.tasks={names} cannot be loaded: {type(error).__name__}: {error}{offline}"
         ) from error
 
 
 def _manager(config: HarnessConfig) -> TaskManager:
-    """Looks through the user's own files first: the packaged tasks are thousands, and reading them takes ten seconds."""
+    """Searches the user's own files first: reading the thousands of packaged tasks takes ten seconds."""
     from lm_eval.tasks import TaskManager
 
     if config.include_path:
-        own = TaskManager(include_path=config.include_path, include_defaults=False)
-        if set(config.tasks) <= set(own.all_subtasks):
-            return own
+        manager = TaskManager(include_path=config.include_path, include_defaults=False)
+        if set(config.tasks) <= set(manager.all_subtasks):
+            return manager
     return TaskManager(include_path=config.include_path)
 
 
-def _wrap(model: Any, tokenizer: Any, *, batch_rows: int) -> Any:
-    """The model as lm-eval wants it, left as it is.
+def _wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_rows: int) -> Any:
+    """Wraps the model for lm-eval without changing it.
 
-    HFLM warns about models that it has not loaded itself, and ties their weights again, which fails on a trained
-    embedding or head, or unties it from what was trained.
+    HFLM warns about models that it has not loaded itself, and ties their weights again. That fails on a trained
+    embedding or head, or replaces the trained weights.
     """
     from lm_eval.models.huggingface import HFLM
 
     from finetune.inference.logits import unwrap
 
-    core, logger = unwrap(model), logging.getLogger("lm_eval.models.huggingface")
+    core: Any = unwrap(model)
+    logger = logging.getLogger("lm_eval.models.huggingface")
     level = logger.level
     logger.setLevel(logging.ERROR)
     core.tie_weights = lambda: None
@@ -199,25 +202,25 @@ def _wrap(model: Any, tokenizer: Any, *, batch_rows: int) -> Any:
         logger.setLevel(level)
 
 
-def _task(name: str, figures: dict[str, Any], found: Any) -> dict[str, Any]:
-    """One task's or group's figures; lm-eval writes them as ``acc,none`` and ``acc_stderr,none``."""
+def _task(name: str, figures: dict[str, Any], results: Any) -> dict[str, Any]:
+    """Returns the figures of a task or group; lm-eval names them ``acc,none`` and ``acc_stderr,none``."""
     metrics = {}
-    better = found["higher_is_better"].get(name) or {}
+    better = results["higher_is_better"].get(name) or {}
     for key, value in figures.items():
-        metric, comma, chosen = key.partition(",")
+        metric, comma, filtered = key.partition(",")
         if not comma or metric.endswith("_stderr"):
             continue
-        stderr = figures.get(f"{metric}_stderr,{chosen}")
-        shown = metric if chosen == "none" else f"{metric} ({chosen})"
-        stderr = float(stderr) if isinstance(stderr, int | float) else None  # lm-eval says "N/A"
+        stderr = figures.get(f"{metric}_stderr,{filtered}")
+        shown = metric if filtered == "none" else f"{metric} ({filtered})"
+        stderr = float(stderr) if isinstance(stderr, int | float) else None  # lm-eval writes "N/A"
         metrics[shown] = {"value": float(value), "stderr": stderr, "higher_is_better": better.get(metric)}
     return {
         "rows": figures.get("sample_len"),
-        "shots": found["n-shot"].get(name),
-        "version": found["versions"].get(name),
+        "shots": results["n-shot"].get(name),
+        "version": results["versions"].get(name),
         "metrics": metrics,
     }
 
 
-def _level(metric: dict[str, Any]) -> str:
+def _level_text(metric: dict[str, Any]) -> str:
     return f"{metric['value']:.3f}" + (f" ± {metric['stderr']:.3f}" if metric["stderr"] is not None else "")

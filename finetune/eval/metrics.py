@@ -1,4 +1,4 @@
-"""How an answer is judged: each metric is a function of the answer and its row, between 0 and 1."""
+"""Metrics of an answer: each is a function of the answer and its row, and returns a number from 0 to 1."""
 
 import ast
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import EvalError
-from finetune.eval.sandbox import run
+from finetune.eval.sandbox import run_program
 from finetune.inference.rows import Row, open_dataset
 
 FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
@@ -19,12 +19,12 @@ NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
 def exact_match(answer: str, reference: str) -> float:
-    """The same text, but for space around it."""
+    """Returns 1 for the same text, ignoring surrounding space."""
     return float(answer.strip() == reference.strip())
 
 
 def token_f1(answer: str, reference: str) -> float:
-    """Harmonic mean of precision and recall over words. Source: the SQuAD 1.1 evaluation script."""
+    """Returns the F1 of words. Source: the SQuAD 1.1 evaluation script."""
     ours, theirs = _words(answer), _words(reference)
     if not ours or not theirs:
         return float(ours == theirs)
@@ -32,17 +32,17 @@ def token_f1(answer: str, reference: str) -> float:
 
 
 def rouge_1(answer: str, reference: str) -> float:
-    """F1 of single words, as the package rouge-score counts it without stemming; its letters are ASCII's, ours any language's."""
+    """Returns the F1 of single words, like the package rouge-score without stemming, for letters of any language."""
     return _rouge(answer, reference, size=1)
 
 
 def rouge_2(answer: str, reference: str) -> float:
-    """The same of pairs of neighbouring words."""
+    """Returns the F1 of pairs of neighbouring words."""
     return _rouge(answer, reference, size=2)
 
 
 def rouge_l(answer: str, reference: str) -> float:
-    """F1 of the longest common subsequence of words. Source: Lin 2004, with precision and recall weighed alike."""
+    """Returns the F1 of the longest common subsequence of words. Source: Lin 2004, with equal weights."""
     ours, theirs = _plain_words(answer), _plain_words(reference)
     if not ours or not theirs:
         return float(ours == theirs)
@@ -50,75 +50,71 @@ def rouge_l(answer: str, reference: str) -> float:
 
 
 def json_valid(answer: str, reference: str) -> float:
-    """The answer is JSON, whatever it says."""
+    """Returns 1 if the answer is JSON."""
     return float(_json(answer) is not _INVALID)
 
 
 def json_fields(answer: str, reference: str) -> float:
-    """Share of the reference's fields that the answer has with the same value; nested objects count by their leaves."""
+    """Returns the share of the reference's fields that the answer has with the same value; counts leaves."""
     ours, theirs = _json(answer), _json(reference)
     if theirs is _INVALID or ours is _INVALID:
         return 0.0
-    wanted, got = dict(_leaves(theirs)), dict(_leaves(ours))
+    wanted, answered = dict(_leaves(theirs)), dict(_leaves(ours))
     if not wanted:
         return float(_equal(ours, theirs))
-    return sum(path in got and _equal(got[path], value) for path, value in wanted.items()) / len(wanted)
+    return sum(path in answered and _equal(answered[path], value) for path, value in wanted.items()) / len(wanted)
 
 
 def json_exact(answer: str, reference: str) -> float:
-    """The same JSON value: all fields right, none too many; order and spaces do not matter."""
+    """Returns 1 for the same JSON value; order of fields and spaces do not matter."""
     ours, theirs = _json(answer), _json(reference)
     return float(theirs is not _INVALID and ours is not _INVALID and _equal(ours, theirs))
 
 
 def number(answer: str, reference: str) -> float:
-    """The same final number: what follows ``####`` if there is such a mark, else the last one in the text (GSM8K)."""
+    """Returns 1 for the same final number: the one after ``####`` (GSM8K), or else the last one in the text."""
     ours, theirs = _final_number(answer), _final_number(reference)
     return float(theirs is not None and ours is not None and abs(ours - theirs) <= 1e-6 * max(1.0, abs(theirs)))
 
 
 def label(answer: str, reference: str) -> float:
-    """The same class: first line, without case, quotes and punctuation around it."""
+    """Returns 1 for the same class: compares the first line, ignoring case and surrounding quotes and punctuation."""
     return float(_label(answer) == _label(reference))
 
 
 def number_given(answer: str, reference: str) -> float:
-    """There is a number, whichever."""
+    """Returns 1 if the answer contains a number."""
     return float(_final_number(answer) is not None)
 
 
 def label_known(answer: str, row: Row) -> float:
-    """The answer is one of ``row["classes"]``, right or not: the classes that held-out answers have."""
+    """Returns 1 if the answer is one of ``row["classes"]``, the classes of the held-out answers."""
     return float(_label(answer) in {_label(known) for known in row["classes"]})
 
 
 def code_valid(answer: str, reference: str) -> float:
-    """The answer's code can be read as Python, whatever it does."""
+    """Returns 1 if the answer's code parses as Python."""
     try:
-        ast.parse(code_of(answer))
-    except (
-        SyntaxError,
-        ValueError,
-        RecursionError,
-        MemoryError,
-    ):  # ValueError: a null byte; the last two: nested too deeply
+        ast.parse(extract_code(answer))
+    # ValueError: a null byte; the last two: nested too deeply.
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return 0.0
     return 1.0
 
 
 def pass_at_1(answer: str, row: Row) -> float:
-    """The answer's code, followed by ``row["tests"]``, runs to its end in the sandbox."""
-    return float(run(f"{code_of(answer)}\n\n{row['tests']}\n").passed)
+    """Returns 1 if the answer's code, followed by ``row["tests"]``, runs to its end in the sandbox."""
+    return float(run_program(f"{extract_code(answer)}\n\n{row['tests']}\n").passed)
 
 
-def code_of(answer: str) -> str:
-    """What stands in the first fenced block, or all of it where there is none."""
+def extract_code(answer: str) -> str:
+    """Returns the first fenced block, or the whole answer if there is none."""
     fenced = FENCE.search(answer)
     return fenced.group(1) if fenced else answer
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
-    """Chance that one of k samples passes, estimated without bias from more of them.
+    """Returns the unbiased estimate of the chance that one of k samples passes.
 
     Source: Chen et al. 2021, Evaluating Large Language Models Trained on Code, equation 1.
 
@@ -134,34 +130,42 @@ def _by_reference(metric: Callable[[str, str], float]) -> Callable[[str, Row], f
 
 
 METRICS: dict[str, Callable[[str, Row], float]] = {
-    **{metric.__name__: _by_reference(metric) for metric in (
-        exact_match, token_f1, rouge_1, rouge_2, rouge_l, json_valid, json_fields, json_exact, number, number_given, label, code_valid,
-    )},
+    "exact_match": _by_reference(exact_match),
+    "token_f1": _by_reference(token_f1),
+    "rouge_1": _by_reference(rouge_1),
+    "rouge_2": _by_reference(rouge_2),
+    "rouge_l": _by_reference(rouge_l),
+    "json_valid": _by_reference(json_valid),
+    "json_fields": _by_reference(json_fields),
+    "json_exact": _by_reference(json_exact),
+    "number": _by_reference(number),
+    "number_given": _by_reference(number_given),
+    "label": _by_reference(label),
+    "code_valid": _by_reference(code_valid),
     "label_known": label_known,
     "pass_at_1": pass_at_1,
-}  # fmt: skip
-
+}
 
 NEEDS = {"pass_at_1": "tests"}
-"""What a metric asks of a row beside the reference."""
+"""The column that a metric needs in addition to the reference."""
 
 
 def prepare_rows(rows: Sequence[dict[str, Any]], metrics: Sequence[str], heldout: Path) -> None:
-    """Sees that the rows have what the metrics ask for, and gives each the ``classes`` that held-out answers have.
+    """Checks that the rows have what the metrics need, and adds the ``classes`` of the held-out answers to each.
 
     Args:
-        heldout: The split that the rows are from, for the classes of the others.
+        heldout: The split that the rows are from; all its rows define the classes.
 
     Raises:
-        EvalError: A row has no tests.
+        EvalError: A row lacks tests.
     """
     for metric in metrics:
         column = NEEDS.get(metric)
-        bare = [row["row"] for row in rows if column and not row.get(column)]
-        if bare:
+        lacking = [row["row"] for row in rows if column and not row.get(column)]
+        if lacking:
             raise EvalError(
-                f"eval.metrics: {metric} needs {column!r} in every held-out row, and {len(bare)} have none (the first is row {bare[0]}); "
-                f"add it to the data, or leave {metric} out"
+                f"eval.metrics: {metric} needs {column!r} in every held-out row, and {len(lacking)} have none "
+                f"(the first is row {lacking[0]}); add it to the data, or leave {metric} out"
             )
     if "label_known" in metrics:
         classes = sorted(set(open_dataset(heldout)["reference"]))
@@ -170,7 +174,7 @@ def prepare_rows(rows: Sequence[dict[str, Any]], metrics: Sequence[str], heldout
 
 
 def repetition(tokens: Sequence[int]) -> float:
-    """Share of an answer's four-token pieces that stood in it before: 0 for fresh text, towards 1 for a loop."""
+    """Returns the share of four-token pieces that occurred earlier in the answer: near 1 for a loop."""
     pieces = _pieces(tokens, 4)
     return 1 - len(pieces) / pieces.total() if pieces else 0.0
 
@@ -187,20 +191,20 @@ def _json(text: str) -> Any:
 
 def _leaves(value: Any, path: tuple[str | int, ...] = ()) -> list[tuple[tuple[str | int, ...], Any]]:
     if isinstance(value, dict) and (value or path):
-        found = [leaf for key, item in value.items() for leaf in _leaves(item, (*path, key))]
-        return found or [(path, value)]
+        leaves = [leaf for key, item in value.items() for leaf in _leaves(item, (*path, key))]
+        return leaves or [(path, value)]
     return [(path, value)] if path else []
 
 
-def _equal(one: Any, other: Any) -> bool:
-    """Python's ``True == 1`` is no equality of JSON values."""
-    if isinstance(one, bool) != isinstance(other, bool):
+def _equal(left: Any, right: Any) -> bool:
+    """Compares JSON values, for which ``True`` and ``1`` differ."""
+    if isinstance(left, bool) != isinstance(right, bool):
         return False
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
-    if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(_equal(a, b) for a, b in zip(one, other, strict=True))
-    return bool(one == other)
+    if isinstance(left, dict) and isinstance(right, dict):
+        return left.keys() == right.keys() and all(_equal(left[key], right[key]) for key in left)
+    if isinstance(left, list) and isinstance(right, list):
+        return len(left) == len(right) and all(_equal(a, b) for a, b in zip(left, right, strict=True))
+    return bool(left == right)
 
 
 def _f1(common: int, ours: int, theirs: int) -> float:
@@ -240,10 +244,10 @@ def _common_subsequence(ours: list[str], theirs: list[str]) -> int:
 
 def _final_number(text: str) -> float | None:
     marked = text.rpartition("####")[2] if "####" in text else text
-    found = NUMBER.findall(marked)
-    if not found:
+    numbers = NUMBER.findall(marked)
+    if not numbers:
         return None
-    return float((found[0] if marked is not text else found[-1]).replace(",", ""))
+    return float((numbers[0] if marked is not text else numbers[-1]).replace(",", ""))
 
 
 def _label(text: str) -> str:

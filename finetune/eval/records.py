@@ -1,4 +1,4 @@
-"""What one artifact did on each row, kept on disk while it is measured, so that an interrupted stage goes on."""
+"""Stores one artifact's results of each row while it is measured, so that an interrupted stage can continue."""
 
 import json
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from finetune.inference.losses import RowLoss
 
 @dataclass(slots=True)
 class Record:
-    """Losses and answers of one artifact, by row number in the evaluation; general text's losses beside them."""
+    """Losses and answers of one artifact, by row number in the evaluation, and its losses on general text."""
 
     losses: list[RowLoss]
     general: list[RowLoss]
@@ -20,37 +20,41 @@ class Record:
 
 
 class RecordFile:
-    """Lines of JSON: first what they hold for, then the losses of the task and of general text, then one answer each.
+    """A JSON Lines file: first the key, then the losses of the task and of general text, then one answer per line.
 
     Args:
-        file: Read if it is there and holds for the same key; else begun anew.
-        key: Names the artifact, the settings and the rows.
+        file: Read if it exists and has the same key, overwritten otherwise.
+        key: Identifies the artifact, the settings and the rows.
     """
 
     def __init__(self, file: Path, *, key: str) -> None:
         self.file = file
         self.record = Record(losses=[], general=[], answers={})
-        lines = whole_lines(file)
+        lines = complete_lines(file)
         if lines and lines[0] == {"key": key}:
             self.record = _record(lines)
         else:
             file.write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
 
     def add_losses(self, losses: list[RowLoss]) -> None:
+        """Appends the losses of the task."""
         self._append({"losses": [[row.loss, row.tokens, row.correct] for row in losses]})
         self.record.losses = losses
 
     def add_general(self, losses: list[RowLoss]) -> None:
+        """Appends the losses of general text."""
         self._append({"general": [[row.loss, row.tokens, row.correct] for row in losses]})
         self.record.general = losses
 
     def add_answer(self, number: int, answer: Answer) -> None:
+        """Appends the answer to one row."""
         self._append({"row": number, "tokens": answer.tokens, "stopped": answer.stopped})
         self.record.answers[number] = answer
 
-    def add_harness(self, found: dict[str, Any]) -> None:
-        self._append({"harness": found})
-        self.record.harness = found
+    def add_harness(self, results: dict[str, Any]) -> None:
+        """Appends the results of lm-eval."""
+        self._append({"harness": results})
+        self.record.harness = results
 
     def _append(self, line: dict[str, Any]) -> None:
         with open(self.file, "a", encoding="utf-8") as handle:
@@ -58,8 +62,8 @@ class RecordFile:
 
 
 def read_record(file: Path) -> Record:
-    """What an artifact did, after the stage is done."""
-    return _record(whole_lines(file))
+    """Reads an artifact's results, after the stage is done."""
+    return _record(complete_lines(file))
 
 
 def _record(lines: list[dict[str, Any]]) -> Record:
@@ -80,12 +84,12 @@ def _losses(content: list[list[Any]]) -> list[RowLoss]:
     return [RowLoss(loss=loss, tokens=tokens, correct=correct) for loss, tokens, correct in content]
 
 
-def whole_lines(file: Path) -> list[dict[str, Any]]:
-    """The lines that were written whole: a process that was killed may have left half of one, which is cut off."""
+def complete_lines(file: Path) -> list[dict[str, Any]]:
+    """Returns the complete lines of a file; cuts off a partial last line, which a killed process may have left."""
     if not file.is_file():
         return []
     text = file.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        file.write_text(whole, encoding="utf-8")
-    return [json.loads(line) for line in whole.splitlines()]
+    complete = text[: text.rfind("\n") + 1]
+    if complete != text:
+        file.write_text(complete, encoding="utf-8")
+    return [json.loads(line) for line in complete.splitlines()]

@@ -1,4 +1,4 @@
-"""Runs programs that a model wrote: each in a process of its own that can do little and not for long."""
+"""Runs programs that a model wrote, each in a restricted process with a time limit."""
 
 import contextlib
 import json
@@ -10,21 +10,21 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-JAIL = Path(__file__).with_name("jail.py")
+CHILD = Path(__file__).with_name("sandbox_child.py")
 PASSED, FAILED, TIMED_OUT = "passed", "failed", "timed out"
 REPORT_BYTES = 4096
-"""What is read of a report; a reason has 200 characters at most."""
+"""Bytes read of a report; a reason has 200 characters at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one program may use. It has no network, starts no process or thread, and writes nowhere but in its own folder.
+    """Resources of one program. It has no network, starts no process or thread, and writes only into its own folder.
 
     Attributes:
-        seconds: By the clock, the start of Python included.
-        cpu_seconds: Of computing.
-        memory_bytes: Of address space.
-        file_bytes: Of any one file.
+        seconds: Wall time, the start of Python included.
+        cpu_seconds: CPU time.
+        memory_bytes: Address space.
+        file_bytes: Size of any one file.
     """
 
     seconds: float = 10.0
@@ -33,11 +33,14 @@ class Limits:
     file_bytes: int = 1024**2
 
     def resources(self) -> dict[str, int]:
-        """By the name of the limit in `resource`; no core file, and no further process where the system counts them."""
+        """Returns the limits by their name in `resource`: also no core file, and no further process of this user."""
         return {
-            "RLIMIT_CPU": self.cpu_seconds, "RLIMIT_AS": self.memory_bytes, "RLIMIT_FSIZE": self.file_bytes,
-            "RLIMIT_NPROC": 1, "RLIMIT_CORE": 0,
-        }  # fmt: skip
+            "RLIMIT_CPU": self.cpu_seconds,
+            "RLIMIT_AS": self.memory_bytes,
+            "RLIMIT_FSIZE": self.file_bytes,
+            "RLIMIT_NPROC": 1,
+            "RLIMIT_CORE": 0,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,27 +49,29 @@ class Verdict:
 
     Attributes:
         outcome: ``passed`` (it ran to its end and raised nothing), ``failed`` or ``timed out``.
-        reason: What it raised, or which limit ended it; empty where it passed.
-        unclosed: What this machine could not keep from it; empty on Linux 5.13 or newer on x86_64 and aarch64.
+        reason: What it raised, or which limit ended it; empty if it passed.
+        unenforced: Restrictions that this machine could not enforce; empty on Linux 5.13 or newer on x86_64 and
+            aarch64.
     """
 
     outcome: str
     reason: str
-    unclosed: tuple[str, ...]
+    unenforced: tuple[str, ...]
 
     @property
     def passed(self) -> bool:
         return self.outcome == PASSED
 
 
-def run(program: str, *, limits: Limits | None = None) -> Verdict:
-    """Runs Python source with its tests at its end: it passes when nothing is raised.
+def run_program(program: str, *, limits: Limits | None = None) -> Verdict:
+    """Runs Python source with its tests at its end: it passes if nothing is raised.
 
-    What it prints goes nowhere. It starts with an empty environment in an empty folder that is removed afterwards.
+    Its output is discarded. It starts with an empty environment in an empty folder that is removed afterwards.
 
     Args:
-        program: Source, run as a module named ``program``, so that a block under ``__name__ == "__main__"`` does not run.
-        limits: None takes the defaults.
+        program: Source, run as a module named ``program``, so that a block under ``__name__ == "__main__"`` does not
+            run.
+        limits: None means the defaults.
     """
     limits = limits or Limits()
     request = json.dumps({"program": program, "limits": limits.resources()}).encode()
@@ -74,11 +79,16 @@ def run(program: str, *, limits: Limits | None = None) -> Verdict:
         tempfile.TemporaryDirectory(prefix="finetune-", ignore_cleanup_errors=True) as folder,
         tempfile.TemporaryFile() as report,
     ):
-        # A pipe would keep us waiting for whoever still holds its other end; a file does not, and has a size limit.
+        # Reading a pipe blocks until every process closes its other end. A file does not block, and has a size limit.
         process = subprocess.Popen(
-            [sys.executable, "-I", str(JAIL)], stdin=subprocess.PIPE, stdout=report, stderr=subprocess.DEVNULL, cwd=folder, env={},
+            [sys.executable, "-I", str(CHILD)],
+            stdin=subprocess.PIPE,
+            stdout=report,
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
+            env={},
             start_new_session=True,
-        )  # fmt: skip
+        )
         try:
             process.communicate(request, timeout=limits.seconds)
         except subprocess.TimeoutExpired:
@@ -97,7 +107,7 @@ def _verdict(report: bytes, code: int, limits: Limits) -> Verdict:
     if code < 0:
         return Verdict(FAILED, f"ended by {signal.Signals(-code).name}", ())
     try:
-        found = json.loads(report)
+        result = json.loads(report)
     except ValueError:
         return Verdict(FAILED, "ended before its last line", ())
-    return Verdict(PASSED if found["passed"] else FAILED, found["reason"], tuple(found["open"]))
+    return Verdict(PASSED if result["passed"] else FAILED, result["reason"], tuple(result["unenforced"]))

@@ -1,6 +1,6 @@
-"""One untrusted program, in the process that `finetune.eval.sandbox` started for it: gives up what it may not do, then runs it.
+"""Runs one untrusted program in the process that `finetune.eval.sandbox` started: drops permissions, then runs it.
 
-Stands alone: it is run by its path under ``python -I`` and imports nothing of this package.
+It is run by its path under ``python -I`` and imports nothing of this package.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
 """System calls, the same on every architecture. Source: the kernel's userspace-api/landlock.rst."""
 
 WRITES = sum(1 << bit for bit in (1, *range(4, 13)))
-"""Landlock's rights to write, remove and make; 13 (to move) came with its version 2, 14 (to shorten) with 3."""
+"""Landlock's rights to write, remove and create; 13 (move) came with its version 2, 14 (truncate) with 3."""
 
 ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
 """AUDIT_ARCH of each, and its column below. Source: linux/audit.h."""
@@ -25,28 +25,29 @@ ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
 FORBIDDEN = {
     "socket": (41, 198), "clone": (56, 220), "fork": (57, None), "vfork": (58, None), "clone3": (435, 435),
     "execve": (59, 221), "execveat": (322, 281), "kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131),
-    "pidfd_send_signal": (424, 424), "ptrace": (101, 117), "process_vm_writev": (311, 271), "io_uring_setup": (425, 425),
-    "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452),
-    "chown": (92, None), "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54), "shmget": (29, 194),
+    "pidfd_send_signal": (424, 424), "ptrace": (101, 117), "process_vm_writev": (311, 271),
+    "io_uring_setup": (425, 425), "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53),
+    "fchmodat2": (452, 452), "chown": (92, None), "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54),
+    "shmget": (29, 194),
 }  # fmt: skip
-"""System calls that start programs, threads or connections, touch other processes, or leave something behind; the numbers of
-both architectures. Source: the kernel's syscall tables."""
+"""System calls that start programs, threads or connections, affect other processes, or outlive the program, with
+their numbers on both architectures. Source: the kernel's syscall tables."""
 
 
 def main() -> None:
-    """Reads ``{"program", "limits"}`` from standard input and writes ``{"passed", "reason", "open"}`` to standard output."""
+    """Reads ``{"program", "limits"}`` from stdin and writes ``{"passed", "reason", "unenforced"}`` to stdout."""
     request = json.loads(sys.stdin.buffer.read())
     report = os.dup(1)
     for stream in (0, 1, 2):
         os.dup2(os.open(os.devnull, os.O_RDWR), stream)
-    unclosed = close(request["limits"])
+    unenforced = restrict(request["limits"])
     reason = run(request["program"])
-    os.write(report, json.dumps({"passed": not reason, "reason": reason, "open": unclosed}).encode())
-    os._exit(0)  # nothing that the program left behind for the end of the process runs
+    os.write(report, json.dumps({"passed": not reason, "reason": reason, "unenforced": unenforced}).encode())
+    os._exit(0)  # skips exit handlers that the program registered
 
 
 def run(program: str) -> str:
-    """Why it failed, or nothing where it ran to its end."""
+    """Runs the program and returns why it failed; an empty string if it ran to its end."""
     module = types.ModuleType("program")
     sys.modules["program"] = module
     try:
@@ -56,23 +57,22 @@ def run(program: str) -> str:
     return ""
 
 
-def close(limits: dict[str, int]) -> list[str]:
-    """Takes away what the program may not use. Returns what this machine could not take away."""
-    unclosed = [name for name, number in limits.items() if not _limit(getattr(resource, name), number)]
+def restrict(limits: dict[str, int]) -> list[str]:
+    """Restricts this process. Returns the restrictions that this machine could not enforce."""
+    unenforced = [name for name, number in limits.items() if not _limit(getattr(resource, name), number)]
     libc = ctypes.CDLL(None, use_errno=True)
-    if (
-        sys.platform != "linux" or libc.prctl(38, 1, 0, 0, 0) != 0
-    ):  # PR_SET_NO_NEW_PRIVS, which both of the following ask for
-        return [*unclosed, "files of this user", "network, processes and threads"]
+    # 38 is PR_SET_NO_NEW_PRIVS, which both of the following require.
+    if sys.platform != "linux" or libc.prctl(38, 1, 0, 0, 0) != 0:
+        return [*unenforced, "files of this user", "network, processes and threads"]
     if not _landlock(libc):
-        unclosed.append("files of this user")
+        unenforced.append("files of this user")
     if not _seccomp(libc):
-        unclosed.append("network, processes and threads")
-    return unclosed
+        unenforced.append("network, processes and threads")
+    return unenforced
 
 
 def _limit(kind: int, number: int) -> bool:
-    """A second more for the hard limit on computing: the soft one ends the process with a signal of its own."""
+    """Sets a resource limit. The hard limit on CPU time is a second longer: the soft one has a signal of its own."""
     highest = resource.getrlimit(kind)[1]
     hard = number + (kind == resource.RLIMIT_CPU)
     hard = hard if highest == resource.RLIM_INFINITY else min(hard, highest)
@@ -84,13 +84,13 @@ def _limit(kind: int, number: int) -> bool:
 
 
 def _landlock(libc: Any) -> bool:
-    """Nothing can be written outside the working directory from here on."""
+    """Forbids writing outside the working directory."""
     version = libc.syscall(LANDLOCK_CREATE, None, 0, 1)
     if version < 1:
         return False
     rights = WRITES | (version >= 2) << 13 | (version >= 3) << 14
-    wished = struct.pack("Q", rights)
-    rules = libc.syscall(LANDLOCK_CREATE, wished, len(wished), 0)
+    handled = struct.pack("Q", rights)
+    rules = libc.syscall(LANDLOCK_CREATE, handled, len(handled), 0)
     here = os.open(".", os.O_PATH)
     allowed = struct.pack("=Qi", rights, here)
     return bool(
@@ -101,7 +101,7 @@ def _landlock(libc: Any) -> bool:
 
 
 def _seccomp(libc: Any) -> bool:
-    """The forbidden system calls fail with EPERM from here on."""
+    """Makes the forbidden system calls fail with EPERM."""
     architecture, column = ARCHITECTURES.get(platform.machine(), (0, 0))
     if not architecture:
         return False

@@ -1,4 +1,4 @@
-"""The eval stage: four artifacts, one in memory at a time, on the same rows."""
+"""Runs the eval stage: measures four artifacts on the same rows, one model in memory at a time."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.console import change_text, log, table
 from finetune.errors import EvalError
 from finetune.eval.config import ARTIFACTS, EvalConfig
-from finetune.eval.harness import Harness
-from finetune.eval.harness import show as show_harness
+from finetune.eval.harness import Harness, show_harness
 from finetune.files import atomic_write_text
 from finetune.model import ModelSpec
 from finetune.products import MergedModel, PreparedData, Scores, TrainedAdapter
@@ -47,7 +46,8 @@ def evaluate(
         seed: Seeds the bootstrap.
 
     Raises:
-        EvalError: There is no held-out row, none with a trained token, one without what a metric needs, or no general text.
+        EvalError: There is no held-out row, none with a trained token, one without a column that a metric needs, or no
+            general text.
     """
     from finetune.eval.figures import changes, levels, missed_gates, tabulate
     from finetune.eval.general import general_rows
@@ -61,25 +61,27 @@ def evaluate(
         raise EvalError(
             f"none of the first {len(loss_rows)} held-out rows has a trained token; look at the ledger in {data.folder}"
         )
-    for asked, got, name in ((config.rows, len(rows), "rows"), (config.loss_rows, len(loss_rows), "loss_rows")):
-        if got < asked:
-            log("eval", f"eval.{name}={asked}, and the held-out split has {got} rows: all of them are used")
+    for key, wanted, available in (("rows", config.rows, len(rows)), ("loss_rows", config.loss_rows, len(loss_rows))):
+        if available < wanted:
+            log("eval", f"eval.{key}={wanted}, and the held-out split has {available} rows: all of them are used")
     prepare_rows(rows, config.metrics, data.folder / "heldout")
     chat = load_chat(spec, data.folder)
     tokenizer = chat.tokenizer
     models = _Models(spec, adapter=adapter.adapter, merged=merged.folder / "model")
     longest = min(config.batch_tokens, tokenizer.model_max_length)
-    general = general_rows(Path(config.forgetting), tokenizer, longest=longest) if config.forgetting else []
+    general = general_rows(Path(config.general_text), tokenizer, longest=longest) if config.general_text else []
     tasks = Harness(config.harness, samples=config.bootstrap_samples, seed=seed) if config.harness.tasks else None
-    line = _Line(config=config, folder=folder, chat=chat, loss_rows=loss_rows, general=general, rows=rows, tasks=tasks)
-    records = line.measure_all(models)
-    found = tabulate(records, rows=rows, metrics=config.metrics, decode=lambda ids: _text(tokenizer, ids))
-    artifacts, changed = levels(found, records, config=config, seed=seed), changes(found, config=config, seed=seed)
-    _write_samples(folder / "samples.jsonl", rows=rows, table=found, tokenizer=tokenizer, metrics=config.metrics)
+    measurement = _Measurement(
+        config=config, folder=folder, chat=chat, loss_rows=loss_rows, general=general, rows=rows, tasks=tasks
+    )
+    records = measurement.measure_all(models)
+    figures = tabulate(records, rows=rows, metrics=config.metrics, decode=lambda ids: _text(tokenizer, ids))
+    artifacts, changed = levels(figures, records, config=config, seed=seed), changes(figures, config=config, seed=seed)
+    _write_samples(folder / "samples.jsonl", rows=rows, table=figures, tokenizer=tokenizer, metrics=config.metrics)
     harness = {name: record.harness for name, record in records.items() if record.harness is not None}
-    for name, measured in harness.items():
-        artifacts[name]["harness"] = measured
-    _show(artifacts, changed, config.metrics if rows else [])
+    for name, results in harness.items():
+        artifacts[name]["harness"] = results
+    _print_tables(artifacts, changed, config.metrics if rows else [])
     show_harness(harness)
     missed = missed_gates(config.gate, artifacts, changed)
     log("eval", *missed)
@@ -90,7 +92,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Models:
-    """Loads the artifacts in turn; whoever iterates holds one model at a time."""
+    """Loads the artifacts by name."""
 
     spec: ModelSpec
     adapter: Path
@@ -106,7 +108,7 @@ class _Models:
         return self.spec.dense(self.merged if name == "merged" else None).load()
 
     def key(self, name: str) -> str:
-        """Names the artifact's content: what must be the same for an earlier measurement to be used."""
+        """Identifies the artifact's content: earlier results are reused only with the same key."""
         from finetune.model.base import weights_sha256
 
         weights = {"adapter": self.adapter, "merged": self.merged}
@@ -115,8 +117,8 @@ class _Models:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Line:
-    """The rows and settings that are the same for every artifact."""
+class _Measurement:
+    """Rows and settings that are the same for every artifact."""
 
     config: EvalConfig
     folder: Path
@@ -130,50 +132,48 @@ class _Line:
         records: dict[str, Record] = {}
         for name in ARTIFACTS:
             if name == "base_quantized" and not models.spec.is_quantized:
-                log(
-                    "eval",
-                    "base_quantized is the base itself, since quantization.method=none; it is not measured twice",
-                )
+                log("eval", "base_quantized is the base itself (quantization.method=none); it is not measured twice")
                 records[name] = records["base"]
             else:
                 records[name] = self.measure(name, models)
         return records
 
     def measure(self, name: str, models: _Models) -> Record:
-        """One artifact; what an interrupted stage had measured of it already is used."""
+        """Measures one artifact, and reuses the results of an interrupted stage."""
         from finetune.eval.records import RecordFile
         from finetune.inference.adapted import free_memory
         from finetune.inference.generation import stream_answers
         from finetune.inference.losses import row_losses
 
-        kept = RecordFile(self.folder / f"{name}.rows.jsonl", key=self._key(models.key(name)))
-        open_dataset = [number for number in range(len(self.rows)) if number not in kept.record.answers]
-        asked = self.tasks is not None and kept.record.harness is None
-        if kept.record.losses and len(kept.record.general) == len(self.general) and not open_dataset and not asked:
-            log("eval", f"{name}: measured before, and nothing about it changed")
-            return kept.record
-        loaded = models.load(name)
-        if not kept.record.losses:
-            kept.add_losses(
-                row_losses(loaded, self.loss_rows, batch_tokens=self.config.batch_tokens, progress=f"{name}: loss")
-            )
-        if self.general and not kept.record.general:
-            kept.add_general(
-                row_losses(
-                    loaded, self.general, batch_tokens=self.config.batch_tokens, progress=f"{name}: general text"
-                )
-            )
-        for place, answer in stream_answers(
-            loaded, self.chat.tokenizer, [self.rows[number]["prompt_ids"] for number in open_dataset],
-            max_new_tokens=self.config.max_new_tokens, batch_rows=self.config.batch_rows, ends=self.chat.ends,
-            progress=f"{name}: answers" if open_dataset else None,
-        ):  # fmt: skip
-            kept.add_answer(open_dataset[place], answer)
-        if self.tasks is not None and asked:
-            kept.add_harness(self.tasks.measure(loaded, self.chat.tokenizer))
-        del loaded
+        results = RecordFile(self.folder / f"{name}.rows.jsonl", key=self._key(models.key(name)))
+        unanswered = [number for number in range(len(self.rows)) if number not in results.record.answers]
+        needs_tasks = self.tasks is not None and results.record.harness is None
+        measured = results.record.losses and len(results.record.general) == len(self.general)
+        if measured and not unanswered and not needs_tasks:
+            log("eval", f"{name}: reusing earlier results")
+            return results.record
+        model, tokenizer, batch_tokens = models.load(name), self.chat.tokenizer, self.config.batch_tokens
+        if not results.record.losses:
+            losses = row_losses(model, self.loss_rows, batch_tokens=batch_tokens, progress=f"{name}: loss")
+            results.add_losses(losses)
+        if self.general and not results.record.general:
+            losses = row_losses(model, self.general, batch_tokens=batch_tokens, progress=f"{name}: general text")
+            results.add_general(losses)
+        for index, answer in stream_answers(
+            model,
+            tokenizer,
+            [self.rows[number]["prompt_ids"] for number in unanswered],
+            max_new_tokens=self.config.max_new_tokens,
+            batch_rows=self.config.batch_rows,
+            ends=self.chat.ends,
+            progress=f"{name}: answers" if unanswered else None,
+        ):
+            results.add_answer(unanswered[index], answer)
+        if self.tasks is not None and needs_tasks:
+            results.add_harness(self.tasks.measure(model, tokenizer))
+        del model
         free_memory()
-        return kept.record
+        return results.record
 
     def _key(self, artifact: str) -> str:
         digest = hashlib.sha256(artifact.encode())
@@ -210,7 +210,7 @@ def _row_scores(table: Table, name: str, metrics: list[str], number: int) -> Ite
         yield metric, float(table.answers[name][metric].totals[number])
 
 
-def _show(
+def _print_tables(
     artifacts: dict[str, dict[str, Any]], changed: dict[str, dict[str, dict[str, float]]], metrics: list[str]
 ) -> None:
     general = ["general_loss"] if "general_loss" in artifacts["base"] else []
@@ -223,7 +223,7 @@ def _show(
     differences = []
     for name, figures in changed.items():
         shown = [figures[figure] for figure in ["loss", *general, *metrics]]
-        differences.append([name, *[change_text(one, digits=3) for one in shown]])
+        differences.append([name, *[change_text(change, digits=3) for change in shown]])
     table("eval", ["change", "loss", *general, *metrics], differences)
 
 

@@ -1,4 +1,4 @@
-"""The model card: what it is, what it was made from, how good it is, and how to load it, in Markdown."""
+"""Writes the model card in Markdown: base, data, training, evaluation, files, and how to load them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from finetune.console import change_text, human_bytes
 from finetune.export.config import ExportConfig
-from finetune.export.context import Work
+from finetune.export.context import ExportContext
 from finetune.hardware.backends import BACKENDS
 from finetune.inference.artifacts import (
     collect_artifacts,
@@ -27,14 +27,19 @@ from finetune.quantization import QuantizationConfig, spec
 
 CARD = "README.md"
 
-WORDS = {
-    "quantization": "cost of quantization", "tuning": "gain of tuning", "merge": "cost of the merge", "total": "base to merged",
-}  # fmt: skip
+OWN_TERMS = "The data may add terms of their own."
+
+CHANGE_NAMES = {
+    "quantization": "cost of quantization",
+    "tuning": "gain of tuning",
+    "merge": "cost of the merge",
+    "total": "base to merged",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class CardFacts:
-    """All that a card is written from."""
+    """Everything that a card is written from."""
 
     base: Base
     quantization: QuantizationConfig
@@ -46,28 +51,28 @@ class CardFacts:
     snippets: Mapping[str, str]
 
 
-def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
-    """Writes the card beside the exports and into each of them."""
+def write(context: ExportContext, name: str, settings: ExportConfig) -> dict[str, Any]:
+    """Writes the card next to the exports and into each of them."""
     facts = CardFacts(
-        base=work.spec.base, quantization=work.spec.quantization, data=work.data, adapter=work.adapter, merged=work.merged, scores=work.scores,
-        exports=work.exports, snippets=work.snippets,
-    )  # fmt: skip
+        base=context.spec.base,
+        quantization=context.spec.quantization,
+        data=context.data,
+        adapter=context.adapter,
+        merged=context.merged,
+        scores=context.scores,
+        exports=context.exports,
+        snippets=context.snippets,
+    )
     text = write_card(facts)
-    target = work.folder / CARD
-    for file in [target, *[work.folder / Path(one["path"]).name / CARD for one in work.exports]]:
+    target = context.folder / CARD
+    for file in [target, *[context.folder / Path(export["path"]).name / CARD for export in context.exports]]:
         file.write_text(text, encoding="utf-8")
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return {
-        "format": settings.format,
-        "path": f"export/{CARD}",
-        "bytes": target.stat().st_size,
-        "sha256": digest,
-        "parity": {},
-    }
+    size, digest = target.stat().st_size, hashlib.sha256(text.encode()).hexdigest()
+    return {"format": settings.format, "path": f"export/{CARD}", "bytes": size, "sha256": digest, "parity": {}}
 
 
 def write_card(facts: CardFacts) -> str:
-    """The card as Markdown, with the front matter that model hubs read."""
+    """Returns the card as Markdown, with the front matter that model hubs read."""
     name = short_name(facts.base)
     sections = [
         "\n".join(_front_matter(facts)),
@@ -85,6 +90,7 @@ def write_card(facts: CardFacts) -> str:
 
 
 def short_name(base: Base) -> str:
+    """Returns the last part of the base's name."""
     return Path(base.name.removeprefix("package:")).name.removesuffix(".gguf")
 
 
@@ -105,18 +111,19 @@ def _front_matter(facts: CardFacts) -> Iterator[str]:
 def _made_from(facts: CardFacts) -> Iterator[str]:
     base, data, adapter = facts.base, facts.data, facts.adapter
     yield "## Made from\n"
-    yield (
-        f"- Base: `{base.name}`"
-        + (f" at revision `{base.revision}`" if base.revision else "")
-        + f", weights SHA-256 `{base.sha256}`"
-    )
+    revision = f" at revision `{base.revision}`" if base.revision else ""
+    yield f"- Base: `{base.name}`{revision}, weights SHA-256 `{base.sha256}`"
     if base.source == "gguf":
-        yield "- The base was a GGUF file; its blocks were turned into dense weights, so it is full precision only by convention"
+        yield (
+            "- The base was a GGUF file; its blocks were dequantized to dense weights, so it is full precision only by "
+            "convention"
+        )
     settings = ", ".join(f"{key} {value}" for key, value in spec(facts.quantization).items())
     yield f"- Quantization while training: {settings}"
-    learnt = f"{data.tokens:,} tokens of which {data.trained_tokens:,} are learnt"
-    read = ", ".join(f"`{source}`" for source in data.sources)
-    yield f"- Data: {read}: {data.train_rows:,} rows trained on, {data.heldout_rows:,} held out; {learnt}; fingerprint `{data.fingerprint}`"
+    files = ", ".join(f"`{source}`" for source in data.sources)
+    rows = f"{data.train_rows:,} rows trained on, {data.heldout_rows:,} held out"
+    tokens = f"{data.tokens:,} tokens of which {data.trained_tokens:,} are trained on"
+    yield f"- Data: {files}: {rows}; {tokens}; fingerprint `{data.fingerprint}`"
     sizes = f"{adapter.trained_tokens:,} trained tokens, {adapter.trainable_parameters:,} trainable parameters"
     yield f"- Training: {adapter.steps:,} steps with {adapter.optimizer['used']}, {sizes}"
 
@@ -136,43 +143,43 @@ def _quality(facts: CardFacts) -> Iterator[str]:
         yield f"\n{text}"
     figures = [*names, *(["general_loss"] if "general_loss" in scores.changes["total"] else [])]
     if figures:
-        yield "\nWhat each step changed in the answers, and in the loss on general text (`general_loss`), paired by row:\n"
-        rows = [
-            [WORDS[name], *[change_text(one[figure], digits=3) for figure in figures]]
-            for name, one in scores.changes.items()
-        ]
+        yield "\nChange by step of the answers, and of the loss on general text (`general_loss`), paired by row:\n"
+        rows = []
+        for step, changes in scores.changes.items():
+            rows.append([CHANGE_NAMES[step], *[change_text(changes[figure], digits=3) for figure in figures]])
         yield from _table(["Step", *figures], rows)
 
 
 def _merge(merged: MergedModel) -> Iterator[str]:
     yield "## Merge\n"
     tokens = f"{merged.candidates[0]['compared_tokens']:,} held-out tokens"
-    yield f"Kept: `{merged.chosen}`, {merged.rule}. KL and top-1 compare with the graph that was trained, on {tokens}.\n"
-    rows = [[one["name"], f"{one['kl']:.5f}", f"{one['top1_agreement']:.3f}"] for one in merged.candidates]
+    yield f"Kept: `{merged.chosen}`, {merged.rule}. KL and top-1 compare with the trained model, on {tokens}.\n"
+    candidates = merged.candidates
+    rows = [[entry["name"], f"{entry['kl']:.5f}", f"{entry['top1_agreement']:.3f}"] for entry in candidates]
     yield from _table(["Candidate", "KL", "Top-1"], rows)
 
 
 def _files(exports: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield "## Files\n"
     rows = []
-    for one in exports:
-        parity = one["parity"]
-        proof = (
-            f"logits within {parity['max_logit_difference']:.4g}, KL {parity['kl']:.2g}, in {parity['runtime']}"
-            if parity
-            else ""
-        )
-        rows.append(
-            [f"`{Path(one['path']).name}`", one["format"], human_bytes(one["bytes"]), f"`{one['sha256'][:16]}`", proof]
-        )
+    for export in exports:
+        path, digest = Path(export["path"]).name, export["sha256"][:16]
+        size, check = human_bytes(export["bytes"]), _check_text(export["parity"])
+        rows.append([f"`{path}`", export["format"], size, f"`{digest}`", check])
     yield from _table(["Path", "Format", "Size", "SHA-256", "Opened again and compared"], rows)
-    notes = [f"- `{Path(one['path']).name}`: {note}" for one in exports for note in one.get("notes", [])]
+    notes = [f"- `{Path(export['path']).name}`: {note}" for export in exports for note in export.get("notes", [])]
     yield from ["", *notes] if notes else []
+
+
+def _check_text(parity: Mapping[str, Any]) -> str:
+    if not parity:
+        return ""
+    return f"logits within {parity['max_logit_difference']:.4g}, KL {parity['kl']:.2g}, in {parity['runtime']}"
 
 
 def _loading(snippets: Mapping[str, str]) -> Iterator[str]:
     yield "## How to load\n"
-    yield "Paths are seen from the folder that holds the files above."
+    yield "Paths are relative to the folder that holds the files above."
     for title, code in snippets.items():
         yield f"\n### {title}\n\n```python\n{code}\n```"
 
@@ -181,18 +188,19 @@ def _licence(base: Base) -> Iterator[str]:
     licence = licence_of(base.folder)
     yield "## Licence\n"
     if licence:
-        yield f"The base states `{licence}`, and weights derived from it are bound by that. The data may add terms of their own."
+        yield f"The base states `{licence}`, and weights derived from it are bound by that. {OWN_TERMS}"
     else:
-        yield f"The files of the base state no licence; look where `{base.name}` was published. The data may add terms of their own."
+        yield f"The files of the base state no licence; look where `{base.name}` was published. {OWN_TERMS}"
 
 
 def licence_of(folder: Path) -> str | None:
-    """The licence in the front matter of the base's own card, if it has one."""
+    """Returns the licence in the front matter of the base's own card, if it has one."""
     card = folder / "README.md"
     if not card.is_file():
         return None
-    found = re.search(r"\A---\n.*?^license:\s*(\S+)\s*$.*?^---$", card.read_text(encoding="utf-8"), flags=re.M | re.S)
-    return found.group(1) if found else None
+    text, pattern = card.read_text(encoding="utf-8"), r"\A---\n.*?^license:\s*(\S+)\s*$.*?^---$"
+    match = re.search(pattern, text, flags=re.M | re.S)
+    return match.group(1) if match else None
 
 
 def _table(header: list[str], rows: list[list[str]]) -> Iterator[str]:

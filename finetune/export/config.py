@@ -6,25 +6,28 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 FORMATS = ("adapter", "safetensors", "bitsandbytes", "gguf", "gguf_lora", "onnx", "card", "hub")
-GGUF_NUMBERS = ("f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
-NUMBERS = {
-    "safetensors": ("", "bfloat16", "float16", "float32"), "bitsandbytes": ("", "nf4", "fp4", "int8"), "gguf": GGUF_NUMBERS,
-    "gguf_lora": GGUF_NUMBERS, "onnx": ("", "float32", "int8", "int4"),
-}  # fmt: skip
-"""By format; empty leaves it to the format. The others know one kind only."""
+GGUF_DTYPES = ("f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
+DTYPES = {
+    "safetensors": ("", "bfloat16", "float16", "float32"),
+    "bitsandbytes": ("", "nf4", "fp4", "int8"),
+    "gguf": GGUF_DTYPES,
+    "gguf_lora": GGUF_DTYPES,
+    "onnx": ("", "float32", "int8", "int4"),
+}
+"""By format; empty leaves the choice to the format. The other formats have a single dtype."""
 
 
 @dataclass(kw_only=True, slots=True)
 class ExportConfig:
-    """One export: what is written, and how near it must be to the model that it was made from."""
+    """One export: its format, and the largest difference allowed from the model that it was made from."""
 
     format: str
-    """``adapter`` (plain peft), ``safetensors`` (the merged model), ``bitsandbytes`` (the merged model in 4 bit), ``gguf``
-    (for llama.cpp and Ollama), ``gguf_lora`` (the adapter for them), ``onnx``, ``card`` (README.md for all of them) or
-    ``hub`` (a push of them)."""
+    """``adapter`` (plain peft), ``safetensors`` (the merged model), ``bitsandbytes`` (the merged model in 4 bit),
+    ``gguf`` (for llama.cpp and Ollama), ``gguf_lora`` (the adapter for them), ``onnx``, ``card`` (README.md for all of
+    them) or ``hub`` (a push of them)."""
 
-    golden_rows: int
-    """Held-out prompts to compare logits on, besides the golden chats."""
+    logit_rows: int
+    """Held-out prompts to compare logits on, in addition to the reference prompts."""
 
     loss_rows: int
     """Held-out rows to compare the loss on, from the top: those of ``eval.loss_rows``, or fewer."""
@@ -36,44 +39,46 @@ class ExportConfig:
     """Largest mean KL(model || export), in nats per compared position."""
 
     max_new_tokens: int
-    """Length within which the export must end its answer, where the model did."""
+    """Tokens within which the export must end its answer, if the model did."""
 
     rows: int = 0
-    """Held-out prompts that it answers in its own runtime, from the top: as many as ``eval.rows``, or fewer. Judged by
-    ``eval.metrics`` beside the model's answers. 0 asks for none: a large model on a CPU writes a few tokens a second."""
+    """Held-out prompts that the export answers in its own runtime, from the top: ``eval.rows`` or fewer.
+    ``eval.metrics`` score them, next to the model's answers. 0 writes none: a large model on a CPU writes a few tokens
+    a second."""
 
-    numbers: str = ""
-    """How weights are written, where a format knows several, e.g. ``q4_k_m``."""
+    dtype: str = ""
+    """dtype of the weights, where the format has several, e.g. ``bfloat16`` or ``q4_k_m``."""
 
     shard_bytes: int = 0
     """``safetensors``: largest file; 0 keeps the files of the base."""
 
     repository: str = ""
-    """``hub``: where to, e.g. ``me/my-model``."""
+    """``hub``: the repository to push to, e.g. ``me/my-model``."""
 
     private: bool = True
-    """``hub``: whether a repository that is made is private."""
+    """``hub``: whether a newly created repository is private."""
 
     push: bool = False
-    """``hub``: whether it is really sent; without, what would go is shown."""
+    """``hub``: whether files are uploaded; if false, the run only lists them."""
 
     def problems(self) -> Iterator[str]:
+        """Yields one sentence for each setting that is not allowed."""
         if self.format not in FORMATS:
             yield f"export.*.format must be one of {', '.join(FORMATS)}; got {self.format!r}"
-        for key, number in (
-            ("golden_rows", self.golden_rows),
+        for key, value in (
+            ("logit_rows", self.logit_rows),
             ("loss_rows", self.loss_rows),
             ("rows", self.rows),
             ("shard_bytes", self.shard_bytes),
             ("max_logit_difference", self.max_logit_difference),
             ("max_kl", self.max_kl),
         ):
-            if number < 0:
-                yield f"export.{self.format}.{key} must not be negative; got {number}"
-        if self.numbers not in NUMBERS.get(self.format, ("",)):
-            allowed = ", ".join(filter(None, NUMBERS.get(self.format, ())))
-            rule = f"must be one of {allowed}" if allowed else "must be left out, since it is written in one way only"
-            yield f"export.{self.format}.numbers {rule}; got {self.numbers!r}"
+            if value < 0:
+                yield f"export.{self.format}.{key} must not be negative; got {value}"
+        if self.dtype not in DTYPES.get(self.format, ("",)):
+            allowed = ", ".join(filter(None, DTYPES.get(self.format, ())))
+            rule = f"must be one of {allowed}" if allowed else "must be left out, since this format has a single dtype"
+            yield f"export.{self.format}.dtype {rule}; got {self.dtype!r}"
         named = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", self.repository))
         if self.format == "hub" and not named and (self.repository or self.push):
             yield f"export.hub.repository must be owner/name, e.g. me/my-model; got {self.repository!r}"

@@ -1,4 +1,4 @@
-"""What every export's writer is given: the models that it is made from, and how it is checked and kept."""
+"""The inputs of every export, and how an export is checked and published."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from finetune.console import human_bytes
 from finetune.errors import ExportError
 from finetune.export.config import ExportConfig
+from finetune.files import require_disk
 from finetune.model import ModelSpec
 from finetune.model.spec import checkpoint_dtype
 from finetune.products import MergedModel, PreparedData, Scores, TrainedAdapter
@@ -22,59 +22,59 @@ if TYPE_CHECKING:
     from finetune.inference.generation import Answer
     from finetune.inference.losses import RowLoss
 
-ANSWERED_BESIDE = {"adapter": "adapter", "gguf_lora": "adapter"}
-"""Whose answers an export's are held beside, by format; the merged model's otherwise."""
+COMPARED_WITH = {"adapter": "adapter", "gguf_lora": "adapter"}
+"""The artifact that an export's answers are compared with, by format; the merged model otherwise."""
 
 
 class AnswerSettings(Protocol):
-    """How the evaluation measured."""
+    """Settings of the evaluation."""
 
     max_new_tokens: int
     batch_rows: int
     batch_tokens: int
 
 
-class Rules(Protocol):
-    """What the evaluation measured, and how it scores answers; no stage imports another."""
+class Scorer(Protocol):
+    """The evaluation's results and rules; a protocol, since no stage imports another."""
 
     @property
     def config(self) -> AnswerSettings: ...
     @property
     def seed(self) -> int: ...
     def losses(self, artifact: str, *, rows: int) -> list[RowLoss]: ...
-    def beside(
+    def score_against(
         self, artifact: str, answers: Sequence[Answer], *, heldout: Path, tokenizer: Any, file: Path
     ) -> dict[str, Any]: ...
 
 
 @dataclass(kw_only=True)
-class Work:
-    """The stage's inputs, and what the writers before have made.
+class ExportContext:
+    """The stage's inputs, and what earlier exports have added.
 
     Attributes:
-        folder: The stage's folder; an export is kept in it under its name.
-        desk: Where exports are written and opened before they count.
+        folder: The stage's folder; an export is published in it under its name.
+        scratch: Where exports are written and checked before they are published.
         spec: The base as it was loaded for training.
         adapter, merged, scores, data: Products of the stages before.
-        judge: Knows the losses and answers that the evaluation measured, and how answers are scored.
+        scorer: Knows the losses and answers of the evaluation, and scores answers.
         chat: Tokenizer and end tokens.
-        exports: Descriptions of what is done; a card describes them.
-        snippets: Code that opens them, by title.
-        merged_gives: What `expect_merged` found.
+        exports: Descriptions of finished exports, for the card.
+        snippets: Code that loads them, by title.
+        merged_expectations: Results of `expected_merged_output`, by settings.
     """
 
     folder: Path
-    desk: Path
+    scratch: Path
     spec: ModelSpec
     adapter: TrainedAdapter
     merged: MergedModel
     scores: Scores
     data: PreparedData
-    judge: Rules
+    scorer: Scorer
     chat: Chat
     exports: list[dict[str, Any]] = field(default_factory=list)
     snippets: dict[str, str] = field(default_factory=dict)
-    merged_gives: dict[tuple[int, int, int], Expected] = field(default_factory=dict)
+    merged_expectations: dict[tuple[int, int, int], Expected] = field(default_factory=dict)
 
     @property
     def merged_dtype(self) -> str:
@@ -83,55 +83,50 @@ class Work:
 
     @property
     def merged_bytes(self) -> int:
+        """Returns the size of the merged model's weights."""
         return sum(file.stat().st_size for file in (self.merged.folder / "model").glob("*.safetensors"))
 
-    def need(self, name: str, size: float) -> None:
-        """Refuses before anything is written where the disk cannot take it.
+    def require_disk(self, name: str, size: float) -> None:
+        """Checks the free disk before anything is written.
 
         Raises:
             ExportError: Less than ``size`` bytes are free.
         """
-        free = shutil.disk_usage(self.desk).free
-        if free < size:
-            raise ExportError(
-                f"export.{name} needs about {human_bytes(size)} of disk in {self.folder} and {human_bytes(free)} are free; free some, "
-                "or choose another run.root"
-            )
+        require_disk(self.scratch, size, f"export.{name}", error=ExportError)
 
-    def expect(self, model: Any, settings: ExportConfig, *, artifact: str | None = None) -> Expected:
-        """What the model gives on the golden chats and on the first held-out rows.
+    def expected_output(self, model: Any, settings: ExportConfig, *, artifact: str | None = None) -> Expected:
+        """Runs the model on the reference prompts and on the first held-out rows.
 
         Args:
             model: In this process.
-            settings: How many rows.
-            artifact: What the evaluation calls this very model; its losses are known then and not taken again.
+            settings: The number of rows.
+            artifact: Name of this model in the evaluation, whose losses are reused; None computes them.
         """
         from finetune.export.parity import expected
         from finetune.inference.losses import row_losses
         from finetune.inference.rows import read_rows
 
-        rows = read_rows(self.data.folder / "heldout", limit=max(settings.golden_rows, settings.loss_rows))
-        prompts = [row["prompt_ids"] for row in rows[: settings.golden_rows]]
+        rows = read_rows(self.data.folder / "heldout", limit=max(settings.logit_rows, settings.loss_rows))
+        prompts = [row["prompt_ids"] for row in rows[: settings.logit_rows]]
         scored = [{key: row[key] for key in ("input_ids", "labels")} for row in rows[: settings.loss_rows]]
         if artifact and scored:
-            losses = self.judge.losses(artifact, rows=len(scored))
+            losses = self.scorer.losses(artifact, rows=len(scored))
         else:
-            losses = row_losses(model, scored, batch_tokens=self.judge.config.batch_tokens)
-        return expected(
-            model, self.chat, heldout=prompts, scored=scored, losses=losses, max_new_tokens=settings.max_new_tokens
-        )
+            losses = row_losses(model, scored, batch_tokens=self.scorer.config.batch_tokens)
+        limit = settings.max_new_tokens
+        return expected(model, self.chat, heldout=prompts, scored=scored, losses=losses, max_new_tokens=limit)
 
-    def expect_merged(self, settings: ExportConfig) -> Expected:
-        """What the merged model gives in its own numbers; asked once for all exports that ask for the same."""
+    def expected_merged_output(self, settings: ExportConfig) -> Expected:
+        """Runs the merged model in its own dtype, once for all exports with the same settings."""
         from finetune.inference.adapted import free_memory
 
-        asked = (settings.golden_rows, settings.loss_rows, settings.max_new_tokens)
-        if asked not in self.merged_gives:
+        key = (settings.logit_rows, settings.loss_rows, settings.max_new_tokens)
+        if key not in self.merged_expectations:
             merged = self.spec.dense(self.merged.folder / "model").load()
-            self.merged_gives[asked] = self.expect(merged, settings, artifact="merged")
+            self.merged_expectations[key] = self.expected_output(merged, settings, artifact="merged")
             del merged
             free_memory()
-        return self.merged_gives[asked]
+        return self.merged_expectations[key]
 
     def check(
         self,
@@ -144,16 +139,16 @@ class Work:
         packages: list[str],
         runtime: str = "finetune.export.runtime",
     ) -> dict[str, Any]:
-        """Runs the snippet in a fresh process, beside the export, and compares.
+        """Runs the snippet in a fresh process and compares the export with its model.
 
         Args:
-            name: The export's; it lies in ``desk/name``.
+            name: Of the export, which is in ``scratch/name``.
             settings: Its bounds.
-            wanted: From the model that it was made from.
-            snippet: Code of the card that opens it, run in ``desk``.
-            ends: Tokens that end an answer, where the export does not know them itself.
-            packages: What opens it; their versions are recorded.
-            runtime: Module that runs the snippet and asks the model that it made.
+            wanted: Outputs of the model that it was made from.
+            snippet: Code of the card that loads it, run in ``scratch``.
+            ends: Tokens that end an answer, if the export does not contain them.
+            packages: Packages that load it; their versions are recorded.
+            runtime: Module that runs the snippet and queries the model that it loads.
 
         Raises:
             ExportError: It cannot be opened, or differs from its model.
@@ -163,41 +158,47 @@ class Work:
         from finetune.inference.generation import Answer
         from finetune.inference.rows import read_rows
 
-        heldout, limits, rows = self.data.folder / "heldout", self.judge.config, min(settings.rows, self.scores.rows)
-        asked = [row["prompt_ids"] for row in read_rows(heldout, limit=rows)]
-        code, logits = self.desk / "snippet.py", self.desk / "logits.npz"
+        heldout, limits, rows = self.data.folder / "heldout", self.scorer.config, min(settings.rows, self.scores.rows)
+        prompts = [row["prompt_ids"] for row in read_rows(heldout, limit=rows)]
+        code, logits = self.scratch / "snippet.py", self.scratch / "logits.npz"
         code.write_text(snippet + "\n", encoding="utf-8")
         request = {
-            "folder": self.desk.resolve(), "snippet": code.resolve(), "logits": logits.resolve(), "threads": self.spec.placement.threads,
-            "prompts": wanted.prompts, "rows": wanted.rows, "chats": wanted.chats, "ends": ends, "ending": wanted.ending,
-            "max_new_tokens": settings.max_new_tokens, "packages": packages, "batch_tokens": limits.batch_tokens,
-            "asked": {"prompts": asked, "max_new_tokens": limits.max_new_tokens, "batch_rows": limits.batch_rows},
-        }  # fmt: skip
+            "folder": self.scratch.resolve(),
+            "snippet": code.resolve(),
+            "logits": logits.resolve(),
+            "threads": self.spec.placement.threads,
+            "prompts": wanted.prompts,
+            "rows": wanted.rows,
+            "chats": wanted.chats,
+            "ends": ends,
+            "ending": wanted.ending,
+            "max_new_tokens": settings.max_new_tokens,
+            "packages": packages,
+            "batch_tokens": limits.batch_tokens,
+            "answers": {"prompts": prompts, "max_new_tokens": limits.max_new_tokens, "batch_rows": limits.batch_rows},
+        }
         hidden = {"CUDA_VISIBLE_DEVICES": ""} if self.spec.placement.device == "cpu" else {}
         try:
-            got = run_in_fresh_process(runtime, request, work=self.desk, environment=hidden)
+            got = run_in_fresh_process(runtime, request, work=self.scratch, environment=hidden)
         except FreshProcessError as error:
             raise ExportError(f"export.{name} cannot be opened by {' and '.join(packages)}: {error}") from error
-        parity = compare(name, wanted, got, logits, config=settings, seed=self.judge.seed)
-        if asked:
-            answers = [Answer(**one) for one in got["answers"]]
-            place = {
-                "heldout": heldout,
-                "tokenizer": self.chat.tokenizer,
-                "file": self.folder / f"{name}.answers.jsonl",
-            }
-            judged = self.judge.beside(ANSWERED_BESIDE.get(settings.format, "merged"), answers, **place)
-            parity["answers"] = {**judged, "seconds": round(got["answer_seconds"], 1)}
+        parity = compare(name, wanted, got, logits, config=settings, seed=self.scorer.seed)
+        if prompts:
+            answers = [Answer(tokens=answer["tokens"], stopped=answer["stopped"]) for answer in got["answers"]]
+            artifact, file = COMPARED_WITH.get(settings.format, "merged"), self.folder / f"{name}.answers.jsonl"
+            tokenizer = self.chat.tokenizer
+            scores = self.scorer.score_against(artifact, answers, heldout=heldout, tokenizer=tokenizer, file=file)
+            parity["answers"] = {**scores, "seconds": round(got["answer_seconds"], 1)}
         return parity
 
-    def keep(self, name: str, settings: ExportConfig, parity: dict[str, Any]) -> dict[str, Any]:
-        """Puts a finished export in its place and describes it."""
+    def publish(self, name: str, settings: ExportConfig, parity: dict[str, Any]) -> dict[str, Any]:
+        """Moves a finished export into the stage's folder and returns its description."""
         from finetune.export.manifest import folder_sha256
 
-        made, place = self.desk / name, self.folder / name
+        written, place = self.scratch / name, self.folder / name
         if place.exists():
             shutil.rmtree(place)
-        os.replace(made, place)
+        os.replace(written, place)
         size = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
         return {
             "format": settings.format,

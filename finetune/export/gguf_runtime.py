@@ -1,8 +1,7 @@
-"""Run as ``python -m finetune.export.gguf_runtime``: opens a GGUF in llama.cpp as its card says, and writes down what it gives."""
+"""Run as ``python -m finetune.export.gguf_runtime``: runs a GGUF export's snippet and writes its outputs."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import runpy
@@ -10,125 +9,119 @@ import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from finetune.errors import ExportError
-from finetune.export.gguf.library import Model
-from finetune.export.parity import POSITIONS
+from finetune.export.gguf.library import LlamaModel
+from finetune.export.parity import POSITIONS, log_softmax, package_versions, save_logits
 from finetune.inference.fresh_process import serve_request
 from finetune.inference.rows import IGNORED
 
+if TYPE_CHECKING:
+    from xllamacpp import CommonParams, Server
+
 SLOTS = 4
-"""Answers that the server writes at a time: a choice. One pass over the weights gives a token of each, and each holds a cache."""
+"""Parallel answers: a choice. One pass over the weights gives a token of each, and each has a cache."""
 
 
-def ask(request: dict[str, Any]) -> dict[str, Any]:
-    """Runs the card's snippet in the folder of the exports: its server writes chats and an answer, its library gives logits.
+def run_snippet(request: dict[str, Any]) -> dict[str, Any]:
+    """Runs the card's snippet in the folder of the exports, and queries llama.cpp's server and library.
 
     Returns:
-        ``chat_tokens``, ``losses``, ``stopped``, ``answers``, ``answer_seconds`` and ``runtime``; the logits go into a file.
+        ``chat_tokens``, ``losses``, ``stopped``, ``answers``, ``answer_seconds``, ``runtime``; logits go into a file.
     """
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "passive"
-    )  # where others compute too, llama.cpp's threads would wait by spinning
+    # llama.cpp's threads wait by spinning, which slows down other processes on the same cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.chdir(request["folder"])
     names = runpy.run_path(request["snippet"])
     params, server = names.pop("params"), names.pop("server")
     tokens = [_chat_tokens(server, messages) for messages in request["chats"]]
-    written = server.handle_completions(
-        {"prompt": request["ending"], "max_tokens": request["max_new_tokens"], "temperature": 0.0}
-    )  # fmt: skip
+    limits = {"max_tokens": request["max_new_tokens"], "temperature": 0.0}
+    completion = server.handle_completions({"prompt": request["ending"], **limits})
     del server
-    adapters = [Path(one.path) for one in params.lora_adapters]
-    longest = max(len(text) for text in [*request["prompts"], *[row["input_ids"] for row in request["rows"]]])
-    model = Model(
-        Path(params.model.path), adapter=adapters[0] if adapters else None, context=longest, threads=request["threads"]
-    )
+    adapter = next((Path(lora.path) for lora in params.lora_adapters), None)
+    longest = max(map(len, [*request["prompts"], *[row["input_ids"] for row in request["rows"]]]))
+    model = LlamaModel(Path(params.model.path), adapter=adapter, context=longest, threads=request["threads"])
     _check_ends(model, request["ends"])
-    logits = {f"prompt_{number}": _last_logits(model, prompt) for number, prompt in enumerate(request["prompts"])}
-    np.savez(Path(request["logits"]), **logits)  # type: ignore[arg-type]
+    save_logits(Path(request["logits"]), [_last_logits(model, prompt) for prompt in request["prompts"]])
     losses = [_loss(model, row) for row in request["rows"]]
     model.close()
-    started = time.monotonic()
-    answers = _answers(params, request["asked"], threads=request["threads"]) if request["asked"]["prompts"] else []
-    seconds = time.monotonic() - started
-    versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in request["packages"])
-    stopped = written["choices"][0]["finish_reason"] == "stop"
-    told = {"answers": answers, "answer_seconds": seconds, "runtime": versions}
-    return {"chat_tokens": tokens, "losses": losses, "stopped": stopped, **told}
+    wanted, started = request["answers"], time.monotonic()
+    answers = _answers(params, wanted, threads=request["threads"]) if wanted["prompts"] else []
+    return {
+        "chat_tokens": tokens,
+        "losses": losses,
+        "stopped": completion["choices"][0]["finish_reason"] == "stop",
+        "answers": answers,
+        "answer_seconds": time.monotonic() - started,
+        "runtime": package_versions(request["packages"]),
+    }
 
 
-def _answers(params: Any, asked: dict[str, Any], *, threads: int) -> list[dict[str, Any]]:
-    """Greedy answers, as the card's settings give them, in a server that has room for the longest."""
+def _answers(params: CommonParams, wanted: dict[str, Any], *, threads: int) -> list[dict[str, Any]]:
+    """Returns greedy answers, with the card's settings, from a server whose context fits the longest one."""
     from xllamacpp import Server
 
-    room = max(map(len, asked["prompts"])) + asked["max_new_tokens"]
-    params.n_parallel, params.n_ctx, params.cpuparams.n_threads = SLOTS, SLOTS * room, threads
+    longest, limit = max(map(len, wanted["prompts"])), wanted["max_new_tokens"]
+    params.n_parallel, params.n_ctx, params.cpuparams.n_threads = SLOTS, SLOTS * (longest + limit), threads
     server = Server(params)
-    wish = {"n_predict": asked["max_new_tokens"], "temperature": 0, "cache_prompt": False, "return_tokens": True}
+    settings = {"n_predict": limit, "temperature": 0, "cache_prompt": False, "return_tokens": True}
+
+    def complete(prompt: list[int]) -> dict[str, Any]:
+        return _answer(_post(server, "/completion", {"prompt": prompt, **settings}))
+
     with ThreadPoolExecutor(SLOTS) as pool:
-        return [
-            _answer(got)
-            for got in pool.map(
-                lambda prompt: _post(server, "/completion", {"prompt": prompt, **wish}), asked["prompts"]
-            )
-        ]
+        return list(pool.map(complete, wanted["prompts"]))
 
 
-def _answer(got: dict[str, Any]) -> dict[str, Any]:
-    if got["truncated"]:
+def _answer(reply: dict[str, Any]) -> dict[str, Any]:
+    if reply["truncated"]:
         raise ExportError(
-            f"llama.cpp cut a prompt of {got['tokens_evaluated']} tokens short, so its answer says nothing"
+            f"llama.cpp cut a prompt of {reply['tokens_evaluated']} tokens short, so its answer is meaningless"
         )
-    stopped = got["stop_type"] == "eos"
-    return {"tokens": got["tokens"][:-1] if stopped else got["tokens"], "stopped": stopped}
+    stopped = reply["stop_type"] == "eos"
+    return {"tokens": reply["tokens"][:-1] if stopped else reply["tokens"], "stopped": stopped}
 
 
-def _chat_tokens(server: Any, messages: list[dict[str, str]]) -> list[int]:
-    """As the server's own chat does it: the file's template, then the file's tokenizer."""
+def _chat_tokens(server: Server, messages: list[dict[str, str]]) -> list[int]:
+    """Returns the token ids of the server's own chat: the file's template, then the file's tokenizer."""
     prompt = _post(server, "/apply-template", {"messages": messages})["prompt"]
-    tokens: list[int] = _post(server, "/tokenize", {"content": prompt, "add_special": True, "parse_special": True})[
-        "tokens"
-    ]
+    reply = _post(server, "/tokenize", {"content": prompt, "add_special": True, "parse_special": True})
+    tokens: list[int] = reply["tokens"]
     return tokens
 
 
-def _post(server: Any, path: str, body: dict[str, Any]) -> dict[str, Any]:
-    asked = urllib.request.Request(
-        server.listening_address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it listens on this machine
-    with opener.open(asked) as found:
-        got: dict[str, Any] = json.load(found)
-    return got
+def _post(server: Server, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(server.listening_address + path, json.dumps(body).encode(), headers)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the server is on this machine
+    with opener.open(request) as response:
+        reply: dict[str, Any] = json.load(response)
+    return reply
 
 
-def _check_ends(model: Model, ends: list[int]) -> None:
-    lost = [end for end in ends if not model.ends(end)]
+def _check_ends(model: LlamaModel, ends: list[int]) -> None:
+    lost = [end for end in ends if not model.ends_at(end)]
     if lost:
         raise ExportError(
-            f"llama.cpp would talk on after the tokens {lost}, which end an answer: a GGUF has room for three"
+            f"llama.cpp would not stop at the tokens {lost}, which end an answer: a GGUF file holds at most three"
         )
 
 
-def _last_logits(model: Model, prompt: list[int]) -> np.ndarray:
+def _last_logits(model: LlamaModel, prompt: list[int]) -> np.ndarray:
     positions = range(max(len(prompt) - POSITIONS, 0), len(prompt))
     return np.stack([row.copy() for row in model.logits(prompt, positions)])
 
 
-def _loss(model: Model, row: dict[str, list[int]]) -> list[float]:
-    """``[nats, trained tokens]`` of a held-out row."""
-    labels = row["labels"]
-    positions = [number - 1 for number in range(1, len(labels)) if labels[number] != IGNORED]
-    nats = 0.0
-    for position, logits in zip(positions, model.logits(row["input_ids"], positions), strict=True):
-        numbers = logits.astype(np.float64)
-        largest = numbers.max()
-        nats += largest + np.log(np.exp(numbers - largest).sum()) - numbers[labels[position + 1]]
-    return [float(nats), len(positions)]
+def _loss(model: LlamaModel, row: dict[str, list[int]]) -> list[float]:
+    """Returns ``[nats, trained tokens]`` of a held-out row."""
+    targets = {index - 1: label for index, label in enumerate(row["labels"]) if index and label != IGNORED}
+    logits = model.logits(row["input_ids"], list(targets))
+    nats = sum(-log_softmax(after)[label] for label, after in zip(targets.values(), logits, strict=True))
+    return [float(nats), len(targets)]
 
 
 if __name__ == "__main__":
-    serve_request(ask)
+    serve_request(run_snippet)

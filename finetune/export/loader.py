@@ -1,10 +1,10 @@
-"""``finetune.load``: rebuilds exactly the graph that was trained, or the merged model, and refuses on any mismatch."""
+"""``finetune.load``: rebuilds exactly the model that was trained, or the merged model, and refuses any mismatch."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.console import log
 from finetune.errors import ModelError
@@ -13,22 +13,28 @@ from finetune.hardware import Placement
 from finetune.model import Base, ModelConfig, ModelSpec
 from finetune.quantization import QuantizationConfig
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    Model = PreTrainedModel | PeftModel
+
 PLACES = ("", "export/adapter", "adapter", "export/safetensors", "safetensors")
-"""Where the record is looked for, seen from the folder that was named."""
+"""Folders that may hold the record, relative to the named folder."""
 
 
-def load(run_or_folder: str | Path, *, device: str | None = None) -> tuple[Any, Any]:
-    """Loads a run or one of its exports as it was trained.
+def load(run_or_folder: str | Path, *, device: str | None = None) -> tuple[Model, PreTrainedTokenizerBase]:
+    """Loads a run or one of its exports in the form in which it was trained.
 
     Args:
         run_or_folder: A run folder, its ``export`` folder, or an exported adapter or merged model.
-        device: ``cpu``, ``cuda`` or ``mps``; None takes a GPU where there is one.
+        device: ``cpu``, ``cuda`` or ``mps``; None takes a GPU if there is one.
 
     Returns:
         Model (in evaluation mode, without gradients) and tokenizer.
 
     Raises:
-        ModelError: No record, or base, weights, settings, template or tokens are other than they were.
+        ModelError: There is no record, or base, weights, settings, template or tokens have changed.
     """
     folder = find(Path(run_or_folder))
     record = _record(folder / FILE)
@@ -48,7 +54,7 @@ def load(run_or_folder: str | Path, *, device: str | None = None) -> tuple[Any, 
 
 
 def find(folder: Path) -> Path:
-    """The folder that holds the record.
+    """Returns the folder that holds the record.
 
     Raises:
         ModelError: There is none.
@@ -57,7 +63,8 @@ def find(folder: Path) -> Path:
         if (folder / place / FILE).is_file():
             return folder / place
     raise ModelError(
-        f"{folder} holds no {FILE}; name a run folder whose export stage wrote adapter or safetensors, or one of these exports. "
+        f"{folder} holds no {FILE}; name a run folder whose export stage wrote adapter or safetensors, or one of these "
+        "exports. "
         "A bare peft folder does not say which base it was trained on: open it with PeftModel.from_pretrained"
     )
 
@@ -69,43 +76,48 @@ def _record(file: Path) -> dict[str, Any]:
         raise ModelError(f"{file} is damaged ({error}); export again") from error
     if record.get("schema") != SCHEMA:
         raise ModelError(
-            f"{file} was written by another version of finetune (schema {record.get('schema')}, this one reads {SCHEMA}); export again"
+            f"{file} was written by another version of finetune (schema {record.get('schema')}, this one reads "
+            f"{SCHEMA}); export again"
         )
-    others = [
-        f"{name} {then} (here {version(name)})" for name, then in record["versions"].items() if then != version(name)
-    ]
-    if others:
-        log("load", f"{file.parent} was made with {', '.join(others)}: figures may differ by rounding")
+    versions = {name: (then, version(name)) for name, then in record["versions"].items()}
+    changed = [f"{name} {then} (here {now})" for name, (then, now) in versions.items() if then != now]
+    if changed:
+        log("load", f"{file.parent} was made with {', '.join(changed)}: figures may differ by rounding")
     return record
 
 
 def _check_files(folder: Path, record: dict[str, Any]) -> None:
     from finetune.model.base import weights_sha256
 
-    settings, kept = settings_sha256(folder), record["settings_sha256"]
-    changed = sorted(name for name in kept if settings.get(name) != kept[name])
+    settings, recorded = settings_sha256(folder), record["settings_sha256"]
+    changed = sorted(name for name in recorded if settings.get(name) != recorded[name])
     if changed:
         raise ModelError(
             f"{folder}: {' and '.join(changed)} changed or missing since the export; restore what was exported"
         )
-    found = weights_sha256(folder)
-    if found != record["weights_sha256"]:
+    digest, exported = weights_sha256(folder), record["weights_sha256"]
+    if digest != exported:
         raise ModelError(
-            f"{folder}: its weights are not those that were exported (hash {found[:12]}, recorded {record['weights_sha256'][:12]})"
+            f"{folder}: its weights are not those that were exported (hash {digest[:12]}, recorded {exported[:12]})"
         )
 
 
-def _tokenizer(folder: Path, record: dict[str, Any]) -> Any:
+def _tokenizer(folder: Path, record: dict[str, Any]) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    kept = record["tokenizer"]
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    recorded = record["tokenizer"]
     now = {"template_sha256": template_sha256(tokenizer), "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
-    then = {"template_sha256": kept["template_sha256"], "eos": kept["eos"]["id"], "pad": kept["pad"]["id"]}
+    then = {
+        "template_sha256": recorded["template_sha256"],
+        "eos": recorded["eos"]["id"],
+        "pad": recorded["pad"]["id"],
+    }
     changed = [name for name in now if now[name] != then[name]]
     if changed:
         raise ModelError(
-            f"{folder}: the tokenizer is not the one of the training, its {' and '.join(changed)} changed; restore the export"
+            f"{folder}: the tokenizer is not the one of the training, its {' and '.join(changed)} changed; "
+            "restore the export"
         )
     return tokenizer
 
@@ -116,8 +128,9 @@ def _base(config: ModelConfig, record: dict[str, Any]) -> Base:
     base = fetch(config)
     if base.sha256 != record["base"]["sha256"]:
         raise ModelError(
-            f"the base {config.name} is not the one that the adapter was trained on: its weights have hash {base.sha256[:12]} and training "
-            f"used {record['base']['sha256'][:12]} (revision {record['base']['revision']}); put that one in its place"
+            f"the base {config.name} is not the one that the adapter was trained on: its weights have hash "
+            f"{base.sha256[:12]} and training used {record['base']['sha256'][:12]} "
+            f"(revision {record['base']['revision']}); put that one in its place"
         )
     return base
 
@@ -128,12 +141,17 @@ def _placement(record: dict[str, Any], *, device: str | None) -> Placement:
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     computation = record["computation"]
     return Placement(
-        device=chosen, dtype=computation["dtype"], attention=computation["attention"], optimizer="none", optimizer_reason="nothing is trained",
-        threads=torch.get_num_threads(), reasons=(f"device {chosen}", "dtype and attention as they were for training"),
-    )  # fmt: skip
+        device=chosen,
+        dtype=computation["dtype"],
+        attention=computation["attention"],
+        optimizer="none",
+        optimizer_reason="nothing is trained",
+        threads=torch.get_num_threads(),
+        reasons=(f"device {chosen}", "dtype and attention as they were for training"),
+    )
 
 
-def _merged(folder: Path, config: ModelConfig, *, placement: Placement, sha256: str) -> Any:
+def _merged(folder: Path, config: ModelConfig, *, placement: Placement, sha256: str) -> PreTrainedModel:
     base = Base(folder=folder, name=str(folder), revision=None, sha256=sha256, source="folder")
     dense = QuantizationConfig(method="none")
     return ModelSpec(base=base, config=config, quantization=dense, placement=placement).load()

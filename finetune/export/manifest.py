@@ -1,4 +1,4 @@
-"""What travels with an export, in ``finetune.json``: all that a loader needs to rebuild the very graph, or to refuse."""
+"""Writes ``finetune.json``, the record that a loader needs to rebuild exactly the trained model, or to refuse."""
 
 import hashlib
 import importlib.metadata
@@ -16,7 +16,7 @@ from finetune.run import to_jsonable, write_json
 
 FILE = "finetune.json"
 SCHEMA = 2
-"""Of the record; raised when a field changes its place or meaning, so that an older one is refused in a sentence."""
+"""Version of the record; raised when a field changes its place or meaning, so that older records are refused."""
 
 SETTINGS = (".json", ".jinja", ".model")
 WEIGHTS = (".safetensors", ".gguf", ".onnx", ".data")
@@ -33,7 +33,7 @@ def write_record(folder: Path, kind: str, *, spec: ModelSpec, chat: Chat) -> dic
         chat: Tokenizer and end tokens.
     """
     base, quantization = spec.base, spec.quantization
-    settings = {**to_jsonable(spec.config), "name": _lasting_name(base), "revision": base.revision}
+    settings = {**to_jsonable(spec.config), "name": _absolute_name(base), "revision": base.revision}
     settings.pop("architecture")
     packages = [*PACKAGES, *filter(None, [BACKENDS[quantization.method].library])]
     record = {
@@ -42,7 +42,10 @@ def write_record(folder: Path, kind: str, *, spec: ModelSpec, chat: Chat) -> dic
         "weights_sha256": weights_sha256(folder),
         "settings_sha256": settings_sha256(folder),
         "base": {
-            "name": base.name, "revision": base.revision, "source": base.source, "sha256": base.sha256,
+            "name": base.name,
+            "revision": base.revision,
+            "source": base.source,
+            "sha256": base.sha256,
             "files": {file.name: file_sha256(file) for file in sorted(base.folder.glob("*.safetensors"))},
         },
         "model": settings,
@@ -50,19 +53,19 @@ def write_record(folder: Path, kind: str, *, spec: ModelSpec, chat: Chat) -> dic
         "computation": {"dtype": spec.placement.dtype, "attention": spec.placement.attention},
         "tokenizer": tokenizer_record(chat),
         "versions": {package: version(package) for package in packages},
-    }  # fmt: skip
+    }
     write_json(folder / FILE, record)
     return record
 
 
-def _lasting_name(base: Base) -> str:
-    """The base's name as it is found from any working directory."""
+def _absolute_name(base: Base) -> str:
+    """Returns the base's name in a form that is valid in any working directory."""
     local = base.source == "folder" or (base.source == "gguf" and not base.name.startswith("package:"))
     return str(Path(base.name).expanduser().resolve()) if local else base.name
 
 
 def tokenizer_record(chat: Chat) -> dict[str, Any]:
-    """Template, special tokens, and what is done about beginning, end and padding."""
+    """Returns the template's hash, special tokens, and the use of BOS, EOS and padding."""
     tokenizer = chat.tokenizer
     adds_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
     return {
@@ -83,13 +86,13 @@ def tokenizer_record(chat: Chat) -> dict[str, Any]:
 
 
 def template_sha256(tokenizer: Any) -> str | None:
-    """Hash of the chat template's text; None where there is none."""
+    """Returns the hash of the chat template's text; None without a template."""
     template = tokenizer.chat_template
     return hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest() if template else None
 
 
 def folder_sha256(folder: Path) -> str:
-    """Hash over every weight file below, by name and content: whatever its format."""
+    """Returns a hash over names and contents of all weight files in the folder, of any format."""
     digest = hashlib.sha256()
     for file in sorted(file for file in folder.rglob("*") if file.suffix in WEIGHTS):
         digest.update(f"{file.relative_to(folder)}:{file_sha256(file)}\n".encode())
@@ -97,7 +100,7 @@ def folder_sha256(folder: Path) -> str:
 
 
 def settings_sha256(folder: Path) -> dict[str, str]:
-    """Hash of each file that says how the weights are used: adapter, model, generation, tokenizer."""
+    """Returns the hash of each configuration file: adapter, model, generation, tokenizer."""
     return {
         file.name: file_sha256(file)
         for file in sorted(folder.iterdir())
@@ -106,6 +109,7 @@ def settings_sha256(folder: Path) -> dict[str, str]:
 
 
 def version(package: str) -> str | None:
+    """Returns a package's installed version, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

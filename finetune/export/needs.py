@@ -1,4 +1,4 @@
-"""What an export needs, asked before the run begins and again where it is made."""
+"""Checks what exports require, before the run begins and again when they are written."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ if TYPE_CHECKING:
     from finetune.lora import LoraConfig
 
 EXTRAS = {"gguf": "gguf", "gguf_lora": "gguf", "onnx": "onnx"}
-"""What pip installs for a format."""
+"""The pip extra of a format."""
 
 PACKAGES = {"gguf": ("gguf", "xllamacpp"), "onnx": ("onnx", "onnxscript", "onnxruntime")}
-"""What an extra brings."""
+"""The packages of an extra."""
 
 LOW_RANK_ONLY = (
-    "llama.cpp adds nothing but low-rank products of linear layers: DoRA, embeddings, biases, tied heads and whole trained modules are not "
-    "known there; merge it and export gguf_q8_0"
+    "llama.cpp adds nothing but low-rank products of linear layers: it supports no DoRA, embeddings, biases, tied "
+    "heads or whole trained modules; merge it and export gguf_q8_0"
 )
 
 
 def check_packages(config: Mapping[str, ExportConfig]) -> None:
-    """Refuses exports that this environment cannot write or open again.
+    """Checks that the packages of all exports are installed.
 
     Raises:
         ExportError: Packages of an export are missing.
@@ -41,22 +41,25 @@ def check_packages(config: Mapping[str, ExportConfig]) -> None:
 
 
 def without_card(name: str, formats: Iterable[str]) -> Iterator[str]:
-    """The problem of a push beside exports of these formats, if it has one."""
+    """Yields the problem of a push together with exports of these formats, if they include no card."""
     if "card" not in formats:
-        yield f"export.{name}: a push needs a card, so that others know what it is; add card, e.g. export=[adapter,card,{name}]"
+        yield (
+            f"export.{name}: a push needs a card, so that others know what it is; "
+            f"add card, e.g. export=[adapter,card,{name}]"
+        )
 
 
 def conflicts(config: Mapping[str, ExportConfig], *, lora: LoraConfig, rows: int, loss_rows: int) -> Iterator[str]:
-    """Problems of exports with each other, with the adapter, and with the rows that the evaluation measures."""
+    """Yields problems of exports with each other, with the adapter, and with the rows that the evaluation measures."""
     for name, settings in config.items():
-        for key, asked, measured in (("rows", settings.rows, rows), ("loss_rows", settings.loss_rows, loss_rows)):
-            if asked > measured:
+        for key, wanted, measured in (("rows", settings.rows, rows), ("loss_rows", settings.loss_rows, loss_rows)):
+            if wanted > measured:
                 yield (
-                    f"export.{name}.{key}={asked} is more than eval.{key}={measured}, and an export is held beside the model on rows "
-                    "that both were measured on; lower the one or raise the other"
+                    f"export.{name}.{key}={wanted} is more than eval.{key}={measured}, and an export is compared "
+                    "with the model on rows that both were measured on; lower the one or raise the other"
                 )
         if settings.format == "hub":
-            yield from without_card(name, [one.format for one in config.values()])
+            yield from without_card(name, [export.format for export in config.values()])
         if settings.format == "gguf_lora" and (lora.variant == "dora" or lora.tokens):
             trained = "lora.variant=dora" if lora.variant == "dora" else f"lora.tokens={lora.tokens} trains embeddings"
             yield f"export.{name}: {trained}, and {LOW_RANK_ONLY}"

@@ -1,7 +1,7 @@
-"""The merged model as one ONNX graph with a cache of keys and values, so that ONNX Runtime writes answers with it.
+"""Exports the merged model as one ONNX graph with a cache of keys and values, which ONNX Runtime can generate with.
 
-The graph is made by transformers' own exporter (`torch.onnx`), in a process of its own. Its inputs and outputs have the
-names that optimum and transformers.js know: ``past_key_values.<layer>.key`` goes in, ``present.<layer>.key`` comes out.
+transformers' own exporter (`torch.onnx`) makes the graph in a separate process. Its inputs and outputs have the names
+of optimum and transformers.js: ``past_key_values.<layer>.key`` goes in, ``present.<layer>.key`` comes out.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from finetune.errors import ExportError
 from finetune.export.config import ExportConfig
-from finetune.export.context import Work
+from finetune.export.context import ExportContext
 from finetune.export.needs import check_packages
 
 FILE = "model.onnx"
@@ -21,11 +21,11 @@ BLOCK = 32
 """Weights of a row that share a scale and a zero point in int8 and int4."""
 
 TRACED_ROWS, TRACED_SEEN, TRACED_NEW = 2, 5, 3
-"""Sizes of the traced call. All differ, so that no two of the graph's sizes are taken for one."""
+"""Sizes of the traced call. All differ, so that the tracer does not treat two of them as the same size."""
 
 
-def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
-    """Traces the merged model in float32, rounds its matrices as asked, and runs the graph in ONNX Runtime.
+def write(context: ExportContext, name: str, settings: ExportConfig) -> dict[str, Any]:
+    """Traces the merged model in float32, quantizes its matrices if configured, and checks it in ONNX Runtime.
 
     Raises:
         ExportError: A package is missing, the disk is too small, torch cannot trace this model, or the graph differs.
@@ -33,55 +33,52 @@ def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
     from finetune.inference.adapted import free_memory
     from finetune.inference.fresh_process import FreshProcessError, run_in_fresh_process
 
-    numbers = settings.numbers or "float32"
+    dtype = settings.dtype or "float32"
     check_packages({name: settings})
-    _check_space(work, name, numbers)
-    source, target = work.merged.folder / "model", work.desk / name
-    merged = work.spec.dense(source, dtype="float32").on("cpu").load()
-    wanted = work.expect(merged, settings)
+    _check_space(context, name, dtype)
+    source, target = context.merged.folder / "model", context.scratch / name
+    merged = context.spec.dense(source, dtype="float32").on("cpu").load()
+    wanted = context.expected_output(merged, settings)
     del merged
     free_memory()
     target.mkdir()
     for file in ("config.json", "generation_config.json"):
         shutil.copyfile(source / file, target / file)
-    work.chat.tokenizer.save_pretrained(target)
+    context.chat.tokenizer.save_pretrained(target)
     request = {
-        "source": source.resolve(), "target": target.resolve(), "bits": BITS[numbers],
-        "threads": work.spec.placement.threads, "trust_remote_code": work.spec.config.trust_remote_code,
-    }  # fmt: skip
+        "source": source.resolve(),
+        "target": target.resolve(),
+        "bits": BITS[dtype],
+        "threads": context.spec.placement.threads,
+        "trust_remote_code": context.spec.config.trust_remote_code,
+    }
     try:
-        run_in_fresh_process("finetune.export.onnx", request, work=work.desk)
+        run_in_fresh_process("finetune.export.onnx", request, work=context.scratch)
     except FreshProcessError as error:
         raise ExportError(f"export.{name}: torch.onnx cannot make a graph of this model: {error}") from error
-    snippet = onnx_snippet(name, ends=work.chat.ends)
-    parity = work.check(
-        name,
-        settings,
-        wanted,
-        snippet=snippet,
-        ends=work.chat.ends,
-        packages=["onnxruntime"],
-        runtime="finetune.export.onnx_runtime",
-    )
-    work.snippets[f"The merged model in {numbers}, in ONNX Runtime"] = snippet
-    return work.keep(name, settings, parity)
+    ends, packages, runtime = context.chat.ends, ["onnxruntime"], "finetune.export.onnx_runtime"
+    snippet = onnx_snippet(name, ends=ends)
+    parity = context.check(name, settings, wanted, snippet=snippet, ends=ends, packages=packages, runtime=runtime)
+    context.snippets[f"The merged model in {dtype}, in ONNX Runtime"] = snippet
+    return context.publish(name, settings, parity)
 
 
-def _check_space(work: Work, name: str, numbers: str) -> None:
-    # float32, and beside it the rounded graph, whose embedding stays as it is
-    work.need(name, work.merged_bytes * (4 if BITS[numbers] else 2) / (2 if work.merged_dtype == "float32" else 1))
+def _check_space(context: ExportContext, name: str, dtype: str) -> None:
+    # The graph in float32, and the quantized one, whose embedding stays in float32.
+    size = context.merged_bytes * (4 if BITS[dtype] else 2)
+    context.require_disk(name, size / (2 if context.merged_dtype == "float32" else 1))
 
 
 def onnx_snippet(folder: str, *, ends: list[int]) -> str:
-    """ONNX Runtime and numpy; transformers only for the tokenizer."""
-    return "\n".join([
+    """Returns code that generates with ONNX Runtime and numpy; it needs transformers only for the tokenizer."""
+    lines = [
         "import numpy as np",
         "import onnxruntime",
         "from transformers import AutoTokenizer",
         "",
         f"tokenizer = AutoTokenizer.from_pretrained({folder!r})",
-        f"session = onnxruntime.InferenceSession({f'{folder}/{FILE}'!r}, providers=[\"CPUExecutionProvider\"])",
-        "cached = [entry for entry in session.get_inputs() if entry.name.startswith(\"past_key_values\")]",
+        f'session = onnxruntime.InferenceSession({f"{folder}/{FILE}"!r}, providers=["CPUExecutionProvider"])',
+        'cached = [entry for entry in session.get_inputs() if entry.name.startswith("past_key_values")]',
         "empty = {entry.name: np.zeros((1, entry.shape[1], 0, entry.shape[3]), np.float32) for entry in cached}",
         "",
         "",
@@ -89,9 +86,10 @@ def onnx_snippet(folder: str, *, ends: list[int]) -> str:
         '    """Logits after each token, shape (tokens, vocabulary), and the cache for the next call."""',
         "    seen = next(iter(past.values())).shape[2]",
         "    mask, positions = np.ones((1, seen + len(tokens)), np.int64), np.arange(seen, seen + len(tokens))[None]",
-        "    inputs = {\"input_ids\": np.array([tokens]), \"attention_mask\": mask, \"position_ids\": positions}",
+        '    inputs = {"input_ids": np.array([tokens]), "attention_mask": mask, "position_ids": positions}',
         "    known = {entry.name for entry in session.get_inputs()}",
-        "    logits, *present = session.run(None, {name: value for name, value in inputs.items() if name in known} | past)",
+        "    inputs = {name: value for name, value in inputs.items() if name in known}",
+        "    logits, *present = session.run(None, inputs | past)",
         "    return logits[0], dict(zip(past, present))",
         "",
         "",
@@ -107,13 +105,14 @@ def onnx_snippet(folder: str, *, ends: list[int]) -> str:
         'messages = [{"role": "user", "content": "Hello!"}]',
         'prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]',
         "print(tokenizer.decode(generate(prompt, 32), skip_special_tokens=True))",
-    ])  # fmt: skip
+    ]
+    return "\n".join(lines)
 
 
 def make(request: dict[str, Any]) -> dict[str, Any]:
-    """The work of the other process: traces, names, saves, and rounds.
+    """Traces, renames, saves and quantizes the graph, in the other process.
 
-    Needs about three times the float32 weights in memory at most: torch's, and those of a graph while it is rounded.
+    Needs at most about three times the float32 weights in memory: torch's, and those of a graph while it is quantized.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -125,27 +124,25 @@ def make(request: dict[str, Any]) -> dict[str, Any]:
     ).eval()
     inputs, shapes = _example(model)
     program = OnnxExporter().export(model, inputs, OnnxConfig(dynamic=True, dynamic_shapes=shapes)).program
-    _name(program.graph)
+    _rename(program.graph)
     file = Path(request["target"]) / FILE
     OnnxExporter.save_program(program, file)
     del model, inputs, program
     if request["bits"]:
-        _round(file, bits=request["bits"])
+        _quantize(file, bits=request["bits"])
     return {}
 
 
 def _example(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A call that goes on from a cache, and which of its sizes may change: rows, new tokens, seen tokens."""
+    """Returns the inputs of a call with a cache, and its dynamic sizes: rows, new tokens, cached tokens."""
     import inspect
 
     import torch
     from transformers import DynamicCache
 
-    ids = (
-        torch.arange(TRACED_ROWS * (TRACED_SEEN + TRACED_NEW)).reshape(TRACED_ROWS, -1)
-        % model.config.get_text_config().vocab_size
-    )
-    cache = DynamicCache()  # without the model's config: it keeps all tokens, and a sliding window is left to the mask
+    ids = torch.arange(TRACED_ROWS * (TRACED_SEEN + TRACED_NEW)).reshape(TRACED_ROWS, -1)
+    ids = ids % model.config.get_text_config().vocab_size
+    cache = DynamicCache()  # without the model's config it keeps all tokens; the mask applies a sliding window
     with torch.no_grad():
         model(input_ids=ids[:, :TRACED_SEEN], past_key_values=cache, use_cache=True)
     inputs = {"input_ids": ids[:, TRACED_SEEN:], "attention_mask": torch.ones_like(ids)}
@@ -153,14 +150,12 @@ def _example(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         inputs["position_ids"] = torch.arange(TRACED_SEEN, TRACED_SEEN + TRACED_NEW)[None].repeat(TRACED_ROWS, 1)
     free = torch.export.Dim.AUTO
     shapes: dict[str, Any] = {name: {0: free, 1: free} for name in inputs}
-    return {**inputs, "past_key_values": cache}, {
-        **shapes,
-        "past_key_values": [{0: free, 2: free}] * (2 * len(cache.layers)),
-    }
+    shapes["past_key_values"] = [{0: free, 2: free}] * (2 * len(cache.layers))
+    return {**inputs, "past_key_values": cache}, shapes
 
 
-def _name(graph: Any) -> None:
-    """transformers says ``input.past_key_values.layers.0.keys``, everybody else ``past_key_values.0.key``."""
+def _rename(graph: Any) -> None:
+    """Renames ``input.past_key_values.layers.0.keys`` of transformers to the usual ``past_key_values.0.key``."""
     for values, prefix in ((graph.inputs, "past_key_values"), (graph.outputs, "present")):
         for value in values:
             if ".layers." in value.name:
@@ -168,8 +163,8 @@ def _name(graph: Any) -> None:
                 value.name = f"{prefix}.{layer}.{kind.removesuffix('s')}"
 
 
-def _round(file: Path, *, bits: int) -> None:
-    """Rounds the matrices of the linear layers, in blocks, and leaves the rest in float32."""
+def _quantize(file: Path, *, bits: int) -> None:
+    """Quantizes the matrices of the linear layers, in blocks, and leaves the rest in float32."""
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     quantizer = MatMulNBitsQuantizer(str(file), bits=bits, block_size=BLOCK, is_symmetric=False)

@@ -1,7 +1,10 @@
-"""Is the export the model? The same chats as token ids, the same prompts as logits, and an answer that ends."""
+"""Checks an export against its model: token ids of chats, logits of prompts, loss, and an answer that ends."""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.metadata
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,18 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from finetune.console import change_text
 from finetune.errors import ExportError
 from finetune.export.config import ExportConfig
 from finetune.inference.bootstrap import RESAMPLES, Bootstrap, Ratio
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from finetune.inference.chat import Chat
     from finetune.inference.losses import RowLoss
 
 POSITIONS = 8
-"""Compared at the end of each prompt: there the next token is an answer's, and a file of logits stays small."""
+"""Positions compared at the end of each prompt, where an answer begins; few, so that the file stays small."""
 
-GOLDEN_CHATS: list[list[dict[str, str]]] = [
+REFERENCE_CHATS: list[list[dict[str, str]]] = [
     [{"role": "user", "content": "What is 3 + 33 + 333 + 3333?"}],
     [{"role": "system", "content": "Answer in one word."}, {"role": "user", "content": "Is water wet?"}],
     [
@@ -32,21 +38,24 @@ GOLDEN_CHATS: list[list[dict[str, str]]] = [
 ]
 """Turns, a system message, white space, and text that tokenizers treat in many ways."""
 
+COST_FIGURES = ("kl", "top1_agreement", "rows", "loss", "model_loss", "loss_difference")
+
 
 @dataclass(frozen=True)
 class Expected:
-    """What the model itself gives.
+    """Outputs of the model, which its export must reproduce.
 
     Attributes:
-        chats: Golden chats that its template can write.
+        chats: Reference chats that its template can write.
         chat_tokens: Their token ids, generation prompt included.
         prompts: Token ids of every compared prompt: the chats, then held-out ones.
         logits: Per prompt, float32, shape (up to 8 last positions, vocabulary).
-        rows: Held-out rows that the loss is taken on, ``input_ids`` and ``labels`` each.
+        rows: Held-out rows that the loss is computed on, ``input_ids`` and ``labels`` each.
         losses: Of these rows, ``[nats, trained tokens]`` each.
         stopped: Whether the greedy answer to the last prompt ended within the limit.
-        ending: The last prompt and that answer, up to where it ended: what reads the end as the model does ends here too. Left
-            to itself, an export whose rounding turns one near tie would write, and perhaps end, something else.
+        ending: The last prompt and that answer, without its end token. An export with the same end tokens ends here
+            too. From the prompt alone, an export whose rounding changes one near tie could write another answer and end
+            elsewhere.
     """
 
     chats: list[list[dict[str, str]]]
@@ -60,7 +69,7 @@ class Expected:
 
 
 def expected(
-    model: Any,
+    model: PreTrainedModel,
     chat: Chat,
     *,
     heldout: Sequence[Sequence[int]],
@@ -68,60 +77,73 @@ def expected(
     losses: Sequence[RowLoss],
     max_new_tokens: int,
 ) -> Expected:
-    """Asks the model in this process.
+    """Runs the model in this process.
 
     Args:
-        model: The trained graph, or the merged model.
+        model: The adapted model, or the merged model.
         chat: Its tokenizer and end tokens.
         heldout: Held-out prompts.
-        scored: Held-out rows to take the loss on.
-        losses: The model's on these.
+        scored: Held-out rows that the losses belong to.
+        losses: The model's losses on these rows.
         max_new_tokens: Limit of the answer.
     """
     from finetune.inference.generation import generate
 
-    chats = [messages for messages in GOLDEN_CHATS if _writes(chat.tokenizer, messages)]
+    chats = [messages for messages in REFERENCE_CHATS if _can_render(chat.tokenizer, messages)]
     tokens = [chat_tokens(chat.tokenizer, messages) for messages in chats]
     prompts = [*tokens, *[list(prompt) for prompt in heldout]]
     if not prompts:
         raise ExportError(
-            "there is nothing to compare an export on: no golden chat can be written and no held-out prompt is asked for"
+            "there is nothing to compare an export on: the template writes none of the reference prompts, and "
+            "logit_rows=0 takes no held-out prompt; set logit_rows"
         )
-    answer = generate(model, chat.tokenizer, prompts[-1:], max_new_tokens=max_new_tokens, batch_rows=1, ends=chat.ends)[
-        0
-    ]
-    logits = [last_logits(model, prompt) for prompt in prompts]
+    last, limit = prompts[-1], max_new_tokens
+    (answer,) = generate(model, chat.tokenizer, [last], max_new_tokens=limit, batch_rows=1, ends=chat.ends)
     return Expected(
-        chats=chats, chat_tokens=tokens, prompts=prompts, logits=logits, rows=scored, losses=pairs(losses), stopped=answer.stopped,
-        ending=[*prompts[-1], *(answer.tokens if answer.stopped else [])],
-    )  # fmt: skip
+        chats=chats,
+        chat_tokens=tokens,
+        prompts=prompts,
+        logits=[last_logits(model, prompt) for prompt in prompts],
+        rows=scored,
+        losses=loss_pairs(losses),
+        stopped=answer.stopped,
+        ending=[*last, *(answer.tokens if answer.stopped else [])],
+    )
 
 
-def pairs(losses: Sequence[RowLoss]) -> list[list[float]]:
-    """``[nats, trained tokens]`` of each row."""
-    return [[one.loss, one.tokens] for one in losses]
+def loss_pairs(losses: Sequence[RowLoss]) -> list[list[float]]:
+    """Returns ``[nats, trained tokens]`` of each row."""
+    return [[row.loss, row.tokens] for row in losses]
 
 
-def chat_tokens(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    """Token ids of a chat, ready for an answer."""
-    tokens: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
-        "input_ids"
-    ]
-    return list(tokens)
+def chat_tokens(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+    """Returns the token ids of a chat with its generation prompt."""
+    encoding: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    return list(encoding["input_ids"])
 
 
-def last_logits(model: Any, prompt: Sequence[int]) -> np.ndarray:
-    """float32 logits at the last positions, shape (up to 8, vocabulary), by the model's plain forward pass."""
+def last_logits(model: PreTrainedModel, prompt: Sequence[int]) -> np.ndarray:
+    """Returns float32 logits at the last positions, shape (up to 8, vocabulary), from a plain forward pass."""
     import torch
 
     ids = torch.tensor([list(prompt)], device=next(model.parameters()).device)
     with torch.no_grad():
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-    found: np.ndarray = logits[0, -POSITIONS:].float().cpu().numpy()
-    return found
+    array: np.ndarray = logits[0, -POSITIONS:].float().cpu().numpy()
+    return array
 
 
-def _writes(tokenizer: Any, messages: list[dict[str, str]]) -> bool:
+def save_logits(file: Path, logits: Sequence[np.ndarray]) -> None:
+    """Writes the logits of each prompt, one array ``prompt_<n>`` each."""
+    np.savez(file, **{f"prompt_{index}": array for index, array in enumerate(logits)})  # type: ignore[arg-type]
+
+
+def package_versions(packages: Sequence[str]) -> str:
+    """Returns names and installed versions, separated by commas."""
+    return ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
+
+
+def _can_render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> bool:
     from jinja2 import TemplateError
 
     if not tokenizer.chat_template:
@@ -136,36 +158,29 @@ def _writes(tokenizer: Any, messages: list[dict[str, str]]) -> bool:
 def compare(
     name: str, wanted: Expected, got: dict[str, Any], logits: Path, *, config: ExportConfig, seed: int
 ) -> dict[str, Any]:
-    """Holds what the export's own runtime gave against what the model gives.
+    """Compares the outputs of the export's own runtime with those of the model.
 
     Args:
         name: The export's, for messages.
         wanted: From the model.
         got: ``chat_tokens``, ``losses``, ``stopped`` and ``runtime`` from the other process.
-        logits: Its logits, one array ``prompt_<n>`` each.
+        logits: File of its logits, see `save_logits`.
         config: The bounds.
         seed: Of the bootstrap.
 
     Returns:
-        ``{"passed", "runtime", "chats", "prompts", "max_logit_difference", "kl", "top1_agreement", "stops", "rows", "loss",
-        "loss_low", "loss_high", "perplexity", "tokens", "model_loss", "loss_difference": {"difference", "low", "high"}}``; those
-        from ``loss`` on where ``rows``, which it was taken on, is not 0.
+        ``{"passed", "runtime", "chats", "prompts", "max_logit_difference", "bound", "kl", "top1_agreement", "stops",
+        "rows", "loss", "loss_low", "loss_high", "perplexity", "tokens", "model_loss", "loss_difference": {"difference",
+        "low", "high"}}``; the keys from ``loss`` on only if ``rows``, the number of held-out rows, is not 0.
 
     Raises:
-        ExportError: Token ids differ, a bound is broken, or the answer does not end.
+        ExportError: Token ids differ, a bound is exceeded, or the answer does not end.
     """
-    if got["chat_tokens"] != wanted.chat_tokens:
-        number = next(
-            n for n, (one, other) in enumerate(zip(got["chat_tokens"], wanted.chat_tokens, strict=True)) if one != other
-        )
-        raise ExportError(
-            f"export.{name}: its tokenizer writes the chat {wanted.chats[number]} as {len(got['chat_tokens'][number])} tokens and training "
-            f"wrote {len(wanted.chat_tokens[number])}: {got['chat_tokens'][number][:20]}... for {wanted.chat_tokens[number][:20]}..."
-        )
+    _check_tokens(name, wanted, got["chat_tokens"])
     with np.load(logits) as arrays:
-        both = [(want, arrays[f"prompt_{number}"]) for number, want in enumerate(wanted.logits)]
-    difference, kl, top1 = _distances(both)
-    found = {
+        pairs = [(array, arrays[f"prompt_{index}"]) for index, array in enumerate(wanted.logits)]
+    difference, kl, top1 = _distances(pairs)
+    parity = {
         "passed": True,
         "runtime": got["runtime"],
         "chats": len(wanted.chats),
@@ -181,39 +196,88 @@ def compare(
     if not difference <= config.max_logit_difference or not kl <= config.max_kl:
         raise ExportError(
             f"export.{name} differs from the model that it was made from: logits by up to {difference:.4f} (bound "
-            f"export.{name}.max_logit_difference={config.max_logit_difference}), KL {kl:.6f} (bound {config.max_kl}), over "
-            f"{len(wanted.prompts)} prompts in {got['runtime']}; it is not kept"
+            f"export.{name}.max_logit_difference={config.max_logit_difference}), KL {kl:.6f} (bound {config.max_kl}), "
+            f"over {len(wanted.prompts)} prompts in {got['runtime']}; it is discarded"
         )
     if wanted.stopped and not got["stopped"]:
         raise ExportError(
-            f"export.{name}, behind the model's own answer, writes {config.max_new_tokens} more tokens where the model ends: "
-            "its end tokens are lost"
+            f"export.{name}, after the model's own answer, writes {config.max_new_tokens} more tokens where the model "
+            "ends: its end tokens are lost"
         )
-    return found
+    return parity
+
+
+def rounding_cost(
+    name: str, *, merged: Expected, export: Expected, config: ExportConfig, scratch: Path, seed: int
+) -> dict[str, Any]:
+    """Measures what fewer bits cost. There is no bound: the user decides.
+
+    Args:
+        name: The export's.
+        merged: Outputs of the merged model.
+        export: Outputs of the same weights in the export's dtype.
+        config: Its settings.
+        scratch: Folder of a temporary file of logits.
+        seed: Of the interval.
+
+    Returns:
+        ``{"kl", "top1_agreement", "rows", "loss", "model_loss", "loss_difference"}`` as `compare` returns them, and
+        ``note``, a sentence; losses only if ``rows`` is not 0.
+    """
+    file = scratch / "cost.npz"
+    save_logits(file, export.logits)
+    got = {"chat_tokens": merged.chat_tokens, "losses": export.losses, "stopped": merged.stopped, "runtime": ""}
+    unbounded = dataclasses.replace(config, max_logit_difference=math.inf, max_kl=math.inf)
+    parity = compare(name, merged, got, file, config=unbounded, seed=seed)
+    file.unlink()
+    return {**{key: parity[key] for key in COST_FIGURES if key in parity}, "note": _cost_text(parity)}
+
+
+def _cost_text(parity: dict[str, Any]) -> str:
+    text = (
+        f"compared with the merged model before rounding: KL {parity['kl']:.4f}, "
+        f"top-1 agreement {parity['top1_agreement']:.3f}"
+    )
+    if not parity["rows"]:
+        return text
+    losses = f"held-out loss {parity['loss']:.4f} (merged model {parity['model_loss']:.4f})"
+    return f"{text}, {losses}, {change_text(parity['loss_difference'])}"
+
+
+def _check_tokens(name: str, wanted: Expected, tokens: list[list[int]]) -> None:
+    for chat, got, trained in zip(wanted.chats, tokens, wanted.chat_tokens, strict=True):
+        if got != trained:
+            raise ExportError(
+                f"export.{name}: its tokenizer writes the chat {chat} as {len(got)} tokens and training "
+                f"wrote {len(trained)}: {got[:20]}... for {trained[:20]}..."
+            )
 
 
 def _loss_change(before: list[list[float]], after: list[list[float]], *, seed: int) -> dict[str, Any]:
-    """Held-out loss of the export and of its model, and the difference with its interval, paired by row."""
-    one, other = (Ratio(totals=np.array(side)[:, 0], weights=np.array(side)[:, 1]) for side in (before, after))
-    draw = Bootstrap(len(before), samples=RESAMPLES, seed=seed)
-    return {**draw.loss(other), "model_loss": one.value, "loss_difference": draw.difference(one, other).change}
+    """Computes held-out loss of the export and of its model, and the difference with its interval, paired by row."""
+    model, export = (Ratio(totals=np.array(side)[:, 0], weights=np.array(side)[:, 1]) for side in (before, after))
+    bootstrap = Bootstrap(len(before), samples=RESAMPLES, seed=seed)
+    change = bootstrap.difference(model, export).change
+    return {**bootstrap.loss(export), "model_loss": model.value, "loss_difference": change}
 
 
 def _distances(pairs: list[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float, float]:
-    """Largest difference of a logit, mean KL(first || second), share of positions with the same first token."""
-    difference, divergence, same, positions = 0.0, 0.0, 0, 0
-    for want, got in pairs:
-        shared = min(want.shape[1], got.shape[1])
-        one, other = want[:, :shared].astype(np.float64), got[:, :shared].astype(np.float64)
-        difference = max(difference, float(np.abs(one - other).max()))
-        p, q = _log_softmax(one), _log_softmax(other)
+    """Returns the largest logit difference, mean KL(first || second), and the share of equal top tokens."""
+    difference, divergence, agreeing, positions = 0.0, 0.0, 0, 0
+    for wanted, got in pairs:
+        shared = min(wanted.shape[1], got.shape[1])
+        model, export = wanted[:, :shared].astype(np.float64), got[:, :shared].astype(np.float64)
+        difference = max(difference, float(np.abs(model - export).max()))
+        p, q = log_softmax(model), log_softmax(export)
         divergence += float((np.exp(p) * (p - q)).sum())
-        same += int((one.argmax(1) == other.argmax(1)).sum())
-        positions += len(want)
-    return difference, max(divergence / positions, 0.0), same / positions
+        agreeing += int((model.argmax(1) == export.argmax(1)).sum())
+        positions += len(model)
+    return difference, max(divergence / positions, 0.0), agreeing / positions
 
 
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    result: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Returns log-probabilities over the last axis, in float64."""
+    logits = logits.astype(np.float64)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    result: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return result

@@ -1,25 +1,23 @@
-"""Run as ``python -m finetune.export.runtime``: opens an export as its card says, and writes down what it gives."""
+"""Run as ``python -m finetune.export.runtime``: runs an export's snippet in transformers and writes its outputs."""
 
-import importlib.metadata
 import os
 import runpy
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from finetune.export.parity import chat_tokens, last_logits, pairs
+from finetune.export.parity import chat_tokens, last_logits, loss_pairs, package_versions, save_logits
 from finetune.inference.fresh_process import serve_request
 from finetune.inference.generation import generate
 from finetune.inference.losses import row_losses
 
 
-def ask(request: dict[str, Any]) -> dict[str, Any]:
-    """Runs the card's snippet in the folder of the exports and asks the model that it made.
+def run_snippet(request: dict[str, Any]) -> dict[str, Any]:
+    """Runs the card's snippet in the folder of the exports, and queries the model that it loads.
 
     Returns:
-        ``chat_tokens``, ``losses``, ``stopped``, ``answers``, ``answer_seconds`` and ``runtime``; the logits go into a file.
+        ``chat_tokens``, ``losses``, ``stopped``, ``answers``, ``answer_seconds`` and ``runtime``; the logits go into a
+        file.
     """
     import torch
 
@@ -27,36 +25,28 @@ def ask(request: dict[str, Any]) -> dict[str, Any]:
     os.chdir(request["folder"])
     names = runpy.run_path(request["snippet"])
     model, tokenizer = names["model"], names["tokenizer"]
+    save_logits(Path(request["logits"]), [last_logits(model, prompt) for prompt in request["prompts"]])
+    ids = torch.tensor([request["ending"]], device=model.device)
+    limits: dict[str, Any] = {"max_new_tokens": request["max_new_tokens"], "do_sample": False}
+    if request["ends"]:
+        limits["eos_token_id"] = request["ends"]
     with torch.no_grad():
-        logits = {f"prompt_{number}": last_logits(model, prompt) for number, prompt in enumerate(request["prompts"])}
-        np.savez(Path(request["logits"]), **logits)  # type: ignore[arg-type]
-        ids = torch.tensor([request["ending"]], device=model.device)
-        settings = {"eos_token_id": request["ends"]} if request["ends"] else {}
-        written = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=request["max_new_tokens"], do_sample=False, **settings
-        )  # fmt: skip
+        written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **limits)
     configured = model.generation_config.eos_token_id
     ends = request["ends"] or (configured if isinstance(configured, list) else [configured])
-    versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in request["packages"])
-    asked, started = request["asked"], time.monotonic()
-    answers = generate(
-        model,
-        tokenizer,
-        asked["prompts"],
-        max_new_tokens=asked["max_new_tokens"],
-        batch_rows=asked["batch_rows"],
-        ends=ends,
-    )
+    wanted, started = request["answers"], time.monotonic()
+    limit, rows = wanted["max_new_tokens"], wanted["batch_rows"]
+    answers = generate(model, tokenizer, wanted["prompts"], max_new_tokens=limit, batch_rows=rows, ends=ends)
     seconds = time.monotonic() - started
     return {
         "chat_tokens": [chat_tokens(tokenizer, messages) for messages in request["chats"]],
-        "losses": pairs(row_losses(model, request["rows"], batch_tokens=request["batch_tokens"])),
+        "losses": loss_pairs(row_losses(model, request["rows"], batch_tokens=request["batch_tokens"])),
         "stopped": bool(set(written[0, ids.shape[1] :].tolist()) & set(ends)),
         "answers": answers,
         "answer_seconds": seconds,
-        "runtime": versions,
+        "runtime": package_versions(request["packages"]),
     }
 
 
 if __name__ == "__main__":
-    serve_request(ask)
+    serve_request(run_snippet)

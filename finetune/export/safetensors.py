@@ -1,4 +1,4 @@
-"""The merged model as a plain transformers folder, in its own numbers or in others, in files of any size."""
+"""Exports the merged model as a plain transformers folder, in its own dtype or another, in files of any size."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import ExportError
 from finetune.export.config import ExportConfig
-from finetune.export.context import Work
+from finetune.export.context import ExportContext
 from finetune.export.manifest import write_record
 from finetune.export.snippets import merged_snippet
 
@@ -19,62 +19,64 @@ if TYPE_CHECKING:
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
-def write(work: Work, name: str, settings: ExportConfig) -> dict[str, Any]:
-    """Links or converts the merged weights, adds the record, and opens the folder by plain transformers.
+def write(context: ExportContext, name: str, settings: ExportConfig) -> dict[str, Any]:
+    """Links or converts the merged weights, adds the record, and checks the folder in plain transformers.
 
     Raises:
-        ExportError: Weights or activations beyond them, or the folder differs from the model.
+        ExportError: Weights or activations overflow the dtype, or the folder differs from the model.
     """
-    from finetune.export.cost import cost
+    from finetune.export.parity import rounding_cost
     from finetune.inference.adapted import free_memory
 
-    numbers = settings.numbers or work.merged_dtype
-    work.need(name, work.merged_bytes * (2 if numbers == "float32" != work.merged_dtype else 1))
-    source, target = work.merged.folder / "model", work.desk / name
-    dense = work.spec.dense(source, dtype=numbers)
-    converted = numbers != work.merged_dtype
-    wanted = merged = work.expect_merged(settings)
+    dtype = settings.dtype or context.merged_dtype
+    context.require_disk(name, context.merged_bytes * (2 if dtype == "float32" != context.merged_dtype else 1))
+    source, target = context.merged.folder / "model", context.scratch / name
+    dense = context.spec.dense(source, dtype=dtype)
+    converted = dtype != context.merged_dtype
+    wanted = merged = context.expected_merged_output(settings)
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(*WEIGHTS))
     if converted or settings.shard_bytes:
         model = dense.load()
-        _check_finite(model, name, numbers)
+        _check_finite(model, name, dtype)
         model.save_pretrained(target, max_shard_size=settings.shard_bytes or "5GB")
-        wanted = work.expect(model, settings)
-        _check_logits(wanted, name, numbers)
+        wanted = context.expected_output(model, settings)
+        _check_logits(wanted, name, dtype)
         del model
         free_memory()
     else:
         for file in (file for pattern in WEIGHTS for file in source.glob(pattern)):
             _link(file, target / file.name)
-    write_record(target, "merged", spec=work.spec.dense(dtype=numbers), chat=work.chat)
-    snippet = merged_snippet(name, model=work.spec.config, dtype=numbers)
-    parity = work.check(name, settings, wanted, snippet=snippet, ends=[], packages=["transformers"])
+    write_record(target, "merged", spec=context.spec.dense(dtype=dtype), chat=context.chat)
+    snippet = merged_snippet(name, model=context.spec.config, dtype=dtype)
+    parity = context.check(name, settings, wanted, snippet=snippet, ends=[], packages=["transformers"])
     if converted:
-        parity["cost"] = cost(name, merged=merged, export=wanted, config=settings, desk=work.desk, seed=work.judge.seed)
-    work.snippets["The merged model, in plain transformers" + (f", in {numbers}" if converted else "")] = snippet
-    return work.keep(name, settings, parity)
+        scratch, seed = context.scratch, context.scorer.seed
+        parity["cost"] = rounding_cost(name, merged=merged, export=wanted, config=settings, scratch=scratch, seed=seed)
+    context.snippets["The merged model, in plain transformers" + (f", in {dtype}" if converted else "")] = snippet
+    return context.publish(name, settings, parity)
 
 
-def _check_finite(model: Any, name: str, numbers: str) -> None:
+def _check_finite(model: Any, name: str, dtype: str) -> None:
     for key, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise ExportError(
-                f"export.{name}.numbers={numbers}: {key} holds weights beyond its range, which would be infinite; use bfloat16"
+                f"export.{name}.dtype={dtype}: {key} holds weights beyond its range, which would be infinite; "
+                "use bfloat16"
             )
 
 
-def _check_logits(wanted: Expected, name: str, numbers: str) -> None:
+def _check_logits(wanted: Expected, name: str, dtype: str) -> None:
     import numpy
 
     if not all(numpy.isfinite(logits).all() for logits in wanted.logits):
         raise ExportError(
-            f"export.{name}.numbers={numbers}: between its layers this model's figures leave the range of {numbers}, and its logits are "
-            "no numbers; use bfloat16"
+            f"export.{name}.dtype={dtype}: activations of this model overflow {dtype}, and its logits are not finite; "
+            "use bfloat16"
         )
 
 
 def _link(file: Path, target: Path) -> None:
-    """Weights are linked, since they are large and never written to; everything else is a copy of its own."""
+    """Links a weight file, which is large and never written to; copies it where links are impossible."""
     try:
         os.link(file, target)
     except OSError:  # another disk, or a file system without links

@@ -1,4 +1,4 @@
-"""How to load each export, as code: printed in the card, and run as it stands by the parity check."""
+"""Code that loads each export: printed in the card, and run unchanged by the parity check."""
 
 from finetune.hardware.backends import BACKENDS
 from finetune.model import ModelConfig, ModelSpec
@@ -7,19 +7,17 @@ from finetune.quantization.skip_modules import HEADS, skip_patterns
 
 
 def adapter_snippet(folder: str, spec: ModelSpec, *, ends: list[int]) -> str:
-    """Returns code for plain peft on the base as it was quantized for training.
+    """Returns code that loads the adapter by peft on the base as it was quantized for training.
 
     Args:
-        folder: The adapter's, as seen from where the code runs.
+        folder: The adapter's, relative to where the code runs.
         spec: The base as it was loaded for training.
         ends: Tokens that end an answer.
     """
     base, quantization, dtype = spec.base, spec.quantization, spec.placement.dtype
-    source = (
-        [repr(base.name), f"revision={base.revision!r}"] if base.source == "hub" else [repr(str(base.folder.resolve()))]
-    )
+    hub = [repr(base.name), f"revision={base.revision!r}"]
     arguments = [
-        *source,
+        *(hub if base.source == "hub" else [repr(str(base.folder.resolve()))]),
         f"dtype=torch.{dtype}",
         'device_map="auto"',
         *_trust(spec.config),
@@ -27,7 +25,7 @@ def adapter_snippet(folder: str, spec: ModelSpec, *, ends: list[int]) -> str:
     ]
     library = BACKENDS[quantization.method].library
     imports, classes = IMPORTS.get(library, ([], []))
-    return "\n".join([
+    lines = [
         "import torch",
         *imports,
         "from peft import PeftModel",
@@ -41,13 +39,14 @@ def adapter_snippet(folder: str, spec: ModelSpec, *, ends: list[int]) -> str:
         f"model = PeftModel.from_pretrained(base, {folder!r}).eval()",
         "",
         *_answer(ends),
-    ])  # fmt: skip
+    ]
+    return "\n".join(lines)
 
 
 def merged_snippet(folder: str, *, model: ModelConfig, dtype: str) -> str:
-    """Plain transformers; the folder needs nothing else."""
+    """Returns code that loads the merged model by transformers."""
     arguments = ", ".join([repr(folder), f"dtype=torch.{dtype}", 'device_map="auto"', *_trust(model)])
-    return "\n".join([
+    lines = [
         "import torch",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
@@ -55,11 +54,12 @@ def merged_snippet(folder: str, *, model: ModelConfig, dtype: str) -> str:
         f"model = AutoModelForCausalLM.from_pretrained({arguments}).eval()",
         "",
         *_answer([]),
-    ])  # fmt: skip
+    ]
+    return "\n".join(lines)
 
 
 def finetune_snippet(folder: str) -> str:
-    """This project's own loader, which refuses another base."""
+    """Returns code that calls this project's own loader, which refuses another base."""
     return "\n".join(["import finetune", "", f"model, tokenizer = finetune.load({folder!r})"])
 
 
@@ -72,7 +72,7 @@ IMPORTS = {
     "torchao": (["from torchao.quantization import Int8WeightOnlyConfig"], ["TorchAoConfig"]),
     "hqq": (["import re", "", "from hqq.core.quantize import BaseQuantizeConfig, HQQLinear"], []),
 }
-"""Lines, and names from transformers, by library."""
+"""Import lines, and names to import from transformers, by library."""
 
 
 def _quantization(config: QuantizationConfig, *, dtype: str) -> list[str]:
@@ -85,22 +85,28 @@ def _quantization(config: QuantizationConfig, *, dtype: str) -> list[str]:
     if config.method == "int8":
         settings = ["load_in_8bit=True", f"llm_int8_threshold={config.threshold}", *skip]
     else:
-        settings = ["load_in_4bit=True", f'bnb_4bit_quant_type="{config.method}"', f"bnb_4bit_use_double_quant={config.double}",
-                    f"bnb_4bit_compute_dtype=torch.{dtype}", *skip]  # fmt: skip
-    return [
-        "quantization_config=BitsAndBytesConfig(\n" + "".join(f"        {setting},\n" for setting in settings) + "    )"
-    ]
+        settings = [
+            "load_in_4bit=True",
+            f'bnb_4bit_quant_type="{config.method}"',
+            f"bnb_4bit_use_double_quant={config.double}",
+            f"bnb_4bit_compute_dtype=torch.{dtype}",
+            *skip,
+        ]
+    lines = "".join(f"        {setting},\n" for setting in settings)
+    return [f"quantization_config=BitsAndBytesConfig(\n{lines}    )"]
 
 
 def _replaced(config: QuantizationConfig, *, dtype: str) -> list[str]:
-    """hqq works on a loaded model."""
+    """Returns code that replaces the layers of a loaded model, as hqq requires."""
+    names = skip_patterns(config.skip_modules)
+    kept = "|".join(f"(?:.*[.])?{name}" if name in HEADS else name for name in names)
     return [
         f"settings = BaseQuantizeConfig(nbits={config.bits}, group_size={config.group_size}, axis=1)",
-        f"kept = re.compile({'|'.join(f'(?:.*[.])?{one}' if one in HEADS else one for one in skip_patterns(config.skip_modules))!r})",
+        f"kept = re.compile({kept!r})",
         "for name, layer in list(base.named_modules()):",
         "    if isinstance(layer, torch.nn.Linear) and not kept.fullmatch(name):",
-        f"        made = HQQLinear(layer, settings, compute_dtype=torch.{dtype}, device=str(layer.weight.device))",
-        "        base.set_submodule(name, made)",
+        f"        quantized = HQQLinear(layer, settings, compute_dtype=torch.{dtype}, device=str(layer.weight.device))",
+        "        base.set_submodule(name, quantized)",
     ]
 
 
@@ -108,7 +114,9 @@ def _answer(ends: list[int]) -> list[str]:
     stop = f", eos_token_id={ends}" if ends else ""
     return [
         'messages = [{"role": "user", "content": "Hello!"}]',
-        'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)',
+        "inputs = tokenizer.apply_chat_template(",
+        '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+        ")",
         f"output = model.generate(**inputs.to(model.device), max_new_tokens=32, do_sample=False{stop})",
         'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
     ]

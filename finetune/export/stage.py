@@ -1,4 +1,4 @@
-"""The export stage: each export is written aside, opened by its own runtime, compared, and only then put in its place."""
+"""Runs the export stage: writes each export to a scratch folder, checks it in its own runtime, then publishes it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from finetune.console import human_bytes, log
 from finetune.export import adapter as adapters
 from finetune.export import bitsandbytes, card, gguf, gguf_lora, hub, onnx, safetensors
 from finetune.export.config import ExportConfig
-from finetune.export.context import Rules, Work
+from finetune.export.context import ExportContext, Scorer
 from finetune.model import ModelSpec
 from finetune.products import Exports, MergedModel, PreparedData, Scores, TrainedAdapter
 
-WRITERS: dict[str, Callable[[Work, str, ExportConfig], dict[str, Any]]] = {
+WRITERS: dict[str, Callable[[ExportContext, str, ExportConfig], dict[str, Any]]] = {
     "adapter": adapters.write,
     "safetensors": safetensors.write,
     "bitsandbytes": bitsandbytes.write,
@@ -25,7 +25,7 @@ WRITERS: dict[str, Callable[[Work, str, ExportConfig], dict[str, Any]]] = {
     "card": card.write,
     "hub": hub.write,
 }
-"""In the order in which they are made: a card describes the others, and a push sends them."""
+"""In the order of writing: a card describes the other exports, and a push uploads them."""
 
 
 def export(
@@ -37,64 +37,66 @@ def export(
     merged: MergedModel,
     scores: Scores,
     data: PreparedData,
-    judge: Rules,
+    scorer: Scorer,
 ) -> Exports:
     """Writes every export and compares each with the model that it was made from.
 
     Args:
         config: The export group: one entry per export, by the name of its folder.
         folder: The stage's folder.
-        spec, adapter, merged, scores, data, judge: See `Work`.
+        spec, adapter, merged, scores, data, scorer: See `ExportContext`.
 
     Raises:
         ExportError: An export cannot be opened by its own runtime, or differs from its model.
     """
     from finetune.inference.chat import load_chat
 
-    desk = folder / ".work"
-    shutil.rmtree(desk, ignore_errors=True)
-    desk.mkdir(parents=True)
+    scratch = folder / ".work"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
     chat = load_chat(spec, data.folder)
-    work = Work(
+    context = ExportContext(
         folder=folder,
-        desk=desk,
+        scratch=scratch,
         spec=spec,
         adapter=adapter,
         merged=merged,
         scores=scores,
         data=data,
-        judge=judge,
+        scorer=scorer,
         chat=chat,
     )
     order = list(WRITERS)
     for name, settings in sorted(config.items(), key=lambda item: order.index(item[1].format)):
-        made = WRITERS[settings.format](work, name, settings)
-        work.exports.append(made)
-        log(
-            "export",
-            f"{name}: {folder / Path(made['path']).name}, {human_bytes(made['bytes'])}{_sentence(made['parity'])}",
-        )
-    shutil.rmtree(desk)
-    return Exports(folder=folder, exports=work.exports)
+        written = WRITERS[settings.format](context, name, settings)
+        context.exports.append(written)
+        path, size = folder / Path(written["path"]).name, human_bytes(written["bytes"])
+        log("export", f"{name}: {path}, {size}{_parity_text(written['parity'])}")
+    shutil.rmtree(scratch)
+    return Exports(folder=folder, exports=context.exports)
 
 
-def _answers(answers: dict[str, Any]) -> str:
-    figures = ", ".join(
-        f"{name} {one['value']:.3f} ({answers['model']['metrics'][name]['value']:.3f})"
-        for name, one in answers["metrics"].items()
-    )
-    return f"; {answers['rows']} held-out answers in {answers['seconds']:.0f} s: {figures}, in brackets the model's"
+def _answers_text(answers: dict[str, Any]) -> str:
+    model = answers["model"]["metrics"]
+    figures = [
+        f"{name} {level['value']:.3f} ({model[name]['value']:.3f})" for name, level in answers["metrics"].items()
+    ]
+    seconds = f"{answers['seconds']:.0f} s"
+    return f"; {answers['rows']} held-out answers in {seconds}: {', '.join(figures)}, the model's in brackets"
 
 
-def _sentence(parity: dict[str, Any]) -> str:
+def _parity_text(parity: dict[str, Any]) -> str:
     if not parity:
         return ""
-    loss = (
-        f", held-out loss {parity['loss']:.4f} where the model has {parity['model_loss']:.4f}" if parity["rows"] else ""
-    )
-    loss += _answers(parity["answers"]) if "answers" in parity else ""
-    cost = f"; {parity['cost']['note']}" if "cost" in parity else ""
-    return (
-        f"; opened by {parity['runtime']}: {parity['chats']} golden chats give the same token ids, logits of {parity['prompts']} prompts "
-        f"within {parity['max_logit_difference']:.4f} (bound {parity['bound']:g}), KL {parity['kl']:.6f}{loss}{cost}"
-    )
+    parts = [
+        f"; opened by {parity['runtime']}: {parity['chats']} reference prompts give the same token ids, logits of "
+        f"{parity['prompts']} prompts within {parity['max_logit_difference']:.4f} (bound {parity['bound']:g}), "
+        f"KL {parity['kl']:.6f}"
+    ]
+    if parity["rows"]:
+        parts.append(f", held-out loss {parity['loss']:.4f} (model {parity['model_loss']:.4f})")
+    if "answers" in parity:
+        parts.append(_answers_text(parity["answers"]))
+    if "cost" in parity:
+        parts.append(f"; {parity['cost']['note']}")
+    return "".join(parts)

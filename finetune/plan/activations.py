@@ -57,7 +57,7 @@ class Activations:
 def activations(inputs: PlanInputs) -> Activations:
     """Computes what one micro-batch of one process keeps and needs."""
     a, tokens = inputs.architecture, inputs.step_tokens
-    layer = sum(block_bytes(tensor.size, inputs) * tensor.count for tensor in layer_tensors(inputs))
+    layer = sum(block_bytes(tensor.size, inputs) * tensor.number for tensor in layer_tensors(inputs))
     boundary = block_bytes(inputs.stream_bytes * a.hidden_size * tokens, inputs)
     norm = inputs.stream_bytes if inputs.kernels.fused or a.norm_bias else inputs.trainer.norm_bytes
     positions = 2 * a.head_dim * inputs.compute_bytes * tokens  # cosine and sine, once for all layers

@@ -25,12 +25,12 @@ class SavedTensor(NamedTuple):
 
     name: str
     size: float
-    count: float = 1
+    number: float = 1
 
     @property
     def bytes(self) -> float:
         """Returns the bytes of all of them."""
-        return self.size * self.count
+        return self.size * self.number
 
 
 class InputTensor(NamedTuple):

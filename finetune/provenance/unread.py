@@ -147,7 +147,7 @@ BY_DESIGN = (
     Rule(("eval.max_new_tokens", "eval.batch_rows"), lambda c, part: part.rows == 0, "no answers are written"),
     Rule(
         (
-            "export.*.golden_rows",
+            "export.*.logit_rows",
             "export.*.loss_rows",
             "export.*.rows",
             "export.*.max_logit_difference",
@@ -162,7 +162,7 @@ BY_DESIGN = (
         lambda c, part: part.format != "hub",
         "nothing is sent",
     ),
-    Rule(("export.*.numbers",), lambda c, part: not part.numbers, "left to the format, which may know one kind only"),
+    Rule(("export.*.dtype",), lambda c, part: not part.dtype, "left to the format, which may have a single dtype"),
     Rule(
         ("tracking.*",),
         lambda c, part: part.kind == "tensorboard",

@@ -21,9 +21,14 @@ from finetune.run import RunFolder
 from tests.fixtures.artifacts import Line, Made, make_adapter
 
 CONFIG: dict[str, Any] = {
-    "rows": 6, "loss_rows": 8, "max_new_tokens": 6, "batch_rows": 6, "batch_tokens": 512, "metrics": ["token_f1", "exact_match"],
+    "rows": 6,
+    "loss_rows": 8,
+    "max_new_tokens": 6,
+    "batch_rows": 6,
+    "batch_tokens": 512,
+    "metrics": ["token_f1", "exact_match"],
     "bootstrap_samples": 100,
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +105,7 @@ def test_the_same_base_is_the_same_in_both(pair: tuple[Path, Path]) -> None:
 
 
 def add_general(run: Path, *, tokens: int) -> None:
-    change_config(run, forgetting="general.txt")
+    change_config(run, general_text="general.txt")
     for number, file in enumerate(sorted((run / "eval").glob("*.rows.jsonl"))):
         with open(file, "a") as handle:
             handle.write(json.dumps({"general": [[4.0 + number, 2, 1], [2.0, tokens, 1]]}) + "\n")
@@ -119,7 +124,7 @@ def test_loss_on_another_general_text_is_left_out_and_said(pair: tuple[Path, Pat
     add_general(two, tokens=3)
     found = compare(one, two, seed=1)
     assert "general_loss" not in found["artifacts"]["base"]["figures"]
-    assert found["remarks"] == ["general_loss: not compared, since eval.forgetting is not the same text in both"]
+    assert found["remarks"] == ["general_loss: not compared, since eval.general_text is not the same text in both"]
 
 
 def test_rows_that_changed_most_come_first_with_both_answers(pair: tuple[Path, Path]) -> None:
@@ -180,7 +185,7 @@ def test_runs_that_share_no_row_are_refused(pair: tuple[Path, Path]) -> None:
     (two / "eval" / "manifest.json").write_text(rows)
     for file in (two / "eval").glob("*.rows.jsonl"):
         file.write_text("")
-    with pytest.raises(EvalError, match="no held-out row of it says the same"):
+    with pytest.raises(EvalError, match="it shares no held-out row with"):
         compare(one, two, seed=1)
 
 

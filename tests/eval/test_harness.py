@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from finetune.errors import EvalError
-from finetune.eval.harness import Harness, HarnessConfig, show
+from finetune.eval.harness import Harness, HarnessConfig, show_harness
 from finetune.inference.adapted import load_adapted_model
 from tests.fixtures.artifacts import Line, make_adapter
 from tests.fixtures.tasks import CHOICES, ROWS, write_task
@@ -93,7 +93,7 @@ def test_group_of_own_tasks_is_measured_with_its_parts(tasks: Path, base: Any, t
     assert set(found["tasks"]) == {"both", "one", "other"}
     values = {name: task["metrics"]["acc"]["value"] for name, task in found["tasks"].items()}
     assert values["both"] == pytest.approx((values["one"] + values["other"]) / 2)
-    show({"base": found, "merged": found})
+    show_harness({"base": found, "merged": found})
     assert "both acc" in capsys.readouterr().out
 
 

@@ -39,17 +39,25 @@ ROWS = [
 ]
 ROUGE = [
     ("police killed the gunman", "police kill the gunman", 0.75, 0.333333, 0.75),
-    ("The quick brown fox jumps over the lazy dog.", "A quick brown fox jumped over the lazy dog!", 0.777778, 0.625, 0.777778),
+    (
+        "The quick brown fox jumps over the lazy dog.",
+        "A quick brown fox jumped over the lazy dog!",
+        0.777778,
+        0.625,
+        0.777778,
+    ),
     (
         "It's 3.5 km (about two miles) to the snake_case river-bank.",
         "It is 3.5 km - about 2 miles - to the snake case river bank",
-        0.857143, 0.692308, 0.857143,
+        0.857143,
+        0.692308,
+        0.857143,
     ),
     ("the the the the", "the cat sat on the mat", 0.4, 0.0, 0.4),
     ("a b c a b c", "c b a c b a", 1.0, 0.0, 0.5),
     ("word", "other words", 0.0, 0.0, 0.0),
     ("", "word", 0.0, 0.0, 0.0),
-]  # fmt: skip
+]
 """rouge1, rouge2 and rougeL F-measures of rouge-score 0.1.2, ``use_stemmer=False``, to six digits."""
 
 

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from finetune.eval.sandbox import Limits, Verdict, run
+from finetune.eval.sandbox import Limits, Verdict, run_program
 
 WHERE_LINUX_HELPS = pytest.mark.skipif(sys.platform != "linux", reason="Landlock and seccomp are Linux's")
 
 PASSING = {
     "tests that hold": "def f(x): return x + 1\nassert f(1) == 2",
     "a dataclass with annotations as text": (
-        "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\nassert A(1).x == 1"
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass A:\n    x: int\nassert A(1).x == 1"
     ),
     "a main block, which does not run": "if __name__ == '__main__':\n    raise ValueError",
     "a file of its own": "open('own', 'w').write('x')\nassert open('own').read() == 'x'",
@@ -44,25 +45,25 @@ KEPT_FROM = {
 
 @pytest.mark.parametrize("program", PASSING.values(), ids=PASSING)
 def test_program_passes_with(program: str) -> None:
-    found = run(program)
-    assert found.passed, found
-    assert not found.reason
+    verdict = run_program(program)
+    assert verdict.passed, verdict
+    assert not verdict.reason
 
 
 @pytest.mark.parametrize(("program", "reason"), FAILING.items())
 def test_program_fails_with_its_reason(program: str, reason: str) -> None:
-    found = run(program)
-    assert found.outcome == "failed"
-    assert reason in found.reason
-    assert len(found.reason) <= 200
+    verdict = run_program(program)
+    assert verdict.outcome == "failed"
+    assert reason in verdict.reason
+    assert len(verdict.reason) <= 200
 
 
 @WHERE_LINUX_HELPS
 @pytest.mark.parametrize("program", KEPT_FROM.values(), ids=KEPT_FROM)
 def test_program_is_kept_from(program: str) -> None:
-    found = run(program)
-    assert found.outcome == "failed"
-    assert "Operation not permitted" in found.reason or "can't start new thread" in found.reason
+    verdict = run_program(program)
+    assert verdict.outcome == "failed"
+    assert "Operation not permitted" in verdict.reason or "can't start new thread" in verdict.reason
 
 
 @WHERE_LINUX_HELPS
@@ -74,19 +75,19 @@ def test_nothing_outside_is_written_or_removed(tmp_path: Path) -> None:
         f"import os; os.remove({str(kept)!r})",
         f"import os; os.truncate({str(kept)!r}, 0)",
     ):
-        assert "Permission denied" in run(program).reason
+        assert "Permission denied" in run_program(program).reason
     assert kept.read_text() == "mine"
 
 
 def test_endless_computing_ends_at_the_limit() -> None:
-    assert run("while True: pass", limits=Limits(seconds=120, cpu_seconds=1)) == Verdict(
+    assert run_program("while True: pass", limits=Limits(seconds=120, cpu_seconds=1)) == Verdict(
         "timed out", "computed for more than 1 s", ()
     )
 
 
 def test_endless_waiting_ends_at_the_limit() -> None:
     started = time.monotonic()
-    assert run("import time\ntime.sleep(60)", limits=Limits(seconds=2)) == Verdict(
+    assert run_program("import time\ntime.sleep(60)", limits=Limits(seconds=2)) == Verdict(
         "timed out", "ran for more than 2 s", ()
     )
     assert time.monotonic() - started < 30
@@ -94,11 +95,11 @@ def test_endless_waiting_ends_at_the_limit() -> None:
 
 def test_program_sees_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_TOKEN", "x")
-    assert run("import os\nassert not os.environ.keys() - {'LC_CTYPE', '__CF_USER_TEXT_ENCODING'}").passed
+    assert run_program("import os\nassert not os.environ.keys() - {'LC_CTYPE', '__CF_USER_TEXT_ENCODING'}").passed
 
 
 def test_program_cannot_import_what_lies_beside_us() -> None:
     assert (
-        "No module named" in run("import finetune.eval.sandbox_child").reason
-        or "No module named" in run("import jail").reason
+        "No module named" in run_program("import finetune.eval.sandbox_child").reason
+        or "No module named" in run_program("import sandbox_child").reason
     )

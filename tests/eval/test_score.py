@@ -18,9 +18,14 @@ from finetune.products import Scores
 from tests.fixtures.artifacts import Line, Made
 
 CONFIG: dict[str, Any] = {
-    "rows": 4, "loss_rows": 8, "max_new_tokens": 6, "batch_rows": 3, "batch_tokens": 256,
-    "metrics": ["exact_match", "token_f1", "label_known"], "bootstrap_samples": 50,
-}  # fmt: skip
+    "rows": 4,
+    "loss_rows": 8,
+    "max_new_tokens": 6,
+    "batch_rows": 3,
+    "batch_tokens": 256,
+    "metrics": ["exact_match", "token_f1", "label_known"],
+    "bootstrap_samples": 50,
+}
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +134,7 @@ def test_general_text_is_measured_beside_the_task(
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    config = {"forgetting": str(text), "rows": 0, "metrics": [], "gate": {"tuning.general_loss": -1e9}}
+    config = {"general_text": str(text), "rows": 0, "metrics": [], "gate": {"tuning.general_loss": -1e9}}
     scores = run(tmp_path, **config)
     parts = line()
     plain: Any = AutoModelForCausalLM.from_pretrained(parts.spec.base.folder, dtype=torch.bfloat16)
@@ -150,7 +155,7 @@ def test_other_general_text_measures_again(run: Callable[..., Scores], text: Pat
     config = {"rows": 0, "metrics": []}
     without = run(tmp_path, **config)
     assert "general_loss" not in without.artifacts["base"]
-    assert "general_loss" in run(tmp_path, forgetting=str(text), **config).artifacts["base"]
+    assert "general_loss" in run(tmp_path, general_text=str(text), **config).artifacts["base"]
     assert "measured before" not in capsys.readouterr().out
 
 
@@ -194,7 +199,7 @@ def test_wishes_that_cannot_be_are_named_at_once() -> None:
         **{**CONFIG, "metrics": ["bleurt"], "loss_rows": 0, "gate": {"adaptor.loss": 1.0, "adapter.los": 1.0}}
     )
     assert len(list(config.problems())) == 4
-    absent = EvalConfig(**{**CONFIG, "forgetting": "no/such/file.txt"})
+    absent = EvalConfig(**{**CONFIG, "general_text": "no/such/file.txt"})
     assert "no/such/file.txt does not exist" in next(absent.problems())
     ungiven = EvalConfig(**{**CONFIG, "gate": {"tuning.general_loss": 0.1}})
     assert "needs general text" in next(ungiven.problems())

@@ -1,5 +1,5 @@
 """The fixtures that the tests of all formats share."""
 
-from tests.fixtures.exports import judge, merged, run
+from tests.fixtures.exports import merged, run, scorer
 
-__all__ = ["judge", "merged", "run"]
+__all__ = ["merged", "run", "scorer"]

@@ -1,4 +1,4 @@
-"""As much of Go's text/template as the Modelfiles use. Its output was compared with Go 1.27.3's own on every case here."""
+"""The part of Go's text/template that the Modelfiles use, compared with Go 1.27.3's own output on every case here."""
 
 import json
 import re
@@ -108,13 +108,17 @@ def call(tokens: list[str], scopes: list[dict[str, Any]], dot: Any) -> tuple[Any
 
 def operand(token: str, scopes: list[dict[str, Any]], dot: Any) -> Any:
     functions = {
-        "eq": lambda one, other: one == other, "not": lambda one: not one, "len": lambda text: len(text.encode()),
+        "eq": lambda one, other: one == other,
+        "not": lambda one: not one,
+        "len": lambda text: len(text.encode()),
         "or": lambda *all_: next((one for one in all_ if one), all_[-1]),
         "and": lambda *all_: next((one for one in all_ if not one), all_[-1]),
-        "index": lambda values, number: values[number], "printf": lambda form, text: text[:1] if form == "%.1s" else form % text,
+        "index": lambda values, number: values[number],
+        "printf": lambda form, text: text[:1] if form == "%.1s" else form % text,
         "slice": lambda text, first, last=None: text.encode()[first:last].decode(errors="surrogateescape"),
-        "true": True, "false": False,
-    }  # fmt: skip
+        "true": True,
+        "false": False,
+    }
     if token in functions:
         return functions[token]
     if token.startswith('"'):

@@ -60,15 +60,18 @@ def quantized(folder: Path) -> Any:
     from transformers import BitsAndBytesConfig
 
     settings = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
-    )  # fmt: skip
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=settings)
     prevent_repacking(model)
     return model
 
 
 def test_originals_with_the_adapter_are_rounded_and_saved_before_they_run(exported: Exports, merged: Facts) -> None:
-    """bitsandbytes repacks 4-bit weights in place at the first evaluation on some CPUs; what is saved after is noise."""
+    """bitsandbytes repacks 4-bit weights in place at the first evaluation on some CPUs; saving after that is noise."""
     saved, fresh = (
         AutoModelForCausalLM.from_pretrained(exported.folder / "bitsandbytes", dtype=torch.bfloat16),
         quantized(merged.folder / "model"),
@@ -111,7 +114,7 @@ def test_loader_opens_the_checkpoint(exported: Exports) -> None:
 
 @pytest.mark.parametrize("method", ["fp4", "int8"])
 def test_other_methods_are_written_too(run: Callable[..., Exports], tmp_path: Path, method: str) -> None:
-    (one,) = run(tmp_path / "export", "bitsandbytes", numbers=method).exports
+    (one,) = run(tmp_path / "export", "bitsandbytes", dtype=method).exports
     assert one["parity"]["passed"]
     settings: dict[str, Any] = json.loads((tmp_path / "export" / "bitsandbytes" / "config.json").read_text())[
         "quantization_config"

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune.errors import ExportError, ModelError
-from finetune.eval import Judge
+from finetune.eval import AnswerScorer
 from finetune.export import ExportConfig, load
 from finetune.export.parity import Expected, compare, last_logits
 from finetune.inference.adapted import load_adapted_model
@@ -43,14 +43,16 @@ def test_each_export_passed_in_its_own_runtime(exports: Exports) -> None:
     assert {file.name for file in exports.folder.iterdir()} == listed
 
 
-def test_loss_of_an_export_stands_beside_the_evaluations_on_the_same_rows(exports: Exports, judge: Judge) -> None:
+def test_loss_of_an_export_is_compared_with_the_evaluations_on_the_same_rows(
+    exports: Exports, scorer: AnswerScorer
+) -> None:
     for one, name in zip(exports.exports, ("adapter", "merged"), strict=False):
-        losses = judge.losses(name, rows=3)
+        losses = scorer.losses(name, rows=3)
         assert one["parity"]["tokens"] == sum(row.tokens for row in losses)
         assert one["parity"]["model_loss"] == pytest.approx(sum(row.loss for row in losses) / one["parity"]["tokens"])
 
 
-def test_answers_of_an_export_are_judged_beside_the_models_to_the_same_prompts(exports: Exports) -> None:
+def test_answers_of_an_export_are_scored_against_the_models_to_the_same_prompts(exports: Exports) -> None:
     for one, model in zip(exports.exports, ("adapter", "merged"), strict=False):
         answers = one["parity"]["answers"]
         assert (answers["rows"], answers["model"]["name"], answers["model"]["mean_tokens"]) == (4, model, 2)
@@ -96,7 +98,7 @@ def test_card_states_base_quantization_metrics_and_merge(exports: Exports) -> No
         assert text in card
 
 
-def test_card_says_what_a_format_could_not_do() -> None:
+def test_card_states_what_a_format_could_not_do() -> None:
     from finetune.export.card import _files
 
     one = {
@@ -110,7 +112,7 @@ def test_card_says_what_a_format_could_not_do() -> None:
     assert list(_files([one]))[-1] == "- `gguf_q4_k_m`: rows of 576 are in q5_0"
 
 
-def test_adapter_folder_says_all_that_a_loader_needs(exports: Exports) -> None:
+def test_adapter_folder_holds_all_that_a_loader_needs(exports: Exports) -> None:
     record = json.loads((exports.folder / "adapter" / "finetune.json").read_text())
     assert record["quantization"]["spec"] == {"method": "nf4", "double": True, "blocksize": 64, "keep": []}
     assert record["base"]["files"].keys() == {"model.safetensors"}
@@ -119,7 +121,7 @@ def test_adapter_folder_says_all_that_a_loader_needs(exports: Exports) -> None:
     assert len(record["tokenizer"]["template_sha256"]) == 64
 
 
-def test_loader_rebuilds_the_very_graph(exports: Exports, line: Callable[..., Line], adapter: Made) -> None:
+def test_loader_rebuilds_the_trained_model(exports: Exports, line: Callable[..., Line], adapter: Made) -> None:
     parts = line()
     folder = adapter.folder / "adapter"
     trained = load_adapted_model(parts.spec, folder)
@@ -130,7 +132,7 @@ def test_loader_rebuilds_the_very_graph(exports: Exports, line: Callable[..., Li
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_adapter_arrives_in_the_numbers_it_was_saved_in(
+def test_adapter_arrives_in_the_dtype_it_was_saved_in(
     line: Callable[..., Line], adapter: Made, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     parts = line()
@@ -201,7 +203,7 @@ def test_loader_refuses_files_that_are_not_the_exported_ones(
         load(tmp_path)
 
 
-def test_loader_of_a_bare_folder_says_what_is_missing(adapter: Made) -> None:
+def test_loader_of_a_bare_folder_names_what_is_missing(adapter: Made) -> None:
     with pytest.raises(ModelError, match=r"holds no finetune.json"):
         load(adapter.folder / "adapter")
 
@@ -244,8 +246,8 @@ def test_export_beyond_its_bound_is_refused(tmp_path: Path) -> None:
     assert found["kl"] == pytest.approx(float((0.25 * np.log(0.25 / p)).sum()), abs=1e-6)
 
 
-def test_wishes_that_cannot_be_are_named_at_once() -> None:
+def test_all_invalid_settings_are_named_at_once() -> None:
     config = ExportConfig(
-        format="pickle", golden_rows=-1, loss_rows=0, max_logit_difference=0.1, max_kl=-1.0, max_new_tokens=0
+        format="pickle", logit_rows=-1, loss_rows=0, max_logit_difference=0.1, max_kl=-1.0, max_new_tokens=0
     )
     assert len(list(config.problems())) == 4

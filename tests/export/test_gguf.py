@@ -1,4 +1,4 @@
-"""The merged model as GGUF: opened in llama.cpp and compared; the mixtures are llama.cpp's; what cannot be is said."""
+"""The merged model as GGUF is loaded in llama.cpp and compared; its quantization mixes are llama.cpp's."""
 
 import json
 import re
@@ -21,17 +21,23 @@ pytest.importorskip("xllamacpp", reason="needs pip install 'finetune[gguf]'")
 
 from gguf import GGUFReader
 
-from finetune.export.gguf.quant_types import MIXTURES, Kind, kind_of
+from finetune.export.gguf.quant_types import QUANT_MIXES, QuantType, tensor_type
 
 BOUNDS = {
-    "f16": 0.001, "bf16": 0.001, "q8_0": 0.01, "q6_k": 0.02, "q5_k_m": 0.05, "q4_k_m": 0.1, "q4_0": 0.5,
-}  # fmt: skip
+    "f16": 0.001,
+    "bf16": 0.001,
+    "q8_0": 0.01,
+    "q6_k": 0.02,
+    "q5_k_m": 0.05,
+    "q4_k_m": 0.1,
+    "q4_0": 0.5,
+}
 """KL of the tiny random model, in nats."""
 
 
 @pytest.fixture(scope="module")
 def exported(run: Callable[..., Exports], tmp_path_factory: pytest.TempPathFactory) -> Exports:
-    return run(tmp_path_factory.mktemp("run") / "export", "gguf", "card", numbers="q8_0", rows=3)
+    return run(tmp_path_factory.mktemp("run") / "export", "gguf", "card", dtype="q8_0", rows=3)
 
 
 def test_gguf_runs_in_llama_cpp_as_the_model_does(exported: Exports) -> None:
@@ -60,33 +66,33 @@ def test_file_carries_the_template_and_the_special_tokens(exported: Exports, tok
     ids = [fields[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos", "padding")]
     assert ids == [1, 2, 0]
     assert fields["tokenizer.ggml.add_bos_token"] is False  # the template writes it, the tokenizer does not
-    assert fields["general.file_type"] == MIXTURES["q8_0"].file_type
+    assert fields["general.file_type"] == QUANT_MIXES["q8_0"].file_type
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("numbers", [numbers for numbers in MIXTURES if numbers != "q8_0"])
-def test_every_format_runs_within_its_bound(run: Callable[..., Exports], tmp_path: Path, numbers: str) -> None:
+@pytest.mark.parametrize("dtype", [dtype for dtype in QUANT_MIXES if dtype != "q8_0"])
+def test_every_format_runs_within_its_bound(run: Callable[..., Exports], tmp_path: Path, dtype: str) -> None:
     (made,) = run(
-        tmp_path / "export", "gguf", numbers=numbers, max_kl=BOUNDS[numbers], max_logit_difference=100, loss_rows=0
-    ).exports  # fmt: skip
+        tmp_path / "export", "gguf", dtype=dtype, max_kl=BOUNDS[dtype], max_logit_difference=100, loss_rows=0
+    ).exports
     forced = [note for note in made["notes"] if "matrices" in note]
     assert made["parity"]["passed"]
-    assert bool(forced) == numbers.endswith(("_k", "_k_m", "q4_0"))  # no row of this model is a multiple of 256
+    assert bool(forced) == dtype.endswith(("_k", "_k_m", "q4_0"))  # no row of this model is a multiple of 256
 
 
-def test_numbers_that_cannot_be_had_are_counted_and_said(
+def test_tensors_with_another_type_are_counted_and_reported(
     run: Callable[..., Exports], tmp_path: Path, capsys: Any
 ) -> None:
     (made,) = run(
-        tmp_path / "export", "gguf", numbers="q4_k_m", max_kl=1.0, max_logit_difference=100, loss_rows=0, golden_rows=0
-    ).exports  # fmt: skip
+        tmp_path / "export", "gguf", dtype="q4_k_m", max_kl=1.0, max_logit_difference=100, loss_rows=0, logit_rows=0
+    ).exports
     assert made["notes"] == [
-        "15 of 15 matrices have rows of 64 and 128 numbers, which the blocks of 256 of Q4_K_M do not divide; they are wider, as "
-        "llama.cpp writes them: 12 as Q5_0, 3 as Q8_0"
+        "15 of 15 matrices have rows of 64 and 128 weights, which the blocks of 256 of Q4_K_M do not divide; they "
+        "have more bits, as llama.cpp writes them: 12 as Q5_0, 3 as Q8_0"
     ]
     assert "15 of 15 matrices" in " ".join(capsys.readouterr().out.split())
     kinds = Counter(tensor.tensor_type for tensor in GGUFReader(tmp_path / "export" / "gguf" / "model.gguf").tensors)
-    assert kinds == {Kind.Q5_0: 12, Kind.Q8_0: 3, Kind.F32: 5}
+    assert kinds == {QuantType.Q5_0: 12, QuantType.Q8_0: 3, QuantType.F32: 5}
 
 
 def test_export_that_differs_is_not_kept_in_place_of_a_good_one(
@@ -98,38 +104,38 @@ def test_export_that_differs_is_not_kept_in_place_of_a_good_one(
     place.mkdir(parents=True)
     (place / "good").write_text("an earlier export")
     with pytest.raises(ExportError, match=r"export.gguf differs from the model"):
-        run(tmp_path / "export", "gguf", numbers="q4_0", max_kl=0.0, loss_rows=0)
+        run(tmp_path / "export", "gguf", dtype="q4_0", max_kl=0.0, loss_rows=0)
     other = tmp_path / "other"
     shutil.copytree(merged.folder, other)
     template = other / "model" / "chat_template.jinja"
     template.write_text(template.read_text().replace("<|im_end|>", "<|im_end|> "))
     with pytest.raises(ExportError, match="its tokenizer writes the chat"):
-        run(tmp_path / "export", "gguf", numbers="q8_0", loss_rows=0, from_merged=Facts(folder=other))
+        run(tmp_path / "export", "gguf", dtype="q8_0", loss_rows=0, from_merged=Facts(folder=other))
     assert [file.name for file in place.iterdir()] == ["good"]
 
 
-def test_missing_package_and_full_disk_are_said_before_anything_is_written(
+def test_missing_package_and_full_disk_are_reported_before_anything_is_written(
     run: Callable[..., Exports],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(ExportError, match=r"1000 B left and model.gguf needs .* make room"):
-        run(tmp_path / "export", "gguf", numbers="bf16")
+    with pytest.raises(ExportError, match=r"model.gguf needs .* and 1000 B are free; free some space"):
+        run(tmp_path / "export", "gguf", dtype="bf16")
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     with pytest.raises(ExportError, match=r"needs xllamacpp: pip install 'finetune\[gguf\]'"):
-        run(tmp_path / "export", "gguf", numbers="bf16")
+        run(tmp_path / "export", "gguf", dtype="bf16")
     assert not (tmp_path / "export" / "gguf").exists()
 
 
 def test_another_interface_of_llama_cpp_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     from finetune.export.gguf import library
 
-    library.library.cache_clear()
+    library.load_library.cache_clear()
     monkeypatch.setitem(library.DEFAULTS, "n_batch", 77)
     with pytest.raises(ExportError, match="starts with n_batch=2048, not 77"):
-        library.library()
+        library.load_library()
 
 
 def names_of(layers: int, *, tied: bool = False) -> list[str]:
@@ -139,23 +145,22 @@ def names_of(layers: int, *, tied: bool = False) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("numbers", "layers", "counts"),
+    ("dtype", "layers", "counts"),
     [
-        ("q4_k_m", 32, {Kind.Q4_K: 193, Kind.Q6_K: 33}),
-        ("q5_k_m", 32, {Kind.Q5_K: 193, Kind.Q6_K: 33}),
-        ("q6_k", 32, {Kind.Q6_K: 226}),
-        ("q4_0", 32, {Kind.Q4_0: 225, Kind.Q6_K: 1}),
-        ("q8_0", 32, {Kind.Q8_0: 226}),
-        ("q4_k_m", 80, {Kind.Q4_K: 441, Kind.Q5_K: 40, Kind.Q6_K: 81}),
+        ("q4_k_m", 32, {QuantType.Q4_K: 193, QuantType.Q6_K: 33}),
+        ("q5_k_m", 32, {QuantType.Q5_K: 193, QuantType.Q6_K: 33}),
+        ("q6_k", 32, {QuantType.Q6_K: 226}),
+        ("q4_0", 32, {QuantType.Q4_0: 225, QuantType.Q6_K: 1}),
+        ("q8_0", 32, {QuantType.Q8_0: 226}),
+        ("q4_k_m", 80, {QuantType.Q4_K: 441, QuantType.Q5_K: 40, QuantType.Q6_K: 81}),
     ],
 )
-def test_mixtures_are_those_of_llama_cpp(numbers: str, layers: int, counts: dict[Kind, int]) -> None:
+def test_quant_mixes_are_those_of_llama_cpp(dtype: str, layers: int, counts: dict[QuantType, int]) -> None:
     """Counts as llama.cpp prints them when it loads Llama 3 8B, and Llama 2 70B, in these formats."""
-    found = [
-        kind_of(name, (4096, 4096), mixture=MIXTURES[numbers], layers=layers, tied=False, grouped=True) for name in names_of(layers)
-    ]  # fmt: skip
-    assert Counter(kind for kind, _ in found) == counts
-    assert not any(forced for _, forced in found)
+    mix, names = QUANT_MIXES[dtype], names_of(layers)
+    types = [tensor_type(name, (4096, 4096), mix=mix, layers=layers, tied=False, grouped=True) for name in names]
+    assert Counter(quant_type for quant_type, _ in types) == counts
+    assert not any(forced for _, forced in types)
 
 
 def test_ggml_writes_k_blocks_that_the_gguf_package_reads_back() -> None:
@@ -166,8 +171,14 @@ def test_ggml_writes_k_blocks_that_the_gguf_package_reads_back() -> None:
     from finetune.export.gguf.quant_types import row_bytes
 
     rows = np.random.default_rng(0).normal(size=(8, 512)).astype(np.float32)
-    for kind, error in ((Kind.Q4_K, 0.1), (Kind.Q5_K, 0.05), (Kind.Q6_K, 0.03), (Kind.Q8_0, 0.01), (Kind.Q4_0, 0.13)):
-        back = dequantize(quantize(rows, kind, row_bytes=row_bytes(kind, 512)), kind)
+    for quant_type, error in (
+        (QuantType.Q4_K, 0.1),
+        (QuantType.Q5_K, 0.05),
+        (QuantType.Q6_K, 0.03),
+        (QuantType.Q8_0, 0.01),
+        (QuantType.Q4_0, 0.13),
+    ):
+        back = dequantize(quantize(rows, quant_type, row_bytes=row_bytes(quant_type, 512)), quant_type)
         assert 0 < float(np.sqrt(((back - rows) ** 2).mean())) < error
 
 
@@ -182,8 +193,8 @@ def test_model_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
 def test_every_shipped_format_is_known() -> None:
     from finetune.config import load
 
-    shipped = load(["+experiment=quickstart", f"export=[{','.join(f'gguf_{numbers}' for numbers in MIXTURES)}]"]).export
-    assert [shipped[f"gguf_{numbers}"].numbers for numbers in MIXTURES] == list(MIXTURES)
+    shipped = load(["+experiment=quickstart", f"export=[{','.join(f'gguf_{dtype}' for dtype in QUANT_MIXES)}]"]).export
+    assert [shipped[f"gguf_{dtype}"].dtype for dtype in QUANT_MIXES] == list(QUANT_MIXES)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +209,7 @@ def test_adapter_on_a_gguf_base_is_the_adapter_on_the_dense_base(
     from tests.fixtures.artifacts import make_adapter
 
     made = make_adapter(loud_base, tmp_path / "train", **settings)
-    (export,) = run(tmp_path / "export", "gguf_lora", numbers="bf16", from_adapter=made.folder, loss_rows=0).exports
+    (export,) = run(tmp_path / "export", "gguf_lora", dtype="bf16", from_adapter=made.folder, loss_rows=0).exports
     assert export["parity"]["kl"] < BOUNDS["bf16"]
     assert "ADAPTER ./adapter.gguf" in (tmp_path / "export" / "gguf_lora" / "Modelfile").read_text()
 
@@ -212,4 +223,4 @@ def test_adapter_that_llama_cpp_cannot_add_is_refused(
     with pytest.raises(
         ExportError, match=r"lora_magnitude_vector, and llama.cpp adds nothing but low-rank .* export gguf_q8_0"
     ):
-        run(tmp_path / "export", "gguf_lora", numbers="bf16", from_adapter=made.folder)
+        run(tmp_path / "export", "gguf_lora", dtype="bf16", from_adapter=made.folder)

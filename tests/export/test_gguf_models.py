@@ -17,16 +17,28 @@ pytest.importorskip("xllamacpp", reason="needs pip install 'finetune[gguf]'")
 
 from finetune.export.gguf import vocabulary
 from finetune.export.gguf.file import write_model
-from finetune.export.gguf.library import BATCH, Model, library
+from finetune.export.gguf.library import BATCH, LlamaModel, load_library
 
 SIZES = {
-    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 1024, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
-}  # fmt: skip
+}
 # fmt: off
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, own head, biases": ("llama", {"attention_bias": True, "mlp_bias": False}),
@@ -69,25 +81,23 @@ def test_architecture_gives_the_same_logits(tokenizer: Any, tmp_path: Path, name
     kind, settings = MODELS[name]
     model = make_model(tmp_path, kind, **settings)
     chat = Chat(tokenizer=tokenizer, ends=[2], system=None)
-    notes = write_model(tmp_path, tmp_path / "model.gguf", chat=chat, numbers="f16", name="tiny", threads=1)
+    notes = write_model(tmp_path, tmp_path / "model.gguf", chat=chat, dtype="f16", name="tiny", threads=1)
     assert notes == []
     text = torch.randint(3, 480, (BATCH + 40,), generator=torch.Generator().manual_seed(1)).tolist()
     positions = [0, 5, 70, BATCH - 1, BATCH, BATCH + 39]
-    opened = Model(tmp_path / "model.gguf", adapter=None, context=len(text), threads=1)
+    opened = LlamaModel(tmp_path / "model.gguf", adapter=None, context=len(text), threads=1)
     got = np.stack([logits.copy() for logits in opened.logits(text, positions)])
-    assert (opened.ends(2), opened.ends(40)) == (True, False)
+    assert (opened.ends_at(2), opened.ends_at(40)) == (True, False)
     opened.close()
     with torch.no_grad():
         wanted = model(input_ids=torch.tensor([text])).logits[0, positions].numpy()
     assert np.sqrt(np.square(got - wanted).mean()) < 0.01 * wanted.std()
 
 
-def test_sliding_window_that_llama_cpp_does_not_know_cuts_the_context_and_is_said(
-    tokenizer: Any, tmp_path: Path
-) -> None:
+def test_sliding_window_that_llama_cpp_lacks_cuts_the_context_and_is_reported(tokenizer: Any, tmp_path: Path) -> None:
     make_model(tmp_path, "mistral", sliding_window=128)
     chat = Chat(tokenizer=tokenizer, ends=[2], system=None)
-    (note,) = write_model(tmp_path, tmp_path / "model.gguf", chat=chat, numbers="bf16", name="tiny", threads=1)
+    (note,) = write_model(tmp_path, tmp_path / "model.gguf", chat=chat, dtype="bf16", name="tiny", threads=1)
     assert "cut from 1,024 to 128 tokens" in note
 
 
@@ -96,7 +106,7 @@ def test_other_rotary_embedding_is_refused(tokenizer: Any, tmp_path: Path) -> No
     make_model(tmp_path, "qwen2", rope_parameters=rope)
     chat = Chat(tokenizer=tokenizer, ends=[2], system=None)
     with pytest.raises(ExportError, match=r"types default, linear and llama3; .* has yarn"):
-        write_model(tmp_path, tmp_path / "model.gguf", chat=chat, numbers="bf16", name="tiny", threads=1)
+        write_model(tmp_path, tmp_path / "model.gguf", chat=chat, dtype="bf16", name="tiny", threads=1)
 
 
 def test_weights_beyond_float16_are_refused(tokenizer: Any, tmp_path: Path) -> None:
@@ -108,9 +118,10 @@ def test_weights_beyond_float16_are_refused(tokenizer: Any, tmp_path: Path) -> N
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     chat = Chat(tokenizer=tokenizer, ends=[2], system=None)
     with pytest.raises(
-        ExportError, match=r"layers.1.mlp.up_proj.weight holds numbers beyond float16, up to 9.984e\+04: export bf16"
+        ExportError,
+        match=r"layers.1.mlp.up_proj.weight has weights that overflow float16, up to 9.984e\+04: export bf16",
     ):
-        write_model(tmp_path, tmp_path / "model.gguf", chat=chat, numbers="f16", name="tiny", threads=1)
+        write_model(tmp_path, tmp_path / "model.gguf", chat=chat, dtype="f16", name="tiny", threads=1)
 
 
 HARD = [
@@ -123,23 +134,29 @@ HARD = [
     "a",
     " ",
 ]
-"""What pre-tokenizers cut differently; in Unicode form NFC."""
+"""What pre-tokenizers split differently; in Unicode form NFC."""
 
 
 def tokens_of(file: Path, text: str) -> list[int]:
     """llama.cpp's own ids, special tokens read as such."""
-    model, lib = Model(file, adapter=None, context=8, threads=1), library()
+    model, lib = LlamaModel(file, adapter=None, context=8, threads=1), load_library()
     lib.llama_tokenize.argtypes = [
-        ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.POINTER(ctypes.c_int32), ctypes.c_int32, ctypes.c_bool, ctypes.c_bool
-    ]  # fmt: skip
+        ctypes.c_void_p,
+        ctypes.c_char_p,
+        ctypes.c_int32,
+        ctypes.POINTER(ctypes.c_int32),
+        ctypes.c_int32,
+        ctypes.c_bool,
+        ctypes.c_bool,
+    ]
     found, raw = (ctypes.c_int32 * 500)(), text.encode()
-    count = lib.llama_tokenize(model._vocabulary, raw, len(raw), found, 500, True, True)
+    count = lib.llama_tokenize(model.vocabulary, raw, len(raw), found, 500, True, True)
     model.close()
     return list(found[:count])
 
 
 def train(steps: Any, *, ignore_merges: bool = False) -> Any:
-    """A byte-level BPE that cuts text by the given pre-tokenizer, learnt from the hard texts."""
+    """A byte-level BPE that splits text by the given pre-tokenizer, trained on the hard texts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -148,10 +165,12 @@ def train(steps: Any, *, ignore_merges: bool = False) -> Any:
     raw.train_from_iterator(
         HARD * 3,
         trainers.BpeTrainer(
-            vocab_size=460, special_tokens=["<|pad|>", "<|im_start|>", "<|im_end|>"], show_progress=False,
+            vocab_size=460,
+            special_tokens=["<|pad|>", "<|im_start|>", "<|im_end|>"],
+            show_progress=False,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         ),
-    )  # fmt: skip
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=raw, pad_token="<|pad|>", bos_token="<|im_start|>", eos_token="<|im_end|>"
     )
@@ -161,12 +180,12 @@ def written(tmp_path: Path, tokenizer: Any) -> Path:
     if not (tmp_path / "config.json").is_file():
         make_model(tmp_path, "llama", num_hidden_layers=1)
     chat = Chat(tokenizer=tokenizer, ends=[tokenizer.eos_token_id], system=None)
-    write_model(tmp_path, tmp_path / "model.gguf", chat=chat, numbers="bf16", name="tiny", threads=1)
+    write_model(tmp_path, tmp_path / "model.gguf", chat=chat, dtype="bf16", name="tiny", threads=1)
     return tmp_path / "model.gguf"
 
 
-@pytest.mark.parametrize(("splitter", "name"), list(vocabulary.SPLITTERS.items()), ids=str)
-def test_text_is_cut_as_the_tokenizer_cuts_it(
+@pytest.mark.parametrize(("splitter", "name"), list(vocabulary.PRETOKENIZERS.items()), ids=str)
+def test_text_is_split_as_the_tokenizer_splits_it(
     tmp_path: Path, splitter: tuple[tuple[str, ...], bool], name: str
 ) -> None:
     from tokenizers import Regex, pre_tokenizers
@@ -184,14 +203,14 @@ def test_text_is_cut_as_the_tokenizer_cuts_it(
         assert tokens_of(file, text) == tokenizer(text).input_ids, text
 
 
-def test_unknown_way_of_cutting_text_is_named(tmp_path: Path) -> None:
+def test_unknown_pretokenizer_is_named(tmp_path: Path) -> None:
     from tokenizers import Regex, pre_tokenizers
 
     steps = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex("[aeiou]"), "isolated"), pre_tokenizers.ByteLevel(use_regex=False)]
     )
     with pytest.raises(
-        ExportError, match=re.escape("cuts text by [aeiou] then a space in front (ignore_merges=False)")
+        ExportError, match=re.escape("splits text by [aeiou] then a space in front (ignore_merges=False)")
     ):
         written(tmp_path, train(steps))
 
@@ -231,10 +250,10 @@ def test_end_tokens_beyond_the_fields_are_noticed_by_the_runtime(tmp_path: Path,
 
     make_model(tmp_path, "llama")
     chat = Chat(tokenizer=tokenizer, ends=[2, 50, 60, 70], system=None)
-    write_model(tmp_path, tmp_path / "model.gguf", chat=chat, numbers="bf16", name="tiny", threads=1)
-    opened = Model(tmp_path / "model.gguf", adapter=None, context=8, threads=1)
+    write_model(tmp_path, tmp_path / "model.gguf", chat=chat, dtype="bf16", name="tiny", threads=1)
+    opened = LlamaModel(tmp_path / "model.gguf", adapter=None, context=8, threads=1)
     _check_ends(opened, [2, 50, 60])
-    with pytest.raises(ExportError, match=r"talk on after the tokens \[70\]"):
+    with pytest.raises(ExportError, match=r"not stop at the tokens \[70\]"):
         _check_ends(opened, chat.ends)
     opened.close()
 
@@ -242,7 +261,7 @@ def test_end_tokens_beyond_the_fields_are_noticed_by_the_runtime(tmp_path: Path,
 def test_file_that_llama_cpp_cannot_read_is_refused_with_its_own_words(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(60))
     with pytest.raises(ExportError, match=r"llama.cpp cannot load .*model.gguf: .*gguf"):
-        Model(tmp_path / "model.gguf", adapter=None, context=8, threads=1)
+        LlamaModel(tmp_path / "model.gguf", adapter=None, context=8, threads=1)
 
 
 @pytest.mark.parametrize("begins", [True, False], ids=["begin added", "begin written"])

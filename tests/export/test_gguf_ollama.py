@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from finetune.export.gguf.ollama import PROBES, NoShapeError, shape_of, write
+from finetune.export.gguf.ollama import PROBES, UnsupportedTemplateError, infer_template, write_modelfile
 from tests.export.gotemplate import execute
 from tests.fixtures.templates import FAMILIES, GEMMA, LLAMA2, PHI3, chat_with
 
@@ -15,14 +15,14 @@ from tests.fixtures.templates import FAMILIES, GEMMA, LLAMA2, PHI3, chat_with
 @pytest.mark.parametrize("family", [*FAMILIES, "chatml"])
 def test_go_template_writes_the_same_tokens(tokenizer: Any, family: str, begins: bool) -> None:
     chat = chat_with(tokenizer, FAMILIES.get(family, tokenizer.chat_template), begins=begins)
-    template = shape_of(chat).go()
+    template = infer_template(chat).source()
     takes_system = family not in ("gemma", "mistral")
     compared = [messages for messages in PROBES if takes_system or messages[0]["role"] != "system"]
     assert len(compared) > 3
     for messages in compared:
-        own = chat.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        expected = chat.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
         adds = begins and family in ("llama3", "gemma", "mistral", "chatml", "thinking")
-        assert chat.tokenizer(execute(template, messages), add_special_tokens=adds).input_ids == own
+        assert chat.tokenizer(execute(template, messages), add_special_tokens=adds).input_ids == expected
 
 
 @pytest.mark.parametrize(
@@ -34,27 +34,27 @@ def test_go_template_writes_the_same_tokens(tokenizer: Any, family: str, begins:
         (None, "has no chat template"),
     ],
 )
-def test_template_of_another_shape_is_left_out_and_said(
+def test_unsupported_template_is_left_out_and_reported(
     tokenizer: Any, tmp_path: Path, template: str | None, why: str
 ) -> None:
     chat = chat_with(tokenizer, template)
-    with pytest.raises(NoShapeError, match=why):
-        shape_of(chat)
-    notes = write(tmp_path / "Modelfile", chat, source="FROM ./model.gguf")
+    with pytest.raises(UnsupportedTemplateError, match=why):
+        infer_template(chat)
+    notes = write_modelfile(tmp_path / "Modelfile", chat, source="FROM ./model.gguf")
     assert "TEMPLATE" not in (tmp_path / "Modelfile").read_text()
     assert "Ollama then takes the nearest" in notes[0]
 
 
 def test_modelfile_holds_stops_and_the_system_message_of_the_training(tokenizer: Any, tmp_path: Path) -> None:
     chat = chat_with(tokenizer, tokenizer.chat_template, system='Say "yes".')
-    assert write(tmp_path / "Modelfile", chat, source="FROM ./model.gguf") == []
+    assert write_modelfile(tmp_path / "Modelfile", chat, source="FROM ./model.gguf") == []
     text = (tmp_path / "Modelfile").read_text()
     assert text.startswith('FROM ./model.gguf\nTEMPLATE """{{-')
     assert text.endswith('"""\nSYSTEM """Say "yes"."""\nPARAMETER stop "<|im_end|>"\n')
 
 
 def test_go_template_refuses_a_system_message_where_the_template_does(tokenizer: Any) -> None:
-    template = shape_of(chat_with(tokenizer, GEMMA)).go()
+    template = infer_template(chat_with(tokenizer, GEMMA)).source()
     with pytest.raises(TypeError):  # Go: cannot index slice/array with type string
         execute(template, [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "one"}])
     assert json.dumps("the template of this model takes no system message") in template

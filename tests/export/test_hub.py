@@ -16,15 +16,17 @@ import pytest
 
 from finetune.errors import ExportError
 from finetune.export.config import ExportConfig
-from finetune.export.context import Work
-from finetune.export.hub import CHUNK_BYTES, found_secrets, prepare, write
-from tests.fixtures.artifacts import base_of
+from finetune.export.context import ExportContext
+from finetune.export.hub import CHUNK_BYTES, find_secrets, prepare_push, write
+from finetune.quantization import QuantizationConfig
+from tests.fixtures.models import model_spec
 
-SETTINGS = {"golden_rows": 0, "loss_rows": 0, "max_logit_difference": 0.0, "max_kl": 0.0, "max_new_tokens": 1}
+SETTINGS = {"logit_rows": 0, "loss_rows": 0, "max_logit_difference": 0.0, "max_kl": 0.0, "max_new_tokens": 1}
 CARD = "---\nbase_model: org/base\nlicense: apache-2.0\n---\n\n# base, tuned\n"
 TOKEN = "hf_" + "x" * 34
 SEND = (
-    "import sys; from pathlib import Path; from finetune.export.hub import Push, send; from finetune.errors import ExportError\n"
+    "import sys; from pathlib import Path; from finetune.export.hub import Push, send\n"
+    "from finetune.errors import ExportError\n"
     "folder = Path(sys.argv[1])\n"
     "files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob('*')) if file.is_file()}\n"
     "push = Push(repository='me/tuned', private=True, files=files, licence=None, remarks=[])\n"
@@ -34,7 +36,7 @@ SEND = (
 
 
 @pytest.fixture
-def work(tiny_base: Path, tmp_path: Path) -> Work:
+def context(tiny_base: Path, tmp_path: Path) -> ExportContext:
     """An export stage that has written an adapter and its card, beside something older that is none of its products."""
     folder = tmp_path / "export"
     (folder / "adapter").mkdir(parents=True)
@@ -44,17 +46,18 @@ def work(tiny_base: Path, tmp_path: Path) -> Work:
     for card in (folder / "README.md", folder / "adapter" / "README.md"):
         card.write_text(CARD)
     exports = [{"format": "adapter", "path": "export/adapter"}, {"format": "card", "path": "export/README.md"}]
-    nothing: dict[str, Any] = dict.fromkeys(field.name for field in fields(Work))
-    return Work(**nothing | {"folder": folder, "base": base_of(tiny_base), "exports": exports, "snippets": {}})
+    nothing: dict[str, Any] = dict.fromkeys(field.name for field in fields(ExportContext))
+    spec = model_spec(tiny_base, QuantizationConfig(method="none"))
+    return ExportContext(**nothing | {"folder": folder, "spec": spec, "exports": exports, "snippets": {}})
 
 
 def settings(**wishes: Any) -> ExportConfig:
     return ExportConfig(**{**SETTINGS, "format": "hub", "repository": "me/tuned", **wishes})
 
 
-def test_dry_run_is_the_default_and_lists_exactly_what_would_go(work: Work, capsys: Any) -> None:
-    made = write(work, "hub", settings())
-    record, printed = json.loads((work.folder / "hub.json").read_text()), capsys.readouterr().out
+def test_dry_run_is_the_default_and_lists_exactly_what_would_go(context: ExportContext, capsys: Any) -> None:
+    made = write(context, "hub", settings())
+    record, printed = json.loads((context.folder / "hub.json").read_text()), capsys.readouterr().out
     assert [file["path"] for file in record["files"]] == [
         "adapter/README.md",
         "adapter/adapter_model.safetensors",
@@ -69,59 +72,59 @@ def test_dry_run_is_the_default_and_lists_exactly_what_would_go(work: Work, caps
     assert (made["path"], made["parity"]) == ("export/hub.json", {})
 
 
-def test_without_a_card_nothing_goes(work: Work) -> None:
-    work.exports.pop()
+def test_without_a_card_nothing_goes(context: ExportContext) -> None:
+    context.exports.pop()
     with pytest.raises(ExportError, match=r"needs a card.*export=\[adapter,card,hub\]"):
-        write(work, "hub", settings())
+        write(context, "hub", settings())
 
 
 @pytest.mark.parametrize("variable", ["HF_TOKEN", "WANDB_API_KEY"])
 def test_file_that_holds_a_key_of_the_environment_stops_the_push(
-    work: Work, monkeypatch: pytest.MonkeyPatch, variable: str
+    context: ExportContext, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
     monkeypatch.setenv(variable, "canary-0123456789")
-    file = work.folder / "adapter" / "adapter_model.safetensors"
+    file = context.folder / "adapter" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes() + b"canary-0123456789" + bytes(7))
     with pytest.raises(
         ExportError, match=rf"adapter/adapter_model.safetensors holds the value of {variable}"
     ) as caught:
-        write(work, "hub", settings())
+        write(context, "hub", settings())
     assert "canary" not in str(caught.value)
-    assert not (work.folder / "hub.json").exists()
+    assert not (context.folder / "hub.json").exists()
 
 
 def test_key_on_the_edge_of_two_chunks_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "canary-0123456789")
     file = tmp_path / "weights"
     file.write_bytes(bytes(CHUNK_BYTES - 5) + b"canary-0123456789")
-    assert list(found_secrets(file)) == ["the value of WANDB_API_KEY"]
+    assert list(find_secrets(file)) == ["the value of WANDB_API_KEY"]
 
 
-def test_token_of_someone_else_is_known_by_its_shape(work: Work) -> None:
-    (work.folder / "README.md").write_text(f"{CARD}\nlogin with {TOKEN}\n")
+def test_token_of_someone_else_is_known_by_its_shape(context: ExportContext) -> None:
+    (context.folder / "README.md").write_text(f"{CARD}\nlogin with {TOKEN}\n")
     with pytest.raises(ExportError, match=r"README.md holds what looks like a token of the hub"):
-        write(work, "hub", settings())
+        write(context, "hub", settings())
 
 
-def test_unknown_licence_and_a_base_of_this_machine_are_said(work: Work) -> None:
-    (work.folder / "README.md").write_text("---\nlibrary_name: peft\n---\n# tuned\n")
-    push = prepare(work.folder, work.exports, settings(private=False), name="hub", base=work.base)
-    told = " | ".join(push.remarks)
-    assert f"the licence of {work.base.name} is not known" in told
-    assert "others must put their own path there" in told
-    assert "everyone could see it" in told
+def test_unknown_licence_and_a_base_of_this_machine_are_said(context: ExportContext) -> None:
+    (context.folder / "README.md").write_text("---\nlibrary_name: peft\n---\n# tuned\n")
+    push = prepare_push(context.folder, context.exports, settings(private=False), name="hub", base=context.spec.base)
+    remarks = " | ".join(push.remarks)
+    assert f"the licence of {context.spec.base.name} is not known" in remarks
+    assert "others must put their own path there" in remarks
+    assert "everyone could see it" in remarks
 
 
-def test_push_without_a_token_is_refused(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_without_a_token_is_refused(context: ExportContext, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN", raising=False)
     with pytest.raises(ExportError, match="set HF_TOKEN in the environment"):
-        write(work, "hub", settings(push=True))
+        write(context, "hub", settings(push=True))
 
 
-def test_push_where_the_hub_is_off_is_refused(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_where_the_hub_is_off_is_refused(context: ExportContext, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     with pytest.raises(ExportError, match="HF_HUB_OFFLINE is set"):
-        write(work, "hub", settings(push=True))
+        write(context, "hub", settings(push=True))
 
 
 def test_repository_must_be_owner_and_name() -> None:
@@ -170,9 +173,11 @@ class Hub(BaseHTTPRequestHandler):
             self.answer({"files": listed})
         elif self.path.endswith("/objects/batch"):
             host = self.headers["Host"]
-            self.answer({"transfer": "basic", "objects": [
-                {**one, "actions": {"upload": {"href": f"http://{host}/lfs/{one['oid']}"}}} for one in json.loads(body)["objects"]
-            ]})  # fmt: skip
+            objects = [
+                {**entry, "actions": {"upload": {"href": f"http://{host}/lfs/{entry['oid']}"}}}
+                for entry in json.loads(body)["objects"]
+            ]
+            self.answer({"transfer": "basic", "objects": objects})
         elif "/commit/" in self.path:
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
@@ -243,37 +248,39 @@ def send_to(endpoint: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_real_push_sends_every_byte_to_a_private_repository(work: Work, hub: tuple[type[Hub], str]) -> None:
+def test_real_push_sends_every_byte_to_a_private_repository(context: ExportContext, hub: tuple[type[Hub], str]) -> None:
     kind, endpoint = hub
-    done = send_to(endpoint, work.folder)
+    done = send_to(endpoint, context.folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"{endpoint}/me/tuned/commit/0"
     sent = {
-        file.relative_to(work.folder).as_posix(): file.read_bytes() for file in work.folder.rglob("*") if file.is_file()
+        file.relative_to(context.folder).as_posix(): file.read_bytes()
+        for file in context.folder.rglob("*")
+        if file.is_file()
     }
     assert kind.received == sent
     assert set(kind.headers_seen) >= {f"Bearer {TOKEN}"}
 
 
-def test_repository_that_is_public_already_gets_nothing(work: Work, hub: tuple[type[Hub], str]) -> None:
+def test_repository_that_is_public_already_gets_nothing(context: ExportContext, hub: tuple[type[Hub], str]) -> None:
     kind, endpoint = hub
     kind.private = False
-    done = send_to(endpoint, work.folder)
-    assert "it is there already and is public" in done.stderr
+    done = send_to(endpoint, context.folder)
+    assert "it exists and is public" in done.stderr
     assert not kind.received
 
 
-def test_token_that_is_refused_is_one_sentence(work: Work, hub: tuple[type[Hub], str]) -> None:
+def test_token_that_is_refused_is_one_sentence(context: ExportContext, hub: tuple[type[Hub], str]) -> None:
     kind, endpoint = hub
     kind.status = 401
-    done = send_to(endpoint, work.folder)
+    done = send_to(endpoint, context.folder)
     assert done.stderr.strip().startswith(
-        "push to me/tuned: the hub says 401: Invalid token; HF_TOKEN is wrong, too old"
+        "push to me/tuned: the hub answers 401: Invalid token; HF_TOKEN is wrong, expired"
     )
     assert TOKEN not in done.stderr
 
 
-def test_hub_that_cannot_be_reached_is_one_sentence(work: Work) -> None:
-    done = send_to("http://127.0.0.1:9", work.folder)
+def test_hub_that_cannot_be_reached_is_one_sentence(context: ExportContext) -> None:
+    done = send_to("http://127.0.0.1:9", context.folder)
     assert "the hub at http://127.0.0.1:9 cannot be reached" in done.stderr
     assert "Traceback" not in done.stderr

@@ -61,18 +61,25 @@ def test_snippet_of_the_card_writes_what_the_model_writes(
 
 @pytest.mark.slow
 @needs_onnx
-@pytest.mark.parametrize("numbers", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
 def test_rounded_graph_is_another_model_within_its_own_bound(
-    run: Callable[..., Exports], tmp_path: Path, numbers: str
+    run: Callable[..., Exports], tmp_path: Path, dtype: str
 ) -> None:
-    (one,) = run(tmp_path / "export", "onnx", numbers=numbers, max_logit_difference=10.0, max_kl=1.0).exports
+    (one,) = run(tmp_path / "export", "onnx", dtype=dtype, max_logit_difference=10.0, max_kl=1.0).exports
     assert one["parity"]["kl"] > 0
 
 
 SIZES = {
-    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 CONFIGS = {
     "window": MistralConfig(**SIZES, sliding_window=10),
     "alternating windows": Gemma2Config(**SIZES, sliding_window=10, head_dim=16),
@@ -88,9 +95,15 @@ def test_other_architectures_give_their_logits_beyond_a_window_too(tmp_path: Pat
     model = AutoModelForCausalLM.from_config(CONFIGS[kind]).eval()
     model.save_pretrained(tmp_path / "source")
     (tmp_path / "graph").mkdir()
-    make({
-        "source": str(tmp_path / "source"), "target": str(tmp_path / "graph"), "bits": None, "threads": 1, "trust_remote_code": False
-    })  # fmt: skip
+    make(
+        {
+            "source": str(tmp_path / "source"),
+            "target": str(tmp_path / "graph"),
+            "bits": None,
+            "threads": 1,
+            "trust_remote_code": False,
+        }
+    )
     code = onnx_snippet(str(tmp_path / "graph"), ends=[2])
     names: dict[str, Any] = {}
     exec("import numpy as np, onnxruntime\n" + code[code.index("session =") : code.index("messages =")], names)

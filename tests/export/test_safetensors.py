@@ -1,4 +1,4 @@
-"""Merged weights in other numbers and other files are the same model, or the export says what it cannot hold."""
+"""Merged weights in another dtype and other files are the same model, or the export says what it cannot hold."""
 
 import json
 import shutil
@@ -18,17 +18,17 @@ from tests.fixtures.exports import Facts
 Run = Callable[..., Exports]
 
 
-@pytest.mark.parametrize("numbers", ["float16", "float32"])
-def test_other_numbers_are_written_and_their_cost_said(run: Run, merged: Facts, tmp_path: Path, numbers: str) -> None:
-    (one,) = run(tmp_path / "export", "safetensors", numbers=numbers).exports
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_another_dtype_is_written_and_its_cost_reported(run: Run, merged: Facts, tmp_path: Path, dtype: str) -> None:
+    (one,) = run(tmp_path / "export", "safetensors", dtype=dtype).exports
     folder = tmp_path / "export" / "safetensors"
     old, new = (load_file(place / "model.safetensors") for place in (merged.folder / "model", folder))
-    assert {tensor.dtype for tensor in new.values()} == {getattr(torch, numbers)}
+    assert {tensor.dtype for tensor in new.values()} == {getattr(torch, dtype)}
     assert all(torch.allclose(new[name].float(), tensor.float(), atol=1e-7) for name, tensor in old.items())
-    assert json.loads((folder / "config.json").read_text())["dtype"] == numbers
+    assert json.loads((folder / "config.json").read_text())["dtype"] == dtype
     assert one["parity"]["max_logit_difference"] < 1e-3
     assert one["parity"]["cost"]["kl"] < 1e-2
-    assert next(load(folder)[0].parameters()).dtype == getattr(torch, numbers)
+    assert next(load(folder)[0].parameters()).dtype == getattr(torch, dtype)
 
 
 def test_files_are_no_larger_than_asked(run: Run, merged: Facts, tmp_path: Path) -> None:
@@ -64,20 +64,20 @@ def large(merged: Facts, folder: Path, **factors: float) -> Facts:
 def test_weight_beyond_float16_is_named(run: Run, merged: Facts, tmp_path: Path) -> None:
     other = large(merged, tmp_path / "large", up_proj=1e7)
     with pytest.raises(
-        ExportError, match=r"numbers=float16: model.layers.0.mlp.up_proj.weight holds weights beyond its range"
+        ExportError, match=r"dtype=float16: model.layers.0.mlp.up_proj.weight holds weights beyond its range"
     ):
-        run(tmp_path / "export", "safetensors", from_merged=other, numbers="float16")
+        run(tmp_path / "export", "safetensors", from_merged=other, dtype="float16")
     assert not (tmp_path / "export" / "safetensors").exists()
 
 
-def test_figures_between_layers_beyond_float16_are_said(run: Run, merged: Facts, tmp_path: Path) -> None:
+def test_activations_beyond_float16_are_reported(run: Run, merged: Facts, tmp_path: Path) -> None:
     other = large(merged, tmp_path / "large", up_proj=2e3, down_proj=2e3)
-    with pytest.raises(ExportError, match=r"leave the range of float16"):
-        run(tmp_path / "export", "safetensors", from_merged=other, numbers="float16")
+    with pytest.raises(ExportError, match=r"activations of this model overflow float16"):
+        run(tmp_path / "export", "safetensors", from_merged=other, dtype="float16")
 
 
 @pytest.mark.parametrize("format", ["safetensors", "bitsandbytes", "onnx", "adapter"])
-def test_full_disk_is_said_before_anything_is_written(
+def test_full_disk_is_reported_before_anything_is_written(
     run: Run,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -87,7 +87,7 @@ def test_full_disk_is_said_before_anything_is_written(
     (tmp_path / "export" / format / "good").write_text("an earlier export")
     full = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr("shutil.disk_usage", lambda path: full)
-    with pytest.raises(ExportError, match=rf"export.{format} needs .* of disk in .* and 1000 B are free"):
+    with pytest.raises(ExportError, match=rf"export.{format} needs .* of disk space in .* and 1000 B are free"):
         run(tmp_path / "export", format)
     assert (tmp_path / "export" / format / "good").is_file()
     assert not list((tmp_path / "export" / ".work").iterdir())

@@ -1,9 +1,9 @@
-"""The few functions of llama.cpp that its Python binding keeps to itself: quantizing a row, and the logits of a model.
+"""llama.cpp functions that its Python binding does not expose: quantizing rows, and reading a model's logits.
 
-``xllamacpp`` speaks to llama.cpp's server, which gives no logits, but its library exports llama.cpp's C interface. What is
-declared here follows ``llama.h`` and ``ggml.h`` of build 11549, the one in xllamacpp 2026.10.11549. Of the two structs that
-are passed by value only leading fields are named; the rest is room for all that follows, so an added field does no harm, and
-`Library` checks the defaults of those fields before it believes their places.
+``xllamacpp`` wraps llama.cpp's server, which returns no logits, but its library exports llama.cpp's C interface. The
+declarations follow ``llama.h`` and ``ggml.h`` of build 11549, the one in xllamacpp 2026.10.11549. Of the two structs
+that are passed by value only leading fields are named; the rest is padding for all that follows, so an added field does
+no harm, and `load_library` checks the defaults of the named fields before it relies on their offsets.
 """
 
 from __future__ import annotations
@@ -20,10 +20,15 @@ import numpy as np
 from finetune.errors import ExportError
 
 BATCH = 256
-"""Tokens of one decode: bounds the logits that are held at once, at 256 times the vocabulary."""
+"""Tokens of one decode: bounds the logits in memory to 256 times the vocabulary."""
 
 DEFAULTS = {"n_ctx": 512, "n_batch": 2048, "n_ubatch": 512, "n_seq_max": 1}
-"""Of `llama_context_default_params`, by which the struct is recognised."""
+"""Values of `llama_context_default_params` that identify the struct."""
+
+ERROR_LEVEL = 4
+LOG_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+_errors: deque[str] = deque(maxlen=4)
+"""The last errors that llama.cpp logged; its other messages are dropped."""
 
 
 class ModelParams(ctypes.Structure):
@@ -49,8 +54,8 @@ class Batch(ctypes.Structure):
 
 
 @cache
-def library() -> Any:
-    """llama.cpp, with its functions' types.
+def load_library() -> Any:
+    """Loads llama.cpp and declares its functions.
 
     Raises:
         ExportError: The installed xllamacpp has another interface.
@@ -62,7 +67,7 @@ def library() -> Any:
     pointer, text = ctypes.c_void_p, ctypes.c_char_p
     signatures: dict[str, tuple[Any, list[Any]]] = {
         "ggml_quantize_chunk": (ctypes.c_size_t, [ctypes.c_int, pointer, pointer, *[ctypes.c_int64] * 3, pointer]),
-        "llama_log_set": (None, [LISTENER, pointer]),
+        "llama_log_set": (None, [LOG_CALLBACK, pointer]),
         "llama_model_default_params": (ModelParams, []),
         "llama_model_load_from_file": (pointer, [text, ModelParams]),
         "llama_model_get_vocab": (pointer, [pointer]),
@@ -81,122 +86,119 @@ def library() -> Any:
     }
     for name, (result, arguments) in signatures.items():
         if not hasattr(lib, name):
-            raise ExportError(_unknown(xllamacpp.__version__, f"has no function {name}"))
+            raise ExportError(_unknown_interface(xllamacpp.__version__, f"has no function {name}"))
         getattr(lib, name).restype, getattr(lib, name).argtypes = result, arguments
-    found = lib.llama_context_default_params()
+    params = lib.llama_context_default_params()
     for name, value in DEFAULTS.items():
-        if getattr(found, name) != value:
-            raise ExportError(
-                _unknown(xllamacpp.__version__, f"starts with {name}={getattr(found, name)}, not {value}")
-            )
-    lib.llama_log_set(_listen, None)
+        if (actual := getattr(params, name)) != value:
+            raise ExportError(_unknown_interface(xllamacpp.__version__, f"starts with {name}={actual}, not {value}"))
+    lib.llama_log_set(_on_log, None)
     return lib
 
 
-ERROR_LEVEL = 4
-LISTENER = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-_complaints: deque[str] = deque(maxlen=4)
-"""The last errors that llama.cpp logged; all else that it logs is dropped."""
-
-
-@LISTENER
-def _listen(level: int, text: bytes, _: Any) -> None:
+@LOG_CALLBACK
+def _on_log(level: int, text: bytes, _: Any) -> None:
     if level == ERROR_LEVEL:
-        _complaints.append(text.decode(errors="replace").strip())
+        _errors.append(text.decode(errors="replace").strip())
 
 
-def _failed(what: str) -> ExportError:
-    return ExportError(f"llama.cpp cannot {what}: {'; '.join(_complaints) or 'it does not say why'}")
+def _failed(action: str) -> ExportError:
+    return ExportError(f"llama.cpp cannot {action}: {'; '.join(_errors) or 'it gives no reason'}")
 
 
-def _unknown(version: str, what: str) -> str:
-    return f"xllamacpp {version} {what}: its llama.cpp has another interface; pip install 'finetune[gguf]' brings the one that is known"
+def _unknown_interface(version: str, difference: str) -> str:
+    return (
+        f"xllamacpp {version} {difference}: its llama.cpp has another interface; "
+        "pip install 'finetune[gguf]' installs the supported version"
+    )
 
 
-def quantize(rows: np.ndarray, kind: int, *, row_bytes: int) -> np.ndarray:
-    """Rows in the numbers of a ggml type, by ggml's own reference code.
+def quantize(rows: np.ndarray, quant_type: int, *, row_bytes: int) -> np.ndarray:
+    """Quantizes rows by ggml's own reference code.
 
     Args:
         rows: float32, shape (n, columns).
-        kind: A ``GGMLQuantizationType``.
+        quant_type: A ``GGMLQuantizationType``.
         row_bytes: Bytes of one row in that type.
 
     Returns:
         uint8, shape (n, row_bytes).
     """
     rows = np.ascontiguousarray(rows, dtype=np.float32)
-    made = np.empty((len(rows), row_bytes), dtype=np.uint8)
-    written = library().ggml_quantize_chunk(kind, rows.ctypes.data, made.ctypes.data, 0, len(rows), rows.shape[1], None)
-    if written != made.nbytes:
+    blocks = np.empty((len(rows), row_bytes), dtype=np.uint8)
+    written = load_library().ggml_quantize_chunk(
+        quant_type, rows.ctypes.data, blocks.ctypes.data, 0, len(rows), rows.shape[1], None
+    )
+    if written != blocks.nbytes:
         raise ExportError(
-            f"llama.cpp wrote {written} bytes for {rows.shape} numbers of type {kind}, not the {made.nbytes} expected"
+            f"llama.cpp wrote {written} bytes for {rows.shape} weights of type {quant_type}; expected {blocks.nbytes}"
         )
-    return made
+    return blocks
 
 
-class Model:
-    """A GGUF in llama.cpp, asked for logits.
+class LlamaModel:
+    """A GGUF file loaded in llama.cpp, which returns logits.
 
     Args:
         file: The model.
-        adapter: A LoRA on top of it, or None.
-        context: Tokens of the longest text that will be asked about.
-        threads: Of the computation.
+        adapter: A LoRA to apply, or None.
+        context: Tokens of the longest text that will be evaluated.
+        threads: Number of threads.
 
     Raises:
         ExportError: llama.cpp cannot load one of them.
     """
 
     def __init__(self, file: Path, *, adapter: Path | None, context: int, threads: int) -> None:
-        self._lib = library()
+        self._lib = load_library()
         self._model = self._lib.llama_model_load_from_file(str(file).encode(), self._lib.llama_model_default_params())
         if not self._model:
             raise _failed(f"load {file}")
-        self._vocabulary = self._lib.llama_model_get_vocab(self._model)
+        self.vocabulary = self._lib.llama_model_get_vocab(self._model)
         params = self._lib.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = max(context, BATCH), BATCH, BATCH
         params.n_threads = params.n_threads_batch = threads
         self._context = self._lib.llama_init_from_model(self._model, params)
         if not self._context:
-            raise _failed(f"make a context of {context} tokens for {file}")
+            raise _failed(f"create a context of {context} tokens for {file}")
         if adapter:
-            self._put(adapter)
+            self._apply(adapter)
 
-    def _put(self, adapter: Path) -> None:
+    def _apply(self, adapter: Path) -> None:
         loaded = self._lib.llama_adapter_lora_init(self._model, str(adapter).encode())
         if not loaded:
             raise _failed(f"load the adapter {adapter}")
         adapters, scales = (ctypes.c_void_p * 1)(loaded), (ctypes.c_float * 1)(1.0)
         self._lib.llama_set_adapters_lora(self._context, adapters, 1, scales)
 
-    def ends(self, token: int) -> bool:
-        """Whether generation stops at the token."""
-        return bool(self._lib.llama_vocab_is_eog(self._vocabulary, token))
+    def ends_at(self, token: int) -> bool:
+        """Returns whether generation stops at the token."""
+        return bool(self._lib.llama_vocab_is_eog(self.vocabulary, token))
 
     def logits(self, tokens: Sequence[int], positions: Sequence[int]) -> Iterator[np.ndarray]:
-        """float32 logits after each of the positions, shape (vocabulary,), in order; each is gone with the next.
+        """Yields float32 logits after each of the positions, shape (vocabulary,); the next one overwrites them.
 
         Args:
             tokens: The text from its beginning.
             positions: Ascending.
         """
-        size, wanted = self._lib.llama_vocab_n_tokens(self._vocabulary), set(positions)
+        size, wanted = self._lib.llama_vocab_n_tokens(self.vocabulary), set(positions)
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
         for first in range(0, len(tokens), BATCH):
             part = tokens[first : first + BATCH]
-            asked = [first + number in wanted for number in range(len(part))]
+            flags = [first + index in wanted for index in range(len(part))]
             batch = Batch(
                 n_tokens=len(part),
                 token=(ctypes.c_int32 * len(part))(*part),
-                logits=(ctypes.c_int8 * len(part))(*asked),
+                logits=(ctypes.c_int8 * len(part))(*flags),
             )
             code = self._lib.llama_decode(self._context, batch)
             if code != 0:
                 raise _failed(f"decode {len(tokens)} tokens (code {code})")
-            for number, yes in enumerate(asked):
-                if yes:
-                    yield np.ctypeslib.as_array(self._lib.llama_get_logits_ith(self._context, number), shape=(size,))
+            for index in np.flatnonzero(flags).tolist():
+                yield np.ctypeslib.as_array(self._lib.llama_get_logits_ith(self._context, index), shape=(size,))
 
     def close(self) -> None:
+        """Frees the model's memory."""
         self._lib.llama_free(self._context)
         self._lib.llama_model_free(self._model)

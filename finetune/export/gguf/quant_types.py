@@ -1,7 +1,7 @@
-"""Which numbers each tensor is written in: llama.cpp's own mixtures, and its way out where rows do not divide.
+"""Chooses the GGUF type of each tensor, as llama.cpp does: its mixes, and its fallbacks if blocks do not divide a row.
 
 Source: llama.cpp build 11549, src/llama-quant.cpp (`tensor_allows_quantization`, `llama_tensor_get_type_impl`,
-`tensor_type_fallback`). Its `llama_model_quantize` itself is not in the library that xllamacpp ships.
+`tensor_type_fallback`). The library that xllamacpp ships does not contain `llama_model_quantize` itself.
 """
 
 from __future__ import annotations
@@ -11,78 +11,77 @@ from dataclasses import dataclass
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
-Kind = GGMLQuantizationType
+QuantType = GGMLQuantizationType
 
 
 @dataclass(frozen=True)
-class Mixture:
-    """What a format's name stands for.
+class QuantMix:
+    """The tensor types behind one format name, such as ``q4_k_m``.
 
     Attributes:
-        file_type: As it is written into the file.
-        kind: Of most matrices.
-        better: Of the value and down projections of some layers, or None for no others.
-        head: Of the output matrix, which may be the embedding.
+        file_type: The code that is written into the file.
+        type: Type of most matrices.
+        better: Type of the value and down projections of some layers; None gives them ``type``.
+        head: Type of the output matrix, which may be the embedding.
     """
 
     file_type: LlamaFileType
-    kind: Kind
-    better: Kind | None
-    head: Kind
+    type: QuantType
+    better: QuantType | None
+    head: QuantType
 
 
-MIXTURES = {
-    "f16": Mixture(LlamaFileType.MOSTLY_F16, Kind.F16, None, Kind.F16),
-    "bf16": Mixture(LlamaFileType.MOSTLY_BF16, Kind.BF16, None, Kind.BF16),
-    "q8_0": Mixture(LlamaFileType.MOSTLY_Q8_0, Kind.Q8_0, None, Kind.Q8_0),
-    "q6_k": Mixture(LlamaFileType.MOSTLY_Q6_K, Kind.Q6_K, None, Kind.Q6_K),
-    "q5_k_m": Mixture(LlamaFileType.MOSTLY_Q5_K_M, Kind.Q5_K, Kind.Q6_K, Kind.Q6_K),
-    "q4_k_m": Mixture(LlamaFileType.MOSTLY_Q4_K_M, Kind.Q4_K, Kind.Q6_K, Kind.Q6_K),
-    "q4_0": Mixture(LlamaFileType.MOSTLY_Q4_0, Kind.Q4_0, None, Kind.Q6_K),
+QUANT_MIXES = {
+    "f16": QuantMix(LlamaFileType.MOSTLY_F16, QuantType.F16, None, QuantType.F16),
+    "bf16": QuantMix(LlamaFileType.MOSTLY_BF16, QuantType.BF16, None, QuantType.BF16),
+    "q8_0": QuantMix(LlamaFileType.MOSTLY_Q8_0, QuantType.Q8_0, None, QuantType.Q8_0),
+    "q6_k": QuantMix(LlamaFileType.MOSTLY_Q6_K, QuantType.Q6_K, None, QuantType.Q6_K),
+    "q5_k_m": QuantMix(LlamaFileType.MOSTLY_Q5_K_M, QuantType.Q5_K, QuantType.Q6_K, QuantType.Q6_K),
+    "q4_k_m": QuantMix(LlamaFileType.MOSTLY_Q4_K_M, QuantType.Q4_K, QuantType.Q6_K, QuantType.Q6_K),
+    "q4_0": QuantMix(LlamaFileType.MOSTLY_Q4_0, QuantType.Q4_0, None, QuantType.Q6_K),
 }
 
-INSTEAD = {Kind.Q4_K: Kind.Q5_0, Kind.Q5_K: Kind.Q5_1, Kind.Q6_K: Kind.Q8_0}
-"""For rows that are no multiple of 256: wider blocks of 32."""
+FALLBACKS = {QuantType.Q4_K: QuantType.Q5_0, QuantType.Q5_K: QuantType.Q5_1, QuantType.Q6_K: QuantType.Q8_0}
+"""Types with blocks of 32 and more bits, for rows whose length is not a multiple of 256."""
 
 
-def kind_of(
-    name: str, shape: tuple[int, ...], *, mixture: Mixture, layers: int, tied: bool, grouped: bool
-) -> tuple[Kind, bool]:
-    """The type of one tensor, and whether its shape forced another one than the mixture's.
+def tensor_type(
+    name: str, shape: tuple[int, ...], *, mix: QuantMix, layers: int, tied: bool, grouped: bool
+) -> tuple[QuantType, bool]:
+    """Returns the type of one tensor, and whether its shape forced another type than the mix's.
 
     Args:
         name: In the GGUF, e.g. ``blk.3.ffn_down.weight``.
         shape: Rows, columns.
-        mixture: The format.
-        layers: Of the model.
+        mix: The types of the chosen format.
+        layers: Number of layers of the model.
         tied: Whether the embedding is the output matrix too.
         grouped: Whether several query heads share a key and a value head.
     """
     if len(shape) < 2 or not name.endswith("weight") or "_norm." in name:
-        return Kind.F32, False
-    wanted = mixture.kind
+        return QuantType.F32, False
     if name == "output.weight" or (tied and name == "token_embd.weight"):
-        wanted = mixture.head
+        wanted = mix.head
     else:
-        wanted = _mixed(name, mixture=mixture, layers=layers, grouped=grouped)
-    fits = [
-        kind for kind in (wanted, INSTEAD.get(wanted, wanted), Kind.F16) if shape[-1] % GGML_QUANT_SIZES[kind][0] == 0
-    ]
-    return fits[0], fits[0] != wanted
+        wanted = _inner_type(name, mix=mix, layers=layers, grouped=grouped)
+    candidates = (wanted, FALLBACKS.get(wanted, wanted), QuantType.F16)
+    chosen = next(candidate for candidate in candidates if shape[-1] % GGML_QUANT_SIZES[candidate][0] == 0)
+    return chosen, chosen != wanted
 
 
-def _mixed(name: str, *, mixture: Mixture, layers: int, grouped: bool) -> Kind:
-    """The K mixtures: more bits for the first and last eighth of the layers and for every third between."""
-    layer = int(found.group(1)) if (found := re.match(r"blk\.(\d+)\.", name)) else 0
-    chosen = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+def _inner_type(name: str, *, mix: QuantMix, layers: int, grouped: bool) -> QuantType:
+    """Gives more bits to the first and last eighth of the layers and to every third layer between (the K mixes)."""
+    layer = int(match.group(1)) if (match := re.match(r"blk\.(\d+)\.", name)) else 0
+    important = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
     values = "attn_v." in name or "attn_qkv." in name
-    if mixture.better and chosen and (values or "ffn_down." in name):
-        return mixture.better
-    if values and layers == 80 and grouped and mixture.kind == Kind.Q4_K:
-        return Kind.Q5_K  # the 70B models: eight query heads lean on each value head
-    return mixture.kind
+    if mix.better and important and (values or "ffn_down." in name):
+        return mix.better
+    if values and layers == 80 and grouped and mix.type == QuantType.Q4_K:
+        return QuantType.Q5_K  # the 70B models: eight query heads share each value head
+    return mix.type
 
 
-def row_bytes(kind: Kind, columns: int) -> int:
-    block, size = GGML_QUANT_SIZES[kind]
+def row_bytes(quant_type: QuantType, columns: int) -> int:
+    """Returns the bytes of one row."""
+    block, size = GGML_QUANT_SIZES[quant_type]
     return columns // block * size

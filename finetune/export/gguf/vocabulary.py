@@ -1,4 +1,4 @@
-"""A tokenizer as llama.cpp reads it: tokens, how they merge, how text is cut, what begins, ends and fills."""
+"""Writes a tokenizer in llama.cpp's form: tokens, merges, pre-tokenizer, and special tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+", rf"|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*"
 SLASHED = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
-SPLITTERS: dict[tuple[tuple[str, ...], bool], str] = {
+PRETOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((GPT2,), False): "gpt-2",
     ((DIGIT, GPT2), False): "smollm",
     ((CASELESS + WORDS + r"|\p{N}" + REST,), False): "qwen2",
@@ -31,23 +31,23 @@ SPLITTERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((CASED[0] + CASED[1] + r"|\p{N}" + SLASHED,), True): "tekken",
     ((f"{CASED[0]}{CASELESS}?{CASED[1]}{CASELESS}?" + r"|\p{N}{1,3}" + SLASHED,), False): "gpt-4o",
 }
-"""llama.cpp's name for the way in which text is cut before its pieces are merged, by the patterns of tokenizer.json and by
-whether a piece that is a token as it stands is taken without merging. Source: llama.cpp build 11549, src/llama-vocab.cpp."""
+"""llama.cpp's name of a pre-tokenizer, by the patterns of tokenizer.json and by ``ignore_merges`` (whether a piece that
+is a token is taken without merging). Source: llama.cpp build 11549, src/llama-vocab.cpp."""
 
-NEVER = -1e9
-"""Score of a token that no merge makes."""
+UNMERGED_SCORE = -1e9
+"""Score of a token that no merge produces."""
 
 
-def describe(writer: GGUFWriter, chat: Chat, *, rows: int) -> list[str]:
-    """Writes the tokenizer, its template, and what is done about beginning, end and padding.
+def write_vocabulary(writer: GGUFWriter, chat: Chat, *, rows: int) -> list[str]:
+    """Writes the tokenizer, its template, and its beginning, end and padding tokens.
 
     Args:
         writer: Of the file.
         chat: Tokenizer, and all tokens that end an answer.
-        rows: Of the embedding; where there are more than tokens, the others are filled with unused ones.
+        rows: Of the embedding. Rows beyond the tokens get unused tokens.
 
     Returns:
-        What llama.cpp does otherwise, in sentences.
+        One sentence for each difference in llama.cpp.
 
     Raises:
         ExportError: llama.cpp has no tokenizer that works like this one.
@@ -61,55 +61,55 @@ def describe(writer: GGUFWriter, chat: Chat, *, rows: int) -> list[str]:
     parts = json.loads(backend.to_str())
     if parts["model"]["type"] != "BPE":
         raise ExportError(
-            f"GGUF export knows BPE tokenizers, with bytes or SentencePiece's; this one is {parts['model']['type']}"
+            f"GGUF export knows BPE tokenizers, byte-level or SentencePiece; this one is {parts['model']['type']}"
         )
     merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in parts["model"]["merges"]]
     tokens, types = _tokens(parts, rows=rows)
     if parts["model"].get("byte_fallback"):
-        _sentencepiece(writer, parts, tokens=tokens, merges=merges)
+        _write_sentencepiece(writer, parts, tokens=tokens, merges=merges)
     else:
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(_splitter(parts))
+        writer.add_tokenizer_pre(_pretokenizer(parts))
         writer.add_token_list(tokens)
         writer.add_token_merges([" ".join(merge) for merge in merges])
     writer.add_token_types(types)
-    _ends(writer, chat)
-    kinds = [one["type"] for one in _flat(parts["normalizer"], "normalizers")]
-    forms = [kind for kind in kinds if kind.startswith("NF")]
-    return [f"the tokenizer brings text into Unicode form {forms[0]} first and llama.cpp does not"] if forms else []
+    _write_special_tokens(writer, chat)
+    steps = _flatten(parts["normalizer"], "normalizers")
+    forms = [step["type"] for step in steps if step["type"].startswith("NF")]
+    return [f"the tokenizer normalizes text to Unicode form {forms[0]} and llama.cpp does not"] if forms else []
 
 
 def _tokens(parts: dict[str, Any], *, rows: int) -> tuple[list[str], list[TokenType]]:
-    """Text and type of each id."""
-    vocabulary, added = parts["model"]["vocab"], parts["added_tokens"]
-    ids = {index: (text, _type(text, parts["model"])) for text, index in vocabulary.items()}
-    for one in added:
-        kind = TokenType.CONTROL if one["special"] else TokenType.USER_DEFINED
-        ids[one["id"]] = (one["content"], kind)
+    """Returns text and type of each id."""
+    ids = {index: (text, _token_type(text, parts["model"])) for text, index in parts["model"]["vocab"].items()}
+    for token in parts["added_tokens"]:
+        kind = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
+        ids[token["id"]] = (token["content"], kind)
     if max(ids) >= rows:
         raise ExportError(
-            f"the tokenizer has ids up to {max(ids)} and the embedding {rows} rows: those beyond cannot be written as GGUF"
+            f"the tokenizer has ids up to {max(ids)} and the embedding {rows} rows: "
+            "those beyond cannot be written as GGUF"
         )
-    found = [ids.get(index, (f"[PAD{index}]", TokenType.UNUSED)) for index in range(rows)]
-    return [text for text, _ in found], [kind for _, kind in found]
+    entries = [ids.get(index, (f"[PAD{index}]", TokenType.UNUSED)) for index in range(rows)]
+    return [text for text, _ in entries], [kind for _, kind in entries]
 
 
-def _type(text: str, model: dict[str, Any]) -> TokenType:
+def _token_type(text: str, model: dict[str, Any]) -> TokenType:
     if text == model.get("unk_token"):
         return TokenType.UNKNOWN
     is_byte = model.get("byte_fallback") and len(text) == 6 and text.startswith("<0x") and text.endswith(">")
     return TokenType.BYTE if is_byte else TokenType.NORMAL
 
 
-def _splitter(parts: dict[str, Any]) -> str:
-    patterns = tuple(_patterns(_flat(parts["pre_tokenizer"], "pretokenizers")))
+def _pretokenizer(parts: dict[str, Any]) -> str:
+    patterns = tuple(_patterns(_flatten(parts["pre_tokenizer"], "pretokenizers")))
     ignores = bool(parts["model"].get("ignore_merges"))
-    if (patterns, ignores) not in SPLITTERS:
-        cut = " then ".join(patterns) or "nothing"
+    if (patterns, ignores) not in PRETOKENIZERS:
         raise ExportError(
-            f"GGUF export has no llama.cpp name for a tokenizer that cuts text by {cut} (ignore_merges={ignores})"
+            "GGUF export has no llama.cpp name for a tokenizer that splits text by "
+            f"{' then '.join(patterns) or 'nothing'} (ignore_merges={ignores})"
         )
-    return SPLITTERS[patterns, ignores]
+    return PRETOKENIZERS[patterns, ignores]
 
 
 def _patterns(steps: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -127,30 +127,31 @@ def _patterns(steps: Sequence[dict[str, Any]]) -> Iterator[str]:
             yield step["type"]
 
 
-def _flat(step: dict[str, Any] | None, children: str) -> list[dict[str, Any]]:
+def _flatten(step: dict[str, Any] | None, children: str) -> list[dict[str, Any]]:
     if step is None:
         return []
-    return [one for child in step[children] for one in _flat(child, children)] if step["type"] == "Sequence" else [step]
+    if step["type"] != "Sequence":
+        return [step]
+    return [inner for child in step[children] for inner in _flatten(child, children)]
 
 
-def _sentencepiece(
+def _write_sentencepiece(
     writer: GGUFWriter, parts: dict[str, Any], *, tokens: list[str], merges: list[tuple[str, ...]]
 ) -> None:
-    """llama.cpp merges the pair whose whole has the highest score; the order of the merges gives the scores."""
+    """Derives scores from the order of the merges: llama.cpp merges the pair whose result has the highest score."""
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(merges):
         ranks.setdefault(left + right, rank)
-    steps = [*_flat(parts["normalizer"], "normalizers"), *_flat(parts["pre_tokenizer"], "pretokenizers")]
+    steps = [*_flatten(parts["normalizer"], "normalizers"), *_flatten(parts["pre_tokenizer"], "pretokenizers")]
     prefixed = any(step["type"] == "Prepend" or step.get("prepend_scheme", "never") != "never" for step in steps)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)
-    writer.add_token_scores([-float(ranks[text]) if text in ranks else NEVER for text in tokens])
+    writer.add_token_scores([-float(ranks[text]) if text in ranks else UNMERGED_SCORE for text in tokens])
     writer.add_add_space_prefix(prefixed)
 
 
-def _ends(writer: GGUFWriter, chat: Chat) -> None:
-    """Special ids. A beginning is added where both the tokenizer and its template put one, as training saw it."""
+def _write_special_tokens(writer: GGUFWriter, chat: Chat) -> None:
     tokenizer, template = chat.tokenizer, chat.tokenizer.chat_template
     others = [end for end in chat.ends if end != tokenizer.eos_token_id]
     for index, add in (
@@ -170,7 +171,7 @@ def _ends(writer: GGUFWriter, chat: Chat) -> None:
 
 
 def adds_bos(tokenizer: Any) -> bool:
-    """Whether llama.cpp is to put a beginning in front: the tokenizer does, and a chat begins with it."""
+    """Returns whether llama.cpp must add a BOS token: the tokenizer adds one and chats begin with it."""
     if tokenizer.bos_token_id is None or tokenizer("a").input_ids[:1] != [tokenizer.bos_token_id]:
         return False
     if not tokenizer.chat_template:
