@@ -183,21 +183,21 @@ def test_without_a_bias_none_is_kept() -> None:
 def test_merged_or_several_adapters_are_left_to_peft() -> None:
     layers = adapted("float32")
     fused = fused_linears(layers, "float32")
-    assert not fused.plain
+    assert not fused.needs_peft
     layers["v"].merge()
-    assert fused.plain
+    assert fused.needs_peft
     layers["v"].unmerge()
-    assert not fused.plain
+    assert not fused.needs_peft
     layers["q"].update_layer("second", 4, 8, config=peft.LoraConfig(r=4, lora_alpha=8))
     layers["q"].set_adapter(["default", "second"])
-    assert fused.plain
+    assert fused.needs_peft
 
 
 def test_adapter_that_is_switched_off_is_left_out() -> None:
     layers = adapted("float32")
     fused = fused_linears(layers, "float32")
     layers["k"].enable_adapters(False)
-    assert not fused.plain
+    assert not fused.needs_peft
     assert len(fused.adapters) == len(layers) - 1
     layers["k"].enable_adapters(True)
     assert len(fused.adapters) == len(layers)
