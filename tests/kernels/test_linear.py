@@ -198,10 +198,10 @@ def test_adapter_that_is_switched_off_is_left_out() -> None:
     fused = fused_linears(layers, "float32")
     layers["k"].enable_adapters(False)
     assert not fused.needs_peft
-    assert len(fused.adapters) == len(layers) - 1
+    assert len(fused.branches) == len(layers) - 1
     layers["k"].enable_adapters(True)
-    assert len(fused.adapters) == len(layers)
+    assert len(fused.branches) == len(layers)
 
 
 def test_siblings_without_any_adapter_need_no_peft() -> None:
-    assert not fused_linears(adapted("float32", targets=()), "float32").plain
+    assert not fused_linears(adapted("float32", targets=()), "float32").needs_peft
