@@ -8,44 +8,49 @@ from pathlib import Path
 from benchmarks.published_orderings import check_claims
 from benchmarks.quantization_layers import BLOCK, OUTLIER, Study
 from finetune.bench.quantization import QuantizationResult
-from finetune.bench.quantization_page import write_html
-from finetune.report.markup import Html, figure, joined, section, table, tag
-from finetune.report.svg import box, decades, dot, frame, path, picture, text, ticks
+from finetune.html import Figure, Section, Table, render
+from finetune.html.svg import Axis, box, decades, dot, frame, path, picture, text, ticks
 
 
 def write_page(out: Path, study: Study, results: list[QuantizationResult], *, model: str, text: str) -> None:
     """Writes the page; ``results`` are those of `finetune bench quantization`, or empty."""
-    parts = [
-        section("known", "Compared with what is published", published(results)),
-        section("inside", "Inside the layers", errors(study), blocks(study), codes(study)),
-        section("outliers", "Outliers", activations(study), smoothing(study)),
-    ]
-    lead = f"Weights of {model} in float32, and what its layers read in the first rows of {text}."
-    command = "python -m benchmarks.quantization_layers"
-    write_html(out, title="Quantization inside the layers", lead=lead, parts=parts, command=command)
+    page = render(
+        "sections.html",
+        title="Quantization inside the layers",
+        lead=f"Weights of {model} in float32, and what its layers read in the first rows of {text}.",
+        command="python -m benchmarks.quantization_layers",
+        sections=[
+            Section(title="Compared with what is published", parts=[published(results)]),
+            Section(title="Inside the layers", parts=[errors(study), blocks(study), codes(study)]),
+            Section(title="Outliers", parts=[activations(study), smoothing(study)]),
+        ],
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page, encoding="utf-8")
 
 
-def published(results: list[QuantizationResult]) -> Html:
+def published(results: list[QuantizationResult]) -> Table:
     """Lists published claims with what was measured here."""
-    rows = [
-        [claim.text, claim.source, claim.measured, "as published" if claim.agrees else "not here"]
-        for claim in check_claims(results)
-    ]
-    if not rows:
-        return Html("")
-    lead = "Measured on one model and one text; the sources measured larger ones."
-    return joined([tag("p", lead), table(["published", "where", "measured", ""], rows, text_columns=4)])
+    return Table(
+        header=["published", "where", "measured", ""],
+        rows=[
+            [claim.text, claim.source, claim.measured, "as published" if claim.agrees else "not here"]
+            for claim in check_claims(results)
+        ],
+        text_columns=4,
+        caption="Measured on one model and one text; the sources measured larger ones.",
+    )
 
 
-def errors(study: Study) -> Html:
+def errors(study: Study) -> Table:
     """Shows rounding errors by kind of layer and method."""
     kinds = sorted({error["layer"].rpartition(".")[2] for error in study.errors})
     methods = list(dict.fromkeys(error["method"] for error in study.errors))
-    rows: list[list[object]] = []
+    rows = []
     for kind in kinds:
-        row: list[object] = [kind]
+        row = [kind]
         for method in methods:
-            group = [e for e in study.errors if e["layer"].endswith(kind) and e["method"] == method]
+            group = [error for error in study.errors if error["layer"].endswith(kind) and error["method"] == method]
             mean_rms = sum(error["rms"] for error in group) / len(group)
             worst_rms, largest = (max(error[key] for error in group) for key in ("rms", "max"))
             cosine = min(error["cosine"] for error in group)
@@ -55,27 +60,21 @@ def errors(study: Study) -> Html:
         "Root mean square error as a share of the weights' own: mean over layers (worst layer); largest error; "
         "smallest cosine."
     )
-    return joined([tag("h3", "Error by kind of layer"), tag("p", caption), table(["layers", *methods], rows)])
+    return Table(header=["layers", *methods], rows=rows, title="Error by kind of layer", caption=caption)
 
 
-def blocks(study: Study) -> Html:
+def blocks(study: Study) -> Table:
     """Shows bits and errors of NF4 by block size."""
-    rows = [
-        [
-            str(block["block"]),
-            f"{block['bits']:.3f}",
-            f"{block['rms']:.4f}",
-            f"{block['double_bits']:.3f}",
-            f"{block['double_rms']:.4f}",
-            f"{block['bits'] - block['double_bits']:.3f}",
-        ]
-        for block in study.blocks
-    ]
+    rows = []
+    for block in study.blocks:
+        saved = f"{block['bits'] - block['double_bits']:.3f}"
+        single, double = (f"{block['bits']:.3f}", f"{block['rms']:.4f}"), f"{block['double_bits']:.3f}"
+        rows.append([str(block["block"]), *single, double, f"{block['double_rms']:.4f}", saved])
     header = ["block", "NF4 bits", "error", "with double quantization: bits", "error", "bits saved"]
-    return joined([tag("h3", "Block size and double quantization"), table(header, rows)])
+    return Table(header=header, rows=rows, title="Block size and double quantization")
 
 
-def codes(study: Study) -> Html:
+def codes(study: Study) -> Figure:
     """Draws the levels of each code under the distribution of the weights."""
     left, right, top, bottom = 60, 660, 20, 190
     width, highest = (right - left) / len(study.histogram), max(study.histogram)
@@ -95,22 +94,16 @@ def codes(study: Study) -> Html:
         f"Weights over the largest of their block of {BLOCK}, and the levels of each code. "
         f"Error over mean square: {code_errors}"
     )
-    return figure(picture(700, 270, parts, title="levels and weights"), caption, title="Where the levels lie")
+    shown = picture(700, 270, parts, title="levels and weights")
+    return Figure(picture=shown, caption=caption, title="Where the levels lie")
 
 
-def activations(study: Study) -> Html:
+def activations(study: Study) -> Figure:
     """Draws the largest and the median input channel of each layer."""
     layers = study.activations
-    plot = frame(
-        box=(70, 40, 660, 300),
-        x_ticks=ticks(0, len(layers)),
-        y_ticks=decades(max(min(layer["median"] for layer in layers), 1e-3), max(layer["largest"] for layer in layers)),
-        x_name="linear layer, from the first to the last",
-        y_name="largest input",
-        x_text=lambda value: f"{value:g}",
-        y_text=lambda value: f"{value:g}",
-        log=True,
-    )
+    heights = decades(max(min(layer["median"] for layer in layers), 1e-3), max(layer["largest"] for layer in layers))
+    x_axis = Axis(ticks=ticks(0, len(layers)), name="linear layer, from the first to the last")
+    plot = frame((70, 40, 660, 300), x=x_axis, y=Axis(ticks=heights, name="largest input", log=True))
     parts = list(plot.parts)
     for kind, key in (("line-1", "largest"), ("line-2", "median")):
         points = [(plot.x(number), plot.y(max(layer[key], 1e-3))) for number, layer in enumerate(layers)]
@@ -125,16 +118,16 @@ def activations(study: Study) -> Html:
         f"weights are more even: a layer's largest input channel is {median['weight_unevenness']:.1f} times its median "
         f"one in the median layer, {worst['weight_unevenness']:.1f} times in {worst['layer']}."
     )
-    return figure(picture(700, 350, parts, title="outlier channels"), caption, title="Activations")
+    return Figure(picture=picture(700, 350, parts, title="outlier channels"), caption=caption, title="Activations")
 
 
-def smoothing(study: Study) -> Html:
+def smoothing(study: Study) -> Table:
     """Shows int8 errors without and with SmoothQuant's migration."""
     layers = study.smoothing
     rows = [[layer["layer"], f"{layer['before']:.4f}", f"{layer['after']:.4f}"] for layer in layers]
     ratio = math.prod(layer["before"] / max(layer["after"], 1e-12) for layer in layers) ** (1 / max(len(layers), 1))
-    lead = (
+    caption = (
         "Error of a layer's output in int8 with one scale for its inputs; smoothing makes it "
         f"{ratio:.1f} times smaller in these layers."
     )
-    return joined([tag("h3", "SmoothQuant's migration"), tag("p", lead), table(["layer", "before", "after"], rows)])
+    return Table(header=["layer", "before", "after"], rows=rows, title="SmoothQuant's migration", caption=caption)

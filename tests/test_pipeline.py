@@ -116,7 +116,7 @@ def test_the_quickstart_runs_on_the_real_model(tmp_path: Path, capsys: pytest.Ca
     assert report["train"]["final_loss"] < report["train"]["first_loss"]
     dequantized = next(one for one in report["merge"]["candidates"] if one["name"] == "dequantized")
     assert dequantized["kl"] < 0.05, "bfloat16 cannot hold all of what four steps changed"
-    assert all(proof["passed"] for proof in report["preflight"]["proofs"])
+    assert all(check["passed"] for check in report["preflight"]["checks"])
 
 
 @pytest.mark.slow

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from html import escape
 from pathlib import Path
 
 from finetune.bench.quantization import ROW_TOKENS, QuantizationResult, cells
-from finetune.report.markup import Html, figure, joined, section, table, tag
-from finetune.report.page import STYLE
-from finetune.report.svg import decades, dot, frame, picture, text, ticks
+from finetune.html import Figure, Section, Table, render
+from finetune.html.svg import Axis, decades, dot, frame, picture, text, ticks
 
 NAME_WIDTH, NAME_HEIGHT = 60, 14
 """Pixels that a method's name takes in the picture."""
@@ -48,70 +45,56 @@ def write_page(
         model: Its name.
     """
     measured = [result for result in results if result.status == "measured"]
-    parts = [
-        section("table", "Every way to store the base", result_tables([reference, *measured]), not_run(results)),
-        section("picture", "Size against quality", size_picture(measured)),
-    ]
     moved = MOVED if grid == "moved" else ""
-    lead = f"Measured on {text} in rows of {ROW_TOKENS} tokens, each in its own process. {moved}"
-    title = f"Quantization of {model.removeprefix('package:').rpartition('/')[2]}"
-    write_html(out, title=title, lead=lead, parts=parts, command="finetune bench quantization")
-
-
-def write_html(out: Path, *, title: str, lead: str, parts: Iterable[Html], command: str) -> None:
-    """Writes one HTML file in the report's style."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(
-        '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta name="color-scheme" content="light dark"><title>{escape(title)}</title>\n'
-        f"<style>\n{STYLE.read_text(encoding='utf-8')}</style></head>\n"
-        f"<body><header><h1>{escape(title)}</h1></header>\n<main>{tag('p', lead)}{joined(parts)}</main>\n"
-        f"<footer>Written by {escape(command)}.</footer></body></html>\n",
-        encoding="utf-8",
+    tables = [*result_tables([reference, *measured]), not_run(results)]
+    page = render(
+        "sections.html",
+        title=f"Quantization of {model.removeprefix('package:').rpartition('/')[2]}",
+        lead=f"Measured on {text} in rows of {ROW_TOKENS} tokens, each in its own process. {moved}",
+        command="finetune bench quantization",
+        sections=[
+            Section(title="Every way to store the base", parts=tables),
+            Section(title="Size against quality", parts=[size_figure(measured)]),
+        ],
     )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page, encoding="utf-8")
 
 
-def result_tables(results: list[QuantizationResult]) -> Html:
+def result_tables(results: list[QuantizationResult]) -> list[Table]:
     """Returns two tables, each as wide as the page."""
     rows = [cells(result) for result in results]
-    sizes = table(SIZES, [row[: len(SIZES)] for row in rows])
-    speeds = table(SPEEDS, [[row[0], *row[len(SIZES) :]] for row in rows])
-    return joined([sizes, tag("h3", "Speed and answers"), speeds])
+    sizes = Table(header=SIZES, rows=[row[: len(SIZES)] for row in rows])
+    speeds = [[row[0], *row[len(SIZES) :]] for row in rows]
+    return [sizes, Table(header=SPEEDS, rows=speeds, title="Speed and answers")]
 
 
-def not_run(results: list[QuantizationResult]) -> Html:
+def not_run(results: list[QuantizationResult]) -> Table:
     """Lists the backends that were not measured, with the reason."""
     rows = [[result.backend, result.status] for result in results if result.status != "measured"]
-    if not rows:
-        return Html("")
-    return joined([tag("h3", "Not measured here"), table(["backend", "why"], rows, text_columns=2)])
+    return Table(header=["backend", "why"], rows=rows, text_columns=2, title="Not measured here")
 
 
-def size_picture(measured: list[QuantizationResult]) -> Html:
+def size_figure(measured: list[QuantizationResult]) -> Figure:
     """Draws KL over size on disk, on a logarithmic scale."""
-    points = [(r.backend, r.disk_bytes / MIB, r.kl) for r in measured if r.kl and r.disk_bytes]
+    caption = "Lower left is better: small, and close to the model in float32."
+    points = [
+        (result.backend, result.disk_bytes / MIB, result.kl) for result in measured if result.kl and result.disk_bytes
+    ]
     if not points:
-        return Html("")
-    plot = frame(
-        box=(70, 40, 640, 320),
-        x_ticks=ticks(0, max(size for _, size, _ in points)),
-        y_ticks=decades(min(kl for *_, kl in points), max(kl for *_, kl in points)),
-        x_name="checkpoint, MiB",
-        y_name="KL to float32, nats a token",
-        x_text=lambda value: f"{value:g}",
-        y_text=lambda value: f"{value:g}",
-        log=True,
-    )
+        return Figure(picture="")
+    sizes, kls = [size for _, size, _ in points], [kl for *_, kl in points]
+    x_axis = Axis(ticks=ticks(0, max(sizes)), name="checkpoint, MiB")
+    y_axis = Axis(ticks=decades(min(kls), max(kls)), name="KL to float32, nats per token", log=True)
+    plot = frame((70, 40, 640, 320), x=x_axis, y=y_axis)
     parts = list(plot.parts)
     placed: list[tuple[float, float]] = []
     for name, size, kl in sorted(
         points, key=lambda point: -point[2]
-    ):  # from the top: a label moves below its neighbours
+    ):  # from the top: a name moves below its neighbours
         x, y = plot.x(size), plot.y(kl)
         near = [above for left, above in placed if abs(left - x) < NAME_WIDTH and abs(above - y) < NAME_WIDTH]
         height = max([y + 4, *[above + NAME_HEIGHT for above in near]])
         placed.append((x, height))
         parts += [dot(x, y, 5, kind="bar", title=f"{name}: KL {kl}"), text(x + 9, height, name)]
-    caption = "Lower left is better: small, and close to the model in float32."
-    return figure(picture(700, 370, parts, title="size against KL"), caption)
+    return Figure(picture=picture(700, 370, parts, title="size against KL"), caption=caption)

@@ -1,13 +1,14 @@
-"""Base against tuned, row by row."""
+"""Answers of the base and of the tuned model, row by row."""
+
+from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from html import escape
 
-from finetune.report.format import ARTIFACTS, MISSING, metric_title, number
-from finetune.report.markup import Html, joined, mark, section, table, tag
+from finetune.html.format import MISSING, number
 from finetune.report.run_data import Fields
 from finetune.report.summary import headline_metric
+from finetune.report.titles import ARTIFACTS, metric_title
 
 FIRST_ROWS = 8
 WORST_ROWS = 6
@@ -17,75 +18,66 @@ TURN_STARTS = re.compile(r"<\|im_start\|>|<\|start_header_id\|>|\[INST\]|<start_
 TURN_ENDS = re.compile(r"<\|im_end\|>|<\|eot_id\|>|\[/INST\]|<end_of_turn>|<\|end\|>")
 
 
-def answers(report: Fields, samples: Sequence[Fields]) -> Html:
-    """The first rows as they come, then the worst of the others."""
+def answers(report: Fields, samples: Sequence[Fields]) -> Fields | None:
+    """Selects the rows to show; None where no answers were written."""
     if not samples:
-        return Html("")
+        return None
     metric = headline_metric(report["eval"]) if report["eval"] else ""
-    tuned = tuned_artifact(samples)
+    tuned = "merged" if samples[0].get("merged") is not None else "adapter"
     first, others = samples[:FIRST_ROWS], samples[FIRST_ROWS:]
-    wrong = sorted(
-        ((value, row) for row in others if (value := score(row, tuned, metric)) is not None and value < 1),
-        key=lambda pair: pair[0],
-    )
-    parts: list[object] = [
-        tag(
-            "p",
-            f"The first {len(first)} held-out rows, not chosen by anyone. A tick stands for “{metric_title(metric).lower()}”.",
-        ),
-        _table(first, tuned, metric),
-    ]
-    if wrong:
-        worst = [row for _, row in wrong[:WORST_ROWS]]
-        told = f"{len(wrong)} of the other {len(others)} rows are not fully right. The {len(worst)} worst of them:"
-        parts += [tag("h3", "Where it is still wrong"), tag("p", told), _table(worst, tuned, metric)]
-    return section("answers", "Answers, before and after", *parts)
+    scored = [(value, row) for row in others if (value := _score(row, tuned, metric)) is not None and value < 1]
+    scored.sort(key=lambda pair: pair[0])
+    gained = (row for row in samples if _score(row, tuned, metric) == 1 and _score(row, "base", metric) == 0)
+    example = next(gained, None)
+    return {
+        "metric": metric_title(metric),
+        "tuned_title": ARTIFACTS[tuned],
+        "example": None if example is None else _row(example, tuned, metric),
+        "first": [_row(row, tuned, metric) for row in first],
+        "worst": [_row(row, tuned, metric) for _, row in scored[:WORST_ROWS]],
+        "wrong": len(scored),
+        "others": len(others),
+    }
 
 
-def tuned_artifact(samples: Sequence[Fields]) -> str:
-    """The last artifact of the line that has answers."""
-    return "merged" if samples and samples[0].get("merged") is not None else "adapter"
-
-
-def score(row: Fields, artifact: str, metric: str) -> float | None:
-    """One artifact's score on one row; None where it was not measured."""
+def _score(row: Fields, artifact: str, metric: str) -> float | None:
     return ((row.get("scores") or {}).get(artifact) or {}).get(metric)
 
 
-def _table(rows: Sequence[Fields], tuned: str, metric: str) -> Html:
-    cells = [
-        [
-            last_request(row["prompt"]),
-            code(row.get("reference")),
-            _answer(row, "base", metric),
-            _answer(row, tuned, metric),
-        ]
-        for row in rows
-    ]
-    return table(["Request", "Right answer", ARTIFACTS["base"], ARTIFACTS[tuned]], cells, text_columns=4)
+def _row(row: Fields, tuned: str, metric: str) -> Fields:
+    return {
+        "request": last_request(row["prompt"]),
+        "reference": answer_text(row.get("reference")),
+        "base": _answer(row, "base", metric),
+        "tuned": _answer(row, tuned, metric),
+    }
 
 
-def _answer(row: Fields, artifact: str, metric: str) -> Html:
-    value = score(row, artifact, metric)
+def _answer(row: Fields, artifact: str, metric: str) -> Fields:
+    text, value = answer_text(row.get(artifact)), _score(row, artifact, metric)
     if value is None:
-        return code(row.get(artifact))
-    word = "right" if value >= 1 else "wrong" if value <= 0 else number(value)
-    return joined([code(row.get(artifact)), Html("<br>"), mark(value >= 1, word)])
+        return {"text": text, "is_right": False, "word": ""}
+    return {
+        "text": text,
+        "is_right": value >= 1,
+        "word": "right" if value >= 1 else "wrong" if value <= 0 else number(value),
+    }
 
 
-def code(content: object) -> Html:
-    """An answer as it was given, without special tokens, cut where it runs on; lines may break after a comma."""
-    text = MISSING if content is None else SPECIAL.sub("", str(content)).strip() or "(nothing)"
-    return tag("code", Html(escape(shortened(text)).replace(",", ",<wbr>")))
+def answer_text(content: object) -> str:
+    """Returns an answer without special tokens, shortened if it is long."""
+    return MISSING if content is None else _shortened(SPECIAL.sub("", str(content)).strip() or "(nothing)")
 
 
-def shortened(text: str) -> str:
+def _shortened(text: str) -> str:
     return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " …"
 
 
 def last_request(prompt: str) -> str:
-    """What the user asked last, out of a rendered prompt: the template's marks and earlier turns are left out."""
+    """Returns the last user turn of a rendered prompt, without the template's marks."""
     turns = TURN_STARTS.split(prompt)
-    asked = [turn for turn in turns if turn.lstrip().startswith("user")] or ([turns[-1]] if len(turns) > 1 else [])
-    text = TURN_ENDS.split(asked[-1].lstrip().removeprefix("user").removeprefix("|>"))[0] if asked else prompt
-    return shortened(SPECIAL.sub("", text).strip())
+    requests = [turn for turn in turns if turn.lstrip().startswith("user")] or ([turns[-1]] if len(turns) > 1 else [])
+    if not requests:
+        return _shortened(SPECIAL.sub("", prompt).strip())
+    text = TURN_ENDS.split(requests[-1].lstrip().removeprefix("user").removeprefix("|>"))[0]
+    return _shortened(SPECIAL.sub("", text).strip())

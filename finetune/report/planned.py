@@ -1,10 +1,11 @@
-"""What was planned, as bars: one for each phase, cut into what it is made of, beside the device's memory."""
+"""The plan: one bar for each phase, divided into its parts, and the planned peak compared with the measured one."""
 
-from finetune.report.format import size
-from finetune.report.markup import Html, figure
+from finetune.html import Figure
+from finetune.html.format import size
+from finetune.html.svg import Scale, box, line, picture, text, ticks
 from finetune.report.run_data import Fields
-from finetune.report.svg import Scale, box, line, picture, text, ticks
 
+GIB, MIB = 1024**3, 1024**2
 PARTS = {
     "model": ("weights", "constants", "unquantized", "cached", "gathered"),
     "adapter, gradients, optimizer": ("adapter", "gradients", "optimizer", "first weights"),
@@ -14,34 +15,53 @@ PARTS = {
 """Four parts that a reader can tell apart, and the plan's terms in each."""
 
 WIDTH, LEFT, RIGHT, ROW, BAR = 760, 96, 668, 34, 18
+Phases = dict[str, dict[str, int]]
+"""Bytes of each term, by phase."""
 
 
-def planned_bars(report: Fields) -> Html:
-    """The figure for the page; empty where there is no plan."""
+def planned_text(report: Fields) -> str:
+    """Compares the planned peak with the measured one; empty without a plan."""
+    plan = report["plan"] or {}
+    if not plan.get("known") or not plan.get("peak_bytes"):
+        return ""
+    key, where = "peak_device_bytes", "on the GPU"
+    if plan.get("device") == "cpu":
+        key, where = "peak_rss_bytes", "in the whole process, libraries included"
+    peaks = [report["stages"].get(stage, {}).get(key) or 0 for stage in ("model", "preflight", "train")]
+    measured = f" Measured: {size(max(peaks))} {where}." if any(peaks) else ""
+    largest = plan.get("largest_term")
+    share = f", most of it {largest.replace('_', ' ')} ({size(plan['largest_term_bytes'])})" if largest else ""
+    return f"Planned before anything was loaded: {size(plan['peak_bytes'])} for model and training{share}.{measured}"
+
+
+def planned_figure(report: Fields) -> Figure | None:
+    """Draws the planned memory of each phase; None without a plan."""
     plan = report["plan"] or {}
     phases = plan.get("phases") or {}
     if not plan.get("known") or not phases:
-        return Html("")
-    where = (
-        "each device" if plan.get("devices", 1) > 1 else "the GPU" if plan.get("device") == "cuda" else "this process"
-    )
+        return None
+    where = "the GPU" if plan.get("device") == "cuda" else "this process"
+    if plan.get("devices", 1) > 1:
+        where = "each device"
     memory = plan.get("memory_bytes") or 0
-    told = f" The dashed line is the device's memory, {size(memory)}." if _is_shown(memory, phases) else ""
-    legend = [(f"part-{number}", name) for number, name in enumerate(PARTS, start=1)]
-    caption = f"Bytes in {where} for each phase, planned before anything was loaded.{told}"
-    return figure(bars(phases, memory=memory), caption, title="Planned memory", legend=legend)
+    limit = f" The dashed line is the device's memory, {size(memory)}." if _is_shown(memory, phases) else ""
+    return Figure(
+        picture=bars(phases, memory=memory),
+        caption=f"Bytes in {where} for each phase, planned before anything was loaded.{limit}",
+        title="Planned memory",
+        legend=[(f"part-{number}", name) for number, name in enumerate(PARTS, start=1)],
+    )
 
 
-def bars(phases: dict[str, dict[str, int]], *, memory: int) -> str:
-    """One bar a phase; the memory as a line, unless the bars would vanish beside it."""
+def bars(phases: Phases, *, memory: int) -> str:
+    """Draws one bar for each phase, and the memory as a line unless the bars would vanish next to it."""
     widest = max(sum(terms.values()) for terms in phases.values())
     shown = memory if _is_shown(memory, phases) else 0
-    unit = 1024**3 if widest >= 1024**3 else 1024**2
+    unit, name = (GIB, "GiB") if widest >= GIB else (MIB, "MiB")
     marks = ticks(0, max(widest, shown) / unit)
     x = Scale(low=0, high=marks[-1] * unit, start=LEFT, end=RIGHT)
     bottom = ROW * len(phases) + 8
     parts = [line(x(mark * unit), 0, x(mark * unit), bottom, kind="grid") for mark in marks]
-    name = "GiB" if unit == 1024**3 else "MiB"
     parts += [text(x(mark * unit), bottom + 16, f"{mark:g} {name}", anchor="middle") for mark in marks]
     for row, (phase, terms) in enumerate(phases.items()):
         parts += _bar(phase.replace("_", " "), terms, x=x, top=ROW * row + 8)
@@ -50,17 +70,17 @@ def bars(phases: dict[str, dict[str, int]], *, memory: int) -> str:
     return picture(WIDTH, bottom + 24, parts, title="planned memory of each phase", wide=True)
 
 
-def _is_shown(memory: int, phases: dict[str, dict[str, int]]) -> bool:
+def _is_shown(memory: int, phases: Phases) -> bool:
     return 0 < memory <= 3 * max(sum(terms.values()) for terms in phases.values())
 
 
 def _bar(phase: str, terms: dict[str, int], *, x: Scale, top: float) -> list[str]:
-    drawn = [text(LEFT - 10, top + 14, phase, anchor="end")]
-    at = 0
+    parts = [text(LEFT - 10, top + 14, phase, anchor="end")]
+    start = 0
     for number, (part, names) in enumerate(PARTS.items(), start=1):
         amount = sum(terms.get(name, 0) for name in names)
         if amount:
             title = f"{part}: " + ", ".join(f"{name} {size(terms[name])}" for name in names if terms.get(name))
-            drawn.append(box(x(at), top, x(at + amount) - x(at), BAR, kind=f"part-{number}", title=title))
-        at += amount
-    return [*drawn, text(x(at) + 8, top + 14, size(at), kind="value")]
+            parts.append(box(x(start), top, x(start + amount) - x(start), BAR, kind=f"part-{number}", title=title))
+        start += amount
+    return [*parts, text(x(start) + 8, top + 14, size(start), kind="value")]

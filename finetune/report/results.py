@@ -1,7 +1,9 @@
-"""What came out: the scores of the four artifacts, the merge, the exports."""
+"""What came out: the scores of the four artifacts and the merge candidates."""
 
-from html import escape
+from __future__ import annotations
 
+from finetune.html import Figure, Table
+from finetune.html.format import MISSING, is_share, number, percent, signed, size
 from finetune.inference.artifacts import (
     describe_answer_changes,
     describe_rows,
@@ -9,175 +11,101 @@ from finetune.inference.artifacts import (
     table_cells,
     table_headers,
 )
-from finetune.report.format import (
-    ARTIFACTS,
-    CHANGES,
-    MISSING,
-    count,
-    is_share,
-    metric_title,
-    number,
-    percent,
-    signed,
-    size,
-)
 from finetune.report.intervals import agreement_picture, artifact_picture, change_picture
-from finetune.report.markup import Html, figure, joined, mark, section, table, tag
 from finetune.report.run_data import Fields
 from finetune.report.summary import headline_metric
+from finetune.report.titles import ARTIFACTS, CHANGES, metric_title
 
 
-def scores(report: Fields) -> Html:
-    """The four artifacts on the same rows, metric by metric, and where the differences come from."""
-    scored = report["eval"]
-    if scored is None:
-        return Html("")
-    measured, changes = scored["artifacts"], scored.get("changes") or {}
-    blocks = []
-    headline = headline_metric(scored)
-    for name in sorted(metric_names(report["artifacts"]), key=lambda name: name != headline):
-        share = is_share(
-            [item["metrics"][name]["value"] for item in measured.values() if name in (item.get("metrics") or {})]
-        )
-        unit = ", in points" if share else ""
-        blocks.append(figure(artifact_picture(measured, name), "", title=metric_title(name)))
-        blocks.append(
-            figure(
-                change_picture(changes, name, share=share),
-                "",
-                title=f"{metric_title(name)}: what each step changed{unit}",
-            )
-        )
-    text = (
-        f"Each artifact answered the same {count(scored.get('rows'))} held-out rows, which no training step has seen. The dot is the score "
-        "and the bar its 95 % interval. The picture beside it shows paired differences: where a bar crosses zero, it may be chance."
-    )
-    return section(
-        "scores",
-        "Did it learn the task?",
-        tag("p", text),
-        tag("div", joined(blocks), kind="pairs"),
-        _loss_words(changes),
-        _forgotten(changes),
-        _tasks(measured),
-    )
+def scores_section(report: Fields) -> Fields | None:
+    """Collects the scores; None without an evaluation."""
+    scores = report["eval"]
+    if scores is None:
+        return None
+    artifacts, changes = scores["artifacts"], scores.get("changes") or {}
+    headline = headline_metric(scores)
+    names = sorted(metric_names(report["artifacts"]), key=lambda name: name != headline)
+    return {
+        "figures": [figure for name in names for figure in _metric_figures(artifacts, changes, name)],
+        "perplexity_changes": [
+            f"{CHANGES[name].lower()} {signed(changes[name]['perplexity']['difference'], share=False)}"
+            for name in CHANGES
+            if "perplexity" in changes.get(name, {})
+        ],
+        "forgetting": Figure(
+            picture=change_picture(changes, "general_loss", share=False),
+            caption="Change of the loss on general text that resembles no training row, in nats per token. "
+            "To the right of zero something was forgotten.",
+            title="What the model forgot",
+        ),
+        "tasks": _tasks(artifacts),
+    }
 
 
-def artifacts(report: Fields) -> Html:
-    """One table of all that was measured on the same rows: every artifact, from the base to each export."""
-    lines = report["artifacts"]
-    if not lines:
-        return Html("")
-    names = metric_names(lines)
-    kept = frozenset(index for index, line in enumerate(lines) if line["kept"])
-    broken = [
-        [Html(escape(cell).replace(" [", "<br>[").replace(" from ", "<br>from ")) for cell in table_cells(line, names)]
-        for line in lines
+def _metric_figures(artifacts: Fields, changes: Fields, name: str) -> list[Figure]:
+    values = [item["metrics"][name]["value"] for item in artifacts.values() if name in (item.get("metrics") or {})]
+    share = is_share(values)
+    title = f"{metric_title(name)}: what each step changed{', in points' if share else ''}"
+    return [
+        Figure(picture=artifact_picture(artifacts, name), title=metric_title(name)),
+        Figure(picture=change_picture(changes, name, share=share), title=title),
     ]
-    listed = table(table_headers(lines, metric_title), broken, strong=kept)
-    beneath = joined(tag("p", text, kind="caption") for text in describe_answer_changes(lines, metric_title))
-    return section("artifacts", "Every artifact on the same rows", tag("p", describe_rows(lines)), listed, beneath)
 
 
-def _loss_words(changes: Fields) -> Html:
-    words = "Perplexity is the number of tokens among which the model hesitates when it reads the right answers; 1 would be certainty."
-    found = [f"{CHANGES[name].lower()} {signed(changes[name]['perplexity']['difference'], share=False)}" for name in CHANGES
-             if "perplexity" in changes.get(name, {})]  # fmt: skip
-    return tag("p", f"{words} Change of it: {', '.join(found)}." if found else words, kind="caption")
-
-
-def _forgotten(changes: Fields) -> Html:
-    """What each step did to the loss on text that has nothing to do with the task."""
-    drawn = change_picture(changes, "general_loss", share=False)
-    caption = "Change of the loss on general text that no training row resembles, in nats a token. To the right of zero something was lost."
-    return figure(drawn, caption, title="What it cost elsewhere")
-
-
-def _tasks(artifacts: Fields) -> Html:
-    """Scores of lm-eval's tasks, with their standard errors."""
-    tasks = {name: item["harness"]["tasks"] for name, item in artifacts.items() if item.get("harness")}
-    found = {
-        (task, metric) for scored in tasks.values() for task, result in scored.items() for metric in result["metrics"]
+def _tasks(artifacts: Fields) -> Table:
+    """Returns the scores of lm-eval's tasks with their standard errors."""
+    results = {name: item["harness"]["tasks"] for name, item in artifacts.items() if item.get("harness")}
+    columns = {
+        (task, metric) for tasks in results.values() for task, result in tasks.items() for metric in result["metrics"]
     }
     rows = []
-    for task, metric in sorted(found):
-        cells = [(scored[task]["metrics"].get(metric) or {}) if task in scored else {} for scored in tasks.values()]
-        shown = [f"{number(cell['value'])} ± {number(cell['stderr'])}" if cell else MISSING for cell in cells]
+    for task, metric in sorted(columns):
+        scores = [tasks[task]["metrics"].get(metric) if task in tasks else None for tasks in results.values()]
+        shown = [f"{number(score['value'])} ± {number(score['stderr'])}" if score else MISSING for score in scores]
         rows.append([task, metric, *shown])
-    return table(["lm-eval task", "Metric", *[ARTIFACTS[name] for name in tasks]], rows, text_columns=2)
+    return Table(header=["lm-eval task", "Metric", *map(ARTIFACTS.__getitem__, results)], rows=rows, text_columns=2)
 
 
-def merged(report: Fields) -> Html:
-    """The candidates, measured against the graph that was trained, and which one was written."""
+def artifacts_section(report: Fields) -> Fields | None:
+    """Collects every artifact, from the base to each export; None where nothing was measured."""
+    entries = report["artifacts"]
+    if not entries:
+        return None
+    names = metric_names(entries)
+    kept = frozenset(index for index, entry in enumerate(entries) if entry["kept"])
+    table = Table(
+        header=table_headers(entries, metric_title), rows=[table_cells(entry, names) for entry in entries], strong=kept
+    )
+    return {
+        "sentence": describe_rows(entries),
+        "table": table,
+        "remarks": list(describe_answer_changes(entries, metric_title)),
+    }
+
+
+def merge_section(report: Fields) -> Fields | None:
+    """Collects the candidates; None without a merge."""
     merge = report["merge"]
     if merge is None:
-        return Html("")
-    candidates = merge["candidates"] or []
-    rows = [_candidate(f"{item['name'].replace('_', ' ')} + adapter", item) for item in candidates]
-    kept = [index for index, item in enumerate(candidates) if item["name"] == merge["chosen"]]
-    text = (
-        "The adapter is added into the weights, so that the result needs no adapter any more. It can be added to the original weights or "
-        "to the quantized ones that it was trained on. Each way is measured against the model as trained; KL is how far the two "
-        "disagree on the next token."
-    )
-    reloaded = merge.get("reloaded") or {}
-    again = ", ".join(
-        f"{shown} {number(reloaded[name])}" for name, shown in (("kl", "KL"), ("loss", "loss")) if name in reloaded
-    )
-    return section(
-        "merge",
-        "Merge",
-        tag("p", text),
-        figure(
-            agreement_picture(candidates, merge["chosen"]),
-            "KL to the model as trained, on powers of ten; further left is closer.",
-        ),
-        table(["Weights", "KL", "Same top token", "Size"], rows, strong=frozenset(kept)),
-        tag(
-            "p",
-            f"Kept: {merge['chosen']} + adapter" + (f", by this rule: {merge['rule']}." if merge.get("rule") else "."),
-        ),
-        tag("p", f"Opened again from disk by a fresh process: {again}.") if again else "",
-    )
-
-
-def _candidate(name: str, item: Fields) -> list[str]:
-    return [name, number(item.get("kl")), percent(item.get("top1_agreement")), size(item.get("bytes"))]
-
-
-def exported(report: Fields) -> Html:
-    """Each format that was written, and what its own runtime answered."""
+        return None
+    candidates, reloaded = merge["candidates"] or [], merge.get("reloaded") or {}
     rows = [
-        [item["format"], tag("code", item["path"]), size(item.get("bytes")), *_parity(item.get("parity") or {})]
-        for item in report["export"]
+        [
+            f"{candidate['name'].replace('_', ' ')} + adapter",
+            number(candidate.get("kl")),
+            percent(candidate.get("top1_agreement")),
+            size(candidate.get("bytes")),
+        ]
+        for candidate in candidates
     ]
-    text = (
-        "Each export was opened again by the program that it is meant for and compared with the model it was made from."
-    )
-    head = [
-        "Format",
-        "Path",
-        "Size",
-        "Opened by",
-        "Token ids",
-        "Logits within",
-        "KL",
-        "First token",
-        "Ends its answer",
-    ]
-    listed = table(head, rows, text_columns=2)
-    return section("exports", "Exports", tag("p", text), listed) if rows else Html("")
-
-
-def _parity(parity: Fields) -> list[object]:
-    """One cell for each thing that was compared; dashes where no runtime opens it."""
-    if not parity:
-        return [MISSING] * 6
-    return [
-        parity["runtime"],
-        mark(True, f"{parity['chats']} chats the same"),
-        f"{number(parity['max_logit_difference'])} (bound {parity['bound']:g})",
-        number(parity["kl"]),
-        percent(parity["top1_agreement"]),
-        "yes" if parity["stops"] else "no, nor does the model",
-    ]
+    chosen = frozenset(index for index, candidate in enumerate(candidates) if candidate["name"] == merge["chosen"])
+    return {
+        "agreement": Figure(
+            picture=agreement_picture(candidates, merge["chosen"]),
+            caption="KL to the model as trained, on a logarithmic axis; further left is closer.",
+        ),
+        "candidates": Table(header=["Weights", "KL", "Same top token", "Size"], rows=rows, strong=chosen),
+        "reloaded": [
+            f"{title} {number(reloaded[name])}" for name, title in (("kl", "KL"), ("loss", "loss")) if name in reloaded
+        ],
+    }

@@ -1,23 +1,26 @@
-"""The jobs of a sweep on one page: a table and a picture. Jobs that failed or were stopped are in it with their reason."""
+"""The jobs of a sweep on one page: a table and a picture, with the reason why a job failed or was stopped."""
 
-from html import escape
 from pathlib import Path
 
 from finetune.console import log, table
 from finetune.errors import ConfigError
 from finetune.files import atomic_write_text
-from finetune.report.format import MISSING, duration, number, size
-from finetune.report.markup import Html, figure, joined, mark, section, tag
-from finetune.report.markup import table as html_table
-from finetune.report.page import STYLE
+from finetune.html import Figure, render
+from finetune.html.format import MISSING, duration, number, size
 from finetune.report.run_data import Fields
 from finetune.report.sweep_picture import parallel_picture
 from finetune.run import write_json
 from finetune.sweep import Job, jobs_in
 
 SCHEMA = 1
+HEADS = ["state", "held-out loss", "tokens/s", "peak memory", "time", "why"]
 REASON_WIDTH = 60
 """Letters of a reason that fit into the console's table; the page has all of it."""
+
+CAPTION = (
+    "A line is a job: its settings, then its held-out loss in nats per trained token. The best one stands out; "
+    "faint lines were stopped. Jobs without a loss are only in the table."
+)
 
 
 def report_sweep(folder: Path) -> bool:
@@ -33,50 +36,35 @@ def report_sweep(folder: Path) -> bool:
     if not jobs:
         raise ConfigError(f"sweep.name: {folder} holds no job of a sweep; start one with --multirun, or give run.root")
     content = summarize(folder.name, jobs)
-    table(
-        "sweep",
-        [*content["settings"], *HEADS],
-        [_cells(job, content["settings"], width=REASON_WIDTH) for job in content["jobs"]],
-    )
+    cells = [_cells(job, content["settings"], width=REASON_WIDTH) for job in content["jobs"]]
+    table("sweep", [*content["settings"], *HEADS], cells)
     write_json(folder / "report.json", content)
     atomic_write_text(folder / "report.html", page(content))
-    log(
-        "sweep",
-        f"{_count(content['jobs'])}; {best(content['jobs'])}",
-        f"the whole sweep on one page: {folder / 'report.html'}",
-    )
+    log("sweep", _summary(content["jobs"]), f"the whole sweep on one page: {folder / 'report.html'}")
     return all(job["state"] in ("done", "pruned") for job in content["jobs"])
 
 
 def summarize(name: str, jobs: list[Job]) -> Fields:
-    """report.json of a sweep. A setting that a job does not have, and a figure that it did not reach, is null."""
+    """Returns report.json of a sweep. A setting that a job does not have, or a figure that it lacks, is null."""
     settings = list(dict.fromkeys(key for job in jobs for key in job.changed))
+    return {"schema": SCHEMA, "sweep": name, "settings": settings, "jobs": [_job(job, settings) for job in jobs]}
+
+
+def _job(job: Job, settings: list[str]) -> Fields:
     return {
-        "schema": SCHEMA,
-        "sweep": name,
-        "settings": settings,
-        "jobs": [
-            {
-                "run": job.folder.name,
-                "changed": {key: job.changed.get(key) for key in settings},
-                "state": job.state,
-                "reason": job.reason,
-                "held_out": dict.fromkeys(("loss", "low", "high")) | job.held_out(),
-                **job.cost(),
-                "seconds": job.seconds,
-            }
-            for job in jobs
-        ],
+        "run": job.folder.name,
+        "changed": {key: job.changed.get(key) for key in settings},
+        "state": job.state,
+        "reason": job.reason,
+        "held_out": dict.fromkeys(("loss", "low", "high")) | job.held_out(),
+        **job.cost(),
+        "seconds": job.seconds,
     }
 
 
-HEADS = ("state", "held-out loss", "tokens/s", "peak memory", "time", "why")
-
-
 def _cells(job: Fields, settings: list[str], *, width: int | None = None) -> list[str]:
-    loss = job["held_out"]
+    loss, reason = job["held_out"], job["reason"]
     between = f" [{loss['low']:.4f}, {loss['high']:.4f}]" if loss["low"] is not None else ""
-    reason = job["reason"]
     return [
         *[MISSING if job["changed"][key] is None else job["changed"][key] for key in settings],
         job["state"],
@@ -89,70 +77,37 @@ def _cells(job: Fields, settings: list[str], *, width: int | None = None) -> lis
 
 
 def page(content: Fields) -> str:
-    """The whole page; it asks the network for nothing and runs no script."""
-    settings, jobs = content["settings"], content["jobs"]
+    """Returns the whole page for the content of a sweep's report.json."""
+    jobs = content["jobs"]
     measured = [job for job in jobs if job["held_out"]["loss"] is not None and job["state"] != "failed"]
-    caption = (
-        "A line is a job: its settings, then its held-out loss in nats a trained token. The best one stands out; faint lines were stopped."
-        " Jobs without a loss are in the table alone."
-    )
     order = sorted(jobs, key=lambda job: (job not in measured, job["state"] != "done", job["held_out"]["loss"] or 0))
-    rows = [[tag("code", job["run"]), *_marked(_cells(job, settings), job, len(settings))] for job in order]
-    title = escape(content["sweep"])
-    parts = [
-        section("picture", "What the settings did", figure(parallel_picture(settings, measured), caption))
-        if measured
-        else "",
-        section(
-            "jobs",
-            "Jobs",
-            html_table(["job", *settings, *HEADS], rows, text_columns=len(settings) + 2, strong=_strong(order)),
-        ),
-    ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta name="color-scheme" content="light dark"><title>{title}: a sweep</title>\n'
-        f"<style>\n{STYLE.read_text(encoding='utf-8')}</style></head>\n<body>\n"
-        f'<header><div><span class="eyebrow">Sweep</span><h1>{title}</h1></div></header>\n'
-        f"<main>{tag('p', f'{_count(jobs)}; {best(jobs)}.')}{joined(parts)}</main>\n"
-        "<footer>Written by finetune. Each job's own report is in its folder; the figures are in report.json beside this page.</footer>"
-        "</body></html>\n"
+    ranked = _ranked(jobs)
+    return render(
+        "sweep.html",
+        content=content,
+        summary=_summary(jobs),
+        picture=Figure(picture=parallel_picture(content["settings"], measured), caption=CAPTION),
+        heads=HEADS,
+        jobs=[(job, _cells(job, content["settings"])) for job in order],
+        best=ranked[0]["run"] if ranked else None,
     )
 
 
-def _marked(cells: list[str], job: Fields, at: int) -> list[object]:
-    state: Html = mark(job["state"] == "done", job["state"])
-    return [*cells[:at], state, *cells[at + 1 :]]
+def _ranked(jobs: list[Fields]) -> list[Fields]:
+    """Returns the finished jobs, the lowest held-out loss first."""
+    done = [job for job in jobs if job["state"] == "done" and job["held_out"]["loss"] is not None]
+    return sorted(done, key=lambda job: job["held_out"]["loss"])
 
 
-def _strong(order: list[Fields]) -> frozenset[int]:
-    return (
-        frozenset([0])
-        if order and order[0]["state"] == "done" and order[0]["held_out"]["loss"] is not None
-        else frozenset()
-    )
-
-
-def best(jobs: list[Fields]) -> str:
-    """The finished job with the lowest held-out loss, and whether the next one may be as good."""
-    done = sorted(
-        (job for job in jobs if job["state"] == "done" and job["held_out"]["loss"] is not None),
-        key=lambda job: job["held_out"]["loss"],
-    )
-    if not done:
-        return "none has a held-out loss"
-    first, *others = done
-    said = f"lowest held-out loss: {first['run']}, {first['held_out']['loss']:.4f}"
-    near = sum(
-        1
-        for job in others
-        if (job["held_out"]["low"] or 0) <= (first["held_out"]["high"] or 0) and first["held_out"]["high"]
-    )
-    return f"{said}; {near} more within its interval's reach" if near else said
-
-
-def _count(jobs: list[Fields]) -> str:
+def _summary(jobs: list[Fields]) -> str:
+    """Returns the number of jobs by state, the best job, and how many others may be as good."""
     states = [job["state"] for job in jobs]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    return f"{len(jobs)} {'job' if len(jobs) == 1 else 'jobs'}: {counts}"
+    text = f"{len(jobs)} {'job' if len(jobs) == 1 else 'jobs'}: {counts}"
+    if not (ranked := _ranked(jobs)):
+        return f"{text}; none has a held-out loss"
+    best, *others = ranked
+    text += f"; lowest held-out loss: {best['run']}, {best['held_out']['loss']:.4f}"
+    high = best["held_out"]["high"]
+    close = sum(bool(high) and (job["held_out"]["low"] or 0) <= high for job in others)
+    return f"{text}; {close} {'others are' if close > 1 else 'other is'} not clearly worse" if close else text

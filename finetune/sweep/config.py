@@ -6,13 +6,16 @@ from dataclasses import dataclass
 
 @dataclass(kw_only=True, slots=True)
 class SweepConfig:
-    """What the jobs of ``--multirun`` have in common, and when one of them is given up. A single run needs none of it."""
+    """Settings of ``--multirun``: where its jobs are, and when one of them is pruned. A single run ignores them."""
 
     name: str | None = None
-    """Folder under ``run.root`` that holds a folder for each job; None: ``<run.name>-sweep``. Trackers group the jobs by it."""
+    """Folder under ``run.root`` with a folder for each job; None: ``<run.name>-sweep``. Trackers group jobs by it."""
 
     prune: bool = False
-    """Stops a job whose best held-out loss so far is worse than the median of the finished jobs at the same step: Optuna's MedianPruner."""
+    """Stops a job whose best held-out loss is worse than the median of the finished jobs at the same step.
+
+    The rule is Optuna's MedianPruner.
+    """
 
     prune_after_jobs: int = 5
     """Finished jobs before any is stopped. Source: Optuna's default, ``n_startup_trials``."""

@@ -1,4 +1,4 @@
-"""A job's folder is a run folder with ``job.json`` in it: what was changed, how far it came, and why not further."""
+"""Reads and writes jobs. A job's folder is a run folder with ``job.json``: the changed settings, state and reason."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finetune.console import log
 from finetune.run import write_json
 
 FINAL = ("done", "pruned")
-"""States that the same command leaves as they are; ``failed`` and ``interrupted`` are tried again."""
+"""States that the same command does not run again; it retries ``failed`` and continues ``interrupted``."""
 
 LOCK = ".job.lock"
 LONGEST_VALUE = 24
@@ -29,11 +29,11 @@ class Job:
 
     Attributes:
         folder: Its run folder, ``<run.root>/<sweep.name>/<job>``.
-        changed: The swept settings and this job's values, as typed.
-        number: Hydra's, in the order of the sweep.
+        changed: The swept settings with this job's values, as typed.
+        number: Hydra's number of the job, in the order of the sweep.
         state: ``new``, ``running``, ``done``, ``failed``, ``pruned`` or ``interrupted``.
-        reason: Why it is neither new nor running nor done, in one line.
-        seconds: Spent on it, all attempts together.
+        reason: Why it failed, was pruned or was interrupted, in one line.
+        seconds: Time of all attempts together.
     """
 
     folder: Path
@@ -45,91 +45,87 @@ class Job:
 
     @property
     def file(self) -> Path:
+        """Returns the path of job.json."""
         return self.folder / "job.json"
 
     @property
     def title(self) -> str:
+        """Returns the changed settings, for messages."""
         return " ".join(f"{key.lstrip('+')}={value}" for key, value in self.changed.items())
 
     @classmethod
     def of(cls, sweep: Path, changed: Mapping[str, str], *, number: int = 0) -> Job:
-        """The job of these values: as its folder knows it, or new. The name is made from the values, so that any order finds it."""
-        folder = sweep / name_of(changed)
-        return (
-            cls.read(folder / "job.json")
-            if (folder / "job.json").is_file()
-            else cls(folder=folder, changed=dict(changed), number=number)
-        )
+        """Returns the job of these values: from its folder, or a new one. Its name is made from the values."""
+        job = cls(folder=sweep / job_name(changed), changed=dict(changed), number=number)
+        return cls.read(job.file) if job.file.is_file() else job
 
     @classmethod
     def read(cls, file: Path) -> Job:
+        """Reads job.json."""
         return cls(folder=file.parent, **json.loads(file.read_text(encoding="utf-8")))
 
     def write(self) -> None:
-        """Atomically: whoever looks at the sweep meanwhile sees the old state or the new."""
-        write_json(
-            self.file, {name: getattr(self, name) for name in ("changed", "number", "state", "reason", "seconds")}
-        )
+        """Writes job.json atomically."""
+        names = ("changed", "number", "state", "reason", "seconds")
+        write_json(self.file, {name: getattr(self, name) for name in names})
 
     def losses(self) -> dict[int, float]:
-        """Held-out losses that training has taken so far, in nats a trained token, by optimizer step."""
+        """Returns the held-out losses measured in training so far, in nats per trained token, by optimizer step."""
         file = self.folder / "train" / "metrics.jsonl"
         lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-        found = [row for row in map(_parsed, lines) if "eval/loss" in row]
-        return {row["step"]: row["eval/loss"] for row in found}
+        rows = [row for row in map(_parse, lines) if "eval/loss" in row]
+        return {row["step"]: row["eval/loss"] for row in rows}
 
     def held_out(self) -> dict[str, float]:
-        """``loss``, and ``low`` and ``high`` where the evaluation stage has measured it; otherwise the last that training took.
+        """Returns ``loss``, with ``low`` and ``high`` if the evaluation stage measured it, or the last one of training.
 
-        Empty where none was taken. Of several artifacts it is the adapter on the base that was trained: what a sweep changes.
+        The loss is that of the adapter on the base that it was trained on. Empty if none was measured.
         """
         manifest = self.folder / "eval" / "manifest.json"
-        artifacts = (
-            json.loads(manifest.read_text(encoding="utf-8"))["product"]["artifacts"] if manifest.is_file() else {}
-        )
-        measured = artifacts.get("adapter") or artifacts.get("merged")
-        if measured:
-            return {"loss": measured["loss"], "low": measured["loss_low"], "high": measured["loss_high"]}
+        if manifest.is_file():
+            artifacts = json.loads(manifest.read_text(encoding="utf-8"))["product"]["artifacts"]
+            measured = artifacts.get("adapter") or artifacts.get("merged")
+            if measured:
+                return {"loss": measured["loss"], "low": measured["loss_low"], "high": measured["loss_high"]}
         losses = self.losses()
         return {"loss": losses[max(losses)]} if losses else {}
 
     def cost(self) -> dict[str, Any]:
-        """``tokens_per_second`` of training, and ``peak_bytes``: of the device where there is one, of the process otherwise."""
-        manifests = [
-            json.loads(file.read_text(encoding="utf-8")) for file in sorted(self.folder.glob("*/manifest.json"))
-        ]
-        training: dict[str, Any] = next((one["product"] for one in manifests if one["stage"] == "train"), {})
-        peaks = [one.get("peak_device_bytes") or one.get("peak_rss_bytes") or 0 for one in manifests]
+        """Returns ``tokens_per_second`` of training and ``peak_bytes``, of the device or else of the process."""
+        files = sorted(self.folder.glob("*/manifest.json"))
+        manifests = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        training: dict[str, Any] = next((item["product"] for item in manifests if item["stage"] == "train"), {})
+        peaks = [item.get("peak_device_bytes") or item.get("peak_rss_bytes") or 0 for item in manifests]
         return {"tokens_per_second": training.get("tokens_per_second"), "peak_bytes": max(peaks, default=0) or None}
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[int]:
-    """Waits until no other process works on a job, then holds it.
+def job_lock(folder: Path) -> Iterator[int]:
+    """Waits until no other process works on a job, then locks it.
 
     Yields:
-        The lock's file descriptor. A process that inherits it holds the job too, so that a run whose sweep was killed is waited for.
+        The lock's file descriptor. A process that inherits it keeps the lock, also when the sweep is killed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "w") as handle:
         if not _take(handle.fileno()):
-            log("sweep", f"{folder.name}: another process works on it; this one waits")
+            log("sweep", f"{folder.name}: waiting for another process that works on it")
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield handle.fileno()
 
 
 def jobs_in(sweep: Path) -> list[Job]:
-    """All jobs that a sweep has begun, in its order. One that says it runs and is held by nobody was interrupted."""
+    """Returns all jobs that a sweep has started, in its order. A running job that no process holds was interrupted."""
     jobs = sorted((Job.read(file) for file in sweep.glob("*/job.json")), key=lambda job: (job.number, job.folder.name))
     for job in jobs:
         with open(job.folder / LOCK, "a") as handle:
             if job.state == "running" and _take(handle.fileno()):
-                job.state, job.reason = "interrupted", "it was killed; the same command goes on"
+                job.state, job.reason = "interrupted", "it was killed; the same command continues it"
     return jobs
 
 
 def _take(descriptor: int) -> bool:
-    """Whether a lock was free; it is taken then."""
+    """Takes a lock if it is free, and returns whether it was."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -137,8 +133,8 @@ def _take(descriptor: int) -> bool:
     return True
 
 
-def name_of(changed: Mapping[str, str]) -> str:
-    """``{"lora.rank": "8"}`` -> ``lora.rank-8``: a folder name that needs no quotes in a shell or an override."""
+def job_name(changed: Mapping[str, str]) -> str:
+    """Returns ``lora.rank-8`` for ``{"lora.rank": "8"}``: a folder name that needs no quotes in a shell."""
     return "_".join(f"{key.lstrip('+')}-{_short(value)}" for key, value in changed.items()).replace("/", ".")
 
 
@@ -149,8 +145,8 @@ def _short(value: str) -> str:
     return f"{safe[:LONGEST_VALUE]}-{hashlib.sha256(value.encode()).hexdigest()[:HASH_LETTERS]}"
 
 
-def _parsed(line: str) -> dict[str, Any]:
+def _parse(line: str) -> dict[str, Any]:
     try:
         return json.loads(line)
-    except json.JSONDecodeError:  # the line that is being written, or that a killed process left unfinished
+    except json.JSONDecodeError:  # an incomplete last line
         return {}

@@ -1,4 +1,4 @@
-"""Optuna's median rule, on what the jobs' folders tell: so it needs no storage of its own and holds for any sweeper."""
+"""Optuna's median rule, applied to the jobs' folders: it needs no storage of its own and works with any sweeper."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ Losses = Mapping[int, float]
 
 
 def require_optuna() -> None:
-    """
+    """Checks that Optuna is installed.
+
     Raises:
-        ConfigError: Optuna is not installed.
+        ConfigError: It is not.
     """
     try:
         import optuna  # noqa: F401
@@ -22,25 +23,22 @@ def require_optuna() -> None:
         raise ConfigError("sweep.prune=true needs Optuna; run: pip install 'finetune[optuna]'") from error
 
 
-def behind(losses: Losses, others: Sequence[Losses], *, after_jobs: int, after_steps: int) -> str:
-    """Why a job is to be stopped now; empty where it may go on.
+def should_prune(losses: Losses, others: Sequence[Losses], *, after_jobs: int, after_steps: int) -> str:
+    """Returns why a job should be stopped now; empty if it may continue.
 
     Args:
-        losses: Of the job, so far.
-        others: Of each finished job.
-        after_jobs: Finished jobs before any is stopped.
+        losses: Held-out losses of the job so far.
+        others: Those of each finished job.
+        after_jobs: Finished jobs before any job is stopped.
         after_steps: Steps before a job may be stopped.
     """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=after_jobs, n_warmup_steps=after_steps)
-    )
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=after_jobs, n_warmup_steps=after_steps)
+    study = optuna.create_study(pruner=pruner)
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", optuna.exceptions.ExperimentalWarning
-        )  # stable since Optuna 3, under the same names
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # stable since Optuna 3, same names
         for other in filter(None, others):
             study.add_trial(optuna.trial.create_trial(value=other[max(other)], intermediate_values=dict(other)))
     trial = study.ask()
@@ -49,4 +47,4 @@ def behind(losses: Losses, others: Sequence[Losses], *, after_jobs: int, after_s
     if not trial.should_prune():
         return ""
     best, step = min(losses.values()), max(losses)
-    return f"its best held-out loss up to step {step}, {best:.4f}, is worse than the median of the jobs done"
+    return f"its best held-out loss up to step {step}, {best:.4f}, is worse than the median of the finished jobs"

@@ -77,12 +77,12 @@ def sweep(arguments: Sequence[str]) -> Path:
     folder = Path(config.run.root).resolve() / (config.sweep.name or f"{config.run.name}-sweep")
     _claim(folder, [_word(override) for override in fixed if override.key_or_group not in OWN])
     keys = ", ".join(override.key_or_group for override in varied)
-    log("sweep", f"{keys} in {folder}: a folder for each job, with its log.txt; the same command goes on")
+    log("sweep", f"{keys} in {folder}: a folder for each job, with its log.txt; the same command continues")
     plan = Sweep(folder=folder, fixed=frozenset(override.get_key_element() for override in fixed), config=config.sweep)
     try:
-        _hand_over(["--multirun", *words, f"hydra.sweep.dir={folder / '.hydra'}"], plan)
+        _run_hydra_sweeper(["--multirun", *words, f"hydra.sweep.dir={folder / '.hydra'}"], plan)
     except KeyboardInterrupt:
-        raise Interrupted(f"sweep: stopped; the same command goes on with what is missing in {folder}") from None
+        raise Interrupted(f"sweep: stopped; the same command continues with what is missing in {folder}") from None
     return folder
 
 
@@ -135,7 +135,7 @@ def _checked(varied: Sequence[Override], fixed: Sequence[Override], *, is_grid: 
     """The first job's configuration, after those of all jobs were composed.
 
     Args:
-        is_grid: Every combination is a job. Otherwise a sampler proposes them, and each value is tried beside the others' first ones.
+        is_grid: Every combination is a job. Otherwise a sampler proposes them, and each value is tried with the first ones of the others.
     """
     problems: dict[str, list[str]] = {}
     for override in varied:
@@ -192,7 +192,7 @@ def _claim(folder: Path, fixed: list[str]) -> None:
     if sorted(before) != sorted(fixed):
         raise ConfigError(
             f"sweep.name: {folder} was made with {' '.join(before)} and this command says {' '.join(fixed)}; "
-            "give the same settings to go on, or another sweep.name"
+            "give the same settings to continue, or another sweep.name"
         )
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, {"fixed": fixed})
@@ -202,13 +202,13 @@ def _word(override: Override) -> str:
     return override.input_line or ""
 
 
-def _hand_over(words: list[str], plan: Sweep) -> None:
+def _run_hydra_sweeper(words: list[str], plan: Sweep) -> None:
     """Lets Hydra's sweeper and launcher call `Sweep.do` for each job."""
 
     @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
     def task(config: DictConfig) -> float:
         settings: Any = HydraConfig.get()
-        return plan.do(list(settings.overrides.task), number=int(settings.job.num))
+        return plan.run_job(list(settings.overrides.task), number=int(settings.job.num))
 
     os.environ["HYDRA_FULL_ERROR"] = "1"
     before, sys.argv = sys.argv, ["finetune", *words]

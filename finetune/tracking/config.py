@@ -9,28 +9,28 @@ MODES = ("auto", "online", "offline")
 
 @dataclass(kw_only=True, slots=True)
 class TrackerConfig:
-    """One service that receives config, metrics, report and adapter."""
+    """Configures one service that receives config, metrics, report and adapter."""
 
     kind: str
     """``wandb`` or ``tensorboard``."""
 
     project: str
-    """The service's folder of runs."""
+    """Project of the service that the run belongs to."""
 
     mode: str
-    """``auto`` goes online where there is a key; ``offline`` writes beside the run; ``online`` asks for the key."""
+    """``auto`` goes online if there is a key; ``offline`` writes to the run folder; ``online`` needs the key."""
 
     entity: str | None = None
-    """User or team that owns the project; None takes the key's own."""
+    """User or team that owns the project; None: the owner of the key."""
 
     group: str | None = None
-    """Runs of one group are shown together."""
+    """Name of a group; the service shows its runs together."""
 
     tags: list[str] = field(default_factory=list)
     """Words to find the run by."""
 
     artifacts: bool = True
-    """Sends the report and the adapter too, not figures alone."""
+    """Sends the report and the adapter, not only metrics."""
 
     def problems(self) -> Iterator[str]:
         if self.kind not in KINDS:

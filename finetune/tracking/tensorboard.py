@@ -1,4 +1,4 @@
-"""TensorBoard's event files, written by torch."""
+"""Writes TensorBoard's event files with torch."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from finetune.tracking.trackers import Figures, TrackerError
 
 
 class TensorBoard:
-    """Writes into ``tracking/tensorboard``; a resumed run adds a second file there."""
+    """Tracker that writes to ``tracking/tensorboard``; a resumed run adds a second file there."""
 
     name, is_service = "tensorboard", False
 

@@ -1,4 +1,4 @@
-"""Fans every figure out to the trackers of a run. A tracker that fails is said once and counted; the run goes on."""
+"""Sends every figure to the trackers of a run. A failing tracker is reported once and counted; the run continues."""
 
 import json
 import os
@@ -15,53 +15,53 @@ Figures = Mapping[str, float]
 
 
 class TrackerError(Exception):
-    """A service cannot be reached or refuses. Never ends a run."""
+    """A service cannot be reached or refuses a call. Never ends a run."""
 
 
 class Tracker(Protocol):
-    """What receives a run's figures. Every method may raise `TrackerError`; a service is called from another thread."""
+    """Receives a run's figures. Every method may raise `TrackerError`; a service is called from another thread."""
 
     name: str
     is_service: bool
 
     def start(self, *, run_name: str, run_config: dict[str, Any], folder: Path) -> None:
-        """Called once, first. ``folder`` is the run's ``tracking/``, where the tracker may keep files."""
+        """Starts tracking; called once, first. ``folder`` is the run's ``tracking/``, for the tracker's own files."""
 
     def log(self, step: int, metrics: Figures) -> None:
-        """Figures at an optimizer step. After a resumption, steps may come again."""
+        """Receives figures of an optimizer step. After a resumption, steps may repeat."""
 
     def summary(self, metrics: Figures) -> None:
-        """Figures of the whole run, e.g. ``eval/merged/perplexity``."""
+        """Receives figures of the whole run, e.g. ``eval/merged/perplexity``."""
 
     def artifact(self, path: Path, *, name: str, kind: str) -> None:
-        """A file or folder of the run."""
+        """Receives a file or folder of the run."""
 
     def finish(self) -> None:
-        """Called once, last, also after a failure of the run."""
+        """Ends tracking; called once, last, also after a failure of the run."""
 
 
 Call = Callable[[Tracker], None]
 
 
 class Trackers:
-    """All trackers of a run, as one.
+    """Forwards each call to all trackers of a run.
 
     Attributes:
-        missed: By tracker, the calls that did not arrive.
+        missed: Number of failed calls, by tracker.
     """
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self.missed: dict[str, int] = {}
-        self._lanes = [Lane(tracker, self.missed) for tracker in trackers]
+        self._trackers = [AsyncTracker(tracker, self.missed) for tracker in trackers]
         self._finished = False
 
     def start(self, *, run_name: str, run_config: dict[str, Any], folder: Path) -> None:
-        """Starts each, a service when its first figure comes; one that cannot start is left out from then on."""
-        for lane in self._lanes:
-            lane.start(lambda tracker: tracker.start(run_name=run_name, run_config=run_config, folder=folder))
+        """Starts each tracker, a service at its first figure; one that fails to start gets no more calls."""
+        for tracker in self._trackers:
+            tracker.start(lambda inner: inner.start(run_name=run_name, run_config=run_config, folder=folder))
 
     def log(self, step: int, metrics: Figures) -> None:
-        """Sends figures at an optimizer step; NaN and infinities go out as they are."""
+        """Sends figures of an optimizer step, NaN and infinities included."""
         self._each(lambda tracker: tracker.log(step, metrics))
 
     def summary(self, metrics: Figures) -> None:
@@ -73,76 +73,77 @@ class Trackers:
         self._each(lambda tracker: tracker.artifact(path, name=name, kind=kind))
 
     def finish(self) -> None:
-        """Waits until everything went out and closes all; a second call does nothing."""
+        """Waits until everything is sent and closes all trackers; a second call does nothing."""
         if self._finished:
             return
         self._finished = True
         self._each(lambda tracker: tracker.finish())
-        for lane in self._lanes:
-            lane.close()
+        for tracker in self._trackers:
+            tracker.close()
         for name, count in self.missed.items():
-            log(
-                "tracking",
-                f"{name}: {count} {'call' if count == 1 else 'calls'} did not arrive; tracking/metrics.jsonl has every figure",
-            )
+            calls = "1 call" if count == 1 else f"{count} calls"
+            log("tracking", f"{name}: {calls} failed; tracking/metrics.jsonl has every figure")
 
     def _each(self, call: Call) -> None:
-        for lane in self._lanes:
-            lane.put(call)
+        for tracker in self._trackers:
+            tracker.put(call)
 
 
-class Lane:
-    """One tracker's calls in their order: a service's on a thread of its own, which begins with the first figure.
+class AsyncTracker:
+    """Makes one tracker's calls in order: those of a service in its own thread, which starts with the first figure.
 
-    Importing and starting W&B takes a second; neither that nor a slow answer should hold up a step.
+    Importing and starting W&B takes a second; neither that nor a slow response should delay a step.
 
     Args:
-        tracker: Who is called.
-        missed: Counts the calls that did not arrive, by name.
+        tracker: The tracker to call.
+        missed: Counts the failed calls, by name.
     """
 
     def __init__(self, tracker: Tracker, missed: dict[str, int]) -> None:
         self.tracker, self.missed = tracker, missed
         self.thread = ThreadPoolExecutor(max_workers=1) if tracker.is_service else None
-        self.opening: Call | None = None
-        self.is_out = False
+        self.start_call: Call | None = None
+        self.has_failed_to_start = False
 
     def start(self, call: Call) -> None:
+        """Makes the first call: at once, or for a service before its first figure."""
         if self.thread is None:
-            self._open(call)
+            self._start(call)
         else:
-            self.opening = call
+            self.start_call = call
 
     def put(self, call: Call) -> None:
+        """Makes a call, or queues it for a service."""
         if self.thread is None:
             self._send(call)
             return
-        opening, self.opening = self.opening, None
-        if opening:
-            self.thread.submit(self._open, opening)
+        start_call, self.start_call = self.start_call, None
+        if start_call:
+            self.thread.submit(self._start, start_call)
         self.thread.submit(self._send, call)
 
     def close(self) -> None:
+        """Waits for the queued calls."""
         if self.thread:
             self.thread.shutdown(wait=True)
 
-    def _open(self, call: Call) -> None:
+    def _start(self, call: Call) -> None:
         self._send(call)
-        self.is_out = self.tracker.name in self.missed
+        self.has_failed_to_start = self.tracker.name in self.missed
 
     def _send(self, call: Call) -> None:
-        if self.is_out:
+        if self.has_failed_to_start:
             return
         try:
             call(self.tracker)
         except TrackerError as error:
             if self.tracker.name not in self.missed:
-                log("tracking", f"{self.tracker.name}: {error}; the run goes on without it")
+                log("tracking", f"{self.tracker.name}: {error}; the run continues without it")
             self.missed[self.tracker.name] = self.missed.get(self.tracker.name, 0) + 1
 
 
 class JsonLines:
-    """tracking/metrics.jsonl: one line a call, always on, so that no figure depends on a service."""
+    """Writes tracking/metrics.jsonl, one line per call; always on, so that no figure depends on a service."""
 
     name, is_service = "jsonl", False
 
@@ -169,20 +170,20 @@ class JsonLines:
 def open_trackers(
     config: Mapping[str, TrackerConfig], *, run_name: str, folder: Path, run_config: dict[str, Any]
 ) -> Trackers:
-    """Starts the chosen trackers. Of several processes, only the first one tracks.
+    """Starts the configured trackers. Of several processes, only the first one tracks.
 
     Args:
         config: The tracking group.
         run_name: ``run.name``.
         folder: The run folder; trackers keep their files in ``folder/tracking``.
-        run_config: The composed configuration, sent as it is.
+        run_config: The composed configuration, sent unchanged.
     """
     if not is_first_process():
         return Trackers([])
-    own = folder / "tracking"
-    own.mkdir(parents=True, exist_ok=True)
-    trackers = Trackers([JsonLines(), *[_make(one) for one in config.values()]])
-    trackers.start(run_name=run_name, run_config=run_config, folder=own)
+    tracking_folder = folder / "tracking"
+    tracking_folder.mkdir(parents=True, exist_ok=True)
+    trackers = Trackers([JsonLines(), *map(_make, config.values())])
+    trackers.start(run_name=run_name, run_config=run_config, folder=tracking_folder)
     return trackers
 
 

@@ -1,4 +1,6 @@
-"""Weights & Biases, offline or online. Takes figures, config and files that it is given, and collects nothing by itself."""
+"""Weights & Biases, offline or online. It gets the figures, config and files of the run and collects nothing itself."""
+
+from __future__ import annotations
 
 import json
 import netrc
@@ -8,7 +10,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from finetune.console import log
@@ -16,17 +18,23 @@ from finetune.run import write_json
 from finetune.tracking.config import TrackerConfig
 from finetune.tracking.trackers import Figures, TrackerError
 
+if TYPE_CHECKING:
+    import wandb
+
 REACH_SECONDS = 5.0
 START_SECONDS = 30.0
 FINISH_SECONDS = 120.0
-"""How long a service may hold up the start of the tracking and the end of a run."""
+"""How long a service may delay the start of the tracking and the end of a run."""
 
 Mode = Literal["online", "offline"]
 DEFAULT_URL = "https://api.wandb.ai"
 
 
 class WeightsAndBiases:
-    """One W&B run for one run folder; its id is kept in ``tracking/wandb.json``, so that a resumed run goes on in it."""
+    """Tracker with one W&B run for one run folder.
+
+    ``tracking/wandb.json`` holds the id, so that a resumed run continues the same W&B run.
+    """
 
     name, is_service = "wandb", True
 
@@ -34,50 +42,52 @@ class WeightsAndBiases:
         self.config = config
 
     def start(self, *, run_name: str, run_config: dict[str, Any], folder: Path) -> None:
-        mode, why = choose_mode(self.config.mode)
+        mode, reason = choose_mode(self.config.mode)
         self.run_name = run_name
-        identity = _identity(folder / "wandb.json", run_name=run_name)
         if mode == "online":
             try:
-                _reach(_base_url())
-                self.run = self._init(identity, run_name=run_name, run_config=run_config, folder=folder, mode=mode)
+                _check_reachable(_base_url())
+                self.run = self._init(run_config, folder=folder, mode="online")
             except TrackerError as error:
-                mode, why = "offline", f"{error} ({why})"
-                _release()
+                mode, reason = "offline", f"{error} ({reason})"
+                _stop_helper()
         if mode == "offline":
-            self.run = self._init(identity, run_name=run_name, run_config=run_config, folder=folder, mode=mode)
-        if mode == "offline":
-            log(
-                "tracking",
-                f"wandb: offline, because {why}; to send it later: wandb sync {self.run.dir.removesuffix('/files')}",
-            )
+            self.run = self._init(run_config, folder=folder, mode="offline")
+            command = f"wandb sync {self.run.dir.removesuffix('/files')}"
+            log("tracking", f"wandb: offline, because {reason}; to send it later: {command}")
         else:
-            log("tracking", f"wandb: online, because {why}: {self.run.url}")
+            log("tracking", f"wandb: online, because {reason}: {self.run.url}")
 
-    def _init(
-        self, identity: dict[str, str], *, run_name: str, run_config: dict[str, Any], folder: Path, mode: Mode
-    ) -> Any:
+    def _init(self, run_config: dict[str, Any], *, folder: Path, mode: Mode) -> wandb.Run:
         import wandb
 
-        # Offline there is nothing to resume from; W&B would warn.
-        resume: Literal["allow"] | None = "allow" if mode == "online" else None
-        with _failures():
+        config = self.config
+        with _tracker_errors():
             run = wandb.init(
-                project=self.config.project, entity=self.config.entity, group=self.config.group, tags=self.config.tags or None,
-                name=run_name, id=identity["id"], resume=resume, mode=mode, dir=str(folder), config=run_config,
-                settings=_settings(), reinit="create_new",
-            )  # fmt: skip
-            # Our own axis: after a resumption steps come again, and W&B drops what goes backwards on its own one.
+                project=config.project,
+                entity=config.entity,
+                group=config.group,
+                tags=config.tags or None,
+                name=self.run_name,
+                id=_run_id(folder / "wandb.json", run_name=self.run_name),
+                resume="allow" if mode == "online" else None,  # offline there is nothing to resume; W&B would warn
+                mode=mode,
+                dir=str(folder),
+                config=run_config,
+                settings=_settings(),
+                reinit="create_new",
+            )
+            # A step axis of our own: steps repeat after a resumption, and W&B's own axis drops repeated ones.
             run.define_metric("step", hidden=True)
             run.define_metric("*", step_metric="step")
         return run
 
     def log(self, step: int, metrics: Figures) -> None:
-        with _failures():
+        with _tracker_errors():
             self.run.log({"step": step, **metrics})
 
     def summary(self, metrics: Figures) -> None:
-        with _failures():
+        with _tracker_errors():
             self.run.summary.update(dict(metrics))
 
     def artifact(self, path: Path, *, name: str, kind: str) -> None:
@@ -85,9 +95,9 @@ class WeightsAndBiases:
             return
         import wandb
 
-        with _failures():
+        with _tracker_errors():
             artifact = wandb.Artifact(_slug(f"{self.run_name}-{name}"), type=kind)
-            # Immutable and without cache: W&B reads the file where it is instead of copying it into the home folder.
+            # Immutable and without cache: W&B reads the file in place instead of copying it to the home folder.
             if path.is_dir():
                 artifact.add_dir(str(path), policy="immutable", skip_cache=True)
             else:
@@ -95,35 +105,46 @@ class WeightsAndBiases:
             self.run.log_artifact(artifact)
 
     def finish(self) -> None:
-        with _failures():
+        with _tracker_errors():
             self.run.finish()
-            _release()
+            _stop_helper()
 
 
-def choose_mode(wish: str) -> tuple[Mode, str]:
-    """``online`` or ``offline``, and why. WANDB_MODE, W&B's own switch, goes before ``auto``.
+def choose_mode(setting: str) -> tuple[Mode, str]:
+    """Returns ``online`` or ``offline``, and why. WANDB_MODE, W&B's own switch, takes precedence over ``auto``.
 
-    Without a key nothing goes online, even if asked: W&B would stop the run and ask for one.
+    Without a key nothing goes online, even if requested: W&B would stop the run and ask for one.
     """
-    asked = [(wish, "tracking.wandb.mode"), (os.environ.get("WANDB_MODE"), "WANDB_MODE")]
-    mode, by = next(((mode, by) for mode, by in asked if mode in ("online", "offline")), ("auto", ""))
+    requests = [(setting, "tracking.wandb.mode"), (os.environ.get("WANDB_MODE"), "WANDB_MODE")]
+    mode, source = next((request for request in requests if request[0] in ("online", "offline")), ("auto", ""))
     if mode == "offline":
-        return "offline", f"{by}=offline"
-    host = urlsplit(_base_url()).hostname or ""
-    key = "WANDB_API_KEY is set" if os.environ.get("WANDB_API_KEY") else ""
-    key = key or (f"this user is logged in to {host}" if _netrc_knows(host) else "")
-    if key:
-        return "online", f"{by}=online" if mode == "online" else key
+        return "offline", f"{source}=offline"
+    reason = _key_source()
+    if reason:
+        return "online", f"{source}=online" if mode == "online" else reason
     missing = "there is no WANDB_API_KEY and nobody is logged in"
-    return "offline", f"{by}=online, but {missing}" if mode == "online" else missing
+    return "offline", f"{source}=online, but {missing}" if mode == "online" else missing
+
+
+def _key_source() -> str:
+    """Returns where W&B finds its key; empty if there is none."""
+    if os.environ.get("WANDB_API_KEY"):
+        return "WANDB_API_KEY is set"
+    host = urlsplit(_base_url()).hostname or ""
+    file = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    try:
+        is_logged_in = netrc.netrc(str(file)).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return ""
+    return f"this user is logged in to {host}" if is_logged_in else ""
 
 
 def _base_url() -> str:
     return os.environ.get("WANDB_BASE_URL", DEFAULT_URL)
 
 
-def _reach(url: str) -> None:
-    """Asks the server for any answer at all: W&B's own start would try for half a minute first."""
+def _check_reachable(url: str) -> None:
+    """Checks that the server responds: W&B's own start would retry for half a minute first."""
     import urllib.error
     import urllib.request
 
@@ -135,48 +156,48 @@ def _reach(url: str) -> None:
         raise TrackerError(f"{url} cannot be reached") from error
 
 
-def _release() -> None:
-    """Ends W&B's helper process: it holds the id of a run that could not start, and the last lines of one that ended."""
+def _stop_helper() -> None:
+    """Stops W&B's helper process, which holds the id of a run that could not start."""
     import wandb
 
     wandb.teardown()
 
 
-def _netrc_knows(host: str) -> bool:
-    file = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    try:
-        return netrc.netrc(str(file)).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-def _identity(file: Path, *, run_name: str) -> dict[str, str]:
-    """The W&B run's id: the run's name, and a random end, since a project may hold many runs of one name."""
-    if file.is_file():
-        return json.loads(file.read_text(encoding="utf-8"))
-    identity = {"id": f"{_slug(run_name)[:48]}-{secrets.token_hex(4)}"}
-    write_json(file, identity)
-    return identity
+def _run_id(file: Path, *, run_name: str) -> str:
+    """Returns the W&B run's id: the run's name with a random end, since a project may hold many runs of one name."""
+    if not file.is_file():
+        write_json(file, {"id": f"{_slug(run_name)[:48]}-{secrets.token_hex(4)}"})
+    return json.loads(file.read_text(encoding="utf-8"))["id"]
 
 
 def _slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", name)
 
 
-def _settings() -> Any:
-    """No console, code, git remote, program, host or packages: what leaves the machine is what the run gives."""
+def _settings() -> wandb.Settings:
+    """Turns off console, code, git, host and packages: only what the run sends leaves the machine."""
     import wandb
 
     return wandb.Settings(
-        console="off", silent=True, disable_code=True, disable_git=True, disable_job_creation=True, save_code=False, host="",
-        x_disable_meta=True, x_disable_machine_info=True, x_disable_stats=True, x_save_requirements=False, init_timeout=START_SECONDS,
+        console="off",
+        silent=True,
+        disable_code=True,
+        disable_git=True,
+        disable_job_creation=True,
+        save_code=False,
+        host="",
+        x_disable_meta=True,
+        x_disable_machine_info=True,
+        x_disable_stats=True,
+        x_save_requirements=False,
+        init_timeout=START_SECONDS,
         finish_timeout=FINISH_SECONDS,
-    )  # fmt: skip
+    )
 
 
 @contextmanager
-def _failures() -> Iterator[None]:
-    """Turns whatever W&B raises when it cannot be reached, or its helper process is gone, into one kind of error."""
+def _tracker_errors() -> Iterator[None]:
+    """Turns what W&B raises when the service or its helper process is gone into `TrackerError`."""
     import wandb
     from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
     from wandb.sdk.mailbox.mailbox_handle import ServerResponseError
@@ -185,4 +206,4 @@ def _failures() -> Iterator[None]:
         yield
     except (wandb.Error, OSError, HandleAbandonedError, MailboxClosedError, ServerResponseError, ValueError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise TrackerError(f"W&B does not take it ({lines[0]})") from error
+        raise TrackerError(f"W&B refuses the call ({lines[0]})") from error

@@ -55,7 +55,7 @@ def test_preview_marks_the_trained_text_and_escapes_the_rest(run: Callable[..., 
         f'<mark>It is &lt;b&gt;{number}&lt;/b&gt;.</mark><mark class="end">&lt;|im_end|&gt;</mark>' in page
         for number in range(12)
     )
-    assert "ends a turn, and is learnt in 3 of these 3." in page
+    assert "ends a turn, and is trained on in 3 of these 3." in page
     assert "http://" not in page
     assert "https://" not in page
     assert "<script" not in page

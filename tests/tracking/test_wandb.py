@@ -22,7 +22,7 @@ def _open(folder: Path, mode: str = "auto") -> Trackers:
 
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder after a short run was tracked offline, with secrets in the environment and a resumption in between."""
+    """A run folder after an offline run with a resumption, and secrets in the environment."""
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("WANDB_API_KEY", "HF_TOKEN", "OPENAI_API_KEY"):
@@ -78,7 +78,7 @@ def test_report_and_adapter_go_out_as_artifacts(written: list[Any]) -> None:
     assert {"quick-start-report", "quick-start-adapter"} <= sent
 
 
-def test_resumed_run_goes_on_under_the_same_id(tracked: Path, written: list[Any]) -> None:
+def test_resumed_run_continues_under_the_same_id(tracked: Path, written: list[Any]) -> None:
     identity = json.loads((tracked / "tracking" / "wandb.json").read_text())["id"]
     assert identity.startswith("quick-start-")
     assert {record.run.run_id for record in written if record.WhichOneof("record_type") == "run"} == {identity}
@@ -128,7 +128,7 @@ def test_somebody_who_is_logged_in_goes_online(monkeypatch: pytest.MonkeyPatch, 
     assert choose_mode("auto") == ("online", "this user is logged in to wandb.example.org")
 
 
-def test_server_that_cannot_be_reached_makes_the_run_offline_and_says_so(
+def test_server_that_cannot_be_reached_makes_the_run_offline_and_is_logged(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
@@ -142,6 +142,6 @@ def test_server_that_cannot_be_reached_makes_the_run_offline_and_says_so(
     assert trackers.missed == {}
 
 
-def test_importing_the_room_imports_no_tracker() -> None:
-    code = "import sys, finetune.tracking; assert not {'wandb', 'torch', 'tensorboard'} & set(sys.modules), sorted(sys.modules)"
+def test_importing_the_package_imports_no_tracker() -> None:
+    code = "import sys, finetune.tracking; assert not {'wandb', 'torch', 'tensorboard'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

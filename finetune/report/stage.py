@@ -1,4 +1,4 @@
-"""The verb: reads what the stages left in the run folder and writes three files at its top."""
+"""Reads what the stages left in the run folder and writes three files at its top."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +7,7 @@ from finetune.console import log
 from finetune.files import atomic_write_text
 from finetune.report.markdown import markdown
 from finetune.report.page import page
-from finetune.report.run_data import gather
+from finetune.report.run_data import read_run
 from finetune.report.summary import summarize
 from finetune.run import write_json
 
@@ -18,9 +18,9 @@ class ReportFiles:
 
     Attributes:
         folder: The run folder.
-        json: The contract, for programs; see docs/report.md.
-        markdown: The same in short, as text.
-        html: The same in full, one file that needs no network.
+        json: For programs; docs/report.md describes it.
+        markdown: The run in short, as text.
+        html: The run in full, one file that loads nothing from the network.
         status: ``complete``, or ``partial`` where stages are missing.
     """
 
@@ -36,7 +36,7 @@ def report(run: Path, *, status: str = "complete") -> ReportFiles:
 
     Args:
         run: The run folder.
-        status: What the caller knows of the run; ``complete`` holds only where no stage is missing.
+        status: What the caller knows of the run. ``complete`` becomes ``partial`` where a stage is missing.
 
     Returns:
         The files and the status that they state.
@@ -45,15 +45,13 @@ def report(run: Path, *, status: str = "complete") -> ReportFiles:
         ConfigError: The folder holds no run.
         DataError: A file in it is damaged.
     """
-    facts = gather(run)
-    content = summarize(facts, status=status)
-    files = ReportFiles(
-        folder=run, json=run / "report.json", markdown=run / "report.md", html=run / "report.html", status=content["status"]
-    )  # fmt: skip
-    write_json(files.json, content)
-    atomic_write_text(files.markdown, markdown(content))
-    atomic_write_text(files.html, page(content, facts))
+    data = read_run(run)
+    content = summarize(data, status=status)
+    json, markdown_file, html = (run / f"report.{kind}" for kind in ("json", "md", "html"))
+    write_json(json, content)
+    atomic_write_text(markdown_file, markdown(content))
+    atomic_write_text(html, page(content, data))
     if content["missing"]:
         log("report", f"partial: {', '.join(content['missing'])} did not finish in this run")
-    log("report", f"the whole run on one page: {files.html}")
-    return files
+    log("report", f"the whole run on one page: {html}")
+    return ReportFiles(folder=run, json=json, markdown=markdown_file, html=html, status=content["status"])
