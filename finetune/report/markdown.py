@@ -81,7 +81,14 @@ def _artifacts(report: Fields) -> str:
     if not lines:
         return ""
     listed = _table(table_headers(lines, metric_title), [table_cells(line, metric_names(lines)) for line in lines])
-    return "\n\n".join(["## Every artifact on the same rows", describe_rows(lines), listed, *describe_answer_changes(lines, metric_title)])
+    return "\n\n".join(
+        [
+            "## Every artifact on the same rows",
+            describe_rows(lines),
+            listed,
+            *describe_answer_changes(lines, metric_title),
+        ]
+    )
 
 
 def _merge(report: Fields) -> str:

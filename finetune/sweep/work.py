@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.console import log
+from finetune.errors import EXIT_INTERRUPTED
 from finetune.sweep.config import SweepConfig
 from finetune.sweep.jobs import FINAL, Job, alone, jobs_in, name_of
 from finetune.sweep.median import behind
@@ -19,7 +20,6 @@ from finetune.sweep.median import behind
 LOOK_SECONDS = 1.0
 """How often a job that may be stopped is looked at."""
 
-STOPPED = 75
 BEGINS = {"new": "starts", "failed": "is tried again"}
 LONGEST_REASON = 300
 
@@ -87,7 +87,7 @@ class Sweep:
         except BaseException:
             process.terminate()  # it saves, as after any signal
             process.wait()
-            job.state, job.reason = "interrupted", "the sweep was stopped; the same command goes on"
+            job.state, job.reason = "interrupted", "the sweep was stopped; the same command continues"
             raise
         finally:
             job.seconds = round(spent + time.monotonic() - begun, 1)
@@ -127,6 +127,6 @@ def outcome(code: int, said: str) -> tuple[str, str]:
         said.rpartition("\nfinetune: ")[2] if "\nfinetune: " in f"\n{said}" else said.rstrip().rpartition("\n")[2]
     )
     line = " ".join(complaint.removeprefix("finetune: ").split()) or f"exit code {code}"
-    return "interrupted" if code == STOPPED else "failed", line if len(
+    return "interrupted" if code == EXIT_INTERRUPTED else "failed", line if len(
         line
     ) <= LONGEST_REASON else f"{line[: LONGEST_REASON - 1]}…"

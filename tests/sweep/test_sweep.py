@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.__main__ import main
+from finetune.cli import main
 from finetune.config import load
 from finetune.sweep.jobs import LOCK, Job, jobs_in, name_of
 from finetune.sweep.median import behind
@@ -44,8 +44,8 @@ def test_problems_of_all_jobs_are_named_before_any_starts(tmp_path: Path, capsys
         (["lora.rank=8"], "--multirun needs a setting with several values, e.g. lora.rank=8,16,32"),
         (["run.name=a,b"], "run.name belongs to the whole sweep and cannot be swept; give it one value"),
         (
-            ["lora.rank=8,16", "--config-dir=x"],
-            "--config-dir=x does not go with --multirun: the jobs are started without it",
+            ["lora.rank=8,16", "--config-dir=conf"],
+            "--config-dir does not go with --multirun: the jobs are started without it",
         ),
         (["lora.rank=8,16", "sweep.name=a/b"], "sweep.name must be a plain folder name; got 'a/b'"),
     ],
@@ -133,7 +133,7 @@ def test_a_stopped_sweep_goes_on_and_a_failed_job_stays_in_the_table(
     ):
         time.sleep(0.1)
     sweep.send_signal(signal.SIGTERM)
-    assert "sweep: stopped; the same command goes on" in sweep.communicate(timeout=60)[1]
+    assert "sweep: stopped; the same command continues" in sweep.communicate(timeout=60)[1]
     assert sweep.returncode == 75
     assert [job.state for job in jobs_in(folder)] == ["interrupted"]
 
