@@ -94,6 +94,8 @@ class TrainConfig:
             yield "epochs", f"train.steps={self.steps} is set"
         if self.objective == "sft":
             yield "preference", "train.objective=sft compares no answers"
+        elif self.preference.loss != "sigmoid":
+            yield "preference.label_smoothing", "only train.preference.loss=sigmoid smooths labels"
 
     def problems(self) -> Iterator[str]:
         if self.steps is None and self.epochs <= 0:

@@ -41,11 +41,6 @@ class PreferenceConfig:
     label_smoothing: float = 0.0
     """``sigmoid`` only: share of the pairs whose labels are taken to be the wrong way round, 0 to below 0.5."""
 
-    def unused(self) -> Iterator[tuple[str, str]]:
-        """Yields the settings that have no effect given the others, each with the reason."""
-        if self.loss != "sigmoid":
-            yield "label_smoothing", "DPO's own loss alone smooths labels"
-
     def problems(self) -> Iterator[str]:
         if self.beta <= 0:
             yield f"train.preference.beta must be positive, or no answer is preferred; got {self.beta}"
