@@ -42,7 +42,7 @@ def test_writing_it_down_is_no_reading(config: RunConfig) -> None:
     to_yaml(config)
     to_dict(config)
     to_jsonable(config)
-    fingerprint(config.lora, {"optim": config.optim})
+    fingerprint({"lora": config.lora, "optim": config.optim})
     repr(config)
     assert unread_settings(config) == before
     assert "lora.rank" in before
