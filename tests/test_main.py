@@ -67,13 +67,13 @@ def test_a_base_whose_dimensions_are_not_known_yet_has_no_plan_and_that_is_no_er
 
 def test_exports_that_could_only_fail_after_training_are_refused_before_all_at_once() -> None:
     asked = ["safetensors", "bitsandbytes", "onnx", "adapter"]
-    numbers = [f"export.{name}.numbers=int3" for name in asked]
-    found = problems([f"export=[{','.join(asked)},gguf_lora,hub]", *numbers, "lora=dora", "lora.tokens=[tool]"])
+    dtypes = [f"export.{name}.dtype=int3" for name in asked]
+    found = problems([f"export=[{','.join(asked)},gguf_lora,hub]", *dtypes, "lora=dora", "lora.tokens=[tool]"])
     assert [problem[: problem.find("; got") if "; got" in problem else 60] for problem in found] == [
-        "export.safetensors.numbers must be one of bfloat16, float16, float32",
-        "export.bitsandbytes.numbers must be one of nf4, fp4, int8",
-        "export.onnx.numbers must be one of float32, int8, int4",
-        "export.adapter.numbers must be left out, since it is written in one way only",
+        "export.safetensors.dtype must be one of bfloat16, float16, float32",
+        "export.bitsandbytes.dtype must be one of nf4, fp4, int8",
+        "export.onnx.dtype must be one of float32, int8, int4",
+        "export.adapter.dtype must be left out, since this format has a single dtype",
         "export.gguf_lora: lora.variant=dora, and llama.cpp adds noth",
         "export.hub: a push needs a card, so that others know what it",
     ]

@@ -138,8 +138,8 @@ def translate_error(error: Exception, override: str | None, config: Any, schema:
         if parent and OmegaConf.select(config, parent) is None:
             return f"{override}: {parent} is null or not chosen in this configuration, so it holds no settings"
     cause = next((item for item in (error, error.__cause__) if isinstance(item, OmegaConfBaseException)), None)
-    is_value = cause is not None and not isinstance(cause, InterpolationResolutionError)
-    if is_value and cause.full_key and (problem := _problem_at(cause.full_key, cause.value, schema)):
+    is_known = cause is not None and not isinstance(cause, InterpolationResolutionError) and cause.full_key
+    if cause and is_known and (problem := _problem_at(str(cause.full_key), cause.value, schema)):
         return problem
     where = override or (cause and cause.full_key) or "configuration"
     return f"{where}: {' '.join(str((cause and cause.msg) or error).split())}"
