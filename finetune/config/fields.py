@@ -86,7 +86,7 @@ def resolve_type(key: str, schema: Any) -> Any:
     hint = schema
     for name in key.replace("[", ".").replace("]", "").split("."):
         hint, _ = _without_none(hint)
-        if dataclasses.is_dataclass(hint):
+        if _is_dataclass(hint):
             hint = field_types(hint)[name]
         elif typing.get_origin(hint) in (dict, list):
             hint = typing.get_args(hint)[-1]
@@ -125,7 +125,7 @@ def value_problems(key: str, hint: Any, value: Any) -> Iterator[str]:
     elif origin is dict and isinstance(value, dict):
         for name, item in value.items():
             yield from value_problems(f"{key}.{name}", arguments[1], item)
-    elif dataclasses.is_dataclass(hint) and isinstance(value, dict):
+    elif _is_dataclass(hint) and isinstance(value, dict):
         for name, item in value.items():
             if problem := unknown_key(str(name), hint):
                 yield f"{key}.{problem}"
@@ -148,6 +148,10 @@ def dataclass_in(hint: Any) -> Any:
     if typing.get_origin(hint) is dict:
         hint = typing.get_args(hint)[1]
     return hint if dataclasses.is_dataclass(hint) else None
+
+
+def _is_dataclass(hint: Any) -> bool:
+    return dataclasses.is_dataclass(hint)
 
 
 def _without_none(hint: Any) -> tuple[Any, bool]:

@@ -70,9 +70,8 @@ def config_folders(overrides: Sequence[str]) -> list[Path]:
     """Returns the folders with groups: the shipped one, and those of ``hydra.searchpath``."""
     parser = OverridesParser.create()
     words = [word for word in overrides if word.partition("=")[0] == SEARCH_PATH]
-    extra = [
-        Path(str(place).removeprefix("file://")) for word in words for place in parser.parse_override(word).value()
-    ]
+    values: list[Any] = [parser.parse_override(word).value() for word in words]
+    extra = [Path(str(place).removeprefix("file://")) for places in values for place in places]
     return [CONF, *extra]
 
 
