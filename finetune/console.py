@@ -62,7 +62,7 @@ class ProgressBar:
     open_bars: ClassVar[int] = 0
 
     def __init__(
-        self, label: str, *, total: float | None = None, unit: str = "", done: float = 0, is_shown: bool = True
+        self, label: str, *, total: int | None = None, unit: str = "", done: int = 0, is_shown: bool = True
     ) -> None:
         self.label, self.total, self.unit, self.done = label, total, unit, done
         self.is_shown = is_shown
@@ -77,11 +77,11 @@ class ProgressBar:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def advance(self, steps: float = 1) -> None:
+    def advance(self, steps: int = 1) -> None:
         """Moves the bar by some steps."""
         self.move_to(self.done + steps)
 
-    def move_to(self, done: float, *, note: str = "") -> None:
+    def move_to(self, done: int, *, note: str = "") -> None:
         """Moves the bar to a number of steps, with a note behind it."""
         self.done = done
         if self.task is not None and ProgressBar.display is not None:
