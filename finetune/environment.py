@@ -1,4 +1,4 @@
-"""What a run was made with: versions, commit, machine, placement. No environment variables: they may hold secrets."""
+"""Records what a run was made with: versions, commit, machine, placement. Environment variables may be secret."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PACKAGES = (
 
 
 def environment(machine: Machine, placement: Placement) -> dict[str, Any]:
-    """The content of environment.json."""
+    """Returns the content of environment.json."""
     return {
         "finetune": finetune.__version__,
         "commit": commit(),
@@ -46,7 +46,7 @@ def environment(machine: Machine, placement: Placement) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """This checkout's commit, marked ``-dirty`` where files differ; None outside a checkout."""
+    """Returns this checkout's commit, marked ``-dirty`` where files differ; None outside a checkout."""
     root = Path(finetune.__file__).parent.parent
     if not (root / ".git").exists():
         return None
@@ -56,14 +56,14 @@ def commit() -> str | None:
 
 
 def code() -> dict[str, str]:
-    """By room, a hash of all that decides what a run does: Python and C++, and the shipped configuration."""
-    rooms: dict[str, Any] = {}
+    """Returns for each package a hash of what decides a run: Python and C++, and the shipped configuration."""
+    packages: dict[str, Any] = {}
     for root, kinds in ((PACKAGE, (".py", ".cpp")), (CONF, (".yaml", ".jinja"))):
         for file in sorted(file for file in root.rglob("*") if file.suffix in kinds):
-            room = "conf" if root == CONF else file.relative_to(root).parts[0].removesuffix(".py")
+            package = "conf" if root == CONF else file.relative_to(root).parts[0].removesuffix(".py")
             content = hashlib.sha256(file.read_bytes()).hexdigest()
-            rooms.setdefault(room, hashlib.sha256()).update(f"{file.relative_to(root)}:{content}".encode())
-    return {room: digest.hexdigest()[:16] for room, digest in rooms.items()}
+            packages.setdefault(package, hashlib.sha256()).update(f"{file.relative_to(root)}:{content}".encode())
+    return {package: digest.hexdigest()[:16] for package, digest in packages.items()}
 
 
 def _version(package: str) -> str | None:

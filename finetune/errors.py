@@ -1,8 +1,26 @@
-"""What can go wrong, by who can mend it. Every message says where, the rule, the value and the remedy."""
+"""Errors, each class with its exit code. Every message says where, the rule, the value and the remedy."""
+
+from __future__ import annotations
+
+EXIT_OK = 0
+EXIT_FAILURE = 1
+"""Our fault or the machine's, or a result that is not good enough."""
+
+EXIT_USAGE = 2
+"""The user can fix it."""
+
+EXIT_INTERRUPTED = 75
+"""A signal stopped the run after everything was saved; it can be resumed. Source: EX_TEMPFAIL of sysexits.h."""
 
 
 class FinetuneError(Exception):
-    """The user can mend it: one clear message, exit code 2, no traceback."""
+    """An error that the user can fix: printed as one message, without a traceback.
+
+    Attributes:
+        exit_code: What the program ends with.
+    """
+
+    exit_code = EXIT_USAGE
 
 
 class ConfigError(FinetuneError):
@@ -24,19 +42,19 @@ class DataError(FinetuneError):
 
 
 class HardwareError(FinetuneError):
-    """This machine cannot do what was asked; the message names the alternative."""
+    """This machine cannot do what was asked for; the message names the alternative."""
 
 
 class ModelError(FinetuneError):
-    """The base model or its tokenizer cannot be loaded or adapted as asked."""
+    """The base model or its tokenizer cannot be loaded or adapted as asked for."""
 
 
 class TrainError(FinetuneError):
-    """Training cannot start, or cannot go on."""
+    """Training cannot start or cannot continue."""
 
 
 class EvalError(FinetuneError):
-    """An artifact cannot be scored, or a gate was not met."""
+    """A model or an export cannot be scored."""
 
 
 class MergeError(FinetuneError):
@@ -44,24 +62,24 @@ class MergeError(FinetuneError):
 
 
 class ExportError(FinetuneError):
-    """An export is missing a tool, or differs from the model it was made from."""
+    """An export is missing a tool, or differs from the model that it was made from."""
 
 
-class Interrupted(Exception):
-    """A signal stopped the run after everything was saved: exit code 75, and the run can go on later."""
+class Interrupted(FinetuneError):
+    """A signal stopped the run after everything was saved; it can be resumed."""
+
+    exit_code = EXIT_INTERRUPTED
 
 
-class GateMissed(Exception):
-    """The run is complete and not good enough by ``eval.gate``: exit code 1."""
+class GateMissed(FinetuneError):
+    """The run is complete, and a score misses its threshold in ``eval.gate``."""
+
+    exit_code = EXIT_FAILURE
 
 
-class RankFailed(Exception):
-    """Another process of this launch ended first, and this one ends with its message.
+class RankFailed(FinetuneError):
+    """Another process of this launch failed first; this one ends with that message and exit code."""
 
-    Attributes:
-        code: Its exit code.
-    """
-
-    def __init__(self, message: str, *, code: int) -> None:
+    def __init__(self, message: str, *, exit_code: int) -> None:
         super().__init__(message)
-        self.code = code
+        self.exit_code = exit_code

@@ -1,4 +1,4 @@
-"""How much memory this process holds, sampled while a stage runs."""
+"""Samples the memory of this process while a stage runs."""
 
 import json
 import sys
@@ -11,14 +11,14 @@ SAMPLE_SECONDS = 0.25
 
 
 def rss_bytes() -> int:
-    """Resident memory of this process, in bytes. Source: psutil."""
+    """Returns the resident memory of this process, in bytes. Source: psutil."""
     import psutil
 
     return int(psutil.Process().memory_info().rss)
 
 
 def device_bytes() -> int:
-    """Memory that torch has reserved on the current GPU, in bytes; 0 where torch or a GPU is not in use."""
+    """Returns the memory that torch reserved on the current GPU, in bytes; 0 where torch or a GPU is not in use."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return 0
@@ -53,7 +53,7 @@ class PeakMemory:
         self._thread = threading.Thread(target=self._sample_until_stopped, daemon=True)
 
     def __enter__(self) -> "PeakMemory":
-        drop_half_line(self.file)
+        drop_partial_line(self.file)
         self._sample()
         self._thread.start()
         return self
@@ -78,8 +78,8 @@ class PeakMemory:
             handle.write(json.dumps(line) + "\n")
 
 
-def drop_half_line(file: Path) -> None:
-    """Takes away a last line that a killed process did not finish, so that the next one does not grow onto it."""
+def drop_partial_line(file: Path) -> None:
+    """Removes a last line that a killed process did not finish, so that the next one starts on a line of its own."""
     if not file.is_file():
         return
     content = file.read_bytes()

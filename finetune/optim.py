@@ -64,6 +64,16 @@ class OptimConfig:
     beta2: float
     """Decay of the running mean of the squared gradient."""
 
+    def unused(self) -> Iterator[tuple[str, str]]:
+        """Yields the settings that have no effect given the others, each with the reason."""
+        if self.schedule != "wsd":
+            yield "decay", f"optim.schedule={self.schedule} has no decay phase of its own"
+        if self.warmup_steps is not None:
+            reason = f"optim.warmup_steps={self.warmup_steps} is set"
+            yield from ((name, reason) for name in ("warmup", "warmup_tokens"))
+        elif self.warmup_tokens is not None:
+            yield "warmup", f"optim.warmup_tokens={self.warmup_tokens} is set"
+
     def problems(self) -> Iterator[str]:
         """Yields one sentence for each invalid setting."""
         if self.name not in OPTIMIZERS:

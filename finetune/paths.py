@@ -1,4 +1,4 @@
-"""Where conf/ and data/ lie: beside the package in a checkout, inside it in an installed wheel."""
+"""Finds conf/ and data/: next to the package in a checkout, inside it in an installed wheel."""
 
 from pathlib import Path
 

@@ -30,7 +30,7 @@ from finetune.model.load import describe_padding
 from finetune.plan import plan, show
 from finetune.preflight import run_preflight
 from finetune.products import Exports, MergedModel, PreflightResult, PreparedData, Scores, TrainedAdapter
-from finetune.provenance import tell_idle, tell_unread, watch
+from finetune.provenance import warn_unused_overrides
 from finetune.quantization import choose_skip_modules
 from finetune.quantization.backends import check_installed
 from finetune.quantization.sensitivity import SkippedLayers
@@ -171,11 +171,10 @@ def run(config: RunConfig, *, overrides: Sequence[str], ranks: Ranks, redo: froz
         GateMissed: A threshold of ``eval.gate`` was not met; the report is written.
     """
     quiet_libraries()
-    watch(config)
     machine = hardware.probe(config.hardware)
     placement = hardware.place(machine, config)
     validate_environment(config, placement)
-    tell_idle(config, overrides)
+    warn_unused_overrides(config, overrides)
     folder = RunFolder.open(config.run, redo=redo)
     with folder.lock():
         ranks.put("folder", str(folder.path))
@@ -203,8 +202,6 @@ def run(config: RunConfig, *, overrides: Sequence[str], ranks: Ranks, redo: froz
             log_artifacts(trackers, folder, files)
         finally:
             trackers.finish()
-    if is_new and config.run.until == "report":  # a run that leaves stages out leaves their settings unread
-        tell_unread(config, overrides)
     missed = (folder.manifest("eval") or {"product": {"missed": []}})["product"]["missed"]
     if missed:
         raise GateMissed("; ".join(missed))
@@ -237,7 +234,11 @@ def with_skip_modules(spec: ModelSpec, folder: RunFolder, data: PreparedData) ->
         "quantization",
         SkippedLayers,
         lambda out: choose_skip_modules(spec, folder=out, data=data),
-        key={**spec.key(), "quantization.skip_modules_mib": spec.quantization.skip_modules_mib, "data.sha256": data.fingerprint},
+        key={
+            **spec.key(),
+            "quantization.skip_modules_mib": spec.quantization.skip_modules_mib,
+            "data.sha256": data.fingerprint,
+        },
     )
     return dataclasses.replace(spec, quantization=kept.apply_to(spec.quantization))
 

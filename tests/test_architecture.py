@@ -14,7 +14,7 @@ FURNITURE = {
     "bitsandbytes": {"quantization", "inference", "merge", "bench"},
     "lm_eval": {"eval"},
     "peft": {"lora", "inference", "export", "merge"},
-    "hydra": {"config", "__main__", "provenance", "sweep"},
+    "hydra": {"config", "cli", "provenance", "sweep"},
     "optuna": {"sweep"},
 }
 """Which rooms may import a third-party framework."""

@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 
-from finetune.config import CONF, load
+from finetune.config import load
 from finetune.hardware import Machine
 from finetune.hardware.backends import BACKENDS
 from finetune.hardware.probe import Gpu
+from finetune.paths import CONF
 from finetune.plan import plan
 
 GIB = 1024**3

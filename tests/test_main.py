@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from finetune.__main__ import main
+from finetune.cli import main
+from finetune.cli.bench import BENCHMARKS
+from finetune.cli.command import Command, parse
+from finetune.cli.commands import COMMANDS
+from finetune.cli.dispatch import find_command
+from finetune.cli.settings import saved_overrides, with_experiment
 from finetune.config import load
-from finetune.errors import ConfigError
-from finetune.verbs import recorded, with_experiment
+from finetune.errors import ConfigError, FinetuneError, GateMissed, Interrupted, RankFailed
 
 HEAVY = ("torch", "transformers", "datasets", "trl", "peft", "bitsandbytes", "wandb")
 
@@ -39,7 +43,8 @@ def problems(overrides: list[str]) -> list[str]:
         ("lora.targets=q_proj", "lora.targets: must be a list, e.g. 'lora.targets=[q_proj]'; got 'q_proj'"),
         (
             "lora.tokens=[<tool>]",
-            "lora.tokens=[<tool>]: cannot be read as an override; write key=value, and quote values that hold spaces or signs",
+            "lora.tokens=[<tool>]: cannot be read as an override; write key=value, and quote values that hold spaces "
+            "or signs",
         ),
         ("tracking=[slate]", "tracking=slate: there is no such option; choose one of tensorboard, wandb"),
     ],
@@ -62,13 +67,13 @@ def test_a_base_whose_dimensions_are_not_known_yet_has_no_plan_and_that_is_no_er
 
 def test_exports_that_could_only_fail_after_training_are_refused_before_all_at_once() -> None:
     asked = ["safetensors", "bitsandbytes", "onnx", "adapter"]
-    numbers = [f"export.{name}.numbers=int3" for name in asked]
-    found = problems([f"export=[{','.join(asked)},gguf_lora,hub]", *numbers, "lora=dora", "lora.tokens=[tool]"])
+    dtypes = [f"export.{name}.dtype=int3" for name in asked]
+    found = problems([f"export=[{','.join(asked)},gguf_lora,hub]", *dtypes, "lora=dora", "lora.tokens=[tool]"])
     assert [problem[: problem.find("; got") if "; got" in problem else 60] for problem in found] == [
-        "export.safetensors.numbers must be one of bfloat16, float16, float32",
-        "export.bitsandbytes.numbers must be one of nf4, fp4, int8",
-        "export.onnx.numbers must be one of float32, int8, int4",
-        "export.adapter.numbers must be left out, since it is written in one way only",
+        "export.safetensors.dtype must be one of bfloat16, float16, float32",
+        "export.bitsandbytes.dtype must be one of nf4, fp4, int8",
+        "export.onnx.dtype must be one of float32, int8, int4",
+        "export.adapter.dtype must be left out, since this format has a single dtype",
         "export.gguf_lora: lora.variant=dora, and llama.cpp adds noth",
         "export.hub: a push needs a card, so that others know what it",
     ]
@@ -77,23 +82,44 @@ def test_exports_that_could_only_fail_after_training_are_refused_before_all_at_o
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["nonsense"], "nonsense: it is no setting (write key=value) and no verb (run, plan, bench, replay, diff, data,"),
-        (["replay", "run.name=a", "now"], "now: it is no setting"),
-        (["--cfg", "job", "nonsense"], "- nonsense: cannot be read as an override; write key=value"),
-        (["plan", "explain="], "plan explain: name a setting or a group, e.g. explain=lora.rank"),
-        (["plan", "fit=true", "explain=lora.rank"], "plan explain=lora.rank stands alone; leave out fit"),
-        (["plan", "fit"], "plan fit: it needs a value, e.g. fit=true"),
-        (["plan", "fit=yes"], "plan fit must be true or false; got 'yes'"),
-        (["data", "why"], "data why: it needs a value, e.g. why=..."),
-        (["eval", "compare"], "eval compare: it needs a value, e.g. compare=..."),
-        (["eval", "compare=b", "run.name=a", "eval.rows=5"], "eval compare: eval.rows=5 would have no effect; it takes run.name,"),
-        (["replay", "force=maybe"], "replay force must be true or false; got 'maybe'"),
-        (["replay", "run.name=a", "lora.rank=3"], "replay: lora.rank=3 would have no effect; it takes run.name, run.root"),
-        (["diff", "json=yes", "a", "b"], "diff json must be true or false; got 'yes'"),
-        (["bench", "start", "repeats"], "bench start: repeats: there is no such setting; it takes repeats=..."),
-        (["bench", "start", "repeats=nan"], "bench start: repeats must be a positive number; got 'nan'"),
-        (["bench", "start", "repeats=0.5"], "bench start: repeats must be a whole number; got '0.5'"),
-        (["plan", "model=custom", "model.name=/not/there"], "model.name: /not/there cannot be read: No such file or directory"),
+        (["nonsense"], "nonsense: not a command, and not a setting (write key=value); the commands are run, plan,"),
+        (["plna"], "plna: not a command, and not a setting (write key=value); did you mean finetune plan?"),
+        (["replay", "run.name=a", "now"], "now: not a setting (write key=value)"),
+        (["--cfg", "job", "nonsense"], "- nonsense: not a setting (write key=value)"),
+        (["plan", "--explain="], "plan --explain: name a setting or a group, e.g. --explain lora.rank"),
+        (["plan", "--fit", "--explain", "lora.rank"], "plan --explain stands alone; leave out --fit"),
+        (["plan", "--explain"], "plan --explain needs a value, e.g. --explain KEY"),
+        (["plan", "--fit=yes"], "plan --fit takes no value; write --fit"),
+        (["plan", "--fti"], "--fti: not a flag of finetune plan; did you mean --fit?"),
+        (["plan", "--multirun", "--fit"], "--fit does not go with --multirun; leave one of them out"),
+        (["plan", "fit=true"], "fit=true: not a setting, but a flag of plan; write --fit"),
+        (["data", "--why"], "data --why needs a value, e.g. --why FILE:LINE"),
+        (["eval", "--compare"], "eval --compare needs a value, e.g. --compare RUN"),
+        (["eval", "--compare", "b", "run.name=a", "eval.rows=5"],
+         "eval --compare: eval.rows=5 would have no effect; it takes run.name,"),
+        (["replay", "--force=maybe"], "replay --force takes no value; write --force"),
+        (["replay", "run.name=a", "lora.rank=3"],
+         "replay: lora.rank=3 would have no effect; it takes run.name, run.root"),
+        (["diff", "--json=yes", "a", "b"], "diff --json takes no value; write --json"),
+        (["diff", "a"], "diff needs RUN RUN, e.g. finetune diff first second --json; got a"),
+        (["bench", "start", "repeats"], "repeats: not a setting (write key=value)"),
+        (["bench", "start", "--repeats=nan"], "bench start --repeats must be a positive number; got 'nan'"),
+        (["bench", "start", "--repeats", "0.5"], "bench start --repeats must be a whole number; got '0.5'"),
+        (["bench", "start", "run.name=a"], "bench start: run.name=a would have no effect; it takes no settings"),
+        (["bench", "speed"],
+         "bench speed needs ROWS.jsonl, e.g. finetune bench speed gsm8k/train.jsonl --against trl; got nothing"),
+        (["--config-dir", "/not/there"], "--config-dir /not/there: there is no such folder"),
+        (["train", "--multirun", "lora.rank=1,2"],
+         "--multirun: each job is a whole run, or a plan; finetune train takes one run"),
+        (["lora.rank=8,16"], "lora.rank: 8,16 is several values, which need --multirun; a list is written [8,16]"),
+        (["+lora.rank=8"], "+lora.rank=8: lora.rank is there already; write it without the plus"),
+        (["~lora.rank"], "~lora.rank: a setting cannot be removed; give it another value"),
+        (["lora=null"], "lora=null: there is no such option; choose one of default, dora,"),
+        (["lora.rank=null"], "lora.rank: must be a whole number; got null"),
+        (["export.gguf.max_kl=3"], "export.gguf.max_kl=3: export.gguf is null or not chosen in this configuration"),
+        (["lora.rank=${lora.nothing}"], "lora.rank: Interpolation key 'lora.nothing' not found"),
+        (["plan", "model=custom", "model.name=/not/there"],
+         "model.name: /not/there cannot be read: No such file or directory"),
         (["merge.adapters={/not/there: 0.5}"], "merge.adapters: /not/there is not an adapter"),
     ],
 )  # fmt: skip
@@ -107,8 +133,8 @@ def test_what_would_be_dropped_or_could_only_fail_ends_with_2_and_one_sentence(
 
 
 NO_NF5 = (
-    "quantization=nf5: there is no such option; choose one of awq, fp4, gguf, gptq, hqq, int8, nf4, nf4_double, none, qat, "
-    "torchao_int4, torchao_int8; did you mean nf4?"
+    "quantization=nf5: there is no such option; choose one of awq, fp4, gguf, gptq, hqq, int8, nf4, nf4_double, none, "
+    "qat, torchao_int4, torchao_int8; did you mean nf4?"
 )
 
 
@@ -158,17 +184,17 @@ def test_bad_input_beside_a_flag_of_hydra_is_said_the_same_way(capsys: pytest.Ca
     assert "did you mean lora.rank?" in capsys.readouterr().err
 
 
-def test_stage_of_a_run_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+def test_a_stage_of_a_run_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no run; start one first"):
-        recorded([f"run.root={tmp_path}", "run.name=nothing"])
+        saved_overrides([f"run.root={tmp_path}", "run.name=nothing"])
 
 
-def test_stage_verbs_compose_what_the_run_was_started_with(tmp_path: Path) -> None:
+def test_commands_for_one_stage_compose_what_the_run_was_started_with(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "overrides.json").write_text(
         json.dumps(["+experiment=quickstart", "lora.rank=4", "run.if_exists=overwrite"])
     )
-    assert recorded([f"run.root={tmp_path}", "run.name=a"]) == ["+experiment=quickstart", "lora.rank=4"]
+    assert saved_overrides([f"run.root={tmp_path}", "run.name=a"]) == ["+experiment=quickstart", "lora.rank=4"]
 
 
 def test_existing_run_is_refused_with_2_and_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,11 +206,11 @@ def test_existing_run_is_refused_with_2_and_left_alone(tmp_path: Path, capsys: p
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--cfg", "job", "+experiment=llama7b_qlora"], ["plan", "+experiment=llama7b_qlora"]]
+    "arguments", [["--cfg", "job", "+experiment=llama7b_qlora"], ["plan", "+experiment=llama7b_qlora"], ["--version"]]
 )
 def test_composing_and_planning_import_nothing_heavy(arguments: list[str]) -> None:
     code = (
-        "import sys; from finetune.__main__ import main; code = main(sys.argv[1:]); "
+        "import sys; from finetune.cli import main; code = main(sys.argv[1:]); "
         f"print('HEAVY', [name for name in {HEAVY} if name in sys.modules], code)"
     )
     answer = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
@@ -193,6 +219,91 @@ def test_composing_and_planning_import_nothing_heavy(arguments: list[str]) -> No
 
 def test_bench_names_what_it_can_measure(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "weather"]) == 2
-    assert "say what to measure, one of data, speed, start" in capsys.readouterr().err
+    assert "name what to measure, one of data, speed, start" in capsys.readouterr().err
     assert main(["bench", "start", "--help"]) == 0
-    assert "start [repeats=]: from the start of a process" in capsys.readouterr().out
+    assert "time from the start of a process" in capsys.readouterr().out
+
+
+def test_help_is_one_screen_with_every_command_and_three_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 120
+    for command in COMMANDS:
+        assert sum(line.startswith(f"  {command.name} ") for line in lines) == 1
+    assert sum(line.startswith("  finetune ") for line in lines[lines.index("Examples") : lines.index("Settings")]) == 3
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *BENCHMARKS], ids=lambda command: command.name)
+def test_help_of_a_command_is_about_it_and_its_flags(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command.name.split(), "--help"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"finetune {command.name} ")
+    for option in command.options:
+        assert option.about in out
+    words = command.example.split()[1:]
+    found, rest = find_command(words)
+    assert found.name.split()[0] == command.name.split()[0]
+    parse(found, rest)
+
+
+def test_version_names_the_libraries_that_decide_a_result(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["finetune", "torch", "transformers", "trl", "peft", "bitsandbytes"]
+
+
+def test_groups_list_their_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--groups"]) == 0
+    out = capsys.readouterr().out
+    assert "default, dora, eva, loftq, olora, pissa, rslora" in out
+    assert "launch     ddp, deepspeed, fsdp, multinode, single" in out
+
+
+def test_a_folder_of_ones_own_adds_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "mine.yaml").write_text("defaults: [default]\nrank: 5\n")
+    assert main(["--cfg", "job", "--config-dir", str(tmp_path), "lora=mine"]) == 0
+    assert "rank: 5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ConfigError("x"), 2), (Interrupted("x"), 75), (GateMissed("x"), 1), (RankFailed("x", exit_code=3), 3)],
+)
+def test_the_exit_code_belongs_to_the_error(error: FinetuneError, code: int) -> None:
+    assert error.exit_code == code
+
+
+@pytest.mark.parametrize(
+    ("flags", "fit", "exact"), [(["--fit"], True, False), (["--exact"], False, True), ([], False, False)]
+)
+def test_flags_of_plan_are_on_or_off(flags: list[str], fit: bool, exact: bool) -> None:
+    command, words = find_command(["plan", *flags, "lora.rank=4"])
+    invocation = parse(command, words)
+    assert (invocation.options["fit"], invocation.options["exact"]) == (fit, exact)
+    assert invocation.overrides == ["lora.rank=4"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--hydra-help"], "See https://hydra.cc"),
+        (["--info", "searchpath"], "Config search path"),
+        (["--shell-completion", "install=bash"], "hydra_bash_completion"),
+        (["plan", "--cfg", "job", "lora.rank=5"], "rank: 5"),
+        (["plan", "--multirun", "lora.rank=4,8"], "adapter"),
+    ],
+)
+def test_flags_of_hydra_work_after_the_command(
+    flags: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(flags) == 0
+    assert expected in capsys.readouterr().out
+
+
+def test_problems_of_planned_jobs_are_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--multirun", "lora.rank=4,8", "lora.rnak=3"]) == 2
+    assert capsys.readouterr().err.endswith(
+        "finetune: 1 problem in the configuration:\n  - lora.rnak: there is no such setting; did you mean lora.rank?\n"
+    )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.__main__ import main
+from finetune.cli import main
 from finetune.config import load
 from finetune.pipeline import pushed
 from tests.fixtures.overrides import overrides
@@ -132,7 +132,7 @@ def test_the_wheel_brings_configuration_and_data(tmp_path: Path) -> None:
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)],
         check=True,
     )
-    load = "import finetune.config as c; print(c.CONF, c.load(['+experiment=quickstart']).data.path)"
+    load = "from finetune.config import load; from finetune.paths import CONF; print(CONF, load(['+experiment=quickstart']).data.path)"
     code = f"import sys; sys.path.insert(0, {str(target)!r}); {load}"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     conf, rows = answer.stdout.split()

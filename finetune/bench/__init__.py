@@ -2,11 +2,9 @@
 
 ::
 
-    from finetune.bench import bench
+    from finetune.bench.start import measure_start
 
-    bench(["quantization", "model=my/model", "text=my.txt"])
+    measure_start(repeats=3)  # as `finetune bench start` does
+
+The commands and their flags are in `finetune.cli.bench`.
 """
-
-from finetune.bench.verb import bench
-
-__all__ = ["bench"]

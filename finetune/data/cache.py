@@ -1,7 +1,6 @@
 """Reuses prepared data whose sources, template, tokenizer, settings and code are the same."""
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
@@ -61,15 +60,6 @@ def restore(root: Path, key: str, folder: Path) -> dict[str, Any] | None:
         (folder / name).unlink(missing_ok=True)
         shutil.copyfile(cached / name, folder / name)
     return content["product"]
-
-
-def credit(config: Any) -> None:
-    """Reads every setting, so that none is reported as unread: the cached result was prepared with these settings."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        for part in value.values() if isinstance(value, dict) else [value]:
-            if dataclasses.is_dataclass(part):
-                credit(part)
 
 
 def save(root: Path, key: str, folder: Path, product: dict[str, Any]) -> None:

@@ -178,6 +178,18 @@ class DataConfig:
         settings: dict[str, Any] = to_jsonable(self)
         return {name: value for name, value in settings.items() if name not in NOT_IN_KEY}
 
+    def unused(self) -> Iterator[tuple[str, str]]:
+        """Yields the settings that have no effect given the others, each with the reason."""
+        if self.heldout_path is not None:
+            reason = f"data.heldout_path={self.heldout_path} names the held-out rows"
+            yield from ((name, reason) for name in ("heldout_share", "heldout_rows"))
+        elif self.heldout_rows is not None:
+            yield "heldout_share", f"data.heldout_rows={self.heldout_rows} is set"
+        if not self.hub and not any(source.hub for source in self.sources.values()):
+            yield from ((name, "no data come from the hub") for name in ("revision", "streaming"))
+        if not self.packing:
+            yield "pack_tokens", "data.packing=false"
+
     def problems(self) -> Iterator[str]:
         yield from _source_problems(self)
         yield from _choice_problems(self)

@@ -86,7 +86,6 @@ def prepare(config: DataConfig, *, folder: Path, tokenizer: PreTrainedTokenizerB
     with exclusive(root, key[:24], what="these data"):
         cached = cache.restore(root, key, folder)
         if cached is not None:
-            cache.credit(config)
             log(
                 "data",
                 f"taken from the cache {root}: data, template, tokenizer, settings and code are those of {key[:12]}",

@@ -8,11 +8,10 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from itertools import chain, islice
 
-from tqdm import tqdm
-
-from finetune.console import log
+from finetune.console import ProgressBar, log
 from finetune.data.config import DataConfig
 from finetune.data.files import Raw
 from finetune.data.formats import COLUMNS, ColumnMapping, detect, unused_columns
@@ -96,10 +95,13 @@ def fill_store(config: DataConfig, sources: list[Source], settings: WorkerSettin
     few = sum(len(raws) for _, raws in first) < MIN_ROWS_FOR_PROCESSES
     processes = 1 if few and not config.workers else config.workers or os.cpu_count() or 1
     everything = _chain(first, batches)
-    with tqdm(desc="data: rows", unit=" rows", file=sys.stderr, delay=1, unit_scale=True) as bar:
+    with ExitStack() as stack:
+        bar: ProgressBar | None = None
         for done in _in_processes(settings, everything, processes) if processes > 1 else _here(settings, everything):
+            # Only now: a display that draws while processes are forked may leave them with a locked console.
+            bar = bar or stack.enter_context(ProgressBar("data", unit="rows"))
             store.add(done)
-            bar.update(len(done.rows))
+            bar.advance(len(done.rows))
 
 
 def _chain(first: list[Batch], rest: Iterator[Batch]) -> Iterator[Batch]:

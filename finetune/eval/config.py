@@ -61,6 +61,11 @@ class EvalConfig:
     """Thresholds, ``<artifact or change>.<figure>: number``: a minimum, or a maximum for loss, perplexity,
     general_loss, mean_tokens and repetition. A missed one ends the run with exit code 1, after the report."""
 
+    def unused(self) -> Iterator[tuple[str, str]]:
+        """Yields the settings that have no effect given the others, each with the reason."""
+        if self.rows == 0:
+            yield from ((name, "no answers are written") for name in ("max_new_tokens", "batch_rows"))
+
     def problems(self) -> Iterator[str]:
         """Yields one sentence for each setting that is not allowed."""
         unknown = [name for name in self.metrics if name not in METRICS]

@@ -44,6 +44,12 @@ class HarnessConfig:
     batch_rows: int = 1
     """Requests per forward pass. Memory grows with their number times the longest request times the vocabulary."""
 
+    def unused(self) -> Iterator[tuple[str, str]]:
+        """Yields the settings that have no effect given the others, each with the reason."""
+        if not self.tasks:
+            names = ("include_path", "limit", "shots", "chat", "batch_rows")
+            yield from ((name, "no task of lm-eval is named") for name in names)
+
     def problems(self) -> Iterator[str]:
         """Yields one sentence for each setting that is not allowed."""
         if self.tasks and importlib.util.find_spec("lm_eval") is None:

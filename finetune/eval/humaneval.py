@@ -17,10 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from finetune.cache import file_sha256
-from finetune.console import log, table
+from finetune.console import ProgressBar, log, table
 from finetune.errors import EvalError
 from finetune.eval.completers import Completer, Sampling, load_completer
 from finetune.eval.metrics import pass_at_k
@@ -190,8 +188,12 @@ def run_problems(
     if len(missing) < len(wanted):
         log("bench", f"reusing {len(wanted) - len(missing)} of {len(wanted)} completions from {file}")
     unenforced: set[str] = set()
-    with open(file, "a", encoding="utf-8") as handle:
-        for problem, sample in tqdm(missing, desc="HumanEval", unit="program", file=sys.stderr, leave=False):
+    with (
+        open(file, "a", encoding="utf-8") as handle,
+        ProgressBar("bench", total=len(missing), unit="programs") as bar,
+    ):
+        for problem, sample in missing:
+            bar.advance()
             text = completer.complete(problem.prompt, seed=_seed(seed, problem.task_id, sample))
             verdict = run_program(problem.program(text))
             entry = Completion(problem.task_id, sample, text, verdict.outcome, verdict.reason)

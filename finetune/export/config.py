@@ -61,6 +61,18 @@ class ExportConfig:
     push: bool = False
     """``hub``: whether files are uploaded; if false, the run only lists them."""
 
+    def unused(self) -> Iterator[tuple[str, str]]:
+        """Yields the settings that have no effect given the others, each with the reason."""
+        if self.format != "safetensors":
+            yield "shard_bytes", "only safetensors files are split"
+        if self.format in ("card", "hub"):
+            names = ("logit_rows", "loss_rows", "rows", "max_logit_difference", "max_kl", "max_new_tokens")
+            yield from ((name, "it writes no weights that could be compared") for name in names)
+        if self.format != "hub":
+            yield from ((name, "nothing is sent") for name in ("repository", "private", "push"))
+        if not self.dtype:
+            yield "dtype", "left to the format, which may have a single dtype"
+
     def problems(self) -> Iterator[str]:
         """Yields one sentence for each setting that is not allowed."""
         if self.format not in FORMATS:

@@ -42,6 +42,12 @@ class HardwareConfig:
     ram_bytes: int = 0
     """Host memory of a named machine, in bytes; 0 where it is not known."""
 
+    def unused(self) -> Iterator[tuple[str, str]]:
+        """Yields the settings that have no effect given the others, each with the reason."""
+        if self.name == "auto":
+            names = ("gpus", "gpu_name", "gpu_memory_bytes", "gpu_capability", "ram_bytes")
+            yield from ((name, "it describes a machine to plan for") for name in names)
+
     def problems(self) -> Iterator[str]:
         """Yields one sentence for each invalid setting."""
         if self.device not in DEVICES:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from finetune.console import ProgressBar
 from finetune.inference.logits import evaluating, unwrap
 from finetune.inference.rows import group_by_length
 
@@ -77,14 +77,12 @@ def stream_answers(
     with (
         evaluating(model),
         _contiguous_head_input(unwrap(model).get_output_embeddings()),
-        tqdm(
-            total=len(prompts), desc=progress, unit="row", file=sys.stderr, disable=progress is None, leave=False
-        ) as bar,
+        ProgressBar(progress or "", total=len(prompts), unit="rows", is_shown=progress is not None) as bar,
     ):
         for batch in group_by_length(lengths, batch_tokens=sys.maxsize, batch_rows=batch_rows):
             answers = _batch(unwrap(model), [prompts[i] for i in batch], ends=stops, pad=pad, limit=max_new_tokens)
             yield from zip(batch, answers, strict=True)
-            bar.update(len(batch))
+            bar.advance(len(batch))
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Computes logits at trained positions only: the decoder once per batch, the head in chunks of bounded size."""
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from finetune.console import ProgressBar
 from finetune.errors import EvalError
 from finetune.inference.rows import IGNORED, Row, token_batches
 
@@ -77,19 +76,17 @@ def trained_logits(
     lengths = [len(row["input_ids"]) for row in rows]
     with (
         evaluating(model),
-        tqdm(
+        ProgressBar(
+            progress or "",
             total=sum(lengths[index] for batch in batches for index in batch),
-            desc=progress,
-            unit="tok",
-            file=sys.stderr,
-            disable=progress is None,
-            leave=False,
+            unit="tokens",
+            is_shown=progress is not None,
         ) as bar,
     ):
         split = _SplitModel(unwrap(model))
         for batch in batches:
             yield from split.chunks([rows[index] for index in batch], indices=batch)
-            bar.update(sum(lengths[index] for index in batch))
+            bar.advance(sum(lengths[index] for index in batch))
 
 
 def _check_lengths(model: Any, rows: Sequence[Row]) -> None:

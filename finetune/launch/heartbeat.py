@@ -55,7 +55,7 @@ class Heartbeat:
             hanging = hanging + 1 if self.beats == before else 0
             before = self.beats
             if hanging * BEAT_SECONDS >= self.timeout_seconds and not self.ranks.failure:
-                self._end(RankFailed(f"machine 0 has not answered for {self.timeout_seconds} s", code=1))
+                self._end(RankFailed(f"machine 0 has not answered for {self.timeout_seconds} s", exit_code=1))
 
     def send(self) -> None:
         """Sends heartbeats until this process leaves or another one has failed."""
@@ -65,7 +65,7 @@ class Heartbeat:
                 self.store.set(f"alive/{self.ranks.rank}", str(self.beats))
                 failure = self._reported_failure() or self._silent_rank()
             except RuntimeError as error:  # all of torch's store errors are RuntimeErrors
-                failure = RankFailed(f"machine 0 cannot be reached any more ({first_line(error)})", code=1)
+                failure = RankFailed(f"machine 0 cannot be reached any more ({first_line(error)})", exit_code=1)
             if failure and not self.ranks.leaving.is_set():
                 self._end(failure)
                 return
@@ -77,7 +77,7 @@ class Heartbeat:
         if report["rank"] == self.ranks.rank:
             return None
         message = f"process {report['rank']} on {report['host']} failed, so all end: {report['message']}"
-        return RankFailed(message, code=report["code"])
+        return RankFailed(message, exit_code=report["code"])
 
     def _silent_rank(self) -> RankFailed | None:
         for rank in self.watched:
@@ -90,7 +90,7 @@ class Heartbeat:
                     f"process {rank} has sent no heartbeat for {self.timeout_seconds} s: it was killed, or its machine "
                     f"or the network is down; see the end of logs/rank-{rank}.log, and continue from the last "
                     "checkpoint with run.if_exists=resume",
-                    code=1,
+                    exit_code=1,
                 )
         return None
 
@@ -102,7 +102,7 @@ class Heartbeat:
                 self.store.set(ACKNOWLEDGED, "1")
         time.sleep(EXIT_WAIT_SECONDS)
         if not self.ranks.leaving.is_set() and not self.ranks.failing:
-            os._exit(print_error(failure, failure.code))
+            os._exit(print_error(failure, failure.exit_code))
 
 
 def is_lost_connection(error: BaseException) -> bool:

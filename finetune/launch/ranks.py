@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from finetune.errors import FinetuneError, Interrupted, RankFailed
+from finetune.errors import EXIT_FAILURE, EXIT_INTERRUPTED, FinetuneError, Interrupted, RankFailed
 from finetune.launch.heartbeat import (
     ACKNOWLEDGED,
     BEAT_SECONDS,
@@ -192,8 +192,11 @@ class Ranks:
             return self.failure
         if is_lost_connection(error):
             return self._lost_rank(error)
-        code = 2 if isinstance(error, FinetuneError) else 75 if isinstance(error, KeyboardInterrupt) else 1
-        self.report_failure(str(error) if code == 2 else f"{type(error).__name__}: {first_line(error)}", code)
+        if isinstance(error, FinetuneError):
+            self.report_failure(str(error), error.exit_code)
+        else:
+            code = EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_FAILURE
+            self.report_failure(f"{type(error).__name__}: {first_line(error)}", code)
         return error
 
     def _lost_rank(self, error: BaseException) -> RankFailed:
@@ -212,7 +215,7 @@ class Ranks:
             f"{who} of this launch ended without a report ({first_line(error)}): it was killed, or its machine went "
             f"down; see logs/rank-{silent[0] if silent else '<n>'}.log, and continue from the last checkpoint with "
             "run.if_exists=resume",
-            code=1,
+            exit_code=EXIT_FAILURE,
         )
 
     def _beats(self) -> dict[int, bytes]:
@@ -256,7 +259,7 @@ class Ranks:
         except (DistNetworkError, DistStoreError) as error:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             message = f"the first process of this launch does not answer at {where} ({first_line(error)})"
-            raise RankFailed(message, code=1) from error
+            raise RankFailed(message, exit_code=EXIT_FAILURE) from error
         return PrefixStore("finetune", store)
 
 

@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from finetune.console import log, print_error
-from finetune.errors import HardwareError
+from finetune.errors import EXIT_INTERRUPTED, HardwareError
 from finetune.launch.config import LaunchConfig, process_count
-
-INTERRUPTED = 75
 
 
 def must_start(config: LaunchConfig) -> bool:
@@ -171,7 +169,7 @@ def start(config: LaunchConfig, arguments: Sequence[str]) -> int:
                 )
             return code
         except SignalException:
-            return INTERRUPTED
+            return EXIT_INTERRUPTED
     return 0
 
 

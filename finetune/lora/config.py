@@ -63,6 +63,11 @@ class LoraConfig:
         base."""
         return {"loftq": None, "dora": 0.5, "olora": 1e-3, "pissa": 1e-3}.get(self.variant, 0.0)
 
+    def unused(self) -> Iterator[tuple[str, str]]:
+        """Yields the settings that have no effect given the others, each with the reason."""
+        if self.variant != "eva":
+            yield "calibration_tokens", f"it is EVA's, and lora.variant={self.variant}"
+
     def problems(self) -> Iterator[str]:
         if self.variant not in VARIANTS:
             yield f"lora.variant must be one of {', '.join(VARIANTS)}; got {self.variant!r}"

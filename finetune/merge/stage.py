@@ -132,7 +132,9 @@ class _Stage:
     rows: list[dict[str, Any]]
     seed: int
 
-    def build(self, adapter: Path, changes: dict[str, Change], *, names: list[str]) -> tuple[ReferenceLogits, list[Built]]:
+    def build(
+        self, adapter: Path, changes: dict[str, Change], *, names: list[str]
+    ) -> tuple[ReferenceLogits, list[Built]]:
         """Records the trained graph, then writes the candidates; the graph is gone before the first one is loaded."""
         import torch
 
@@ -197,7 +199,9 @@ class _Stage:
 
         name = built.folder.name
         merged = self.spec.dense(built.folder).load()
-        found = compare_with_reference(merged, self.rows, reference, batch_tokens=self.config.batch_tokens, progress=name)
+        found = compare_with_reference(
+            merged, self.rows, reference, batch_tokens=self.config.batch_tokens, progress=name
+        )
         del merged
         free_memory()
         sizes = {"bytes": built.bytes, "adapted_weights": built.adapted, "changed_weights": built.changed}

@@ -21,7 +21,7 @@ from finetune.model.config import looks_local
 from finetune.plan.duration import stage_seconds
 from finetune.plan.fit import propose
 from finetune.plan.product import Plan, make_plan
-from finetune.plan.settings import PlanConfig, from_config, with_options
+from finetune.plan.settings import PlanConfig, from_config
 from finetune.plan.show import show
 from finetune.plan.throughput import throughput, token_operations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from finetune.config import RunConfig
     from finetune.hardware import Machine
 
-__all__ = ["Plan", "PlanConfig", "plan", "show", "with_options"]
+__all__ = ["Plan", "PlanConfig", "plan", "show"]
 
 
 def plan(config: RunConfig, machine: Machine) -> Plan:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,11 +37,6 @@ class PlanConfig:
     def problems(self) -> Iterator[str]:
         """Yields nothing: every combination is valid."""
         return iter(())
-
-
-def with_options(config: PlanConfig, options: Mapping[str, str]) -> PlanConfig:
-    """Replaces settings of the plan group by the command's own options, such as ``{"fit": "true"}``."""
-    return replace(config, **{name: value == "true" for name, value in options.items()})
 
 
 def from_config(config: RunConfig, machine: Machine) -> PlanInputs:

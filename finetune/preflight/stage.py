@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from finetune.trainable import TrainingJob
 
 DISK = "the disk is full or cannot be written: free some, or choose another run.root"
-MEMORY = "this batch does not fit in memory: a smaller train.micro_batch or data.pack_tokens; `finetune plan fit=true` proposes settings"
+MEMORY = "this batch does not fit in memory: a smaller train.micro_batch or data.pack_tokens; `finetune plan --fit` proposes settings"
 """Causes of what ends a proof before it has a figure."""
 
 

@@ -1,4 +1,4 @@
-"""What two runs differ in: configuration, environment, data and figures side by side."""
+"""Compares two runs: configuration, environment, data and figures."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from finetune.provenance.config_trace import ABSENT
 from finetune.run import STAGES, RunFolder
 
 WIDTH = 36
-"""Letters of a value that fit beside another one on the console."""
+"""Characters of a value that fit next to another one on the console."""
 
 NAMES = ("name", "format")
-"""What tells the entries of a list apart: candidates and proofs have names, exports a format."""
+"""Keys that identify the entries of a list: candidates and checks have a name, exports a format."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """One key that two runs have other values of; `ABSENT` where a run has none."""
+    """One key that two runs have different values for; `ABSENT` where a run has none."""
 
     part: str
     key: str
@@ -34,7 +34,7 @@ class Difference:
 
 
 def compare(one: Path, two: Path, *, as_json: bool = False) -> list[Difference]:
-    """Prints what two run folders differ in.
+    """Prints the differences between two run folders.
 
     Args:
         one: A run folder.
@@ -44,21 +44,21 @@ def compare(one: Path, two: Path, *, as_json: bool = False) -> list[Difference]:
     Raises:
         ConfigError: One of them holds no run.
     """
-    found = differences(read(one), read(two))
+    changed = differences(read(one), read(two))
     if as_json:
-        plain = [{name: value for name, value in asdict(item).items() if value is not ABSENT} for item in found]
+        plain = [{name: value for name, value in asdict(item).items() if value is not ABSENT} for item in changed]
         sys.stdout.write(json.dumps(plain, indent=2) + "\n")
-        return found
-    for part in dict.fromkeys(item.part for item in found):
-        rows = [[item.key, _cell(item.one), _cell(item.two), _change(item)] for item in found if item.part == part]
+        return changed
+    for part in dict.fromkeys(item.part for item in changed):
+        rows = [[item.key, _cell(item.one), _cell(item.two), _change(item)] for item in changed if item.part == part]
         table("diff", [part, one.name, two.name, "change"], rows)
-    if not found:
+    if not changed:
         log("diff", f"{one} and {two} hold the same configuration, environment, data and figures")
-    return found
+    return changed
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
-    """A run's record by part, with dotted keys.
+    """Reads a run folder: configuration, environment, data and figures by dotted key.
 
     Raises:
         ConfigError: The folder holds no run.
@@ -71,8 +71,8 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
     products = {stage: manifest for stage in STAGES if (manifest := run.manifest(stage)) is not None}
     environment = folder / "environment.json"
     figures = {
-        stage: {**found["product"], **{key: found[key] for key in COSTS if key in found}}
-        for stage, found in products.items()
+        stage: {**manifest["product"], **{key: manifest[key] for key in COSTS if key in manifest}}
+        for stage, manifest in products.items()
     }
     data = figures.pop("data", {})
     return {
@@ -87,7 +87,7 @@ COSTS = ("seconds", "peak_rss_bytes", "peak_device_bytes")
 
 
 def differences(one: Mapping[str, Mapping[str, Any]], two: Mapping[str, Mapping[str, Any]]) -> list[Difference]:
-    """Keys whose values are not equal, in the order of the first record."""
+    """Returns the keys whose values are not equal, in the order of the first run."""
     return [
         Difference(part=part, key=key, one=one[part].get(key, ABSENT), two=two[part].get(key, ABSENT))
         for part in one
@@ -97,7 +97,7 @@ def differences(one: Mapping[str, Mapping[str, Any]], two: Mapping[str, Mapping[
 
 
 def named(content: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings, and lists whose entries have names, as dotted keys. Curves and other lists of records are left out."""
+    """Returns nested mappings, and lists of named entries, as dotted keys; leaves out other lists of records."""
     if isinstance(content, list) and content and all(isinstance(item, Mapping) for item in content):
         name = next((name for name in NAMES if all(name in item for item in content)), None)
         content = {str(item[name]): item for item in content} if name else {}

@@ -1,4 +1,4 @@
-"""Does it come out the same again? The run is built anew from what its folder tells, and the outcomes are compared."""
+"""Replays a run: does it again from what its folder holds, and compares the outcomes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from finetune.config import RunConfig, make
+from finetune.config import RunConfig
+from finetune.config.compose import to_run_config
 from finetune.console import log, table
 from finetune.errors import ConfigError, FinetuneError, GateMissed
 from finetune.provenance.difference import Difference, differences, named
@@ -21,28 +22,28 @@ from finetune.run import RunFolder
 
 SUFFIX = "-replay"
 VERSIONS = ("python", "versions")
-"""Of environment.json: these must be equal, and the code."""
+"""Parts of environment.json that must be equal, as must the code."""
 
 MACHINE = ("platform", "machine", "placement")
-"""These may differ, which moves the last bits."""
+"""Parts that may differ; results then differ in their last bits."""
 
 FREE = ("machine.disk_free_bytes",)
-"""These never matter."""
+"""Keys that never matter."""
 
-OWN = ("run.name=", "run.root=", "run.if_exists=", "run.until=")
-"""Overrides that a replay sets itself."""
+REPLACED = ("run.name=", "run.root=", "run.if_exists=", "run.until=")
+"""Overrides that a replay replaces with its own."""
 
 Run = Callable[..., RunFolder]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a replay came out.
+    """The outcome of a replay.
 
     Attributes:
         equal: Adapter, losses and scores are the same to the bit.
         within: Every score lies in the interval that the first run gave for it.
-        alike: Nothing differed that could move a bit: equal was expected.
+        alike: Nothing differed that could change a bit, so equality was expected.
     """
 
     equal: bool
@@ -51,49 +52,53 @@ class Outcome:
 
     @property
     def holds(self) -> bool:
-        """Whether the run came out the same as far as it could be expected to."""
+        """Whether the run came out as close as could be expected."""
         return self.equal or (self.within and not self.alike)
 
 
-def replay(folder: Path, *, run: Run, surroundings: Callable[[RunConfig], dict[str, Any]], force: bool) -> Outcome:
-    """Runs a finished run again beside it, as ``<name>-replay``, and prints how the outcomes compare.
+def replay(
+    folder: Path, *, run: Run, describe_environment: Callable[[RunConfig], dict[str, Any]], force: bool
+) -> Outcome:
+    """Runs a finished run again as ``<name>-replay``, and prints how the outcomes compare.
 
     Args:
         folder: The run's folder.
         run: `finetune.pipeline.run`.
-        surroundings: What environment.json would say now.
-        force: Goes on where code, versions, base or data differ, after saying so.
+        describe_environment: Returns the content that environment.json would have now.
+        force: Continues where code, versions, base or data differ, after printing it.
 
     Raises:
         ConfigError: The run is not finished.
-        FinetuneError: Something that decides the outcome differs.
+        FinetuneError: Something differs that decides the outcome.
     """
-    config = recorded(folder)
+    config = load_finished(folder)
     before = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-    changed = differences({"environment": named(before)}, {"environment": named(surroundings(config))})
+    changed = differences({"environment": named(before)}, {"environment": named(describe_environment(config))})
     machine = [_sentence(item) for item in changed if _is(item, MACHINE) and item.key not in FREE]
     if machine:
         log("replay", f"another machine, so the last bits may differ: {'; '.join(machine)}")
-    told = [*_code(changed), *[_sentence(item) for item in changed if _is(item, VERSIONS)], *_base(config, folder)]
-    _stop_if(told, folder, force=force)
+    differing = [*_code(changed), *[_sentence(item) for item in changed if _is(item, VERSIONS)], *_base(config, folder)]
+    _stop_if(differing, folder, force=force)
 
     words = [
-        word for word in json.loads((folder / "overrides.json").read_text(encoding="utf-8")) if not word.startswith(OWN)
+        word
+        for word in json.loads((folder / "overrides.json").read_text(encoding="utf-8"))
+        if not word.startswith(REPLACED)
     ]
     config.run.name, config.run.root, config.run.if_exists = folder.name + SUFFIX, str(folder.parent), "overwrite"
     words += [f"run.root={config.run.root}", f"run.name={config.run.name}"]
     until, config.run.until = config.run.until, "data"
     again = run(config, overrides=words).path
-    told += (data := _data(folder, again))
+    differing += (data := _data(folder, again))
     _stop_if(data, folder, force=force)
     config.run.until, config.run.if_exists = until, "resume"
-    with suppress(GateMissed):  # judged is whether it comes out the same, good enough or not
+    with suppress(GateMissed):  # a replay asks whether the outcome is the same, not whether it is good enough
         run(config, overrides=words)
-    return judge(folder, again, alike=not machine and not told)
+    return judge(folder, again, alike=not machine and not differing)
 
 
-def recorded(folder: Path) -> RunConfig:
-    """The configuration of a finished run, from its folder alone.
+def load_finished(folder: Path) -> RunConfig:
+    """Reads the configuration of a finished run from its folder.
 
     Raises:
         ConfigError: There is no finished run, or its configuration is not one of this version.
@@ -104,19 +109,20 @@ def recorded(folder: Path) -> RunConfig:
         raise ConfigError(f"run.name: {folder} {what}, so there is nothing to replay; give the name of a finished run")
     try:
         content = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        return make(OmegaConf.merge(OmegaConf.structured(RunConfig), content))  # type: ignore[arg-type]
+        return to_run_config(OmegaConf.merge(OmegaConf.structured(RunConfig), content))  # type: ignore[arg-type]
     except OmegaConfBaseException as error:
         first = str(error).splitlines()[0]
         raise ConfigError(
-            f"{folder / 'config.yaml'} is not a configuration of this version ({first}); check out the commit in environment.json"
+            f"{folder / 'config.yaml'} is not a configuration of this version ({first}); "
+            "check out the commit in environment.json"
         ) from error
 
 
 def judge(folder: Path, again: Path, *, alike: bool) -> Outcome:
-    """Compares two finished runs and prints it.
+    """Compares two finished runs and prints the comparison.
 
-    The bound of a score is the interval that the first run's evaluation gave for it; where nothing differed (``alike``),
-    all must be equal to the bit.
+    The bound of a score is its interval in the first run's evaluation. Where nothing differed (``alike``), all must be
+    equal to the bit.
     """
     one, two = RunFolder(folder), RunFolder(again)
     first, second = one.manifest("train"), two.manifest("train")
@@ -131,7 +137,7 @@ def judge(folder: Path, again: Path, *, alike: bool) -> Outcome:
     )
     for name in ("first_loss", "final_loss"):
         was, now = first["product"][name], second["product"][name]
-        rows.append([f"train {name}", f"{was:.6g}", f"{now:.6g}", _moved(was, now), ""])
+        rows.append([f"train {name}", f"{was:.6g}", f"{now:.6g}", _change(was, now), ""])
     for name, was, low, high, now in _scores(one, two):
         inside = low <= now <= high
         within = within and inside
@@ -140,11 +146,11 @@ def judge(folder: Path, again: Path, *, alike: bool) -> Outcome:
                 f"eval {name}",
                 f"{was:.6g}",
                 f"{now:.6g}",
-                _moved(was, now),
+                _change(was, now),
                 f"[{low:.4g}, {high:.4g}]{'' if inside else ' missed'}",
             ]
         )
-    table("replay", ["", folder.name, again.name, "moved by", "bound"], rows)
+    table("replay", ["", folder.name, again.name, "changed by", "bound"], rows)
     equal = all(row[3] == "0" for row in rows)
     verdict = (
         "equal to the bit"
@@ -159,7 +165,7 @@ def judge(folder: Path, again: Path, *, alike: bool) -> Outcome:
 
 
 def _scores(one: RunFolder, two: RunFolder) -> Iterator[tuple[str, float, float, float, float]]:
-    """Name, value, low and high of each score with an interval, and the value of the other run."""
+    """Yields name, value, low and high of each score with an interval, and the other run's value."""
     before, after = (
         named((run.manifest("eval") or {"product": {}})["product"].get("artifacts", {})) for run in (one, two)
     )
@@ -171,7 +177,7 @@ def _scores(one: RunFolder, two: RunFolder) -> Iterator[tuple[str, float, float,
 
 
 def _adapters(folder: Path, again: Path) -> str:
-    """The largest difference of any weight of two adapters, ``0`` where all are equal."""
+    """Returns the largest difference between the weights of two adapters, ``0`` where all are equal."""
     import torch
     from safetensors.torch import load_file
 
@@ -183,7 +189,7 @@ def _adapters(folder: Path, again: Path) -> str:
     return f"{max((one[name].double() - two[name].double()).abs().max().item() for name in one):.3g}"
 
 
-def _moved(was: float, now: float) -> str:
+def _change(was: float, now: float) -> str:
     return "0" if was == now else f"{now - was:+.3g}"
 
 
@@ -197,7 +203,7 @@ def _sentence(item: Difference) -> str:
 
 
 def _code(changed: list[Difference]) -> list[str]:
-    """A commit with uncommitted changes says little: the hashes of the rooms decide, and the commit helps to find them again."""
+    """Returns what differs in the code. The packages' hashes decide; the commit helps to find them again."""
     if not any(_is(item, ("code",)) for item in changed):
         return []
     return [_sentence(item) for item in changed if _is(item, ("finetune", "commit", "code"))]
@@ -222,11 +228,11 @@ def _data(folder: Path, again: Path) -> list[str]:
     )
 
 
-def _stop_if(found: list[str], folder: Path, *, force: bool) -> None:
-    if found and not force:
-        listed = "".join(f"\n  - {one}" for one in found)
+def _stop_if(differing: list[str], folder: Path, *, force: bool) -> None:
+    if differing and not force:
+        listed = "".join(f"\n  - {sentence}" for sentence in differing)
         raise FinetuneError(
-            f"{folder} is not replayed, because what it was made with has changed:{listed}\nbring it back, or say force=true"
+            f"{folder} is not replayed, because what it was made with has changed:{listed}\nrestore it, or add --force"
         )
-    for one in found:
-        log("replay", f"differs: {one}")
+    for sentence in differing:
+        log("replay", f"differs: {sentence}")

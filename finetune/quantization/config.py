@@ -48,6 +48,16 @@ class QuantizationConfig:
     group_size: int = 64
     """hqq only: weights that share a scale and a zero point, which take 32 bits together."""
 
+    def unused(self) -> Iterator[tuple[str, str]]:
+        """Yields the settings that have no effect given the others, each with the reason."""
+        used_by = f"and quantization.method={self.method}"
+        if self.method != "hqq":
+            yield from ((name, f"it is hqq's, {used_by}") for name in ("bits", "group_size"))
+        if self.method == "none":
+            yield "skip_modules", "nothing is quantized"
+        if not self.skip_modules_mib:
+            yield "skip_modules_tokens", "quantization.skip_modules_mib=0 measures nothing"
+
     def problems(self) -> Iterator[str]:
         if self.method not in METHODS:
             yield f"quantization.method must be one of {', '.join(METHODS)}; got {self.method!r}"

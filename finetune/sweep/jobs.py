@@ -120,7 +120,7 @@ def jobs_in(sweep: Path) -> list[Job]:
     for job in jobs:
         with open(job.folder / LOCK, "a") as handle:
             if job.state == "running" and _take(handle.fileno()):
-                job.state, job.reason = "interrupted", "it was killed; the same command continues it"
+                job.state, job.reason = "interrupted", "it was killed; the same command continues"
     return jobs
 
 

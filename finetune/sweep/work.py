@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.console import log
+from finetune.errors import EXIT_INTERRUPTED
 from finetune.sweep.config import SweepConfig
 from finetune.sweep.jobs import FINAL, Job, job_lock, job_name, jobs_in
 from finetune.sweep.median import should_prune
@@ -19,7 +20,6 @@ from finetune.sweep.median import should_prune
 POLL_SECONDS = 1.0
 """How often the losses of a job that may be pruned are read."""
 
-STOPPED = 75
 STARTS = {"new": "starts", "failed": "is tried again"}
 LONGEST_REASON = 300
 
@@ -89,7 +89,7 @@ class Sweep:
         except BaseException:
             process.terminate()  # the job saves, as after any signal
             process.wait()
-            job.state, job.reason = "interrupted", "the sweep was stopped; the same command continues it"
+            job.state, job.reason = "interrupted", "the sweep was stopped; the same command continues"
             raise
         finally:
             job.seconds = round(seconds_before + time.monotonic() - started, 1)
@@ -132,4 +132,4 @@ def outcome(code: int, output: str) -> tuple[str, str]:
     line = " ".join(message.split()) or f"exit code {code}"
     if len(line) > LONGEST_REASON:
         line = f"{line[: LONGEST_REASON - 1]}…"
-    return "interrupted" if code == STOPPED else "failed", line
+    return "interrupted" if code == EXIT_INTERRUPTED else "failed", line

@@ -1,7 +1,7 @@
 """The tracking group: ``tracking=[wandb]``, ``tracking=[]``, ``tracking=[wandb,tensorboard]``."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 KINDS = ("wandb", "tensorboard")
 MODES = ("auto", "online", "offline")
@@ -31,6 +31,12 @@ class TrackerConfig:
 
     artifacts: bool = True
     """Sends the report and the adapter, not only metrics."""
+
+    def unused(self) -> Iterator[tuple[str, str]]:
+        """Yields the settings that have no effect given the others, each with the reason."""
+        if self.kind == "tensorboard":
+            names = (field.name for field in fields(self) if field.name != "kind")
+            yield from ((name, "files in the run folder: no service, no project, nothing to send") for name in names)
 
     def problems(self) -> Iterator[str]:
         if self.kind not in KINDS:

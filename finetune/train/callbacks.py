@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import math
 import signal
-import sys
 import time
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
 from transformers import TrainerCallback
 
-from finetune.console import human_bytes, log
+from finetune.console import ProgressBar, human_bytes, log
 from finetune.errors import Interrupted
 from finetune.memory import device_bytes, rss_bytes
 from finetune.train.checkpoints import TrainingFingerprint, commit, is_complete, path_of, prune
@@ -175,20 +173,13 @@ class ProgressLine(TrainerCallback):
 
     def __init__(self, progress: TrainingProgress) -> None:
         self.progress = progress
-        self.bar: Any = None
+        self.bar: ProgressBar | None = None
         self.started, self.before = 0.0, 0
         self.shown: dict[str, str] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.started, self.before = time.monotonic(), self.progress.tokens
-        self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc="train",
-            unit="step",
-            file=sys.stderr,
-            dynamic_ncols=True,
-        )
+        self.bar = ProgressBar("train", total=state.max_steps, unit="steps", done=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if logs and "loss" in logs:
@@ -201,8 +192,9 @@ class ProgressLine(TrainerCallback):
         self.shown["tokens/s"] = f"{(self.progress.tokens - self.before) / seconds:.0f}"
         self.shown["trained"] = f"{self.progress.trained / max(self.progress.tokens, 1):.0%}"
         self.shown["memory"] = human_bytes(device_bytes() or rss_bytes())
-        self.bar.set_postfix(self.shown, refresh=False)
-        self.bar.update(state.global_step - self.bar.n)
+        if self.bar is not None:
+            note = ", ".join(f"{name} {value}" for name, value in self.shown.items())
+            self.bar.move_to(state.global_step, note=note)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.close()

@@ -88,6 +88,15 @@ class TrainConfig:
         settings: dict[str, Any] = to_jsonable(self)
         return {name: value for name, value in settings.items() if name not in NOT_IN_KEY}
 
+    def unused(self) -> Iterator[tuple[str, str]]:
+        """Yields the settings that have no effect given the others, each with the reason."""
+        if self.steps is not None:
+            yield "epochs", f"train.steps={self.steps} is set"
+        if self.objective == "sft":
+            yield "preference", "train.objective=sft compares no answers"
+        elif self.preference.loss != "sigmoid":
+            yield "preference.label_smoothing", "only train.preference.loss=sigmoid smooths labels"
+
     def problems(self) -> Iterator[str]:
         if self.steps is None and self.epochs <= 0:
             yield f"train.epochs must be positive, or train.steps set; got {self.epochs}"

@@ -114,7 +114,7 @@ class NonFiniteGuard:
         raise TrainError(
             f"train: {self.progress.skipped_in_a_row} steps in a row had a loss or gradient that is no number, and none of them was taken. "
             f"At step {step} the {what}; {layer}; it read {read}. The adapter of the last good step is in the last checkpoint. "
-            "Likely causes: optim.learning_rate is too high, model.dtype=float16 overflows, or those rows: `finetune data why=<row>`"
+            "Likely causes: optim.learning_rate is too high, model.dtype=float16 overflows, or those rows: `finetune data --why <row>`"
         )
 
     def _layer(

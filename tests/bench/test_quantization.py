@@ -81,9 +81,9 @@ def test_another_architecture_is_refused(tiny_base: Path, tmp_path: Path, monkey
 
 
 @pytest.mark.slow
-def test_the_verb_writes_a_page_and_one_line_of_json(tiny_base: Path, tmp_path: Path) -> None:
+def test_the_command_writes_a_page_and_one_line_of_json(tiny_base: Path, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
-    settings = [f"model={tiny_base}", "tokens=512", "repeats=1", "backends=nf4_double,int8,awq", f"out={out}"]
+    settings = [f"--model={tiny_base}", "--tokens=512", "--repeats=1", "--backends=nf4_double,int8,awq", f"--out={out}"]
     command = [sys.executable, "-m", "finetune", "bench", "quantization", *settings]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

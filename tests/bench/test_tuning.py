@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from finetune.bench import bench
 from finetune.bench.quantization import unsupported_status
 from finetune.bench.task import split_rows
 from finetune.bench.tuning import summarize
+from finetune.cli.dispatch import dispatch
 from finetune.errors import ConfigError
 from finetune.hardware.backends import BACKENDS
 
@@ -52,16 +52,16 @@ def test_rows_are_dealt_from_the_top(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tuning", "backends=nf5"], "nf5 is not an option of quantization; choose from awq, fp4"),
-        (["tuning", "metric=beauty"], "metric must be one of .*; got beauty"),
-        (["tuning", "grid=moon"], "grid must be moved or as_it_is; got moon"),
-        (["quantization", "backends=nf5"], "nf5 is not an option of quantization; choose from awq, fp4"),
-        (["quantization", "task=rows.jsonl"], "task needs metric"),
+        (["tuning", "--backends", "nf5"], "nf5 is not an option of quantization; choose from awq, fp4"),
+        (["tuning", "--metric", "beauty"], "metric must be one of .*; got beauty"),
+        (["tuning", "--grid", "moon"], "bench tuning --grid must be moved or as_it_is; got 'moon'"),
+        (["quantization", "--backends", "nf5"], "nf5 is not an option of quantization; choose from awq, fp4"),
+        (["quantization", "--task", "rows.jsonl"], "--task needs --metric"),
     ],
 )
 def test_what_cannot_be_measured_is_said_at_once(arguments: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        bench(arguments)
+        dispatch(["bench", *arguments])
 
 
 def test_a_method_that_does_not_run_is_a_row_with_its_reason() -> None:
@@ -72,7 +72,7 @@ def test_a_method_that_does_not_run_is_a_row_with_its_reason() -> None:
 
 
 @pytest.mark.slow
-def test_the_verb_trains_measures_and_ends_with_one_line_of_json(tiny_base: Path, tmp_path: Path) -> None:
+def test_the_command_trains_measures_and_ends_with_one_line_of_json(tiny_base: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text(
         "".join(json.dumps({"prompt": f"say {row}", "completion": f"it is {row % 3}"}) + "\n" for row in range(40))
@@ -83,16 +83,16 @@ def test_the_verb_trains_measures_and_ends_with_one_line_of_json(tiny_base: Path
         "finetune",
         "bench",
         "tuning",
-        f"source={rows}",
-        "rows=24",
-        "heldout=8",
-        f"model={tiny_base}",
-        "steps=2",
-        "seeds=1",
-        "backends=none,gptq",
-        "metric=label",
-        "max_new_tokens=4",
-        f"out={tmp_path / 'tuning.json'}",
+        f"--source={rows}",
+        "--rows=24",
+        "--heldout=8",
+        f"--model={tiny_base}",
+        "--steps=2",
+        "--seeds=1",
+        "--backends=none,gptq",
+        "--metric=label",
+        "--max-new-tokens=4",
+        f"--out={tmp_path / 'tuning.json'}",
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

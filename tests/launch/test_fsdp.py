@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune.__main__ import main
+from finetune.cli import main
 from finetune.config import load
 from finetune.errors import ConfigError, HardwareError
 from finetune.launch import LaunchConfig, as_launched

@@ -88,6 +88,9 @@ def main(folder: Path, base: Path, settings: dict[str, Any]) -> int:
         log("end", str(interrupted))
         ranks.shutdown()
         return 75
+    except RankFailed as error:
+        log("end", str(error))
+        return error.exit_code
     except FinetuneError as error:
         log("end", str(error))
         ranks.report_failure(str(error), 2)
@@ -97,7 +100,7 @@ def main(folder: Path, base: Path, settings: dict[str, Any]) -> int:
         if not isinstance(explained, RankFailed):
             raise
         log("end", str(explained))
-        return explained.code
+        return explained.exit_code
     (folder / f"kept-{rank}.json").write_text(json.dumps(kept(models[0])))
     return 0
 

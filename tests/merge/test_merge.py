@@ -117,7 +117,9 @@ def test_every_quantization_merges_to_its_own_graph(
         dtype=torch.float32,
         source=dequantized(graph),
     )
-    found = compare_with_reference(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), rows, reference, batch_tokens=512)
+    found = compare_with_reference(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), rows, reference, batch_tokens=512
+    )
     assert found.kl < (1e-2 if method == "int8" else 1e-6)  # LLM.int8 rounds activations too
 
 

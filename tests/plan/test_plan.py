@@ -11,7 +11,7 @@ import pytest
 
 from finetune.config import load
 from finetune.hardware import Machine, place, probe
-from finetune.plan import PlanConfig, phases, show, weights, with_options
+from finetune.plan import phases, show, weights
 from finetune.plan.activations_saved import layer_bytes
 from finetune.plan.fit import propose
 from finetune.plan.inputs import TRL
@@ -228,15 +228,6 @@ def test_our_fsdp_cuts_the_layers_alone() -> None:
 def test_deepspeed_is_planned_as_zero3() -> None:
     config = load(["+experiment=llama7b_qlora", "launch=deepspeed"])
     assert from_config(config, machine(24, 24)).strategy == "zero3"
-
-
-@pytest.mark.parametrize(
-    ("options", "fit", "exact"),
-    [({"fit": "true"}, True, False), ({"exact": "true", "fit": "false"}, False, True), ({}, False, False)],
-)
-def test_the_commands_own_options_take_the_groups_place(options: dict[str, str], fit: bool, exact: bool) -> None:
-    found = with_options(PlanConfig(), options)
-    assert (found.fit, found.exact) == (fit, exact)
 
 
 def test_planning_imports_no_torch() -> None:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from finetune.__main__ import main
+from finetune.cli import main
 from finetune.provenance.difference import compare, differences, named, read
 from finetune.provenance.replay import SUFFIX, judge
 from finetune.run import write_json
 from tests.fixtures.tiny_run import TinyRun
+from tests.provenance.read_tracking import UNREAD
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +38,7 @@ def change(file: Path, *path: str, to: object) -> None:
 
 def test_a_whole_run_leaves_no_setting_unread(tiny_run: TinyRun) -> None:
     assert tiny_run.code == 0, tiny_run.said
-    assert "UnreadSetting" not in tiny_run.said
+    assert f"{UNREAD} []" in tiny_run.said
 
 
 def test_the_same_run_comes_out_equal_to_the_bit(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,7 +73,7 @@ def test_what_it_was_made_with_must_be_the_same(
     assert again(finished) == 2
     error = capsys.readouterr().err
     assert message in error
-    assert "bring it back, or say force=true" in error
+    assert "restore it, or add --force" in error
     assert not (finished.with_name(finished.name + SUFFIX) / "train").exists()
 
 
@@ -128,7 +129,7 @@ def test_what_differs_is_listed_and_nothing_else(
         ("figures", "train.final_loss"),
     ]
     capsys.readouterr()
-    assert main(["diff", str(finished), str(other), "json=true"]) == 0
+    assert main(["diff", str(finished), str(other), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0] == {"part": "config", "key": "lora.rank", "one": 16, "two": 8}
 
 

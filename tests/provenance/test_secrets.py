@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from finetune.config import RunConfig
-from finetune.overrides import paths
+from finetune.config.fields import all_keys
 from tests.fixtures.tiny_run import CANARIES, TinyRun
 
 SECRET = re.compile(r"token|secret|key|password|passwd|credential|auth")
@@ -20,7 +20,9 @@ COUNTS = re.compile(r"(_tokens|tokens_per_step|kv_heads)$")
 
 
 def test_the_schema_has_no_field_for_a_secret() -> None:
-    suspicious = {key for key in paths(RunConfig) if SECRET.search(key.rsplit(".", 1)[-1]) and not COUNTS.search(key)}
+    suspicious = {
+        key for key in all_keys(RunConfig) if SECRET.search(key.rsplit(".", 1)[-1]) and not COUNTS.search(key)
+    }
     assert suspicious <= NO_SECRETS.keys()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.__main__ import main
+from finetune.cli import main
 from finetune.config import load
 from finetune.sweep.jobs import LOCK, Job, job_name, jobs_in
 from finetune.sweep.median import should_prune
@@ -36,7 +36,7 @@ def test_problems_of_all_jobs_are_named_before_any_starts(tmp_path: Path, capsys
         "(in the jobs lora.rank=0 train.micro_batch=0, lora.rank=0 train.micro_batch=1)",
         "train.micro_batch must be at least 1; got 0 "
         "(in the jobs lora.rank=0 train.micro_batch=0, lora.rank=8 train.micro_batch=0)",
-        "optim.learning_rate must be positive, or nothing moves; got -1.0",
+        "optim.learning_rate must be positive, or nothing trains; got -1.0",
     ]
 
 
@@ -46,8 +46,8 @@ def test_problems_of_all_jobs_are_named_before_any_starts(tmp_path: Path, capsys
         (["lora.rank=8"], "--multirun needs a setting with several values, e.g. lora.rank=8,16,32"),
         (["run.name=a,b"], "run.name belongs to the whole sweep and cannot be swept; give it one value"),
         (
-            ["lora.rank=8,16", "--config-dir=x"],
-            "--config-dir=x does not go with --multirun: the jobs are started without it",
+            ["lora.rank=8,16", "--config-dir=conf"],
+            "--config-dir does not go with --multirun: the jobs are started without it",
         ),
         (["lora.rank=8,16", "sweep.name=a/b"], "sweep.name must be a plain folder name; got 'a/b'"),
     ],

@@ -1,4 +1,4 @@
-"""From ``--multirun`` to jobs: every one is checked before the first starts, then Hydra's sweeper and launcher deal them out."""
+"""Turns ``--multirun`` into jobs: checks all before the first starts; Hydra's sweeper and launcher then run them."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from finetune.config import CONF, RunConfig, explain_all, load, register
+from finetune.config import RunConfig, load
+from finetune.config.compose import as_config_error, register
+from finetune.config.overrides import allow_free_keys, group_options
 from finetune.console import log
 from finetune.errors import ConfigError, Interrupted
 from finetune.launch.config import process_count
-from finetune.overrides import opened
+from finetune.paths import CONF
 from finetune.run import write_json
 from finetune.sweep.median import require_optuna
 from finetune.sweep.work import Sweep
 
-FLAGS = ("--multirun", "-m")
-OWN = (
+SWEEP_KEYS = (
     "run.name",
     "run.root",
     "run.if_exists",
@@ -40,17 +41,17 @@ OWN = (
     "sweep.prune_after_jobs",
     "sweep.prune_after_steps",
 )
-"""What belongs to the sweep as a whole."""
+"""Settings of the sweep as a whole, not of a job."""
 
 PLUGINS = {"optuna": "optuna", "tpe": "optuna", "submitit": "slurm", "slurm": "slurm", "local": "slurm", "ray": "ray"}
 """First word of an option of ``hydra/sweeper`` or ``hydra/launcher`` to the extra that installs it."""
 
 
-def sweep(arguments: Sequence[str]) -> Path:
+def sweep(overrides: Sequence[str]) -> Path:
     """Runs the jobs of a command line.
 
     Args:
-        arguments: ``--multirun`` and overrides with their sweeps, Hydra's own among them, as typed; with an experiment.
+        overrides: With several values for some settings, and with an experiment; Hydra's own settings are among them.
 
     Returns:
         The sweep's folder.
@@ -60,22 +61,20 @@ def sweep(arguments: Sequence[str]) -> Path:
         Interrupted: A signal came; the jobs that ran have saved.
     """
     register()
-    words = opened([argument for argument in arguments if argument not in FLAGS], RunConfig)
-    flags = [word for word in words if word.startswith("-")]
-    if flags:
-        raise ConfigError(f"{flags[0]} does not go with --multirun: the jobs are started without it")
+    words = allow_free_keys(overrides, RunConfig)
     if process_count() > 1:
         raise ConfigError(
-            "--multirun starts the jobs itself: run it without torchrun or accelerate launch, and give the jobs launch=ddp"
+            "--multirun starts the jobs itself: run it without torchrun or accelerate launch, and "
+            "give the jobs launch=ddp"
         )
-    ours, is_grid = _parsed(words)
-    varied = [override for override in ours if override.is_sweep_override()]
-    fixed = [override for override in ours if not override.is_sweep_override()]
-    config = _checked(varied, fixed, is_grid=is_grid)
+    settings, is_grid = _parse(words)
+    varied = [override for override in settings if override.is_sweep_override()]
+    fixed = [override for override in settings if not override.is_sweep_override()]
+    config = _first_config(varied, fixed, is_grid=is_grid)
     if config.sweep.prune:
         require_optuna()
     folder = Path(config.run.root).resolve() / (config.sweep.name or f"{config.run.name}-sweep")
-    _claim(folder, [_word(override) for override in fixed if override.key_or_group not in OWN])
+    _claim(folder, [_word(override) for override in fixed if override.key_or_group not in SWEEP_KEYS])
     keys = ", ".join(override.key_or_group for override in varied)
     log("sweep", f"{keys} in {folder}: a folder for each job, with its log.txt; the same command continues")
     plan = Sweep(folder=folder, fixed=frozenset(override.get_key_element() for override in fixed), config=config.sweep)
@@ -86,8 +85,8 @@ def sweep(arguments: Sequence[str]) -> Path:
     return folder
 
 
-def _parsed(words: Sequence[str]) -> tuple[list[Override], bool]:
-    """The jobs' overrides, those of ``hydra.sweeper.params`` among them; and whether every combination is a job.
+def _parse(words: Sequence[str]) -> tuple[list[Override], bool]:
+    """Returns the jobs' settings, those of ``hydra.sweeper.params`` among them, and whether every combination is a job.
 
     Raises:
         ConfigError: A word cannot be read, or names a plugin of Hydra's that is not installed.
@@ -97,60 +96,60 @@ def _parsed(words: Sequence[str]) -> tuple[list[Override], bool]:
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
         try:
             parsed = parser.parse_overrides(list(words))
-            theirs = [_word(override) for override in parsed if override.is_hydra_override()]
-            chosen = compose("config", overrides=theirs, return_hydra_config=True).hydra
-            sweeper = chosen.sweeper
-            params: Any = OmegaConf.to_container(sweeper.get("params") or OmegaConf.create({}))
+            of_hydra = [_word(override) for override in parsed if override.is_hydra_override()]
+            chosen = compose("config", overrides=of_hydra, return_hydra_config=True).hydra
+            params: Any = OmegaConf.to_container(chosen.sweeper.get("params") or OmegaConf.create({}))
             more = parser.parse_overrides([f"{key}={value}" for key, value in params.items()])
         except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(*_not_there(error, words) or explain_all(error)) from error
+            missing = list(_missing_plugins(words)) if isinstance(error, MissingConfigException) else []
+            raise (ConfigError(*missing) if missing else as_config_error(error)) from error
     if chosen.launcher["_target_"].endswith(".SlurmLauncher") and not shutil.which("srun"):
         raise ConfigError(
-            "hydra/launcher: Slurm's srun is not found here; start the sweep on a login node, or choose hydra/launcher=local"
+            "hydra/launcher: Slurm's srun is not found here; start the sweep on a login node, or "
+            "choose hydra/launcher=local"
         )
-    ours = {override.get_key_element(): override for override in [*more, *parsed] if not override.is_hydra_override()}
-    return list(ours.values()), sweeper["_target_"].endswith(".BasicSweeper")
+    of_jobs = {
+        override.get_key_element(): override for override in [*more, *parsed] if not override.is_hydra_override()
+    }
+    return list(of_jobs.values()), chosen.sweeper["_target_"].endswith(".BasicSweeper")
 
 
-def _not_there(error: Exception, words: Sequence[str]) -> list[str]:
-    """Options of ``hydra/launcher`` and ``hydra/sweeper`` that do not compose: a plugin is missing, or there is none of that name."""
-    if not any(said in str(error) for said in ("Could not find", "Could not load")):
-        return []
-    problems = []
+def _missing_plugins(words: Sequence[str]) -> Iterator[str]:
+    """Yields why an option of ``hydra/launcher`` or ``hydra/sweeper`` does not exist, or which plugin it needs."""
     for group, _, option in (word.partition("=") for word in words if word.startswith("hydra/")):
         extra = PLUGINS.get(option.partition("_")[0])
-        ours = ", ".join(["basic", *sorted(file.stem for file in (CONF / group).glob("*.yaml"))])
+        options = ", ".join(["basic", *group_options(group, [CONF])])
         if extra:
-            problems.append(
-                f"{group}={option} needs a plugin of Hydra's that is not installed; run: pip install 'finetune[{extra}]'"
-            )
+            install = f"pip install 'finetune[{extra}]'"
+            yield f"{group}={option} needs a plugin of Hydra's that is not installed; run: {install}"
         elif option != "basic":
-            problems.append(
-                f"{group}={option}: there is no such option; choose one of {ours}, or one of a plugin of Hydra's"
-            )
-    return problems
+            yield f"{group}={option}: there is no such option; choose one of {options}, or one of a plugin of Hydra's"
 
 
-def _checked(varied: Sequence[Override], fixed: Sequence[Override], *, is_grid: bool) -> RunConfig:
-    """The first job's configuration, after those of all jobs were composed.
+def _first_config(varied: Sequence[Override], fixed: Sequence[Override], *, is_grid: bool) -> RunConfig:
+    """Composes the configuration of every job and returns the first.
 
     Args:
-        is_grid: Every combination is a job. Otherwise a sampler proposes them, and each value is tried with the first ones of the others.
+        is_grid: Every combination is a job. Otherwise a sampler proposes them, and each value is tried with the first
+            values of the others.
+
+    Raises:
+        ConfigError: With the problems of all jobs.
     """
     problems: dict[str, list[str]] = {}
     for override in varied:
-        if override.key_or_group in OWN:
+        if override.key_or_group in SWEEP_KEYS:
             problems[f"{override.key_or_group} belongs to the whole sweep and cannot be swept; give it one value"] = []
     if not varied:
         problems["--multirun needs a setting with several values, e.g. lora.rank=8,16,32"] = []
     first: RunConfig | None = None
     values = [[f"{override.get_key_element()}={value}" for value in _values(override)] for override in varied]
     count = 0
-    for job in [] if problems else itertools.product(*values) if is_grid else _alone(values):
+    for job in [] if problems else itertools.product(*values) if is_grid else _one_at_a_time(values):
         count += 1
         try:
-            made = load([*[_word(override) for override in fixed], *job])
-            first = first or made
+            job_config = load([*[_word(override) for override in fixed], *job])
+            first = first or job_config
         except ConfigError as error:
             for problem in error.problems:
                 problems.setdefault(problem, []).append(" ".join(job))
@@ -169,14 +168,14 @@ def _in_jobs(problem: str, jobs: list[str], count: int) -> str:
 
 
 def _values(override: Override) -> list[str]:
-    """What a swept setting may be: every value, or the two ends of an interval."""
+    """Returns the values of a swept setting: all, or the two ends of an interval."""
     value = override.value()
     if isinstance(value, IntervalSweep):
         return [str(value.start), str(value.end)]
     return list(override.sweep_string_iterator())
 
 
-def _alone(values: Sequence[Sequence[str]]) -> Iterator[tuple[str, ...]]:
+def _one_at_a_time(values: Sequence[Sequence[str]]) -> Iterator[tuple[str, ...]]:
     start = tuple(options[0] for options in values)
     yield start
     for index, options in enumerate(values):
@@ -184,7 +183,7 @@ def _alone(values: Sequence[Sequence[str]]) -> Iterator[tuple[str, ...]]:
 
 
 def _claim(folder: Path, fixed: list[str]) -> None:
-    """Keeps what the sweep is made with; another command under its name would mix jobs that cannot be compared."""
+    """Saves the settings that all jobs share, so that no other command adds jobs that cannot be compared."""
     file = folder / "sweep.json"
     if (folder / "config.yaml").is_file():
         raise ConfigError(f"sweep.name: {folder} holds a run; give another sweep.name")
@@ -215,6 +214,6 @@ def _run_hydra_sweeper(words: list[str], plan: Sweep) -> None:
     try:
         task()
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(*explain_all(error)) from error
+        raise as_config_error(error) from error
     finally:
         sys.argv = before

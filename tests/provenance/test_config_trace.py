@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from finetune.__main__ import main
-from finetune.config import compose_config
+from finetune.cli import main
+from finetune.config import compose
 from finetune.errors import ConfigError
 from finetune.paths import CONF
 from finetune.provenance.config_trace import ABSENT, explain, flat, layers, settings
@@ -23,7 +23,7 @@ def test_the_last_who_set_a_key_gave_the_value_that_it_has_and_stands_where_it_i
         "data.columns={prompt: question}",
         "tracking=[wandb,tensorboard]",
     ]
-    values = flat(OmegaConf.to_container(compose_config(overrides), resolve=True))
+    values = flat(OmegaConf.to_container(compose(overrides), resolve=True))
     chain = layers(overrides)[0]
     assert len(values) > 100
     for key, value in values.items():
@@ -39,7 +39,7 @@ def test_the_last_who_set_a_key_gave_the_value_that_it_has_and_stands_where_it_i
             )
 
 
-EXPERIMENT, DATACLASS = "conf/experiment/quickstart.yaml:", "for there is no default (finetune/lora/config.py:"
+EXPERIMENT, DATACLASS = "conf/experiment/quickstart.yaml:", "because there is no default (finetune/lora/config.py:"
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,8 @@ EXPERIMENT, DATACLASS = "conf/experiment/quickstart.yaml:", "for there is no def
     [
         ("train.micro_batch", "train.micro_batch=4",
          ["= 4", "by the command line (train.micro_batch=4)", f"without it: 1, by the experiment ({EXPERIMENT}"]),
-        ("optim.learning_rate", None, [f"by the experiment ({EXPERIMENT}", "without it: 0.0002, by the group (conf/optim/"]),
+        ("optim.learning_rate", None,
+         [f"by the experiment ({EXPERIMENT}", "without it: 0.0002, by the group (conf/optim/"]),
         ("lora.rank", None, ["by the group (conf/lora/default.yaml:", f"without it: no value, {DATACLASS}"]),
         ("run.root", None, ["run.root = outputs", "by the default (finetune/run.py:", "without it there is no value"]),
         ("run.seed", None, ["by the config (conf/config.yaml:"]),
@@ -65,11 +66,20 @@ def test_one_key_is_explained(
 
 
 def test_a_group_lists_all_of_its_keys(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "explain=quantization"]) == 0
+    assert main(["plan", "--explain", "quantization"]) == 0
     out = capsys.readouterr().out
     assert [line.split()[0] for line in out.splitlines()[1:]] == [
         f"quantization.{key}"
-        for key in ("method", "double", "skip_modules", "skip_modules_mib", "skip_modules_tokens", "threshold", "bits", "group_size")
+        for key in (
+            "method",
+            "double",
+            "skip_modules",
+            "skip_modules_mib",
+            "skip_modules_tokens",
+            "threshold",
+            "bits",
+            "group_size",
+        )
     ]
 
 
@@ -78,13 +88,13 @@ def test_a_group_lists_all_of_its_keys(capsys: pytest.CaptureFixture[str]) -> No
     [
         ("train.batch_size", "train.batch_size: there is no such setting; did you mean train.micro_batch?"),
         ("lora.rnak", "lora.rnak: there is no such setting; did you mean lora.rank?"),
-        ("tracking.tensorboard.kind", "tracking.tensorboard.kind: this configuration has none of it"),
+        ("tracking.tensorboard.kind", "tracking.tensorboard.kind: this configuration does not have it"),
     ],
 )
 def test_a_key_that_is_not_there_is_said_with_the_nearest(
     key: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["plan", f"explain={key}"]) == 2
+    assert main(["plan", "--explain", key]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -92,7 +102,7 @@ def test_what_other_trainers_call_a_setting_is_understood_on_the_command_line_to
     with pytest.raises(
         ConfigError, match=r"train\.batch_size: there is no such setting; did you mean train\.micro_batch\?"
     ):
-        compose_config([*QUICKSTART, "train.batch_size=4"])
+        compose([*QUICKSTART, "train.batch_size=4"])
 
 
 def test_places_are_files_of_this_checkout() -> None:

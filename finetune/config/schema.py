@@ -1,0 +1,96 @@
+"""The whole configuration as one dataclass: a field for each group."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from finetune.data import DataConfig
+from finetune.eval import EvalConfig
+from finetune.export import ExportConfig
+from finetune.export.needs import conflicts as export_conflicts
+from finetune.hardware import HardwareConfig
+from finetune.kernels import KernelsConfig
+from finetune.launch import LaunchConfig
+from finetune.launch.config import SHARDABLE
+from finetune.lora import LoraConfig
+from finetune.merge import MergeConfig
+from finetune.model import ModelConfig
+from finetune.optim import OptimConfig
+from finetune.paths import SHIPPED
+from finetune.plan import PlanConfig
+from finetune.preflight import PreflightConfig
+from finetune.quantization import QuantizationConfig
+from finetune.run import RunSettings
+from finetune.sweep import SweepConfig
+from finetune.tracking import TrackerConfig
+from finetune.train import TrainConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """The configuration of a run. Rules of one group are in that group's package; rules across groups are here."""
+
+    run: RunSettings
+    model: ModelConfig
+    quantization: QuantizationConfig
+    lora: LoraConfig
+    data: DataConfig
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    preflight: PreflightConfig
+    train: TrainConfig
+    optim: OptimConfig
+    kernels: KernelsConfig
+    merge: MergeConfig
+    eval: EvalConfig
+    export: dict[str, ExportConfig] = field(default_factory=dict)
+    tracking: dict[str, TrackerConfig] = field(default_factory=dict)
+    hardware: HardwareConfig
+    launch: LaunchConfig
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+
+    def unused(self) -> Iterator[tuple[str, str]]:
+        """Yields the settings that have no effect given those of other groups, each with the reason."""
+        method = self.quantization.method
+        quantizes_export = any(export.format == "bitsandbytes" for export in self.export.values())
+        if method != "int8" and not quantizes_export:
+            yield "quantization.threshold", f"it is LLM.int8's, and quantization.method={method}"
+        if method not in ("nf4", "fp4") and not quantizes_export:
+            yield "quantization.double", f"it is for nf4 and fp4, and quantization.method={method}"
+
+    def problems(self) -> Iterator[str]:
+        for group in dataclasses.fields(self):
+            value = getattr(self, group.name)
+            for part in value.values() if isinstance(value, dict) else [value]:
+                yield from part.problems()
+        shipped = str(SHIPPED)
+        if (
+            self.data.path
+            and (self.data.heldout_path or "").startswith(shipped)
+            and not self.data.path.startswith(shipped)
+        ):
+            yield (
+                f"data.path={self.data.path} would be measured on the quickstart's held-out rows; "
+                "choose data=custom, or set data.heldout_path"
+            )
+        yield from export_conflicts(self.export, lora=self.lora, rows=self.eval.rows, loss_rows=self.eval.loss_rows)
+        yield from self.lora.conflicts(quantization=self.quantization.method, weight_decay=self.optim.weight_decay)
+        yield from self.train.conflicts(rows=self.data.objective, variant=self.lora.variant, dropout=self.lora.dropout)
+        method = self.quantization.method
+        if method in ("torchao_int8", "hqq") and self.model.upcast != "none":
+            yield (
+                f"model.upcast={self.model.upcast} gives float32 inputs, which layers of quantization.method={method} "
+                "do not take: set model.upcast=none"
+            )
+        if self.launch.strategy in ("fsdp", "deepspeed") and method not in SHARDABLE:
+            yield (
+                f"quantization.method={method} cannot be cut into shards: launch={self.launch.strategy} needs "
+                "quantization=nf4_double, or choose launch=ddp"
+            )
+        if (
+            self.quantization.method == "none"
+            and self.optim.name.startswith("paged_")
+            and self.model.dtype == "float16"
+        ):
+            yield "model.dtype=float16 without quantization trains unstably; use bfloat16 or float32"
