@@ -56,47 +56,12 @@ BANNED = {
 """Patterns of STYLE.md's "Plain words", each with what to write instead; matched as whole words in any case."""
 
 VERB = re.compile("[A-Z][a-z-]*s")
-NOUNS = set(
-    [
-        "As",
-        "Axes",
-        "Bytes",
-        "Columns",
-        "Documents",
-        "Elements",
-        "Figures",
-        "Gradients",
-        "Inputs",
-        "Jobs",
-        "Keys",
-        "Layers",
-        "Levels",
-        "Logits",
-        "Loss",
-        "Messages",
-        "Methods",
-        "Nats",
-        "Numbers",
-        "Operations",
-        "Overlays",
-        "Overrides",
-        "Parameters",
-        "Parts",
-        "Positions",
-        "Powers",
-        "Problems",
-        "Processes",
-        "Rows",
-        "Seconds",
-        "Settings",
-        "States",
-        "Steps",
-        "This",
-        "Tokens",
-        "Tools",
-        "Weights",
-    ]
-)
+NOUNS = {
+    "As", "Axes", "Bytes", "Columns", "Documents", "Elements", "Figures", "Gradients", "Inputs", "Jobs", "Keys", "Layers",
+    "Levels", "Logits", "Loss", "Messages", "Methods", "Nats", "Numbers", "Operations", "Overlays", "Overrides", "Parameters",
+    "Parts", "Positions", "Powers", "Problems", "Processes", "Rows", "Seconds", "Settings", "States", "Steps", "This", "Tokens",
+    "Tools", "Weights",
+}  # fmt: skip
 """First words that end like a verb in the third person and are none."""
 
 
