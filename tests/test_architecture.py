@@ -57,10 +57,10 @@ BANNED = {
 
 VERB = re.compile("[A-Z][a-z-]*s")
 NOUNS = {
-    "As", "Axes", "Bytes", "Columns", "Documents", "Elements", "Figures", "Gradients", "Inputs", "Jobs", "Keys", "Layers",
-    "Levels", "Logits", "Loss", "Messages", "Methods", "Nats", "Numbers", "Operations", "Overlays", "Overrides", "Parameters",
-    "Parts", "Positions", "Powers", "Problems", "Processes", "Rows", "Seconds", "Settings", "States", "Steps", "This", "Tokens",
-    "Tools", "Weights",
+    "As", "Axes", "Bytes", "Columns", "Documents", "Elements", "Figures", "Gradients", "Inputs", "Jobs", "Keys",
+    "Layers", "Levels", "Logits", "Loss", "Messages", "Methods", "Nats", "Numbers", "Operations", "Overlays",
+    "Overrides", "Parameters", "Parts", "Positions", "Powers", "Problems", "Processes", "Rows", "Seconds", "Settings",
+    "States", "Steps", "This", "Tokens", "Tools", "Weights",
 }  # fmt: skip
 """First words that end like a verb in the third person and are none."""
 
@@ -184,6 +184,12 @@ def exported(file: Path) -> list[str]:
 @pytest.mark.parametrize("file", [file for file in FILES if file.name == "__init__.py"], ids=name_of)
 def test_a_package_exports_five_names_at_most(file: Path) -> None:
     assert len(exported(file)) <= MOST_NAMES
+
+
+@pytest.mark.parametrize("file", sorted(SOURCE.glob("*/__init__.py")), ids=name_of)
+def test_a_package_begins_with_a_usage_example(file: Path) -> None:
+    """One line of its docstring is a call, or the assignment of one."""
+    assert re.search(r"^ *(?:[\w., ]+ = )?[\w.]+\(", ast.get_docstring(parsed(file)) or "", re.M)
 
 
 def public_functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
