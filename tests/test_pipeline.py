@@ -10,7 +10,7 @@ import torch
 
 from finetune.__main__ import main
 from finetune.config import load
-from finetune.pipeline import pushed
+from finetune.pipeline import without_push_if_gated
 from tests.fixtures.overrides import overrides
 
 
@@ -102,8 +102,8 @@ def test_a_model_that_misses_a_threshold_is_not_pushed(
     exports = load(
         ["+experiment=quickstart", "export=[adapter,card,hub]", "export.hub.repository=me/mine", "export.hub.push=true"]
     ).export
-    assert pushed(exports, missed=[])["hub"].push
-    assert not pushed(exports, missed=["adapter.loss is 2, and at most 1 was asked for"])["hub"].push
+    assert without_push_if_gated(exports, missed=[])["hub"].push
+    assert not without_push_if_gated(exports, missed=["adapter.loss is 2, and at most 1 was asked for"])["hub"].push
     assert "nothing is pushed" in capsys.readouterr().out
 
 
