@@ -10,7 +10,7 @@ quickstart: .venv/.run
 
 # Each test computes with one thread, so two processes halve the time.
 test: .venv/.dev
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20
 
 check: .venv/.dev
 	$(BIN)/ruff check .

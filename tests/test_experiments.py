@@ -38,9 +38,17 @@ BESIDE = {("export", "hub"): "card,"}
 
 def test_the_promised_experiments_ship() -> None:
     assert set(EXPERIMENTS) >= {
-        "quickstart", "llama7b_qlora", "llama13b_qlora", "llama70b_qlora_fsdp", "llama3_8b_qlora", "mistral7b_qlora", "qwen25_7b_qlora",
-        "gemma2_9b_qlora", "phi3_mini_qlora", "guanaco_7b",
-    }  # fmt: skip
+        "quickstart",
+        "llama7b_qlora",
+        "llama13b_qlora",
+        "llama70b_qlora_fsdp",
+        "llama3_8b_qlora",
+        "mistral7b_qlora",
+        "qwen25_7b_qlora",
+        "gemma2_9b_qlora",
+        "phi3_mini_qlora",
+        "guanaco_7b",
+    }
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -101,8 +109,16 @@ def test_names_of_the_users_own_need_no_plus() -> None:
         == load([*base, "data.path=x.jsonl", "data.columns.prompt=question"]).data.columns
         == {"prompt": "question"}
     )
-    sources = load([*base, "data.path=null", "data.sources.a.path=x.jsonl", "data.sources.a.weight=2", "data.sources.b.path=y.jsonl",
-                    "data.sources.b.weight=1"]).data.sources  # fmt: skip
+    sources = load(
+        [
+            *base,
+            "data.path=null",
+            "data.sources.a.path=x.jsonl",
+            "data.sources.a.weight=2",
+            "data.sources.b.path=y.jsonl",
+            "data.sources.b.weight=1",
+        ]
+    ).data.sources
     assert {name: (source.path, source.weight) for name, source in sources.items()} == {
         "a": ("x.jsonl", 2.0),
         "b": ("y.jsonl", 1.0),

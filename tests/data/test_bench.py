@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from finetune.bench.data import bench, memory_of_tree, write_rows
+from finetune.bench.data import compare_data_preparation, memory_of_tree, write_rows
 from finetune.errors import DataError
 
 ROWS = [{"question": f"How much is {number} and 20?", "answer": f"It is {number + 20}."} for number in range(5)]
@@ -45,7 +45,7 @@ def test_memory_of_this_process_is_measured() -> None:
 @pytest.mark.slow
 def test_bench_ends_with_a_line_of_json(source: Path, tmp_path: Path, tokenizer: Any, capsys: Any) -> None:
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    result = bench(source, tokenizer=str(tmp_path / "tokenizer"), rows=400)
+    result = compare_data_preparation(source, tokenizer=str(tmp_path / "tokenizer"), rows=400)
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last == result
     assert {"rows_per_second_ratio", "share_of_tokenizer_speed", "peak_memory_ratio"} <= last.keys()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.fixtures.processes import TOLERANCE, curve, seal, train_together
+from tests.fixtures.processes import BFLOAT16_TOLERANCE, TOLERANCE, curve, seal, train_together
 
 pytestmark = pytest.mark.slow  # each process imports torch for seconds
 
@@ -21,6 +21,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, tokenizer: 
 
 
 LONG = {"steps": 25, "tokens_per_step": 400, "dropout": 0.0}
+PADDED = {"micro_batch": 2, "packing": False, "group_by_length": True}
 
 
 def seen(folder: Path, count: int) -> list[str]:
@@ -43,19 +44,23 @@ def test_several_processes_equal_one_loss_by_loss_and_read_each_row_once(
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{"micro_batch": 2, "packing": False, "group_by_length": True}, {"plain": True}],
-    ids=["padded rows of like length", "plain steps"],
+    ("settings", "tolerance"),
+    [
+        (PADDED, TOLERANCE),
+        ({"plain": True}, TOLERANCE),
+        ({**PADDED, "dtype": "bfloat16"}, BFLOAT16_TOLERANCE),
+    ],
+    ids=["padded rows of like length", "plain steps", "padded rows in bfloat16"],
 )
 def test_they_equal_one_in_every_form_of_step(
-    tmp_path: Path, tiny_base: Path, tokenizer: Any, settings: dict[str, Any]
+    tmp_path: Path, tiny_base: Path, tokenizer: Any, settings: dict[str, Any], tolerance: float
 ) -> None:
     for count in (1, 2):
         ended = train_together(
             tmp_path / str(count), tiny_base, tokenizer, count=count, **{**LONG, "steps": 6, **settings}
         )
         assert [code for code, _ in ended] == [0] * count, ended
-    assert curve(tmp_path / "2") == pytest.approx(curve(tmp_path / "1"), abs=TOLERANCE)
+    assert curve(tmp_path / "2") == pytest.approx(curve(tmp_path / "1"), abs=tolerance)
 
 
 def test_step_that_is_no_number_on_one_process_is_left_out_on_all(

@@ -24,8 +24,7 @@ ODD = {"steps": 12, "tokens_per_step": 300, "dropout": 0.0, "evaluation_rows": 1
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, tokenizer: Any) -> Path:
-    """DDP's and FSDP's trainings with quick loss, where FSDP is stopped and goes on, and both with transformers' and
-    TRL's own steps."""
+    """Trains with DDP and FSDP: with the fused loss, where FSDP is stopped and resumed, and with TRL's own steps."""
     folder = tmp_path_factory.mktemp("runs")
     parts = {**ODD, "shards": True, "checkpointing": "full"}
     plain = {**ODD, "steps": 4, "plain": True}

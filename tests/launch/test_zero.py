@@ -1,5 +1,4 @@
-"""ZeRO-3's settings: made from the launch group, and such that accelerate's plugin and DeepSpeed's own validation take
-them."""
+"""ZeRO-3's settings come from the launch group; accelerate's plugin and DeepSpeed's own validation accept them."""
 
 import copy
 import dataclasses

@@ -1,5 +1,7 @@
-"""One process of small trainings, one after the other: ``python -m tests.launch.worker <base> <[[port, folder,
-settings], ...]>``."""
+"""One process of small trainings, one after the other.
+
+python -m tests.launch.worker <base> <[[port, folder, settings], ...]>
+"""
 
 import json
 import os
