@@ -6,14 +6,17 @@ import hashlib
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import finetune
-from finetune.hardware import Machine, Placement
+from finetune.config import RunConfig, to_yaml
+from finetune.files import atomic_write_text
+from finetune.hardware import Machine, Placement, place, probe
 from finetune.paths import CONF, PACKAGE
-from finetune.run import to_jsonable
+from finetune.run import to_jsonable, write_json
 
 PACKAGES = (
     "torch",
@@ -30,7 +33,7 @@ PACKAGES = (
 )
 
 
-def environment(machine: Machine, placement: Placement) -> dict[str, Any]:
+def describe(machine: Machine, placement: Placement) -> dict[str, Any]:
     """Returns the content of environment.json."""
     return {
         "finetune": finetune.__version__,
@@ -43,6 +46,20 @@ def environment(machine: Machine, placement: Placement) -> dict[str, Any]:
         "machine": to_jsonable(machine),
         "placement": to_jsonable(placement),
     }
+
+
+def describe_here(config: RunConfig) -> dict[str, Any]:
+    """Returns what environment.json would be if this configuration ran here and now."""
+    machine = probe(config.hardware)
+    return describe(machine, place(machine, config))
+
+
+def write_record(folder: Path, config: RunConfig, *, overrides: Sequence[str], described: dict[str, Any]) -> None:
+    """Writes what was asked for and what it runs with."""
+    atomic_write_text(folder / "config.yaml", to_yaml(config))
+    atomic_write_text(folder / "command.txt", " ".join(["python -m finetune", *overrides]) + "\n")
+    write_json(folder / "overrides.json", list(overrides))
+    write_json(folder / "environment.json", described)
 
 
 def commit() -> str | None:

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from finetune import environment, hardware
-from finetune.config import RunConfig, to_dict, to_yaml
+from finetune.config import RunConfig, to_dict
 from finetune.console import log, quiet_libraries
 from finetune.data import prepare
 from finetune.errors import GateMissed, HardwareError
 from finetune.eval import AnswerScorer, evaluate
 from finetune.export import ExportConfig, export
 from finetune.export.needs import check_packages
-from finetune.files import atomic_write_text
 from finetune.hardware import Machine, Placement
+from finetune.hardware.place import set_threads
 from finetune.inference.adapted import check_adapter
 from finetune.launch import Ranks
 from finetune.launch.logs import log_to_file
@@ -29,13 +29,14 @@ from finetune.model import ModelSpec
 from finetune.model.load import describe_padding
 from finetune.plan import plan, show
 from finetune.preflight import run_preflight
+from finetune.preflight.trial import MakeTrainer
 from finetune.products import Exports, MergedModel, PreflightResult, PreparedData, Scores, TrainedAdapter
 from finetune.provenance import warn_unused_overrides
 from finetune.quantization import choose_skip_modules
 from finetune.quantization.backends import check_installed
 from finetune.quantization.sensitivity import SkippedLayers
 from finetune.report import report
-from finetune.run import STAGES, RunFolder, fingerprint, to_jsonable, write_json
+from finetune.run import STAGES, RunFolder, fingerprint, to_jsonable
 from finetune.tracking import Trackers, figures, open_trackers
 from finetune.train import join_training, train_adapter
 from finetune.trainable import TrainableModel, TrainingJob, trainable_model
@@ -85,7 +86,7 @@ def run_stages(run: Run) -> Iterator[str]:
 
     spec = with_skip_modules(spec, folder, data)
     ranks.put("data", not folder.is_done("train"))  # the others load the model now, or are not needed
-    training = {**spec.key(), "lora": config.lora, "kernels": config.kernels, "data.sha256": data.fingerprint}
+    training = spec.key() | {"lora": config.lora, "kernels": config.kernels, "data.sha256": data.fingerprint}
     with trainable_model(config, spec, data, stage=folder.timed_stage("model")) as load:
         if not (folder.is_done("preflight") and folder.is_done("train")):
             load()
@@ -99,37 +100,33 @@ def run_stages(run: Run) -> Iterator[str]:
                     config.preflight,
                     folder=out,
                     job=training_job(config, load(), data),
-                    make_trainer=make_trainer,
+                    make_trainer=import_trainer(),
                     until=config.run.until,
                 ),
-                key={**training, "preflight": config.preflight, "run.seed": seed},
+                key=training | {"preflight": config.preflight, "run.seed": seed},
             )
         yield "preflight"
 
-        ranks.put("preflight", to_jsonable(preflight))
+        ranks.put("preflight", "done")
         adapter = folder.stage(
             "train",
             TrainedAdapter,
             lambda out: train_adapter(
                 training_job(config, load(), data, preflight), folder=out, trackers=run.trackers, ranks=ranks
             ),
-            key={**training, "train": config.train.key(), "optim": config.optim, "run.seed": seed},
+            key=training | {"train": config.train.key(), "optim": config.optim, "run.seed": seed},
         )
     ranks.shutdown()
     set_threads(run.placement)
     yield "train"
 
-    trained = {
-        **spec.key(),
-        "data.sha256": data.fingerprint,
-        "adapter.sha256": adapter.adapter_sha256,
-        "run.seed": seed,
-    }
+    origin = {"data.sha256": data.fingerprint, "adapter.sha256": adapter.adapter_sha256, "run.seed": seed}
+    trained = spec.key() | origin
     merged = folder.stage(
         "merge",
         MergedModel,
         lambda out: merge(config.merge, folder=out, spec=spec, adapter=adapter, data=data, seed=seed),
-        key={**trained, "merge": config.merge},
+        key=trained | {"merge": config.merge},
     )
     run.trackers.summary(figures("merge", merged))
     yield "merge"
@@ -138,7 +135,7 @@ def run_stages(run: Run) -> Iterator[str]:
         "eval",
         Scores,
         lambda out: evaluate(config.eval, folder=out, spec=spec, adapter=adapter, merged=merged, data=data, seed=seed),
-        key={**trained, "merged.sha256": merged.sha256, "eval": config.eval},
+        key=trained | {"merged.sha256": merged.sha256, "eval": config.eval},
     )
     run.trackers.summary(figures("eval", scores))
     yield "eval"
@@ -151,7 +148,7 @@ def run_stages(run: Run) -> Iterator[str]:
         lambda out: export(
             exports, folder=out, spec=spec, adapter=adapter, merged=merged, scores=scores, data=data, scorer=scorer
         ),
-        key={**trained, "merged.sha256": merged.sha256, "scores.sha256": fingerprint(scores), "export": exports},
+        key=trained | {"merged.sha256": merged.sha256, "scores.sha256": fingerprint(scores), "export": exports},
     )
     yield "export"
 
@@ -180,10 +177,10 @@ def run(config: RunConfig, *, overrides: Sequence[str], ranks: Ranks, redo: froz
         ranks.put("folder", str(folder.path))
         log_to_file(ranks, folder.path)
         gc.disable()  # until the model is loaded, see `trainable.load_trainable_model`
-        described = environment.environment(machine, placement)
+        described = environment.describe(machine, placement)
         is_new = not (folder.path / "config.yaml").exists()
         if is_new:
-            write_record(folder, config, overrides=overrides, described=described)
+            environment.write_record(folder.path, config, overrides=overrides, described=described)
         log("run", f"{folder.path}: {config.model.name}, {config.quantization.method}")
         log("hardware", *placement.reasons)
         trackers = open_trackers(
@@ -197,7 +194,7 @@ def run(config: RunConfig, *, overrides: Sequence[str], ranks: Ranks, redo: froz
                 if stage == config.run.until:
                     break
             if not is_new:  # only now: settings that a finished stage refuses must not replace those it was made with
-                write_record(folder, config, overrides=overrides, described=described)
+                environment.write_record(folder.path, config, overrides=overrides, described=described)
             files = report(folder.path, status="complete" if config.run.until == "report" else "partial")
             log_artifacts(trackers, folder, files)
         finally:
@@ -222,7 +219,8 @@ def run_worker(config: RunConfig, *, ranks: Ranks) -> None:
     spec = with_skip_modules(ModelSpec.resolve(config, placement), folder, data)
     with trainable_model(config, spec, data, stage=nullcontext({})) as load:
         trainable = load()
-        preflight = PreflightResult(**ranks.get("preflight"))
+        ranks.get("preflight")
+        preflight = folder.product("preflight", PreflightResult)
         join_training(training_job(config, trainable, data, preflight), ranks=ranks)
 
 
@@ -234,8 +232,8 @@ def with_skip_modules(spec: ModelSpec, folder: RunFolder, data: PreparedData) ->
         "quantization",
         SkippedLayers,
         lambda out: choose_skip_modules(spec, folder=out, data=data),
-        key={
-            **spec.key(),
+        key=spec.key()
+        | {
             "quantization.skip_modules_mib": spec.quantization.skip_modules_mib,
             "data.sha256": data.fingerprint,
         },
@@ -252,11 +250,11 @@ def training_job(
     return TrainingJob(config=config.train, optim=config.optim, trainable=trainable, data=data, seed=config.run.seed)
 
 
-def make_trainer(*arguments: Any, **inputs: Any) -> Any:
-    """Makes the trainer that will train. Imported late: importing trl takes seconds."""
-    from finetune.train.trainer import make_trainer as make
+def import_trainer() -> MakeTrainer:
+    """Imports the function that makes the trainer; late, since importing trl takes seconds."""
+    from finetune.train.trainer import make_trainer
 
-    return make(*arguments, **inputs)
+    return make_trainer
 
 
 def without_push_if_gated(exports: dict[str, ExportConfig], *, missed: Sequence[str]) -> dict[str, ExportConfig]:
@@ -280,27 +278,6 @@ def validate_environment(config: RunConfig, placement: Placement) -> None:
         raise HardwareError(
             f"hardware={config.hardware.name} describes a machine to plan for; to run on this one, choose hardware=auto"
         )
-
-
-def set_threads(placement: Placement, *, processes: int = 1) -> None:
-    """Divides the threads among the processes of a machine: two of two threads each on two cores run ten times slower."""
-    import torch
-
-    torch.set_num_threads(max(1, placement.threads // processes))
-
-
-def describe_environment(config: RunConfig) -> dict[str, Any]:
-    """Returns what environment.json would be if this configuration ran here and now."""
-    machine = hardware.probe(config.hardware)
-    return environment.environment(machine, hardware.place(machine, config))
-
-
-def write_record(folder: RunFolder, config: RunConfig, *, overrides: Sequence[str], described: dict[str, Any]) -> None:
-    """Writes what was asked for and what it runs with."""
-    atomic_write_text(folder.path / "config.yaml", to_yaml(config))
-    atomic_write_text(folder.path / "command.txt", " ".join(["python -m finetune", *overrides]) + "\n")
-    write_json(folder.path / "overrides.json", list(overrides))
-    write_json(folder.path / "environment.json", described)
 
 
 def log_artifacts(trackers: Trackers, folder: RunFolder, files: Any) -> None:

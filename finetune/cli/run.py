@@ -64,7 +64,8 @@ def replay(invocation: Invocation) -> int:
     from functools import partial
 
     from finetune import provenance
-    from finetune.pipeline import describe_environment, run
+    from finetune.environment import describe_here
+    from finetune.pipeline import run
 
     values = invocation.setting_values()
     if "run.name" not in values:
@@ -72,7 +73,7 @@ def replay(invocation: Invocation) -> int:
     outcome = provenance.replay(
         Path(values.get("run.root", "outputs")) / values["run.name"],
         run=partial(run, ranks=Ranks({})),
-        describe_environment=describe_environment,
+        describe_environment=describe_here,
         force=invocation.options["force"],
     )
     return EXIT_OK if outcome.holds else EXIT_FAILURE
