@@ -1,6 +1,7 @@
 """The whole line on a tiny model, as a user would start it; and bad input on the way."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,26 @@ def test_the_whole_line_leaves_what_the_contract_promises(
     assert main([*asked, "run.if_exists=resume", "lora.rank=8"]) == 2
     assert main(["merge", f"run.root={tmp_path / 'outputs'}", "run.name=tiny", "merge.choose=original"]) == 0
     assert json.loads((run / "merge" / "manifest.json").read_text())["product"]["chosen"] == "original"
+
+
+@pytest.mark.slow
+def test_a_finished_run_resumes_with_other_threads_cache_directory_and_folder(
+    tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [*overrides(tmp_path, tiny_base), "tracking=[]", "export=[adapter]", "preflight=off"]
+    assert main([*arguments, "hardware.threads=1"]) == 0, capsys.readouterr().err
+    adapter = json.loads((tmp_path / "outputs/tiny/train/manifest.json").read_text())["product"]["adapter_sha256"]
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "outputs").rename(elsewhere / "moved")
+    monkeypatch.chdir(elsewhere)
+    monkeypatch.setenv("FINETUNE_CACHE", str(elsewhere / "cache"))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2})
+    capsys.readouterr()
+    resumed = [*arguments, "run.root=moved", "run.if_exists=resume", "data.cache=other"]
+    assert main(resumed) == 0, capsys.readouterr().err
+    assert capsys.readouterr().out.count("done before") == 6
+    assert json.loads(Path("moved/tiny/report.json").read_text())["train"]["adapter_sha256"] == adapter
 
 
 @pytest.mark.parametrize(
