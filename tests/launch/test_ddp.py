@@ -38,7 +38,7 @@ def test_several_processes_equal_one_loss_by_loss_and_read_each_row_once(
     assert [code for code, _ in ended] == [0] * count, ended
     assert curve(tmp_path) == pytest.approx(curve(alone), abs=TOLERANCE)
     assert seen(tmp_path, count) == seen(alone, 1)
-    ours, theirs = seal(tmp_path, 25)["counts"], seal(alone, 25)["counts"]
+    ours, theirs = seal(tmp_path, 25)["progress"], seal(alone, 25)["progress"]
     assert (ours["tokens"], ours["trained"]) == (theirs["tokens"], theirs["trained"])
     assert ours["best_loss"] == pytest.approx(theirs["best_loss"], abs=TOLERANCE)
 
@@ -71,7 +71,7 @@ def test_step_that_is_no_number_on_one_process_is_left_out_on_all(
     said = [" ".join(output.split()) for _, output in ended]
     assert all("step 1 is left out: loss is nan; it read row" in output for output in said)
     assert said[0].split("it read")[1][:40] == said[1].split("it read")[1][:40]
-    assert seal(tmp_path, 4)["counts"]["skipped"] == 1
+    assert seal(tmp_path, 4)["progress"]["skipped"] == 1
 
 
 def test_shortage_on_one_process_halves_the_micro_batch_on_all(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
@@ -88,15 +88,15 @@ def test_signal_to_one_stops_all_and_another_number_of_processes_goes_on(
 ) -> None:
     ended = train_together(tmp_path, tiny_base, tokenizer, count=2, stop_step=7, **LONG)
     assert [code for code, _ in ended] == [75, 75], ended
-    stopped = seal(tmp_path, 8)["counts"]
+    stopped = seal(tmp_path, 8)["progress"]
     ended = train_together(tmp_path, tiny_base, tokenizer, count=3, stop_step=15, **LONG)
     assert [code for code, _ in ended] == [75] * 3, ended
     assert "continues from step 8" in " ".join(ended[0][1].split())
     [(code, output)] = train_together(tmp_path, tiny_base, tokenizer, count=1, **LONG)
     assert code == 0, output
     assert curve(tmp_path) == pytest.approx(curve(alone), abs=TOLERANCE)
-    whole = seal(alone, 25)["counts"]
-    assert 0 < stopped["tokens"] < whole["tokens"] == seal(tmp_path, 25)["counts"]["tokens"]
+    whole = seal(alone, 25)["progress"]
+    assert 0 < stopped["tokens"] < whole["tokens"] == seal(tmp_path, 25)["progress"]["tokens"]
 
 
 def test_process_with_another_base_is_refused_by_all(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
