@@ -41,7 +41,8 @@ def require_disk(
     free = shutil.disk_usage(folder).free
     if free < need_bytes:
         raise error(
-            f"{purpose} needs {human_bytes(need_bytes)} of disk space in {folder} and {human_bytes(free)} are free; {remedy}"
+            f"{purpose} needs {human_bytes(need_bytes)} of disk space in {folder} and {human_bytes(free)} are free; "
+            f"{remedy}"
         )
 
 

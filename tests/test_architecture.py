@@ -59,7 +59,7 @@ VERB = re.compile("[A-Z][a-z-]*s")
 NOUNS = {
     "As", "Axes", "Bytes", "Columns", "Documents", "Elements", "Figures", "Gradients", "Inputs", "Jobs", "Keys",
     "Layers", "Levels", "Logits", "Loss", "Messages", "Methods", "Nats", "Numbers", "Operations", "Overlays",
-    "Overrides", "Parameters", "Parts", "Positions", "Powers", "Problems", "Processes", "Rows", "Seconds", "Settings",
+    "Overrides", "Parameters", "Parts", "Positions", "Powers", "Problems", "Rows", "Seconds", "Settings",
     "States", "Steps", "This", "Tokens", "Tools", "Weights",
 }  # fmt: skip
 """First words that end like a verb in the third person and are none."""

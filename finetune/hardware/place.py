@@ -82,7 +82,7 @@ def place(machine: Machine, config: RunConfig) -> Placement:
 
 
 def set_threads(placement: Placement, *, processes: int = 1) -> None:
-    """Divides the threads among the processes of a machine: two of two threads each on two cores run ten times slower."""
+    """Divides the threads among the processes of a machine: oversubscription made two of them ten times slower."""
     import torch
 
     torch.set_num_threads(max(1, placement.threads // processes))

@@ -177,7 +177,7 @@ def gather_facts(model: PreTrainedModel, placement: Placement) -> KernelFacts:
         head_split_obstacle=_head_split_obstacle(model, placement.dtype),
         native_obstacle=native_obstacle,
         tiles=native_obstacle is None and native.has_tiles(),
-        allocator_obstacle=None if sys.platform == "linux" else "only glibc on Linux can be told to keep it",
+        allocator_obstacle=None if sys.platform == "linux" else "only glibc on Linux can keep it",
     )
 
 

@@ -34,7 +34,7 @@ def test_the_seed_makes_the_same_rows(source: Path, tmp_path: Path) -> None:
 
 def test_source_without_questions_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"a": 1}\n')
-    with pytest.raises(DataError, match="needs JSON lines with question and answer"):
+    with pytest.raises(DataError, match="needs JSON Lines with question and answer"):
         write_rows(tmp_path / "x.jsonl", tmp_path / "rows.jsonl", rows=2)
 
 

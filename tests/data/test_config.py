@@ -59,7 +59,7 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"path": None, "sources": {"a": SourceConfig(path="x", weight=1.0), "b": SourceConfig(path="y")}},
-        "either every source has a weight",
+        "either all sources have a weight",
     ),
 ]
 

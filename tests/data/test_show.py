@@ -110,7 +110,7 @@ def test_why_shows_the_rejected_answer(run: Callable[..., PreparedData], tokeniz
 
 def test_why_counts_the_tokens_of_a_long_row_once(run: Callable[..., PreparedData], tokenizer: Any) -> None:
     text = explain_row(run([*ROWS, pair("q", "a b c " * 60)], max_tokens=64).folder, "rows.jsonl:13", tokenizer)
-    assert "left out, because: longer than max_tokens (" in text
+    assert "dropped, because: longer than max_tokens (" in text
     assert text.count("tokens") == 2
 
 

@@ -91,7 +91,7 @@ def test_interrupted_stage_goes_on_without_measuring_again(
     half = (scores.folder / "merged.rows.jsonl").read_text()
     (tmp_path / "merged.rows.jsonl").write_text(half[:-20])
     again = run(tmp_path)
-    assert capsys.readouterr().out.count("measured before") == 3
+    assert capsys.readouterr().out.count("reusing earlier results") == 3
     assert again.artifacts == scores.artifacts
 
 
@@ -101,7 +101,7 @@ def test_other_limit_on_answers_measures_again(
     for name in ("base", "base_quantized", "adapter", "merged"):
         (tmp_path / f"{name}.rows.jsonl").write_bytes((scores.folder / f"{name}.rows.jsonl").read_bytes())
     run(tmp_path, max_new_tokens=3)
-    assert "measured before" not in capsys.readouterr().out
+    assert "reusing earlier results" not in capsys.readouterr().out
 
 
 def test_missed_gate_is_named_with_its_figure(run: Callable[..., Scores], scores: Scores, tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_general_text_is_measured_beside_the_task(
     assert scores.missed[0].startswith("eval.gate: tuning.general_loss is")
     capsys.readouterr()
     assert run(tmp_path, **config).artifacts == scores.artifacts
-    assert capsys.readouterr().out.count("measured before") == 4
+    assert capsys.readouterr().out.count("reusing earlier results") == 4
 
 
 def test_other_general_text_measures_again(run: Callable[..., Scores], text: Path, tmp_path: Path, capsys: Any) -> None:
@@ -156,7 +156,7 @@ def test_other_general_text_measures_again(run: Callable[..., Scores], text: Pat
     without = run(tmp_path, **config)
     assert "general_loss" not in without.artifacts["base"]
     assert "general_loss" in run(tmp_path, general_text=str(text), **config).artifacts["base"]
-    assert "measured before" not in capsys.readouterr().out
+    assert "reusing earlier results" not in capsys.readouterr().out
 
 
 def test_code_is_run_with_its_rows_tests(run: Callable[..., Scores], line: Callable[..., Line], tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_rows_without_tests_are_refused_before_a_model_is_loaded(run: Callable[.
 def test_missing_heldout_split_is_said(run: Callable[..., Scores], line: Callable[..., Line], tmp_path: Path) -> None:
     import dataclasses
 
-    with pytest.raises(EvalError, match="nothing to measure on"):
+    with pytest.raises(EvalError, match="nothing to evaluate on"):
         run(tmp_path, dataclasses.replace(line(), data=Made(folder=tmp_path)))
 
 
@@ -218,5 +218,5 @@ def test_tasks_of_lm_eval_are_put_to_every_artifact_and_kept(
     scores = run(tmp_path, harness=config)
     assert all(one["harness"]["tasks"]["one"]["rows"] == 6 for one in scores.artifacts.values())
     again = run(tmp_path, harness=config)
-    assert capsys.readouterr().out.count("measured before") == 4
+    assert capsys.readouterr().out.count("reusing earlier results") == 4
     assert again.artifacts == scores.artifacts

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune import model
 from finetune.errors import ModelError
+from finetune.model.load import parameter_count, resident_bytes
 from finetune.quantization import QuantizationConfig, quantized_layers, spec
 from finetune.quantization.bnb import prevent_repacking
 from tests.fixtures.models import load, model_spec, quantization_config
@@ -43,12 +43,12 @@ def test_the_head_stays_in_full_precision(tiny_base: Path) -> None:
 def test_parameters_are_counted_as_if_dense(tiny_base: Path) -> None:
     dense, quantized = load(tiny_base, "none"), load(tiny_base, "nf4", double=True)
     assert (
-        model.parameter_count(quantized) == model.parameter_count(dense) == sum(p.numel() for p in dense.parameters())
+        parameter_count(quantized) == parameter_count(dense) == sum(p.numel() for p in dense.parameters())
     )
 
 
 def test_4_bit_weights_take_fewer_bytes_than_dense_ones(tiny_base: Path) -> None:
-    nf4, fp4, dense = (model.resident_bytes(load(tiny_base, method)) for method in ("nf4", "fp4", "none"))
+    nf4, fp4, dense = (resident_bytes(load(tiny_base, method)) for method in ("nf4", "fp4", "none"))
     assert nf4 == fp4 < dense
 
 
