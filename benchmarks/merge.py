@@ -137,14 +137,14 @@ def _make(request: dict[str, Any]) -> dict[str, Any]:
     import torch
     from transformers import LlamaConfig
 
-    from finetune.merge.checkpoint import Planned, ShardWriter, write_index
+    from finetune.merge.checkpoint import ShardWriter, TensorHeader, write_index
 
     base = Path(request["folder"]) / "base"
     base.mkdir()
     torch.manual_seed(0)
     files = _shapes(request["layers"])
     shards = {
-        file: [Planned(name, torch.bfloat16, shape) for name, shape in tensors.items()]
+        file: [TensorHeader(name, torch.bfloat16, shape) for name, shape in tensors.items()]
         for file, tensors in files.items()
     }
     noise = torch.randn(1 << 22).to(torch.bfloat16) * 0.02

@@ -1,4 +1,4 @@
-"""What each stage leaves for the stages after it: frozen, and all but the folder kept in the stage's manifest.json."""
+"""The results that each stage passes to later stages: frozen, and saved without the folder in its manifest.json."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ class PreparedData:
     """Token ids with masks, on disk.
 
     Attributes:
-        folder: ``train/`` and ``heldout/`` open with ``datasets.load_from_disk``; ``ledger.parquet`` has one line per
-            input row; ``rendering.json`` says how conversations were written; ``preview.html`` shows some.
+        folder: ``train/`` and ``heldout/`` open with ``datasets.load_from_disk``; ``ledger.parquet`` has one row per
+            input row; ``rendering.json`` describes the chat template; ``preview.html`` shows examples.
         rows: ``in`` = ``kept`` + the sum of ``dropped`` (by reason) + ``duplicate``; ``truncated`` are among the kept.
         tokens: Tokens in training documents.
-        trained_tokens: Those of them that carry loss.
+        trained_tokens: Tokens of those with a loss.
         packed_rows: Rows of ``train/``.
-        train_rows: Input rows that are trained on.
-        heldout_rows: Input rows kept for evaluation.
+        train_rows: Input rows in the training split.
+        heldout_rows: Input rows in the held-out split.
         longest: Tokens of the longest row of ``train/``.
         fingerprint: Hash of the data, template, tokenizer, settings and code.
         warnings: One sentence each.
         lengths: Quantiles, histogram, and what each threshold would cut.
-        sources: What was read, by name: files without their folders, data sets on the hub with their revision.
+        sources: Names of the inputs: files without their folders, datasets on the hub with their revision.
     """
 
     folder: Path
@@ -43,17 +43,19 @@ class PreparedData:
 
 @dataclass(frozen=True, kw_only=True)
 class PreflightResult:
-    """The proofs, in the order in which they ran.
+    """The checks, in the order in which they ran.
 
     Attributes:
-        folder: Holds trained_text.txt, the text that the first batch trains.
+        folder: Holds trained_text.txt, the text of the first batch that has a loss.
         checks: ``{"name", "passed", "figure", "bound", "sentence", "cause", "seconds"}`` each.
-        packing_is_isolated: Whether documents side by side in one row do not read each other; taken as true where nothing is proved.
-        fused_layers_are_exact: Whether quick steps give the gradient of plain ones; likewise.
-        skipped: ``{"name", "sentence", "why"}`` of each proof that did not run.
-        seconds: What the rehearsal cost.
-        training_seconds: What the training will take, about; None where no gradient was timed.
-        day: When it ran: before this run, where the very same was proved already.
+        packing_is_isolated: Whether documents packed into one row cannot attend to each other; true where it was
+            not checked.
+        fused_layers_are_exact: Whether fused kernels give the gradient of the plain layers; true where it was not
+            checked.
+        skipped: ``{"name", "sentence", "why"}`` of each check that did not run.
+        seconds: Duration of the checks.
+        training_seconds: Estimated duration of training; None where no gradient was timed.
+        day: When the checks ran; before this run where an earlier result for the same inputs is used.
     """
 
     folder: Path
@@ -68,24 +70,24 @@ class PreflightResult:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedAdapter:
-    """A plain peft adapter in ``folder/adapter``, and how it came about.
+    """A plain peft adapter in ``folder/adapter``, with the figures of its training.
 
     Attributes:
         folder: Holds adapter/, checkpoints/ and metrics.jsonl.
         steps: Optimizer steps taken.
         seconds: Time in the training loop, evaluations and checkpoints included.
-        tokens: Tokens read, padding left out.
-        trained_tokens: Tokens that made loss.
+        tokens: Tokens processed, without padding.
+        trained_tokens: Tokens with a loss.
         first_loss: Loss of the first logged step, in nats per trained token.
         final_loss: Mean loss of the last tenth of the logged steps.
-        optimizer: What was asked for, what was used, why, and the bytes of its states.
+        optimizer: The one requested, the one used, the reason, and the bytes of its states.
         adapter_sha256: Hash of adapter_model.safetensors.
-        resumed_from: The step that this training went on from, 0 for a fresh start.
+        resumed_from: The step that training resumed from; 0 for a new training.
         kept_step: The step whose weights are in the adapter.
-        best_heldout_loss: The lowest one seen, in nats per trained token; None where none was taken.
-        stopped_early: Whether ``train.patience`` ended it.
-        skipped_steps: Steps that were not taken because their loss or gradient was no number; counted in ``steps``.
-        micro_batch: Rows that went through the model at once in the end; fewer than asked where memory ran out.
+        best_heldout_loss: The lowest, in nats per trained token; None where it was not measured.
+        stopped_early: Whether ``train.patience`` stopped it.
+        skipped_steps: Steps without an update because loss or gradient were not finite; counted in ``steps``.
+        micro_batch: Micro-batch size at the end, in rows; smaller than configured after running out of memory.
     """
 
     folder: Path
@@ -116,49 +118,119 @@ class TrainedAdapter:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LossScores:
+    """A model's loss on the held-out rows, in nats per trained token, with its 95 % interval."""
+
+    loss: float
+    loss_low: float
+    loss_high: float
+    perplexity: float
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """A paired difference with its 95 % interval."""
+
+    difference: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedScores:
+    """A model's loss as in `LossScores`, and its distance from the trained model.
+
+    Attributes:
+        loss_difference: From the trained model's loss, paired by row.
+        kl: Mean KL(trained model || this one), in nats per token.
+        top1_agreement: Share of positions where both rank the same token first.
+        max_difference: Largest difference of a log-probability.
+        compared_tokens: Positions that the distances were measured on.
+    """
+
+    loss: float
+    loss_low: float
+    loss_high: float
+    perplexity: float
+    tokens: int
+    loss_difference: Difference
+    kl: float
+    top1_agreement: float
+    max_difference: float
+    compared_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CandidateScores:
+    """One way to merge, with the figures of `ComparedScores`.
+
+    Attributes:
+        name: ``dequantized`` or ``original``.
+        bytes: Size of its weights.
+        adapted_weights: Number of weights in tensors that the adapter changes.
+        changed_weights: Number of those that differ from the base after rounding.
+    """
+
+    name: str
+    loss: float
+    loss_low: float
+    loss_high: float
+    perplexity: float
+    tokens: int
+    loss_difference: Difference
+    kl: float
+    top1_agreement: float
+    max_difference: float
+    compared_tokens: int
+    bytes: int
+    adapted_weights: int
+    changed_weights: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class MergedModel:
-    """One plain model, made of base and adapter.
+    """One dense model, made of base and adapter.
 
     Attributes:
         folder: The stage's folder; the model is in ``folder/model``, with its tokenizer.
-        chosen: Name of the candidate that was kept.
-        rule: Why that one.
-        loss_rows: Held-out rows that the losses below were taken on.
-        reference: The trained graph itself: ``{"loss", "loss_low", "loss_high", "perplexity", "tokens"}``.
-        candidates: The same of each, and ``{"name", "loss_difference": {"difference", "low", "high"}, "kl", "top1_agreement",
-            "max_difference", "compared_tokens", "bytes", "adapted_weights", "changed_weights"}``; the difference is to the
-            trained graph, paired by row, and ``changed_weights`` differ from the base after rounding.
-        reloaded: The chosen one's losses and distances again, measured by a fresh process from the files that were kept.
+        chosen: Name of the selected candidate.
+        rule: Why it was selected.
+        loss_rows: Number of held-out rows that the losses below were measured on.
+        reference: The trained model: quantized base and adapter.
+        candidates: Every merge that was built.
+        reloaded: The selected candidate again, measured by a fresh process from the files.
         sha256: Over the weight files of ``folder/model``.
-        adapters: Weights of further adapters that are in it too, by folder.
+        adapters: Weights of the further adapters that are merged too, by folder.
     """
 
     folder: Path
     chosen: str
     rule: str
     loss_rows: int
-    reference: dict[str, Any]
-    candidates: list[dict[str, Any]]
-    reloaded: dict[str, Any]
+    reference: LossScores
+    candidates: list[CandidateScores]
+    reloaded: ComparedScores
     sha256: str
     adapters: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """How good each artifact is.
+    """The evaluation of each artifact.
 
     Attributes:
         folder: Holds ``samples.jsonl``: each row's prompt, reference and all answers with their scores.
         artifacts: ``base``, ``base_quantized``, ``adapter``, ``merged``: ``{"loss", "loss_low", "loss_high",
             "perplexity", "tokens", "token_accuracy", "metrics": {name: {"value", "low", "high"}}, "stop_rate",
-            "mean_tokens", "repetition", "general_loss": {"value", "low", "high"}}``; the three before the last only where answers
-            were written, the last, in nats per token, only where ``eval.general_text`` names general text.
+            "mean_tokens", "repetition", "general_loss": {"value", "low", "high"}}``. ``stop_rate``, ``mean_tokens`` and
+            ``repetition`` are present where answers were generated; ``general_loss``, in nats per token, where
+            ``eval.general_text`` names a text.
         changes: ``quantization``, ``tuning``, ``merge``, ``total``: ``{figure: {"difference", "low", "high"}}``,
             paired by row, 95 %.
-        rows: Rows that answers were written for.
-        loss_rows: Rows that the loss was taken on.
-        missed: One sentence for each threshold of ``eval.gate`` that was not met.
+        rows: Number of rows with generated answers.
+        loss_rows: Number of rows that the loss was measured on.
+        missed: One sentence for each threshold of ``eval.gate`` that is not met.
     """
 
     folder: Path
@@ -171,12 +243,12 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class Exports:
-    """What left the house.
+    """The exported files.
 
     Attributes:
-        folder: The stage's folder; each export lies in it under its name.
-        exports: ``{"format", "path", "bytes", "sha256", "parity"}`` each; ``path`` is seen from the run folder, and
-            ``parity`` holds what its own runtime gave beside the bounds (empty for what no runtime opens).
+        folder: The stage's folder; each export is in it under its name.
+        exports: ``{"format", "path", "bytes", "sha256", "parity"}`` each; ``path`` is relative to the run folder, and
+            ``parity`` has the results of its runtime with their bounds (empty where the format has no runtime).
     """
 
     folder: Path

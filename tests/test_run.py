@@ -60,6 +60,29 @@ def test_stage_runs_once_and_is_read_back_from_its_manifest(tmp_path: Path) -> N
     assert manifest["peak_rss_bytes"] > 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    name: str
+    file: Path | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assembly:
+    folder: Path
+    parts: list[Part]
+    by_name: dict[str, Part]
+
+
+def test_product_of_nested_dataclasses_is_read_back_as_it_was(tmp_path: Path) -> None:
+    folder, parts = RunFolder.open(settings(tmp_path)), [Part(name="a", file=Path("a.txt")), Part(name="b", file=None)]
+    written = folder.stage(
+        "parts", Assembly, lambda out: Assembly(folder=out, parts=parts, by_name={"b": parts[1]}), key={}
+    )
+    assert folder.product("parts", Assembly) == written
+    manifest = json.loads((tmp_path / "r" / "parts" / "manifest.json").read_text())
+    assert manifest["product"]["parts"] == [{"name": "a", "file": "a.txt"}, {"name": "b", "file": None}]
+
+
 def test_stage_that_failed_leaves_no_manifest_and_runs_again(tmp_path: Path) -> None:
     folder, calls = RunFolder.open(settings(tmp_path)), []
     with pytest.raises(RuntimeError):

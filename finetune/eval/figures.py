@@ -9,6 +9,7 @@ from finetune.eval.metrics import METRICS, repetition
 from finetune.eval.records import Record
 from finetune.inference.bootstrap import Bootstrap, Ratio, mean_of, perplexity, token_loss
 from finetune.inference.rows import Row
+from finetune.run import to_jsonable
 
 Change = dict[str, float]
 """``{"difference", "low", "high"}``."""
@@ -64,7 +65,7 @@ def levels(table: Table, records: dict[str, Record], *, config: EvalConfig, seed
     for name in ARTIFACTS:
         loss = _bootstrap(table.losses[name], config, seed).loss(table.losses[name])
         correct = sum(row.correct for row in records[name].losses)
-        figures = {**loss, "token_accuracy": correct / max(loss["tokens"], 1)}
+        figures = {**to_jsonable(loss), "token_accuracy": correct / max(loss.tokens, 1)}
         figures |= answer_levels(table.answers[name], config=config, seed=seed)
         if table.general:
             general = table.general[name]

@@ -24,6 +24,7 @@ from finetune.inference.artifacts import (
 from finetune.model import Base
 from finetune.products import MergedModel, PreparedData, Scores, TrainedAdapter
 from finetune.quantization import QuantizationConfig, spec
+from finetune.run import to_jsonable
 
 CARD = "README.md"
 
@@ -132,7 +133,7 @@ def _quality(facts: CardFacts) -> Iterator[str]:
     scores, merged = facts.scores, facts.merged
     lines = collect_artifacts(
         {"artifacts": scores.artifacts, "changes": scores.changes, "rows": scores.rows, "loss_rows": scores.loss_rows},
-        {"candidates": merged.candidates, "chosen": merged.chosen, "loss_rows": merged.loss_rows},
+        {"candidates": to_jsonable(merged.candidates), "chosen": merged.chosen, "loss_rows": merged.loss_rows},
         facts.exports,
     )
     names = metric_names(lines)
@@ -152,10 +153,9 @@ def _quality(facts: CardFacts) -> Iterator[str]:
 
 def _merge(merged: MergedModel) -> Iterator[str]:
     yield "## Merge\n"
-    tokens = f"{merged.candidates[0]['compared_tokens']:,} held-out tokens"
+    tokens = f"{merged.candidates[0].compared_tokens:,} held-out tokens"
     yield f"Kept: `{merged.chosen}`, {merged.rule}. KL and top-1 compare with the trained model, on {tokens}.\n"
-    candidates = merged.candidates
-    rows = [[entry["name"], f"{entry['kl']:.5f}", f"{entry['top1_agreement']:.3f}"] for entry in candidates]
+    rows = [[entry.name, f"{entry.kl:.5f}", f"{entry.top1_agreement:.3f}"] for entry in merged.candidates]
     yield from _table(["Candidate", "KL", "Top-1"], rows)
 
 

@@ -16,6 +16,7 @@ from finetune.console import change_text
 from finetune.errors import ExportError
 from finetune.export.config import ExportConfig
 from finetune.inference.bootstrap import RESAMPLES, Bootstrap, Ratio
+from finetune.run import to_jsonable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -258,7 +259,7 @@ def _loss_change(before: list[list[float]], after: list[list[float]], *, seed: i
     model, export = (Ratio(totals=np.array(side)[:, 0], weights=np.array(side)[:, 1]) for side in (before, after))
     bootstrap = Bootstrap(len(before), samples=RESAMPLES, seed=seed)
     change = bootstrap.difference(model, export).change
-    return {**bootstrap.loss(export), "model_loss": model.value, "loss_difference": change}
+    return {**to_jsonable(bootstrap.loss(export)), "model_loss": model.value, "loss_difference": change}
 
 
 def _distances(pairs: list[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float, float]:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy import ndarray
+
+from finetune.products import LossScores
 
 if TYPE_CHECKING:
     from finetune.inference.losses import RowLoss
@@ -68,6 +70,7 @@ class Ratio:
 
 
 def perplexity(loss: ndarray) -> ndarray:
+    """Returns exp(loss), of a loss low enough not to overflow."""
     return np.exp(np.minimum(loss, LARGEST_EXPONENT))
 
 
@@ -104,11 +107,16 @@ class Bootstrap:
         value = float((shape(np.array([after.value])) - shape(np.array([before.value])))[0])
         return _interval(value, shape(self._resampled(after)) - shape(self._resampled(before)))
 
-    def loss(self, figure: Ratio) -> dict[str, Any]:
-        """Returns the fields of a `token_loss` that every artifact reports."""
+    def loss(self, figure: Ratio) -> LossScores:
+        """Returns the figures of a `token_loss` that every artifact reports."""
         level = self.level(figure)
-        fields = {"loss": level.value, "loss_low": level.low, "loss_high": level.high}
-        return {**fields, "perplexity": float(perplexity(np.array(level.value))), "tokens": int(figure.weights.sum())}
+        return LossScores(
+            loss=level.value,
+            loss_low=level.low,
+            loss_high=level.high,
+            perplexity=float(perplexity(np.array(level.value))),
+            tokens=int(figure.weights.sum()),
+        )
 
     def _resampled(self, figure: Ratio) -> ndarray:
         generator = np.random.default_rng(self.seed)

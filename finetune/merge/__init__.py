@@ -1,4 +1,4 @@
-"""Makes one plain model of base and adapter: several candidates, each measured against the graph that was trained.
+"""Merges base and adapter into one dense model: builds candidates and compares each with the trained model.
 
 merged = merge(config.merge, folder=Path("outputs/run/merge"), spec=spec, adapter=adapter, data=data, seed=1)
 print(merged.chosen, merged.rule)

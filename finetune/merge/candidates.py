@@ -1,4 +1,4 @@
-"""Builds one merge candidate on disk: base weights plus what the adapter changes, tensor by tensor."""
+"""Writes one merge candidate to disk: base weights plus the changes of the adapter, tensor by tensor."""
 
 import json
 import shutil
@@ -15,43 +15,51 @@ from torch import Tensor
 
 from finetune.errors import MergeError
 from finetune.inference.chat import Chat
-from finetune.merge.adapter_deltas import Change, LowRank, Rows, Whole
-from finetune.merge.checkpoint import INDEX, PIECE_BYTES, Planned, ShardWriter, Stored, read_checkpoint, write_index
+from finetune.merge.adapter_deltas import Change, EmbeddingRows, LowRank, ReplacedTensor
+from finetune.merge.checkpoint import (
+    INDEX,
+    PIECE_BYTES,
+    ShardWriter,
+    StoredTensor,
+    TensorHeader,
+    read_checkpoint,
+    write_index,
+)
 
 Source = Callable[[str], Tensor | None]
-"""The weight to start from for a tensor's name, where it is not the one on disk; None where it is."""
+"""Returns the weight to start from for a tensor's name; None where it is the one on disk."""
 
-FILES = 4
-"""Written at a time at most. Each holds some pieces of 4 MiB, and a dense layer where weights are dequantized."""
+MAX_PARALLEL_FILES = 4
+"""Each needs memory for some pieces of 4 MiB, and for a dense layer where weights are dequantized."""
 
-LEFT_BEHIND = {INDEX, "config.json", "adapter_config.json", "training_args.bin", "trainer_state.json"}
+NOT_COPIED = {INDEX, "config.json", "adapter_config.json", "training_args.bin", "trainer_state.json"}
 COPIED = (".json", ".jinja", ".model", ".txt", ".py", ".tiktoken")
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """One tensor of the candidate: its name there, where it comes from, what happens to it."""
+class TensorPlan:
+    """One tensor of the candidate: its name, the base's tensor, and the adapter's change of it."""
 
     name: str
-    stored: Stored
+    stored: StoredTensor
     change: Change | None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        if isinstance(self.change, Whole):
+        if isinstance(self.change, ReplacedTensor):
             return tuple(self.change.value.shape)
         return tuple(self.change.shape) if isinstance(self.change, LowRank) else self.stored.shape
 
 
 @dataclass(frozen=True, slots=True)
-class Built:
+class MergeCandidate:
     """A candidate on disk.
 
     Attributes:
         folder: A plain transformers folder.
         bytes: Size of its weights.
-        adapted: Weights in tensors that the adapter touches.
-        changed: Those of them that differ from the base after rounding to the written numbers.
+        adapted: Number of weights in tensors that the adapter changes.
+        changed: Number of those that differ from the base after rounding to the written dtype.
     """
 
     folder: Path
@@ -61,109 +69,105 @@ class Built:
 
 
 def from_disk(name: str) -> None:
-    """The source of the ``original`` candidate: every weight as it was downloaded."""
+    """Returns None for every tensor: the source of the ``original`` candidate, whose weights are those on disk."""
 
 
 def build(
     base: Path, changes: dict[str, Change], target: Path, *, dtype: torch.dtype, source: Source = from_disk
-) -> Built:
-    """Writes base plus changes as a plain transformers folder, in about 200 MB of memory beside one dequantized layer.
+) -> MergeCandidate:
+    """Writes base plus changes as a plain transformers folder, in about 200 MB of memory plus one dequantized layer.
 
     Args:
-        base: The dense base; its file names and tensor names are kept.
+        base: The dense base; its file names and tensor names are used again.
         changes: By tensor name, from `read_changes`.
-        target: Made; must not exist.
-        dtype: Numbers of the floating tensors.
-        source: Where a weight starts from, if not from disk.
+        target: Folder to create; must not exist.
+        dtype: Of the floating-point tensors.
+        source: Returns the weights to start from.
 
     Raises:
-        MergeError: The adapter names a tensor that the base does not have, or one of another shape.
+        MergeError: The base is quantized, lacks a tensor that the adapter changes, or has it in another shape.
     """
     config = json.loads((base / "config.json").read_text())
     if config.get("quantization_config"):
         raise MergeError(
-            f"{base} is quantized on disk, so its weights cannot be added to; give the full-precision base as model.name"
+            f"{base} is quantized on disk, so its weights cannot be changed; give the full-precision base as model.name"
         )
     files, untied = _plan(read_checkpoint(base), changes, base=base, config=config)
     target.mkdir(parents=True)
-    planned = {
-        name: [Planned(piece.name, _numbers(piece.stored, dtype), piece.shape) for piece in pieces]
-        for name, pieces in files.items()
+    headers = {
+        name: [TensorHeader(plan.name, _written_dtype(plan.stored, dtype), plan.shape) for plan in plans]
+        for name, plans in files.items()
     }
 
-    def write(name: str) -> tuple[int, int]:
-        with ShardWriter(target / name, planned[name]) as writer:
-            counts = [
-                _write(piece, writer, dtype=_numbers(piece.stored, dtype), source=source) for piece in files[name]
-            ]
-        return sum(adapted for adapted, _ in counts), sum(changed for _, changed in counts)
+    def write(name: str) -> list[tuple[int, int]]:
+        with ShardWriter(target / name, headers[name]) as writer:
+            return [_write(plan, writer, dtype=dtype, source=source) for plan in files[name]]
 
-    with _files_at_a_time() as pool:
-        counts = list(pool.map(write, files))
-    write_index(target, planned)
+    with _thread_per_file() as pool:
+        counts = [count for file_counts in pool.map(write, files) for count in file_counts]
+    write_index(target, headers)
     _write_config(config, target / "config.json", dtype=dtype, files=files, untied=untied)
     for file in base.iterdir():
-        if file.suffix in COPIED and file.name not in LEFT_BEHIND:
+        if file.suffix in COPIED and file.name not in NOT_COPIED:
             shutil.copyfile(file, target / file.name)
-    size = sum(tensor.size for tensors in planned.values() for tensor in tensors)
-    return Built(
-        folder=target,
-        bytes=size,
-        adapted=sum(adapted for adapted, _ in counts),
-        changed=sum(changed for _, changed in counts),
-    )
+    adapted, changed = sum(count for count, _ in counts), sum(count for _, count in counts)
+    size = sum(tensor.size for tensors in headers.values() for tensor in tensors)
+    return MergeCandidate(folder=target, bytes=size, adapted=adapted, changed=changed)
 
 
 @contextmanager
-def _files_at_a_time() -> Iterator[ThreadPoolExecutor]:
-    """Threads that each write a file. A piece is too small for torch to share, so each computes alone.
+def _thread_per_file() -> Iterator[ThreadPoolExecutor]:
+    """Yields threads that each write one file with one torch thread: a piece is too small for torch to divide.
 
-    Measured on 2 cores beside another busy process: 6.2 GB of bfloat16 in 60 s with torch's two threads on one file, in 15 s with one
-    on each of two files.
+    Measured on 2 cores, next to another busy process: 6.2 GB of bfloat16 take 60 s with torch's two threads on one
+    file, and 15 s with one thread on each of two files.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(min(threads, FILES), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(
+            min(threads, MAX_PARALLEL_FILES), initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool:
             yield pool
     finally:
         torch.set_num_threads(threads)
 
 
-def _numbers(stored: Stored, dtype: torch.dtype) -> torch.dtype:
+def _written_dtype(stored: StoredTensor, dtype: torch.dtype) -> torch.dtype:
     return dtype if stored.dtype.is_floating_point else stored.dtype
 
 
-def _write(piece: Piece, writer: ShardWriter, *, dtype: torch.dtype, source: Source) -> tuple[int, int]:
-    """Writes one tensor; returns how many weights the adapter touches in it, and how many came out different."""
-    change = piece.change
-    if isinstance(change, Whole):
+def _write(plan: TensorPlan, writer: ShardWriter, *, dtype: torch.dtype, source: Source) -> tuple[int, int]:
+    """Writes one tensor; returns how many of its weights the adapter adapts, and how many differ from the base's."""
+    change, dtype = plan.change, _written_dtype(plan.stored, dtype)
+    if isinstance(change, ReplacedTensor):
         writer.write(change.value.to(dtype))
         return change.value.numel(), change.value.numel()
-    own = change.start if isinstance(change, LowRank) and change.start is not None else source(piece.name)
-    if tuple(piece.stored.shape if own is None else own.shape) != piece.shape:
+    start = change.start if isinstance(change, LowRank) and change.start is not None else source(plan.name)
+    if tuple(plan.stored.shape if start is None else start.shape) != plan.shape:
         raise MergeError(
-            f"{piece.name}: the adapter is for {piece.shape} weights and the base has {piece.stored.shape}: another base"
+            f"{plan.name}: the adapter is for {plan.shape} weights and the base has {plan.stored.shape}: another base; "
+            "give the base that the adapter was trained on"
         )
     adapted = changed = 0
-    for first, old in piece.stored.pieces() if own is None else _split(own):
+    for first, old in plan.stored.pieces() if start is None else _split(start):
         if change is None:
             writer.write(old.to(dtype))
             continue
         new = _changed(change, first, old, dtype=dtype)
         writer.write(new)
         adapted += new.numel()
-        changed += _differing(new, old.to(dtype))
+        changed += _count_different(new, old.to(dtype))
     return adapted, changed
 
 
-def _differing(new: Tensor, old: Tensor) -> int:
-    """How many numbers differ, by their bits: a third of the time that comparing bfloat16 takes."""
+def _count_different(new: Tensor, old: Tensor) -> int:
+    """Counts the elements whose bits differ, in a third of the time that comparing bfloat16 takes."""
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[new.dtype.itemsize]
     return int(np.count_nonzero(new.view(bits).numpy() != old.view(bits).numpy()))
 
 
-def _split(weight: Tensor) -> Any:
+def _split(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
     step = max(1, PIECE_BYTES // (4 * max(weight[0].numel(), 1)))
     for first in range(0, len(weight), step):
         yield first, weight[first : first + step].cpu()
@@ -172,66 +176,70 @@ def _split(weight: Tensor) -> Any:
 def _changed(change: Change, first: int, old: Tensor, *, dtype: torch.dtype) -> Tensor:
     if isinstance(change, LowRank):
         return change.apply(first, old.to(torch.float32, copy=True)).to(dtype)
-    assert isinstance(change, Rows)
+    assert isinstance(change, EmbeddingRows)
     new = old.to(dtype, copy=True)
-    here = (change.indices >= first) & (change.indices < first + len(old))
-    new[change.indices[here] - first] = change.values[here].to(dtype)
+    inside = (change.indices >= first) & (change.indices < first + len(old))
+    new[change.indices[inside] - first] = change.values[inside].to(dtype)
     return new
 
 
 def _plan(
-    checkpoint: dict[str, list[tuple[str, Stored]]], changes: dict[str, Change], *, base: Path, config: dict[str, Any]
-) -> tuple[dict[str, list[Piece]], bool]:
-    """Pieces by file, and whether embedding and head part ways because only one of them was trained."""
+    checkpoint: dict[str, list[tuple[str, StoredTensor]]],
+    changes: dict[str, Change],
+    *,
+    base: Path,
+    config: dict[str, Any],
+) -> tuple[dict[str, list[TensorPlan]], bool]:
+    """Returns the tensors by file, and whether embedding and head are no longer tied: only one of them was trained."""
     stored = {name: entry for tensors in checkpoint.values() for name, entry in tensors}
     tied = bool(config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", False)))
     embedding, head = tied_names(base) if tied else ("", "")
     resolved: dict[str, Change] = {}
-    apart: Change | None = None
+    head_change: Change | None = None
     for name, change in changes.items():
         if name == head and _resolve(head, stored) is None:
-            apart = change
+            head_change = change
             continue
-        found = _resolve(name, stored)
-        if found is None:
+        stored_name = _resolve(name, stored)
+        if stored_name is None:
             raise MergeError(
                 f"the adapter changes {name}, which {base} does not have; give the base that it was trained on"
             )
-        resolved[found] = change
-    trunk = _resolve(embedding, stored) if tied else None
+        resolved[stored_name] = change
+    stored_embedding = (_resolve(embedding, stored) if tied else None) or ""
+    embedding_change = resolved.get(stored_embedding)
     untied = (
         tied
-        and (apart is not None or isinstance(resolved.get(trunk or ""), LowRank | Whole))
-        and not _same(apart, resolved.get(trunk or ""))
+        and (head_change is not None or isinstance(embedding_change, LowRank | ReplacedTensor))
+        and not _same(head_change, embedding_change)
     )
     files = {
-        file: [Piece(name, entry, resolved.get(name)) for name, entry in tensors]
+        file: [TensorPlan(name, entry, resolved.get(name)) for name, entry in tensors]
         for file, tensors in checkpoint.items()
     }
     if untied and head not in stored:
-        last = list(files)[-1]
-        grown = resolved.get(trunk or "")
-        alone = (
-            Whole(grown.start) if apart is None and isinstance(grown, LowRank) and grown.start is not None else apart
-        )
-        files[last] = [*files[last], Piece(head, stored[trunk or ""], alone)]
+        if head_change is None and isinstance(embedding_change, LowRank) and embedding_change.start is not None:
+            head_change = ReplacedTensor(embedding_change.start)  # an embedding that grew: the head grew with it
+        files[list(files)[-1]].append(TensorPlan(head, stored[stored_embedding], head_change))
     return files, untied
 
 
-def _same(one: Change | None, other: Change | None) -> bool:
-    return isinstance(one, Whole) and isinstance(other, Whole) and torch.equal(one.value, other.value)
+def _same(first: Change | None, second: Change | None) -> bool:
+    if not isinstance(first, ReplacedTensor) or not isinstance(second, ReplacedTensor):
+        return False
+    return torch.equal(first.value, second.value)
 
 
-def _resolve(name: str, stored: dict[str, Stored]) -> str | None:
-    """The checkpoint's name of a module's tensor: the same, or the only one that differs by a leading part."""
+def _resolve(name: str, stored: dict[str, StoredTensor]) -> str | None:
+    """Returns the checkpoint's name of a module's tensor: the same, or the only one that differs by a leading part."""
     if name in stored:
         return name
-    near = [other for other in stored if name.endswith("." + other) or other.endswith("." + name)]
-    return near[0] if len(near) == 1 else None
+    similar = [other for other in stored if name.endswith("." + other) or other.endswith("." + name)]
+    return similar[0] if len(similar) == 1 else None
 
 
 def tied_names(base: Path) -> tuple[str, str]:
-    """Names of the embedding's and the head's weight in the model's class, found on the meta device."""
+    """Returns the names of the embedding's and the head's weight in the model's class, found on the meta device."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -241,9 +249,9 @@ def tied_names(base: Path) -> tuple[str, str]:
 
 
 def write_chat(folder: Path, chat: Chat) -> None:
-    """Puts the tokenizer of the data beside the weights, and every end token into the generation config.
+    """Saves the tokenizer of the data next to the weights, and every end token in the generation config.
 
-    A base whose end token is not its template's end of turn would otherwise talk on after its answer.
+    A base whose end token is not its template's end of turn would otherwise continue after its answer.
     """
     chat.tokenizer.save_pretrained(folder)
     file = folder / "generation_config.json"
@@ -254,13 +262,13 @@ def write_chat(folder: Path, chat: Chat) -> None:
 
 
 def _write_config(
-    config: dict[str, Any], file: Path, *, dtype: torch.dtype, files: dict[str, list[Piece]], untied: bool
+    config: dict[str, Any], file: Path, *, dtype: torch.dtype, files: dict[str, list[TensorPlan]], untied: bool
 ) -> None:
     written = {key: value for key, value in config.items() if key not in ("quantization_config", "torch_dtype")}
     written["dtype"] = str(dtype).removeprefix("torch.")
     if untied:
         written["tie_word_embeddings"] = False
-    for piece in (piece for pieces in files.values() for piece in pieces):
-        if piece.shape[:1] != piece.stored.shape[:1] and piece.stored.shape[:1] == (config.get("vocab_size"),):
-            written["vocab_size"] = piece.shape[0]
+    for plan in (plan for plans in files.values() for plan in plans):
+        if plan.shape[:1] != plan.stored.shape[:1] and plan.stored.shape[:1] == (config.get("vocab_size"),):
+            written["vocab_size"] = plan.shape[0]
     file.write_text(json.dumps(written, indent=2) + "\n")

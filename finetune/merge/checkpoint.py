@@ -1,4 +1,4 @@
-"""Safetensors read and written piece by piece: no shard is ever whole in memory, and no page stays mapped.
+"""Reads and writes safetensors in pieces, so that a whole shard is never in memory and no page stays mapped.
 
 Source: the file format in https://github.com/huggingface/safetensors (8 bytes of header length, JSON, then raw data).
 """
@@ -22,25 +22,33 @@ from finetune.errors import MergeError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PIECE_BYTES = 4 * 1024**2
-"""Bytes that are read at once. Measured on 1.6 GB: 4 MiB takes 8.0 s, 32 MiB 15.2 s (every larger buffer is mapped anew), 1 MiB 8.6 s."""
+"""Bytes per read. Measured on 1.6 GB: 1 MiB 8.6 s, 4 MiB 8.0 s, 32 MiB 15.2 s (each larger buffer is mapped anew)."""
 
-WAITING_PIECES = 4
+MAX_WAITING_PIECES = 4
 
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredTensor:
     """One tensor on disk.
 
     Attributes:
         file: The safetensors file.
-        dtype: Its numbers.
-        shape: Its shape; empty for a single number.
+        dtype: Of its elements.
+        shape: Empty for a scalar.
         start: Offset of its first byte in the file.
     """
 
@@ -54,7 +62,7 @@ class Stored:
         return int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
 
     def pieces(self) -> Iterator[tuple[int, Tensor]]:
-        """Yields (first row, rows) in order, each of about 4 MiB; a tensor of one number comes as it is."""
+        """Yields (first row, rows) in order, each of about 4 MiB; a scalar is one piece."""
         rows = self.shape[0] if self.shape else 1
         row_bytes = max(self.row_bytes, 1)
         step = max(1, PIECE_BYTES // row_bytes)
@@ -67,16 +75,16 @@ class Stored:
                 yield first, torch.from_numpy(buffer).view(self.dtype).reshape(shape)
 
 
-def read_checkpoint(folder: Path) -> dict[str, list[tuple[str, Stored]]]:
-    """The tensors of a model folder by file, in the order of their data.
+def read_checkpoint(folder: Path) -> dict[str, list[tuple[str, StoredTensor]]]:
+    """Finds the tensors of a model folder, by file and in the order of their data.
 
     Returns:
-        ``{file name: [(tensor name, where it is)]}``.
+        ``{file name: [(tensor name, its place on disk)]}``.
 
     Raises:
-        MergeError: No safetensors, an incomplete set of shards, or numbers that a merge cannot add to.
+        MergeError: There is no safetensors file, a shard is missing, or a dtype is one that a merge cannot add to.
     """
-    files: dict[str, list[tuple[str, Stored]]] = {}
+    files: dict[str, list[tuple[str, StoredTensor]]] = {}
     for name in _weight_files(folder):
         if not (folder / name).is_file():
             raise MergeError(f"{folder} is incomplete: its index names {name}, which is missing; fetch the base again")
@@ -84,11 +92,11 @@ def read_checkpoint(folder: Path) -> dict[str, list[tuple[str, Stored]]]:
     return files
 
 
-def read_header(file: Path) -> list[tuple[str, Stored]]:
-    """Where each tensor of one file is.
+def read_header(file: Path) -> list[tuple[str, StoredTensor]]:
+    """Reads the place of each tensor in one file.
 
     Raises:
-        MergeError: The file is cut off, or holds numbers of a kind that a merge cannot add to.
+        MergeError: The file is cut off, or holds a dtype that a merge cannot add to.
     """
     with open(file, "rb") as handle:
         (length,) = struct.unpack("<Q", handle.read(8))
@@ -97,18 +105,16 @@ def read_header(file: Path) -> list[tuple[str, Stored]]:
     size, begin = file.stat().st_size, 8 + length
     tensors = []
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        if begin + entry["data_offsets"][1] > size:
+        start, end = (begin + offset for offset in entry["data_offsets"])
+        if end > size:
+            raise MergeError(f"{file} is cut off: it has {size} bytes and {name} ends at {end}; fetch the base again")
+        code, shape = entry["dtype"], tuple(entry["shape"])
+        if code not in DTYPES:
             raise MergeError(
-                f"{file} is cut off: it has {size} bytes and {name} ends at {begin + entry['data_offsets'][1]}; fetch the base again"
+                f"{file}: {name} is stored as {code}; a merge needs one of {', '.join(DTYPES)}: use the unquantized "
+                "base"
             )
-        if entry["dtype"] not in DTYPES:
-            raise MergeError(
-                f"{file}: {name} is stored as {entry['dtype']}; a merge needs one of {', '.join(DTYPES)}: use the unquantized base"
-            )
-        stored = Stored(
-            file=file, dtype=DTYPES[entry["dtype"]], shape=tuple(entry["shape"]), start=begin + entry["data_offsets"][0]
-        )
-        tensors.append((name, stored))
+        tensors.append((name, StoredTensor(file=file, dtype=DTYPES[code], shape=shape, start=start)))
     return tensors
 
 
@@ -117,17 +123,18 @@ def _weight_files(folder: Path) -> list[str]:
         return sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
     if (folder / SINGLE).is_file():
         return [SINGLE]
-    found = sorted(file.name for file in folder.glob("*.safetensors"))
-    if len(found) == 1:
-        return found
+    names = sorted(file.name for file in folder.glob("*.safetensors"))
+    if len(names) == 1:
+        return names
     raise MergeError(
-        f"{folder} holds {len(found)} safetensors files and no {INDEX}, so it is unclear which belong together; save it again"
+        f"{folder} holds {len(names)} safetensors files and no {INDEX}, so it is unclear which belong together; "
+        "save the model again"
     )
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
-    """One tensor to be written: its name, numbers and shape, all known before the first byte."""
+class TensorHeader:
+    """One tensor of a file to write; all headers are known before the first byte is written."""
 
     name: str
     dtype: torch.dtype
@@ -139,17 +146,17 @@ class Planned:
 
 
 class ShardWriter:
-    """Writes one safetensors file, tensor after tensor in the planned order, each in as many pieces as come.
+    """Writes one safetensors file: the tensors in the order of ``headers``, each in any number of pieces.
 
-    A thread of its own does the writing, so that the next piece is computed meanwhile; few pieces wait at a time.
+    A thread writes, so that the next piece is computed meanwhile; at most `MAX_WAITING_PIECES` wait.
     """
 
-    def __init__(self, file: Path, planned: list[Planned]) -> None:
+    def __init__(self, file: Path, headers: list[TensorHeader]) -> None:
         self.file = file
-        self.expected = sum(tensor.size for tensor in planned)
+        self.expected = sum(tensor.size for tensor in headers)
         self.written = 0
         self._handle: BinaryIO = open(file, "wb")  # noqa: SIM115  # closed by __exit__
-        self._handle.write(_header(planned))
+        self._handle.write(_header(headers))
         self._thread = ThreadPoolExecutor(1)
         self._waiting: deque[Future[int]] = deque()
 
@@ -165,20 +172,21 @@ class ShardWriter:
             os.fsync(self._handle.fileno())
         self._handle.close()
         if kind is None and self.written != self.expected:
-            raise MergeError(f"{self.file}: {self.written} bytes were written and {self.expected} planned")
+            raise MergeError(f"{self.file}: {self.written} bytes were written and {self.expected} were expected")
 
     def write(self, piece: Tensor) -> None:
+        """Appends rows of the current tensor; waits where too many pieces are unwritten."""
         data = piece.contiguous().reshape(-1).view(torch.uint8).numpy()
-        if len(self._waiting) == WAITING_PIECES:
+        if len(self._waiting) == MAX_WAITING_PIECES:
             self._waiting.popleft().result()
         self._waiting.append(self._thread.submit(self._handle.write, data.data))
         self.written += data.nbytes
 
 
-def _header(planned: list[Planned]) -> bytes:
+def _header(tensors: list[TensorHeader]) -> bytes:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for tensor in planned:
+    for tensor in tensors:
         entries[tensor.name] = {
             "dtype": CODES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -190,11 +198,11 @@ def _header(planned: list[Planned]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def write_index(folder: Path, files: dict[str, list[Planned]]) -> None:
+def write_index(folder: Path, files: dict[str, list[TensorHeader]]) -> None:
     """Writes the index that transformers needs where there is more than one file."""
     if list(files) == [SINGLE]:
         return
-    weights = {tensor.name: name for name, planned in files.items() for tensor in planned}
-    total = sum(tensor.size for planned in files.values() for tensor in planned)
+    weights = {tensor.name: name for name, headers in files.items() for tensor in headers}
+    total = sum(tensor.size for headers in files.values() for tensor in headers)
     content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))}
     (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""The merge group."""
+"""The merge group: the weights that the adapter is merged into, and how the result is chosen."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,40 +10,42 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 @dataclass(kw_only=True, slots=True)
 class MergeConfig:
-    """Which weights the adapter is merged into, and how that is decided.
+    """Selects the weights that the adapter is merged into.
 
-    ``dequantized`` + BA is the graph that was trained. ``original`` + BA is another model, sometimes a better one.
+    ``dequantized`` + BA is the model that was trained. ``original`` + BA is a different model, sometimes a better one.
     """
 
     choose: str
-    """``heldout_loss`` (the lowest), ``fidelity`` (the nearest to the trained graph), or a candidate's name."""
+    """``heldout_loss`` (the lowest), ``fidelity`` (the lowest KL to the trained model), or a candidate's name."""
 
     candidates: list[str]
-    """Those that are built and measured: ``dequantized``, ``original``. Each takes the disk of a whole model meanwhile."""
+    """The candidates to build and measure: ``dequantized``, ``original``. Each needs the disk space of a whole model
+    until one is chosen."""
 
     max_loss_increase: float
-    """Nats per token that the chosen one may be worse than the trained graph on held-out rows before the stage fails."""
+    """Nats per token by which the chosen candidate may be worse than the trained model on held-out rows; above it the
+    stage fails."""
 
     loss_rows: int
-    """Held-out rows that the losses of the trained graph, of each candidate and of the kept one are taken on, from the top:
-    the very rows of ``eval.loss_rows``."""
+    """Number of held-out rows, from the top, on which the losses of the trained model and of each candidate are
+    measured: the same rows as those of ``eval.loss_rows``."""
 
     measure_tokens: int
-    """Trained tokens of these rows, from the top, whose whole distributions are compared; each takes 4 bytes times the
-    vocabulary on disk meanwhile."""
+    """Trained tokens of these rows, from the top, whose whole distributions are compared; each needs 4 bytes times the
+    vocabulary on disk during the stage."""
 
     batch_tokens: int
     """Padded tokens per forward pass while measuring."""
 
     dtype: str
-    """Numbers of the merged weights: ``bfloat16``, ``float16`` or ``float32``."""
+    """Dtype of the merged weights: ``bfloat16``, ``float16`` or ``float32``."""
 
     max_reload_difference: float
     """Nats per token by which the loss of the reloaded model, and its KL, may differ from the first measurement."""
 
     adapters: dict[str, float] = field(default_factory=dict)
-    """Further adapters of the same base, by folder, each with the weight that its change is added with; the run's own
-    has 1. Only plain LoRA and rsLoRA add up. The trained graph is then the one with all of them."""
+    """Further adapters of the same base: folder to the weight of its change; the run's adapter has weight 1. Only plain
+    LoRA and rsLoRA can be added up. All are then part of the trained model that candidates are compared with."""
 
     def problems(self) -> Iterator[str]:
         unknown = [name for name in self.candidates if name not in CANDIDATES]

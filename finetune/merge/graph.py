@@ -1,4 +1,4 @@
-"""The trained graph: further adapters on it, and the weights under it, read out of the quantized model layer by layer."""
+"""Adds further adapters to the trained model, and reads the dense weights of its quantized layers, one at a time."""
 
 import json
 from pathlib import Path
@@ -12,13 +12,13 @@ from finetune.merge.candidates import Source
 
 
 def dequantized(graph: Any) -> Source:
-    """Each quantized layer's weight as the trained graph multiplies by it; other tensors come from disk.
+    """Returns a source that gives each quantized layer's weight as the trained model multiplies by it.
 
     Args:
         graph: The quantized base, with or without the adapter, protected from bitsandbytes' repacking.
 
     Returns:
-        A source for `build`. It holds the graph; only one dense layer exists at a time.
+        A source for `build`; other tensors come from disk. It refers to the graph; one dense layer exists at a time.
     """
     from finetune.quantization import quantized_layers
     from finetune.quantization.backends import dense
@@ -33,12 +33,12 @@ def dequantized(graph: Any) -> Source:
 
 
 def add_adapters(graph: Any, adapters: dict[str, float], *, base_sha256: str) -> None:
-    """Puts further adapters beside the run's own, each with its weight, in the numbers that they were saved in.
+    """Loads further adapters next to the run's, each with its weight and in the dtype in which it was saved.
 
     Args:
-        graph: The trained graph.
+        graph: The trained model.
         adapters: Weight by folder.
-        base_sha256: Of the run's base; an adapter that says it was trained on another one is refused.
+        base_sha256: Of the run's base; an adapter whose finetune.json names another base is refused.
 
     Raises:
         MergeError: An adapter is for another base.
@@ -48,19 +48,19 @@ def add_adapters(graph: Any, adapters: dict[str, float], *, base_sha256: str) ->
 
     names = ["default"]
     for folder, weight in adapters.items():
-        place, name = Path(folder).expanduser(), f"further_{len(names)}"
-        record = place / "finetune.json"
+        path, name = Path(folder).expanduser(), f"further_{len(names)}"
+        record = path / "finetune.json"
         if record.is_file() and json.loads(record.read_text(encoding="utf-8"))["base"]["sha256"] != base_sha256:
             raise MergeError(
                 f"merge.adapters: {folder} says that it was trained on another base (finetune.json); leave it out"
             )
         try:
-            graph.load_adapter(str(place), adapter_name=name)
+            graph.load_adapter(str(path), adapter_name=name)
         except (ValueError, RuntimeError, KeyError) as error:
             raise MergeError(
                 f"merge.adapters: {folder} does not fit this base: {str(error).splitlines()[0]}"
             ) from error
-        saved = load_file(place / "adapter_model.safetensors")
+        saved = load_file(path / "adapter_model.safetensors")
         for key, parameter in graph.named_parameters():
             if f".{name}" in key:
                 parameter.data = saved[key.replace(f".{name}", "")].to(parameter.device)

@@ -1,53 +1,55 @@
-"""Which candidate is kept: two questions, 'is it better?' and 'is it what I trained?', and one rule."""
+"""Selects the candidate to keep: by held-out loss, by closeness to the trained model, or by name."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from finetune.console import change_text, human_bytes
 from finetune.errors import MergeError
 from finetune.merge.config import MergeConfig
+from finetune.products import CandidateScores, LossScores
+from finetune.run import to_jsonable
 
 
-def choose(
-    figures: Sequence[dict[str, Any]], *, config: MergeConfig, trained_loss: float
-) -> tuple[dict[str, Any], str]:
-    """Picks a candidate by ``merge.choose`` and says why.
+def select_candidate(
+    candidates: Sequence[CandidateScores], *, config: MergeConfig, trained_loss: float
+) -> tuple[CandidateScores, str]:
+    """Selects a candidate by ``merge.choose``.
 
     Args:
-        figures: ``name``, ``kl`` and ``loss`` of each candidate.
+        candidates: The scores of each.
         config: The rule and its bound.
-        trained_loss: Held-out loss of the trained graph, on the same tokens.
+        trained_loss: Held-out loss of the trained model, on the same tokens.
 
     Returns:
-        The candidate and one sentence.
+        The candidate, and the reason in one sentence.
 
     Raises:
-        MergeError: The chosen one is worse than the trained graph by more than ``merge.max_loss_increase``.
+        MergeError: Its loss is higher than the trained model's by more than ``merge.max_loss_increase``.
     """
     if config.choose == "heldout_loss":
-        best = min(figures, key=lambda one: one["loss"])
-        rule = f"lowest held-out loss, {best['loss']:.4f} (merge.choose=heldout_loss)"
+        best = min(candidates, key=lambda candidate: candidate.loss)
+        rule = f"lowest held-out loss, {best.loss:.4f} (merge.choose=heldout_loss)"
     elif config.choose == "fidelity":
-        best = min(figures, key=lambda one: one["kl"])
-        rule = f"nearest to the trained graph, KL {best['kl']:.5f} (merge.choose=fidelity)"
+        best = min(candidates, key=lambda candidate: candidate.kl)
+        rule = f"closest to the trained model, KL {best.kl:.5f} (merge.choose=fidelity)"
     else:
-        best = next(one for one in figures if one["name"] == config.choose)
+        best = next(candidate for candidate in candidates if candidate.name == config.choose)
         rule = f"named by merge.choose={config.choose}"
-    # Written so that a loss that is not a number fails too.
-    if not best["loss"] - trained_loss <= config.max_loss_increase:
-        worse = best["loss"] - trained_loss
+    increase = best.loss - trained_loss
+    if not increase <= config.max_loss_increase:  # so that NaN fails too
         raise MergeError(
-            f"the best candidate, {best['name']}, has a held-out loss of {best['loss']:.4f} and the trained graph {trained_loss:.4f}: "
-            f"worse by {worse:.4f}, and merge.max_loss_increase is {config.max_loss_increase}; ship the adapter, or raise it"
+            f"the best candidate, {best.name}, has a held-out loss of {best.loss:.4f} and the trained model "
+            f"{trained_loss:.4f}: worse by {increase:.4f}, and merge.max_loss_increase is {config.max_loss_increase}; "
+            "use the adapter instead of a merged model, or raise the bound"
         )
     return best, rule
 
 
-def table_rows(figures: Sequence[dict[str, Any]], *, trained: dict[str, Any]) -> list[list[str]]:
-    """The merge table as text, the trained graph first."""
-    rows = [["trained graph", "0", "1.000", f"{trained['loss']:.4f}", "", f"{trained['perplexity']:.3f}", ""]]
-    for one in figures:
-        loss = [f"{one['loss']:.4f}", change_text(one["loss_difference"])]
-        figure = [f"{one['perplexity']:.3f}", human_bytes(one["bytes"])]
-        rows.append([one["name"], f"{one['kl']:.5f}", f"{one['top1_agreement']:.3f}", *loss, *figure])
+def table_rows(candidates: Sequence[CandidateScores], *, trained: LossScores) -> list[list[str]]:
+    """Returns the cells of the merge table, the trained model first."""
+    rows = [["trained model", "0", "1.000", f"{trained.loss:.4f}", "", f"{trained.perplexity:.3f}", ""]]
+    for candidate in candidates:
+        distances = [f"{candidate.kl:.5f}", f"{candidate.top1_agreement:.3f}"]
+        loss = [f"{candidate.loss:.4f}", change_text(to_jsonable(candidate.loss_difference))]
+        size = [f"{candidate.perplexity:.3f}", human_bytes(candidate.bytes)]
+        rows.append([candidate.name, *distances, *loss, *size])
     return rows

@@ -1,8 +1,9 @@
-"""The merge stage: reference, candidates, choice, and a fresh look at what was written."""
+"""The merge stage: records the trained model, builds and measures candidates, and measures the selected one again."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -10,24 +11,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.console import human_bytes, log, table
+from finetune.console import log, table
 from finetune.errors import MergeError
+from finetune.files import require_disk
 from finetune.merge.config import MergeConfig
-from finetune.merge.select import choose, table_rows
+from finetune.merge.select import select_candidate, table_rows
 from finetune.model import Base, ModelSpec
-from finetune.products import MergedModel, PreparedData, TrainedAdapter
+from finetune.products import (
+    CandidateScores,
+    ComparedScores,
+    Difference,
+    LossScores,
+    MergedModel,
+    PreparedData,
+    TrainedAdapter,
+)
+from finetune.run import from_json
 
 if TYPE_CHECKING:
     from finetune.inference.kl_divergence import KLResult, ReferenceLogits
     from finetune.inference.losses import RowLoss
     from finetune.merge.adapter_deltas import Change
-    from finetune.merge.candidates import Built
+    from finetune.merge.candidates import MergeCandidate
 
 
 def merge(
     config: MergeConfig, *, folder: Path, spec: ModelSpec, adapter: TrainedAdapter, data: PreparedData, seed: int
 ) -> MergedModel:
-    """Builds the candidates, measures each against the trained graph, keeps one and measures that again from disk.
+    """Builds the candidates, compares each with the trained model, selects one and measures it again from disk.
 
     Args:
         config: The merge group.
@@ -35,11 +46,11 @@ def merge(
         spec: The base as it was loaded for training.
         adapter: The trained adapter.
         data: Its held-out rows are in ``data.folder/heldout``.
-        seed: Seeds the intervals.
+        seed: Of the intervals.
 
     Raises:
-        MergeError: Nothing can be merged, the adapter changes nothing, no candidate is good enough, the disk is too
-            small, or the written model measures differently when it is opened again.
+        MergeError: The adapter cannot be merged or changes nothing, no candidate is good enough, the disk is too small,
+            or the written model measures differently when it is loaded again.
     """
     from finetune.inference.chat import load_chat
     from finetune.inference.rows import read_rows, trained_tokens
@@ -47,84 +58,83 @@ def merge(
     from finetune.merge.candidates import write_chat
     from finetune.model.base import weights_sha256
 
-    names = _candidates(config, spec)
+    names = _candidate_names(config, spec)
     rows = read_rows(data.folder / "heldout", limit=config.loss_rows)
     if not any(map(trained_tokens, rows)):
         raise MergeError(
-            f"none of the first {len(rows)} held-out rows has a trained token, so merges cannot be compared; look at the ledger in the "
-            "data folder"
+            f"none of the first {len(rows)} held-out rows has a trained token, so merges cannot be compared; check the "
+            "ledger in the data folder"
         )
     work = folder / ".candidates"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    _check_disk(spec.base, folder, candidates=len(names), tokens=config.measure_tokens)
+    _require_disk(spec.base, folder, candidates=len(names), tokens=config.measure_tokens)
     stage = _Stage(config=config, spec=spec, work=work, rows=rows, seed=seed)
     changes = read_changes(adapter.adapter)
     for further, weight in config.adapters.items():
         changes = add_changes(changes, Path(further).expanduser(), weight=weight)
     reference, built = stage.build(adapter.adapter, changes, names=names)
-    trained, figures = stage.losses(reference.losses), [stage.measure(one, reference) for one in built]
+    trained, candidates = stage.losses(reference.losses), [stage.measure(candidate, reference) for candidate in built]
     table(
         "merge",
         ["candidate", "KL", "top-1", "loss", "change of loss", "perplexity", "size"],
-        table_rows(figures, trained=trained),
+        table_rows(candidates, trained=trained),
     )
-    chosen, rule = choose(figures, config=config, trained_loss=reference.loss)
-    log("merge", f"{chosen['name']} is kept: {rule}")
-    chat = load_chat(spec, data.folder)
-    write_chat(work / chosen["name"], chat)
-    reloaded = stage.reload(work / chosen["name"], chosen, heldout=data.folder / "heldout", reference=reference)
-    kept = _publish(work / chosen["name"], folder / "model")
+    chosen, rule = select_candidate(candidates, config=config, trained_loss=reference.loss)
+    log("merge", f"{chosen.name} is selected: {rule}")
+    selected, model = work / chosen.name, folder / "model"
+    write_chat(selected, load_chat(spec, data.folder))
+    reloaded = stage.reload(selected, chosen, heldout=data.folder / "heldout", reference=reference)
+    _publish(selected, model)
     shutil.rmtree(work)
     return MergedModel(
         folder=folder,
-        chosen=chosen["name"],
+        chosen=chosen.name,
         rule=rule,
         loss_rows=len(rows),
         reference=trained,
-        candidates=figures,
+        candidates=candidates,
         reloaded=reloaded,
-        sha256=weights_sha256(kept),
+        sha256=weights_sha256(model),
         adapters=dict(config.adapters),
     )
 
 
-def _candidates(config: MergeConfig, spec: ModelSpec) -> list[str]:
+def _candidate_names(config: MergeConfig, spec: ModelSpec) -> list[str]:
     if spec.is_quantized:
         return list(config.candidates)
     if config.choose == "dequantized":
         raise MergeError(
-            "merge.choose=dequantized, but quantization.method=none, so there is nothing to dequantize; use merge.choose=original"
+            "merge.choose=dequantized, but quantization.method=none, so there is nothing to dequantize; use "
+            "merge.choose=original"
         )
     if config.candidates != ["original"]:
         log("merge", "only the candidate original: the base was not quantized, so dequantized would be the same")
     return ["original"]
 
 
-def _check_disk(base: Base, folder: Path, *, candidates: int, tokens: int) -> None:
-    import json
-
+def _require_disk(base: Base, folder: Path, *, candidates: int, tokens: int) -> None:
     weights = sum(file.stat().st_size for file in base.folder.glob("*.safetensors"))
     vocabulary = json.loads((base.folder / "config.json").read_text()).get("vocab_size", 0)
-    need, free = candidates * weights + 4 * tokens * vocabulary, shutil.disk_usage(folder).free
-    if free < need:
-        raise MergeError(
-            f"merging needs {human_bytes(need)} of disk beside {folder} ({candidates} candidates and the reference) and "
-            f"{human_bytes(free)} are free; free some, name one candidate in merge.candidates, or lower merge.measure_tokens"
-        )
+    require_disk(
+        folder,
+        candidates * weights + 4 * tokens * vocabulary,
+        "merging",
+        remedy="free some space, name one candidate in merge.candidates, or lower merge.measure_tokens",
+        error=MergeError,
+    )
 
 
-def _publish(built: Path, target: Path) -> Path:
-    """Puts the model in its place, whole. What stood there was of a stage that never ended: one that did is redone in another folder."""
+def _publish(built: Path, target: Path) -> None:
+    """Moves the model to its final folder. A folder that exists there is from a stage that was killed."""
     if target.exists():
         os.replace(target, built.parent / "earlier")
     os.replace(built, target)
-    return target
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Stage:
-    """What every step of the stage needs."""
+    """The inputs that every step of the stage needs."""
 
     config: MergeConfig
     spec: ModelSpec
@@ -134,8 +144,8 @@ class _Stage:
 
     def build(
         self, adapter: Path, changes: dict[str, Change], *, names: list[str]
-    ) -> tuple[ReferenceLogits, list[Built]]:
-        """Records the trained graph, then writes the candidates; the graph is gone before the first one is loaded."""
+    ) -> tuple[ReferenceLogits, list[MergeCandidate]]:
+        """Records the trained model and writes the candidates; frees the model before the first candidate is loaded."""
         import torch
 
         from finetune.inference.adapted import free_memory, load_adapted_model
@@ -146,91 +156,99 @@ class _Stage:
         graph = load_adapted_model(self.spec, adapter)
         if self.config.adapters:
             add_adapters(graph, self.config.adapters, base_sha256=self.spec.base.sha256)
-            log(
-                "merge",
-                "with the run's adapter: "
-                + ", ".join(f"{name} x {weight:g}" for name, weight in self.config.adapters.items()),
-            )
+            further = ", ".join(f"{name} x {weight:g}" for name, weight in self.config.adapters.items())
+            log("merge", f"with the run's adapter: {further}")
         reference = record_reference(
-            graph, self.rows, self.work / "reference.f32", batch_tokens=self.config.batch_tokens, tokens=self.config.measure_tokens,
-            progress="trained graph",
-        )  # fmt: skip
-        log("merge", f"the trained graph on {len(self.rows)} held-out rows: loss {reference.loss:.4f}; the distributions of "
-            f"{reference.positions:,} trained tokens are kept to compare with")  # fmt: skip
-        built = []
+            graph,
+            self.rows,
+            self.work / "reference.f32",
+            batch_tokens=self.config.batch_tokens,
+            tokens=self.config.measure_tokens,
+            progress="trained model",
+        )
+        log(
+            "merge",
+            f"the trained model on {len(self.rows)} held-out rows: loss {reference.loss:.4f}; candidates are compared "
+            f"with its distributions of {reference.positions:,} trained tokens",
+        )
+        built, base, dtype = [], self.spec.base.folder, getattr(torch, self.config.dtype)
         for name in names:
             source = dequantized(graph) if name == "dequantized" else from_disk
-            built.append(
-                build(
-                    self.spec.base.folder,
-                    changes,
-                    self.work / name,
-                    dtype=getattr(torch, self.config.dtype),
-                    source=source,
-                )
-            )
-            self._check_not_inert(built[-1])
+            built.append(build(base, changes, self.work / name, dtype=dtype, source=source))
+            self._require_change(built[-1])
         del graph, source
         free_memory()
         return reference, built
 
-    def _check_not_inert(self, built: Built) -> None:
-        if built.changed == 0:
+    def _require_change(self, candidate: MergeCandidate) -> None:
+        if candidate.changed == 0:
             raise MergeError(
-                f"the adapter changes none of {built.adapted:,} weights once they are rounded to {self.config.dtype}, so the merged model "
-                "would be the base; train longer or with a higher learning rate, or use merge.dtype=float32"
+                f"the adapter changes none of {candidate.adapted:,} weights once they are rounded to "
+                f"{self.config.dtype}, so the merged model would be the base; train longer or with a higher learning rate, "
+                "or use merge.dtype=float32"
             )
 
-    def losses(self, rows: Sequence[RowLoss]) -> dict[str, Any]:
+    def losses(self, rows: Sequence[RowLoss]) -> LossScores:
         from finetune.inference.bootstrap import RESAMPLES, Bootstrap, token_loss
 
         return Bootstrap(len(rows), samples=RESAMPLES, seed=self.seed).loss(token_loss(rows))
 
-    def figures(self, found: KLResult, reference: ReferenceLogits) -> dict[str, Any]:
+    def compared(self, result: KLResult, reference: ReferenceLogits) -> ComparedScores:
         from finetune.inference.bootstrap import RESAMPLES, Bootstrap, token_loss
 
-        draw = Bootstrap(len(self.rows), samples=RESAMPLES, seed=self.seed)
-        difference = draw.difference(token_loss(reference.losses), token_loss(found.losses))
-        return {**self.losses(found.losses), "loss_difference": difference.change, **found.distances}
+        bootstrap = Bootstrap(len(self.rows), samples=RESAMPLES, seed=self.seed)
+        interval = bootstrap.difference(token_loss(reference.losses), token_loss(result.losses))
+        return ComparedScores(
+            **vars(self.losses(result.losses)),
+            loss_difference=Difference(difference=interval.value, low=interval.low, high=interval.high),
+            kl=result.kl,
+            top1_agreement=result.top1_agreement,
+            max_difference=result.max_difference,
+            compared_tokens=result.compared_tokens,
+        )
 
-    def measure(self, built: Built, reference: ReferenceLogits) -> dict[str, Any]:
+    def measure(self, candidate: MergeCandidate, reference: ReferenceLogits) -> CandidateScores:
         from finetune.inference.adapted import free_memory
         from finetune.inference.kl_divergence import compare_with_reference
 
-        name = built.folder.name
-        merged = self.spec.dense(built.folder).load()
-        found = compare_with_reference(
-            merged, self.rows, reference, batch_tokens=self.config.batch_tokens, progress=name
-        )
-        del merged
+        name, batch_tokens = candidate.folder.name, self.config.batch_tokens
+        model = self.spec.dense(candidate.folder).load()
+        result = compare_with_reference(model, self.rows, reference, batch_tokens=batch_tokens, progress=name)
+        del model
         free_memory()
-        sizes = {"bytes": built.bytes, "adapted_weights": built.adapted, "changed_weights": built.changed}
-        return {"name": name, **self.figures(found, reference), **sizes}
+        return CandidateScores(
+            name=name,
+            **vars(self.compared(result, reference)),
+            bytes=candidate.bytes,
+            adapted_weights=candidate.adapted,
+            changed_weights=candidate.changed,
+        )
 
-    def reload(self, kept: Path, first: dict[str, Any], *, heldout: Path, reference: ReferenceLogits) -> dict[str, Any]:
+    def reload(
+        self, selected: Path, before: CandidateScores, *, heldout: Path, reference: ReferenceLogits
+    ) -> ComparedScores:
+        """Measures the selected candidate in a fresh process, and refuses it where the figures differ."""
         from finetune.inference.fresh_process import FreshProcessError, run_in_fresh_process
         from finetune.inference.kl_divergence import KLResult
-        from finetune.inference.losses import RowLoss
 
         request = {
-            "folder": kept.resolve(), "dtype": self.config.dtype, "attention": self.spec.placement.attention, "device": self.spec.placement.device,
-            "threads": self.spec.placement.threads, "remote_code": self.spec.config.remote_code, "heldout": heldout.resolve(),
-            "rows": len(self.rows), "batch_tokens": self.config.batch_tokens,
+            "spec": self.spec.dense(selected.resolve()),
+            "heldout": heldout.resolve(),
+            "rows": len(self.rows),
+            "batch_tokens": self.config.batch_tokens,
             "reference": dataclasses.replace(reference, file=reference.file.resolve(), losses=()),
-        }  # fmt: skip
+        }
         try:
-            got = run_in_fresh_process("finetune.merge.reload", request, work=self.work)
+            answer = run_in_fresh_process("finetune.merge.reload", request, work=self.work)
         except FreshProcessError as error:
-            raise MergeError(f"the merged model in {kept} cannot be opened by a fresh process: {error}") from error
-        again = self.figures(KLResult(**{**got, "losses": [RowLoss(**row) for row in got["losses"]]}), reference)
-        furthest = max(abs(again["loss"] - first["loss"]), abs(again["kl"] - first["kl"]))
-        if furthest > self.config.max_reload_difference:
+            raise MergeError(f"the merged model in {selected} cannot be opened by a fresh process: {error}") from error
+        after = self.compared(from_json(KLResult, answer), reference)
+        if max(abs(after.loss - before.loss), abs(after.kl - before.kl)) > self.config.max_reload_difference:
             raise MergeError(
-                f"{kept} measures differently in a fresh process: loss {again['loss']:.5f} after {first['loss']:.5f}, KL {again['kl']:.5f} "
-                f"after {first['kl']:.5f}; the bound merge.max_reload_difference is {self.config.max_reload_difference}"
+                f"{selected} measures differently in a fresh process: loss {after.loss:.5f} and before "
+                f"{before.loss:.5f}, KL {after.kl:.5f} and before {before.kl:.5f}; the bound "
+                f"merge.max_reload_difference is {self.config.max_reload_difference}"
             )
-        log(
-            "merge",
-            f"opened again by plain transformers in a fresh process: loss {again['loss']:.4f}, KL {again['kl']:.5f}, as before",
-        )
-        return again
+        figures = f"loss {after.loss:.4f}, KL {after.kl:.5f}"
+        log("merge", f"loaded again by plain transformers in a fresh process: {figures}, as before")
+        return after

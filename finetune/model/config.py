@@ -1,4 +1,4 @@
-"""The model group: which base model, and how it computes."""
+"""The model group: the base model, its dtype and its attention."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ UPCASTS = ("none", "norms", "all")
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    """Which base model, and in which numbers."""
+    """Selects the base model, its dtype and its attention."""
 
     name: str
     """A local folder, a hub id, a ``.gguf`` file, or ``package:<module>/<file>.gguf`` from an installed package."""
 
     revision: str | None
-    """Commit or tag on the hub; None takes the newest, and the commit that was taken is recorded."""
+    """Commit or tag on the hub; None takes the newest. The resolved commit is recorded."""
 
     dtype: str
-    """Numbers of the unquantized weights and of the computation; ``auto`` lets `place` decide."""
+    """Dtype of the unquantized weights and of the computation; ``auto`` lets `place` decide."""
 
     attention: str
     """transformers' attention implementation; ``auto`` lets `place` decide."""
 
     upcast: str
-    """Frozen parts turned to float32 before training: ``none``, ``norms``, or ``all`` (what peft does: norms,
-    embedding and head). They are frozen, so the wider numbers buy nothing but a float32 residual stream."""
+    """Frozen parts converted to float32 before training: ``none``, ``norms``, or ``all`` (norms, embedding and head, as
+    peft does). They are frozen, so the only effect is a float32 residual stream."""
 
     remote_code: dict[str, str]
-    """Code of the model's own that may run: the SHA-256 of each of its Python files, by name. Empty: none runs. Repository and
-    commit are ``name`` and ``revision``."""
+    """Code in the model's repository that may run: the SHA-256 of each of its Python files, by name. Empty: none runs.
+    Repository and commit are ``name`` and ``revision``."""
 
     architecture: ArchitectureConfig | None
-    """Dimensions, so that `plan` needs no download; None where only the model's own config.json knows them."""
+    """Dimensions, so that `plan` needs no download; None reads them from the model's config.json."""
 
     def problems(self) -> Iterator[str]:
         for key, value, allowed in (
@@ -57,10 +57,10 @@ class ModelConfig:
 
     @property
     def trust_remote_code(self) -> bool:
-        """What transformers is told."""
+        """The argument of transformers' ``from_pretrained``."""
         return bool(self.remote_code)
 
 
 def looks_local(name: str) -> bool:
-    """Whether a name is a path here; anything else is looked for on the hub."""
+    """Returns whether a name is a local path; other names are looked up on the hub."""
     return Path(name).expanduser().exists() or name.startswith(("/", "./", "../", "~"))

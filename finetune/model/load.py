@@ -64,8 +64,8 @@ def describe_padding(tokenizer: PreTrainedTokenizerBase) -> str:
 def load_model(spec: ModelSpec) -> PreTrainedModel:
     """Loads the base, quantized as the spec says, in evaluation mode and without gradients.
 
-    A quantized base is read from its cached copy where there is one. A model with code of its own has no copy: the code
-    beside it would then be run from the cache.
+    A quantized base is read from its cached copy where there is one. A model that has its own code is not cached: the
+    code next to the copy would then run from the cache.
 
     Raises:
         ModelError: The model has no layer to quantize, or transformers cannot load it.

@@ -1,4 +1,4 @@
-"""A base model and how it is loaded: all it takes to build the same weights in memory again."""
+"""A base model and how it is loaded: everything needed to build the same weights in memory again."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class ModelSpec:
 
     @property
     def is_quantized(self) -> bool:
-        """Returns whether the linear layers are held quantized."""
+        """Whether the linear layers are quantized."""
         return self.quantization.method != "none"
 
     def load(self) -> PreTrainedModel:
@@ -76,7 +76,7 @@ class ModelSpec:
         return dataclasses.replace(self, placement=dataclasses.replace(self.placement, device=device))
 
     def key(self) -> dict[str, Any]:
-        """Returns what decides the numbers that the model computes: weights, quantization, upcast, device, dtype, attention."""
+        """Returns all that changes the model's outputs: weights, quantization, upcast, device, dtype, attention."""
         placement = self.placement
         return {
             "model.sha256": self.base.sha256,
@@ -95,7 +95,7 @@ def checkpoint_dtype(folder: Path) -> str:
 
 
 def read_spec(content: dict[str, Any]) -> ModelSpec:
-    """Rebuilds a spec from its JSON, for a process of its own."""
+    """Rebuilds a spec from its JSON, for another process."""
     base, config = content["base"], {**content["config"], "architecture": None}
     return ModelSpec(
         base=Base(**{**base, "folder": Path(base["folder"])}),

@@ -21,13 +21,19 @@ from finetune.merge import MergeConfig, merge
 from finetune.merge.adapter_deltas import read_changes
 from finetune.merge.candidates import build
 from finetune.merge.graph import dequantized
-from finetune.products import MergedModel
+from finetune.products import CandidateScores, MergedModel
 from tests.fixtures.artifacts import Line, Made, make_adapter
 
 CONFIG: dict[str, Any] = {
-    "choose": "fidelity", "candidates": ["dequantized", "original"], "max_loss_increase": 0.5, "loss_rows": 8, "measure_tokens": 60,
-    "batch_tokens": 512, "dtype": "bfloat16", "max_reload_difference": 0.001,
-}  # fmt: skip
+    "choose": "fidelity",
+    "candidates": ["dequantized", "original"],
+    "max_loss_increase": 0.5,
+    "loss_rows": 8,
+    "measure_tokens": 60,
+    "batch_tokens": 512,
+    "dtype": "bfloat16",
+    "max_reload_difference": 0.001,
+}
 
 
 def run(folder: Path, line: Line, adapter: Made, **settings: Any) -> MergedModel:
@@ -41,16 +47,16 @@ def merged(line: Callable[..., Line], adapter: Made, tmp_path_factory: pytest.Te
     return run(tmp_path_factory.mktemp("merge"), line(), adapter)
 
 
-def figures(merged: MergedModel, name: str) -> dict[str, Any]:
-    return next(one for one in merged.candidates if one["name"] == name)
+def scores_of(merged: MergedModel, name: str) -> CandidateScores:
+    return next(candidate for candidate in merged.candidates if candidate.name == name)
 
 
 def test_dequantized_candidate_is_the_trained_graph_and_the_original_is_not(merged: MergedModel) -> None:
-    assert figures(merged, "dequantized")["kl"] < 1e-3
-    assert figures(merged, "dequantized")["top1_agreement"] > 0.9  # a random model's first two tokens are nearly tied
-    assert figures(merged, "original")["kl"] > 20 * figures(merged, "dequantized")["kl"]
+    assert scores_of(merged, "dequantized").kl < 1e-3
+    assert scores_of(merged, "dequantized").top1_agreement > 0.9  # a random model's first two tokens are nearly tied
+    assert scores_of(merged, "original").kl > 20 * scores_of(merged, "dequantized").kl
     assert merged.chosen == "dequantized"
-    assert {one["compared_tokens"] for one in merged.candidates} == {60}
+    assert {candidate.compared_tokens for candidate in merged.candidates} == {60}
 
 
 def test_losses_are_those_of_the_first_rows_with_paired_intervals(
@@ -62,20 +68,18 @@ def test_losses_are_those_of_the_first_rows_with_paired_intervals(
     graph = load_adapted_model(parts.spec, adapter.folder / "adapter")
     kept = AutoModelForCausalLM.from_pretrained(merged.folder / "model", dtype=torch.bfloat16)
     assert merged.loss_rows == 8
-    assert merged.reference["loss"] == pytest.approx(mean_loss(row_losses(graph, rows, batch_tokens=512)), abs=1e-9)
-    assert figures(merged, "dequantized")["loss"] == pytest.approx(
+    assert merged.reference.loss == pytest.approx(mean_loss(row_losses(graph, rows, batch_tokens=512)), abs=1e-9)
+    assert scores_of(merged, "dequantized").loss == pytest.approx(
         mean_loss(row_losses(kept, rows, batch_tokens=512)), abs=1e-9
     )
-    change = figures(merged, "original")["loss_difference"]
-    assert change["difference"] == pytest.approx(
-        figures(merged, "original")["loss"] - merged.reference["loss"], abs=1e-9
-    )
-    assert change["low"] <= change["difference"] <= change["high"]
-    assert change["low"] < change["high"]
+    change = scores_of(merged, "original").loss_difference
+    assert change.difference == pytest.approx(scores_of(merged, "original").loss - merged.reference.loss, abs=1e-9)
+    assert change.low <= change.difference <= change.high
+    assert change.low < change.high
 
 
 def test_fresh_process_measures_what_the_stage_measured(merged: MergedModel) -> None:
-    assert merged.reloaded["loss"] == pytest.approx(figures(merged, merged.chosen)["loss"], abs=1e-3)
+    assert merged.reloaded.loss == pytest.approx(scores_of(merged, merged.chosen).loss, abs=1e-3)
 
 
 def test_merge_on_the_4bit_model_is_clearly_worse(
@@ -87,7 +91,7 @@ def test_merge_on_the_4bit_model_is_clearly_worse(
     graph = load_adapted_model(parts.spec, adapter.folder / "adapter")
     reference = record_reference(graph, rows, tmp_path / "reference.f32", batch_tokens=512)
     wrong = compare_with_reference(graph.merge_and_unload(), rows, reference, batch_tokens=512)
-    assert wrong.kl > 20 * figures(merged, "dequantized")["kl"]
+    assert wrong.kl > 20 * scores_of(merged, "dequantized").kl
 
 
 def test_merged_folder_has_the_names_of_the_base_and_a_tied_head(merged: MergedModel, loud_base: Path) -> None:
@@ -117,16 +121,16 @@ def test_every_quantization_merges_to_its_own_graph(
         dtype=torch.float32,
         source=dequantized(graph),
     )
-    found = compare_with_reference(
+    result = compare_with_reference(
         AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), rows, reference, batch_tokens=512
     )
-    assert found.kl < (1e-2 if method == "int8" else 1e-6)  # LLM.int8 rounds activations too
+    assert result.kl < (1e-2 if method == "int8" else 1e-6)  # LLM.int8 rounds activations too
 
 
 def test_unquantized_base_has_one_candidate(line: Callable[..., Line], adapter: Made, tmp_path: Path) -> None:
     merged = run(tmp_path, line("none"), adapter)
-    assert [one["name"] for one in merged.candidates] == ["original"]
-    assert merged.candidates[0]["kl"] < 1e-3
+    assert [candidate.name for candidate in merged.candidates] == ["original"]
+    assert merged.candidates[0].kl < 1e-3
 
 
 def test_adapter_that_changes_nothing_is_refused(line: Callable[..., Line], loud_base: Path, tmp_path: Path) -> None:
@@ -164,8 +168,8 @@ def test_further_adapters_are_in_the_graph_and_in_the_model(
     further = make_adapter(loud_base, tmp_path / "train", seed=9)
     together = run(tmp_path / "merge", line(), adapter, adapters={str(further.folder / "adapter"): 2.0})
     assert together.adapters == {str(further.folder / "adapter"): 2.0}
-    assert abs(together.reference["loss"] - merged.reference["loss"]) > 0.01
-    assert figures(together, "dequantized")["kl"] < 1e-3
+    assert abs(together.reference.loss - merged.reference.loss) > 0.01
+    assert scores_of(together, "dequantized").kl < 1e-3
 
 
 def test_further_adapter_of_another_base_is_refused(

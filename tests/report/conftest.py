@@ -181,7 +181,7 @@ def _merge() -> dict[str, Any]:
     }
     return {
         "chosen": "dequantized",
-        "rule": "nearest to the trained graph, KL 0.00008 (merge.choose=fidelity)",
+        "rule": "closest to the trained model, KL 0.00008 (merge.choose=fidelity)",
         "sha256": "cd" * 32,
         "loss_rows": 160,
         "reference": {"loss": 0.121, "perplexity": 1.129, "tokens": 3360},

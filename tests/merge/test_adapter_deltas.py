@@ -14,7 +14,7 @@ from finetune import lora
 from finetune.errors import MergeError, ModelError
 from finetune.inference.adapted import load_adapted_model
 from finetune.lora.config import VARIANTS
-from finetune.merge.adapter_deltas import Rows, add_changes, read_changes
+from finetune.merge.adapter_deltas import EmbeddingRows, add_changes, read_changes
 from finetune.merge.candidates import build, from_disk
 from finetune.merge.graph import add_adapters, dequantized
 from tests.fixtures.artifacts import Line, make_adapter
@@ -35,8 +35,8 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        found: torch.Tensor = model.eval()(input_ids=IDS).logits
-    return found
+        result: torch.Tensor = model.eval()(input_ids=IDS).logits
+    return result
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -49,9 +49,9 @@ def test_merged_logits_equal_the_adapters(loud_base: Path, tmp_path: Path, kind:
     base = AutoModelForCausalLM.from_pretrained(loud_base, dtype=torch.float32)
     plain = logits(base)
     expected = logits(PeftModel.from_pretrained(base, str(adapter)))
-    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
+    result = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
     assert (expected - plain).abs().max() > 0.1
-    assert (found - expected).abs().max() < 2e-3 * expected.abs().max()
+    assert (result - expected).abs().max() < 2e-3 * expected.abs().max()
     assert built.changed > 0
 
 
@@ -80,9 +80,9 @@ def test_embedding_that_grew_by_new_tokens_is_merged_with_them(
     ids = torch.tensor([[1, 40, 513, 60, 519, 2]])
     with torch.no_grad():
         expected = PeftModel.from_pretrained(grown(), str(tmp_path / "adapter")).eval()(input_ids=ids).logits
-        found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)(input_ids=ids).logits
-    shared = min(expected.shape[-1], found.shape[-1])
-    assert (found[..., :shared] - expected[..., :shared]).abs().max() < 2e-3 * expected.abs().max()
+        result = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)(input_ids=ids).logits
+    shared = min(expected.shape[-1], result.shape[-1])
+    assert (result[..., :shared] - expected[..., :shared]).abs().max() < 2e-3 * expected.abs().max()
 
 
 @pytest.mark.parametrize("method", ["none", "nf4"])
@@ -90,7 +90,7 @@ def test_several_adapters_add_up_as_peft_adds_them(
     line: Callable[..., Line], loud_base: Path, tmp_path: Path, method: str
 ) -> None:
     parts = line(method, dtype="float32")
-    own, second, third = (
+    first, second, third = (
         make_adapter(loud_base, tmp_path / str(seed), seed=seed, **settings).folder / "adapter"
         for seed, settings in (
             (3, {}),
@@ -98,16 +98,16 @@ def test_several_adapters_add_up_as_peft_adds_them(
             (5, {"target_modules": ["q_proj", "down_proj"]}),
         )
     )
-    graph = load_adapted_model(parts.spec, own)
+    graph = load_adapted_model(parts.spec, first)
     alone = logits(graph)
     add_adapters(graph, {str(second): 0.5, str(third): -0.25}, base_sha256=parts.spec.base.sha256)
     together = logits(graph)
-    changes = add_changes(add_changes(read_changes(own), second, weight=0.5), third, weight=-0.25)
+    changes = add_changes(add_changes(read_changes(first), second, weight=0.5), third, weight=-0.25)
     source = from_disk if method == "none" else dequantized(graph)
     build(parts.spec.base.folder, changes, tmp_path / "merged", dtype=torch.float32, source=source)
-    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
+    result = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
     assert (together - alone).abs().max() > 0.1
-    assert (found - together).abs().max() < 2e-3 * together.abs().max()
+    assert (result - together).abs().max() < 2e-3 * together.abs().max()
     for number, folder in enumerate((second, third)):
         graph.load_adapter(str(folder), adapter_name=f"plain_{number}", autocast_adapter_dtype=False)
     graph.add_weighted_adapter(["default", "plain_0", "plain_1"], [1.0, 0.5, -0.25], "sum", combination_type="cat")
@@ -123,10 +123,10 @@ def test_several_adapters_add_up_as_peft_adds_them(
 def test_adapters_that_do_not_add_up_are_refused(
     loud_base: Path, tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
-    own = make_adapter(loud_base, tmp_path / "own").folder / "adapter"
+    run_adapter = make_adapter(loud_base, tmp_path / "own").folder / "adapter"
     further = make_adapter(loud_base, tmp_path / "further", **settings).folder / "adapter"
     with pytest.raises(MergeError, match=message):
-        add_changes(read_changes(own), further, weight=1.0)
+        add_changes(read_changes(run_adapter), further, weight=1.0)
 
 
 @pytest.mark.parametrize("method", ["none", "nf4"])
@@ -134,7 +134,7 @@ def test_adapters_that_do_not_add_up_are_refused(
 def test_trained_tokens_come_back_and_merge(
     line: Callable[..., Line], tokenizer: Any, tmp_path: Path, method: str, upcast: str
 ) -> None:
-    """Rows of the embedding, and of the head that is tied to it: trained, saved, loaded again, merged."""
+    """EmbeddingRows of the embedding, and of the head that is tied to it: trained, saved, loaded again, merged."""
     parts = line(method, dtype="float32")
     trained = train_a_little(
         parts, tmp_path / "adapter", "lora", tokenizer=tokenizer, upcast=upcast, tokens=["<|im_end|>", "W"]
@@ -145,7 +145,7 @@ def test_trained_tokens_come_back_and_merge(
     assert torch.equal(expected, trained)
     changes = read_changes(tmp_path / "adapter")
     rows = changes["model.embed_tokens.weight"]
-    assert isinstance(rows, Rows)
+    assert isinstance(rows, EmbeddingRows)
     assert sorted(rows.indices.tolist()) == sorted([2, tokenizer.get_vocab()["W"]])
     old = load_file(parts.spec.base.folder / "model.safetensors")["model.embed_tokens.weight"][rows.indices].float()
     assert (rows.values.float() - old).abs().max() > 0.01, "they were trained"
@@ -156,8 +156,8 @@ def test_trained_tokens_come_back_and_merge(
         dtype=torch.float32,
         source=from_disk if method == "none" else dequantized(graph),
     )
-    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
-    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    result = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
+    assert (result - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 def test_token_that_is_not_in_the_vocabulary_is_named(
@@ -188,9 +188,9 @@ def test_every_variant_merges_to_the_graph_that_was_trained(
         dtype=torch.float32,
         source=source,
     )
-    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
+    result = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
     assert (expected - plain).abs().max() > 0.1
-    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert (result - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 def train_a_little(
@@ -199,7 +199,7 @@ def train_a_little(
     """Three steps of a variant on the line's base, saved as a run saves it; returns the logits then."""
     settings = lora.LoraConfig(
         variant=variant, rank=4, alpha=8.0, dropout=0.0, targets=["all-linear"], dtype="float32", tokens=list(tokens)
-    )  # fmt: skip
+    )
     base = parts.spec.load()
     documents = [list(range(start, start + 30)) for start in (10, 60, 200)]
     model = lora.attach(
@@ -242,7 +242,7 @@ def test_other_kind_of_adapter_is_refused(loud_base: Path, tmp_path: Path) -> No
 
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(loud_base), IA3Config(task_type="CAUSAL_LM"))
     model.save_pretrained(tmp_path)
-    with pytest.raises(MergeError, match="IA3 adapter; merging knows LORA"):
+    with pytest.raises(MergeError, match="IA3 adapter; merging supports LORA"):
         read_changes(tmp_path)
 
 
