@@ -184,8 +184,8 @@ class _Stage:
         if candidate.changed == 0:
             raise MergeError(
                 f"the adapter changes none of {candidate.adapted:,} weights once they are rounded to "
-                f"{self.config.dtype}, so the merged model would be the base; train longer or with a higher learning rate, "
-                "or use merge.dtype=float32"
+                f"{self.config.dtype}, so the merged model would be the base; train longer or with a higher learning "
+                "rate, or use merge.dtype=float32"
             )
 
     def losses(self, rows: Sequence[RowLoss]) -> LossScores:
