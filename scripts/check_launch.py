@@ -135,7 +135,8 @@ def two_machines(root: Path, overrides: Sequence[str], *, troubles: Sequence[tup
         steps: Of the whole training.
 
     Returns:
-        Whether the other node always ended soon, and the last restart continued from the last checkpoint to the last step.
+        Whether the other node always ended soon, and the last restart continued from the last checkpoint to the
+        last step.
     """
     overrides = [*overrides, f"train.steps={steps}", "hardware.threads=1"]
     shutil.rmtree(root / "launch-nodes", ignore_errors=True)

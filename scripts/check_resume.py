@@ -2,10 +2,10 @@
 
 python scripts/check_resume.py [moments=20] [seed=0] [steps=120] [dropout=0.1]
 
-The model is a random Llama of two layers in NF4, so that the life of a process is little more than its imports. Each life
-is ended by TERM, INT or KILL, while it starts, trains, evaluates or writes a checkpoint. If a run finishes before all
-moments are used, another one starts. The last line is JSON; ``late`` counts signals that came when training was done,
-or that had no effect.
+The model is a random Llama of two layers in NF4, so that the life of a process is little more than its imports. Each
+life is ended by TERM, INT or KILL, while it starts, trains, evaluates or writes a checkpoint. If a run finishes before
+all moments are used, another one starts. The last line is JSON; ``late`` counts signals that came when training was
+done, or that had no effect.
 """
 
 from __future__ import annotations
@@ -242,7 +242,7 @@ def result(run: Path) -> str:
 
 
 def where(run: Path, life: Life) -> str:
-    """What there was to go on from after a life."""
+    """Returns what a life left to continue from."""
     if not life.training:
         return "before training began"
     checkpoints = sorted(
