@@ -1,4 +1,4 @@
-"""The model that preflight and training share, and everything that one training needs."""
+"""The model that preflight and training share, and the job that training gets."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ class TrainableModel:
     packing: bool = True
 
     def apply(self, result: PreflightResult) -> None:
-        """Trains unpacked, or with plain layers, where the preflight found that the fast way is not exact."""
+        """Switches off packing and fused layers where the preflight found that they change the result."""
         self.packing = self.packing and result.packing_is_isolated
         self.fusion.enabled = self.fusion.enabled and result.fused_layers_are_exact
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingJob:
-    """What is trained, on what, and how.
+    """Everything that one training needs.
 
     Attributes:
         config: The train group.
@@ -89,7 +89,7 @@ def trainable_model(
         config: The whole configuration.
         spec: The base and how it is loaded.
         data: Training rows, which ``lora.variant=eva`` starts from.
-        stage: Entered while the model loads; the dict that it gives receives what the manifest says about the model.
+        stage: Entered while the model loads; it yields a dict that receives the manifest's facts about the model.
     """
 
     @cache
@@ -110,10 +110,10 @@ def trainable_model(
 def load_trainable_model(config: RunConfig, spec: ModelSpec, data: PreparedData) -> TrainableModel:
     """Loads the quantized base, attaches a new adapter and fuses layers.
 
-    Garbage collection is off from the start of a run until here: looking through a million objects that stay would take
-    a tenth of the start.
+    Garbage collection is off from the start of a run until here: scanning a million live objects would take a tenth of
+    the startup time.
     """
-    sharded = config.launch.strategy == "fsdp"  # then the base is built in host memory and goes to the devices in parts
+    sharded = config.launch.strategy == "fsdp"  # the base is built in host memory, then sharded
     base = (spec.on("cpu") if sharded else spec).load()
     parameters, base_bytes = parameter_count(base), resident_bytes(base)
     method = spec.quantization.method
@@ -151,7 +151,7 @@ def load_trainable_model(config: RunConfig, spec: ModelSpec, data: PreparedData)
 
 
 def describe(trainable: TrainableModel) -> dict[str, Any]:
-    """Returns what the run's manifest says about the model."""
+    """Returns the manifest's facts about the model."""
     spec, model = trainable.spec, trainable.model
     return {
         "name": spec.config.name,

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 def sft_config(job: TrainingJob, *, folder: Path, steps: int, step_tokens: float, accumulate: int) -> SFTConfig:
-    """Returns TRL's configuration; nothing that matters is left to its defaults.
+    """Returns TRL's configuration; everything that changes a result is set explicitly.
 
     Args:
         job: Model, rows and settings.
         folder: Receives the checkpoints.
         steps: Optimizer steps.
-        step_tokens: Tokens of an optimizer step, about.
+        step_tokens: Approximate tokens of an optimizer step.
         accumulate: Micro-batches per step.
     """
     config, optim, placement = job.config, job.optim, job.trainable.spec.placement
@@ -52,7 +52,7 @@ def sft_config(job: TrainingJob, *, folder: Path, steps: int, step_tokens: float
         save_strategy="steps" if config.checkpoints else "no",
         save_steps=every(steps, config.checkpoints),
         neftune_noise_alpha=config.neftune_alpha,
-        remove_unused_columns=False,  # the guard names the rows by their numbers
+        remove_unused_columns=False,  # the guard needs the column of ledger numbers
         logging_steps=config.log_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,
@@ -68,45 +68,45 @@ def sft_config(job: TrainingJob, *, folder: Path, steps: int, step_tokens: float
 
 
 def _autocast_dtype(job: TrainingJob) -> str | None:
-    """Returns the dtype to autocast to; None where all weights have one dtype, or fused layers cast by themselves."""
+    """Returns the dtype to autocast to; None where all weights have one dtype, or fused layers cast themselves."""
     trainable, dtype = job.trainable, job.trainable.spec.placement.dtype
     mixed = trainable.lora.dtype != dtype or trainable.spec.config.upcast != "none"
     return dtype if trainable.fusion.autocast and mixed else None
 
 
 def rows_per_step(config: TrainConfig, *, row_tokens: float) -> int:
-    """Returns the rows of an optimizer step over all processes: whole micro-batches, nearest to the setting."""
+    """Returns the rows of an optimizer step over all processes: whole micro-batches, close to the setting."""
     if config.rows_per_step is not None:
         return config.micro_batch * max(1, round(config.rows_per_step / config.micro_batch))
     assert config.tokens_per_step is not None
     return config.micro_batch * max(1, round(config.tokens_per_step / (row_tokens * config.micro_batch)))
 
 
-def refuse_idle(per_step: int, *, unit: str, processes: int) -> None:
-    """Refuses processes that would never get a row; logs where some get fewer.
+def refuse_idle_processes(per_step: int, *, unit: str, processes: int) -> None:
+    """Refuses a launch in which some processes would never get a row; logs where some get fewer than others.
 
     Raises:
         TrainError: A step has fewer rows than there are processes.
     """
     if per_step < processes:
         raise TrainError(
-            f"launch.processes={processes}, and a step reads {per_step} {unit}: {processes - per_step} would have nothing to do. "
-            "Raise train.tokens_per_step, or take fewer processes"
+            f"launch.processes={processes}, and a step reads {per_step} {unit}: {processes - per_step} would have "
+            "nothing to do. Raise train.tokens_per_step, or use fewer processes"
         )
     if per_step % processes:
         log(
             "train",
-            f"{per_step} {unit} do not divide evenly among {processes} processes: some wait for the others in each step",
+            f"{per_step} {unit} do not divide evenly among {processes} processes: in each step some wait for others",
         )
 
 
 def step_count(config: TrainConfig, *, rows: int, per_step: int) -> int:
-    """Optimizer steps in all; a last, smaller step of an epoch progress as one."""
+    """Returns the number of optimizer steps; the last step of an epoch counts as one even where it has fewer rows."""
     if config.steps is not None:
         return config.steps
     return max(1, math.ceil(math.ceil(rows / per_step) * config.epochs))
 
 
 def every(steps: int, times: int) -> int:
-    """Returns the interval that spreads so many events evenly over the steps, the last one at the end."""
+    """Returns the interval that spreads ``times`` events evenly over the steps, the last one at the end."""
     return max(1, math.ceil(steps / times)) if times else steps

@@ -1,4 +1,4 @@
-"""What happens beside the steps: the record, the progress line, the checkpoints, the stop on a signal or without progress."""
+"""Callbacks of the training loop: metrics, progress line, checkpoints, early stopping and signals."""
 
 from __future__ import annotations
 
@@ -28,77 +28,71 @@ NAMES = {
     "learning_rate": "train/learning_rate",
     "eval_loss": "eval/loss",
 }
-"""transformers' names to ours."""
+"""Names of transformers' metrics in metrics.jsonl."""
 
 
 class MetricsLogger(TrainerCallback):
-    """Appends every logged figure to metrics.jsonl, sends it to the trackers, and takes the time."""
+    """Appends every logged metric to metrics.jsonl, sends it to the trackers, and measures the training time."""
 
     def __init__(self, file: Path, *, progress: TrainingProgress, trackers: Trackers) -> None:
         self.file, self.progress, self.trackers = file, progress, trackers
-        self.started, self.before = time.monotonic(), progress.seconds
-        self.last = (self.started, progress.tokens)
-        self.skipped = progress.skipped
+        self.started, self.seconds_before = time.monotonic(), progress.seconds
+        self.last_time, self.last_tokens, self.last_skipped = self.started, progress.tokens, progress.skipped
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.started, self.before = time.monotonic(), self.progress.seconds
-        self.last = (self.started, self.progress.tokens)
+        self.started, self.seconds_before = time.monotonic(), self.progress.seconds
+        self.last_time, self.last_tokens = self.started, self.progress.tokens
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.progress.seconds = round(self.before + time.monotonic() - self.started, 3)
+        self.progress.seconds = round(self.seconds_before + time.monotonic() - self.started, 3)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.on_step_end(args, state, control)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        line: dict[str, float] = {
-            NAMES.get(key, key): float(v) for key, v in (logs or {}).items() if key in NAMES or "/" in key
+        metrics: dict[str, float] = {
+            NAMES.get(key, key): float(value) for key, value in (logs or {}).items() if key in NAMES or "/" in key
         }
-        if not line:
+        if not metrics:
             return
-        if "train/loss" in line:
+        if "train/loss" in metrics:
             now, tokens = time.monotonic(), self.progress.tokens
-            line["train/tokens_per_second"] = round((tokens - self.last[1]) / max(now - self.last[0], 1e-9), 1)
-            self.last = (now, tokens)
-            if self.progress.skipped != self.skipped:  # a mean over steps that were left out is no loss of this model
-                del line["train/loss"]
-                self.skipped = self.progress.skipped
-            line["train/skipped_steps"] = self.progress.skipped
-        line = {name: value for name, value in line.items() if math.isfinite(value)}
-        line["memory/rss_bytes"], line["memory/device_bytes"] = rss_bytes(), device_bytes()
-        self._append(state.global_step, line)
-        self.trackers.log(state.global_step, line)
+            metrics["train/tokens_per_second"] = round((tokens - self.last_tokens) / max(now - self.last_time, 1e-9), 1)
+            self.last_time, self.last_tokens = now, tokens
+            if self.progress.skipped != self.last_skipped:  # the mean would include the zeros of skipped steps
+                del metrics["train/loss"]
+                self.last_skipped = self.progress.skipped
+            metrics["train/skipped_steps"] = self.progress.skipped
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        metrics["memory/rss_bytes"], metrics["memory/device_bytes"] = rss_bytes(), device_bytes()
+        self._append(state.global_step, metrics)
+        self.trackers.log(state.global_step, metrics)
 
-    def _append(self, step: int, figures: dict[str, float]) -> None:
+    def _append(self, step: int, metrics: dict[str, float]) -> None:
         with open(self.file, "a", encoding="utf-8") as handle:
-            handle.write(json.dumps({"step": step, "time": round(time.time(), 2), **figures}) + "\n")
+            handle.write(json.dumps({"step": step, "time": round(time.time(), 2), **metrics}) + "\n")
 
 
 class CheckpointSealer(TrainerCallback):
-    """Seals each checkpoint that transformers has written, then deletes what the rule no longer keeps."""
+    """Commits each checkpoint that transformers has written, then deletes those that are no longer kept."""
 
     def __init__(
         self, progress: TrainingProgress, *, fingerprint: TrainingFingerprint, keep: int, keep_best: bool, ranks: Ranks
     ) -> None:
-        self.progress, self.fingerprint, self.keep, self.keep_best, self.ranks = (
-            progress,
-            fingerprint,
-            keep,
-            keep_best,
-            ranks,
-        )
+        self.progress, self.fingerprint, self.ranks = progress, fingerprint, ranks
+        self.keep, self.keep_best = keep, keep_best
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.ranks.barrier()  # each process has written its own state of random numbers
+        self.ranks.barrier()  # each process has written the state of its random generators
         if self.ranks.is_main:
             folder = Path(args.output_dir)
             commit(path_of(folder, state.global_step), self.fingerprint, progress=self.progress)
             prune(folder, keep=self.keep, best_step=self.progress.best_step if self.keep_best else 0)
-        self.ranks.barrier()  # and none looks for a seal before it is there
+        self.ranks.barrier()  # the seal exists before any process checks for it
 
 
 class EarlyStopping(TrainerCallback):
-    """Remembers the evaluation with the lowest held-out loss, and stops when ``patience`` others came after it."""
+    """Remembers the evaluation with the lowest held-out loss; stops after ``patience`` later ones."""
 
     def __init__(self, progress: TrainingProgress, *, patience: int | None, keep_best: bool) -> None:
         self.progress, self.patience, self.keep_best = progress, patience, keep_best
@@ -113,93 +107,90 @@ class EarlyStopping(TrainerCallback):
         progress.evaluations += 1
         if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
             progress.best_loss, progress.best_step, progress.waited = loss, state.global_step, 0
-            control.should_save = control.should_save or self.keep_best  # the best weights must outlive this process
+            control.should_save = control.should_save or self.keep_best  # a killed run must not lose the best weights
             return
         progress.waited += 1
         if self.patience is not None and progress.waited >= self.patience and state.global_step < state.max_steps:
             progress.stopped_early = control.should_training_stop = control.should_save = True
-            best = (
-                f"{progress.best_loss:.4f} of step {progress.best_step}"
-                if progress.best_loss is not None
-                else "any number"
-            )
+            reason = "was finite"
+            if progress.best_loss is not None:
+                reason = f"was lower than {progress.best_loss:.4f} of step {progress.best_step}"
             log(
                 "train",
-                f"stops at step {state.global_step}: {progress.waited} evaluations in a row were no better than {best}",
+                f"stops early at step {state.global_step}: none of the last {progress.waited} held-out losses {reason}",
             )
 
 
 class SaveOnSignal(TrainerCallback):
-    """TERM or INT: finish the step, write a checkpoint, stop. A second signal stops at once.
+    """Finishes the step, writes a checkpoint and stops on TERM or INT; a second signal stops at once.
 
-    Listens from entering to leaving it as a context; a signal that comes before the first step waits for its end.
+    It handles signals while it is open as a context; a signal before the first step takes effect after that step.
     """
 
     def __init__(self, ranks: Ranks) -> None:
         self.received: int | None = None
-        self.before: dict[int, Any] = {}
+        self.handlers: dict[int, Any] = {}
         self.ranks = ranks
 
     def __enter__(self) -> SaveOnSignal:
         for number in (signal.SIGTERM, signal.SIGINT):
-            self.before[number] = signal.signal(number, self._receive)
+            self.handlers[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number
-        if self.ranks.count == 1:  # several get one signal from the terminal and one from their launcher
-            signal.signal(number, self.before[number])
+        if self.ranks.count == 1:  # several processes get one signal from the terminal and one from their launcher
+            signal.signal(number, self.handlers[number])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.ranks.any_rank(self.received is not None):
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.ranks.any_rank(self.received is not None) and is_complete(
-            path_of(Path(args.output_dir), state.global_step)
-        ):
+        received = self.ranks.any_rank(self.received is not None)
+        if received and is_complete(path_of(Path(args.output_dir), state.global_step)):
             name = signal.Signals(self.received or signal.SIGTERM).name
             raise Interrupted(
-                f"train: stopped by {name} after step {state.global_step}, which is saved; go on with run.if_exists=resume"
+                f"train: stopped by {name} after step {state.global_step}, which is saved; "
+                "continue with run.if_exists=resume"
             )
 
 
 class ProgressLine(TrainerCallback):
-    """One live line: step, loss, tokens per second, trained share, memory, time left."""
+    """A progress bar with loss, tokens per second, the share of tokens trained on, memory and time left."""
 
     def __init__(self, progress: TrainingProgress) -> None:
         self.progress = progress
         self.bar: ProgressBar | None = None
-        self.started, self.before = 0.0, 0
-        self.shown: dict[str, str] = {}
+        self.started, self.tokens_before = 0.0, 0
+        self.notes: dict[str, str] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.started, self.before = time.monotonic(), self.progress.tokens
+        self.started, self.tokens_before = time.monotonic(), self.progress.tokens
         self.bar = ProgressBar("train", total=state.max_steps, unit="steps", done=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if logs and "loss" in logs:
-            self.shown["loss"] = f"{logs['loss']:.3f}"
+            self.notes["loss"] = f"{logs['loss']:.3f}"
         if logs and "eval_loss" in logs:
-            self.shown["held-out"] = f"{logs['eval_loss']:.3f}"
+            self.notes["held-out"] = f"{logs['eval_loss']:.3f}"
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         seconds = max(time.monotonic() - self.started, 1e-9)
-        self.shown["tokens/s"] = f"{(self.progress.tokens - self.before) / seconds:.0f}"
-        self.shown["trained"] = f"{self.progress.trained / max(self.progress.tokens, 1):.0%}"
-        self.shown["memory"] = human_bytes(device_bytes() or rss_bytes())
+        self.notes["tokens/s"] = f"{(self.progress.tokens - self.tokens_before) / seconds:.0f}"
+        self.notes["trained"] = f"{self.progress.trained / max(self.progress.tokens, 1):.0%}"
+        self.notes["memory"] = human_bytes(device_bytes() or rss_bytes())
         if self.bar is not None:
-            note = ", ".join(f"{name} {value}" for name, value in self.shown.items())
-            self.bar.move_to(state.global_step, note=note)
+            self.bar.move_to(state.global_step, note=", ".join(f"{name} {note}" for name, note in self.notes.items()))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.close()
 
     def close(self) -> None:
-        """Ends the line, also where training does not come to its end."""
+        """Closes the bar; needed where training is aborted."""
         if self.bar is not None:
             self.bar.close()

@@ -1,13 +1,13 @@
-"""Checkpoints that can be trusted: sealed when they are whole, checked before they are used, deleted by rule.
+"""Checkpoints: sealed when they are complete, verified before they are used, and pruned.
 
-transformers writes ``checkpoint-N`` in place, file by file. What makes it a checkpoint here is ``seal.json``, written
-last and atomically: the hash of every file, what the run was made of, and how far it was. A folder without a seal was
-being written when the process was killed.
+transformers writes ``checkpoint-N`` in place, file by file. Here a checkpoint is complete when it has ``seal.json``,
+which is written last and atomically. It holds the hash of every file, the training's fingerprint and its progress. A
+folder without a seal was being written when the process was killed.
 
-No pickle is run: of the files that resuming reads, ``optimizer.pt``, ``scheduler.pt``, ``scaler.pt`` and ``rng_state.pth``
-go through ``torch.load(weights_only=True)`` (read in transformers 5.23, ``Trainer._load_optimizer_and_scheduler``,
-``_load_scaler`` and ``_load_rng_state``), the adapter through safetensors, and all of them only after their hashes hold.
-The hashes prove that nothing was damaged, not who wrote it.
+Resuming executes no pickle: ``optimizer.pt``, ``scheduler.pt``, ``scaler.pt`` and ``rng_state.pth`` are loaded with
+``torch.load(weights_only=True)`` (read in transformers 5.23, ``Trainer._load_optimizer_and_scheduler``,
+``_load_scaler`` and ``_load_rng_state``), the adapter with safetensors, and all of them only after their hashes match.
+The hashes detect damage; they do not authenticate the writer.
 """
 
 from __future__ import annotations
@@ -33,29 +33,37 @@ if TYPE_CHECKING:
 
 SEAL = "seal.json"
 SCHEMA = 2
-FREE = (
-    "evaluations", "evaluation_rows", "checkpoints", "keep_checkpoints", "log_steps", "patience", "select", "non_finite_steps",
-    "checkpointing", "offload",
-)  # fmt: skip
-"""Fields of the train group that may change from one process of a run to the next: none of them changes a step."""
+NOT_IN_FINGERPRINT = (
+    "evaluations",
+    "evaluation_rows",
+    "checkpoints",
+    "keep_checkpoints",
+    "log_steps",
+    "patience",
+    "select",
+    "non_finite_steps",
+    "checkpointing",
+    "offload",
+)
+"""Fields of the train group that may change when a run is resumed: none of them changes a step."""
 
 ROUNDING = ("fused", "loss_on_trained_tokens", "native", "tiles")
 """Kernel choices that round differently from their alternatives, so a run that continues must choose them again."""
 
 PLACED = ("device", "dtype", "attention", "optimizer")
-"""What changes a result about where a run computes."""
+"""Fields of the placement that change a result."""
 
 TrainingFingerprint = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """A folder whose seal holds.
+    """A complete and undamaged checkpoint.
 
     Attributes:
         folder: ``checkpoint-N``.
         step: N, optimizer steps taken.
-        progress: What the run knew of itself then.
+        progress: The state of the run at that step.
     """
 
     folder: Path
@@ -64,14 +72,14 @@ class Checkpoint:
 
 
 def fingerprint_training(job: TrainingJob) -> TrainingFingerprint:
-    """Returns everything that decides what the next step does to the adapter, by the name that a user would look for.
+    """Returns everything that decides what the next step does to the adapter, by the setting's name.
 
-    Of ``kernels``, what was chosen counts, not what was asked for: ``auto`` may choose otherwise on the next start.
+    Of ``kernels`` it holds the choice, not the setting: ``auto`` may choose otherwise on the next start.
     """
     trainable, spec = job.trainable, job.trainable.spec
     fusion, placement = trainable.fusion, spec.placement
     train = to_jsonable(job.config)
-    for name in FREE:
+    for name in NOT_IN_FINGERPRINT:
         train.pop(name)
     entries = {
         "data.fingerprint": job.data.fingerprint,
@@ -98,9 +106,9 @@ def commit(folder: Path, fingerprint: TrainingFingerprint, *, progress: Training
     """Declares a written checkpoint complete.
 
     Args:
-        folder: ``checkpoint-N``, every file of it written.
+        folder: ``checkpoint-N`` with all its files.
         fingerprint: From `fingerprint_training`.
-        progress: How far the run is.
+        progress: The state of the run.
     """
     files = {}
     for file in _files(folder):
@@ -150,7 +158,7 @@ def choose(folder: Path, fingerprint: TrainingFingerprint) -> Checkpoint | None:
 
 
 def choose_on_all_ranks(folder: Path, fingerprint: TrainingFingerprint, *, ranks: Ranks) -> Checkpoint | None:
-    """Returns rank 0's choice in every process: only rank 0 deletes, and only it reads while nobody writes."""
+    """Returns rank 0's choice in every process; only rank 0 reads and deletes checkpoints."""
     checkpoint = choose(folder, fingerprint) if ranks.is_main else None
     content = ranks.broadcast(to_jsonable(checkpoint))
     if content is None:
@@ -160,7 +168,7 @@ def choose_on_all_ranks(folder: Path, fingerprint: TrainingFingerprint, *, ranks
 
 
 def require_same_config_on_all_ranks(fingerprint: TrainingFingerprint, *, ranks: Ranks) -> None:
-    """Refuses processes that would take different steps, on another GPU or another base, say: their gradients do not add up."""
+    """Refuses processes that would train differently, e.g. with another base: their gradients cannot be summed."""
     for rank, other in enumerate(ranks.all_gather(fingerprint)):
         differences = "; ".join(
             f"{name} is {value!r} and {other.get(name)!r} there"
@@ -169,68 +177,74 @@ def require_same_config_on_all_ranks(fingerprint: TrainingFingerprint, *, ranks:
         )
         if differences:
             raise TrainError(
-                f"process {rank} of the launch would train something else: {differences}. Give all machines the same"
+                f"process {rank} of the launch would train differently from this one: {differences}. "
+                "Use the same data, base and settings on all machines"
             )
 
 
 def prune(folder: Path, *, keep: int, best_step: int) -> None:
-    """Deletes all but the newest ``keep`` sealed checkpoints and that of ``best_step`` (0 for none)."""
-    sealed = sorted((path for path in folder.glob("checkpoint-*") if (path / SEAL).is_file()), key=step_of)
-    for path in sealed[:-keep]:
+    """Deletes all complete checkpoints but the newest ``keep`` and that of ``best_step`` (0 for none)."""
+    complete = sorted((path for path in folder.glob("checkpoint-*") if is_complete(path)), key=step_of)
+    for path in complete[:-keep]:
         if step_of(path) != best_step:
             remove(path)
 
 
 def remove(path: Path) -> None:
-    """Deletes a checkpoint, its seal first: killed in between, what is left counts for nothing."""
+    """Deletes a checkpoint, its seal first, so that a partly deleted folder does not look complete."""
     (path / SEAL).unlink(missing_ok=True)
     shutil.rmtree(path)
 
 
 def path_of(folder: Path, step: int) -> Path:
-    """Where transformers puts the checkpoint of a step."""
+    """Returns where transformers writes the checkpoint of a step."""
     return folder / f"checkpoint-{step}"
 
 
 def step_of(path: Path) -> int:
-    """The N of ``checkpoint-N``; -1 where the name is another, so that such a folder is the last to be tried."""
+    """Returns the N of ``checkpoint-N``; -1 for other names, so that such a folder is tried last."""
     number = path.name.rpartition("-")[2]
     return int(number) if number.isdigit() else -1
 
 
 def forget_lost_best(progress: TrainingProgress, folder: Path) -> None:
-    """Where the run went back to before a better evaluation, the earlier best may be deleted already; the better comes again."""
+    """Resets the best evaluation if its checkpoint was deleted.
+
+    That happens when a resumed run continues from before a better evaluation: the better checkpoint is gone, and the
+    earlier best was deleted when the better one came.
+    """
     if progress.best_step and not is_complete(path_of(folder, progress.best_step)):
         log(
             "train",
-            f"the checkpoint of the best step so far, {progress.best_step}, is gone; the best is looked for from here on",
+            f"the checkpoint of the best step so far, {progress.best_step}, is missing; "
+            "the best step is selected from here on",
         )
         progress.best_step, progress.best_loss, progress.waited = 0, None, 0
 
 
 def is_complete(path: Path) -> bool:
-    """Whether a checkpoint was written to its end."""
+    """Returns whether a checkpoint has its seal, which is written last."""
     return (path / SEAL).is_file()
 
 
 def find_damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, as the end of a sentence, or None where every hash holds."""
+    """Returns what is wrong with a checkpoint, as the end of a sentence; None where every hash matches."""
     if not is_complete(path):
-        return "was not written to its end"
+        return "is incomplete"
     try:
         content = json.loads((path / SEAL).read_text(encoding="utf-8"))
-        got = content.pop("sha256")
+        sha256 = content.pop("sha256")
     except (ValueError, KeyError, AttributeError):
         return f"is damaged: {SEAL} cannot be read"
-    if got != _digest(content):
-        return f"is damaged: {SEAL} should have sha256 {got[:16]}... and has {_digest(content)[:16]}..."
+    if sha256 != _digest(content):
+        return f"is damaged: {SEAL} should have sha256 {sha256[:16]}... and has {_digest(content)[:16]}..."
     for name, facts in content["files"].items():
         file = path / name
         if not file.is_file():
             return f"is damaged: {name} is missing"
-        got = _sha256(file)
-        if got != facts["sha256"]:
-            return f"is damaged: {name} should have sha256 {facts['sha256'][:16]}... and has {got[:16]}..."
+        sha256 = _sha256(file)
+        if sha256 != facts["sha256"]:
+            return f"is damaged: {name} should have sha256 {facts['sha256'][:16]}... and has {sha256[:16]}..."
     return None
 
 
@@ -239,7 +253,7 @@ def _read(path: Path) -> dict[str, Any]:
     if content["schema"] != SCHEMA:
         raise TrainError(
             f"{path} was written by another version of finetune (schema {content['schema']}, this one reads {SCHEMA}); "
-            "go on with that version, or say run.if_exists=overwrite to start again"
+            "continue with that version, or set run.if_exists=overwrite to start again"
         )
     return content
 
@@ -249,8 +263,8 @@ def _refuse_another_run(path: Path, was: TrainingFingerprint, now: TrainingFinge
     if names:
         differences = "; ".join(f"{name} was {was.get(name)!r} and is {now.get(name)!r}" for name in names)
         raise TrainError(
-            f"{path} was made with something else: {differences}. A run goes on only with what it began with: set it back, "
-            "choose another run.name, or say run.if_exists=overwrite to start again"
+            f"{path} was made with other inputs or settings: {differences}. A run continues only with those that it "
+            "began with: restore them, choose another run.name, or set run.if_exists=overwrite to start again"
         )
 
 
@@ -263,13 +277,13 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _sha256(file: Path) -> str:
-    """Not `cache.file_sha256`: that one trusts the time of change, and a damaged disk does not set it."""
+    """Hashes the content; `cache.file_sha256` trusts the modification time, which a damaged disk does not change."""
     with open(file, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk: a seal must not be there before what it seals."""
+    """Waits until a file, or the names in a folder, are on the disk: a seal must not be written before its files."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

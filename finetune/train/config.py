@@ -31,30 +31,30 @@ class TrainConfig:
     """Rows (packs, if packed) of one forward pass. Memory grows with it."""
 
     tokens_per_step: int | None
-    """Tokens that one optimizer step reads, about; micro-batches are accumulated up to it. None: ``rows_per_step``."""
+    """Approximate tokens that one optimizer step reads, by accumulating micro-batches. None: ``rows_per_step``."""
 
     rows_per_step: int | None
     """Rows (packs, if packed) that one optimizer step reads, where ``tokens_per_step`` is None."""
 
     checkpointing: str
-    """Activation checkpointing: ``none`` keeps activations (fast), ``full`` recomputes them in the backward pass (small),
-    ``selective`` recomputes only the widest, those of gated layers."""
+    """Activation checkpointing: ``none`` stores activations (fastest), ``full`` recomputes them in the backward pass
+    (least memory), ``selective`` recomputes only the widest ones, those of gated MLPs."""
 
     offload: bool
-    """Keeps activations in host memory instead of the GPU's; needs a GPU. Slower, but fits longer rows."""
+    """Offloads activations from the GPU to host memory; needs a GPU. Slower, but fits longer rows."""
 
     group_by_length: bool
-    """Puts rows of similar length into one micro-batch, so that less is padded. Each step still reads the same rows."""
+    """Puts rows of similar length into one micro-batch, for less padding. Each step still reads the same rows."""
 
     neftune_alpha: float | None
-    """Noise on the embeddings in training, ``alpha / sqrt(tokens * width)`` wide; None for none.
+    """Scale of the noise on the embeddings in training, which is ``alpha / sqrt(tokens * width)``; None for none.
     Source: NEFTune, arXiv 2310.05914, where 5 to 15 was used."""
 
     evaluations: int
     """Number of held-out evaluations during training, evenly spread; 0 for none."""
 
     evaluation_rows: int
-    """Held-out rows of such an evaluation."""
+    """Number of held-out rows per evaluation."""
 
     checkpoints: int
     """Number of checkpoints during training, evenly spread; 0 for none."""
@@ -107,8 +107,8 @@ class TrainConfig:
                 yield f"train.{key} must be at least 1; got {getattr(self, key)}"
         if (self.tokens_per_step is None) == (self.rows_per_step is None):
             yield (
-                "train.tokens_per_step and train.rows_per_step both say how much one step reads: set one and leave the other null; "
-                f"got {self.tokens_per_step} and {self.rows_per_step}"
+                "train.tokens_per_step and train.rows_per_step both set how much one step reads: set one and leave the "
+                f"other null; got {self.tokens_per_step} and {self.rows_per_step}"
             )
         for key in ("tokens_per_step", "rows_per_step"):
             if (value := getattr(self, key)) is not None and value < 1:
@@ -126,7 +126,10 @@ class TrainConfig:
         if not self.evaluations:
             for key, needs in (("patience", self.patience is not None), ("select", self.select == "best")):
                 if needs:
-                    yield f"train.{key}={getattr(self, key)} goes by the held-out loss, which train.evaluations=0 never takes; set 4, say"
+                    yield (
+                        f"train.{key}={getattr(self, key)} needs the held-out loss, which train.evaluations=0 never "
+                        "computes; set train.evaluations=4"
+                    )
         yield from self.preference.problems()
 
     def conflicts(self, *, rows: str, variant: str, dropout: float) -> Iterator[str]:
@@ -139,6 +142,9 @@ class TrainConfig:
         """
         needed = OBJECTIVES.get(self.objective, rows)
         if rows != needed:
-            yield f"train.objective={self.objective} learns from data.objective={needed}; got {rows}: set data.objective={needed}"
+            yield (
+                f"train.objective={self.objective} trains on data.objective={needed}; got {rows}: "
+                f"set data.objective={needed}"
+            )
         if self.objective != "sft":
             yield from preference_conflicts(variant=variant, dropout=dropout, neftune_alpha=self.neftune_alpha)

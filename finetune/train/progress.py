@@ -1,4 +1,4 @@
-"""How far training has come: kept in every checkpoint, so that a resumed run progress on."""
+"""How far training has come: saved in every checkpoint, so that a resumed run continues from it."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class TrainingProgress:
-    """What a run knows about itself beside its weights.
+    """The state of a run other than its weights.
 
     Attributes:
-        tokens: Read, padding left out.
-        trained: Those that made loss.
-        seconds: Time in the training loop, processes before this one included.
-        skipped: Steps that were not taken because their loss or gradient was no number.
-        skipped_in_a_row: Those of them since the last step that was taken.
-        evaluations: Times that the held-out loss was taken.
+        tokens: Tokens read, without padding.
+        trained: Tokens trained on.
+        seconds: Time in the training loop, that of earlier processes of the run included.
+        skipped: Steps that were skipped because their loss or gradient was non-finite.
+        skipped_in_a_row: Steps that were skipped since the last step that was taken.
+        evaluations: Held-out evaluations.
         best_step: The step with the lowest held-out loss; 0 before the first evaluation.
         best_loss: That loss, in nats per trained token; None before the first evaluation.
-        waited: Evaluations since then.
+        waited: Evaluations since ``best_step``.
         stopped_early: Whether ``train.patience`` has ended the training.
-        narrowed: The fields of the train group that running out of memory has changed.
+        narrowed: Fields of the train group that an out-of-memory retry has changed.
     """
 
     tokens: int = 0
@@ -37,10 +37,10 @@ class TrainingProgress:
     narrowed: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def copy(self) -> TrainingProgress:
-        """The same figures in an object of their own."""
+        """Returns an independent copy."""
         return dataclasses.replace(self, narrowed=dict(self.narrowed))
 
     def take(self, other: TrainingProgress) -> None:
-        """Goes back, or on, to the figures of another."""
+        """Replaces every figure by that of ``other``."""
         for field in dataclasses.fields(self):
             setattr(self, field.name, getattr(other, field.name))

@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from finetune.launch.ranks import Ranks
     from finetune.tracking import Trackers
     from finetune.train.config import TrainConfig
-    from finetune.train.trainer import Trainer
+    from finetune.train.sft_trainer import Trainer
     from finetune.trainable import TrainingJob
 
 CURVE_POINTS = 500
-"""Points of the loss curve that the manifest keeps; metrics.jsonl has them all."""
+"""Most points of the loss curve that the manifest holds; metrics.jsonl has all of them."""
 
 
 def train_adapter(job: TrainingJob, *, folder: Path, trackers: Trackers, ranks: Ranks) -> TrainedAdapter:
@@ -44,8 +44,8 @@ def train_adapter(job: TrainingJob, *, folder: Path, trackers: Trackers, ranks: 
         ranks: This process, rank 0, and the others, which call `join_training`; they have left when this returns.
 
     Raises:
-        TrainError: There is nothing to train on, the checkpoint was made with other data, another base or other settings,
-            the loss or the gradients stay NaN or infinite, or a single row does not fit in memory.
+        TrainError: There is nothing to train on, the checkpoint was made with other data, another base or other
+            settings, the loss or the gradients stay NaN or infinite, or a single row does not fit in memory.
         Interrupted: A signal came; a checkpoint was written.
     """
     trainer, resumed_from = _train(job, folder=folder, trackers=trackers, ranks=ranks)
@@ -83,7 +83,8 @@ def join_training(job: TrainingJob, *, ranks: Ranks) -> None:
 
 def _train(job: TrainingJob, *, folder: Path, trackers: Trackers, ranks: Ranks) -> tuple[Trainer, int]:
     """Returns the trainer after its last step, and the step that it continued from; runs in every process."""
-    from finetune.train.oom_retry import TrainingSession, train_with_oom_retry
+    from finetune.train.oom_retry import train_with_oom_retry
+    from finetune.train.session import TrainingSession
 
     check_job(job)
     folder = Path(ranks.broadcast(str(folder)))
@@ -108,7 +109,7 @@ def _train(job: TrainingJob, *, folder: Path, trackers: Trackers, ranks: Ranks) 
 
 
 def check_job(job: TrainingJob) -> None:
-    """Refuses what cannot work before anything is read.
+    """Refuses a job that cannot work, before anything is read.
 
     Raises:
         TrainError: No rows, no held-out rows for what needs them, or offloading without a GPU.
@@ -118,13 +119,12 @@ def check_job(job: TrainingJob) -> None:
         raise TrainError("data: no row is left to train on; `finetune data` shows where they went")
     if not data.heldout_rows and (config.select == "best" or config.patience is not None):
         raise TrainError(
-            f"train.select={config.select} and train.patience={config.patience} use the held-out loss, and the data have "
+            f"train.select={config.select} and train.patience={config.patience} use the held-out loss, and there are "
             "no held-out rows; set data.heldout_path or data.heldout_share, or train.select=last train.patience=null"
         )
     if config.offload and job.trainable.spec.placement.device == "cpu":
         raise TrainError(
-            "train.offload=true moves activations from a GPU's memory to the machine's, and this runs on a CPU; "
-            "set it to false"
+            "train.offload=true moves activations from a GPU to host memory, and this runs on a CPU; set it to false"
         )
 
 
@@ -133,19 +133,19 @@ def select_weights(config: TrainConfig, *, trainer: Trainer, folder: Path) -> in
     last, progress = int(trainer.state.global_step), trainer.progress
     if config.select == "last" or progress.best_loss is None:
         return last
-    why = f"its held-out loss {progress.best_loss:.4f} is the lowest of {progress.evaluations}"
+    reason = f"its held-out loss {progress.best_loss:.4f} is the lowest of {progress.evaluations}"
     if progress.best_step == last:
-        log("train", f"selects the last step, {last}: {why}")
+        log("train", f"selects the last step, {last}: {reason}")
         return last
     best = path_of(folder, progress.best_step)
     damage = find_damage(best)
     if damage is not None:
         raise TrainError(
-            f"train.select=best: {best} {damage}, so the best weights are gone; "
-            "take the last ones with train.select=last run.if_exists=resume"
+            f"train.select=best: {best} {damage}, so the best weights are lost; "
+            "use the last ones with train.select=last run.if_exists=resume"
         )
     trainer._load_from_checkpoint(str(best))
-    log("train", f"selects step {progress.best_step} of {last}: {why}")
+    log("train", f"selects step {progress.best_step} of {last}: {reason}")
     return progress.best_step
 
 
@@ -181,7 +181,7 @@ def _log_result(product: TrainedAdapter) -> None:
 
 
 def rewind(file: Path, *, step: int) -> None:
-    """Removes what a killed process wrote to metrics.jsonl after its last checkpoint, an incomplete last line included."""
+    """Removes the lines of metrics.jsonl that a killed process wrote after its last checkpoint, and a partial line."""
     if not file.is_file():
         return
     lines = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
@@ -198,6 +198,6 @@ def read_curve(file: Path) -> list[dict[str, float]]:
 
 
 def mean_of_last_tenth(losses: list[float]) -> float:
-    """Returns a final loss that does not depend on the last batch alone."""
+    """Returns the mean of the last tenth of the losses, which depends less on the last batch."""
     tail = losses[-max(1, len(losses) // 10) :]
     return round(sum(tail) / len(tail), 5)

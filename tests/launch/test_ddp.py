@@ -63,18 +63,18 @@ def test_they_equal_one_in_every_form_of_step(
     assert curve(tmp_path / "2") == pytest.approx(curve(tmp_path / "1"), abs=tolerance)
 
 
-def test_step_that_is_no_number_on_one_process_is_left_out_on_all(
-    tmp_path: Path, tiny_base: Path, tokenizer: Any
-) -> None:
+def test_non_finite_step_on_one_process_is_skipped_on_all(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
     ended = train_together(tmp_path, tiny_base, tokenizer, count=2, break_rank=1, **{**LONG, "steps": 4})
     assert [code for code, _ in ended] == [0, 0], ended
-    said = [" ".join(output.split()) for _, output in ended]
-    assert all("step 1 is left out: loss is nan; it read row" in output for output in said)
-    assert said[0].split("it read")[1][:40] == said[1].split("it read")[1][:40]
+    logs = [" ".join(output.split()) for _, output in ended]
+    assert all("step 1 is skipped: loss is nan; it read row" in output for output in logs)
+    assert logs[0].split("it read")[1][:40] == logs[1].split("it read")[1][:40]
     assert seal(tmp_path, 4)["progress"]["skipped"] == 1
 
 
-def test_shortage_on_one_process_halves_the_micro_batch_on_all(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
+def test_out_of_memory_on_one_process_halves_the_micro_batch_on_all(
+    tmp_path: Path, tiny_base: Path, tokenizer: Any
+) -> None:
     settings = {**LONG, "steps": 4, "tokens_per_step": 880}
     ended = train_together(tmp_path / "short", tiny_base, tokenizer, count=2, short_rank=1, micro_batch=4, **settings)
     assert [code for code, _ in ended] == [0, 0], ended
@@ -83,7 +83,7 @@ def test_shortage_on_one_process_halves_the_micro_batch_on_all(tmp_path: Path, t
     assert curve(tmp_path / "short") == pytest.approx(curve(tmp_path / "whole"), abs=TOLERANCE)
 
 
-def test_signal_to_one_stops_all_and_another_number_of_processes_goes_on(
+def test_signal_to_one_stops_all_and_another_number_of_processes_continues(
     tmp_path: Path, tiny_base: Path, tokenizer: Any, alone: Path
 ) -> None:
     ended = train_together(tmp_path, tiny_base, tokenizer, count=2, stop_step=7, **LONG)
@@ -102,7 +102,7 @@ def test_signal_to_one_stops_all_and_another_number_of_processes_goes_on(
 def test_process_with_another_base_is_refused_by_all(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
     ended = train_together(tmp_path, tiny_base, tokenizer, count=2, stranger=1, **LONG)
     assert [code for code, _ in ended] == [2, 2], ended
-    assert "train something else: lora.rank is" in " ".join(ended[0][1].split())
+    assert "train differently from this one: lora.rank is" in " ".join(ended[0][1].split())
 
 
 def test_more_processes_than_rows_in_a_step_are_refused(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:

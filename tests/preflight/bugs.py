@@ -101,7 +101,7 @@ def contaminate(scene: Scene, _: pytest.MonkeyPatch) -> None:
 
 def sum_the_means(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """A micro-batch's own mean, added up: eight micro-batches make a step eight times as long."""
-    from finetune.train.trainer import Trainer
+    from finetune.train.sft_trainer import Trainer
 
     def mean(self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         return self.fusion.loss(self.accelerator.unwrap_model(model), inputs) / (inputs["labels"] != IGNORED).sum()
@@ -111,7 +111,7 @@ def sum_the_means(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def mean_the_means(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """A micro-batch's own mean over the number of micro-batches: short answers count for more than long ones."""
-    from finetune.train.trainer import Trainer
+    from finetune.train.sft_trainer import Trainer
 
     def mean(self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         own = (inputs["labels"] != IGNORED).sum() * self.args.gradient_accumulation_steps
@@ -121,7 +121,7 @@ def mean_the_means(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def detach_the_loss(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    from finetune.train.trainer import Trainer
+    from finetune.train.sft_trainer import Trainer
 
     sound = Trainer.compute_loss
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""A checkpoint progress when its seal holds, and only then."""
+"""A checkpoint counts if and only if its seal matches its files."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def written(folder: Path, step: int, *, sealed: bool = True) -> Path:
     return path
 
 
-def test_newest_whole_checkpoint_is_chosen_with_its_counts(tmp_path: Path) -> None:
+def test_newest_complete_checkpoint_is_chosen_with_its_progress(tmp_path: Path) -> None:
     for step in (2, 10, 4):
         written(tmp_path, step)
     chosen = choose(tmp_path, IDENTITY)
@@ -30,14 +30,14 @@ def test_newest_whole_checkpoint_is_chosen_with_its_counts(tmp_path: Path) -> No
     assert chosen.progress == TrainingProgress(tokens=1000, narrowed={"micro_batch": 2})
 
 
-def test_checkpoint_without_a_seal_is_deleted_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_checkpoint_without_a_seal_is_deleted_and_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     written(tmp_path, 4)
     unfinished = written(tmp_path, 8, sealed=False)
     chosen = choose(tmp_path, IDENTITY)
     assert chosen is not None
     assert chosen.step == 4
     assert not unfinished.exists()
-    assert "checkpoint-8 was not written to its end; it is deleted and checkpoint-4 is tried" in capsys.readouterr().out
+    assert "checkpoint-8 is incomplete; it is deleted and checkpoint-4 is tried" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "trainer_state.json", SEAL])
@@ -47,9 +47,9 @@ def test_one_changed_byte_in_any_file_is_found(tmp_path: Path, file: str, capsys
     content[len(content) // 2] ^= 1
     (path / file).write_bytes(content)
     assert choose(tmp_path, IDENTITY) is None
-    said = " ".join(capsys.readouterr().out.split())
-    assert f"checkpoint-4 is damaged: {file}" in said
-    assert "training starts from the beginning" in said
+    logged = " ".join(capsys.readouterr().out.split())
+    assert f"checkpoint-4 is damaged: {file}" in logged
+    assert "training starts from the beginning" in logged
 
 
 def test_missing_file_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,13 +61,14 @@ def test_missing_file_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_checkpoint_of_another_run_is_refused_with_every_difference(tmp_path: Path) -> None:
     path = written(tmp_path, 4)
     with pytest.raises(
-        TrainError, match=r"data\.fingerprint was 'abc' and is 'xyz'; train\.steps was 8 and is 9\. A run goes on only"
+        TrainError,
+        match=r"data\.fingerprint was 'abc' and is 'xyz'; train\.steps was 8 and is 9\. A run continues only",
     ):
         choose(tmp_path, {"data.fingerprint": "xyz", "train.steps": 9})
     assert path.is_dir(), "what was refused is not deleted"
 
 
-def test_nothing_to_go_on_from_is_a_start(tmp_path: Path) -> None:
+def test_without_checkpoints_training_starts_from_the_beginning(tmp_path: Path) -> None:
     assert choose(tmp_path / "missing", IDENTITY) is None
 
 

@@ -24,29 +24,29 @@ def test_setting_outside_its_rule_is_named(override: str, problem: str) -> None:
 
 
 @pytest.mark.parametrize("override", ["train.patience=2", "train.select=best"])
-def test_settings_that_go_by_the_heldout_loss_need_it_taken(override: str) -> None:
-    with pytest.raises(ConfigError, match=r"goes by the held-out loss, which train\.evaluations=0 never takes"):
+def test_settings_that_need_the_heldout_loss_need_evaluations(override: str) -> None:
+    with pytest.raises(ConfigError, match=r"needs the held-out loss, which train\.evaluations=0 never computes"):
         load(["+experiment=quickstart", "train.evaluations=0", override])
 
 
 def test_grouping_by_length_moves_no_row_to_another_step() -> None:
     lengths = [7, 3, 9, 1, 5, 8, 2, 6, 4, 10]
-    one, other = (
-        [row for [row] in StepBatchSampler(10, rows_per_step=4, micro_batch=1, seed=3, lengths=given)]
-        for given in (lengths, None)
+    grouped, plain = (
+        [row for [row] in StepBatchSampler(10, rows_per_step=4, micro_batch=1, seed=3, lengths=sort_by)]
+        for sort_by in (lengths, None)
     )
-    assert one != other
+    assert grouped != plain
     for start in (0, 4, 8):
-        step = one[start : start + 4]
-        assert sorted(step) == sorted(other[start : start + 4])
+        step = grouped[start : start + 4]
+        assert sorted(step) == sorted(plain[start : start + 4])
         assert [lengths[row] for row in step] == sorted((lengths[row] for row in step), reverse=True)
 
 
 def test_order_depends_on_seed_and_epoch_alone() -> None:
-    def numbers(seed: int, epoch: int) -> list[int]:
+    def rows(seed: int, epoch: int) -> list[int]:
         order = StepBatchSampler(50, rows_per_step=5, micro_batch=1, seed=seed)
         order.set_epoch(epoch)
         return [row for [row] in order]
 
-    assert numbers(1, 2) == numbers(1, 2)
-    assert numbers(1, 2) != numbers(1, 3)
+    assert rows(1, 2) == rows(1, 2)
+    assert rows(1, 2) != rows(1, 3)

@@ -1,4 +1,4 @@
-"""A loss or gradient that is no number never reaches the adapter, and the message says where it came from."""
+"""A non-finite loss or gradient never reaches the adapter, and the message names where it appeared."""
 
 import json
 from collections.abc import Callable
@@ -44,13 +44,19 @@ def checkpoint(folder: Path, step: int) -> Path:
 
 @pytest.mark.parametrize("gradient", [False, True], ids=["loss", "gradient"])
 @pytest.mark.parametrize("packing", [False, True])
-def test_step_without_a_number_leaves_adapter_and_optimizer_alone(
+def test_non_finite_step_leaves_adapter_and_optimizer_unchanged(
     tmp_path: Path, tiny_base: Path, tokenizer: Any, gradient: bool, packing: bool
 ) -> None:
     trained = train(
-        tmp_path, tiny_base=tiny_base, tokenizer=tokenizer, packing=packing, touch=breaking({5}, gradient=gradient), steps=6, checkpoints=6,
+        tmp_path,
+        tiny_base=tiny_base,
+        tokenizer=tokenizer,
+        packing=packing,
+        touch=breaking({5}, gradient=gradient),
+        steps=6,
+        checkpoints=6,
         keep_checkpoints=9,
-    )  # fmt: skip
+    )
     before, after, later = (load_file(checkpoint(tmp_path, step) / "adapter_model.safetensors") for step in (2, 3, 4))
     assert all((before[name] == after[name]).all() for name in before)
     assert any((after[name] != later[name]).any() for name in after), "later steps are taken again"
@@ -71,8 +77,11 @@ def test_skipped_step_is_counted_in_the_figures_and_shows_no_loss(
     assert "NaN" not in text
     lines = [json.loads(line) for line in text.splitlines()]
     assert [(line["step"], line["train/skipped_steps"], "train/loss" in line) for line in lines] == [
-        (1, 0, True), (2, 0, True), (3, 1, False), (4, 1, True),
-    ]  # fmt: skip
+        (1, 0, True),
+        (2, 0, True),
+        (3, 1, False),
+        (4, 1, True),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +90,8 @@ def test_skipped_step_is_counted_in_the_figures_and_shows_no_loss(
         (False, rf"the loss is nan; the forward pass first goes wrong at model.{LAYER}; it read rows \d+, \d+"),
         (
             True,
-            r"the loss is fine, and the gradient's norm is nan; the backward pass first goes wrong at model.layers.0.mlp.down_proj.lora_B",
+            r"the loss is finite, and the gradient's norm is nan; "
+            rf"the backward pass first goes wrong at model.{LAYER}.lora_B",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Where memory runs out, training goes on with smaller micro-batches and the same rows in every step."""
+"""After out-of-memory, training continues with smaller micro-batches and the same rows in every step."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +12,14 @@ from finetune.train.checkpoints import SEAL
 from finetune.train.oom_retry import is_out_of_memory
 from tests.fixtures.trainings import Stopping, train
 
-CPU = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 1073741824 bytes."
+CPU = (
+    "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: "
+    "you tried to allocate 1073741824 bytes."
+)
 
 
 def scarce(most_tokens: int, *, error: Exception, from_call: int = 0) -> Callable[[Any], None]:
-    """A machine on which a forward pass of more than so many tokens fails while training."""
+    """Makes training forward passes of more than ``most_tokens`` tokens fail."""
 
     def touch(model: Any) -> None:
         count = 0
@@ -50,16 +53,16 @@ def test_micro_batch_is_halved_and_a_step_reads_as_many_rows(
         tokens_per_step=440,
         touch=scarce(300, error=error),
     )
-    said = " ".join(capsys.readouterr().out.split())
+    logged = " ".join(capsys.readouterr().out.split())
     assert (
         "continues with micro-batches of 2 instead of 4, 2 accumulated instead of 1, so that a step reads the same rows"
-        in said
+        in logged
     )
     assert (trained.micro_batch, trained.steps, trained.tokens) == (2, 12, whole.tokens)
     assert trained.final_loss == pytest.approx(whole.final_loss, abs=0.05)
 
 
-def test_training_goes_on_from_the_last_whole_step(
+def test_training_continues_from_the_last_complete_step(
     tmp_path: Path, tiny_base: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     full = train(tmp_path / "a", tiny_base=tiny_base, tokenizer=tokenizer, micro_batch=2, tokens_per_step=440)
@@ -77,7 +80,7 @@ def test_training_goes_on_from_the_last_whole_step(
     assert [line.get("train/loss") for line in trained.curve[:5]] == [line.get("train/loss") for line in full.curve[:5]]
 
 
-def test_smaller_micro_batch_holds_for_a_resumed_run(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
+def test_resumed_run_keeps_the_smaller_micro_batch(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
     settings: dict[str, Any] = {
         "tiny_base": tiny_base,
         "tokenizer": tokenizer,
@@ -93,7 +96,7 @@ def test_smaller_micro_batch_holds_for_a_resumed_run(tmp_path: Path, tiny_base: 
     assert resumed.adapter_sha256 == whole.adapter_sha256
 
 
-def test_first_optimizer_step_that_finds_no_room_begins_again_from_the_first_weights(
+def test_out_of_memory_in_the_first_optimizer_step_restarts_from_the_first_weights(
     tmp_path: Path, tiny_base: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from bitsandbytes.optim.optimizer import Optimizer2State
@@ -102,20 +105,22 @@ def test_first_optimizer_step_that_finds_no_room_begins_again_from_the_first_wei
     small = train(tmp_path / "a", micro_batch=1, **settings)
     update, calls = Optimizer2State.update_step, 0
 
-    def short_of_room(self: Any, *arguments: Any) -> None:
+    def run_out_of_memory(self: Any, *arguments: Any) -> None:
         nonlocal calls
         calls += 1
         update(self, *arguments)
         if calls == 3:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(Optimizer2State, "update_step", short_of_room)
+    monkeypatch.setattr(Optimizer2State, "update_step", run_out_of_memory)
     trained = train(tmp_path / "b", micro_batch=2, **settings)
     assert trained.micro_batch == 1
     assert trained.adapter_sha256 == small.adapter_sha256
 
 
-def test_no_room_for_one_row_saves_and_names_the_remedy(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
+def test_too_little_memory_for_one_row_saves_and_names_the_remedy(
+    tmp_path: Path, tiny_base: Path, tokenizer: Any
+) -> None:
     with pytest.raises(TrainError, match=r"with one row at a time .*step 3 is saved\. Use fewer tokens in a row"):
         train(
             tmp_path,
@@ -127,7 +132,7 @@ def test_no_room_for_one_row_saves_and_names_the_remedy(tmp_path: Path, tiny_bas
     assert train(tmp_path, tiny_base=tiny_base, tokenizer=tokenizer, checkpoints=0).resumed_from == 3
 
 
-def test_other_errors_are_not_taken_for_a_shortage() -> None:
+def test_other_errors_are_not_out_of_memory() -> None:
     assert is_out_of_memory(RuntimeError(CPU))
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

@@ -1,4 +1,4 @@
-"""DPO on a tiny 4-bit model: its loss is TRL's, it starts at the reference, it learns, and a resumed run ends the same."""
+"""DPO on a tiny 4-bit model: the loss is TRL's, training starts at the reference, and resuming changes nothing."""
 
 import json
 import os
@@ -60,31 +60,43 @@ class Collected:
 def train(
     folder: Path, *, tiny_base: Path, tokenizer: Any, trackers: Any, packing: bool = True, overrides: Any = ()
 ) -> TrainedAdapter:
-    """A few steps of four pairs, from a fresh 4-bit base; again in the same folder goes on."""
+    """A few steps of four pairs, from a fresh 4-bit base; a second call with the same folder continues."""
     torch.set_num_threads(1)
     data_file = folder / "data.json"
     folder.mkdir(exist_ok=True)
     if not data_file.exists():
-        made = pairs_of(folder, tokenizer)
+        data = pairs_of(folder, tokenizer)
         data_file.write_text(
-            json.dumps({name: getattr(made, name) for name in made.__dataclass_fields__ if name != "folder"})
+            json.dumps({name: getattr(data, name) for name in data.__dataclass_fields__ if name != "folder"})
         )
     data = PreparedData(folder=folder / "data", **json.loads(data_file.read_text()))
-    config = load_config([
-        *COMPOSED, "train.steps=8", "train.tokens_per_step=null", "train.rows_per_step=4", "train.micro_batch=2", "train.evaluations=2",
-        "train.checkpoints=2", "optim.learning_rate=2e-3", "optim.schedule=constant", "optim.warmup=0", f"train.preference.beta={BETA}",
-        "lora.rank=8", *overrides,
-    ])  # fmt: skip
+    config = load_config(
+        [
+            *COMPOSED,
+            "train.steps=8",
+            "train.tokens_per_step=null",
+            "train.rows_per_step=4",
+            "train.micro_batch=2",
+            "train.evaluations=2",
+            "train.checkpoints=2",
+            "optim.learning_rate=2e-3",
+            "optim.schedule=constant",
+            "optim.warmup=0",
+            f"train.preference.beta={BETA}",
+            "lora.rank=8",
+            *overrides,
+        ]
+    )
     full = config.train.checkpointing == "full"
     adapted = lora.attach(load(tiny_base, "nf4", double=True), config.lora, upcast="none", checkpointing=full, seed=1)
-    quick = apply_fusion(adapted, config.kernels, placement=PLACEMENT, checkpointing=config.train.checkpointing)
+    fusion = apply_fusion(adapted, config.kernels, placement=PLACEMENT, checkpointing=config.train.checkpointing)
     (folder / "train").mkdir(exist_ok=True)
     trainable = TrainableModel(
         model=adapted,
         tokenizer=tokenizer,
         spec=model_spec(tiny_base, quantization_config("nf4", double=True)),
         lora=config.lora,
-        fusion=quick,
+        fusion=fusion,
         packing=packing,
     )
     job = TrainingJob(config=config.train, optim=config.optim, trainable=trainable, data=data, seed=1)
@@ -95,7 +107,7 @@ def train(
 def test_loss_gradient_and_figures_are_those_of_trl(
     objective: str, tiny_base: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
-    """TRL's ``aot`` of a single pair is the smoothed sigmoid loss, which its ``sigmoid`` no longer has. Float32: rounding apart, equal."""
+    """In float32, equal but for rounding. TRL's ``aot`` of one pair is the smoothed loss that its ``sigmoid`` lacks."""
     from peft import LoraConfig
     from transformers import LlamaForCausalLM
     from trl import DPOConfig, DPOTrainer
@@ -109,21 +121,28 @@ def test_loss_gradient_and_figures_are_those_of_trl(
     trainer = DPOTrainer(
         model=LlamaForCausalLM.from_pretrained(tiny_base, dtype=torch.float32),
         args=DPOConfig(
-            output_dir=str(tmp_path), beta=BETA, loss_type=objective, label_smoothing=smoothing, report_to="none", use_cpu=True, bf16=False,
-            gradient_checkpointing=False, max_length=None,
+            output_dir=str(tmp_path),
+            beta=BETA,
+            loss_type=objective,
+            label_smoothing=smoothing,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            max_length=None,
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
-    )  # fmt: skip
+    )
     adapter = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     examples = list(trainer.train_dataset)
     theirs = trainer.compute_loss(trainer.model.train(), trainer.data_collator(examples))
     their_gradients = torch.autograd.grad(theirs, adapter)
 
     config = PreferenceConfig(beta=BETA, loss="sigmoid" if objective == "aot" else objective, label_smoothing=smoothing)
-    mine = [prepared(example) for example in examples]
-    inputs = PairCollator(flat=False, pad_token_id=0)(mine)
+    rows = [prepared(example) for example in examples]
+    inputs = PairCollator(flat=False, pad_token_id=0)(rows)
     tokens = inputs.pop("answer_tokens")
     inputs.pop("padding")
     plain: Any = SimpleNamespace(loss_on_trained_tokens=False)
@@ -133,21 +152,21 @@ def test_loss_gradient_and_figures_are_those_of_trl(
     ours = pair_losses(policy - reference, tokens, config).mean()
 
     assert theirs.item() == pytest.approx(ours.item(), rel=1e-5)
-    for expected, found in zip(their_gradients, torch.autograd.grad(ours, adapter), strict=True):
-        assert torch.allclose(found, expected, rtol=1e-3, atol=1e-6 * float(expected.abs().max()) + 1e-9)
-    seen = named(figures(policy, reference, beta=BETA), prefix="train")
+    for expected, gradient in zip(their_gradients, torch.autograd.grad(ours, adapter), strict=True):
+        assert torch.allclose(gradient, expected, rtol=1e-3, atol=1e-6 * float(expected.abs().max()) + 1e-9)
+    shown = named(figures(policy, reference, beta=BETA), prefix="train")
     names = {
         "rewards/margins": "reward_margin",
         "rewards/accuracies": "reward_accuracy",
         "logps/chosen": "chosen_logprob",
     }
-    for name, own in names.items():
-        assert seen[f"train/{own}"] == pytest.approx(trainer._metrics["train"][name][0], rel=1e-4)
-    assert seen["train/rejected_logprob"] == pytest.approx(trainer._metrics["train"]["logps/rejected"][0], rel=1e-4)
+    for name, figure in names.items():
+        assert shown[f"train/{figure}"] == pytest.approx(trainer._metrics["train"][name][0], rel=1e-4)
+    assert shown["train/rejected_logprob"] == pytest.approx(trainer._metrics["train"]["logps/rejected"][0], rel=1e-4)
 
 
 def prepared(example: dict[str, Any]) -> dict[str, Any]:
-    """TRL's columns as ours."""
+    """Converts TRL's columns to this project's."""
     prompt = example["prompt_ids"]
     row = {}
     for ours, theirs in (("", "chosen_ids"), ("rejected_", "rejected_ids")):
@@ -204,7 +223,7 @@ def test_fused_and_plain_steps_agree(tmp_path: Path, tiny_base: Path, tokenizer:
 
 
 def test_a_step_is_the_same_however_its_pairs_are_laid_out(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
-    """Four pairs at once or one after another, end to end or padded: the mean is over the pairs of the step."""
+    """Four pairs in one micro-batch or in four, packed or padded: the mean is over the pairs of the step."""
     norms = []
     for micro, packing in ((4, True), (4, False), (1, True)):
         trackers = Collected()
@@ -218,7 +237,7 @@ def test_a_step_is_the_same_however_its_pairs_are_laid_out(tmp_path: Path, tiny_
 @pytest.mark.parametrize("checkpointing", ["selective", "full"])
 def test_checkpointed_activations_give_the_same_adapter_figures(
     checkpointing: str, tmp_path: Path, tiny_base: Path, tokenizer: Any
-) -> None:  # fmt: skip
+) -> None:
     losses = []
     for kind in ("none", checkpointing):
         trackers = Collected()
@@ -252,7 +271,7 @@ def test_evaluations_during_training_do_not_change_it(tmp_path: Path, tiny_base:
     assert runs[0].adapter_sha256 == runs[1].adapter_sha256
 
 
-def test_rows_that_are_no_pairs_are_left_out_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_that_are_not_pairs_are_left_out_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
     lonely = {**PAIR, "rejected_input_ids": [], "rejected_labels": []}
     same = {**PAIR, "rejected_input_ids": PAIR["input_ids"], "rejected_labels": PAIR["labels"]}
     rows = Dataset.from_list(
@@ -260,9 +279,9 @@ def test_rows_that_are_no_pairs_are_left_out_and_counted(capsys: pytest.CaptureF
     )
     pairs, tokens = training_pairs(rows)
     assert (list(pairs), tokens) == ([PAIR], 5.0)
-    said = capsys.readouterr()
-    assert "4 of 5 training rows are left out" in said.out + said.err
-    assert "no rejected answer: 1" in said.out + said.err
+    output = capsys.readouterr()
+    assert "leaves out 4 of 5 training rows" in output.out + output.err
+    assert "no rejected answer: 1" in output.out + output.err
     with pytest.raises(TrainError, match="none of the 1 training rows is a pair"):
         training_pairs(rows.select([1]))
     assert held_out_pairs([PAIR, lonely]) == [PAIR]
@@ -275,14 +294,17 @@ def test_rows_that_are_no_pairs_are_left_out_and_counted(capsys: pytest.CaptureF
     ("labels", "start"),
     [([-100, 3, -100, 5, 6], 3), ([-100, 5, -100], 1), ([5, 6], 1), ([-100, -100], 2), ([5], 1), ([], 0)],
 )
-def test_an_answer_is_the_last_trained_stretch(labels: list[int], start: int) -> None:
+def test_an_answer_is_the_last_trained_span(labels: list[int], start: int) -> None:
     assert answer_start(labels) == start
 
 
 def test_earlier_turns_are_prompt_for_both_answers() -> None:
     row = {
-        "input_ids": [1, 2, 3, 4], "labels": [-100, 2, -100, 4], "rejected_input_ids": [1, 2, 3, 9], "rejected_labels": [-100, 2, -100, 9],
-    }  # fmt: skip
+        "input_ids": [1, 2, 3, 4],
+        "labels": [-100, 2, -100, 4],
+        "rejected_input_ids": [1, 2, 3, 9],
+        "rejected_labels": [-100, 2, -100, 9],
+    }
     assert obstacle(row) is None
     assert chosen(row)["labels"] == [-100, -100, -100, 4]
     assert rejected(row)["labels"] == [-100, -100, -100, 9]
@@ -298,18 +320,21 @@ def test_batch_has_all_chosen_answers_before_the_rejected_ones() -> None:
 @pytest.mark.parametrize(
     ("overrides", "problem"),
     [
-        (["data.objective=supervised"], "train.objective=dpo learns from data.objective=preference; got supervised"),
-        (["train=default"], "train.objective=sft learns from data.objective=supervised; got preference"),
-        (["lora.dropout=0.1"], "lora.dropout makes the log-probabilities noisy"),
+        (["data.objective=supervised"], "train.objective=dpo trains on data.objective=preference; got supervised"),
+        (["train=default"], "train.objective=sft trains on data.objective=supervised; got preference"),
+        (["lora.dropout=0.1"], "lora.dropout adds noise to the log-probabilities"),
         (["train.neftune_alpha=5"], "train.neftune_alpha would put other noise on the policy"),
-        (["lora=loftq"], "lora.variant=loftq starts beside the base"),
+        (["lora=loftq"], "lora.variant=loftq starts with an adapter that changes the base"),
         (["train.objective=ppo"], "train.objective must be one of sft, dpo; got 'ppo'"),
         (["train.preference.beta=0"], "train.preference.beta must be positive"),
         (["train.preference.loss=kto"], "train.preference.loss must be one of sigmoid, ipo, hinge; got 'kto'"),
-        (["train.preference.loss=ipo", "train.preference.label_smoothing=0.1"], "would do nothing with loss=ipo"),
+        (
+            ["train.preference.loss=ipo", "train.preference.label_smoothing=0.1"],
+            "has an effect with loss=sigmoid only, not with loss=ipo",
+        ),
         (["train.preference.label_smoothing=0.5"], "at least 0 and below 0.5"),
     ],
 )
-def test_wishes_that_cannot_be_fulfilled_are_refused_before_anything_starts(overrides: list[str], problem: str) -> None:
+def test_settings_that_cannot_work_are_refused_before_anything_starts(overrides: list[str], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem.replace(".", r"\.")):
         load_config([*COMPOSED, *overrides])

@@ -1,4 +1,4 @@
-"""Which step's weights are the result, and when waiting for better ones ends."""
+"""Selection of the step whose weights are the result, and early stopping."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from finetune.errors import Interrupted, TrainError
 from tests.fixtures.trainings import Stopping, train
 
 OVERFITTING: dict[str, Any] = {"evaluations": 12, "checkpoints": 1, "steps": 24, "keep_checkpoints": 1}
-"""Two dozen steps at a high rate on the rows of ``tests.fixtures.rows``: measured here, held-out loss falls and then rises."""
+"""Two dozen steps at a high rate on the rows of ``tests.fixtures.rows``: the held-out loss falls and then rises."""
 
 
 def heldout(folder: Path) -> dict[int, float]:
@@ -20,7 +20,7 @@ def heldout(folder: Path) -> dict[int, float]:
 
 
 def diverging(model: Any) -> None:
-    """From the seventh evaluation on the model is worse on held-out rows: its last norm is turned down."""
+    """Scales the last norm down from the seventh evaluation on, so that the held-out loss is worse."""
     norm, count = model.get_base_model().model.norm, 0
 
     def hook(module: Any, _inputs: Any, output: Any) -> Any:
@@ -31,13 +31,13 @@ def diverging(model: Any) -> None:
     norm.register_forward_hook(hook)
 
 
-def test_best_weights_are_the_result_where_asked_for(
+def test_best_weights_are_the_result_with_select_best(
     tmp_path: Path, tiny_base: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trained = train(tmp_path, tiny_base=tiny_base, tokenizer=tokenizer, touch=diverging, select="best", **OVERFITTING)
     losses = heldout(tmp_path)
     best = min(losses, key=lambda step: losses[step])
-    assert best < 24, "or the test shows nothing"
+    assert best < 24, "otherwise the test shows nothing"
     assert (trained.kept_step, trained.best_heldout_loss) == (best, losses[best])
     folder = tmp_path / "train" / "checkpoints"
     assert trained.adapter_sha256 == file_sha256(folder / f"checkpoint-{best}" / "adapter_model.safetensors")
@@ -54,7 +54,7 @@ def test_last_weights_are_the_result_otherwise(tmp_path: Path, tiny_base: Path, 
     assert [path.name for path in (tmp_path / "train" / "checkpoints").iterdir()] == ["checkpoint-24"]
 
 
-def test_patience_ends_training(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
+def test_early_stopping_ends_training(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
     trained = train(
         tmp_path, tiny_base=tiny_base, tokenizer=tokenizer, touch=diverging, select="best", patience=2, **OVERFITTING
     )
@@ -80,7 +80,7 @@ def test_interrupted_run_remembers_its_best(tmp_path: Path, tiny_base: Path, tok
     assert resumed.adapter_sha256 == whole.adapter_sha256
 
 
-def test_damaged_best_is_refused_with_the_way_out(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
+def test_damaged_best_is_refused_with_a_remedy(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
     settings: dict[str, Any] = {"tiny_base": tiny_base, "tokenizer": tokenizer, **OVERFITTING}
     trained = train(tmp_path, touch=diverging, select="best", **settings)
     file = tmp_path / "train" / "checkpoints" / f"checkpoint-{trained.kept_step}" / "adapter_model.safetensors"

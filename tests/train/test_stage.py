@@ -1,4 +1,4 @@
-"""Training on a tiny model: it learns, it is the same twice, and what was interrupted ends as if it had not been."""
+"""Training on a tiny model: the loss falls, a repetition is identical, and resuming changes nothing."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,9 @@ from finetune.train.stage import mean_of_last_tenth, read_curve, rewind
 from tests.fixtures.trainings import Collected, Stopping, train
 
 
-def test_training_learns_and_leaves_a_plain_peft_adapter(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
+def test_training_lowers_the_loss_and_writes_a_plain_peft_adapter(
+    tmp_path: Path, tiny_base: Path, tokenizer: Any
+) -> None:
     trackers = Collected()
     trained = train(tmp_path, tiny_base=tiny_base, tokenizer=tokenizer, trackers=trackers)
     assert trained.steps == 12
@@ -32,7 +34,7 @@ def test_training_learns_and_leaves_a_plain_peft_adapter(tmp_path: Path, tiny_ba
     }
 
 
-def test_adapter_keeps_the_numbers_that_were_asked_for(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
+def test_adapter_is_saved_in_the_dtype_of_lora_dtype(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
     from safetensors.torch import load_file
 
     trained = train(tmp_path, tiny_base=tiny_base, tokenizer=tokenizer, steps=2)
@@ -41,21 +43,21 @@ def test_adapter_keeps_the_numbers_that_were_asked_for(tmp_path: Path, tiny_base
     }
 
 
-def test_plain_layers_compute_their_adapter_in_16_bit_also_where_the_loss_is_taken_past_the_models_own_pass(
+def test_plain_layers_compute_their_adapter_in_16_bit_with_the_fused_loss_too(
     tmp_path: Path, tiny_base: Path, tokenizer: Any
 ) -> None:
-    """In float32, each branch would keep a float32 copy of its input: twice of what the plan progress and the rehearsal proves."""
-    numbers = set()
+    """In float32, each branch would store a float32 copy of its input, which is twice of what the plan counts."""
+    dtypes = set()
 
     def listen(adapted: Any) -> None:
         for name, module in adapted.named_modules():
             if name.endswith("lora_A.default"):
                 module.register_forward_hook(
-                    lambda lora, _, out: numbers.add(str(out.dtype)) if torch.is_grad_enabled() else None
+                    lambda lora, _, out: dtypes.add(str(out.dtype)) if torch.is_grad_enabled() else None
                 )
 
     train(tmp_path, tiny_base=tiny_base, tokenizer=tokenizer, steps=2, evaluations=0, layers="plain", touch=listen)
-    assert numbers == {"torch.bfloat16"}
+    assert dtypes == {"torch.bfloat16"}
 
 
 def test_same_seed_gives_the_same_losses_and_the_same_file(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
@@ -70,7 +72,7 @@ def test_evaluations_during_training_do_not_change_it(tmp_path: Path, tiny_base:
     assert with_evaluations.adapter_sha256 == without.adapter_sha256
 
 
-def test_interrupted_and_resumed_ends_as_if_it_had_not_been(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
+def test_resumed_run_ends_like_an_uninterrupted_one(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
     whole = train(tmp_path / "a", tiny_base=tiny_base, tokenizer=tokenizer)
     with pytest.raises(Interrupted, match="stopped by SIGTERM after step 6, which is saved"):
         train(tmp_path / "b", tiny_base=tiny_base, tokenizer=tokenizer, trackers=Stopping(5))
@@ -101,7 +103,7 @@ def test_metrics_file_holds_one_json_object_a_line(tmp_path: Path, tiny_base: Pa
     ],
     ids=["dropout and several epochs", "noise on the embeddings", "rows grouped by length", "fused layers"],
 )
-def test_random_numbers_of_a_resumed_run_are_those_of_an_uninterrupted_one(
+def test_random_state_of_a_resumed_run_is_that_of_an_uninterrupted_one(
     tmp_path: Path, tiny_base: Path, tokenizer: Any, changes: dict[str, Any]
 ) -> None:
     whole = train(tmp_path / "a", tiny_base=tiny_base, tokenizer=tokenizer, **changes)
@@ -112,7 +114,7 @@ def test_random_numbers_of_a_resumed_run_are_those_of_an_uninterrupted_one(
     assert resumed.adapter_sha256 == whole.adapter_sha256
 
 
-def test_run_killed_after_its_last_step_takes_no_further_one(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
+def test_run_killed_after_its_last_step_trains_no_further(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
     whole = train(tmp_path, tiny_base=tiny_base, tokenizer=tokenizer)
     (tmp_path / "train" / "adapter" / "adapter_model.safetensors").unlink()
     again = train(tmp_path, tiny_base=tiny_base, tokenizer=tokenizer)
@@ -121,7 +123,7 @@ def test_run_killed_after_its_last_step_takes_no_further_one(tmp_path: Path, tin
     assert again.optimizer == whole.optimizer
 
 
-def test_damaged_checkpoint_is_said_and_the_one_before_it_is_used(
+def test_damaged_checkpoint_is_logged_and_the_one_before_it_is_used(
     tmp_path: Path, tiny_base: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = train(tmp_path, tiny_base=tiny_base, tokenizer=tokenizer)
@@ -130,14 +132,14 @@ def test_damaged_checkpoint_is_said_and_the_one_before_it_is_used(
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     again = train(tmp_path, tiny_base=tiny_base, tokenizer=tokenizer)
-    said = " ".join(capsys.readouterr().out.split())
-    assert "checkpoint-12 is damaged: optimizer.pt should have sha256" in said
-    assert "it is deleted and checkpoint-8 is tried" in said
+    logged = " ".join(capsys.readouterr().out.split())
+    assert "checkpoint-12 is damaged: optimizer.pt should have sha256" in logged
+    assert "it is deleted and checkpoint-8 is tried" in logged
     assert again.resumed_from == 8
     assert again.adapter_sha256 == whole.adapter_sha256
 
 
-def test_run_goes_on_only_with_what_it_began_with(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
+def test_run_continues_only_with_what_it_began_with(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
     train(tmp_path, tiny_base=tiny_base, tokenizer=tokenizer, steps=2)
     with pytest.raises(TrainError) as refusal:
         train(tmp_path, tiny_base=tiny_base, tokenizer=tokenizer, steps=3, rank=4, fingerprint="other rows")
@@ -146,7 +148,7 @@ def test_run_goes_on_only_with_what_it_began_with(tmp_path: Path, tiny_base: Pat
     )
 
 
-def test_what_changes_no_step_may_change_on_resuming(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
+def test_settings_that_change_no_step_may_change_on_resuming(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
     whole = train(tmp_path / "a", tiny_base=tiny_base, tokenizer=tokenizer)
     with pytest.raises(Interrupted):
         train(tmp_path / "b", tiny_base=tiny_base, tokenizer=tokenizer, trackers=Stopping(5))
@@ -157,7 +159,7 @@ def test_what_changes_no_step_may_change_on_resuming(tmp_path: Path, tiny_base: 
     )
 
 
-def test_figures_after_the_checkpoint_and_half_a_line_are_taken_back(tmp_path: Path) -> None:
+def test_metrics_after_the_checkpoint_and_a_partial_line_are_removed(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1, "train/loss": 3.0}\n{"step": 2, "train/loss": 2.0}\n{"step": 3, "train/lo')
     rewind(file, step=1)
