@@ -43,17 +43,17 @@ class PreparedData:
 
 @dataclass(frozen=True, kw_only=True)
 class PreflightResult:
-    """The proofs, in the order in which they ran.
+    """The checks before training, in the order in which they ran.
 
     Attributes:
-        folder: Holds trained_text.txt, the text that the first batch trains.
+        folder: Holds trained_text.txt, the text that the first batch trains on.
         checks: ``{"name", "passed", "figure", "bound", "sentence", "cause", "seconds"}`` each.
-        packing_is_isolated: Whether documents side by side in one row do not read each other; taken as true where nothing is proved.
-        fused_layers_are_exact: Whether quick steps give the gradient of plain ones; likewise.
-        skipped: ``{"name", "sentence", "why"}`` of each proof that did not run.
-        seconds: What the rehearsal cost.
-        training_seconds: What the training will take, about; None where no gradient was timed.
-        day: When it ran: before this run, where the very same was proved already.
+        packing_is_isolated: Whether documents packed in one row do not read each other; true where it was not checked.
+        fused_layers_are_exact: Whether fused layers give the gradient of the original ones; true where not checked.
+        skipped: ``{"name", "sentence", "why"}`` of each check that did not run.
+        seconds: Duration of the checks.
+        training_seconds: Estimated duration of the training; None where no gradient was timed.
+        day: When the checks ran: before this run, where an earlier one had the same inputs.
     """
 
     folder: Path

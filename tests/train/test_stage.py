@@ -44,7 +44,7 @@ def test_adapter_keeps_the_numbers_that_were_asked_for(tmp_path: Path, tiny_base
 def test_plain_layers_compute_their_adapter_in_16_bit_also_where_the_loss_is_taken_past_the_models_own_pass(
     tmp_path: Path, tiny_base: Path, tokenizer: Any
 ) -> None:
-    """In float32, each branch would keep a float32 copy of its input: twice of what the plan progress and the rehearsal proves."""
+    """In float32, each branch would keep a float32 copy of its input: twice of what plan and preflight count."""
     numbers = set()
 
     def listen(adapted: Any) -> None:
