@@ -1,4 +1,4 @@
-"""QLoRA fine-tuning that proves what it did: plan, data, preflight, train, merge, eval, export, report."""
+"""QLoRA fine-tuning that proves what it did: plan, data, rehearse, train, merge, eval, export, report."""
 
 from typing import Any
 

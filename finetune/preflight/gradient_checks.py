@@ -1,7 +1,7 @@
 """Checks that take a few passes over one batch.
 
-Every bound on rounding starts from the unit roundoff of bfloat16, 2^-8 or 0.4 %. The differences that were seen are from
-one x86 CPU (docs/preflight.md); the bounds leave at least a factor of two for other processors.
+Every bound on rounding starts from the unit roundoff of bfloat16, 2^-8 or 0.4 %. The differences that were seen are
+from one x86 CPU; the bounds leave at least a factor of two for other processors.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ seen on models of 2 to 30 layers. A missing term or mask is beyond 30 %."""
 
 ACCUMULATED_BOUND, ACCUMULATED_LOSS_BOUND = 0.05, 0.01
 """Rows round differently alone and in a batch: 1 % for gradients (a few times 2^-8) and 0.01 % for losses (means over
-many tokens) were seen. A mean of the micro-batches' means differed by 37 to 51 % and 0.6 to 24 %, since every second row
-trains on a quarter of its tokens."""
+many tokens) were seen. A mean of the micro-batches' means differed by 37 to 51 % and 0.6 to 24 %, since every second
+row trains on a quarter of its tokens."""
 
 REORDERED_BOUND = 0.01
 """GPU only: kernels that add in the order in which their blocks end round single sums differently. A repacked weight

@@ -123,7 +123,7 @@ def test_pairs_are_checked_with_the_trainer_and_the_collator_of_pairs(scene: Sce
     checks = {check["name"]: check for check in with_pairs(scene).run_preflight().checks}
     assert checks["trained_text"]["figure"].startswith("28 tokens of 4 documents")
     assert checks["accumulation"]["figure"].startswith("2 rows: loss 0.69")
-    assert all(proof["passed"] for proof in result.values())
+    assert all(check["passed"] for check in checks.values())
 
 
 def test_a_preference_is_learned_from_the_repeated_batch_and_has_no_end_to_check(scene: Scene) -> None:
