@@ -15,7 +15,7 @@ import torch
 
 from finetune import hardware
 from finetune.config import load
-from finetune.environment import environment
+from finetune.environment import describe
 from finetune.run import write_json
 
 CONTENDERS: dict[str, list[str]] = {
@@ -35,7 +35,7 @@ def main() -> int:
     config = load(["+experiment=quickstart"])
     machine = hardware.probe(config.hardware)
     result = {
-        "environment": environment(machine, hardware.place(machine, config)),
+        "environment": describe(machine, hardware.place(machine, config)),
         "tests": {"passed": tests.returncode == 0, "summary": tests.stdout.strip().splitlines()[-1]},
         "training": {name: train(name, overrides) for name, overrides in CONTENDERS.items()},
     }

@@ -1,4 +1,4 @@
-"""The rehearse group, what the run is about to do, and what a rehearsal leaves behind."""
+"""The preflight group."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ LEVELS = ("quick", "full", "off")
 
 @dataclass(kw_only=True, slots=True)
 class PreflightConfig:
-    """How much is proved before training starts."""
+    """How much is checked before training starts."""
 
     level: str
-    """``quick``: the cheap proofs on one small batch. ``full``: all of them, on the largest batch that training will see, with
-    some steps on it. ``off``: none; the run's report says so."""
+    """``quick``: the cheap checks on one small batch. ``full``: all checks, on the largest batch of the training, with
+    some optimizer steps on it. ``off``: none; the run's report says so."""
 
     rows: int
     """Documents of the small batch, and micro-batches that are accumulated."""
 
     steps: int
-    """``full`` only: optimizer steps on one repeated batch at most; it stops as soon as the answers and their ends are learnt."""
+    """``full`` only: upper limit on the optimizer steps on one repeated batch. The steps stop as soon as the loss has
+    fallen and generation stops after every answer."""
 
     def problems(self) -> Iterator[str]:
+        """Yields every setting that makes no sense."""
         if self.level not in LEVELS:
             yield f"preflight.level must be one of {', '.join(LEVELS)}; got {self.level!r}"
         if self.rows < 2:

@@ -1,23 +1,25 @@
-"""What the proofs work on: the adapted model and its documents, with ways to take a loss, gradients and logits."""
+"""What the checks work on: the adapted model and its documents, with their losses, gradients and logits."""
 
 from __future__ import annotations
 
 import inspect
+import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from finetune.inference.collate import Collator
+from finetune.inference.generation import end_tokens
 from finetune.inference.logits import unwrap
 from finetune.inference.rows import IGNORED
-from finetune.preflight.batch import Document, learnt
+from finetune.preflight.batch import CheckRows, Document, trained_tokens
 from finetune.quantization.backends import all_tensors
 
 if TYPE_CHECKING:
@@ -30,21 +32,28 @@ if TYPE_CHECKING:
     from finetune.trainable import TrainingJob
 
 SAMPLES = 4096
-"""Bytes of a frozen weight that are compared, spread evenly over it."""
+"""Bytes of a frozen weight that are compared, evenly spaced."""
 
 LOGIT_POSITIONS = 64
-"""Positions whose logits are compared, the last ones: all of a long document's would take gigabytes."""
+"""Last positions, whose logits are compared: those of a whole long document would take gigabytes."""
 
 LORA_B_NOISE_STD = 1e-3
 """Standard deviation of the noise that stands in for B, whose zeros hide A's gradient."""
 
 
 class CheckSkipped(Exception):
-    """A proof cannot be tried here, which is neither a pass nor a failure; says why."""
+    """A check cannot run here, which is neither a pass nor a failure; the message is the reason."""
 
 
-class CheckResult(NamedTuple):
-    """What a proof came to."""
+@dataclass(frozen=True, kw_only=True)
+class CheckResult:
+    """The outcome of one check.
+
+    Attributes:
+        passed: Whether the figure is within the bound.
+        figure: What was measured.
+        bound: What is allowed.
+    """
 
     passed: bool
     figure: str
@@ -53,34 +62,28 @@ class CheckResult(NamedTuple):
 
 @dataclass(kw_only=True)
 class CheckContext:
-    """What the checks work on.
+    """What the checks work on; every method leaves the model as it was.
 
     Attributes:
         config: The preflight group.
-        job: The training that is about to start; every method leaves its model as it was.
-        documents: What the model is tried on: the small batch cut to a few hundred tokens, or the largest batch as it is.
-        beside: What is packed to see whether documents stay isolated.
-        rows: The first micro-batch as it was prepared; for ``full`` the largest one too.
-        accumulated: Rows of which a step is made one by one and all at once.
+        job: The training that is about to start.
+        rows: The rows and documents that the checks run on.
         run: The run's folder, with the plan in it.
         folder: Scratch space, which the caller deletes.
         until: ``run.until``.
         trial: The run's own trainer; None where the caller has none.
-        lesson: What overfitting one batch has shown; None before.
+        overfit_result: What overfitting one batch has shown; None before.
         token_seconds: Fastest gradient so far, in seconds per token.
     """
 
     config: PreflightConfig
     job: TrainingJob
-    documents: list[Document]
-    beside: list[Document]
-    rows: list[dict[str, Any]]
-    accumulated: list[dict[str, Any]]
+    rows: CheckRows
     run: Path
     folder: Path
     until: str
     trial: TrialTrainer | None = None
-    lesson: OverfitResult | None = None
+    overfit_result: OverfitResult | None = None
     token_seconds: float | None = None
 
     @property
@@ -99,8 +102,8 @@ class CheckContext:
         return self.job.data
 
     @property
-    def quick(self) -> Fusion:
-        """Returns how training steps are computed."""
+    def fusion(self) -> Fusion:
+        """Returns the fused layers and kernels of the model."""
         return self.job.trainable.fusion
 
     @property
@@ -114,69 +117,79 @@ class CheckContext:
         return self.job.seed
 
     @property
-    def autocast(self) -> torch.dtype:
-        """Numbers of the computation."""
-        numbers: torch.dtype = getattr(torch, self.spec.placement.dtype)
-        return numbers
+    def dtype(self) -> torch.dtype:
+        """Returns the dtype of the computation."""
+        dtype: torch.dtype = getattr(torch, self.spec.placement.dtype)
+        return dtype
 
     @property
     def device(self) -> str:
+        """Returns the device of the model, e.g. ``cuda:0``."""
         return str(self.model.device)
 
     @property
     def trainer(self) -> TrialTrainer:
-        """The run's own trainer.
+        """Returns the run's own trainer.
 
         Raises:
-            CheckSkipped: There is none.
+            CheckSkipped: The caller has none.
         """
         if self.trial is None:
-            raise CheckSkipped("this caller brought no trainer to try")
+            raise CheckSkipped("the caller has no trainer")
         return self.trial
 
     @property
-    def taught(self) -> OverfitResult:
-        """What the repeated batch has shown.
+    def overfit(self) -> OverfitResult:
+        """Returns what overfitting one batch has shown.
 
         Raises:
-            CheckSkipped: It did not come to its end.
+            CheckSkipped: It did not finish.
         """
-        if self.lesson is None:
-            raise CheckSkipped("the steps on one repeated batch did not come to their end")
-        return self.lesson
+        if self.overfit_result is None:
+            raise CheckSkipped("the steps on one repeated batch did not finish")
+        return self.overfit_result
 
     @property
     def training_seconds(self) -> float | None:
-        """Estimates the training's time from the fastest gradient here; None before there is one."""
+        """Returns an estimate of the training's time from the fastest gradient here; None before the first."""
         if self.trial is None or self.token_seconds is None:
             return None
-        return self.trial.look[1] * self.token_seconds
+        return self.trial.upcoming.tokens * self.token_seconds
 
-    def apply_failure(self, failed: str) -> None:
-        """Continues as training will after a check has failed."""
-        if failed == "speed":
-            self.quick.enabled = False
-            self.__dict__.pop("nudged_gradients", None)
-        if failed == "packing":
+    @cached_property
+    def end_tokens(self) -> set[int]:
+        """Returns the tokens that end an answer: those of tokenizer and generation config, and the template's."""
+        file = self.data.folder / "rendering.json"
+        rendering = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        turn = rendering.get("end_of_turn_id")
+        return {*end_tokens(self.model, self.tokenizer), *([] if turn is None else [turn])}
+
+    def apply_failure(self, name: str) -> None:
+        """Computes the following checks as training will after the check ``name`` has failed."""
+        if name == "fused_layers":
+            self.fusion.enabled = False
+            self.__dict__.pop("noisy_gradients", None)
+        if name == "packing":
             self.job.trainable.packing = False
             if self.trial is not None:
-                self.trial.__dict__.pop("look", None)
+                self.trial.__dict__.pop("upcoming", None)
 
     def trained_tokens(self) -> int:
-        return sum(len(learnt(document)) for document in self.documents)
+        """Counts the tokens that the documents train on."""
+        return sum(len(trained_tokens(document)) for document in self.rows.documents)
 
     def loss(self) -> Tensor:
-        """Summed loss of all documents in nats: as training takes it, or by plain steps while those are asked for."""
-        if self.quick.loss_on_trained_tokens:
-            with self._numbers() if self.quick.autocast else nullcontext():
-                return self.quick.loss(self.model, self._flat(self.documents))
-        return self._plain_losses(self._flat(self.documents)).sum()
+        """Computes the summed loss of all documents in nats as training does; see also ``fusion.disabled``."""
+        if self.fusion.loss_on_trained_tokens:
+            with self._autocast() if self.fusion.autocast else nullcontext():
+                return self.fusion.loss(self.model, self._flat(self.rows.documents))
+        return self._plain_losses(self._flat(self.rows.documents)).sum()
 
     def token_losses(self, documents: list[Document], *, layout: str) -> Tensor:
-        """Loss of every trained token as training takes it, in nats, shape (tokens,), in evaluation mode.
+        """Computes the loss of every trained token as training does, in nats, shape (tokens,), in evaluation mode.
 
         Args:
-            documents: In this order.
+            documents: The documents, whose order is kept.
             layout: ``alone`` (a row each), ``packed`` (one row, positions restart) or ``one document`` (they do not).
         """
         self.model.eval()
@@ -185,40 +198,46 @@ class CheckContext:
             return torch.cat([self._losses(self._flat(group, joined=layout == "one document")) for group in groups])
 
     def gradients(self) -> dict[str, Tensor]:
-        """Gradient of the mean loss for every parameter that got one, by name, in training mode."""
+        """Computes the gradient of the mean loss by name, in training mode; only of parameters that get one."""
         self.model.train()
         self.model.zero_grad(set_to_none=True)
         started = time.monotonic()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             (self.loss() / self.trained_tokens()).backward()
-        found = {name: p.grad.detach().clone() for name, p in self.model.named_parameters() if p.grad is not None}
+        named = self.model.named_parameters()
+        gradients = {name: p.grad.detach().clone() for name, p in named if p.grad is not None}
         self.model.zero_grad(set_to_none=True)
-        seconds = (time.monotonic() - started) / sum(len(document["input_ids"]) for document in self.documents)
+        seconds = (time.monotonic() - started) / sum(len(document["input_ids"]) for document in self.rows.documents)
         self.token_seconds = min(seconds, self.token_seconds or seconds)
-        return found
+        return gradients
 
     @cached_property
-    def nudged_gradients(self) -> dict[str, Tensor]:
-        """Gradients with B with_noisy_lora_b, as training computes them; several proofs start from them."""
+    def noisy_gradients(self) -> dict[str, Tensor]:
+        """Returns the gradients with noise in B, as training computes them; several checks start from them."""
         with self.with_noisy_lora_b():
             return self.gradients()
 
     def logits(self, *, adapter: bool) -> Tensor:
-        """Last logits of the first document in evaluation mode by plain steps, shape (positions, vocabulary), float32."""
-        self.model.eval()
-        with self.quick.disabled(), nullcontext() if adapter else self.model.disable_adapter():
-            return last_logits(self.model, self.documents[0]["input_ids"], numbers=self.autocast)
+        """Computes the last logits of the first document in evaluation mode with the original layers.
 
-    def weights(self) -> list[Tensor]:
-        """Some bytes of every frozen tensor: a repacked or requantized one shows there."""
-        learnt = {p.data_ptr() for p in self.model.parameters() if p.requires_grad}
-        flat = [one.reshape(-1).view(torch.uint8) for _, one in all_tensors(self.model) if one.data_ptr() not in learnt]
-        return [one[:: max(1, len(one) // SAMPLES)].clone() for one in flat]
+        Returns:
+            Logits, shape (positions, vocabulary), float32.
+        """
+        self.model.eval()
+        with self.fusion.disabled(), nullcontext() if adapter else self.model.disable_adapter():
+            return last_logits(self.model, self.rows.documents[0]["input_ids"], dtype=self.dtype)
+
+    def frozen_samples(self) -> list[Tensor]:
+        """Copies some bytes of every frozen tensor: they change where a weight is repacked or quantized again."""
+        trained = {p.data_ptr() for p in self.model.parameters() if p.requires_grad}
+        frozen = [tensor for _, tensor in all_tensors(self.model) if tensor.data_ptr() not in trained]
+        flat = [tensor.reshape(-1).view(torch.uint8) for tensor in frozen]
+        return [data[:: max(1, len(data) // SAMPLES)].clone() for data in flat]
 
     @contextmanager
     def with_noisy_lora_b(self) -> Iterator[None]:
-        """B filled with small noise, so that A gets a gradient too; as it was afterwards."""
+        """Fills B with small noise while the context is open, so that A gets a gradient too."""
         matrices = [p for name, p in self.model.named_parameters() if "lora_B" in name]
         before = [p.detach().clone() for p in matrices]
         generator = torch.Generator().manual_seed(self.seed)
@@ -230,53 +249,49 @@ class CheckContext:
             for p, old in zip(matrices, before, strict=True):
                 p.data.copy_(old)
 
-    def _flat(self, some: Sequence[Document], *, joined: bool = False) -> dict[str, Any]:
-        """Documents end to end, as training lays them out; ``joined`` takes them for one."""
-        lengths = [len(document["input_ids"]) for document in some]
-        rows = [{**document, "seq_lengths": [length]} for document, length in zip(some, lengths, strict=True)]
+    def _flat(self, documents: Sequence[Document], *, joined: bool = False) -> dict[str, Any]:
+        """Concatenates documents in one row, as training does; ``joined`` makes a single document of them."""
+        lengths = [len(document["input_ids"]) for document in documents]
+        rows = [{**document, "seq_lengths": [length]} for document, length in zip(documents, lengths, strict=True)]
         if joined:
-            labels = [label for document in some for label in [IGNORED, *document["labels"][1:]]]
-            ids = [token for document in some for token in document["input_ids"]]
+            labels = [label for document in documents for label in [IGNORED, *document["labels"][1:]]]
+            ids = [token for document in documents for token in document["input_ids"]]
             rows = [{"input_ids": ids, "labels": labels, "seq_lengths": [sum(lengths)]}]
         batch = Collator(flat=True, pad_token_id=0)(rows)
         del batch["padding"]
         return {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
     def _losses(self, inputs: dict[str, Any]) -> Tensor:
-        if not self.quick.loss_on_trained_tokens:
+        if not self.fusion.loss_on_trained_tokens:
             return self._plain_losses(inputs)
-        with self._numbers() if self.quick.autocast else nullcontext():
-            return self.quick.token_losses(self.model, inputs)
+        with self._autocast() if self.fusion.autocast else nullcontext():
+            return self.fusion.token_losses(self.model, inputs)
 
     def _plain_losses(self, inputs: dict[str, Any]) -> Tensor:
         labels = inputs.pop("labels")[:, 1:]
         causal = unwrap(self.model)
-        with self._numbers():
-            if (
-                self.quick.choice.loss_on_trained_tokens
-            ):  # then the head can be separated; logits of the others would take gigabytes
+        with self._autocast():
+            if self.fusion.choice.loss_on_trained_tokens:  # the head can be separated, which saves gigabytes of logits
                 hidden = causal.get_decoder()(**inputs, use_cache=False).last_hidden_state[:, :-1]
                 logits = causal.get_output_embeddings()(hidden[labels != IGNORED]).float()
             else:
                 logits = self.model(**inputs, use_cache=False).logits[:, :-1][labels != IGNORED].float()
         return torch.nn.functional.cross_entropy(logits, labels[labels != IGNORED], reduction="none")
 
-    def _numbers(self) -> torch.autocast:
-        return autocast_to(self.device, self.autocast)
+    def _autocast(self) -> torch.autocast:
+        return autocast_to(self.device, self.dtype)
 
 
 def autocast_to(device: str, dtype: torch.dtype) -> torch.autocast:
+    """Returns the autocast context of a device; it is off for float32."""
     return torch.autocast(device.split(":")[0], dtype=dtype, enabled=dtype != torch.float32)
 
 
-def last_logits(model: Any, ids: Sequence[int], *, numbers: torch.dtype) -> Tensor:
-    """Logits at the last positions of one document, shape (positions, vocabulary), float32."""
-    kept = (
-        {"logits_to_keep": LOGIT_POSITIONS}
-        if "logits_to_keep" in inspect.signature(unwrap(model).forward).parameters
-        else {}
-    )
+def last_logits(model: Any, ids: Sequence[int], *, dtype: torch.dtype) -> Tensor:
+    """Computes the logits at the last positions of one document, shape (positions, vocabulary), float32."""
+    parameters = inspect.signature(unwrap(model).forward).parameters
+    limit = {"logits_to_keep": LOGIT_POSITIONS} if "logits_to_keep" in parameters else {}
     device = next(model.parameters()).device
-    with torch.no_grad(), autocast_to(str(device), numbers):
-        logits: Tensor = model(input_ids=torch.tensor([ids], device=device), use_cache=False, **kept).logits
+    with torch.no_grad(), autocast_to(str(device), dtype):
+        logits: Tensor = model(input_ids=torch.tensor([ids], device=device), use_cache=False, **limit).logits
     return logits[0, -LOGIT_POSITIONS:].float()

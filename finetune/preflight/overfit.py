@@ -1,4 +1,4 @@
-"""Steps on one repeated batch: does the run's own trainer learn it, with its answers' ends, and do its files hold it?"""
+"""Overfits one batch with the run's own trainer, which shows whether answers and their ends are learned and saved."""
 
 from __future__ import annotations
 
@@ -17,38 +17,37 @@ from finetune.inference.rows import IGNORED
 from finetune.memory import PeakMemory
 from finetune.preflight.batch import documents, largest_rows
 from finetune.preflight.context import CheckContext
-from finetune.preflight.stop_tokens import end_tokens_of
 from finetune.preflight.trial import GradientRecorder
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-LOOK_STEPS = 8
-"""Steps between two looks at what was learnt."""
+STEPS_BETWEEN_TESTS = 8
+"""Steps after which it is tested whether the batch is learned."""
 
-FALL_SHARE = 0.01
-"""The same batch in every step and no dropout's luck over a whole batch: whatever learns at all is far beyond it."""
+FALL_BOUND = 0.01
+"""Share of the first loss. Every step has the same batch, so whatever learns at all is far beyond it."""
 
 EVALUATED_ROWS = 8
 """Held-out rows of the evaluation, the longest ones: they make its largest batch."""
 
-ANSWERS = 16
-"""Answers whose end is asked for, at most."""
+MAX_ANSWERS = 16
+"""Upper limit on the answers after which generation has to stop."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OverfitResult:
-    """What the steps have shown.
+    """What overfitting one batch has shown.
 
     Attributes:
         losses: Of each step.
-        answers: How many answers were asked to end.
-        ended: How many of them did.
+        answers: How many answers generation was started after.
+        ended: After how many of them it stopped.
         tokens: Tokens of a step.
-        rows: Rows at once.
-        checkpoint_bytes: Of the checkpoint that was written.
-        peak_bytes: Largest memory meanwhile: on the GPU, or of the whole process.
-        logits: Last logits of the first document with the learnt adapter, by plain steps.
+        rows: Rows of a step.
+        checkpoint_bytes: Size of the checkpoint that was written.
+        peak_bytes: Largest memory during the steps: of the GPU, or of the whole process.
+        logits: Last logits of the first document with the trained adapter and the original layers.
         adapter: Folder of the saved adapter.
     """
 
@@ -64,35 +63,34 @@ class OverfitResult:
 
     @property
     def fall(self) -> float:
-        """Share of the first loss that is gone."""
+        """Returns the share of the first loss that is gone."""
         return 1 - self.losses[-1] / self.losses[0]
 
 
 class StopWhenLearned(TrainerCallback):
-    """Ends the lesson when it is learnt, with the evaluation and the checkpoint that a training's end has."""
+    """Stops as soon as the batch is learned, with an evaluation and a checkpoint as at the end of a training."""
 
-    def __init__(self, context: CheckContext, prompts: Sequence[list[int]], listener: GradientRecorder) -> None:
-        self.context, self.prompts, self.listener, self.ended = context, prompts, listener, 0
+    def __init__(self, context: CheckContext, prompts: Sequence[list[int]], recorder: GradientRecorder) -> None:
+        self.context, self.prompts, self.recorder, self.ended = context, prompts, recorder, 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Tests every few steps whether the loss has fallen and generation stops after every answer."""
         last = state.global_step == state.max_steps
-        if not last and state.global_step % LOOK_STEPS:
+        if not last and state.global_step % STEPS_BETWEEN_TESTS:
             return
-        losses = self.listener.losses
-        self.ended = self._ended()
-        if last or (losses[-1] <= losses[0] * (1 - FALL_SHARE) and self.ended == len(self.prompts)):
+        losses = self.recorder.losses
+        self.ended = self._count_ended()
+        if last or (losses[-1] <= losses[0] * (1 - FALL_BOUND) and self.ended == len(self.prompts)):
             control.should_training_stop = control.should_evaluate = control.should_save = True
 
-    def _ended(self) -> int:
-        context = self.context
-        answers = generate(
-            context.model, context.tokenizer, self.prompts, max_new_tokens=1, batch_rows=1, ends=sorted(end_tokens_of(context)),
-        )  # fmt: skip
+    def _count_ended(self) -> int:
+        model, tokenizer, ends = self.context.model, self.context.tokenizer, sorted(self.context.end_tokens)
+        answers = generate(model, tokenizer, self.prompts, max_new_tokens=1, batch_rows=1, ends=ends)
         return sum(answer.stopped for answer in answers)
 
 
-def give(context: CheckContext, rows: Dataset, heldout: Dataset | None) -> OverfitResult:
-    """Repeats the largest batch until it is learnt, evaluates, writes a checkpoint and saves the adapter; then all is as before.
+def overfit_one_batch(context: CheckContext, rows: Dataset, heldout: Dataset | None) -> OverfitResult:
+    """Repeats the largest batch until it is learned, evaluates, saves, and then restores the model.
 
     Args:
         context: Its trainer takes the steps.
@@ -101,36 +99,47 @@ def give(context: CheckContext, rows: Dataset, heldout: Dataset | None) -> Overf
     """
     train = context.job.config
     batch = largest_rows(rows, count=train.micro_batch)
-    examined = largest_rows(heldout, count=EVALUATED_ROWS) if heldout is not None and train.evaluations else []
-    listener = GradientRecorder(keeps_gradients=False)
-    look = StopWhenLearned(context, prompts_of(context, batch) if train.objective == "sft" else [], listener)
-    steps = context.trainer.trained(
-        batch, micro_batch=len(batch), steps=context.config.steps, listener=listener, callbacks=[look], heldout=examined,
-        evaluations=int(bool(examined)), checkpoints=1,
-    )  # fmt: skip
+    evaluated = largest_rows(heldout, count=EVALUATED_ROWS) if heldout is not None and train.evaluations else []
+    recorder = GradientRecorder(keeps_gradients=False)
+    stop = StopWhenLearned(context, prompts_of(context, batch) if train.objective == "sft" else [], recorder)
+    trained = context.trainer.trained(
+        batch,
+        micro_batch=len(batch),
+        steps=context.config.steps,
+        recorder=recorder,
+        callbacks=[stop],
+        heldout=evaluated,
+        checkpoints=1,
+    )
     free_memory()
     on_gpu = context.device.startswith("cuda")
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    with PeakMemory(context.folder / "memory.jsonl", stage="preflight") as peak, steps as work:
-        written = sum(file.stat().st_size for file in (work / "checkpoints").rglob("*") if file.is_file())
+    with PeakMemory(context.folder / "memory.jsonl", stage="preflight") as peak, trained as work:
+        checkpoint_bytes = sum(file.stat().st_size for file in (work / "checkpoints").rglob("*") if file.is_file())
         context.model.save_pretrained(context.folder / "adapter")
         logits = context.logits(adapter=True)
     return OverfitResult(
-        losses=listener.losses, answers=len(look.prompts), ended=look.ended, tokens=sum(sum(row["seq_lengths"]) for row in batch),
-        rows=len(batch), checkpoint_bytes=written, logits=logits, adapter=context.folder / "adapter",
+        losses=recorder.losses,
+        answers=len(stop.prompts),
+        ended=stop.ended,
+        tokens=sum(sum(row["seq_lengths"]) for row in batch),
+        rows=len(batch),
+        checkpoint_bytes=checkpoint_bytes,
         peak_bytes=torch.cuda.max_memory_reserved() if on_gpu else peak.rss_bytes,
-    )  # fmt: skip
+        logits=logits,
+        adapter=context.folder / "adapter",
+    )
 
 
 def prompts_of(context: CheckContext, rows: Sequence[dict[str, Any]]) -> list[list[int]]:
-    """Everything up to the end of turn of each document's last answer, the end itself left out."""
-    ends = end_tokens_of(context)
-    found: list[list[int]] = []
-    for document in documents(rows)[:ANSWERS]:
+    """Returns each document up to the end of turn of its last answer, without that token."""
+    prompts: list[list[int]] = []
+    for document in documents(rows)[:MAX_ANSWERS]:
         ids = document["input_ids"]
         last = max((place for place, label in enumerate(document["labels"]) if label != IGNORED), default=0)
-        near = [place for place in range(max(1, last - 1), min(last + 2, len(ids))) if ids[place] in ends]
-        if near:  # a text that was cut off has none
-            found.append(ids[: near[-1]])
-    return found
+        near = range(max(1, last - 1), min(last + 2, len(ids)))
+        ends = [place for place in near if ids[place] in context.end_tokens]
+        if ends:  # a truncated text has none
+            prompts.append(ids[: ends[-1]])
+    return prompts

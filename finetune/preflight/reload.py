@@ -1,4 +1,4 @@
-"""Run as ``python -m finetune.preflight.reload``: opens base and saved adapter as later stages do, and writes its logits."""
+"""Loads base and saved adapter as later stages do and writes the logits: ``python -m finetune.preflight.reload``."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from finetune.inference.fresh_process import serve_request
 from finetune.model.spec import read_spec
 
 
-def logits(request: dict[str, Any]) -> dict[str, Any]:
+def write_logits(request: dict[str, Any]) -> dict[str, Any]:
     """Writes the last logits of one document to a file: as JSON they would take minutes."""
     import torch
     from safetensors.torch import save_file
@@ -18,10 +18,10 @@ def logits(request: dict[str, Any]) -> dict[str, Any]:
     spec = read_spec(request["spec"])
     torch.set_num_threads(spec.placement.threads)
     model = load_adapted_model(spec, Path(request["adapter"]))
-    last = last_logits(model, request["input_ids"], numbers=getattr(torch, spec.placement.dtype))
-    save_file({"logits": last.contiguous().cpu()}, request["logits"])
-    return {"positions": len(last)}
+    logits = last_logits(model, request["input_ids"], dtype=getattr(torch, spec.placement.dtype))
+    save_file({"logits": logits.contiguous().cpu()}, request["logits"])
+    return {"positions": len(logits)}
 
 
 if __name__ == "__main__":
-    serve_request(logits)
+    serve_request(write_logits)

@@ -1,4 +1,4 @@
-"""A rehearsal that held is not repeated: the same base, rows, settings, code, packages and processor prove the same."""
+"""Remembers preflights that passed, by base, rows, settings, code, packages and processor, so that none is repeated."""
 
 from __future__ import annotations
 
@@ -44,24 +44,24 @@ def name_of(config: PreflightConfig, job: TrainingJob, *, until: str) -> str:
 
 
 def find(name: str) -> dict[str, Any] | None:
-    """What such a rehearsal found; None where there was none that held."""
+    """Returns the result of an earlier preflight that passed, or None."""
     with contextlib.suppress(OSError, ValueError):
         file = _file(name)
         if file.is_file():
-            kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            return kept
+            result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            return result
     return None
 
 
-def keep(name: str, product: dict[str, Any], folder: Path) -> None:
-    """Remembers a rehearsal in which every proof held. A cache that cannot be written costs the next one its time."""
+def remember(name: str, result: dict[str, Any], folder: Path) -> None:
+    """Remembers a preflight that passed. Where the cache cannot be written, the next run repeats the checks."""
     with contextlib.suppress(OSError):
         shutil.copyfile(folder / TEXT, _file(name).with_suffix(".txt"))
-        write_json(_file(name), product)
+        write_json(_file(name), result)
 
 
 def restore_text(name: str, folder: Path) -> None:
-    """Puts the text that the first batch trains where a rehearsal would have written it."""
+    """Copies the text that the first batch trains on to where a preflight writes it."""
     with contextlib.suppress(OSError):
         shutil.copyfile(_file(name).with_suffix(".txt"), folder / TEXT)
 

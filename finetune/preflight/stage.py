@@ -1,9 +1,11 @@
-"""The verb: runs each proof, prints one line for it, stops the run where one fails."""
+"""Runs the checks, logs a line for each, and stops the run where one fails."""
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,13 +18,38 @@ from finetune.products import PreflightResult
 
 if TYPE_CHECKING:
     from finetune.preflight.checks import Check
-    from finetune.preflight.context import CheckContext
+    from finetune.preflight.context import CheckContext, CheckResult
     from finetune.preflight.trial import MakeTrainer
     from finetune.trainable import TrainingJob
 
-DISK = "the disk is full or cannot be written: free some, or choose another run.root"
-MEMORY = "this batch does not fit in memory: a smaller train.micro_batch or data.pack_tokens; `finetune plan --fit` proposes settings"
-"""Causes of what ends a proof before it has a figure."""
+DISK = "the disk is full or cannot be written: free some space, or choose another run.root"
+MEMORY = (
+    "this batch does not fit in memory: choose a smaller train.micro_batch or data.pack_tokens; `finetune plan --fit` "
+    "proposes settings"
+)
+"""Causes of errors that end a check before it has a figure."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckRecord:
+    """A check that ran, as the manifest has it; the fields are those of `Check` and `CheckResult`."""
+
+    name: str
+    passed: bool
+    figure: str
+    bound: str
+    sentence: str
+    cause: str
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkippedCheck:
+    """A check that did not run, and why."""
+
+    name: str
+    sentence: str
+    why: str
 
 
 def run_preflight(
@@ -40,8 +67,8 @@ def run_preflight(
         folder: Receives trained_text.txt; the run's folder is its parent.
         job: The training that is about to start; its model is left exactly as it was. Where packed documents are not
             isolated, or fused layers are not exact, ``job.trainable`` is switched to the way that is.
-        make_trainer: ``finetune.train.trainer.make_trainer``. Without it the checks that need a trainer are skipped, and
-            the log says so.
+        make_trainer: ``finetune.train.trainer.make_trainer``. Without it the checks that need a trainer are skipped,
+            and the log lists them.
         until: ``run.until``.
 
     Raises:
@@ -53,146 +80,173 @@ def run_preflight(
     from finetune.preflight import result_cache
 
     name = result_cache.name_of(config, job, until=until)
-    before = None if make_trainer is None or until == "preflight" else result_cache.find(name)
-    if before:
-        log("preflight", *again(before))
+    earlier = None if make_trainer is None or until == "preflight" else result_cache.find(name)
+    if earlier:
+        result = PreflightResult(folder=folder, **earlier)
+        log("preflight", *describe_earlier(result))
         result_cache.restore_text(name, folder)
-        return PreflightResult(folder=folder, **before)
-    from finetune.preflight.build_context import make_context
-    from finetune.preflight.checks import CHECKS, ISOLATION, SPEED
+        return result
+    from finetune.preflight.checks import CHECKS, FUSED_LAYERS, PACKING
 
     started = time.monotonic()
     with TemporaryDirectory(prefix=".work-", dir=folder) as work:
         context = make_context(
             config, folder=Path(work), run=folder.parent, job=job, make_trainer=make_trainer, until=until
         )
-        results, skipped = attempt(
-            context, [proof for proof in CHECKS if config.level == "full" or not proof.only_full]
-        )
+        full = config.level == "full"
+        records, skipped = run_checks(context, [check for check in CHECKS if full or not check.only_full])
         training_seconds = context.training_seconds
-    if config.level == "quick":
-        skipped += [told(proof, "only preflight=full") for proof in CHECKS if proof.only_full]
-    seconds = time.monotonic() - started
-    log("preflight", *summary(config, results, skipped, seconds=seconds, training_seconds=training_seconds))
-    stop_where_failed(results, spared=(ISOLATION.name, SPEED.name))
-    passed = {proof["name"]: proof["passed"] for proof in results}
-    product: dict[str, Any] = {
-        "checks": results,
-        "packing_is_isolated": passed.get(ISOLATION.name, True),
-        "fused_layers_are_exact": passed.get(SPEED.name, True),
-        "skipped": skipped,
-        "seconds": round(seconds, 2),
-        "training_seconds": training_seconds,
-        "day": datetime.now().strftime("%Y-%m-%d %H:%M"),
-    }
+    if not full:
+        skipped += [skipped_check(check, why="only preflight=full") for check in CHECKS if check.only_full]
+    passed = {record.name: record.passed for record in records}
+    result = PreflightResult(
+        folder=folder,
+        checks=[dataclasses.asdict(record) for record in records],
+        packing_is_isolated=passed.get(PACKING.name, True),
+        fused_layers_are_exact=passed.get(FUSED_LAYERS.name, True),
+        skipped=[dataclasses.asdict(check) for check in skipped],
+        seconds=round(time.monotonic() - started, 2),
+        training_seconds=training_seconds,
+        day=datetime.now().strftime("%Y-%m-%d %H:%M"),
+    )
+    log("preflight", *summarize(config, result))
+    stop_where_failed(records, tolerated=(PACKING.name, FUSED_LAYERS.name))
     if all(passed.values()):
-        result_cache.keep(name, product, folder)
-    return PreflightResult(folder=folder, **product)
+        result_cache.remember(name, _without_folder(result), folder)
+    return result
 
 
-def attempt(context: CheckContext, proofs: Sequence[Check]) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """Runs proofs one after the other, each said as it ends; what the first two find decides how the others compute.
+def make_context(
+    config: PreflightConfig, *, folder: Path, run: Path, job: TrainingJob, make_trainer: MakeTrainer | None, until: str
+) -> CheckContext:
+    """Makes the context of the checks for a level; see `run_preflight` for the arguments.
+
+    Args:
+        folder: Scratch space, which the caller deletes.
+        run: The run's folder.
+
+    Raises:
+        TrainError: There are no rows.
+    """
+    from datasets import load_from_disk
+
+    from finetune.preflight.batch import choose_rows
+    from finetune.preflight.context import CheckContext
+    from finetune.preflight.trial import TrialTrainer
+
+    prepared = load_from_disk(str(job.data.folder / "train"))
+    if not len(prepared):
+        raise TrainError("data: none of the rows is left to train on; `finetune data` shows why each was dropped")
+    micro_batch = job.config.micro_batch if make_trainer else 1
+    rows = choose_rows(config, prepared, micro_batch=micro_batch, pairs=job.config.objective != "sft")
+    trial = TrialTrainer(job=job, make_trainer=make_trainer, folder=folder) if make_trainer else None
+    return CheckContext(config=config, job=job, rows=rows, run=run, folder=folder, until=until, trial=trial)
+
+
+def run_checks(context: CheckContext, checks: Sequence[Check]) -> tuple[list[CheckRecord], list[SkippedCheck]]:
+    """Runs checks one after the other and logs each; the first two decide how the others compute.
 
     Returns:
-        The proofs as the manifest has them, and those that could not be tried here.
+        The checks that ran, and those that could not run here.
     """
+    from finetune.preflight.context import CheckSkipped
+
+    records: list[CheckRecord] = []
+    skipped: list[SkippedCheck] = []
+    for check in checks:
+        started = time.monotonic()
+        try:
+            result, cause = _run_check(context, check)
+        except CheckSkipped as reason:
+            skipped.append(skipped_check(check, why=str(reason)))
+            continue
+        record = CheckRecord(
+            name=check.name,
+            passed=result.passed,
+            figure=result.figure,
+            bound=result.bound,
+            sentence=check.sentence,
+            cause=cause,
+            seconds=round(time.monotonic() - started, 2),
+        )
+        records.append(record)
+        outcome = "PASS" if record.passed else "FAIL"
+        log("preflight", f"{outcome}: {record.sentence} ({record.figure}; bound {record.bound})")
+        if not record.passed:
+            context.apply_failure(record.name)
+    return records, skipped
+
+
+def _run_check(context: CheckContext, check: Check) -> tuple[CheckResult, str]:
+    """Returns the result and the likely cause of a failure. An error of torch or the system is a failure."""
     from safetensors import SafetensorError
 
     from finetune.inference.fresh_process import FreshProcessError
-    from finetune.preflight.context import CheckResult, CheckSkipped
+    from finetune.preflight.context import CheckResult
 
-    results: list[dict[str, Any]] = []
-    skipped: list[dict[str, str]] = []
-    for proof in proofs:
-        started, cause = time.monotonic(), proof.cause
-        try:
-            found = proof.prove(context)
-        except CheckSkipped as reason:
-            skipped.append(told(proof, str(reason)))
-            continue
-        except (
-            RuntimeError,
-            OSError,
-            MemoryError,
-            SafetensorError,
-            FreshProcessError,
-        ) as error:  # what cannot be carried out is not proved
-            found = CheckResult(
-                passed=False, figure=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", bound="no error"
-            )
-            if isinstance(error, (OSError, SafetensorError)):
-                cause = DISK
-            elif isinstance(error, MemoryError) or "memory" in str(error).lower():
-                cause = MEMORY
-        seconds = round(time.monotonic() - started, 2)
-        results.append(
-            {"name": proof.name, **found._asdict(), "sentence": proof.sentence, "cause": cause, "seconds": seconds}
-        )
-        log(
-            "preflight",
-            f"{'holds' if found.passed else 'FAILS'}: {proof.sentence} ({found.figure}; bound {found.bound})",
-        )
-        if not found.passed:
-            context.apply_failure(proof.name)
-    return results, skipped
+    try:
+        return check.run(context), check.cause
+    except (RuntimeError, OSError, MemoryError, SafetensorError, FreshProcessError) as error:
+        cause = check.cause
+        if isinstance(error, (OSError, SafetensorError)):
+            cause = DISK
+        elif isinstance(error, MemoryError) or "memory" in str(error).lower():
+            cause = MEMORY
+        figure = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return CheckResult(passed=False, figure=figure, bound="without an error"), cause
 
 
-def again(before: dict[str, Any]) -> list[str]:
-    """What an earlier rehearsal of the very same found."""
-    proofs, skipped = before["checks"], before["skipped"]
-    lines = [
-        f"{len(proofs)} proofs held on {before['day']}, on the same base, rows, settings, code and processor: {names(proofs)}"
-    ]
-    lines += [f"not run then: {names(skipped)}"] if skipped else []
-    return [*lines, "`finetune rehearse` runs them again"]
+def skipped_check(check: Check, *, why: str) -> SkippedCheck:
+    """Describes a check that did not run."""
+    return SkippedCheck(name=check.name, sentence=check.sentence, why=why)
 
 
-def names(proofs: Sequence[dict[str, Any]]) -> str:
-    return ", ".join(proof["name"] for proof in proofs)
+def describe_earlier(result: PreflightResult) -> list[str]:
+    """Describes an earlier preflight with the same inputs, in log lines."""
+    inputs = "with the same base, rows, settings, code and processor"
+    lines = [f"{len(result.checks)} checks passed on {result.day} {inputs}: {_names(result.checks)}"]
+    lines += [f"not run then: {_names(result.skipped)}"] if result.skipped else []
+    return [*lines, "`finetune preflight` runs them again"]
 
 
-def told(proof: Check, why: str) -> dict[str, str]:
-    """A proof that did not run."""
-    return {"name": proof.name, "sentence": proof.sentence, "why": why}
-
-
-def summary(
-    config: PreflightConfig,
-    results: Sequence[Any],
-    skipped: Sequence[dict[str, str]],
-    *,
-    seconds: float,
-    training_seconds: float | None,
-) -> list[str]:
-    """How many ran, what that cost, and which did not run and why."""
-    share = (
-        f", {seconds / training_seconds:.0%} of the {training_seconds:.0f} s that training will take, about"
-        if training_seconds
-        else ""
-    )
-    lines = [f"{config.level}: {len(results)} proofs in {seconds:.1f} s{share}"]
-    if skipped:
-        reasons = sorted({one["why"] for one in skipped})
-        lines += [
-            f"not run ({reason}): " + "; ".join(one["sentence"] for one in skipped if one["why"] == reason)
-            for reason in reasons
-        ]
+def summarize(config: PreflightConfig, result: PreflightResult) -> list[str]:
+    """Returns log lines: how many checks passed, what that cost, and which did not run and why."""
+    passed = sum(check["passed"] for check in result.checks)
+    share = ""
+    if result.training_seconds:
+        share = f", {result.seconds / result.training_seconds:.0%} of the training's"
+        share += f" estimated {result.training_seconds:.0f} s"
+    lines = [f"{config.level}: {passed} of {len(result.checks)} checks passed in {result.seconds:.1f} s{share}"]
+    for reason in sorted({check["why"] for check in result.skipped}):
+        sentences = [check["sentence"] for check in result.skipped if check["why"] == reason]
+        lines.append(f"not run ({reason}): {'; '.join(sentences)}")
     return lines
 
 
-def stop_where_failed(results: Sequence[dict[str, Any]], *, spared: Sequence[str]) -> None:
-    """
+def stop_where_failed(records: Sequence[CheckRecord], *, tolerated: Sequence[str]) -> None:
+    """Stops the run where a check failed.
+
     Args:
-        results: As the manifest has them.
-        spared: Proofs whose failure has another consequence.
+        records: The checks that ran.
+        tolerated: Names of checks after whose failure the run continues in another way.
 
     Raises:
-        TrainError: Another one failed.
+        TrainError: Another check failed.
     """
-    failed = [proof for proof in results if not proof["passed"] and proof["name"] not in spared]
+    failed = [record for record in records if not record.passed and record.name not in tolerated]
     if failed:
         lines = "; ".join(
-            f"{proof['sentence']}: {proof['figure']}, bound {proof['bound']}. Likely cause: {proof['cause']}"
-            for proof in failed
+            f"{record.sentence}: {record.figure}, bound {record.bound}. Likely cause: {record.cause}"
+            for record in failed
         )
-        raise TrainError(f"rehearse: {len(failed)} of {len(results)} proofs fail, so nothing is trained. {lines}")
+        raise TrainError(
+            f"preflight: {len(failed)} of {len(records)} checks failed, so nothing was trained. Failed: {lines}"
+        )
+
+
+def _names(checks: Sequence[dict[str, Any]]) -> str:
+    return ", ".join(check["name"] for check in checks)
+
+
+def _without_folder(result: PreflightResult) -> dict[str, Any]:
+    return {name: value for name, value in vars(result).items() if name != "folder"}

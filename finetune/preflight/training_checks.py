@@ -1,75 +1,71 @@
-"""The proofs that take steps, files and a second process."""
+"""Checks that take optimizer steps, files and a second process."""
 
 from __future__ import annotations
 
-import psutil
-import torch
 from datasets import load_from_disk
 from safetensors.torch import load_file
 
 from finetune.console import human_bytes
 from finetune.inference.adapted import free_memory
 from finetune.inference.fresh_process import run_in_fresh_process
+from finetune.memory import free_bytes
 from finetune.model.load import resident_bytes
-from finetune.preflight import overfit
 from finetune.preflight.context import CheckContext, CheckResult, CheckSkipped
+from finetune.preflight.overfit import FALL_BOUND, overfit_one_batch
 
-RELOADED_SHARE = 0.02
-"""Mean difference of the logits over their standard deviation: 0 was seen on a CPU; other kernels round to 8 bits, some 0.5 %.
-A base that was quantized again, or an adapter that was lost, is beyond 10 %."""
+RELOADED_BOUND = 0.02
+"""Mean difference of the logits over their standard deviation. The same kernels give 0; other kernels round to
+bfloat16, whose unit roundoff is 2^-8, which makes some 0.5 %. A base that was quantized again, or a lost adapter, is
+beyond 10 %."""
 
-SECOND_COPY = 1.5
-"""A base that is being loaded takes about so much more than it does afterwards."""
+LOADING_FACTOR = 1.5
+"""Memory of a base while it is being loaded over its memory afterwards."""
 
 
-def loss_falls_on_one_batch(context: CheckContext) -> CheckResult:
-    """The run's optimizer at its own rate, on the largest batch again and again."""
+def check_learning(context: CheckContext) -> CheckResult:
+    """Overfits the largest batch with the run's optimizer at its own learning rate."""
     rows = load_from_disk(str(context.data.folder / "train"))
     heldout = load_from_disk(str(context.data.folder / "heldout")) if context.data.heldout_rows else None
-    given = overfit.give(context, rows, heldout)
-    context.lesson, rate = given, context.job.optim.learning_rate
+    result = context.overfit_result = overfit_one_batch(context, rows, heldout)
+    losses, rate = result.losses, context.job.optim.learning_rate
+    steps = f"{len(losses)} steps of {result.tokens:,} tokens at learning rate {rate:g}"
     return CheckResult(
-        passed=given.fall >= overfit.FALL_SHARE,
-        figure=f"{given.losses[0]:.3f} -> {given.losses[-1]:.4f} in {len(given.losses)} steps at {rate:g}, each on {given.tokens:,} tokens",
-        bound=f"at least {overfit.FALL_SHARE:.0%} less",
+        passed=result.fall >= FALL_BOUND,
+        figure=f"{losses[0]:.3f} -> {losses[-1]:.4f} in {steps}",
+        bound=f"at least {FALL_BOUND:.0%} less",
     )
 
 
-def answers_end(context: CheckContext) -> CheckResult:
-    """Greedy generation after each learnt answer, the answer itself given."""
-    given = context.taught
-    if not given.answers:
-        raise CheckSkipped("no answer of the batch has an end of turn to stop at")
+def check_ending(context: CheckContext) -> CheckResult:
+    """Counts the trained answers after which greedy generation stops; the answer is part of the prompt."""
+    overfit = context.overfit
+    if not overfit.answers:
+        raise CheckSkipped("none of the batch's answers has an end of turn to stop at")
     return CheckResult(
-        passed=given.ended == given.answers,
-        figure=f"{given.ended} of {given.answers} after {len(given.losses)} steps",
+        passed=overfit.ended == overfit.answers,
+        figure=f"{overfit.ended} of {overfit.answers} after {len(overfit.losses)} steps",
         bound="all",
     )
 
 
-def files_hold_the_model(context: CheckContext) -> CheckResult:
-    """A fresh process loads base and saved adapter as the later stages do."""
-    given = context.taught
+def check_reload(context: CheckContext) -> CheckResult:
+    """Compares the logits in memory with those of a fresh process that loads base and adapter as later stages do."""
+    overfit, file = context.overfit, context.folder / "logits.safetensors"
     free_memory()
-    needed, there = SECOND_COPY * resident_bytes(context.model), free_bytes(context.device)
-    if needed > there:
-        raise CheckSkipped(
-            f"a second copy of the base needs {human_bytes(needed)} beside this one and {human_bytes(there)} are free"
-        )
+    needed, free = LOADING_FACTOR * resident_bytes(context.model), free_bytes(context.device)
+    if needed > free:
+        raise CheckSkipped(f"a second copy of the base needs {human_bytes(needed)} and {human_bytes(free)} are free")
     request = {
         "spec": context.spec,
-        "adapter": given.adapter, "input_ids": context.documents[0]["input_ids"], "logits": context.folder / "logits.safetensors",
-    }  # fmt: skip
+        "adapter": overfit.adapter,
+        "input_ids": context.rows.documents[0]["input_ids"],
+        "logits": file,
+    }
     run_in_fresh_process("finetune.preflight.reload", request, work=context.folder)
-    again = load_file(context.folder / "logits.safetensors")["logits"].to(given.logits)
-    share = float((again - given.logits).abs().mean() / given.logits.std())
+    difference = (load_file(file)["logits"].to(overfit.logits) - overfit.logits).abs()
+    share = float(difference.mean() / overfit.logits.std())
     return CheckResult(
-        passed=share <= RELOADED_SHARE,
-        figure=f"mean logit difference {share:.2%} of their spread, largest {float((again - given.logits).abs().max()):.3g}",
-        bound=f"{RELOADED_SHARE:.0%}",
+        passed=share <= RELOADED_BOUND,
+        figure=f"mean logit difference {share:.2%} of their standard deviation, largest {float(difference.max()):.3g}",
+        bound=f"{RELOADED_BOUND:.0%}",
     )
-
-
-def free_bytes(device: str) -> int:
-    """Memory that is free where the model lies."""
-    return int(torch.cuda.mem_get_info()[0] if device.startswith("cuda") else psutil.virtual_memory().available)

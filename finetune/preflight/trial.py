@@ -1,4 +1,4 @@
-"""The run's own trainer on a handful of rows: what it reports is what training would do, and nothing of it stays."""
+"""Runs the run's own trainer on a few rows and restores the model afterwards."""
 
 from __future__ import annotations
 
@@ -26,57 +26,78 @@ if TYPE_CHECKING:
     from finetune.trainable import TrainingJob
 
 MakeTrainer = Callable[..., Any]
-"""``finetune.train.trainer.make_trainer``, handed in because no stage imports another."""
+"""``finetune.train.trainer.make_trainer``, passed in because stages do not import each other."""
 
 QUIET: dict[str, Any] = {
-    "epochs": 1.0, "tokens_per_step": None, "group_by_length": False, "neftune_alpha": None, "patience": None, "select": "last",
-    "evaluations": 0, "checkpoints": 0, "log_steps": 1,
-}  # fmt: skip
-"""Settings of the train group that a trial does not take over: they make noise, or events that it does not ask for."""
+    "epochs": 1.0,
+    "tokens_per_step": None,
+    "group_by_length": False,
+    "neftune_alpha": None,
+    "patience": None,
+    "select": "last",
+    "checkpoints": 0,
+    "log_steps": 1,
+}
+"""Settings of the train group that a trial replaces: they add noise, or events that the trial has no use for."""
 
 STEADY: dict[str, Any] = {"schedule": "constant", "warmup": None, "warmup_steps": 0, "warmup_tokens": None}
-"""The optim group's peak rate from the first step on: a handful of steps has no time to warm up."""
+"""Settings of the optim group for the peak rate from the first step: a few steps leave no time to warm up."""
 
 
 class GradientRecorder:
-    """Stands where training has its guard: between the backward pass and the optimizer.
+    """Records losses and gradients in place of training's guard, between the backward pass and the optimizer.
 
     Attributes:
         losses: Of each optimizer step, in nats per trained token (sft) or per pair (dpo).
-        gradients: Of the last step, before they are clipped; only where asked for, and then the step is not taken.
+        gradients: Of the last step, before clipping; only with ``keeps_gradients``, and then the step is not taken.
     """
 
     def __init__(self, *, keeps_gradients: bool) -> None:
-        self.keeps_gradients, self._heard = keeps_gradients, 0.0
+        self.keeps_gradients, self._step_loss = keeps_gradients, 0.0
         self.losses: list[float] = []
         self.gradients: dict[str, Tensor] = {}
 
     def record_loss(self, loss: Tensor, *, rows: list[int], inputs: dict[str, Any]) -> Tensor:
-        self._heard += float(loss)
+        """Adds the loss of a micro-batch to that of its step, and returns it unchanged."""
+        self._step_loss += float(loss)
         return loss
 
     def clip_gradients(self, trainer: Any, model: nn.Module, *, max_norm: float) -> Tensor:
+        """Clips the gradients, or records and removes them; returns their norm before clipping."""
         trainer.accelerator.unscale_gradients()
-        self.losses.append(self._heard)
-        self._heard = 0.0
-        bare = trainer.accelerator.unwrap_model(model)
-        found = {name: p for name, p in bare.named_parameters() if p.grad is not None}
-        norm = torch.nn.utils.clip_grad_norm_(found.values(), math.inf if self.keeps_gradients else max_norm)
+        self.losses.append(self._step_loss)
+        self._step_loss = 0.0
+        named = trainer.accelerator.unwrap_model(model).named_parameters()
+        trained = {name: p for name, p in named if p.grad is not None}
+        norm = torch.nn.utils.clip_grad_norm_(trained.values(), math.inf if self.keeps_gradients else max_norm)
         if self.keeps_gradients:
-            self.gradients = {name: p.grad for name, p in found.items() if p.grad is not None}
-            for p in found.values():
-                p.grad = None  # an optimizer leaves a parameter without gradient alone
+            self.gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}
+            for p in trained.values():
+                p.grad = None  # an optimizer does not update a parameter without a gradient
         return norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpcomingTraining:
+    """What the run's trainer will do.
+
+    Attributes:
+        collator: Makes its micro-batches.
+        tokens: Tokens that it will read, estimated from the mean length of a row.
+    """
+
+    collator: Any
+    tokens: int
 
 
 @dataclass(kw_only=True)
 class TrialTrainer:
-    """Makes the run's own trainer for other rows than the run's.
+    """The run's own trainer, made for other rows than the run's.
 
     Attributes:
         job: The training that is about to start.
-        make_trainer: ``finetune.train.trainer.make_trainer``: the trainer that will train.
-        folder: Rows and checkpoints of a trial go into a folder in it that is deleted again.
+        make_trainer: ``finetune.train.trainer.make_trainer``.
+        folder: Parent of the temporary folder with the rows and checkpoints of a trial.
     """
 
     job: TrainingJob
@@ -84,28 +105,26 @@ class TrialTrainer:
     folder: Path
 
     @cached_property
-    def look(self) -> tuple[Any, int]:
-        """The collator that will make the run's micro-batches, and the tokens that the run will read, about."""
-        with TemporaryDirectory(dir=self.folder) as work, untouched(self.job.trainable.model):
-            trainer = self._make(Path(work), self.job, listener=GradientRecorder(keeps_gradients=False))
+    def upcoming(self) -> UpcomingTraining:
+        """Returns the collator that will make the run's micro-batches, and about how many tokens the run will read."""
+        with TemporaryDirectory(dir=self.folder) as work, restored(self.job.trainable.model):
+            trainer = self._make(Path(work), self.job, recorder=GradientRecorder(keeps_gradients=False))
             arguments = trainer.args
             rows = arguments.max_steps * arguments.gradient_accumulation_steps * arguments.per_device_train_batch_size
-            return trainer.data_collator, round(rows * self.job.data.tokens / self.job.data.packed_rows)
+            tokens = round(rows * self.job.data.tokens / self.job.data.packed_rows)
+            return UpcomingTraining(collator=trainer.data_collator, tokens=tokens)
 
     def gradients(self, rows: Sequence[dict[str, Any]], *, micro_batch: int) -> tuple[float, dict[str, Tensor]]:
-        """Loss and gradients of one optimizer step over all rows.
+        """Computes loss and gradients of one optimizer step over all rows.
 
         Args:
             rows: As they are in data/train.
-            micro_batch: Rows at once; the rest is accumulated.
+            micro_batch: Rows of a micro-batch; the micro-batches are accumulated.
         """
-        listener = GradientRecorder(keeps_gradients=True)
-        with (
-            without_dropout(self.job.trainable.model),
-            self.trained(rows, micro_batch=micro_batch, steps=1, listener=listener),
-        ):
-            pass
-        return listener.losses[0], listener.gradients
+        recorder = GradientRecorder(keeps_gradients=True)
+        trained = self.trained(rows, micro_batch=micro_batch, steps=1, recorder=recorder)
+        with without_dropout(self.job.trainable.model), trained:
+            return recorder.losses[0], recorder.gradients
 
     @contextlib.contextmanager
     def trained(
@@ -114,45 +133,46 @@ class TrialTrainer:
         *,
         micro_batch: int,
         steps: int,
-        listener: GradientRecorder,
+        recorder: GradientRecorder,
         callbacks: Sequence[TrainerCallback] = (),
         heldout: Sequence[dict[str, Any]] = (),
-        **events: int,
+        checkpoints: int = 0,
     ) -> Iterator[Path]:
-        """The model after some optimizer steps over these rows; before and after, it is what it was.
+        """Trains the model for a few optimizer steps over these rows, and restores it afterwards.
 
         Args:
             rows: Every step reads all of them.
-            micro_batch: Rows at once.
-            steps: At most; a callback may stop earlier.
-            listener: Hears losses and gradients.
+            micro_batch: Rows of a micro-batch.
+            steps: Upper limit; a callback may stop earlier.
+            recorder: Receives losses and gradients.
             callbacks: Of transformers.
-            heldout: Rows for an evaluation.
-            events: ``evaluations``, ``checkpoints``: how many, evenly spread.
+            heldout: Rows of one evaluation; without rows there is none.
+            checkpoints: Number of checkpoints.
 
-        Returns:
-            A folder with checkpoints/, deleted at the end.
+        Yields:
+            A folder with checkpoints/, which is deleted afterwards.
         """
         changes: dict[str, Any] = {
             **QUIET,
             "steps": steps,
             "micro_batch": micro_batch,
             "rows_per_step": len(rows),
-            **events,
+            "evaluations": int(bool(heldout)),
+            "evaluation_rows": max(1, len(heldout)),
+            "checkpoints": checkpoints,
         }
-        with TemporaryDirectory(dir=self.folder) as name, untouched(self.job.trainable.model):
+        with TemporaryDirectory(dir=self.folder) as name, restored(self.job.trainable.model):
             work = Path(name)
             job = dataclasses.replace(
                 self.job,
-                config=dataclasses.replace(self.job.config, **changes, evaluation_rows=max(1, len(heldout))),
+                config=dataclasses.replace(self.job.config, **changes),
                 optim=dataclasses.replace(self.job.optim, **STEADY),
-                data=self._written(work, rows, heldout),
+                data=self._write_data(work, rows, heldout),
             )
-            trainer = self._make(work, job, listener=listener, callbacks=callbacks)
-            trainer.train()
+            self._make(work, job, recorder=recorder, callbacks=callbacks).train()
             yield work
 
-    def _make(self, work: Path, job: TrainingJob, *, listener: GradientRecorder, callbacks: Any = ()) -> Any:
+    def _make(self, work: Path, job: TrainingJob, *, recorder: GradientRecorder, callbacks: Any = ()) -> Any:
         from finetune.launch.ranks import Ranks
 
         with contextlib.redirect_stdout(io.StringIO()):  # its log lines are about the trial
@@ -160,18 +180,20 @@ class TrialTrainer:
                 job,
                 folder=work,
                 progress=SimpleNamespace(tokens=0, trained=0),
-                guard=listener,
+                guard=recorder,
                 callbacks=callbacks,
                 ranks=Ranks({}),
             )
 
-    def _written(self, work: Path, rows: Sequence[dict[str, Any]], heldout: Sequence[dict[str, Any]]) -> PreparedData:
+    def _write_data(
+        self, work: Path, rows: Sequence[dict[str, Any]], heldout: Sequence[dict[str, Any]]
+    ) -> PreparedData:
         from datasets import Dataset
 
-        for name, some in (("train", rows), ("heldout", heldout)):
-            if some:
-                with contextlib.redirect_stderr(io.StringIO()):  # a bar for a handful of rows
-                    Dataset.from_list(list(some)).save_to_disk(str(work / name))
+        for name, part in (("train", rows), ("heldout", heldout)):
+            if part:
+                with contextlib.redirect_stderr(io.StringIO()):  # a progress bar for a few rows
+                    Dataset.from_list(list(part)).save_to_disk(str(work / name))
         tokens = sum(sum(row["seq_lengths"]) for row in rows)
         return dataclasses.replace(
             self.job.data, folder=work, tokens=tokens, packed_rows=len(rows), heldout_rows=len(heldout)
@@ -179,8 +201,8 @@ class TrialTrainer:
 
 
 @contextlib.contextmanager
-def untouched(model: Any) -> Iterator[None]:
-    """Afterwards the trainable weights are as before to the bit, and what trainers wrapped around the model is off again."""
+def restored(model: Any) -> Iterator[None]:
+    """Restores trainable weights to the bit, random state, and the attributes that trainers set on a model."""
     before = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
     attributes = [(module, dict(vars(module))) for module in (model, unwrap(model))]
     with torch.random.fork_rng():
@@ -190,14 +212,14 @@ def untouched(model: Any) -> Iterator[None]:
             model.zero_grad(set_to_none=True)
             for parameter, old in before:
                 parameter.data = parameter.data.to(old.dtype).copy_(old)
-            for module, own in attributes:  # a forward pass in autocast, or TRL's; marks of being prepared
+            for module, saved in attributes:  # e.g. a forward pass wrapped in autocast, and marks of being prepared
                 vars(module).clear()
-                vars(module).update(own)
+                vars(module).update(saved)
 
 
 @contextlib.contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Dropout draws another mask for each layout of the same rows."""
+    """Turns dropout off while the context is open: its mask would depend on the layout of the rows."""
     before = [(module, module.p) for module in model.modules() if isinstance(module, nn.Dropout)]
     try:
         for module, _ in before:

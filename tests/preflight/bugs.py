@@ -1,4 +1,4 @@
-"""Bugs that have ruined real fine-tunings, each as code that plants it; and the proof that has to catch it."""
+"""Bugs that have ruined real fine-tuning runs: code that plants each, and the check that has to catch it."""
 
 import dataclasses
 import json
@@ -19,13 +19,13 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Bug:
-    """One of them.
+    """A bug that is planted.
 
     Attributes:
-        name: As the table has it.
-        caught_by: Name of the proof.
-        plant: Spoils a scene.
-        level: The level that has this proof.
+        name: Its name in the table.
+        caught_by: Name of the check.
+        plant: Changes a scene.
+        level: The level that has this check.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Bug:
 
 
 def spoiled_batches(scene: Scene, spoil: Any) -> None:
-    """A trainer whose collator makes micro-batches and ``spoil`` then changes their labels."""
+    """Makes the trainer's collator replace the labels of its micro-batches by those of ``spoil``."""
     make = scene.make_trainer
 
     def spoiled(*arguments: Any, **inputs: Any) -> Any:
@@ -57,14 +57,14 @@ def drop_the_mask(scene: Scene, _: pytest.MonkeyPatch) -> None:
 
 
 def mask_the_answers(scene: Scene, _: pytest.MonkeyPatch) -> None:
-    def turned_round(batch: Any) -> Any:
+    def inverted(batch: Any) -> Any:
         return torch.where(batch["labels"] == IGNORED, batch["input_ids"], IGNORED)
 
-    spoiled_batches(scene, turned_round)
+    spoiled_batches(scene, inverted)
 
 
 def pad_is_the_end(scene: Scene, _: pytest.MonkeyPatch) -> None:
-    """Pad and end are one token, and padding is masked by its id."""
+    """Takes one token for pad and end, and masks padding by its id."""
     end = scene.trainable.tokenizer.eos_token_id
     spoiled_batches(scene, lambda batch: batch["labels"].masked_fill(batch["labels"] == end, IGNORED))
 
@@ -88,19 +88,21 @@ def never_train_the_end(scene: Scene, _: pytest.MonkeyPatch) -> None:
 
 
 def contaminate(scene: Scene, _: pytest.MonkeyPatch) -> None:
-    """Attention that knows neither positions nor borders: documents of a row read each other."""
-    decoder = scene.adapted.get_base_model().model
+    """Hides positions and borders from attention: documents of a row read each other."""
+    decoder = scene.model.get_base_model().model
     forward = decoder.forward
-    borders = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+    arguments_of_documents = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
     def contaminated(*arguments: Any, **inputs: Any) -> Any:
-        return forward(*arguments, **{name: value for name, value in inputs.items() if name not in borders})
+        return forward(
+            *arguments, **{name: value for name, value in inputs.items() if name not in arguments_of_documents}
+        )
 
     decoder.forward = contaminated
 
 
 def sum_the_means(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A micro-batch's own mean, added up: eight micro-batches make a step eight times as long."""
+    """Adds up the micro-batches' means: eight micro-batches make a step eight times as long."""
     from finetune.train.sft_trainer import Trainer
 
     def mean(self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
@@ -110,12 +112,12 @@ def sum_the_means(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def mean_the_means(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A micro-batch's own mean over the number of micro-batches: short answers count for more than long ones."""
+    """Averages the micro-batches' means: short answers count for more than long ones."""
     from finetune.train.sft_trainer import Trainer
 
     def mean(self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        own = (inputs["labels"] != IGNORED).sum() * self.args.gradient_accumulation_steps
-        return self.fusion.loss(self.accelerator.unwrap_model(model), inputs) / own
+        divisor = (inputs["labels"] != IGNORED).sum() * self.args.gradient_accumulation_steps
+        return self.fusion.loss(self.accelerator.unwrap_model(model), inputs) / divisor
 
     monkeypatch.setattr(Trainer, "compute_loss", mean)
 
@@ -125,12 +127,12 @@ def detach_the_loss(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
 
     sound = Trainer.compute_loss
     monkeypatch.setattr(
-        Trainer, "compute_loss", lambda *given, **named: sound(*given, **named).detach().requires_grad_()
+        Trainer, "compute_loss", lambda *arguments, **named: sound(*arguments, **named).detach().requires_grad_()
     )
 
 
 def parameter(scene: Scene, part: str) -> Any:
-    return next(p for name, p in scene.adapted.named_parameters() if part in name)
+    return next(p for name, p in scene.model.named_parameters() if part in name)
 
 
 def freeze_a_matrix(scene: Scene, _: pytest.MonkeyPatch) -> None:
@@ -142,16 +144,16 @@ def cut_a_gradient(scene: Scene, _: pytest.MonkeyPatch) -> None:
 
 
 def train_a_base_weight(scene: Scene, _: pytest.MonkeyPatch) -> None:
-    scene.adapted.get_base_model().model.norm.weight.requires_grad_(True)
+    scene.model.get_base_model().model.norm.weight.requires_grad_(True)
 
 
-def start_beside_zero(scene: Scene, _: pytest.MonkeyPatch) -> None:
+def start_away_from_zero(scene: Scene, _: pytest.MonkeyPatch) -> None:
     parameter(scene, "lora_B").data += 0.5
 
 
 def repack_in_evaluation(scene: Scene, _: pytest.MonkeyPatch) -> None:
-    """What bitsandbytes does on AVX512-BF16 CPUs, planted so that every CPU can try it."""
-    layer = next(iter(quantized_layers(scene.adapted).values()))
+    """Does what bitsandbytes does on AVX512-BF16 CPUs, on every CPU."""
+    layer = next(iter(quantized_layers(scene.model).values()))
 
     def repack(module: Any, inputs: Any, output: Any) -> None:
         if not module.training:
@@ -161,46 +163,46 @@ def repack_in_evaluation(scene: Scene, _: pytest.MonkeyPatch) -> None:
 
 
 def requantize_in_save(scene: Scene, _: pytest.MonkeyPatch) -> None:
-    """Saving packs the base again, with another block's constants."""
-    save = scene.adapted.save_pretrained
+    """Packs the base again in a save, with another block's constants."""
+    save = scene.model.save_pretrained
 
     def requantizing(*arguments: Any, **named: Any) -> None:
         save(*arguments, **named)
-        for layer in quantized_layers(scene.adapted).values():
+        for layer in quantized_layers(scene.model).values():
             layer.weight.quant_state.absmax = layer.weight.quant_state.absmax.roll(1)
             layer.weight.data = layer.weight.data.roll(1, 0)
 
-    scene.adapted.save_pretrained = requantizing
+    scene.model.save_pretrained = requantizing
 
 
 def change_in_evaluation(scene: Scene, _: pytest.MonkeyPatch) -> None:
-    """An evaluation that writes into the adapter: what is saved afterwards is another one."""
+    """Changes the adapter in an evaluation: what is saved afterwards differs."""
     matrix = parameter(scene, "lora_A")
 
     def drift(module: Any, inputs: Any, output: Any) -> None:
         if not module.training:
             matrix.data.mul_(1.001)
 
-    scene.adapted.get_base_model().register_forward_hook(drift)
+    scene.model.get_base_model().register_forward_hook(drift)
 
 
 def round_in_save(scene: Scene, _: pytest.MonkeyPatch) -> None:
-    """The adapter is written in so few bits that half of it is lost."""
-    save = scene.adapted.save_pretrained
+    """Writes the adapter in so few bits that half of it is lost."""
+    save = scene.model.save_pretrained
 
     def rounding(*arguments: Any, **named: Any) -> None:
-        before = [(p, p.detach().clone()) for p in scene.adapted.parameters() if p.requires_grad]
+        before = [(p, p.detach().clone()) for p in scene.model.parameters() if p.requires_grad]
         for p, _ in before:
             p.data = (p.data / p.data.abs().max()).round() * p.data.abs().max()
         save(*arguments, **named)
         for p, old in before:
             p.data = old
 
-    scene.adapted.save_pretrained = rounding
+    scene.model.save_pretrained = rounding
 
 
 def another_base(scene: Scene, _: pytest.MonkeyPatch) -> None:
-    """The base in memory was quantized otherwise than the run's settings say, so later stages load another one."""
+    """Makes later stages load a base that is quantized in another way than the one in memory."""
     spec = scene.trainable.spec
     scene.trainable.spec = dataclasses.replace(spec, quantization=dataclasses.replace(spec.quantization, method="fp4"))
 
@@ -229,8 +231,8 @@ def disk_too_small(scene: Scene, _: pytest.MonkeyPatch) -> None:
 
 
 def disk_full(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The disk takes no more while the adapter is being saved."""
-    save = scene.adapted.save_pretrained
+    """Fills the disk while the adapter is being saved."""
+    save = scene.model.save_pretrained
 
     def full(*arguments: Any, **named: Any) -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -240,7 +242,7 @@ def disk_full(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    scene.adapted.save_pretrained = full
+    scene.model.save_pretrained = full
 
 
 def double_a_gradient(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,8 +251,8 @@ def double_a_gradient(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 BUGS = (
-    Bug("mask dropped: questions are trained too", "trained_text", drop_the_mask),
-    Bug("mask the wrong way round: answers are not trained", "trained_text", mask_the_answers),
+    Bug("mask dropped: questions are trained on too", "trained_text", drop_the_mask),
+    Bug("mask inverted: answers are not trained on", "trained_text", mask_the_answers),
     Bug("pad token is the end of turn and masked by its id", "trained_text", pad_is_the_end),
     Bug("prepared rows are not those of the ledger", "trained_text", train_the_questions),
     Bug("end of turn is masked in the data", "trained_text", never_train_the_end),
@@ -260,17 +262,17 @@ BUGS = (
     Bug("an adapter matrix is frozen", "gradients", freeze_a_matrix),
     Bug("a kernel cuts a matrix's gradient off", "gradients", cut_a_gradient),
     Bug("a base weight trains", "gradients", train_a_base_weight),
-    Bug("B does not start at 0", "identity", start_beside_zero),
+    Bug("B does not start at 0", "identity", start_away_from_zero),
     Bug("an evaluation repacks 4-bit weights", "evaluation", repack_in_evaluation),
     Bug("a save quantizes the base again", "evaluation", requantize_in_save),
     Bug("an evaluation changes what is saved", "evaluation", change_in_evaluation),
     Bug("the disk is full while the adapter is saved", "evaluation", disk_full),
-    Bug("a fused kernel returns twice the gradient", "speed", double_a_gradient),
-    Bug("the merge needs more memory than there is", "room", too_large_to_merge),
-    Bug("the checkpoints need more disk than there is", "room", disk_too_small),
+    Bug("a fused kernel returns twice the gradient", "fused_layers", double_a_gradient),
+    Bug("the merge needs more memory than there is", "memory_and_disk", too_large_to_merge),
+    Bug("the checkpoints need more disk than there is", "memory_and_disk", disk_too_small),
     Bug("the learning rate is 0", "learning", stand_still, "full"),
     Bug("the loss is detached from the model", "learning", detach_the_loss, "full"),
-    Bug("the end of turn is never trained", "ending", never_train_the_end, "full"),
+    Bug("the end of turn is never trained on", "ending", never_train_the_end, "full"),
     Bug("the adapter is saved in too few bits", "reload", round_in_save, "full"),
     Bug("later stages load another base", "reload", another_base, "full"),
 )

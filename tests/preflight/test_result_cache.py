@@ -1,4 +1,4 @@
-"""What was proved of the very same is not proved again; anything else is."""
+"""A preflight that passed is not repeated with the same inputs, and is repeated with any other."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,12 +18,12 @@ def changed(job: TrainingJob, **trainable: Any) -> TrainingJob:
 
 
 def test_a_preflight_is_found_by_what_decides_it(scene: Scene, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    monkeypatch.undo()  # the scene hides what the cache has
+    monkeypatch.undo()  # the scene replaces `find`
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
     name = result_cache.name_of(CONFIG, scene.job, until="report")
     assert result_cache.find(name) is None
     (tmp_path / "trained_text.txt").write_text("an answer")
-    result_cache.keep(name, {"checks": [{"name": "identity"}]}, tmp_path)
+    result_cache.remember(name, {"checks": [{"name": "identity"}]}, tmp_path)
     same = changed(scene.job, model=object())
     assert result_cache.find(result_cache.name_of(CONFIG, same, until="report")) == {"checks": [{"name": "identity"}]}
     (tmp_path / "trained_text.txt").unlink()
@@ -65,9 +65,9 @@ def test_other_code_is_another_preflight(scene: Scene, monkeypatch: pytest.Monke
     assert result_cache.name_of(CONFIG, scene.job, until="report") != before
 
 
-def test_a_damaged_memory_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_a_damaged_file_is_ignored(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
     (tmp_path / "trained_text.txt").write_text("an answer")
-    result_cache.keep("a", {}, tmp_path)
+    result_cache.remember("a", {}, tmp_path)
     (tmp_path / "preflights" / "a.json").write_text("{")
     assert result_cache.find("a") is None

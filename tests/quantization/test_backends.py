@@ -225,7 +225,7 @@ def test_the_merge_is_the_trained_graph_and_peft_s_own_is_not(
 
 
 @each_library
-def test_the_rehearsal_s_proofs_hold(
+def test_the_checks_of_the_preflight_pass(
     scene: Scene,
     tiny_base: Path,
     config: QuantizationConfig,
@@ -234,9 +234,9 @@ def test_the_rehearsal_s_proofs_hold(
     scene.trainable.spec = model_spec(tiny_base, config)
     scene.trainable.fusion = apply_fusion(scene.trainable.model, KERNELS, placement=PLACEMENT, checkpointing="none")
     assert not scene.trainable.fusion.choice.fused, "its layers compute in their own way"
-    found = {proof["name"]: proof for proof in scene.run_preflight().checks}
-    assert found["evaluation"]["passed"], found["evaluation"]
-    assert all(proof["passed"] for proof in found.values()), found
+    checks = {check["name"]: check for check in scene.run_preflight().checks}
+    assert checks["evaluation"]["passed"], checks["evaluation"]
+    assert all(check["passed"] for check in checks.values()), checks
 
 
 def test_groups_that_do_not_divide_a_layer_are_refused(tiny_base: Path) -> None:

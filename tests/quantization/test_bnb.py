@@ -42,9 +42,7 @@ def test_the_head_stays_in_full_precision(tiny_base: Path) -> None:
 
 def test_parameters_are_counted_as_if_dense(tiny_base: Path) -> None:
     dense, quantized = load(tiny_base, "none"), load(tiny_base, "nf4", double=True)
-    assert (
-        parameter_count(quantized) == parameter_count(dense) == sum(p.numel() for p in dense.parameters())
-    )
+    assert parameter_count(quantized) == parameter_count(dense) == sum(p.numel() for p in dense.parameters())
 
 
 def test_4_bit_weights_take_fewer_bytes_than_dense_ones(tiny_base: Path) -> None:
