@@ -157,7 +157,8 @@ def test_the_wheel_brings_configuration_and_data(tmp_path: Path) -> None:
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)],
         check=True,
     )
-    load = "from finetune.config import load; from finetune.paths import CONF; print(CONF, load(['+experiment=quickstart']).data.path)"
+    load = "from finetune.config import load; from finetune.paths import CONF; "
+    load += "print(CONF, load(['+experiment=quickstart']).data.path)"
     code = f"import sys; sys.path.insert(0, {str(target)!r}); {load}"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     conf, rows = answer.stdout.split()
