@@ -81,7 +81,7 @@ def test_shortage_of_one_process_ends_all_with_what_to_do(tmp_path: Path, tiny_b
     )
     said = [" ".join(output.split()) for _, output in ended]
     assert [code for code, _ in ended] == [2, 2], said
-    assert "which launch=fsdp cannot mend on the way. Use train.micro_batch=2" in said[1]
+    assert "and launch=fsdp cannot retry by itself. Use train.micro_batch=2" in said[1]
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ def test_node_that_dies_ends_the_other_and_a_restart_goes_on(
         "tracking=[]",
         "train.checkpoints=10",
     ]
-    monkeypatch.setattr(check, "SILENCE_SECONDS", 6)
+    monkeypatch.setattr(check, "HEARTBEAT_TIMEOUT_SECONDS", 6)
     assert check.two_machines(tmp_path / "outputs", settings, troubles=[(10, "killed", 1)], steps=100)
     said = capsys.readouterr().out
     assert "node 1 killed: the other ended after" in said
