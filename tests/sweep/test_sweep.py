@@ -154,7 +154,7 @@ def test_a_stopped_sweep_continues_and_a_failed_job_stays_in_the_table(
     assert failed.reason.startswith("lora.targets: query match no linear layer")
     assert json.loads((done.folder / "train" / "manifest.json").read_text())["product"]["resumed_from"] > 0
     capsys.readouterr()
-    assert main(["report", "sweep=targets", f"run.root={tmp_path / 'outputs'}"]) == 0
+    assert main(["report", "--sweep", "targets", f"run.root={tmp_path / 'outputs'}"]) == 0
     assert "2 jobs: 1 done, 1 failed" in capsys.readouterr().out
     jobs = json.loads((folder / "report.json").read_text())["jobs"]
     assert [job["changed"] for job in jobs] == [{"lora.targets": "[q_proj]"}, {"lora.targets": "[query]"}]
