@@ -87,7 +87,7 @@ def run_stages(run: Run) -> Iterator[str]:
     spec = with_skip_modules(spec, folder, data)
     ranks.put("data", not folder.is_done("train"))  # the others load the model now, or are not needed
     training = spec.key() | {"lora": config.lora, "kernels": config.kernels, "data.sha256": data.fingerprint}
-    with trainable_model(config, spec, data, stage=folder.timed_stage("model")) as load:
+    with trainable_model(config, spec, tokenizer, data, stage=folder.timed_stage("model")) as load:
         if not (folder.is_done("preflight") and folder.is_done("train")):
             load()
         yield "model"
@@ -217,7 +217,7 @@ def run_worker(config: RunConfig, *, ranks: Ranks) -> None:
     set_threads(placement, processes=ranks.local_count)
     data = folder.product("data", PreparedData)
     spec = with_skip_modules(ModelSpec.resolve(config, placement), folder, data)
-    with trainable_model(config, spec, data, stage=nullcontext({})) as load:
+    with trainable_model(config, spec, spec.load_tokenizer(), data, stage=nullcontext({})) as load:
         trainable = load()
         ranks.get("preflight")
         preflight = folder.product("preflight", PreflightResult)
@@ -232,11 +232,7 @@ def with_skip_modules(spec: ModelSpec, folder: RunFolder, data: PreparedData) ->
         "quantization",
         SkippedLayers,
         lambda out: choose_skip_modules(spec, folder=out, data=data),
-        key=spec.key()
-        | {
-            "quantization.skip_modules_mib": spec.quantization.skip_modules_mib,
-            "data.sha256": data.fingerprint,
-        },
+        key=spec.key() | {"quantization": spec.quantization, "data.sha256": data.fingerprint},
     )
     return dataclasses.replace(spec, quantization=kept.apply_to(spec.quantization))
 

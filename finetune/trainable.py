@@ -81,13 +81,19 @@ class TrainingJob:
 
 @contextmanager
 def trainable_model(
-    config: RunConfig, spec: ModelSpec, data: PreparedData, *, stage: AbstractContextManager[dict[str, Any]]
+    config: RunConfig,
+    spec: ModelSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreparedData,
+    *,
+    stage: AbstractContextManager[dict[str, Any]],
 ) -> Iterator[Callable[[], TrainableModel]]:
     """Yields a function that loads the trainable model on its first call; frees the model at the end.
 
     Args:
         config: The whole configuration.
         spec: The base and how it is loaded.
+        tokenizer: Its tokenizer.
         data: Training rows, which ``lora.variant=eva`` starts from.
         stage: Entered while the model loads; it yields a dict that receives the manifest's facts about the model.
     """
@@ -95,7 +101,7 @@ def trainable_model(
     @cache
     def load() -> TrainableModel:
         with stage as facts:
-            trainable = load_trainable_model(config, spec, data)
+            trainable = load_trainable_model(config, spec, tokenizer, data)
             facts.update(describe(trainable))
         return trainable
 
@@ -107,7 +113,9 @@ def trainable_model(
         free_memory()
 
 
-def load_trainable_model(config: RunConfig, spec: ModelSpec, data: PreparedData) -> TrainableModel:
+def load_trainable_model(
+    config: RunConfig, spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, data: PreparedData
+) -> TrainableModel:
     """Loads the quantized base, attaches a new adapter and fuses layers.
 
     Garbage collection is off from the start of a run until here: scanning a million live objects would take a tenth of
@@ -141,7 +149,7 @@ def load_trainable_model(config: RunConfig, spec: ModelSpec, data: PreparedData)
     gc.enable()
     return TrainableModel(
         model=adapted,
-        tokenizer=spec.load_tokenizer(),
+        tokenizer=tokenizer,
         spec=spec,
         lora=config.lora,
         fusion=fusion,

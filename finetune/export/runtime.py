@@ -21,6 +21,9 @@ def run_snippet(request: dict[str, Any]) -> dict[str, Any]:
     """
     import torch
 
+    from finetune.quantization.bnb import quiet_imports
+
+    quiet_imports()
     torch.set_num_threads(request["threads"])
     os.chdir(request["folder"])
     names = runpy.run_path(request["snippet"])

@@ -50,8 +50,5 @@ def run_in_fresh_process(
 
 def serve_request(function: Callable[[dict[str, Any]], Any]) -> None:
     """Reads the request file named on the command line, and writes what ``function(request)`` returns."""
-    from finetune.quantization.bnb import quiet_imports
-
-    quiet_imports()
     request_file, result_file = Path(sys.argv[1]), Path(sys.argv[2])
     write_json(result_file, to_jsonable(function(json.loads(request_file.read_text()))))

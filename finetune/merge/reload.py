@@ -14,6 +14,10 @@ from finetune.trust import check_remote_code
 def remeasure(request: dict[str, Any]) -> KLResult:
     """Compares the model in a folder with the reference that an earlier process recorded."""
     import torch
+
+    from finetune.quantization.bnb import quiet_imports
+
+    quiet_imports()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     spec = read_spec(request["spec"])

@@ -50,9 +50,6 @@ NOT_IN_FINGERPRINT = (
 ROUNDING = ("fused", "loss_on_trained_tokens", "native", "tiles")
 """Kernel choices that round differently from their alternatives, so a run that continues must choose them again."""
 
-PLACED = ("device", "dtype", "attention", "optimizer")
-"""Fields of the placement that change a result."""
-
 TrainingFingerprint = dict[str, Any]
 
 
@@ -90,7 +87,7 @@ def fingerprint_training(job: TrainingJob) -> TrainingFingerprint:
         **_prefixed("optim", to_jsonable(job.optim)),
         **_prefixed("kernels", {name: fusion.enabled and getattr(fusion.choice, name) for name in ROUNDING}),
         **_prefixed("train", train),
-        **_prefixed("placement", {name: getattr(placement, name) for name in PLACED}),
+        **_prefixed("placement", placement.key()),
         "packing": trainable.packing,
         "run.seed": job.seed,
     }
