@@ -15,8 +15,9 @@ import finetune
 from finetune.config import RunConfig, to_yaml
 from finetune.files import atomic_write_text
 from finetune.hardware import Machine, Placement, place, probe
+from finetune.jsonable import to_jsonable
 from finetune.paths import CONF, PACKAGE
-from finetune.run import to_jsonable, write_json
+from finetune.run import write_json
 
 PACKAGES = (
     "torch",

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from finetune import environment, hardware
 from finetune.config import RunConfig, to_dict
@@ -21,6 +21,7 @@ from finetune.export.needs import check_packages
 from finetune.hardware import Machine, Placement
 from finetune.hardware.place import set_threads
 from finetune.inference.adapted import check_adapter
+from finetune.jsonable import to_jsonable
 from finetune.launch import Ranks
 from finetune.launch.logs import log_to_file
 from finetune.launch.start import check_launch
@@ -35,11 +36,14 @@ from finetune.provenance import warn_unused_overrides
 from finetune.quantization import choose_skip_modules
 from finetune.quantization.backends import check_installed
 from finetune.quantization.sensitivity import SkippedLayers
-from finetune.report import report
-from finetune.run import STAGES, RunFolder, fingerprint, to_jsonable
+from finetune.report import ReportFiles, report
+from finetune.run import STAGES, RunFolder, fingerprint
 from finetune.tracking import Trackers, figures, open_trackers
 from finetune.train import join_training, train_adapter
 from finetune.trainable import TrainableModel, TrainingJob, trainable_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,16 +70,10 @@ class Run:
 def run_stages(run: Run) -> Iterator[str]:
     """Runs the stages in order and yields each one's name when it is done."""
     config, folder, seed, ranks = run.config, run.folder, run.config.run.seed, run.ranks
-    with folder.timed_stage("plan") as facts:
-        planned = plan(config, run.machine)
-        facts.update(to_jsonable(planned))
-    show(planned)
+    show_plan(run)
     yield "plan"
 
-    set_threads(run.placement, processes=ranks.local_count)
-    spec = ModelSpec.resolve(config, run.placement)
-    tokenizer = spec.load_tokenizer()
-    log("model", describe_padding(tokenizer))
+    spec, tokenizer = resolve_model(run)
     data = folder.stage(
         "data",
         PreparedData,
@@ -92,16 +90,15 @@ def run_stages(run: Run) -> Iterator[str]:
             load()
         yield "model"
 
+        def job(preflight: PreflightResult | None = None) -> TrainingJob:
+            return training_job(config, load(), data, preflight)
+
         with ranks.hidden():
             preflight = folder.stage(
                 "preflight",
                 PreflightResult,
                 lambda out: run_preflight(
-                    config.preflight,
-                    folder=out,
-                    job=training_job(config, load(), data),
-                    make_trainer=import_trainer(),
-                    until=config.run.until,
+                    config.preflight, folder=out, job=job(), make_trainer=import_trainer(), until=config.run.until
                 ),
                 key=training | {"preflight": config.preflight, "run.seed": seed},
             )
@@ -111,17 +108,14 @@ def run_stages(run: Run) -> Iterator[str]:
         adapter = folder.stage(
             "train",
             TrainedAdapter,
-            lambda out: train_adapter(
-                training_job(config, load(), data, preflight), folder=out, trackers=run.trackers, ranks=ranks
-            ),
+            lambda out: train_adapter(job(preflight), folder=out, trackers=run.trackers, ranks=ranks),
             key=training | {"train": config.train.key(), "optim": config.optim, "run.seed": seed},
         )
     ranks.shutdown()
     set_threads(run.placement)
     yield "train"
 
-    origin = {"data.sha256": data.fingerprint, "adapter.sha256": adapter.adapter_sha256, "run.seed": seed}
-    trained = spec.key() | origin
+    trained = spec.key() | {"data.sha256": data.fingerprint, "adapter.sha256": adapter.adapter_sha256, "run.seed": seed}
     merged = folder.stage(
         "merge",
         MergedModel,
@@ -224,6 +218,23 @@ def run_worker(config: RunConfig, *, ranks: Ranks) -> None:
         join_training(training_job(config, trainable, data, preflight), ranks=ranks)
 
 
+def show_plan(run: Run) -> None:
+    """Computes, prints and records what the run will take."""
+    with run.folder.timed_stage("plan") as facts:
+        planned = plan(run.config, run.machine)
+        facts.update(to_jsonable(planned))
+    show(planned)
+
+
+def resolve_model(run: Run) -> tuple[ModelSpec, PreTrainedTokenizerBase]:
+    """Sets the number of threads, finds the base's files and loads its tokenizer."""
+    set_threads(run.placement, processes=run.ranks.local_count)
+    spec = ModelSpec.resolve(run.config, run.placement)
+    tokenizer = spec.load_tokenizer()
+    log("model", describe_padding(tokenizer))
+    return spec, tokenizer
+
+
 def with_skip_modules(spec: ModelSpec, folder: RunFolder, data: PreparedData) -> ModelSpec:
     """Chooses the layers that ``quantization.skip_modules_mib`` pays for; returns the spec with them."""
     if not spec.quantization.skip_modules_mib:
@@ -276,7 +287,7 @@ def validate_environment(config: RunConfig, placement: Placement) -> None:
         )
 
 
-def log_artifacts(trackers: Trackers, folder: RunFolder, files: Any) -> None:
+def log_artifacts(trackers: Trackers, folder: RunFolder, files: ReportFiles) -> None:
     """Sends the report and the adapter to the trackers; config and metrics are there already."""
     trackers.artifact(files.html, name="report", kind="report")
     adapter = folder.path / "train" / "adapter"

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from finetune.jsonable import EMPTY_NONE, OMIT_NONE
+from finetune.scores import ArtifactScores, CandidateScores, ComparedScores, Difference, LossScores, Parity
+
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedData:
@@ -42,27 +45,59 @@ class PreparedData:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckRecord:
+    """A check that ran.
+
+    Attributes:
+        name: Of the check, e.g. ``packing``.
+        passed: Whether the figure is within the bound.
+        figure: What was measured.
+        bound: What is allowed.
+        sentence: The statement that was checked.
+        cause: The likely cause of a failure.
+        seconds: Duration.
+    """
+
+    name: str
+    passed: bool
+    figure: str
+    bound: str
+    sentence: str
+    cause: str
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkippedCheck:
+    """A check that did not run, and why."""
+
+    name: str
+    sentence: str
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class PreflightResult:
     """The checks, in the order in which they ran.
 
     Attributes:
         folder: Holds trained_text.txt, the text of the first batch that has a loss.
-        checks: ``{"name", "passed", "figure", "bound", "sentence", "cause", "seconds"}`` each.
+        checks: Those that ran.
         packing_is_isolated: Whether documents packed into one row cannot attend to each other; true where it was
             not checked.
         fused_layers_are_exact: Whether fused kernels give the gradient of the plain layers; true where it was not
             checked.
-        skipped: ``{"name", "sentence", "why"}`` of each check that did not run.
+        skipped: Those that did not.
         seconds: Duration of the checks.
         training_seconds: Estimated duration of training; None where no gradient was timed.
         day: When the checks ran; before this run where an earlier result for the same inputs is used.
     """
 
     folder: Path
-    checks: list[dict[str, Any]]
+    checks: list[CheckRecord]
     packing_is_isolated: bool
     fused_layers_are_exact: bool
-    skipped: list[dict[str, str]] = field(default_factory=list)
+    skipped: list[SkippedCheck] = field(default_factory=list)
     seconds: float = 0.0
     training_seconds: float | None = None
     day: str = ""
@@ -118,77 +153,6 @@ class TrainedAdapter:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossScores:
-    """A model's loss on the held-out rows, in nats per trained token, with its 95 % interval."""
-
-    loss: float
-    loss_low: float
-    loss_high: float
-    perplexity: float
-    tokens: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Difference:
-    """A paired difference with its 95 % interval."""
-
-    difference: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComparedScores:
-    """A model's loss as in `LossScores`, and its distance from the trained model.
-
-    Attributes:
-        loss_difference: From the trained model's loss, paired by row.
-        kl: Mean KL(trained model || this one), in nats per token.
-        top1_agreement: Share of positions where both rank the same token first.
-        max_difference: Largest difference of a log-probability.
-        compared_tokens: Positions that the distances were measured on.
-    """
-
-    loss: float
-    loss_low: float
-    loss_high: float
-    perplexity: float
-    tokens: int
-    loss_difference: Difference
-    kl: float
-    top1_agreement: float
-    max_difference: float
-    compared_tokens: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class CandidateScores:
-    """One way to merge, with the figures of `ComparedScores`.
-
-    Attributes:
-        name: ``dequantized`` or ``original``.
-        bytes: Size of its weights.
-        adapted_weights: Number of weights in tensors that the adapter changes.
-        changed_weights: Number of those that differ from the base after rounding.
-    """
-
-    name: str
-    loss: float
-    loss_low: float
-    loss_high: float
-    perplexity: float
-    tokens: int
-    loss_difference: Difference
-    kl: float
-    top1_agreement: float
-    max_difference: float
-    compared_tokens: int
-    bytes: int
-    adapted_weights: int
-    changed_weights: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class MergedModel:
     """One dense model, made of base and adapter.
 
@@ -221,24 +185,40 @@ class Scores:
 
     Attributes:
         folder: Holds ``samples.jsonl``: each row's prompt, reference and all answers with their scores.
-        artifacts: ``base``, ``base_quantized``, ``adapter``, ``merged``: ``{"loss", "loss_low", "loss_high",
-            "perplexity", "tokens", "token_accuracy", "metrics": {name: {"value", "low", "high"}}, "stop_rate",
-            "mean_tokens", "repetition", "general_loss": {"value", "low", "high"}}``. ``stop_rate``, ``mean_tokens`` and
-            ``repetition`` are present where answers were generated; ``general_loss``, in nats per token, where
-            ``eval.general_text`` names a text.
-        changes: ``quantization``, ``tuning``, ``merge``, ``total``: ``{figure: {"difference", "low", "high"}}``,
-            paired by row, 95 %.
+        artifacts: The figures of ``base``, ``base_quantized``, ``adapter``, ``merged``.
+        changes: By ``quantization``, ``tuning``, ``merge``, ``total``: the difference of each figure, paired by row.
         rows: Number of rows with generated answers.
         loss_rows: Number of rows that the loss was measured on.
         missed: One sentence for each threshold of ``eval.gate`` that is not met.
     """
 
     folder: Path
-    artifacts: dict[str, dict[str, Any]]
-    changes: dict[str, dict[str, dict[str, float]]]
+    artifacts: dict[str, ArtifactScores]
+    changes: dict[str, dict[str, Difference]]
     rows: int
     loss_rows: int
     missed: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportResult:
+    """One exported file or folder.
+
+    Attributes:
+        format: As in ``export.<name>.format``.
+        path: Relative to the run folder.
+        bytes: Size of all its files.
+        sha256: Over its weight files.
+        parity: The comparison with its model in its own runtime; None where the format has no runtime.
+        notes: What a user of the file should know, one sentence each; None where the format has none.
+    """
+
+    format: str
+    path: str
+    bytes: int
+    sha256: str
+    parity: Parity | None = field(default=None, metadata=EMPTY_NONE)
+    notes: list[str] | None = field(default=None, metadata=OMIT_NONE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,9 +227,8 @@ class Exports:
 
     Attributes:
         folder: The stage's folder; each export is in it under its name.
-        exports: ``{"format", "path", "bytes", "sha256", "parity"}`` each; ``path`` is relative to the run folder, and
-            ``parity`` has the results of its runtime with their bounds (empty where the format has no runtime).
+        exports: In the order of writing.
     """
 
     folder: Path
-    exports: list[dict[str, Any]]
+    exports: list[ExportResult]

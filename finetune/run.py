@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
 from finetune.console import log
 from finetune.errors import ConfigError
 from finetune.files import atomic_write_text, require_disk
+from finetune.jsonable import from_json, to_jsonable
 from finetune.memory import PeakMemory
 
 IF_EXISTS = ("fail", "resume", "overwrite")
@@ -27,7 +27,6 @@ SCHEMA = 2
 SMALLEST_FREE_DISK_BYTES = 64 * 1024**2
 
 Product = TypeVar("Product")
-Value = TypeVar("Value")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -228,38 +227,6 @@ def fingerprint(content: Any) -> str:
     if isinstance(plain, dict):
         plain.pop("folder", None)
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
-
-
-def to_jsonable(value: Any) -> Any:
-    """Converts dataclasses, paths and tuples to JSON values."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_jsonable(getattr(value, f.name)) for f in dataclasses.fields(value) if f.repr}
-    if isinstance(value, dict):
-        return {str(key): to_jsonable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_jsonable(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    return value
-
-
-def from_json(target: type[Value], value: Any) -> Value:
-    """Converts JSON values back to a dataclass: the inverse of `to_jsonable` for dataclasses, paths and lists."""
-    return cast(Value, _from_json(target, value))
-
-
-def _from_json(target: Any, value: Any) -> Any:
-    if dataclasses.is_dataclass(target):
-        types = get_type_hints(target)
-        return target(**{name: _from_json(types.get(name), item) for name, item in value.items()})  # type: ignore[operator]
-    origin, arguments = get_origin(target), get_args(target)
-    if origin in (Union, UnionType):  # always "X | None" here
-        return None if value is None else _from_json(arguments[0], value)
-    if isinstance(value, list) and arguments:
-        return [_from_json(arguments[0], item) for item in value]
-    if isinstance(value, dict) and arguments:
-        return {key: _from_json(arguments[1], item) for key, item in value.items()}
-    return Path(value) if target is Path else value
 
 
 def write_json(file: Path, content: Any) -> None:

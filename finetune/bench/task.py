@@ -13,6 +13,7 @@ from finetune.errors import ConfigError
 
 if TYPE_CHECKING:
     from finetune.model import ModelSpec
+    from finetune.scores import Difference
 
 BATCH_ROWS = 16
 BATCH_TOKENS = 2048
@@ -105,6 +106,6 @@ def scores(model: Any, spec: ModelSpec, task: Task, rows: list[dict[str, Any]]) 
     return [METRICS[task.metric](text, row) for text, row in zip(texts, rows, strict=True)]
 
 
-def change_figures(change: Any) -> dict[str, float]:
-    """Rounds a difference of `finetune.inference.bootstrap` for the tables' JSON."""
-    return {"difference": round(change.value, 4), "low": round(change.low, 4), "high": round(change.high, 4)}
+def change_figures(change: Difference) -> dict[str, float]:
+    """Rounds a difference for the tables' JSON."""
+    return {"difference": round(change.difference, 4), "low": round(change.low, 4), "high": round(change.high, 4)}

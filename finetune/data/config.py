@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.run import to_jsonable
+from finetune.jsonable import to_jsonable
 
 FORMATS = (
     "auto",

@@ -3,8 +3,8 @@
 Example::
 
     scores = evaluate(config.eval, folder=folder, spec=spec, adapter=adapter, merged=merged, data=data, seed=1)
-    scores.artifacts["merged"]["loss"]
-    scores.changes["tuning"]["loss"]  # {"difference", "low", "high"}
+    scores.artifacts["merged"].loss
+    scores.changes["tuning"]["loss"].difference
 """
 
 from finetune.eval.config import EvalConfig

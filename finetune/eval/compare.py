@@ -15,6 +15,7 @@ from numpy import ndarray
 from finetune.errors import ConfigError, EvalError
 from finetune.inference.bootstrap import Bootstrap, Ratio, mean_of, perplexity
 from finetune.inference.rows import open_dataset
+from finetune.jsonable import to_jsonable
 from finetune.run import write_json
 
 Key = tuple[str, int]
@@ -207,7 +208,7 @@ def _figure(
     bootstrap: Bootstrap, before: Ratio, after: Ratio, *, shape: Callable[[ndarray], ndarray] = np.asarray
 ) -> dict[str, Any]:
     levels = [float(shape(np.array([ratio.value]))[0]) for ratio in (before, after)]
-    return {"levels": levels, **bootstrap.difference(before, after, shape=shape).change}
+    return {"levels": levels, **to_jsonable(bootstrap.difference(before, after, shape=shape))}
 
 
 def _changed_answers(name: str, first: RunResults, second: RunResults, rows: list[Key]) -> list[dict[str, Any]]:

@@ -2,17 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from finetune.eval.config import ARTIFACTS, CHANGES, LOWER_IS_BETTER, EvalConfig
+from finetune.eval.config import ANSWERS, ARTIFACTS, CHANGES, LOWER_IS_BETTER, EvalConfig
 from finetune.eval.metrics import METRICS, repetition
 from finetune.eval.records import Record
 from finetune.inference.bootstrap import Bootstrap, Ratio, mean_of, perplexity, token_loss
 from finetune.inference.rows import Row
-from finetune.run import to_jsonable
-
-Change = dict[str, float]
-"""``{"difference", "low", "high"}``."""
+from finetune.scores import AnswerScores, ArtifactScores, Difference, Interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,52 +55,54 @@ def tabulate(
     return Table(losses=losses, general=general, answers=answers, texts=texts)
 
 
-def levels(table: Table, records: dict[str, Record], *, config: EvalConfig, seed: int) -> dict[str, dict[str, Any]]:
-    """Returns each artifact's figures: ``loss``, ``perplexity``, ``token_accuracy``, ``metrics`` with intervals, ..."""
-    artifacts: dict[str, dict[str, Any]] = {}
+def levels(table: Table, records: dict[str, Record], *, config: EvalConfig, seed: int) -> dict[str, ArtifactScores]:
+    """Returns the figures of each artifact."""
+    artifacts: dict[str, ArtifactScores] = {}
     for name in ARTIFACTS:
         loss = _bootstrap(table.losses[name], config, seed).loss(table.losses[name])
         correct = sum(row.correct for row in records[name].losses)
-        figures = {**to_jsonable(loss), "token_accuracy": correct / max(loss.tokens, 1)}
-        figures |= answer_levels(table.answers[name], config=config, seed=seed)
-        if table.general:
-            general = table.general[name]
-            figures["general_loss"] = _bootstrap(general, config, seed).level(general).level
-        artifacts[name] = figures
+        general = table.general.get(name)
+        artifacts[name] = ArtifactScores(
+            **vars(loss),
+            token_accuracy=correct / max(loss.tokens, 1),
+            **vars(answer_levels(table.answers[name], config=config, seed=seed)),
+            general_loss=_bootstrap(general, config, seed).level(general) if general else None,
+            harness=records[name].harness,
+        )
     return artifacts
 
 
-def answer_levels(answers: dict[str, Ratio], *, config: EvalConfig, seed: int) -> dict[str, Any]:
-    """Returns ``metrics`` with intervals, and the other figures of the answers."""
+def answer_levels(answers: dict[str, Ratio], *, config: EvalConfig, seed: int) -> AnswerScores:
+    """Returns the metrics with intervals, and the other figures of the answers."""
     metrics = {figure: ratio for figure, ratio in answers.items() if figure in config.metrics}
-    others = {figure: ratio.value for figure, ratio in answers.items() if figure not in config.metrics}
-    intervals = {name: _bootstrap(ratio, config, seed).level(ratio).level for name, ratio in metrics.items()}
-    return {"metrics": intervals, **others}
+    return AnswerScores(
+        metrics={name: _bootstrap(ratio, config, seed).level(ratio) for name, ratio in metrics.items()},
+        **{figure: answers[figure].value for figure in ANSWERS if figure in answers},
+    )
 
 
 def answer_changes(
     before: dict[str, Ratio], after: dict[str, Ratio], *, config: EvalConfig, seed: int
-) -> dict[str, Change]:
+) -> dict[str, Difference]:
     """Returns the change of each figure of the answers, after minus before, paired by row."""
     return {
-        figure: _bootstrap(ratio, config, seed).difference(ratio, after[figure]).change
-        for figure, ratio in before.items()
+        figure: _bootstrap(ratio, config, seed).difference(ratio, after[figure]) for figure, ratio in before.items()
     }
 
 
-def changes(table: Table, *, config: EvalConfig, seed: int) -> dict[str, dict[str, Change]]:
+def changes(table: Table, *, config: EvalConfig, seed: int) -> dict[str, dict[str, Difference]]:
     """Returns the changes by quantization, by tuning, by the merge, and by all of them, each paired by row."""
-    by_step: dict[str, dict[str, Change]] = {}
+    by_step: dict[str, dict[str, Difference]] = {}
     for step, (first, second) in CHANGES.items():
         before, after = table.losses[first], table.losses[second]
         bootstrap = _bootstrap(before, config, seed)
         figures = {
-            "loss": bootstrap.difference(before, after).change,
-            "perplexity": bootstrap.difference(before, after, shape=perplexity).change,
+            "loss": bootstrap.difference(before, after),
+            "perplexity": bootstrap.difference(before, after, shape=perplexity),
         }
         if table.general:
             before, after = table.general[first], table.general[second]
-            figures["general_loss"] = _bootstrap(before, config, seed).difference(before, after).change
+            figures["general_loss"] = _bootstrap(before, config, seed).difference(before, after)
         by_step[step] = figures | answer_changes(table.answers[first], table.answers[second], config=config, seed=seed)
     return by_step
 
@@ -114,13 +112,13 @@ def _bootstrap(figure: Ratio, config: EvalConfig, seed: int) -> Bootstrap:
 
 
 def missed_gates(
-    gate: dict[str, float], artifacts: dict[str, dict[str, Any]], changed: dict[str, dict[str, Change]]
+    gate: dict[str, float], artifacts: dict[str, ArtifactScores], changed: dict[str, dict[str, Difference]]
 ) -> list[str]:
     """Returns one sentence for each threshold that was not met."""
     missed = []
     for key, bound in gate.items():
         subject, _, figure = key.partition(".")
-        value = changed[subject][figure]["difference"] if subject in changed else _figure(artifacts[subject], figure)
+        value = changed[subject][figure].difference if subject in changed else _figure(artifacts[subject], figure)
         met = value <= bound if figure in LOWER_IS_BETTER else value >= bound
         if not met:
             wanted = "at most" if figure in LOWER_IS_BETTER else "at least"
@@ -128,6 +126,6 @@ def missed_gates(
     return missed
 
 
-def _figure(artifact: dict[str, Any], figure: str) -> float:
-    level = artifact["metrics"].get(figure, artifact.get(figure))
-    return float(level["value"] if isinstance(level, dict) else level)
+def _figure(artifact: ArtifactScores, figure: str) -> float:
+    level = artifact.metrics.get(figure) or getattr(artifact, figure)
+    return float(level.value if isinstance(level, Interval) else level)

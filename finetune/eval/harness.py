@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.console import table
 from finetune.errors import EvalError
-from finetune.run import to_jsonable
+from finetune.jsonable import to_jsonable
+from finetune.scores import HarnessScores, TaskMetric, TaskScores
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -91,16 +92,12 @@ class Harness:
         """Identifies tasks and settings: results of the same model are reused while the key stays the same."""
         return [to_jsonable(self.config), importlib.metadata.version("lm-eval"), self.samples, self.seed]
 
-    def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> HarnessScores:
         """Runs the tasks on one model.
 
         Args:
             model: A causal language model, with or without a peft adapter.
             tokenizer: The model's.
-
-        Returns:
-            ``{"lm_eval": version, "tasks": {task or group: {"rows", "shots", "version", "metrics":
-            {metric: {"value", "stderr", "higher_is_better"}}}}}``; ``stderr`` is None if lm-eval has none.
         """
         from lm_eval.evaluator import evaluate
         from transformers import set_seed
@@ -121,20 +118,20 @@ class Harness:
                 fewshot_as_multiturn=self.config.chat,
             )
         tasks = {name: _task(name, figures, results) for name, figures in results["results"].items()}
-        return {
-            "lm_eval": importlib.metadata.version("lm-eval"),
-            "tasks": {name: task for name, task in tasks.items() if task["metrics"]},
-        }
+        return HarnessScores(
+            lm_eval=importlib.metadata.version("lm-eval"),
+            tasks={name: task for name, task in tasks.items() if task.metrics},
+        )
 
 
-def show_harness(harness: dict[str, dict[str, Any]]) -> None:
+def show_harness(harness: dict[str, HarnessScores]) -> None:
     """Prints the results of `Harness.measure`, one column per artifact with value and standard error."""
     if not harness:
         return
-    first = next(iter(harness.values()))["tasks"]
+    first = next(iter(harness.values())).tasks
     rows = []
-    for task, metric in [(task, metric) for task, results in first.items() for metric in results["metrics"]]:
-        levels = [artifact["tasks"][task]["metrics"][metric] for artifact in harness.values()]
+    for task, metric in [(task, metric) for task, results in first.items() for metric in results.metrics]:
+        levels = [artifact.tasks[task].metrics[metric] for artifact in harness.values()]
         rows.append([f"{task} {metric}", *map(_level_text, levels)])
     table("eval", ["lm-eval", *harness], rows)
 
@@ -208,7 +205,7 @@ def _wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_r
         logger.setLevel(level)
 
 
-def _task(name: str, figures: dict[str, Any], results: Any) -> dict[str, Any]:
+def _task(name: str, figures: dict[str, Any], results: Any) -> TaskScores:
     """Returns the figures of a task or group; lm-eval names them ``acc,none`` and ``acc_stderr,none``."""
     metrics = {}
     better = results["higher_is_better"].get(name) or {}
@@ -219,14 +216,14 @@ def _task(name: str, figures: dict[str, Any], results: Any) -> dict[str, Any]:
         stderr = figures.get(f"{metric}_stderr,{filtered}")
         shown = metric if filtered == "none" else f"{metric} ({filtered})"
         stderr = float(stderr) if isinstance(stderr, int | float) else None  # lm-eval writes "N/A"
-        metrics[shown] = {"value": float(value), "stderr": stderr, "higher_is_better": better.get(metric)}
-    return {
-        "rows": figures.get("sample_len"),
-        "shots": results["n-shot"].get(name),
-        "version": results["versions"].get(name),
-        "metrics": metrics,
-    }
+        metrics[shown] = TaskMetric(value=float(value), stderr=stderr, higher_is_better=better.get(metric))
+    return TaskScores(
+        rows=figures.get("sample_len"),
+        shots=results["n-shot"].get(name),
+        version=results["versions"].get(name),
+        metrics=metrics,
+    )
 
 
-def _level_text(metric: dict[str, Any]) -> str:
-    return f"{metric['value']:.3f}" + (f" ± {metric['stderr']:.3f}" if metric["stderr"] is not None else "")
+def _level_text(metric: TaskMetric) -> str:
+    return f"{metric.value:.3f}" + (f" ± {metric.stderr:.3f}" if metric.stderr is not None else "")

@@ -7,6 +7,8 @@ from typing import Any
 
 from finetune.inference.generation import Answer
 from finetune.inference.losses import RowLoss
+from finetune.jsonable import from_json, to_jsonable
+from finetune.scores import HarnessScores
 
 
 @dataclass(slots=True)
@@ -16,7 +18,7 @@ class Record:
     losses: list[RowLoss]
     general: list[RowLoss]
     answers: dict[int, Answer]
-    harness: dict[str, Any] | None = None
+    harness: HarnessScores | None = None
 
 
 class RecordFile:
@@ -51,9 +53,9 @@ class RecordFile:
         self._append({"row": number, "tokens": answer.tokens, "stopped": answer.stopped})
         self.record.answers[number] = answer
 
-    def add_harness(self, results: dict[str, Any]) -> None:
+    def add_harness(self, results: HarnessScores) -> None:
         """Appends the results of lm-eval."""
-        self._append({"harness": results})
+        self._append({"harness": to_jsonable(results)})
         self.record.harness = results
 
     def _append(self, line: dict[str, Any]) -> None:
@@ -74,7 +76,7 @@ def _record(lines: list[dict[str, Any]]) -> Record:
         elif "general" in line:
             record.general = _losses(line["general"])
         elif "harness" in line:
-            record.harness = line["harness"]
+            record.harness = from_json(HarnessScores, line["harness"])
         else:
             record.answers[line["row"]] = Answer(tokens=line["tokens"], stopped=line["stopped"])
     return record

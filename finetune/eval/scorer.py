@@ -6,9 +6,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from finetune.eval.config import EvalConfig
+from finetune.scores import ExportAnswers, ModelAnswers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,7 +48,8 @@ class AnswerScorer:
         heldout: Path,
         tokenizer: PreTrainedTokenizerBase,
         file: Path,
-    ) -> dict[str, Any]:
+        seconds: float,
+    ) -> ExportAnswers:
         """Scores answers to the first held-out prompts, and compares them with an artifact's own answers.
 
         Args:
@@ -56,11 +58,7 @@ class AnswerScorer:
             heldout: The split.
             tokenizer: Decodes the answers.
             file: Receives each answer with its scores, one line of JSON each.
-
-        Returns:
-            ``{"rows", "metrics": {name: {"value", "low", "high"}}, "stop_rate", "mean_tokens", "repetition", "model",
-            "changes"}``. ``model`` names the artifact and holds its figures; ``changes`` are the differences from it,
-            paired by row.
+            seconds: Time that the answers took.
         """
         from finetune.eval.figures import answer_changes, answer_levels, tabulate
         from finetune.eval.metrics import prepare_rows
@@ -85,9 +83,10 @@ class AnswerScorer:
                 scores = {metric: float(export[metric].totals[number]) for metric in metrics}
                 line = {"row": int(row["row"]), "reference": row["reference"], "answer": text, "scores": scores}
                 handle.write(json.dumps(line, ensure_ascii=False) + "\n")
-        return {
-            "rows": len(rows),
-            **answer_levels(export, config=config, seed=seed),
-            "model": {"name": artifact, **answer_levels(model, config=config, seed=seed)},
-            "changes": answer_changes(model, export, config=config, seed=seed),
-        }
+        return ExportAnswers(
+            rows=len(rows),
+            **vars(answer_levels(export, config=config, seed=seed)),
+            model=ModelAnswers(name=artifact, **vars(answer_levels(model, config=config, seed=seed))),
+            changes=answer_changes(model, export, config=config, seed=seed),
+            seconds=round(seconds, 1),
+        )

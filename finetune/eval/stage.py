@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.console import change_text, log, table
+from finetune.console import log, table
 from finetune.errors import EvalError
 from finetune.eval.config import ARTIFACTS, EvalConfig
 from finetune.eval.harness import Harness, show_harness
 from finetune.files import atomic_write_text
 from finetune.model import ModelSpec
 from finetune.products import MergedModel, PreparedData, Scores, TrainedAdapter
+from finetune.scores import ArtifactScores, Difference
 
 if TYPE_CHECKING:
     from finetune.eval.figures import Table
@@ -78,11 +79,8 @@ def evaluate(
     figures = tabulate(records, rows=rows, metrics=config.metrics, decode=lambda ids: _text(tokenizer, ids))
     artifacts, changed = levels(figures, records, config=config, seed=seed), changes(figures, config=config, seed=seed)
     _write_samples(folder / "samples.jsonl", rows=rows, table=figures, tokenizer=tokenizer, metrics=config.metrics)
-    harness = {name: record.harness for name, record in records.items() if record.harness is not None}
-    for name, results in harness.items():
-        artifacts[name]["harness"] = results
     _print_tables(artifacts, changed, config.metrics if rows else [])
-    show_harness(harness)
+    show_harness({name: record.harness for name, record in records.items() if record.harness})
     missed = missed_gates(config.gate, artifacts, changed)
     log("eval", *missed)
     return Scores(
@@ -211,21 +209,18 @@ def _row_scores(table: Table, name: str, metrics: list[str], number: int) -> Ite
 
 
 def _print_tables(
-    artifacts: dict[str, dict[str, Any]], changed: dict[str, dict[str, dict[str, float]]], metrics: list[str]
+    artifacts: dict[str, ArtifactScores], changed: dict[str, dict[str, Difference]], metrics: list[str]
 ) -> None:
-    general = ["general_loss"] if "general_loss" in artifacts["base"] else []
+    general = ["general_loss"] if artifacts["base"].general_loss else []
     rows = []
     for name, figures in artifacts.items():
-        levels = [_interval(figures["metrics"].get(figure) or figures[figure]) for figure in [*general, *metrics]]
-        stops = [f"{figures['stop_rate']:.2f}"] if metrics else []
-        rows.append([name, f"{figures['loss']:.4f}", f"{figures['perplexity']:.2f}", *levels, *stops])
+        forgotten = [figures.general_loss.text()] if figures.general_loss else []
+        levels = [*forgotten, *[figures.metrics[metric].text() for metric in metrics]]
+        stops = [f"{figures.stop_rate:.2f}"] if metrics else []
+        rows.append([name, f"{figures.loss:.4f}", f"{figures.perplexity:.2f}", *levels, *stops])
     table("eval", ["artifact", "loss", "perplexity", *general, *metrics, *(["stops"] if metrics else [])], rows)
     differences = []
-    for name, figures in changed.items():
-        shown = [figures[figure] for figure in ["loss", *general, *metrics]]
-        differences.append([name, *[change_text(change, digits=3) for change in shown]])
+    for name, changes in changed.items():
+        shown = [changes[figure] for figure in ["loss", *general, *metrics]]
+        differences.append([name, *[change.text(digits=3) for change in shown]])
     table("eval", ["change", "loss", *general, *metrics], differences)
-
-
-def _interval(level: dict[str, float]) -> str:
-    return f"{level['value']:.3f} [{level['low']:.3f}, {level['high']:.3f}]"

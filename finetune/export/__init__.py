@@ -3,7 +3,7 @@
 Example::
 
     exports = export(config.export, folder=folder, spec=spec, adapter=adapter, merged=merged, scores=scores, ...)
-    exports.exports[0]["path"]  # "export/adapter"
+    exports.exports[0].path  # "export/adapter"
     model, tokenizer = load("outputs/my-run")
 """
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from finetune.export.config import ExportConfig
 from finetune.export.context import ExportContext
@@ -13,9 +12,10 @@ from finetune.export.manifest import write_record
 from finetune.export.snippets import adapter_snippet, finetune_snippet
 from finetune.hardware.backends import BACKENDS
 from finetune.model import Base
+from finetune.products import ExportResult
 
 
-def write(context: ExportContext, name: str, settings: ExportConfig) -> dict[str, Any]:
+def write(context: ExportContext, name: str, settings: ExportConfig) -> ExportResult:
     """Copies the adapter with its tokenizer and its record, and checks it in plain peft."""
     from finetune.inference.adapted import check_adapter, free_memory, load_adapted_model
 

@@ -18,12 +18,13 @@ from finetune.export.config import DTYPES, ExportConfig
 from finetune.export.context import ExportContext
 from finetune.export.manifest import write_record
 from finetune.export.snippets import merged_snippet
+from finetune.products import ExportResult
 from finetune.quantization import QuantizationConfig
 
 SHARD = "2GB"
 
 
-def write(context: ExportContext, name: str, settings: ExportConfig) -> dict[str, Any]:
+def write(context: ExportContext, name: str, settings: ExportConfig) -> ExportResult:
     """Quantizes dense weights while loading, saves them before any forward pass, and checks the checkpoint.
 
     Raises:
@@ -50,9 +51,9 @@ def write(context: ExportContext, name: str, settings: ExportConfig) -> dict[str
     snippet = merged_snippet(name, model=context.spec.config, dtype=context.merged_dtype)
     parity = context.check(name, settings, wanted, snippet=snippet, ends=[], packages=["transformers", "bitsandbytes"])
     scratch, seed = context.scratch, context.scorer.seed
-    parity["cost"] = rounding_cost(name, merged=before, export=wanted, config=settings, scratch=scratch, seed=seed)
+    cost = rounding_cost(name, merged=before, export=wanted, config=settings, scratch=scratch, seed=seed)
     context.snippets[f"The tuned model in {config.method.upper()}, in transformers with bitsandbytes"] = snippet
-    return context.publish(name, settings, parity)
+    return context.publish(name, settings, dataclasses.replace(parity, cost=cost))
 
 
 def _config(context: ExportContext, settings: ExportConfig) -> QuantizationConfig:

@@ -7,9 +7,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from finetune.console import change_text, human_bytes
+from finetune.console import human_bytes
 from finetune.export.config import ExportConfig
 from finetune.export.context import ExportContext
 from finetune.hardware.backends import BACKENDS
@@ -21,10 +20,11 @@ from finetune.inference.artifacts import (
     table_cells,
     table_headers,
 )
+from finetune.jsonable import to_jsonable
 from finetune.model import Base
-from finetune.products import MergedModel, PreparedData, Scores, TrainedAdapter
+from finetune.products import ExportResult, MergedModel, PreparedData, Scores, TrainedAdapter
 from finetune.quantization import QuantizationConfig, spec
-from finetune.run import to_jsonable
+from finetune.scores import Parity
 
 CARD = "README.md"
 
@@ -48,11 +48,11 @@ class CardFacts:
     adapter: TrainedAdapter
     merged: MergedModel
     scores: Scores
-    exports: Sequence[Mapping[str, Any]]
+    exports: Sequence[ExportResult]
     snippets: Mapping[str, str]
 
 
-def write(context: ExportContext, name: str, settings: ExportConfig) -> dict[str, Any]:
+def write(context: ExportContext, name: str, settings: ExportConfig) -> ExportResult:
     """Writes the card next to the exports and into each of them."""
     facts = CardFacts(
         base=context.spec.base,
@@ -66,10 +66,10 @@ def write(context: ExportContext, name: str, settings: ExportConfig) -> dict[str
     )
     text = write_card(facts)
     target = context.folder / CARD
-    for file in [target, *[context.folder / Path(export["path"]).name / CARD for export in context.exports]]:
+    for file in [target, *[context.folder / Path(export.path).name / CARD for export in context.exports]]:
         file.write_text(text, encoding="utf-8")
     size, digest = target.stat().st_size, hashlib.sha256(text.encode()).hexdigest()
-    return {"format": settings.format, "path": f"export/{CARD}", "bytes": size, "sha256": digest, "parity": {}}
+    return ExportResult(format=settings.format, path=f"export/{CARD}", bytes=size, sha256=digest)
 
 
 def write_card(facts: CardFacts) -> str:
@@ -130,12 +130,8 @@ def _made_from(facts: CardFacts) -> Iterator[str]:
 
 
 def _quality(facts: CardFacts) -> Iterator[str]:
-    scores, merged = facts.scores, facts.merged
-    lines = collect_artifacts(
-        {"artifacts": scores.artifacts, "changes": scores.changes, "rows": scores.rows, "loss_rows": scores.loss_rows},
-        {"candidates": to_jsonable(merged.candidates), "chosen": merged.chosen, "loss_rows": merged.loss_rows},
-        facts.exports,
-    )
+    scores = facts.scores
+    lines = collect_artifacts(to_jsonable(scores), to_jsonable(facts.merged), to_jsonable(facts.exports))
     names = metric_names(lines)
     yield "## How good it is\n"
     yield describe_rows(lines) + "\n"
@@ -147,7 +143,7 @@ def _quality(facts: CardFacts) -> Iterator[str]:
         yield "\nChange by step of the answers, and of the loss on general text (`general_loss`), paired by row:\n"
         rows = []
         for step, changes in scores.changes.items():
-            rows.append([CHANGE_NAMES[step], *[change_text(changes[figure], digits=3) for figure in figures]])
+            rows.append([CHANGE_NAMES[step], *[changes[figure].text(digits=3) for figure in figures]])
         yield from _table(["Step", *figures], rows)
 
 
@@ -159,22 +155,22 @@ def _merge(merged: MergedModel) -> Iterator[str]:
     yield from _table(["Candidate", "KL", "Top-1"], rows)
 
 
-def _files(exports: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _files(exports: Sequence[ExportResult]) -> Iterator[str]:
     yield "## Files\n"
     rows = []
     for export in exports:
-        path, digest = Path(export["path"]).name, export["sha256"][:16]
-        size, check = human_bytes(export["bytes"]), _check_text(export["parity"])
-        rows.append([f"`{path}`", export["format"], size, f"`{digest}`", check])
+        path, digest = Path(export.path).name, export.sha256[:16]
+        size, check = human_bytes(export.bytes), _check_text(export.parity)
+        rows.append([f"`{path}`", export.format, size, f"`{digest}`", check])
     yield from _table(["Path", "Format", "Size", "SHA-256", "Opened again and compared"], rows)
-    notes = [f"- `{Path(export['path']).name}`: {note}" for export in exports for note in export.get("notes", [])]
+    notes = [f"- `{Path(export.path).name}`: {note}" for export in exports for note in export.notes or []]
     yield from ["", *notes] if notes else []
 
 
-def _check_text(parity: Mapping[str, Any]) -> str:
-    if not parity:
+def _check_text(parity: Parity | None) -> str:
+    if parity is None:
         return ""
-    return f"logits within {parity['max_logit_difference']:.4g}, KL {parity['kl']:.2g}, in {parity['runtime']}"
+    return f"logits within {parity.max_logit_difference:.4g}, KL {parity.kl:.2g}, in {parity.runtime}"
 
 
 def _loading(snippets: Mapping[str, str]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Sequence
@@ -14,13 +15,14 @@ from finetune.export.config import ExportConfig
 from finetune.files import require_disk
 from finetune.model import ModelSpec
 from finetune.model.spec import checkpoint_dtype
-from finetune.products import MergedModel, PreparedData, Scores, TrainedAdapter
+from finetune.products import ExportResult, MergedModel, PreparedData, Scores, TrainedAdapter
 
 if TYPE_CHECKING:
     from finetune.export.parity import Expected
     from finetune.inference.chat import Chat
     from finetune.inference.generation import Answer
     from finetune.inference.losses import RowLoss
+    from finetune.scores import ExportAnswers, Parity
 
 COMPARED_WITH = {"adapter": "adapter", "gguf_lora": "adapter"}
 """The artifact that an export's answers are compared with, by format; the merged model otherwise."""
@@ -43,8 +45,8 @@ class Scorer(Protocol):
     def seed(self) -> int: ...
     def losses(self, artifact: str, *, rows: int) -> list[RowLoss]: ...
     def score_against(
-        self, artifact: str, answers: Sequence[Answer], *, heldout: Path, tokenizer: Any, file: Path
-    ) -> dict[str, Any]: ...
+        self, artifact: str, answers: Sequence[Answer], *, heldout: Path, tokenizer: Any, file: Path, seconds: float
+    ) -> ExportAnswers: ...
 
 
 @dataclass(kw_only=True)
@@ -72,7 +74,7 @@ class ExportContext:
     data: PreparedData
     scorer: Scorer
     chat: Chat
-    exports: list[dict[str, Any]] = field(default_factory=list)
+    exports: list[ExportResult] = field(default_factory=list)
     snippets: dict[str, str] = field(default_factory=dict)
     merged_expectations: dict[tuple[int, int, int], Expected] = field(default_factory=dict)
 
@@ -138,7 +140,7 @@ class ExportContext:
         ends: list[int],
         packages: list[str],
         runtime: str = "finetune.export.runtime",
-    ) -> dict[str, Any]:
+    ) -> Parity:
         """Runs the snippet in a fresh process and compares the export with its model.
 
         Args:
@@ -183,15 +185,19 @@ class ExportContext:
         except FreshProcessError as error:
             raise ExportError(f"export.{name} cannot be opened by {' and '.join(packages)}: {error}") from error
         parity = compare(name, wanted, got, logits, config=settings, seed=self.scorer.seed)
+        scores = None
         if prompts:
             answers = [Answer(tokens=answer["tokens"], stopped=answer["stopped"]) for answer in got["answers"]]
             artifact, file = COMPARED_WITH.get(settings.format, "merged"), self.folder / f"{name}.answers.jsonl"
-            tokenizer = self.chat.tokenizer
-            scores = self.scorer.score_against(artifact, answers, heldout=heldout, tokenizer=tokenizer, file=file)
-            parity["answers"] = {**scores, "seconds": round(got["answer_seconds"], 1)}
-        return parity
+            tokenizer, seconds = self.chat.tokenizer, got["answer_seconds"]
+            scores = self.scorer.score_against(
+                artifact, answers, heldout=heldout, tokenizer=tokenizer, file=file, seconds=seconds
+            )
+        return dataclasses.replace(parity, answers=scores)
 
-    def publish(self, name: str, settings: ExportConfig, parity: dict[str, Any]) -> dict[str, Any]:
+    def publish(
+        self, name: str, settings: ExportConfig, parity: Parity, *, notes: list[str] | None = None
+    ) -> ExportResult:
         """Moves a finished export into the stage's folder and returns its description."""
         from finetune.export.manifest import folder_sha256
 
@@ -200,10 +206,11 @@ class ExportContext:
             shutil.rmtree(place)
         os.replace(written, place)
         size = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
-        return {
-            "format": settings.format,
-            "path": f"export/{name}",
-            "bytes": size,
-            "sha256": folder_sha256(place),
-            "parity": parity,
-        }
+        return ExportResult(
+            format=settings.format,
+            path=f"export/{name}",
+            bytes=size,
+            sha256=folder_sha256(place),
+            parity=parity,
+            notes=notes,
+        )

@@ -19,6 +19,7 @@ from finetune.export.context import ExportContext
 from finetune.export.gguf.writer import FILE, check, server_snippet
 from finetune.export.needs import LOW_RANK_ONLY, check_packages
 from finetune.files import require_disk
+from finetune.products import ExportResult
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +32,7 @@ PREFIX = "base_model.model."
 SUFFIXES = {".lora_A.weight": ".lora_a", ".lora_B.weight": ".lora_b"}
 
 
-def write(context: ExportContext, name: str, settings: ExportConfig) -> dict[str, Any]:
+def write(context: ExportContext, name: str, settings: ExportConfig) -> ExportResult:
     """Converts the adapter and the base, loads both in llama.cpp and compares; returns the export's description."""
     check_packages({name: settings})
     from finetune.export.gguf.file import write_model
@@ -50,7 +51,7 @@ def write(context: ExportContext, name: str, settings: ExportConfig) -> dict[str
     for note in notes:
         log("export", f"{name}: {note}")
     context.snippets["The adapter on a GGUF of the base, in llama.cpp"] = snippet
-    return {**context.publish(name, settings, parity), "notes": notes}
+    return context.publish(name, settings, parity, notes=notes)
 
 
 def _expected(context: ExportContext, settings: ExportConfig) -> Expected:

@@ -18,6 +18,7 @@ from finetune.export.config import ExportConfig
 from finetune.export.context import ExportContext
 from finetune.export.needs import without_card
 from finetune.model import Base
+from finetune.products import ExportResult
 from finetune.run import write_json
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class Push:
         return sum(file.stat().st_size for file in self.files.values())
 
 
-def write(context: ExportContext, name: str, settings: ExportConfig) -> dict[str, Any]:
+def write(context: ExportContext, name: str, settings: ExportConfig) -> ExportResult:
     """Lists the files or uploads them; records the list in ``<name>.json`` next to the exports.
 
     Raises:
@@ -86,10 +87,10 @@ def write(context: ExportContext, name: str, settings: ExportConfig) -> dict[str
     }
     write_json(file, record)
     size, digest = file.stat().st_size, file_sha256(file)
-    return {"format": settings.format, "path": f"export/{file.name}", "bytes": size, "sha256": digest, "parity": {}}
+    return ExportResult(format=settings.format, path=f"export/{file.name}", bytes=size, sha256=digest)
 
 
-def prepare_push(folder: Path, exports: list[dict[str, Any]], settings: ExportConfig, *, name: str, base: Base) -> Push:
+def prepare_push(folder: Path, exports: list[ExportResult], settings: ExportConfig, *, name: str, base: Base) -> Push:
     """Lists the files of the exports, and searches each for secrets.
 
     Args:
@@ -102,9 +103,9 @@ def prepare_push(folder: Path, exports: list[dict[str, Any]], settings: ExportCo
     Raises:
         ExportError: There is no card, or a file holds a secret.
     """
-    for problem in without_card(name, [export["format"] for export in exports]):
+    for problem in without_card(name, [export.format for export in exports]):
         raise ExportError(problem)
-    places = [folder / Path(export["path"]).name for export in exports]
+    places = [folder / Path(export.path).name for export in exports]
     files = {path.relative_to(folder).as_posix(): path for place in places for path in _files(place)}
     leaks = [f"{path} holds {secret}" for path, file in files.items() for secret in find_secrets(file)]
     if leaks:

@@ -9,10 +9,11 @@ from typing import Any
 from finetune.cache import file_sha256
 from finetune.hardware.backends import BACKENDS
 from finetune.inference.chat import Chat
+from finetune.jsonable import to_jsonable
 from finetune.model import Base, ModelSpec
 from finetune.model.base import weights_sha256
 from finetune.quantization.config import spec as quantization_spec
-from finetune.run import to_jsonable, write_json
+from finetune.run import write_json
 
 FILE = "finetune.json"
 SCHEMA = 2

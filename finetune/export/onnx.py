@@ -14,6 +14,7 @@ from finetune.errors import ExportError
 from finetune.export.config import ExportConfig
 from finetune.export.context import ExportContext
 from finetune.export.needs import check_packages
+from finetune.products import ExportResult
 
 FILE = "model.onnx"
 BITS = {"float32": None, "int8": 8, "int4": 4}
@@ -24,7 +25,7 @@ TRACED_ROWS, TRACED_SEEN, TRACED_NEW = 2, 5, 3
 """Sizes of the traced call. All differ, so that the tracer does not treat two of them as the same size."""
 
 
-def write(context: ExportContext, name: str, settings: ExportConfig) -> dict[str, Any]:
+def write(context: ExportContext, name: str, settings: ExportConfig) -> ExportResult:
     """Traces the merged model in float32, quantizes its matrices if configured, and checks it in ONNX Runtime.
 
     Raises:

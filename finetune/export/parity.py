@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from finetune.console import change_text
 from finetune.errors import ExportError
 from finetune.export.config import ExportConfig
 from finetune.inference.bootstrap import RESAMPLES, Bootstrap, Ratio
-from finetune.run import to_jsonable
+from finetune.scores import Parity, RoundingCost
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,8 +37,6 @@ REFERENCE_CHATS: list[list[dict[str, str]]] = [
     [{"role": "user", "content": 'Ünïcode – 你好 🙂 – and {"json": [1, 2.5, null]}, plus `code()` & <html>.'}],
 ]
 """Turns, a system message, white space, and text that tokenizers treat in many ways."""
-
-COST_FIGURES = ("kl", "top1_agreement", "rows", "loss", "model_loss", "loss_difference")
 
 
 @dataclass(frozen=True)
@@ -158,7 +155,7 @@ def _can_render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str
 
 def compare(
     name: str, wanted: Expected, got: dict[str, Any], logits: Path, *, config: ExportConfig, seed: int
-) -> dict[str, Any]:
+) -> Parity:
     """Compares the outputs of the export's own runtime with those of the model.
 
     Args:
@@ -169,11 +166,6 @@ def compare(
         config: The bounds.
         seed: Of the bootstrap.
 
-    Returns:
-        ``{"passed", "runtime", "chats", "prompts", "max_logit_difference", "bound", "kl", "top1_agreement", "stops",
-        "rows", "loss", "loss_low", "loss_high", "perplexity", "tokens", "model_loss", "loss_difference": {"difference",
-        "low", "high"}}``; the keys from ``loss`` on only if ``rows``, the number of held-out rows, is not 0.
-
     Raises:
         ExportError: Token ids differ, a bound is exceeded, or the answer does not end.
     """
@@ -181,19 +173,20 @@ def compare(
     with np.load(logits) as arrays:
         pairs = [(array, arrays[f"prompt_{index}"]) for index, array in enumerate(wanted.logits)]
     difference, kl, top1 = _distances(pairs)
-    parity = {
-        "passed": True,
-        "runtime": got["runtime"],
-        "chats": len(wanted.chats),
-        "prompts": len(wanted.prompts),
-        "max_logit_difference": round(difference, 6),
-        "bound": config.max_logit_difference,
-        "kl": round(kl, 8),
-        "top1_agreement": round(top1, 4),
-        "stops": bool(got["stopped"]),
-        "rows": len(wanted.rows),
-        **(_loss_change(wanted.losses, got["losses"], seed=seed) if wanted.rows else {}),
-    }
+    parity = Parity(
+        passed=True,
+        runtime=got["runtime"],
+        chats=len(wanted.chats),
+        prompts=len(wanted.prompts),
+        max_logit_difference=round(difference, 6),
+        bound=config.max_logit_difference,
+        kl=round(kl, 8),
+        top1_agreement=round(top1, 4),
+        stops=bool(got["stopped"]),
+        rows=len(wanted.rows),
+    )
+    if wanted.rows:
+        parity = _with_losses(parity, wanted.losses, got["losses"], seed=seed)
     if not difference <= config.max_logit_difference or not kl <= config.max_kl:
         raise ExportError(
             f"export.{name} differs from the model that it was made from: logits by up to {difference:.4f} (bound "
@@ -210,7 +203,7 @@ def compare(
 
 def rounding_cost(
     name: str, *, merged: Expected, export: Expected, config: ExportConfig, scratch: Path, seed: int
-) -> dict[str, Any]:
+) -> RoundingCost:
     """Measures what fewer bits cost. There is no bound: the user decides.
 
     Args:
@@ -220,10 +213,6 @@ def rounding_cost(
         config: Its settings.
         scratch: Folder of a temporary file of logits.
         seed: Of the interval.
-
-    Returns:
-        ``{"kl", "top1_agreement", "rows", "loss", "model_loss", "loss_difference"}`` as `compare` returns them, and
-        ``note``, a sentence; losses only if ``rows`` is not 0.
     """
     file = scratch / "cost.npz"
     save_logits(file, export.logits)
@@ -231,18 +220,26 @@ def rounding_cost(
     unbounded = dataclasses.replace(config, max_logit_difference=math.inf, max_kl=math.inf)
     parity = compare(name, merged, got, file, config=unbounded, seed=seed)
     file.unlink()
-    return {**{key: parity[key] for key in COST_FIGURES if key in parity}, "note": _cost_text(parity)}
-
-
-def _cost_text(parity: dict[str, Any]) -> str:
-    text = (
-        f"compared with the merged model before rounding: KL {parity['kl']:.4f}, "
-        f"top-1 agreement {parity['top1_agreement']:.3f}"
+    return RoundingCost(
+        kl=parity.kl,
+        top1_agreement=parity.top1_agreement,
+        rows=parity.rows,
+        loss=parity.loss,
+        model_loss=parity.model_loss,
+        loss_difference=parity.loss_difference,
+        note=_cost_text(parity),
     )
-    if not parity["rows"]:
+
+
+def _cost_text(parity: Parity) -> str:
+    text = (
+        f"compared with the merged model before rounding: KL {parity.kl:.4f}, "
+        f"top-1 agreement {parity.top1_agreement:.3f}"
+    )
+    if parity.loss_difference is None:
         return text
-    losses = f"held-out loss {parity['loss']:.4f} (merged model {parity['model_loss']:.4f})"
-    return f"{text}, {losses}, {change_text(parity['loss_difference'])}"
+    losses = f"held-out loss {parity.loss:.4f} (merged model {parity.model_loss:.4f})"
+    return f"{text}, {losses}, {parity.loss_difference.text()}"
 
 
 def _check_tokens(name: str, wanted: Expected, tokens: list[list[int]]) -> None:
@@ -254,12 +251,12 @@ def _check_tokens(name: str, wanted: Expected, tokens: list[list[int]]) -> None:
             )
 
 
-def _loss_change(before: list[list[float]], after: list[list[float]], *, seed: int) -> dict[str, Any]:
-    """Computes held-out loss of the export and of its model, and the difference with its interval, paired by row."""
+def _with_losses(parity: Parity, before: list[list[float]], after: list[list[float]], *, seed: int) -> Parity:
+    """Adds the held-out loss of the export and of its model, and the difference with its interval, paired by row."""
     model, export = (Ratio(totals=np.array(side)[:, 0], weights=np.array(side)[:, 1]) for side in (before, after))
     bootstrap = Bootstrap(len(before), samples=RESAMPLES, seed=seed)
-    change = bootstrap.difference(model, export).change
-    return {**to_jsonable(bootstrap.loss(export)), "model_loss": model.value, "loss_difference": change}
+    change = bootstrap.difference(model, export)
+    return dataclasses.replace(parity, **vars(bootstrap.loss(export)), model_loss=model.value, loss_difference=change)
 
 
 def _distances(pairs: list[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float, float]:

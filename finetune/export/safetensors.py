@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from finetune.export.config import ExportConfig
 from finetune.export.context import ExportContext
 from finetune.export.manifest import write_record
 from finetune.export.snippets import merged_snippet
+from finetune.products import ExportResult
 
 if TYPE_CHECKING:
     from finetune.export.parity import Expected
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
-def write(context: ExportContext, name: str, settings: ExportConfig) -> dict[str, Any]:
+def write(context: ExportContext, name: str, settings: ExportConfig) -> ExportResult:
     """Links or converts the merged weights, adds the record, and checks the folder in plain transformers.
 
     Raises:
@@ -51,7 +53,8 @@ def write(context: ExportContext, name: str, settings: ExportConfig) -> dict[str
     parity = context.check(name, settings, wanted, snippet=snippet, ends=[], packages=["transformers"])
     if converted:
         scratch, seed = context.scratch, context.scorer.seed
-        parity["cost"] = rounding_cost(name, merged=merged, export=wanted, config=settings, scratch=scratch, seed=seed)
+        cost = rounding_cost(name, merged=merged, export=wanted, config=settings, scratch=scratch, seed=seed)
+        parity = dataclasses.replace(parity, cost=cost)
     context.snippets["The merged model, in plain transformers" + (f", in {dtype}" if converted else "")] = snippet
     return context.publish(name, settings, parity)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from finetune.console import human_bytes, log
 from finetune.export import adapter as adapters
@@ -13,9 +12,10 @@ from finetune.export import bitsandbytes, card, gguf, gguf_lora, hub, onnx, safe
 from finetune.export.config import ExportConfig
 from finetune.export.context import ExportContext, Scorer
 from finetune.model import ModelSpec
-from finetune.products import Exports, MergedModel, PreparedData, Scores, TrainedAdapter
+from finetune.products import ExportResult, Exports, MergedModel, PreparedData, Scores, TrainedAdapter
+from finetune.scores import ExportAnswers, Parity
 
-WRITERS: dict[str, Callable[[ExportContext, str, ExportConfig], dict[str, Any]]] = {
+WRITERS: dict[str, Callable[[ExportContext, str, ExportConfig], ExportResult]] = {
     "adapter": adapters.write,
     "safetensors": safetensors.write,
     "bitsandbytes": bitsandbytes.write,
@@ -70,33 +70,31 @@ def export(
     for name, settings in sorted(config.items(), key=lambda item: order.index(item[1].format)):
         written = WRITERS[settings.format](context, name, settings)
         context.exports.append(written)
-        path, size = folder / Path(written["path"]).name, human_bytes(written["bytes"])
-        log("export", f"{name}: {path}, {size}{_parity_text(written['parity'])}")
+        path, size = folder / Path(written.path).name, human_bytes(written.bytes)
+        log("export", f"{name}: {path}, {size}{_parity_text(written.parity)}")
     shutil.rmtree(scratch)
     return Exports(folder=folder, exports=context.exports)
 
 
-def _answers_text(answers: dict[str, Any]) -> str:
-    model = answers["model"]["metrics"]
-    figures = [
-        f"{name} {level['value']:.3f} ({model[name]['value']:.3f})" for name, level in answers["metrics"].items()
-    ]
-    seconds = f"{answers['seconds']:.0f} s"
-    return f"; {answers['rows']} held-out answers in {seconds}: {', '.join(figures)}, the model's in brackets"
+def _answers_text(answers: ExportAnswers) -> str:
+    model = answers.model.metrics
+    figures = [f"{name} {level.value:.3f} ({model[name].value:.3f})" for name, level in answers.metrics.items()]
+    seconds = f"{answers.seconds:.0f} s"
+    return f"; {answers.rows} held-out answers in {seconds}: {', '.join(figures)}, the model's in brackets"
 
 
-def _parity_text(parity: dict[str, Any]) -> str:
-    if not parity:
+def _parity_text(parity: Parity | None) -> str:
+    if parity is None:
         return ""
     parts = [
-        f"; opened by {parity['runtime']}: {parity['chats']} reference prompts give the same token ids, logits of "
-        f"{parity['prompts']} prompts within {parity['max_logit_difference']:.4f} (bound {parity['bound']:g}), "
-        f"KL {parity['kl']:.6f}"
+        f"; opened by {parity.runtime}: {parity.chats} reference prompts give the same token ids, logits of "
+        f"{parity.prompts} prompts within {parity.max_logit_difference:.4f} (bound {parity.bound:g}), "
+        f"KL {parity.kl:.6f}"
     ]
-    if parity["rows"]:
-        parts.append(f", held-out loss {parity['loss']:.4f} (model {parity['model_loss']:.4f})")
-    if "answers" in parity:
-        parts.append(_answers_text(parity["answers"]))
-    if "cost" in parity:
-        parts.append(f"; {parity['cost']['note']}")
+    if parity.rows:
+        parts.append(f", held-out loss {parity.loss:.4f} (model {parity.model_loss:.4f})")
+    if parity.answers:
+        parts.append(_answers_text(parity.answers))
+    if parity.cost:
+        parts.append(f"; {parity.cost.note}")
     return "".join(parts)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy import ndarray
 
-from finetune.products import LossScores
+from finetune.scores import Difference, Interval, LossScores
 
 if TYPE_CHECKING:
     from finetune.inference.losses import RowLoss
@@ -28,23 +28,6 @@ BLOCK_CELLS = 4_000_000
 
 LARGEST_EXPONENT = 700.0
 """exp of a larger number overflows float64."""
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A figure with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-    @property
-    def level(self) -> dict[str, float]:
-        return {"value": self.value, "low": self.low, "high": self.high}
-
-    @property
-    def change(self) -> dict[str, float]:
-        return {"difference": self.value, "low": self.low, "high": self.high}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +85,13 @@ class Bootstrap:
         value = float(shape(np.array([figure.value]))[0])
         return _interval(value, shape(self._resampled(figure)))
 
-    def difference(self, before: Ratio, after: Ratio, *, shape: Callable[[ndarray], ndarray] = np.asarray) -> Interval:
+    def difference(
+        self, before: Ratio, after: Ratio, *, shape: Callable[[ndarray], ndarray] = np.asarray
+    ) -> Difference:
         """Returns after minus before, on the same rows in each resample."""
         value = float((shape(np.array([after.value])) - shape(np.array([before.value])))[0])
-        return _interval(value, shape(self._resampled(after)) - shape(self._resampled(before)))
+        interval = _interval(value, shape(self._resampled(after)) - shape(self._resampled(before)))
+        return Difference(difference=interval.value, low=interval.low, high=interval.high)
 
     def loss(self, figure: Ratio) -> LossScores:
         """Returns the figures of a `token_loss` that every artifact reports."""

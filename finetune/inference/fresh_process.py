@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from finetune.run import to_jsonable, write_json
+from finetune.jsonable import to_jsonable
+from finetune.run import write_json
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 LAST_LINES = 12

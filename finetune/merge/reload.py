@@ -6,8 +6,8 @@ from typing import Any
 from finetune.inference.fresh_process import serve_request
 from finetune.inference.kl_divergence import KLResult, ReferenceLogits, compare_with_reference
 from finetune.inference.rows import read_rows
+from finetune.jsonable import from_json
 from finetune.model.spec import read_spec
-from finetune.run import from_json
 from finetune.trust import check_remote_code
 
 

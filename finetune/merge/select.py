@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-from finetune.console import change_text, human_bytes
+from finetune.console import human_bytes
 from finetune.errors import MergeError
 from finetune.merge.config import MergeConfig
-from finetune.products import CandidateScores, LossScores
-from finetune.run import to_jsonable
+from finetune.scores import CandidateScores, LossScores
 
 
 def select_candidate(
@@ -49,7 +48,7 @@ def table_rows(candidates: Sequence[CandidateScores], *, trained: LossScores) ->
     rows = [["trained model", "0", "1.000", f"{trained.loss:.4f}", "", f"{trained.perplexity:.3f}", ""]]
     for candidate in candidates:
         distances = [f"{candidate.kl:.5f}", f"{candidate.top1_agreement:.3f}"]
-        loss = [f"{candidate.loss:.4f}", change_text(to_jsonable(candidate.loss_difference))]
+        loss = [f"{candidate.loss:.4f}", candidate.loss_difference.text()]
         size = [f"{candidate.perplexity:.3f}", human_bytes(candidate.bytes)]
         rows.append([candidate.name, *distances, *loss, *size])
     return rows

@@ -14,19 +14,12 @@ from typing import TYPE_CHECKING, Any
 from finetune.console import log, table
 from finetune.errors import MergeError
 from finetune.files import require_disk
+from finetune.jsonable import from_json
 from finetune.merge.config import MergeConfig
 from finetune.merge.select import select_candidate, table_rows
 from finetune.model import Base, ModelSpec
-from finetune.products import (
-    CandidateScores,
-    ComparedScores,
-    Difference,
-    LossScores,
-    MergedModel,
-    PreparedData,
-    TrainedAdapter,
-)
-from finetune.run import from_json
+from finetune.products import MergedModel, PreparedData, TrainedAdapter
+from finetune.scores import CandidateScores, ComparedScores, LossScores
 
 if TYPE_CHECKING:
     from finetune.inference.kl_divergence import KLResult, ReferenceLogits
@@ -197,10 +190,9 @@ class _Stage:
         from finetune.inference.bootstrap import RESAMPLES, Bootstrap, token_loss
 
         bootstrap = Bootstrap(len(self.rows), samples=RESAMPLES, seed=self.seed)
-        interval = bootstrap.difference(token_loss(reference.losses), token_loss(result.losses))
         return ComparedScores(
             **vars(self.losses(result.losses)),
-            loss_difference=Difference(difference=interval.value, low=interval.low, high=interval.high),
+            loss_difference=bootstrap.difference(token_loss(reference.losses), token_loss(result.losses)),
             kl=result.kl,
             top1_agreement=result.top1_agreement,
             max_difference=result.max_difference,

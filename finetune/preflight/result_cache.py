@@ -9,10 +9,12 @@ import platform
 import shutil
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from finetune.cache import cache_folder
 from finetune.environment import code
+from finetune.jsonable import from_json, to_jsonable
+from finetune.products import PreflightResult
 from finetune.run import fingerprint, write_json
 
 if TYPE_CHECKING:
@@ -43,21 +45,20 @@ def name_of(config: PreflightConfig, job: TrainingJob, *, until: str) -> str:
     return fingerprint(content)[:32]
 
 
-def find(name: str) -> dict[str, Any] | None:
+def find(name: str) -> PreflightResult | None:
     """Returns the result of an earlier preflight that passed, or None."""
     with contextlib.suppress(OSError, ValueError):
         file = _file(name)
         if file.is_file():
-            result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            return result
+            return from_json(PreflightResult, json.loads(file.read_text(encoding="utf-8")))
     return None
 
 
-def remember(name: str, result: dict[str, Any], folder: Path) -> None:
+def remember(name: str, result: PreflightResult) -> None:
     """Remembers a preflight that passed. Where the cache cannot be written, the next run repeats the checks."""
     with contextlib.suppress(OSError):
-        shutil.copyfile(folder / TEXT, _file(name).with_suffix(".txt"))
-        write_json(_file(name), result)
+        shutil.copyfile(result.folder / TEXT, _file(name).with_suffix(".txt"))
+        write_json(_file(name), to_jsonable(result))
 
 
 def restore_text(name: str, folder: Path) -> None:

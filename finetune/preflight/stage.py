@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from finetune.console import log
 from finetune.errors import TrainError
 from finetune.preflight.config import PreflightConfig
-from finetune.products import PreflightResult
+from finetune.products import CheckRecord, PreflightResult, SkippedCheck
 
 if TYPE_CHECKING:
     from finetune.preflight.checks import Check
@@ -28,28 +27,6 @@ MEMORY = (
     "proposes settings"
 )
 """Causes of errors that end a check before it has a figure."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckRecord:
-    """A check that ran, as the manifest has it; the fields are those of `Check` and `CheckResult`."""
-
-    name: str
-    passed: bool
-    figure: str
-    bound: str
-    sentence: str
-    cause: str
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class SkippedCheck:
-    """A check that did not run, and why."""
-
-    name: str
-    sentence: str
-    why: str
 
 
 def run_preflight(
@@ -82,10 +59,9 @@ def run_preflight(
     name = result_cache.name_of(config, job, until=until)
     earlier = None if make_trainer is None or until == "preflight" else result_cache.find(name)
     if earlier:
-        result = PreflightResult(folder=folder, **earlier)
-        log("preflight", *describe_earlier(result))
+        log("preflight", *describe_earlier(earlier))
         result_cache.restore_text(name, folder)
-        return result
+        return dataclasses.replace(earlier, folder=folder)
     from finetune.preflight.checks import CHECKS, FUSED_LAYERS, PACKING
 
     started = time.monotonic()
@@ -101,10 +77,10 @@ def run_preflight(
     passed = {record.name: record.passed for record in records}
     result = PreflightResult(
         folder=folder,
-        checks=[dataclasses.asdict(record) for record in records],
+        checks=records,
         packing_is_isolated=passed.get(PACKING.name, True),
         fused_layers_are_exact=passed.get(FUSED_LAYERS.name, True),
-        skipped=[dataclasses.asdict(check) for check in skipped],
+        skipped=skipped,
         seconds=round(time.monotonic() - started, 2),
         training_seconds=training_seconds,
         day=datetime.now().strftime("%Y-%m-%d %H:%M"),
@@ -112,7 +88,7 @@ def run_preflight(
     log("preflight", *summarize(config, result))
     stop_where_failed(records, tolerated=(PACKING.name, FUSED_LAYERS.name))
     if all(passed.values()):
-        result_cache.remember(name, _without_folder(result), folder)
+        result_cache.remember(name, result)
     return result
 
 
@@ -211,14 +187,14 @@ def describe_earlier(result: PreflightResult) -> list[str]:
 
 def summarize(config: PreflightConfig, result: PreflightResult) -> list[str]:
     """Returns log lines: how many checks passed, what that cost, and which did not run and why."""
-    passed = sum(check["passed"] for check in result.checks)
+    passed = sum(check.passed for check in result.checks)
     share = ""
     if result.training_seconds:
         share = f", {result.seconds / result.training_seconds:.0%} of the training's"
         share += f" estimated {result.training_seconds:.0f} s"
     lines = [f"{config.level}: {passed} of {len(result.checks)} checks passed in {result.seconds:.1f} s{share}"]
-    for reason in sorted({check["why"] for check in result.skipped}):
-        sentences = [check["sentence"] for check in result.skipped if check["why"] == reason]
+    for reason in sorted({check.why for check in result.skipped}):
+        sentences = [check.sentence for check in result.skipped if check.why == reason]
         lines.append(f"not run ({reason}): {'; '.join(sentences)}")
     return lines
 
@@ -244,9 +220,5 @@ def stop_where_failed(records: Sequence[CheckRecord], *, tolerated: Sequence[str
         )
 
 
-def _names(checks: Sequence[dict[str, Any]]) -> str:
-    return ", ".join(check["name"] for check in checks)
-
-
-def _without_folder(result: PreflightResult) -> dict[str, Any]:
-    return {name: value for name, value in vars(result).items() if name != "folder"}
+def _names(checks: Sequence[CheckRecord | SkippedCheck]) -> str:
+    return ", ".join(check.name for check in checks)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from finetune.run import to_jsonable
+from finetune.jsonable import to_jsonable
 
 NAMED = ("name", "format")
 """Keys that name an item of a list."""

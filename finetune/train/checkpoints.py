@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.console import log
 from finetune.errors import TrainError
+from finetune.jsonable import to_jsonable
 from finetune.quantization.config import spec as quantization_spec
-from finetune.run import to_jsonable
 from finetune.train.progress import TrainingProgress
 
 if TYPE_CHECKING:

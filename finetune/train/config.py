@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.run import to_jsonable
+from finetune.jsonable import to_jsonable
 from finetune.train.preference import PreferenceConfig
 from finetune.train.preference import conflicts as preference_conflicts
 

@@ -28,7 +28,7 @@ def test_interval_is_that_of_the_normal_approximation() -> None:
 def test_paired_difference_of_a_constant_shift_has_no_width() -> None:
     values = np.random.default_rng(1).normal(0, 5, size=50)
     found = Bootstrap(50, samples=200, seed=3).difference(mean_of(values.tolist()), mean_of((values + 1).tolist()))
-    assert (found.value, found.low, found.high) == pytest.approx((1, 1, 1))
+    assert (found.difference, found.low, found.high) == pytest.approx((1, 1, 1))
 
 
 def test_loss_weighs_every_token_the_same() -> None:

@@ -58,29 +58,27 @@ def test_accuracy_is_what_a_count_by_hand_gives(tasks: Path, base: Any, tokenize
     right = [right_by_hand(base, tokenizer, row) for row in ROWS]
     share = sum(right) / len(right)
     assert 0 < share < 1
-    accuracy = found["tasks"]["one"]["metrics"]["acc"]
-    assert accuracy["value"] == pytest.approx(share)
-    assert accuracy["stderr"] == pytest.approx((share * (1 - share) / (len(right) - 1)) ** 0.5)
-    assert (found["tasks"]["one"]["rows"], found["tasks"]["one"]["shots"], found["tasks"]["one"]["version"]) == (
+    accuracy = found.tasks["one"].metrics["acc"]
+    assert accuracy.value == pytest.approx(share)
+    assert accuracy.stderr == pytest.approx((share * (1 - share) / (len(right) - 1)) ** 0.5)
+    assert (found.tasks["one"].rows, found.tasks["one"].shots, found.tasks["one"].version) == (
         20,
         0,
         3.0,
     )
-    assert found["lm_eval"] == "0.4.13"
+    assert found.lm_eval == "0.4.13"
 
 
 def test_limit_takes_the_first_rows(tasks: Path, base: Any, tokenizer: Any) -> None:
-    found = harness(tasks, "one", limit=7).measure(base, tokenizer)["tasks"]["one"]
-    assert found["rows"] == 7
-    assert found["metrics"]["acc"]["value"] == pytest.approx(
-        sum(right_by_hand(base, tokenizer, row) for row in ROWS[:7]) / 7
-    )
+    found = harness(tasks, "one", limit=7).measure(base, tokenizer).tasks["one"]
+    assert found.rows == 7
+    assert found.metrics["acc"].value == pytest.approx(sum(right_by_hand(base, tokenizer, row) for row in ROWS[:7]) / 7)
 
 
 def test_solved_examples_are_the_same_for_a_seed(tasks: Path, base: Any, tokenizer: Any) -> None:
     several = harness(tasks, "one", shots=3)
     first = several.measure(base, tokenizer)
-    assert first["tasks"]["one"]["shots"] == 3
+    assert first.tasks["one"].shots == 3
     assert several.measure(base, tokenizer) == first
     assert harness(tasks, "one", shots=3).measure(base, tokenizer) == first
 
@@ -90,8 +88,8 @@ def test_group_of_own_tasks_is_measured_with_its_parts(tasks: Path, base: Any, t
     write_task(tasks, "other", more="num_fewshot: 1")
     (tasks / "both.yaml").write_text(GROUP)
     found = harness(tasks, "both", batch_rows=8).measure(base, tokenizer)
-    assert set(found["tasks"]) == {"both", "one", "other"}
-    values = {name: task["metrics"]["acc"]["value"] for name, task in found["tasks"].items()}
+    assert set(found.tasks) == {"both", "one", "other"}
+    values = {name: task.metrics["acc"].value for name, task in found.tasks.items()}
     assert values["both"] == pytest.approx((values["one"] + values["other"]) / 2)
     show_harness({"base": found, "merged": found})
     assert "both acc" in capsys.readouterr().out
@@ -115,7 +113,7 @@ def test_trained_graph_is_left_as_it_is(
         before = graph(prompt).logits
         found = harness(tasks, "one", batch_rows=4).measure(graph, tokenizer)
         assert torch.equal(graph(prompt).logits, before)
-    assert found["tasks"]["one"]["metrics"]["acc"]["value"] == pytest.approx(
+    assert found.tasks["one"].metrics["acc"].value == pytest.approx(
         sum(right_by_hand(graph, tokenizer, row) for row in ROWS) / len(ROWS), abs=0.101
     )  # bfloat16 in batches rounds otherwise: two rows of twenty may change
 

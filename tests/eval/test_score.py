@@ -12,6 +12,7 @@ from finetune.errors import EvalError
 from finetune.eval import EvalConfig, evaluate
 from finetune.inference.losses import mean_loss, row_losses
 from finetune.inference.rows import read_rows
+from finetune.jsonable import from_json, to_jsonable
 from finetune.merge.adapter_deltas import read_changes
 from finetune.merge.candidates import build
 from finetune.products import Scores
@@ -56,17 +57,17 @@ def test_loss_of_the_base_is_that_of_plain_transformers(scores: Scores, line: Ca
     parts = line()
     plain = AutoModelForCausalLM.from_pretrained(parts.spec.base.folder, dtype=torch.bfloat16)
     rows = read_rows(parts.data.folder / "heldout", limit=8)
-    assert scores.artifacts["base"]["loss"] == pytest.approx(
+    assert scores.artifacts["base"].loss == pytest.approx(
         mean_loss(row_losses(plain, rows, batch_tokens=256)), abs=1e-4
     )
 
 
 def test_changes_are_differences_of_the_levels(scores: Scores) -> None:
     for change, (before, after) in {"quantization": ("base", "base_quantized"), "merge": ("adapter", "merged")}.items():
-        expected = scores.artifacts[after]["loss"] - scores.artifacts[before]["loss"]
-        assert scores.changes[change]["loss"]["difference"] == pytest.approx(expected, abs=1e-9)
-    parts = sum(scores.changes[name]["loss"]["difference"] for name in ("quantization", "tuning", "merge"))
-    assert scores.changes["total"]["loss"]["difference"] == pytest.approx(parts, abs=1e-9)
+        expected = scores.artifacts[after].loss - scores.artifacts[before].loss
+        assert scores.changes[change]["loss"].difference == pytest.approx(expected, abs=1e-9)
+    parts = sum(scores.changes[name]["loss"].difference for name in ("quantization", "tuning", "merge"))
+    assert scores.changes["total"]["loss"].difference == pytest.approx(parts, abs=1e-9)
 
 
 def test_each_sample_has_the_answer_of_every_artifact(scores: Scores) -> None:
@@ -77,10 +78,11 @@ def test_each_sample_has_the_answer_of_every_artifact(scores: Scores) -> None:
 
 
 def test_product_survives_json(scores: Scores) -> None:
-    content = json.loads(
-        json.dumps({"artifacts": scores.artifacts, "changes": scores.changes, "missed": scores.missed})
-    )
+    content = json.loads(json.dumps(to_jsonable(scores)))
     assert content["artifacts"]["adapter"]["metrics"]["exact_match"].keys() == {"value", "low", "high"}
+    assert content["changes"]["total"]["loss"].keys() == {"difference", "low", "high"}
+    assert not {"general_loss", "harness"} & content["artifacts"]["adapter"].keys()
+    assert from_json(Scores, content) == scores
 
 
 def test_interrupted_stage_goes_on_without_measuring_again(
@@ -119,7 +121,7 @@ def test_unquantized_base_is_measured_once(
 ) -> None:
     scores = run(tmp_path, line("none"), rows=0, metrics=[])
     assert scores.artifacts["base"] == scores.artifacts["base_quantized"]
-    assert scores.changes["quantization"]["loss"]["difference"] == 0
+    assert scores.changes["quantization"]["loss"].difference == 0
 
 
 @pytest.fixture(scope="module")
@@ -140,11 +142,11 @@ def test_general_text_is_measured_beside_the_task(
     plain: Any = AutoModelForCausalLM.from_pretrained(parts.spec.base.folder, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(parts.spec.base.folder)
     rows = [{"input_ids": ids, "labels": ids} for ids in tokenizer(text.read_text().split("\n\n"))["input_ids"]]
-    level = {name: scores.artifacts[name]["general_loss"] for name in scores.artifacts}
-    assert level["base"]["value"] == pytest.approx(mean_loss(row_losses(plain, rows, batch_tokens=256)), abs=1e-4)
+    level = {name: figures.general_loss for name, figures in scores.artifacts.items()}
+    assert level["base"].value == pytest.approx(mean_loss(row_losses(plain, rows, batch_tokens=256)), abs=1e-4)
     change = scores.changes["tuning"]["general_loss"]
-    assert change["difference"] == pytest.approx(level["adapter"]["value"] - level["base_quantized"]["value"], abs=1e-9)
-    assert change["low"] <= change["difference"] <= change["high"]
+    assert change.difference == pytest.approx(level["adapter"].value - level["base_quantized"].value, abs=1e-9)
+    assert change.low <= change.difference <= change.high
     assert scores.missed[0].startswith("eval.gate: tuning.general_loss is")
     capsys.readouterr()
     assert run(tmp_path, **config).artifacts == scores.artifacts
@@ -154,8 +156,8 @@ def test_general_text_is_measured_beside_the_task(
 def test_other_general_text_measures_again(run: Callable[..., Scores], text: Path, tmp_path: Path, capsys: Any) -> None:
     config = {"rows": 0, "metrics": []}
     without = run(tmp_path, **config)
-    assert "general_loss" not in without.artifacts["base"]
-    assert "general_loss" in run(tmp_path, general_text=str(text), **config).artifacts["base"]
+    assert without.artifacts["base"].general_loss is None
+    assert run(tmp_path, general_text=str(text), **config).artifacts["base"].general_loss is not None
     assert "reusing earlier results" not in capsys.readouterr().out
 
 
@@ -216,7 +218,7 @@ def test_tasks_of_lm_eval_are_put_to_every_artifact_and_kept(
     write_task(tmp_path / "tasks", "one")
     config = HarnessConfig(tasks=["one"], include_path=str(tmp_path / "tasks"), limit=6, batch_rows=4)
     scores = run(tmp_path, harness=config)
-    assert all(one["harness"]["tasks"]["one"]["rows"] == 6 for one in scores.artifacts.values())
+    assert all(one.harness.tasks["one"].rows == 6 for one in scores.artifacts.values())
     again = run(tmp_path, harness=config)
     assert capsys.readouterr().out.count("reusing earlier results") == 4
     assert again.artifacts == scores.artifacts

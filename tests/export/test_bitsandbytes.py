@@ -48,12 +48,12 @@ def exported(
 
 def test_checkpoint_is_what_was_quantized_and_its_cost_is_said(exported: Exports) -> None:
     (one,) = exported.exports
-    assert "bitsandbytes" in one["parity"]["runtime"]
-    assert one["parity"]["max_logit_difference"] < 0.2
-    cost = one["parity"]["cost"]
-    assert cost["kl"] > 10 * one["parity"]["kl"]
-    assert cost["loss_difference"]["low"] <= cost["loss_difference"]["difference"] <= cost["loss_difference"]["high"]
-    assert f"KL {cost['kl']:.4f}" in cost["note"]
+    assert "bitsandbytes" in one.parity.runtime
+    assert one.parity.max_logit_difference < 0.2
+    cost = one.parity.cost
+    assert cost.kl > 10 * one.parity.kl
+    assert cost.loss_difference.low <= cost.loss_difference.difference <= cost.loss_difference.high
+    assert f"KL {cost.kl:.4f}" in cost.note
 
 
 def quantized(folder: Path) -> Any:
@@ -115,7 +115,7 @@ def test_loader_opens_the_checkpoint(exported: Exports) -> None:
 @pytest.mark.parametrize("method", ["fp4", "int8"])
 def test_other_methods_are_written_too(run: Callable[..., Exports], tmp_path: Path, method: str) -> None:
     (one,) = run(tmp_path / "export", "bitsandbytes", dtype=method).exports
-    assert one["parity"]["passed"]
+    assert one.parity.passed
     settings: dict[str, Any] = json.loads((tmp_path / "export" / "bitsandbytes" / "config.json").read_text())[
         "quantization_config"
     ]

@@ -19,7 +19,8 @@ from finetune.eval import AnswerScorer
 from finetune.export import ExportConfig, load
 from finetune.export.parity import Expected, compare, last_logits
 from finetune.inference.adapted import load_adapted_model
-from finetune.products import Exports
+from finetune.jsonable import from_json, to_jsonable
+from finetune.products import ExportResult, Exports
 from tests.fixtures.artifacts import Line, Made
 from tests.fixtures.exports import BOUNDS, Facts
 
@@ -30,15 +31,15 @@ def exports(run: Callable[..., Exports], tmp_path_factory: pytest.TempPathFactor
 
 
 def test_each_export_passed_in_its_own_runtime(exports: Exports) -> None:
-    assert [one["format"] for one in exports.exports] == ["adapter", "safetensors", "card"]
+    assert [one.format for one in exports.exports] == ["adapter", "safetensors", "card"]
     adapter, merged, _ = exports.exports
-    assert "peft" in adapter["parity"]["runtime"]
-    assert "peft" not in merged["parity"]["runtime"]
-    assert merged["parity"]["max_logit_difference"] < 1e-3
-    assert merged["parity"]["rows"] == 3
-    assert abs(merged["parity"]["loss_difference"]["difference"]) < 1e-3
-    assert merged["parity"]["loss"] > 0
-    assert all(one["parity"]["chats"] == 4 and one["parity"]["passed"] for one in (adapter, merged))
+    assert "peft" in adapter.parity.runtime
+    assert "peft" not in merged.parity.runtime
+    assert merged.parity.max_logit_difference < 1e-3
+    assert merged.parity.rows == 3
+    assert abs(merged.parity.loss_difference.difference) < 1e-3
+    assert merged.parity.loss > 0
+    assert all(one.parity.chats == 4 and one.parity.passed for one in (adapter, merged))
     listed = {"adapter", "safetensors", "adapter.answers.jsonl", "safetensors.answers.jsonl", "README.md"}
     assert {file.name for file in exports.folder.iterdir()} == listed
 
@@ -48,22 +49,22 @@ def test_loss_of_an_export_is_compared_with_the_evaluations_on_the_same_rows(
 ) -> None:
     for one, name in zip(exports.exports, ("adapter", "merged"), strict=False):
         losses = scorer.losses(name, rows=3)
-        assert one["parity"]["tokens"] == sum(row.tokens for row in losses)
-        assert one["parity"]["model_loss"] == pytest.approx(sum(row.loss for row in losses) / one["parity"]["tokens"])
+        assert one.parity.tokens == sum(row.tokens for row in losses)
+        assert one.parity.model_loss == pytest.approx(sum(row.loss for row in losses) / one.parity.tokens)
 
 
 def test_answers_of_an_export_are_scored_against_the_models_to_the_same_prompts(exports: Exports) -> None:
     for one, model in zip(exports.exports, ("adapter", "merged"), strict=False):
-        answers = one["parity"]["answers"]
-        assert (answers["rows"], answers["model"]["name"], answers["model"]["mean_tokens"]) == (4, model, 2)
-        assert answers["metrics"].keys() == {"exact_match", "label_known"}
-        assert answers["changes"]["stop_rate"]["difference"] == answers["stop_rate"] - 1
+        answers = one.parity.answers
+        assert (answers.rows, answers.model.name, answers.model.mean_tokens) == (4, model, 2)
+        assert answers.metrics.keys() == {"exact_match", "label_known"}
+        assert answers.changes["stop_rate"].difference == answers.stop_rate - 1
         lines = [
             json.loads(text)
             for text in (exports.folder / f"{Path(one['path']).name}.answers.jsonl").read_text().splitlines()
         ]
         assert [line["row"] for line in lines] == [0, 1, 2, 3]
-        assert lines[0]["scores"].keys() == answers["metrics"].keys()
+        assert lines[0]["scores"].keys() == answers.metrics.keys()
 
 
 def test_every_snippet_of_the_card_runs(exports: Exports) -> None:
@@ -80,6 +81,15 @@ def test_every_snippet_of_the_card_runs(exports: Exports) -> None:
             check=False,
         )
         assert done.returncode == 0, done.stderr
+
+
+def test_manifest_leaves_out_what_an_export_does_not_have(exports: Exports) -> None:
+    adapter, merged, card = to_jsonable(exports)["exports"]
+    assert list(card) == ["format", "path", "bytes", "sha256", "parity"]
+    assert card["parity"] == {}
+    assert "cost" not in merged["parity"]
+    assert list(adapter["parity"])[-4:] == ["tokens", "model_loss", "loss_difference", "answers"]
+    assert from_json(Exports, json.loads(json.dumps(to_jsonable(exports)))) == exports
 
 
 def test_card_states_base_quantization_metrics_and_merge(exports: Exports) -> None:
@@ -101,14 +111,9 @@ def test_card_states_base_quantization_metrics_and_merge(exports: Exports) -> No
 def test_card_states_what_a_format_could_not_do() -> None:
     from finetune.export.card import _files
 
-    one = {
-        "path": "export/gguf_q4_k_m",
-        "format": "gguf",
-        "bytes": 1,
-        "sha256": "a" * 64,
-        "parity": {},
-        "notes": ["rows of 576 are in q5_0"],
-    }
+    one = ExportResult(
+        path="export/gguf_q4_k_m", format="gguf", bytes=1, sha256="a" * 64, notes=["rows of 576 are in q5_0"]
+    )
     assert list(_files([one]))[-1] == "- `gguf_q4_k_m`: rows of 576 are in q5_0"
 
 
@@ -243,7 +248,7 @@ def test_export_beyond_its_bound_is_refused(tmp_path: Path) -> None:
     wide = ExportConfig(**{**BOUNDS, "format": "safetensors", "max_logit_difference": 2, "max_kl": 1})
     found = compare("gguf", wanted, got, file, config=wide, seed=1)
     p = np.exp([0, 0, 0, 1.0]) / np.exp([0, 0, 0, 1.0]).sum()
-    assert found["kl"] == pytest.approx(float((0.25 * np.log(0.25 / p)).sum()), abs=1e-6)
+    assert found.kl == pytest.approx(float((0.25 * np.log(0.25 / p)).sum()), abs=1e-6)
 
 
 def test_all_invalid_settings_are_named_at_once() -> None:

@@ -42,13 +42,13 @@ def exported(run: Callable[..., Exports], tmp_path_factory: pytest.TempPathFacto
 
 def test_gguf_runs_in_llama_cpp_as_the_model_does(exported: Exports) -> None:
     made, _ = exported.exports
-    parity = made["parity"]
-    assert parity["runtime"].startswith("xllamacpp ")
-    assert parity["chats"] == 4
-    assert parity["kl"] < BOUNDS["q8_0"]
-    assert abs(parity["loss_difference"]["difference"]) < 0.01
-    assert (parity["answers"]["rows"], parity["answers"]["model"]["name"]) == (3, "merged")
-    assert 0 < parity["answers"]["mean_tokens"] <= 6
+    parity = made.parity
+    assert parity.runtime.startswith("xllamacpp ")
+    assert parity.chats == 4
+    assert parity.kl < BOUNDS["q8_0"]
+    assert abs(parity.loss_difference.difference) < 0.01
+    assert (parity.answers.rows, parity.answers.model.name) == (3, "merged")
+    assert 0 < parity.answers.mean_tokens <= 6
     assert {file.name for file in (exported.folder / "gguf").iterdir()} == {"model.gguf", "Modelfile", "README.md"}
     assert "KL" in (exported.folder / "README.md").read_text()
 
@@ -75,8 +75,8 @@ def test_every_format_runs_within_its_bound(run: Callable[..., Exports], tmp_pat
     (made,) = run(
         tmp_path / "export", "gguf", dtype=dtype, max_kl=BOUNDS[dtype], max_logit_difference=100, loss_rows=0
     ).exports
-    forced = [note for note in made["notes"] if "matrices" in note]
-    assert made["parity"]["passed"]
+    forced = [note for note in made.notes if "matrices" in note]
+    assert made.parity.passed
     assert bool(forced) == dtype.endswith(("_k", "_k_m", "q4_0"))  # no row of this model is a multiple of 256
 
 
@@ -86,7 +86,7 @@ def test_tensors_with_another_type_are_counted_and_reported(
     (made,) = run(
         tmp_path / "export", "gguf", dtype="q4_k_m", max_kl=1.0, max_logit_difference=100, loss_rows=0, logit_rows=0
     ).exports
-    assert made["notes"] == [
+    assert made.notes == [
         "15 of 15 matrices have rows of 64 and 128 weights, which the blocks of 256 of Q4_K_M do not divide; they "
         "have more bits, as llama.cpp writes them: 12 as Q5_0, 3 as Q8_0"
     ]
@@ -210,7 +210,7 @@ def test_adapter_on_a_gguf_base_is_the_adapter_on_the_dense_base(
 
     made = make_adapter(loud_base, tmp_path / "train", **settings)
     (export,) = run(tmp_path / "export", "gguf_lora", dtype="bf16", from_adapter=made.folder, loss_rows=0).exports
-    assert export["parity"]["kl"] < BOUNDS["bf16"]
+    assert export.parity.kl < BOUNDS["bf16"]
     assert "ADAPTER ./adapter.gguf" in (tmp_path / "export" / "gguf_lora" / "Modelfile").read_text()
 
 

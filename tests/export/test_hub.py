@@ -18,6 +18,7 @@ from finetune.errors import ExportError
 from finetune.export.config import ExportConfig
 from finetune.export.context import ExportContext
 from finetune.export.hub import CHUNK_BYTES, find_secrets, prepare_push, write
+from finetune.products import ExportResult
 from finetune.quantization import QuantizationConfig
 from tests.fixtures.models import model_spec
 
@@ -45,7 +46,10 @@ def context(tiny_base: Path, tmp_path: Path) -> ExportContext:
     (folder / "adapter" / "adapter_model.safetensors").write_bytes(bytes(range(256)) * 100)
     for card in (folder / "README.md", folder / "adapter" / "README.md"):
         card.write_text(CARD)
-    exports = [{"format": "adapter", "path": "export/adapter"}, {"format": "card", "path": "export/README.md"}]
+    exports = [
+        ExportResult(format=format, path=f"export/{file}", bytes=1, sha256="a" * 64)
+        for format, file in (("adapter", "adapter"), ("card", "README.md"))
+    ]
     nothing: dict[str, Any] = dict.fromkeys(field.name for field in fields(ExportContext))
     spec = model_spec(tiny_base, QuantizationConfig(method="none"))
     return ExportContext(**nothing | {"folder": folder, "spec": spec, "exports": exports, "snippets": {}})
@@ -69,7 +73,7 @@ def test_dry_run_is_the_default_and_lists_exactly_what_would_go(context: ExportC
         "3 files, 25.1 KiB, would be sent to the private repository me/tuned, licence apache-2.0; nothing was"
         in " ".join(printed.split())
     )
-    assert (made["path"], made["parity"]) == ("export/hub.json", {})
+    assert (made.path, made.parity) == ("export/hub.json", None)
 
 
 def test_without_a_card_nothing_goes(context: ExportContext) -> None:

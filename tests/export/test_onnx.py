@@ -32,11 +32,11 @@ def exported(run: Callable[..., Exports], tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.slow
 @needs_onnx
 def test_graph_gives_the_models_logits_loss_and_end(exported: Exports) -> None:
-    parity = exported.exports[0]["parity"]
-    assert parity["runtime"].startswith("onnxruntime")
-    assert parity["max_logit_difference"] < 1e-4
-    assert parity["chats"] == 4
-    assert abs(parity["loss_difference"]["difference"]) < 1e-5
+    parity = exported.exports[0].parity
+    assert parity.runtime.startswith("onnxruntime")
+    assert parity.max_logit_difference < 1e-4
+    assert parity.chats == 4
+    assert abs(parity.loss_difference.difference) < 1e-5
     assert {"model.onnx", "config.json", "tokenizer.json"} <= {
         file.name for file in (exported.folder / "onnx").iterdir()
     }
@@ -66,7 +66,7 @@ def test_rounded_graph_is_another_model_within_its_own_bound(
     run: Callable[..., Exports], tmp_path: Path, dtype: str
 ) -> None:
     (one,) = run(tmp_path / "export", "onnx", dtype=dtype, max_logit_difference=10.0, max_kl=1.0).exports
-    assert one["parity"]["kl"] > 0
+    assert one.parity.kl > 0
 
 
 SIZES = {

@@ -26,8 +26,8 @@ def test_another_dtype_is_written_and_its_cost_reported(run: Run, merged: Facts,
     assert {tensor.dtype for tensor in new.values()} == {getattr(torch, dtype)}
     assert all(torch.allclose(new[name].float(), tensor.float(), atol=1e-7) for name, tensor in old.items())
     assert json.loads((folder / "config.json").read_text())["dtype"] == dtype
-    assert one["parity"]["max_logit_difference"] < 1e-3
-    assert one["parity"]["cost"]["kl"] < 1e-2
+    assert one.parity.max_logit_difference < 1e-3
+    assert one.parity.cost.kl < 1e-2
     assert next(load(folder)[0].parameters()).dtype == getattr(torch, dtype)
 
 

@@ -21,7 +21,8 @@ from finetune.merge import MergeConfig, merge
 from finetune.merge.adapter_deltas import read_changes
 from finetune.merge.candidates import build
 from finetune.merge.graph import dequantized
-from finetune.products import CandidateScores, MergedModel
+from finetune.products import MergedModel
+from finetune.scores import CandidateScores
 from tests.fixtures.artifacts import Line, Made, make_adapter
 
 CONFIG: dict[str, Any] = {

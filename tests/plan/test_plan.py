@@ -11,13 +11,13 @@ import pytest
 
 from finetune.config import load
 from finetune.hardware import Machine, place, probe
+from finetune.jsonable import to_jsonable
 from finetune.plan import phases, show, weights
 from finetune.plan.activations_saved import layer_bytes
 from finetune.plan.fit import propose
 from finetune.plan.inputs import TRL
 from finetune.plan.product import Plan, make_plan
 from finetune.plan.settings import from_config
-from finetune.run import to_jsonable
 from tests.fixtures.architectures import GIB, inputs, machine
 
 ROOT = Path(__file__).parents[2]

@@ -2,11 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from finetune.preflight import result_cache
+from finetune.products import CheckRecord, PreflightResult, SkippedCheck
 from finetune.trainable import TrainingJob
 from tests.fixtures.preflight import Scene, settings
 
@@ -17,15 +19,32 @@ def changed(job: TrainingJob, **trainable: Any) -> TrainingJob:
     return dataclasses.replace(job, trainable=dataclasses.replace(job.trainable, **trainable))
 
 
+def passed(folder: Path) -> PreflightResult:
+    check = CheckRecord(
+        name="identity",
+        passed=True,
+        figure="0",
+        bound="0",
+        sentence="it is the same",
+        cause="B is not zero",
+        seconds=1.0,
+    )
+    skipped = SkippedCheck(name="reload", sentence="it is the same again", why="only preflight=full")
+    return PreflightResult(
+        folder=folder, checks=[check], packing_is_isolated=True, fused_layers_are_exact=True, skipped=[skipped]
+    )
+
+
 def test_a_preflight_is_found_by_what_decides_it(scene: Scene, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.undo()  # the scene replaces `find`
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
     name = result_cache.name_of(CONFIG, scene.job, until="report")
     assert result_cache.find(name) is None
     (tmp_path / "trained_text.txt").write_text("an answer")
-    result_cache.remember(name, {"checks": [{"name": "identity"}]}, tmp_path)
+    result = passed(tmp_path)
+    result_cache.remember(name, result)
     same = changed(scene.job, model=object())
-    assert result_cache.find(result_cache.name_of(CONFIG, same, until="report")) == {"checks": [{"name": "identity"}]}
+    assert result_cache.find(result_cache.name_of(CONFIG, same, until="report")) == result
     (tmp_path / "trained_text.txt").unlink()
     result_cache.restore_text(name, tmp_path)
     assert (tmp_path / "trained_text.txt").read_text() == "an answer"
@@ -68,6 +87,6 @@ def test_other_code_is_another_preflight(scene: Scene, monkeypatch: pytest.Monke
 def test_a_damaged_file_is_ignored(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
     (tmp_path / "trained_text.txt").write_text("an answer")
-    result_cache.remember("a", {}, tmp_path)
+    result_cache.remember("a", passed(tmp_path))
     (tmp_path / "preflights" / "a.json").write_text("{")
     assert result_cache.find("a") is None

@@ -9,6 +9,7 @@ from datasets import load_from_disk
 
 from finetune.config import load as load_config
 from finetune.errors import TrainError
+from finetune.jsonable import to_jsonable
 from finetune.preflight import PreflightConfig
 from finetune.preflight.batch import documents, largest_rows, shortened, uneven
 from finetune.preflight.checks import CHECKS
@@ -20,14 +21,14 @@ from tests.preflight.bugs import contaminate, disk_full, double_a_gradient, star
 
 
 def names(result: PreflightResult, *, passed: bool) -> list[str]:
-    return [check["name"] for check in result.checks if check["passed"] is passed]
+    return [check.name for check in result.checks if check.passed is passed]
 
 
 def test_every_quick_check_passes_on_a_sound_model(scene: Scene) -> None:
     write_plan(scene)
     result = scene.run_preflight()
     assert names(result, passed=True) == [check.name for check in CHECKS if not check.only_full]
-    assert [check["name"] for check in result.skipped] == ["learning", "ending", "reload"]
+    assert [check.name for check in result.skipped] == ["learning", "ending", "reload"]
     assert result.packing_is_isolated
     assert result.fused_layers_are_exact
 
@@ -100,7 +101,7 @@ def test_the_cost_and_what_did_not_run_are_logged(scene: Scene, capsys: pytest.C
 def test_without_a_trainer_the_checks_that_need_one_are_skipped(scene: Scene) -> None:
     scene.make_trainer = None
     result = scene.run_preflight()
-    assert [check["name"] for check in result.skipped] == [
+    assert [check.name for check in result.skipped] == [
         "trained_text",
         "accumulation",
         "learning",
@@ -120,10 +121,10 @@ def with_pairs(scene: Scene) -> Scene:
 
 
 def test_pairs_are_checked_with_the_trainer_and_the_collator_of_pairs(scene: Scene) -> None:
-    checks = {check["name"]: check for check in with_pairs(scene).run_preflight().checks}
-    assert checks["trained_text"]["figure"].startswith("28 tokens of 4 documents")
-    assert checks["accumulation"]["figure"].startswith("2 rows: loss 0.69")
-    assert all(check["passed"] for check in checks.values())
+    checks = {check.name: check for check in with_pairs(scene).run_preflight().checks}
+    assert checks["trained_text"].figure.startswith("28 tokens of 4 documents")
+    assert checks["accumulation"].figure.startswith("2 rows: loss 0.69")
+    assert all(check.passed for check in checks.values())
 
 
 def test_a_preference_is_learned_from_the_repeated_batch_and_has_no_end_to_check(scene: Scene) -> None:
@@ -141,9 +142,9 @@ def test_off_checks_nothing_and_logs_so(scene: Scene, capsys: pytest.CaptureFixt
 def test_a_run_that_ends_with_training_needs_no_memory_for_the_merge(scene: Scene) -> None:
     write_plan(scene, phases={"merge": {"weights": 10**16}}, disk={"merged": 10**18, "checkpoints": 5})
     scene.until = "train"
-    check = next(check for check in scene.run_preflight().checks if check["name"] == "memory_and_disk")
-    assert check["passed"]
-    assert "no later stage needs the dense model; disk 5 B" in check["figure"]
+    check = next(check for check in scene.run_preflight().checks if check.name == "memory_and_disk")
+    assert check.passed
+    assert "no later stage needs the dense model; disk 5 B" in check.figure
 
 
 def test_trained_text_is_written_for_people_to_read(scene: Scene) -> None:
@@ -152,7 +153,7 @@ def test_trained_text_is_written_for_people_to_read(scene: Scene) -> None:
 
 
 def test_the_manifest_can_hold_a_preflight(scene: Scene) -> None:
-    checks = json.loads(json.dumps(scene.run_preflight().checks))
+    checks = json.loads(json.dumps(to_jsonable(scene.run_preflight().checks)))
     assert all(set(check) == {"name", "passed", "figure", "bound", "sentence", "cause", "seconds"} for check in checks)
 
 

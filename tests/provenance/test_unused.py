@@ -10,9 +10,10 @@ import pytest
 
 from finetune.config import RunConfig, load, to_dict, to_yaml
 from finetune.config.fields import all_keys, unknown_key
+from finetune.jsonable import to_jsonable
 from finetune.lora import LoraConfig
 from finetune.provenance.unused import UnusedSetting, unused_overrides, unused_settings, warn_unused_overrides
-from finetune.run import fingerprint, to_jsonable
+from finetune.run import fingerprint
 from tests.provenance.read_tracking import KNOWN_AFTER_RUN, READ_ELSEWHERE, track_reads, unread_settings
 
 

@@ -234,9 +234,9 @@ def test_the_checks_of_the_preflight_pass(
     scene.trainable.spec = model_spec(tiny_base, config)
     scene.trainable.fusion = apply_fusion(scene.trainable.model, KERNELS, placement=PLACEMENT, checkpointing="none")
     assert not scene.trainable.fusion.choice.fused, "its layers compute in their own way"
-    checks = {check["name"]: check for check in scene.run_preflight().checks}
-    assert checks["evaluation"]["passed"], checks["evaluation"]
-    assert all(check["passed"] for check in checks.values()), checks
+    checks = {check.name: check for check in scene.run_preflight().checks}
+    assert checks["evaluation"].passed, checks["evaluation"]
+    assert all(check.passed for check in checks.values()), checks
 
 
 def test_groups_that_do_not_divide_a_layer_are_refused(tiny_base: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from finetune.console import log
 from finetune.export.config import ExportConfig
 from finetune.export.context import ExportContext
 from finetune.export.needs import check_packages
+from finetune.products import ExportResult
+from finetune.scores import Parity
 
 if TYPE_CHECKING:
     from finetune.export.parity import Expected
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 FILE = "model.gguf"
 
 
-def write(context: ExportContext, name: str, settings: ExportConfig) -> dict[str, Any]:
+def write(context: ExportContext, name: str, settings: ExportConfig) -> ExportResult:
     """Converts the merged model, loads it in llama.cpp and compares; returns the export's description."""
     check_packages({name: settings})
     from transformers import AutoTokenizer
@@ -36,12 +38,10 @@ def write(context: ExportContext, name: str, settings: ExportConfig) -> dict[str
     for note in notes:
         log("export", f"{name}: {note}")
     context.snippets[f"The merged model as {dtype.upper()}, in llama.cpp"] = snippet
-    return {**context.publish(name, settings, parity), "notes": notes}
+    return context.publish(name, settings, parity, notes=notes)
 
 
-def check(
-    context: ExportContext, name: str, settings: ExportConfig, wanted: Expected, *, snippet: str
-) -> dict[str, Any]:
+def check(context: ExportContext, name: str, settings: ExportConfig, wanted: Expected, *, snippet: str) -> Parity:
     """Loads an export in llama.cpp, in a fresh process, and compares it with its model."""
     ends, runtime = context.chat.ends, "finetune.export.gguf_runtime"
     return context.check(name, settings, wanted, snippet=snippet, ends=ends, packages=["xllamacpp"], runtime=runtime)
