@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from finetune.architecture import ArchitectureConfig, from_config_json
 from finetune.hardware.place import choose_dtype
+from finetune.kernels.choose import KernelFacts, choose
 from finetune.plan.inputs import KernelChoice, PlanInputs, TrainerMemoryModel
 
 if TYPE_CHECKING:
@@ -94,37 +95,54 @@ def from_config(config: RunConfig, machine: Machine) -> PlanInputs:
 def predict_kernels(
     config: RunConfig, machine: Machine, *, architecture: ArchitectureConfig, device: str, dtype: str
 ) -> KernelChoice:
-    """Predicts what `finetune.kernels` will choose, from the configuration alone; tests compare the two."""
-    kernels, lora, method = config.kernels, config.lora, config.quantization.method
+    """Chooses as `finetune.kernels` does, from what the configuration tells; tests compare the two.
+
+    Raises:
+        HardwareError: A setting of ``kernels`` other than ``auto`` is not possible.
+    """
+    lora, method, family = config.lora, config.quantization.method, architecture.family
     upcast = "none" if dtype == "float32" else config.model.upcast
-    fused = (
-        kernels.layers != "plain"
-        and architecture.family in FUSED_FAMILIES
-        and dtype != "float16"
-        and not lora.dropout
-        and lora.variant != "dora"
-        and method in ("none", "nf4", "fp4")
-        and upcast == "none"
-        and config.launch.strategy in ("single", "ddp")
+    reasons = {
+        "float16 needs loss scaling": dtype == "float16",
+        f"layers of {family} cannot be fused": family not in FUSED_FAMILIES,
+        "lora.dropout is not 0": lora.dropout > 0,
+        "only peft computes lora.variant=dora": lora.variant == "dora",
+        f"{method} layers have their own kernels": method not in ("none", "nf4", "fp4"),
+        f"model.upcast={upcast} keeps norms in float32": upcast != "none",
+        f"launch.strategy={config.launch.strategy} shards the weights": config.launch.strategy not in ("single", "ddp"),
+    }
+    head_reasons = {
+        "float16 needs loss scaling": dtype == "float16",
+        f"{family} changes its logits after the head": family in CAPPED_FAMILIES,
+        f"model.upcast={upcast} keeps the head in float32": upcast == "all",
+    }
+    native_reasons = {
+        f"they are for a CPU and this run is on {device}": device != "cpu",
+        f"they compute in bfloat16 and this run in {dtype}": dtype != "bfloat16",
+    }
+    facts = KernelFacts(
+        fusion_obstacle=_first_true(reasons),
+        quantized=method in ("nf4", "fp4"),
+        dense_bytes=0,  # how much memory will be free then is not known, so the copies are taken to fit
+        free_bytes=0,
+        head_split_obstacle=_first_true(head_reasons),
+        native_obstacle=_first_true(native_reasons),
+        tiles="amx_bf16" in machine.features and architecture.head_dim % 32 == 0,
     )
-    loss_on_trained_tokens = (
-        kernels.loss != "all" and dtype != "float16" and architecture.family not in CAPPED_FAMILIES and upcast != "all"
-    )
-    native = (
-        device == "cpu"
-        and kernels.implementation != "plain"
-        and (fused or loss_on_trained_tokens)
-        and dtype == "bfloat16"
-    )
+    choice = choose(config.kernels, facts, device=device)
     return KernelChoice(
-        fused=fused,
-        loss_on_trained_tokens=loss_on_trained_tokens,
-        native=native,
-        tiles=native and fused and "amx_bf16" in machine.features and architecture.head_dim % 32 == 0,
-        cached=fused and device == "cpu" and method in ("nf4", "fp4") and kernels.weights != "quantized",
+        fused=choice.fused,
+        loss_on_trained_tokens=choice.loss_on_trained_tokens,
+        native=choice.native,
+        tiles=choice.tiles,
+        cached=choice.cached and facts.quantized,
         flat=True,  # all documents lie in one row, packed or not, unless preflight finds that attention mixes them
         selective=config.train.checkpointing == "selective",
     )
+
+
+def _first_true(reasons: dict[str, bool]) -> str | None:
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def planned_dtype(config: RunConfig, machine: Machine) -> str:

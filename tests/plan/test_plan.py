@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from finetune.config import load
+from finetune.errors import HardwareError
 from finetune.hardware import Machine, place, probe
 from finetune.jsonable import to_jsonable
 from finetune.plan import phases, show, weights
@@ -173,6 +174,22 @@ def test_a_gpu_without_bfloat16_gets_plain_layers() -> None:
     for name, fused in (("rtx4090", True), ("t4", False)):
         config = load([*overrides, f"hardware={name}"])
         assert from_config(config, probe(config.hardware)).kernels.fused is fused
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (
+            ["kernels.layers=fused", "lora.dropout=0.1"],
+            "kernels.layers=fused is not possible here: lora.dropout is not 0",
+        ),
+        (["kernels.implementation=native", "model.dtype=float32"], "they compute in bfloat16 and this run in float32"),
+    ],
+)
+def test_a_plan_refuses_the_kernels_that_the_run_would_refuse(overrides: list[str], reason: str) -> None:
+    config = load(["+experiment=quickstart", "hardware.device=cpu", *overrides])
+    with pytest.raises(HardwareError, match=reason):
+        from_config(config, probe(config.hardware))
 
 
 def test_a_plan_has_the_dtype_that_the_run_is_placed_in() -> None:
