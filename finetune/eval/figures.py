@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from finetune.eval.config import ANSWERS, ARTIFACTS, CHANGES, LOWER_IS_BETTER, EvalConfig
+from finetune.eval.config import ARTIFACTS, CHANGES, LOWER_IS_BETTER, EvalConfig
 from finetune.eval.metrics import METRICS, repetition
 from finetune.eval.records import Record
 from finetune.inference.bootstrap import Bootstrap, Ratio, mean_of, perplexity, token_loss
@@ -75,9 +75,12 @@ def levels(table: Table, records: dict[str, Record], *, config: EvalConfig, seed
 def answer_levels(answers: dict[str, Ratio], *, config: EvalConfig, seed: int) -> AnswerScores:
     """Returns the metrics with intervals, and the other figures of the answers."""
     metrics = {figure: ratio for figure, ratio in answers.items() if figure in config.metrics}
+    others = {figure: ratio.value for figure, ratio in answers.items() if figure not in config.metrics}
     return AnswerScores(
         metrics={name: _bootstrap(ratio, config, seed).level(ratio) for name, ratio in metrics.items()},
-        **{figure: answers[figure].value for figure in ANSWERS if figure in answers},
+        stop_rate=others.get("stop_rate"),
+        mean_tokens=others.get("mean_tokens"),
+        repetition=others.get("repetition"),
     )
 
 

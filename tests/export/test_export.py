@@ -61,7 +61,7 @@ def test_answers_of_an_export_are_scored_against_the_models_to_the_same_prompts(
         assert answers.changes["stop_rate"].difference == answers.stop_rate - 1
         lines = [
             json.loads(text)
-            for text in (exports.folder / f"{Path(one['path']).name}.answers.jsonl").read_text().splitlines()
+            for text in (exports.folder / f"{Path(one.path).name}.answers.jsonl").read_text().splitlines()
         ]
         assert [line["row"] for line in lines] == [0, 1, 2, 3]
         assert lines[0]["scores"].keys() == answers.metrics.keys()
