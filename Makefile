@@ -6,7 +6,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 .PHONY: quickstart test check check-gpu install install-dev clean
 
 quickstart: .venv/.run
-	$(BIN)/python -m finetune run.if_exists=resume
+	$(BIN)/python -m finetune +experiment=quickstart run.if_exists=resume
 
 # Each test computes with one thread, so two processes take half the time.
 test: .venv/.dev

@@ -49,3 +49,9 @@ def require_disk(
 def first_error_line(error: BaseException, *, characters: int = 160) -> str:
     """Returns the first line of an error's message, or its class where it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0][:characters]
+
+
+def existing_parent(path: Path) -> Path:
+    """Returns the path, or its nearest parent that exists: where its disk is found before it is made."""
+    absolute = path.expanduser().absolute()
+    return next(place for place in (absolute, *absolute.parents) if place.exists())

@@ -11,33 +11,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune import environment, hardware
+from finetune.checks import Start, check_before_start
 from finetune.config import RunConfig, to_dict
 from finetune.console import log, quiet_libraries
 from finetune.data import prepare
-from finetune.errors import GateMissed, HardwareError
+from finetune.errors import GateMissed
 from finetune.eval import AnswerScorer, evaluate
 from finetune.export import ExportConfig, export
-from finetune.export.needs import check_packages
 from finetune.hardware import Machine, Placement
 from finetune.hardware.place import set_threads
-from finetune.inference.adapted import check_adapter
 from finetune.jsonable import to_jsonable
 from finetune.launch import Ranks
 from finetune.launch.logs import log_to_file
-from finetune.launch.start import check_launch
 from finetune.merge import merge
-from finetune.model import ModelSpec
-from finetune.model.load import describe_padding
+from finetune.model import ModelFiles, ModelSpec
+from finetune.model.base import find
+from finetune.model.load import describe_padding, load_tokenizer
 from finetune.plan import plan, show
 from finetune.preflight import run_preflight
 from finetune.preflight.trial import MakeTrainer
 from finetune.products import Exports, MergedModel, PreflightResult, PreparedData, Scores, TrainedAdapter
 from finetune.provenance import warn_unused_overrides
 from finetune.quantization import choose_skip_modules
-from finetune.quantization.backends import check_installed
 from finetune.quantization.sensitivity import SkippedLayers
 from finetune.report import ReportFiles, report
-from finetune.run import STAGES, RunFolder, fingerprint
+from finetune.run import RunFolder, fingerprint
 from finetune.tracking import Trackers, figures, open_trackers
 from finetune.train import join_training, train_adapter
 from finetune.trainable import TrainableModel, TrainingJob, trainable_model
@@ -73,16 +71,16 @@ def run_stages(run: Run) -> Iterator[str]:
     show_plan(run)
     yield "plan"
 
-    spec, tokenizer = resolve_model(run)
+    files, tokenizer = find_tokenizer(run)
     data = folder.stage(
         "data",
         PreparedData,
         lambda out: prepare(config.data, folder=out, tokenizer=tokenizer, seed=seed),
-        key={"data": config.data.key(), "tokenizer.sha256": spec.base.tokenizer_sha256(), "run.seed": seed},
+        key={"data": config.data.key(), "tokenizer.sha256": files.tokenizer_sha256(), "run.seed": seed},
     )
     yield "data"
 
-    spec = with_skip_modules(spec, folder, data)
+    spec = with_skip_modules(ModelSpec.resolve(config, run.placement, files=files), folder, data)
     ranks.put("data", not folder.is_done("train"))  # the others load the model now, or are not needed
     training = spec.key() | {"lora": config.lora, "kernels": config.kernels, "data.sha256": data.fingerprint}
     with trainable_model(config, spec, tokenizer, data, stage=folder.timed_stage("model")) as load:
@@ -164,7 +162,11 @@ def run(config: RunConfig, *, overrides: Sequence[str], ranks: Ranks, redo: froz
     quiet_libraries()
     machine = hardware.probe(config.hardware)
     placement = hardware.place(machine, config)
-    validate_environment(config, placement)
+    finished = RunFolder.finished(config.run, redo=redo)
+    log(
+        "checks",
+        *check_before_start(Start(config=config, machine=machine, placement=placement, finished=finished)),
+    )
     warn_unused_overrides(config, overrides)
     folder = RunFolder.open(config.run, redo=redo)
     with folder.lock():
@@ -226,13 +228,13 @@ def show_plan(run: Run) -> None:
     show(planned)
 
 
-def resolve_model(run: Run) -> tuple[ModelSpec, PreTrainedTokenizerBase]:
-    """Sets the number of threads, finds the base's files and loads its tokenizer."""
+def find_tokenizer(run: Run) -> tuple[ModelFiles, PreTrainedTokenizerBase]:
+    """Sets the number of threads, finds config and tokenizer, all that the data need, and loads the tokenizer."""
     set_threads(run.placement, processes=run.ranks.local_count)
-    spec = ModelSpec.resolve(run.config, run.placement)
-    tokenizer = spec.load_tokenizer()
+    files = find(run.config.model)
+    tokenizer = load_tokenizer(files, trust_remote_code=run.config.model.trust_remote_code)
     log("model", describe_padding(tokenizer))
-    return spec, tokenizer
+    return files, tokenizer
 
 
 def with_skip_modules(spec: ModelSpec, folder: RunFolder, data: PreparedData) -> ModelSpec:
@@ -270,21 +272,6 @@ def without_push_if_gated(exports: dict[str, ExportConfig], *, missed: Sequence[
         return exports
     log("export", "nothing is pushed, since a threshold of eval.gate was not met; what would be pushed is shown")
     return {name: dataclasses.replace(export, push=False) for name, export in exports.items()}
-
-
-def validate_environment(config: RunConfig, placement: Placement) -> None:
-    """Refuses now what would otherwise fail after the data are prepared."""
-    check_installed(config.quantization)
-    stages = STAGES[: STAGES.index(config.run.until) + 1]
-    for adapter in config.merge.adapters if "merge" in stages else ():
-        check_adapter(Path(adapter).expanduser(), setting="merge.adapters")
-    if "export" in stages:
-        check_packages(config.export)
-    check_launch(config.launch, device=placement.device, preflight=config.preflight.level != "off")
-    if config.hardware.name != "auto":
-        raise HardwareError(
-            f"hardware={config.hardware.name} describes a machine to plan for; to run on this one, choose hardware=auto"
-        )
 
 
 def log_artifacts(trackers: Trackers, folder: RunFolder, files: ReportFiles) -> None:

@@ -92,6 +92,14 @@ class RunFolder:
         folder.make()
         return folder
 
+    @classmethod
+    def finished(cls, config: RunSettings, *, redo: frozenset[str] = frozenset()) -> frozenset[str]:
+        """Returns the stages of a run that would be continued that are done and not to be redone; makes no folder."""
+        if config.if_exists != "resume":
+            return frozenset()
+        folder = cls(Path(config.root) / config.name, redo=redo)
+        return frozenset(stage for stage in STAGES if folder.is_done(stage))
+
     def make(self) -> None:
         """Creates the folder."""
         try:

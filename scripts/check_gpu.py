@@ -48,7 +48,14 @@ def main() -> int:
 def train(name: str, overrides: list[str]) -> dict[str, Any]:
     """Trains the quickstart and returns its speed and memory."""
     run = f"check-gpu-{name.replace(' ', '-')}"
-    settings = [f"run.name={run}", "run.if_exists=overwrite", "run.until=train", "tracking=[]", "train.evaluations=0"]
+    settings = [
+        "+experiment=quickstart",
+        f"run.name={run}",
+        "run.if_exists=overwrite",
+        "run.until=train",
+        "tracking=[]",
+        "train.evaluations=0",
+    ]
     subprocess.run([sys.executable, "-m", "finetune", *settings, *overrides], check=True)
     manifest = json.loads(Path("outputs", run, "train", "manifest.json").read_text())
     product = manifest["product"]

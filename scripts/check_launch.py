@@ -33,7 +33,7 @@ SOON_SECONDS = 30
 
 def finetune(*overrides: str, root: Path, name: str, prefix: Sequence[str] = ()) -> "subprocess.Popen[str]":
     """Starts ``finetune`` up to the end of training."""
-    settings = [f"run.root={root}", f"run.name={name}", "run.until=train", *overrides]
+    settings = ["+experiment=quickstart", f"run.root={root}", f"run.name={name}", "run.until=train", *overrides]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [*prefix, sys.executable, "-m", "finetune", *settings]
     return subprocess.Popen(

@@ -51,6 +51,7 @@ def train_and_measure(dtype: str, seed: int, steps: int) -> tuple[np.ndarray, np
     """Loss in nats and trained tokens of every held-out row."""
     name = f"{dtype}-{seed}"
     settings = [
+        "+experiment=quickstart",
         f"lora.dtype={dtype}",
         f"run.seed={seed}",
         f"run.name={name}",

@@ -11,7 +11,7 @@ from collections import Counter
 
 import pytest
 
-pytest_plugins = ["tests.fixtures.models", "tests.fixtures.artifacts"]
+pytest_plugins = ["tests.fixtures.models", "tests.fixtures.artifacts", "tests.fixtures.hub"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,7 +12,7 @@ from finetune.cli.bench import BENCHMARKS
 from finetune.cli.command import Command, parse
 from finetune.cli.commands import COMMANDS
 from finetune.cli.dispatch import find_command
-from finetune.cli.settings import saved_overrides, with_experiment
+from finetune.cli.settings import saved_overrides
 from finetune.config import load
 from finetune.errors import ConfigError, FinetuneError, GateMissed, Interrupted, RankFailed
 
@@ -59,10 +59,51 @@ def test_each_bad_setting_gets_one_sentence(override: str, expected: str | None)
 def test_a_base_whose_dimensions_are_not_known_yet_has_no_plan_and_that_is_no_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "base.gguf").write_bytes(b"GGUF\xff\xfe")
-    for name in (tmp_path / "base.gguf", "someone/model"):
-        assert main(["plan", "model=custom", f"model.name={name}"]) == 0
-        assert f"no plan: model.name: {name}" in " ".join(capsys.readouterr().out.split())
+    base = tmp_path / "base.gguf"
+    base.write_bytes(b"GGUF\xff\xfe")
+    assert main(["plan", f"model.name={base}"]) == 0
+    assert f"no plan: model.name: {base} has no config.json" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_model_of_the_hub_that_cannot_be_reached_is_never_planned_with_anothers_dimensions(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for experiment in ([], ["+experiment=qwen25_7b_qlora"]):
+        assert main(["plan", *experiment, "model.name=someone/model"]) == 2
+        captured = capsys.readouterr()
+        assert "model.name=someone/model: the hub cannot be reached and the model is not in the" in captured.err
+        assert not captured.out
+
+
+def test_a_model_that_an_option_names_is_planned_with_that_option(capsys: pytest.CaptureFixture[str]) -> None:
+    for experiment in ([], ["+experiment=qwen25_7b_qlora"], ["+experiment=quickstart"]):
+        config = load([*experiment, "model.name=google/gemma-2-2b", "model.upcast=norms"])
+        assert config.model.architecture is not None
+        assert (config.model.architecture.hidden_size, config.model.attention) == (2304, "eager")
+        assert config.model.upcast == "norms"
+    assert "google/gemma-2-2b is the model of model=gemma2_2b" in " ".join(capsys.readouterr().err.split())
+    assert main(["plan", "model.name=meta-llama/Meta-Llama-3-8B", "hardware=rtx4090"]) == 0
+    assert "8.03 billion" in capsys.readouterr().out
+
+
+def test_nothing_of_an_option_is_left_where_another_model_is_named(
+    tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load(["+experiment=gemma2_9b_qlora", f"model.name={tiny_base}"])
+    assert (config.model.architecture, config.model.attention) == (None, "auto")
+    assert config.lora.rank == load(["+experiment=gemma2_9b_qlora"]).lora.rank
+    assert "is not google/gemma-2-9b, the model of model=gemma2_9b" in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_option_of_ones_own_keeps_its_settings_under_another_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("defaults: [llama3_8b, _self_]\nname: /my/llama\n")
+    config = load([f"hydra.searchpath=['file://{tmp_path}']", "model=mine"])
+    assert config.model.architecture is not None
+    assert (config.model.name, config.model.architecture.layers) == ("/my/llama", 32)
+    assert not capsys.readouterr().err
 
 
 def test_exports_that_could_only_fail_after_training_are_refused_before_all_at_once() -> None:
@@ -116,11 +157,19 @@ def test_exports_that_could_only_fail_after_training_are_refused_before_all_at_o
         (["~lora.rank"], "~lora.rank: a setting cannot be removed; give it another value"),
         (["lora=null"], "lora=null: there is no such option; choose one of default, dora,"),
         (["lora.rank=null"], "lora.rank: must be a whole number; got null"),
-        (["export.gguf.max_kl=3"], "export.gguf.max_kl=3: export.gguf is null or not chosen in this configuration"),
-        (["lora.rank=${lora.nothing}"], "lora.rank: Interpolation key 'lora.nothing' not found"),
-        (["plan", "model=custom", "model.name=/not/there"],
-         "model.name: /not/there cannot be read: No such file or directory"),
-        (["merge.adapters={/not/there: 0.5}"], "merge.adapters: /not/there is not an adapter"),
+        (["+experiment=quickstart", "export.gguf.max_kl=3"],
+         "export.gguf.max_kl=3: export.gguf is null or not chosen in this configuration"),
+        (["+experiment=quickstart", "lora.rank=${lora.nothing}"],
+         "lora.rank: Interpolation key 'lora.nothing' not found"),
+        (["plan", "model.name=/not/there"],
+         "model.name: /not/there is not a folder; give a folder with config.json"),
+        (["data.path=rows.jsonl"],
+         "no model is chosen: give model.name=<hub id, folder or .gguf file>, model=<option>"),
+        (["+experiment=quickstart", "data=custom"], "data: no rows are named; set one of data.path=<file,"),
+        (["train"], "run.name: which run? Give run.name=<a run that exists>"),
+        (["report"], "run.name: which run? Give run.name=<a run that exists>"),
+        (["+experiment=quickstart", "merge.adapters={/not/there: 0.5}"],
+         "merge.adapters: /not/there is not an adapter"),
     ],
 )  # fmt: skip
 def test_what_would_be_dropped_or_could_only_fail_ends_with_2_and_one_sentence(
@@ -167,9 +216,21 @@ def test_debug_after_experiment_takes_effect() -> None:
     assert load(["+experiment=quickstart", "+debug=limit"]).train.steps == 4
 
 
-def test_without_an_experiment_it_is_the_quickstart() -> None:
-    assert with_experiment(["lora.rank=4"]) == ["+experiment=quickstart", "lora.rank=4"]
-    assert with_experiment(["+experiment=x"]) == ["+experiment=x"]
+def test_without_an_experiment_the_groups_own_defaults_hold() -> None:
+    config = load(["model=llama3_8b", "data.path=rows.jsonl"])
+    assert (config.run.name, config.train.epochs, config.train.steps) == ("run", 1.0, None)
+    assert (config.optim.learning_rate, config.data.max_tokens, config.data.heldout_share) == (2e-4, 1024, 0.02)
+
+
+def test_nothing_at_all_prints_the_first_steps_and_runs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([]) == 0
+    printed = capsys.readouterr().out
+    assert "make quickstart" in printed
+    assert len(printed.splitlines()) < 10
+    assert not list(tmp_path.iterdir())
 
 
 def test_bad_input_ends_with_2_and_one_message(capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,7 +261,7 @@ def test_commands_for_one_stage_compose_what_the_run_was_started_with(tmp_path: 
 def test_existing_run_is_refused_with_2_and_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "quickstart").mkdir()
     (tmp_path / "quickstart" / "precious.txt").write_text("kept")
-    assert main([f"run.root={tmp_path}"]) == 2
+    assert main(["+experiment=quickstart", f"run.root={tmp_path}"]) == 2
     assert "holds a run already and nothing is written over it" in capsys.readouterr().err
     assert (tmp_path / "quickstart" / "precious.txt").read_text() == "kept"
 
@@ -292,7 +353,7 @@ def test_flags_of_plan_are_on_or_off(flags: list[str], fit: bool, exact: bool) -
         (["--info", "searchpath"], "Config search path"),
         (["--shell-completion", "install=bash"], "hydra_bash_completion"),
         (["plan", "--cfg", "job", "lora.rank=5"], "rank: 5"),
-        (["plan", "--multirun", "lora.rank=4,8"], "adapter"),
+        (["plan", "--multirun", "model=llama3_8b", "lora.rank=4,8"], "adapter"),
     ],
 )
 def test_flags_of_hydra_work_after_the_command(

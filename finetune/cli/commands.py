@@ -26,7 +26,7 @@ COMMANDS = (
     Command(
         "data", "prepare the data and show what is trained on", run.run_stages, preview=True,
         options=(Option("why", "what became of one row", "FILE:LINE", run=look.explain_row),),
-        example="finetune data data=custom data.path=rows.jsonl --why rows.jsonl:137",
+        example="finetune data model.name=org/model data.path=rows.jsonl --why rows.jsonl:137",
     ),
     Command(
         "preflight", "the checks before training, on the real model and batches", run.run_stages, preview=True,

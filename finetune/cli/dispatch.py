@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def dispatch(words: list[str]) -> int:
     """Finds the command, prints help where it was asked for, and runs it."""
     command, rest = find_command(words)
-    if {"--help", "-h"} & set(rest):
+    if not words:
+        sys.stdout.write(help_texts.FIRST_STEPS)
+    elif {"--help", "-h"} & set(rest):
         sys.stdout.write(help_texts.about(command) if len(rest) < len(words) else help_texts.overview())
     elif "--version" in rest:
         sys.stdout.write(help_texts.versions())

@@ -21,16 +21,26 @@ finetune [command] [key=value ...] [--flags]
 Examples
   finetune plan +experiment=llama7b_qlora --fit
   finetune +experiment=quickstart lora.rank=8 run.name=first
-  finetune data data=custom data.path=rows.jsonl --why rows.jsonl:137
+  finetune data model.name=org/model data.path=rows.jsonl --why rows.jsonl:137
 
 Settings
-  key=value is always a setting; +experiment=NAME sets many at once (without one: the quickstart's).
+  key=value is always a setting; +experiment=NAME sets many at once (--groups lists them).
   finetune --cfg job        every setting with its value, and --groups the options to choose from
   finetune plan --explain KEY   who set it; docs/ and the docstrings in finetune/*/config.py say what each does
 
 Flags of every command
   --help, --version, --groups, --config-dir FOLDER; Hydra's --cfg, --info, --multirun, --shell-completion, --hydra-help
 """
+
+FIRST_STEPS = """\
+finetune: QLoRA fine-tuning, from a memory plan to a tested export
+
+  make quickstart                                          a demo on any machine: tunes a 135M model, in minutes
+  finetune plan model.name=org/model data.path=rows.jsonl  what your own model and rows need; no weights are fetched
+  finetune run +experiment=qwen25_7b_qlora run.name=mine data=custom data.path=rows.jsonl
+  finetune --help                                          all commands and settings
+"""
+"""What the program prints where it is given nothing at all."""
 
 
 def overview() -> str:

@@ -11,9 +11,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from finetune.cli.command import Invocation
 from finetune.cli.run import print_plan
-from finetune.cli.settings import with_experiment
-from finetune.config import RunConfig, compose
-from finetune.config.compose import as_config_error, register, to_run_config
+from finetune.config import RunConfig, compose, load
+from finetune.config.compose import as_config_error, register, with_model_option
 from finetune.config.overrides import SEARCH_PATH, allow_free_keys, is_sweep
 from finetune.errors import EXIT_FAILURE, EXIT_OK, ConfigError
 from finetune.paths import CONF
@@ -44,7 +43,8 @@ def run_with_hydra(invocation: Invocation) -> int:
             )
     if "--hydra-help" in flags:
         return _call_hydra(flags, [])
-    return _call_hydra(flags, with_experiment(invocation.overrides))
+    swept = set(MULTIRUN) & set(flags)  # each job has its own model
+    return _call_hydra(flags, invocation.overrides if swept else with_model_option(invocation.overrides))
 
 
 def _sweep(invocation: Invocation) -> int:
@@ -52,7 +52,7 @@ def _sweep(invocation: Invocation) -> int:
     from finetune.report.sweep import report_sweep
     from finetune.sweep.multirun import sweep
 
-    return EXIT_OK if report_sweep(sweep(with_experiment(invocation.overrides))) else EXIT_FAILURE
+    return EXIT_OK if report_sweep(sweep(invocation.overrides)) else EXIT_FAILURE
 
 
 def _call_hydra(flags: list[str], overrides: list[str]) -> int:
@@ -63,8 +63,9 @@ def _call_hydra(flags: list[str], overrides: list[str]) -> int:
     register()
 
     @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
-    def plan_job(config: DictConfig) -> None:
-        print_plan(to_run_config(config), list(HydraConfig.get().overrides.task))
+    def plan_job(_: DictConfig) -> None:
+        words = list(HydraConfig.get().overrides.task)
+        print_plan(load(words), words)
 
     os.environ["HYDRA_FULL_ERROR"] = "1"
     before, sys.argv = sys.argv, ["finetune", *flags, *allow_free_keys(overrides, RunConfig)]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from finetune.cli.command import Invocation
-from finetune.cli.settings import saved_overrides, with_experiment
-from finetune.config import RunConfig, load
+from finetune.cli.settings import saved_overrides
+from finetune.config import RunConfig, compose, load
 from finetune.console import log
 from finetune.errors import EXIT_OK, ConfigError
 
@@ -45,7 +45,7 @@ def explain_setting(invocation: Invocation) -> int:
     """Prints who set a setting, and what it would be otherwise: ``plan --explain lora.rank``."""
     from finetune.provenance import explain
 
-    explain(invocation.options["explain"], with_experiment(invocation.overrides))
+    explain(invocation.options["explain"], invocation.overrides)
     return EXIT_OK
 
 
@@ -65,9 +65,9 @@ def explain_row(invocation: Invocation) -> int:
     from finetune.model import fetch
     from finetune.model.load import load_tokenizer
 
-    requested = load(with_experiment(invocation.overrides))
+    requested = compose(invocation.overrides)
     folder = _prepared(Path(requested.run.root) / requested.run.name)
-    config = load(with_experiment(saved_overrides([f"run.root={folder.parent}", f"run.name={folder.name}"])))
+    config = load(saved_overrides([f"run.root={folder.parent}", f"run.name={folder.name}"]))
     typed = {override.split("=", 1)[0].lstrip("+") for override in invocation.overrides}
     source, other = config.data, requested.data
     if typed & {"data.path", "data.hub"} and (source.path, source.hub) != (other.path, other.hub):
@@ -81,7 +81,7 @@ def explain_row(invocation: Invocation) -> int:
 
 
 def _saved_config(invocation: Invocation) -> RunConfig:
-    return load(with_experiment([*saved_overrides(invocation.overrides), *invocation.overrides]))
+    return load([*saved_overrides(invocation.overrides), *invocation.overrides])
 
 
 def _prepared(folder: Path) -> Path:

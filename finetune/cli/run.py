@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.cli.command import Invocation
-from finetune.cli.settings import saved_overrides, with_experiment
+from finetune.cli.settings import saved_overrides
 from finetune.config import RunConfig, load
 from finetune.console import log
 from finetune.errors import EXIT_FAILURE, EXIT_OK, ConfigError
@@ -20,18 +20,23 @@ from finetune.run import STAGES
 def show_plan(invocation: Invocation) -> int:
     """Prints the plan of a configuration."""
     flags = [f"plan.{name}=true" for name in ("fit", "exact") if invocation.options[name]]
-    overrides = with_experiment(invocation.overrides)
-    print_plan(load([*overrides, *flags]), overrides)
+    print_plan(load([*invocation.overrides, *flags]), invocation.overrides)
     return EXIT_OK
 
 
 def print_plan(config: RunConfig, overrides: Sequence[str]) -> None:
-    """Prints the plan, and the settings that have no effect."""
-    from finetune.hardware import probe
+    """Prints the plan, what could not be checked yet, and the settings that have no effect."""
+    from finetune.checks import Start, check_before_start
+    from finetune.hardware import place, probe
     from finetune.plan import plan, show
     from finetune.provenance import unused_overrides
 
-    show(plan(config, probe(config.hardware)))
+    machine = probe(config.hardware)
+    unchecked = check_before_start(
+        Start(config=config, machine=machine, placement=place(machine, config), is_plan=True)
+    )
+    show(plan(config, machine))
+    log("plan", *unchecked)
     log("plan", *unused_overrides(config, overrides))
 
 
@@ -41,7 +46,6 @@ def run_stages(invocation: Invocation) -> int:
     command, overrides = invocation.command, invocation.overrides
     if command.redo_from:
         overrides = [*saved_overrides(overrides), *overrides]
-    overrides = with_experiment(overrides)
     config = load(overrides)
     if command.distributed:
         _follow_launcher(config)

@@ -1,4 +1,4 @@
-"""Settings that a command line implies: the quickstart's, and those that a run was started with."""
+"""Settings that a command takes from a run that exists."""
 
 from __future__ import annotations
 
@@ -9,22 +9,18 @@ from pathlib import Path
 from finetune.errors import ConfigError
 
 
-def with_experiment(overrides: Sequence[str]) -> list[str]:
-    """Adds the quickstart where no experiment is named."""
-    is_named = any(override.lstrip("+").startswith("experiment=") for override in overrides)
-    return [*overrides] if is_named else ["+experiment=quickstart", *overrides]
-
-
 def saved_overrides(overrides: Sequence[str]) -> list[str]:
     """Returns what the run of ``run.name`` was started with, so that a later command composes the same.
 
     Raises:
-        ConfigError: There is no such run.
+        ConfigError: There is no such run, or neither ``run.name`` nor an experiment, which has one, is given.
     """
-    values = dict(override.split("=", 1) for override in overrides if "=" in override)
+    values = dict(override.lstrip("+").split("=", 1) for override in overrides if "=" in override)
     name = values.get("run.name")
-    if name is None:
+    if name is None and "experiment" in values:
         return []
+    if name is None:
+        raise ConfigError("run.name: which run? Give run.name=<a run that exists>; got none")
     file = Path(values.get("run.root", "outputs")) / name / "overrides.json"
     if not file.is_file():
         raise ConfigError(

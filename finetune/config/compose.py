@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from finetune.config.model_option import compose_for_model
 from finetune.config.overrides import (
     allow_free_keys,
     config_folders,
@@ -24,6 +26,7 @@ from finetune.config.overrides import (
     unknown_additions,
 )
 from finetune.config.schema import RunConfig
+from finetune.console import log
 from finetune.errors import ConfigError
 from finetune.paths import CONF, SHIPPED
 
@@ -52,6 +55,22 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     Raises:
         ConfigError: With every problem, not only the first.
     """
+    config, _, sentence = _compose(overrides)
+    if sentence:
+        log("model", sentence, stream=sys.stderr)
+    return config
+
+
+def with_model_option(overrides: Sequence[str]) -> list[str]:
+    """Returns the overrides with the option of the model group that ``model.name`` belongs to; see `compose_for_model`.
+
+    Raises:
+        ConfigError: With every problem, not only the first.
+    """
+    return _compose(overrides)[1]
+
+
+def _compose(overrides: Sequence[str]) -> tuple[DictConfig, list[str], str | None]:
     register()
     overrides = allow_free_keys(overrides, RunConfig)
     folders = config_folders(overrides)
@@ -61,7 +80,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         try:
-            config = hydra_compose("config", overrides=overrides)
+            config, words, sentence = compose_for_model(overrides, folders)
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(*_collect_override_errors(overrides, error, folders)) from error
         except YAMLError as error:
@@ -71,7 +90,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     unknown = unknown_additions(config, RunConfig)
     if unknown:
         raise ConfigError(*unknown)
-    return config
+    return config, words, sentence
 
 
 def to_run_config(config: DictConfig) -> RunConfig:
@@ -83,7 +102,7 @@ def to_run_config(config: DictConfig) -> RunConfig:
     try:
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
-            raise ConfigError(*[f"{key} has no value and no default; set it, e.g. {key}=..." for key in missing])
+            raise ConfigError(*[_missing(key) for key in missing])
         run_config = OmegaConf.to_object(config)
     except (HydraException, OmegaConfBaseException) as error:
         raise as_config_error(error) from error
@@ -92,6 +111,15 @@ def to_run_config(config: DictConfig) -> RunConfig:
     if problems:
         raise ConfigError(*problems)
     return run_config
+
+
+def _missing(key: str) -> str:
+    if key == "model.name":
+        return (
+            "no model is chosen: give model.name=<hub id, folder or .gguf file>, model=<option> (finetune --groups "
+            "lists them), or +experiment=<name>, which chooses one"
+        )
+    return f"{key} has no value and no default; set it, e.g. {key}=..."
 
 
 def as_config_error(error: Exception) -> ConfigError:

@@ -198,8 +198,8 @@ class DataConfig:
 
 def _source_problems(config: DataConfig) -> Iterator[str]:
     named = [name for name in ("path", "hub", "sources") if getattr(config, name)]
-    if len(named) != 1:
-        got = " and ".join(f"data.{name}" for name in named) or "none"
+    if len(named) > 1:  # none is enough for a plan; `resolve_sources` needs one
+        got = " and ".join(f"data.{name}" for name in named)
         yield f"set exactly one of data.path, data.hub and data.sources; got {got}; e.g. data.path=rows.jsonl"
     for name, source in config.sources.items():
         where = f"data.sources.{name}"

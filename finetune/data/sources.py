@@ -69,8 +69,12 @@ def resolve_sources(config: DataConfig) -> list[Source]:
     """Returns all sources, those of training rows first.
 
     Raises:
-        DataError: A path matches nothing.
+        DataError: A path matches nothing, or there is none.
     """
+    if not (config.path or config.hub or config.sources):
+        raise DataError(
+            "data: no rows are named; set one of data.path=<file, folder or glob>, data.hub=<org/name> and data.sources"
+        )
     entries = config.sources or {
         "": SourceConfig(path=config.path, hub=config.hub, revision=config.revision, split=config.split)
     }

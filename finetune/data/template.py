@@ -48,6 +48,30 @@ def shipped_template(name: str) -> Path:
     return CONF / "data" / "template" / f"{name}.jinja"
 
 
+def find_template(name: str) -> Path:
+    """Returns the file of a template that the user named.
+
+    Raises:
+        DataError: There is none of that name.
+    """
+    file = Path(name) if name.endswith((".jinja", ".j2")) else shipped_template(name)
+    if not file.is_file():
+        raise DataError(
+            f"data.template: there is no template {name!r} (no file {file}); choose one of {_shipped_names()}, or a "
+            ".jinja file"
+        )
+    return file
+
+
+def no_template() -> DataError:
+    """Returns the error of a tokenizer without a chat template where the user named none."""
+    return DataError(f"data.template: the tokenizer has no chat template; choose one of {_shipped_names()}, or a file")
+
+
+def _shipped_names() -> str:
+    return ", ".join(sorted(file.stem for file in shipped_template("x").parent.glob("*.jinja")))
+
+
 def set_template(name: str | None, tokenizer: "PreTrainedTokenizerBase") -> None:
     """Sets the tokenizer's chat template to the one that the user named; without a name, keeps the tokenizer's own.
 
@@ -55,17 +79,11 @@ def set_template(name: str | None, tokenizer: "PreTrainedTokenizerBase") -> None
         DataError: There is no template of that name, or none at all.
     """
     own = getattr(tokenizer, "chat_template", None)
-    names = ", ".join(sorted(file.stem for file in shipped_template("x").parent.glob("*.jinja")))
     if name is None:
         if not own:
-            raise DataError(f"data.template: the tokenizer has no chat template; choose one of {names}, or a file")
+            raise no_template()
         return
-    file = Path(name) if name.endswith((".jinja", ".j2")) else shipped_template(name)
-    if not file.is_file():
-        raise DataError(
-            f"data.template: there is no template {name!r} (no file {file}); choose one of {names}, or a .jinja file"
-        )
-    text = file.read_text(encoding="utf-8").rstrip("\n")
+    text = find_template(name).read_text(encoding="utf-8").rstrip("\n")
     if own not in (None, text):
         log("data", f"data.template={name} replaces the tokenizer's own chat template")
     tokenizer.chat_template = text

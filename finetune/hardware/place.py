@@ -19,6 +19,9 @@ BFLOAT16_INSTRUCTIONS = frozenset({"avx512_bf16", "amx_bf16"})
 On an AMD EPYC with AVX2 only and two threads, a product of 2048 x 576 and 576 x 3072 took 9 times as long as in
 float32, and a training step of the 135M model took 97 s."""
 
+FLASH_CAPABILITIES = {"flash_attention_2": "8.0", "flash_attention_3": "9.0"}
+"""The GPUs that each kernel supports. Source: README of Dao-AILab/flash-attention: 2 from Ampere on, 3 on Hopper."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
@@ -60,7 +63,7 @@ def place(machine: Machine, config: RunConfig) -> Placement:
     """
     device, device_reason = _choose_device(machine, config)
     dtype, dtype_reason = choose_dtype(machine, device, config.model.dtype)
-    attention, attention_reason = _choose_attention(device, config.model.attention)
+    attention, attention_reason = _choose_attention(machine, device, config.model.attention)
     optimizer, optimizer_reason = _choose_optimizer(device, config.optim.name)
     threads = config.hardware.threads or machine.cores
     threads_reason = "as set by hardware.threads" if config.hardware.threads else "the cores that this process may use"
@@ -143,13 +146,20 @@ def _choose_device(machine: Machine, config: RunConfig) -> tuple[str, str]:
     return device, reason
 
 
-def _choose_attention(device: str, requested: str) -> tuple[str, str]:
+def _choose_attention(machine: Machine, device: str, requested: str) -> tuple[str, str]:
     if requested == "auto":
         return "sdpa", "torch's own; it runs on every device and keeps packed documents separate"
     if requested.startswith("flash") and device != "cuda":
         raise HardwareError(
             f"model.attention={requested} needs a CUDA GPU and this run is on {device}; use model.attention=sdpa"
         )
+    needed = FLASH_CAPABILITIES.get(requested)
+    for gpu in machine.gpus:
+        if needed is not None and not gpu.has_capability(needed):
+            raise HardwareError(
+                f"model.attention={requested} needs compute capability {needed}; {gpu.name} has {gpu.capability}; "
+                "use model.attention=sdpa"
+            )
     return requested, "as set by model.attention"
 
 

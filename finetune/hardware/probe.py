@@ -67,7 +67,12 @@ class Gpu:
     @property
     def has_bfloat16(self) -> bool:
         """Tells whether it computes in bfloat16, as Ampere (8.0) and later do. Source: CUDA C programming guide."""
-        return tuple(int(part) for part in self.capability.split(".")) >= (8, 0)
+        return self.has_capability("8.0")
+
+    def has_capability(self, needed: str) -> bool:
+        """Tells whether its CUDA compute capability is at least the one that is needed, e.g. ``8.0``."""
+        own, least = (tuple(int(part) for part in text.split(".")) for text in (self.capability, needed))
+        return own >= least
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,8 @@ spec = ModelSpec(base=fetch(config.model), config=config.model, quantization=con
 tokenizer, model = spec.load_tokenizer(), spec.load()
 """
 
-from finetune.model.base import Base, fetch
+from finetune.model.base import Base, ModelFiles, fetch
 from finetune.model.config import ModelConfig
 from finetune.model.spec import ModelSpec
 
-__all__ = ["Base", "ModelConfig", "ModelSpec", "fetch"]
+__all__ = ["Base", "ModelConfig", "ModelFiles", "ModelSpec", "fetch"]

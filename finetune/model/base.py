@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune.architecture import ArchitectureConfig, from_config_json
 from finetune.cache import cache_folder, exclusive, file_sha256
 from finetune.console import human_bytes, log
 from finetune.errors import ModelError
+from finetune.model import hub
 from finetune.model.config import ModelConfig, looks_local
 from finetune.trust import check_remote_code, check_weights
 
@@ -25,8 +26,28 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "special_tokens_map.json",
 )
-HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*", "*.py", "README.md"]
-"""Excludes pickles. README.md names the licence; Python files run only if ``model.remote_code`` has their hash."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFiles:
+    """Config and tokenizer of a base on disk, read only. The weights of a hub model need not be there yet.
+
+    Attributes:
+        folder: Holds config.json and the tokenizer.
+        name: As the user named it.
+        revision: Commit on the hub; None for a local base.
+        source: ``folder``, ``hub`` or ``gguf``.
+    """
+
+    folder: Path
+    name: str
+    revision: str | None
+    source: str
+
+    def tokenizer_sha256(self) -> str:
+        """Returns a hash of the tokenizer's files: vocabulary, settings and chat template."""
+        files = sorted({file for pattern in TOKENIZER_FILES for file in self.folder.glob(pattern)})
+        return hash_files(files)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,30 +68,78 @@ class Base:
     sha256: str
     source: str
 
-    def tokenizer_sha256(self) -> str:
-        """Returns a hash of the tokenizer's files: vocabulary, settings and chat template."""
-        files = sorted({file for pattern in TOKENIZER_FILES for file in self.folder.glob(pattern)})
-        return hash_files(files)
+
+def find(config: ModelConfig) -> ModelFiles:
+    """Finds config and tokenizer. Downloads no weights; a GGUF file, which holds all in one, is converted once.
+
+    Raises:
+        ModelError: The base does not exist, or cannot be downloaded.
+    """
+    name, revision = config.name, config.revision
+    if is_gguf(name):
+        folder, source = _from_gguf(_gguf_file(name)), "gguf"
+    elif looks_local(name):
+        folder, source = _local(Path(name).expanduser()), "folder"
+    else:
+        folder, source = hub.fetch_small_files(config), "hub"
+        revision = folder.name
+    check_remote_code(folder, config.remote_code)
+    return ModelFiles(folder=folder, name=name, revision=revision, source=source)
 
 
-def fetch(config: ModelConfig) -> Base:
-    """Finds the base, downloading or converting it once.
+def fetch(config: ModelConfig, files: ModelFiles | None = None) -> Base:
+    """Finds the base with its weights, downloading or converting them once.
+
+    Args:
+        config: The model group.
+        files: What `find` returned, so that the weights are of the same commit; None finds it here.
 
     Raises:
         ModelError: It does not exist, cannot be downloaded, or has no safetensors.
     """
-    name, revision = config.name, config.revision
-    if name.startswith("package:"):
-        folder, source = _from_gguf(_package_file(name)), "gguf"
-    elif name.endswith(".gguf"):
-        folder, source = _from_gguf(Path(name).expanduser()), "gguf"
-    elif looks_local(name):
-        folder, source = _local(Path(name).expanduser()), "folder"
-    else:
-        folder, source = _from_hub(config), "hub"
-        revision = folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else revision
+    files = files or find(config)
+    folder = hub.fetch_weights(config, files.folder.name) if files.source == "hub" else files.folder
+    check_weights(folder)
     check_remote_code(folder, config.remote_code)
-    return Base(folder=folder, name=name, revision=revision, sha256=weights_sha256(folder), source=source)
+    return Base(
+        folder=folder, name=files.name, revision=files.revision, sha256=weights_sha256(folder), source=files.source
+    )
+
+
+def files_here(config: ModelConfig) -> Path | None:
+    """Returns the folder with config and tokenizer where it needs no download and no conversion; None otherwise.
+
+    Raises:
+        ModelError: A local folder or file does not exist.
+    """
+    if is_gguf(config.name):
+        target = _converted(_gguf_file(config.name))
+        return target if target.is_dir() else None
+    if looks_local(config.name):
+        return _local(Path(config.name).expanduser())
+    return hub.cached_folder(config)
+
+
+def dimensions(config: ModelConfig) -> ArchitectureConfig:
+    """Returns ``model.architecture``, or else what the model's own config.json says; downloads that file if necessary.
+
+    Raises:
+        ModelError: There is no such file, the hub cannot be reached, or its family is unknown.
+    """
+    if config.architecture is not None:
+        return config.architecture
+    folder = files_here(config)
+    if folder is None and is_gguf(config.name):
+        raise ModelError(
+            f"model.name: {config.name} has no config.json; its dimensions are known once a run has converted it, or "
+            "give them under model.architecture"
+        )
+    return from_config_json(folder or hub.fetch_config(config))
+
+
+def is_gguf(name: str) -> bool:
+    """Returns whether a name is a GGUF file, in a folder or in an installed package."""
+    return name.startswith("package:") or name.endswith(".gguf")
 
 
 def weights_sha256(folder: Path) -> str:
@@ -93,8 +162,14 @@ def _local(folder: Path) -> Path:
         )
     if not (folder / "config.json").is_file():
         raise ModelError(f"model.name: {folder} has no config.json; give the folder that save_pretrained wrote")
-    check_weights(folder)
     return folder
+
+
+def _gguf_file(name: str) -> Path:
+    file = _package_file(name) if name.startswith("package:") else Path(name).expanduser()
+    if not file.is_file():
+        raise ModelError(f"model.name: {file} does not exist; give the path of a .gguf file")
+    return file
 
 
 def _package_file(name: str) -> Path:
@@ -110,16 +185,19 @@ def _package_file(name: str) -> Path:
 
 def _from_gguf(file: Path) -> Path:
     """Converts a GGUF file to a folder of dense bfloat16 safetensors, cached under the file's hash."""
-    if not file.is_file():
-        raise ModelError(f"model.name: {file} does not exist; give the path of a .gguf file")
+    target = _converted(file)
+    with exclusive(target.parent, target.name, what="dense weights of this file"):
+        return target if target.is_dir() else _unpack(file, target)
+
+
+def _converted(file: Path) -> Path:
+    """Returns the folder that a GGUF file is converted to, whether it exists or not."""
     try:
-        target = cache_folder("models") / f"{file.stem}-{file_sha256(file)[:16]}"
+        return cache_folder("models") / f"{file.stem}-{file_sha256(file)[:16]}"
     except OSError as error:
         raise ModelError(
             f"model.name={file}: it must be converted and the cache cannot be used ({error}); set FINETUNE_CACHE"
         ) from error
-    with exclusive(target.parent, target.name, what="dense weights of this file"):
-        return target if target.is_dir() else _unpack(file, target)
 
 
 def _unpack(file: Path, target: Path) -> Path:
@@ -143,33 +221,3 @@ def _unpack(file: Path, target: Path) -> Path:
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(partial)
     os.replace(partial, target)
     return target
-
-
-def _from_hub(config: ModelConfig) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        folder = Path(snapshot_download(config.name, revision=config.revision, allow_patterns=HUB_FILES))
-    except HFValidationError as error:
-        raise ModelError(
-            f"model.name={config.name!r} is neither a local folder nor a hub id such as org/model"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ModelError(
-            f"model.name={config.name}: the hub has no such model, or it is gated and HF_TOKEN is not set"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise ModelError(f"model.revision={config.revision}: {config.name} has no such revision on the hub") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ModelError(
-            f"model.name={config.name}: the hub cannot be reached and the model is not in the local cache; "
-            "check the network, or give model.name=<folder> with a copy"
-        ) from error
-    return _local(folder)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import ModelError
-from finetune.model.base import Base, weights_sha256
+from finetune.model.base import Base, ModelFiles, weights_sha256
 from finetune.trust import check_remote_code, offer
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ PAD_TOKENS = (
 )
 
 
-def load_tokenizer(base: Base, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(base: Base | ModelFiles, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Loads the base's tokenizer, with a pad token other than the end token wherever the vocabulary has one.
 
     Raises:

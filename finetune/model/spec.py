@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.hardware import Placement
-from finetune.model.base import Base, fetch
+from finetune.model.base import Base, ModelFiles, fetch
 from finetune.model.config import ModelConfig
 from finetune.quantization.config import QuantizationConfig, spec
 
@@ -36,9 +36,15 @@ class ModelSpec:
     placement: Placement
 
     @classmethod
-    def resolve(cls, config: RunConfig, placement: Placement) -> ModelSpec:
-        """Fetches the base that a configuration names, and returns how it is loaded."""
-        base = fetch(config.model)
+    def resolve(cls, config: RunConfig, placement: Placement, *, files: ModelFiles | None = None) -> ModelSpec:
+        """Fetches the base that a configuration names, weights included, and returns how it is loaded.
+
+        Args:
+            config: The whole configuration.
+            placement: Device, dtype and attention.
+            files: Config and tokenizer as `find` found them, for weights of the same commit; None finds them here.
+        """
+        base = fetch(config.model, files)
         return cls(base=base, config=config.model, quantization=config.quantization, placement=placement)
 
     @property

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.errors import ModelError
-from finetune.model.config import looks_local
 from finetune.plan.duration import stage_seconds
 from finetune.plan.fit import propose
 from finetune.plan.product import Plan, make_plan
@@ -33,18 +32,19 @@ __all__ = ["Plan", "PlanConfig", "plan", "show"]
 
 
 def plan(config: RunConfig, machine: Machine) -> Plan:
-    """Computes what the run needs in each phase, in closed form: no torch, no download.
+    """Computes what the run needs in each phase, in closed form: no torch, no weights.
 
     A model of unknown dimensions gets a plan that says so, since it can be trained all the same.
 
     Raises:
-        ModelError: The model's folder is missing, or ``plan.exact`` is set and the model cannot be counted.
+        ModelError: The model's config.json is missing, the hub cannot be reached, or ``plan.exact`` is set and the
+            model cannot be counted.
         HardwareError: The machine cannot compute in ``model.dtype``.
     """
     try:
         inputs = from_config(config, machine)
     except ModelError as error:
-        if looks_local(config.model.name) and isinstance(error.__cause__, OSError):
+        if isinstance(error.__cause__, OSError):  # no such file, or no way to the hub
             raise
         return Plan(known=False, notes=[f"no plan: {error}"])
     memory = make_plan(inputs, machine, checkpoints=config.train.keep_checkpoints + (config.train.select == "best"))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.architecture import ArchitectureConfig, from_config_json
+from finetune.architecture import ArchitectureConfig
 from finetune.hardware.place import choose_dtype
 from finetune.kernels.choose import KernelFacts, choose
+from finetune.model.base import dimensions
 from finetune.plan.inputs import KernelChoice, PlanInputs, TrainerMemoryModel
 
 if TYPE_CHECKING:
@@ -44,9 +44,9 @@ def from_config(config: RunConfig, machine: Machine) -> PlanInputs:
     """Converts a composed configuration.
 
     Raises:
-        ModelError: ``model.architecture`` is null, and the model is not a local folder with a readable config.json.
+        ModelError: ``model.architecture`` is null, and the model's own config.json cannot be had or read.
     """
-    architecture = config.model.architecture or from_config_json(Path(config.model.name).expanduser())
+    architecture = dimensions(config.model)
     device = planned_device(config, machine)
     dtype = planned_dtype(config, machine)
     kernels = predict_kernels(config, machine, architecture=architecture, device=device, dtype=dtype)

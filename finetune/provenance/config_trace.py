@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from finetune.config import RunConfig, compose
-from finetune.config.compose import register
+from finetune.config.compose import with_model_option
 from finetune.config.fields import resolve_field, unknown_key
 from finetune.config.overrides import OVERLAYS, allow_free_keys
 from finetune.console import log, table
@@ -120,11 +120,10 @@ def settings(key: str, chain: Sequence[Layer]) -> list[Setting]:
 
 def layers(overrides: Sequence[str]) -> tuple[list[Layer], Keys, Keys]:
     """Returns the layers over the defaults, in order, and by group the chosen option and that of conf/config.yaml."""
-    register()
+    words = with_model_option(overrides)
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
-        words = allow_free_keys(overrides, RunConfig)
         defaults = loader.compute_defaults_list("config", words, RunMode.RUN)
         usual = loader.compute_defaults_list("config", [], RunMode.RUN).overrides.known_choices
     files = [
@@ -136,7 +135,7 @@ def layers(overrides: Sequence[str]) -> tuple[list[Layer], Keys, Keys]:
     parsed = OverridesParser.create().parse_overrides(words)
     typed = [
         _of_override(override.key_or_group, override.value(), word)
-        for override, word in zip(parsed, overrides, strict=True)
+        for override, word in zip(parsed, words, strict=True)
         if override.input_line in values
     ]
     choices = defaults.overrides.known_choices

@@ -36,7 +36,6 @@ def test_option_composes_without_problems_once_it_has_rows(name: str) -> None:
 
 
 BROKEN: list[tuple[dict[str, Any], str]] = [
-    ({"path": None}, "set exactly one of data.path, data.hub and data.sources; got none"),
     ({"hub": "a/b"}, "got data.path and data.hub"),
     ({"format": "alpacca"}, "data.format must be one of auto, alpaca"),
     ({"too_long": "cut"}, "data.too_long must be one of drop"),

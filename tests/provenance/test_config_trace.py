@@ -66,7 +66,7 @@ def test_one_key_is_explained(
 
 
 def test_a_group_lists_all_of_its_keys(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "--explain", "quantization"]) == 0
+    assert main(["plan", *QUICKSTART, "--explain", "quantization"]) == 0
     out = capsys.readouterr().out
     assert [line.split()[0] for line in out.splitlines()[1:]] == [
         f"quantization.{key}"
@@ -94,7 +94,7 @@ def test_a_group_lists_all_of_its_keys(capsys: pytest.CaptureFixture[str]) -> No
 def test_a_key_that_is_not_there_is_said_with_the_nearest(
     key: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["plan", "--explain", key]) == 2
+    assert main(["plan", *QUICKSTART, "--explain", key]) == 2
     assert message in capsys.readouterr().err
 
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 def refused(arguments: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
     """The problems that a sweep names; it must leave nothing should_prune."""
-    assert main(["--multirun", f"run.root={folder / 'outputs'}", *arguments]) == 2
+    assert main(["--multirun", "+experiment=quickstart", f"run.root={folder / 'outputs'}", *arguments]) == 2
     assert not (folder / "outputs").exists()
     return [line.removeprefix("  - ") for line in capsys.readouterr().err.splitlines()[1:]]
 
@@ -63,7 +63,8 @@ def test_another_command_under_the_name_of_a_sweep_is_refused(
 ) -> None:
     (tmp_path / "ranks").mkdir()
     (tmp_path / "ranks" / "sweep.json").write_text('{"fixed": ["+experiment=quickstart", "train.steps=2"]}')
-    assert main(["--multirun", "lora.rank=8,16", "sweep.name=ranks", f"run.root={tmp_path}", "train.steps=4"]) == 2
+    settings = ["+experiment=quickstart", "lora.rank=8,16", "sweep.name=ranks", f"run.root={tmp_path}"]
+    assert main(["--multirun", *settings, "train.steps=4"]) == 2
     assert "was made with +experiment=quickstart train.steps=2 and this command says" in capsys.readouterr().err
 
 
