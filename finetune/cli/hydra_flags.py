@@ -18,6 +18,8 @@ from finetune.errors import EXIT_FAILURE, EXIT_OK, ConfigError
 from finetune.paths import CONF
 
 MULTIRUN = ("--multirun", "-m")
+SHOWING = ("--cfg", "-c", "--info", "-i")
+"""Flags that print a configuration, which is the one that a run would have."""
 
 
 def run_with_hydra(invocation: Invocation) -> int:
@@ -43,8 +45,8 @@ def run_with_hydra(invocation: Invocation) -> int:
             )
     if "--hydra-help" in flags:
         return _call_hydra(flags, [])
-    swept = set(MULTIRUN) & set(flags)  # each job has its own model
-    return _call_hydra(flags, invocation.overrides if swept else with_model_option(invocation.overrides))
+    shows = any(flag.partition("=")[0] in SHOWING for flag in flags)
+    return _call_hydra(flags, with_model_option(invocation.overrides) if shows else invocation.overrides)
 
 
 def _sweep(invocation: Invocation) -> int:

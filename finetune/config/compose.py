@@ -142,7 +142,10 @@ def _collect_override_errors(overrides: Sequence[str], first: Exception, folders
     choices = [override for override in overrides if "." not in override.split("=")[0]]
     settings = [override for override in overrides if override not in choices]
     working: list[str] = []
-    config: DictConfig | None = None
+    try:
+        config: DictConfig | None = hydra_compose("config")
+    except (HydraException, OmegaConfBaseException):  # a file of the configuration is at fault, and no override
+        config = None
     problems: list[str] = []
     for override in [*choices, *settings]:
         try:

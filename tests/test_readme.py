@@ -1,0 +1,62 @@
+"""README's own commands for a user's data, as written there."""
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from finetune.cli import main
+from tests.fixtures.hub import FakeHub
+from tests.fixtures.rows import write_rows
+
+README = Path(__file__).parents[1] / "README.md"
+SECTION = README.read_text(encoding="utf-8").split("## Your own data\n")[1].split("\n### ")[0]
+COMMANDS = [
+    shlex.split(line, comments=True)[1:]
+    for block in re.findall(r"```\n(.*?)```", SECTION, re.S)
+    for line in block.splitlines()
+]
+LOOKS = [words for words in COMMANDS if words[0] in ("plan", "data")]
+RUNS = [words for words in COMMANDS if words not in LOOKS]
+BASES = ("Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-7B")
+
+
+@pytest.fixture
+def at_the_users_desk(tiny_base: Path, tmp_path: Path, fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with ``rows.jsonl``, and a hub with small random models under the names in README."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 2048}))
+    fake_hub.models |= dict.fromkeys(BASES, base)
+    folder = tmp_path / "desk"
+    folder.mkdir()
+    write_rows(folder / "rows.jsonl", count=300)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_the_section_has_what_a_user_types_first() -> None:
+    assert len(LOOKS) == 5
+    assert len(RUNS) == 2
+    assert not any("experiment" in word for word in RUNS[0])
+
+
+def test_what_only_looks_runs_as_written_and_fetches_no_weights(
+    at_the_users_desk: Path, fake_hub: FakeHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in [*LOOKS, *([*run, "run.until=data"] for run in RUNS)]:
+        assert main(words) == 0, (words, capsys.readouterr().err)
+    assert not fake_hub.weights
+
+
+@pytest.mark.slow
+def test_the_whole_run_works_as_written(at_the_users_desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(RUNS[0]) == 0, capsys.readouterr().err
+    report = json.loads((at_the_users_desk / "outputs" / "mine" / "report.json").read_text())
+    assert report["status"] == "complete"
+    assert report["train"]["steps"] >= 1
+    assert {export["format"] for export in report["export"]} == {"adapter", "safetensors", "card"}
