@@ -86,10 +86,10 @@ def check_before_start(start: Start) -> list[str]:
             unchecked += check(start)
         except FinetuneError as error:
             failures[str(error)] = error
-    if len(failures) > 1:
+    if len(failures) == 1:
+        raise next(iter(failures.values()))
+    if failures:
         raise ConfigError(*failures)
-    for error in failures.values():
-        raise error
     return [f"not checked yet: {what}" for what in dict.fromkeys(unchecked)]
 
 

@@ -36,6 +36,7 @@ def at_the_users_desk(tiny_base: Path, tmp_path: Path, fake_hub: FakeHub, monkey
     folder.mkdir()
     write_rows(folder / "rows.jsonl", count=300)
     monkeypatch.chdir(folder)
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
     return folder
 
 

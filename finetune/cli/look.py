@@ -62,7 +62,7 @@ def diff(invocation: Invocation) -> int:
 def explain_row(invocation: Invocation) -> int:
     """Prints what became of one row: ``data --why train.jsonl:3``."""
     from finetune.data import explain
-    from finetune.model import fetch
+    from finetune.model.base import find
     from finetune.model.load import load_tokenizer
 
     requested = compose(invocation.overrides)
@@ -76,7 +76,7 @@ def explain_row(invocation: Invocation) -> int:
             "run `finetune data` with the same settings first, or give its run.name"
         )
     log("data", f"as prepared in {folder}")
-    explain(folder / "data", invocation.options["why"], tokenizer=load_tokenizer(fetch(config.model)))
+    explain(folder / "data", invocation.options["why"], tokenizer=load_tokenizer(find(config.model)))
     return EXIT_OK
 
 
