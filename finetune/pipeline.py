@@ -163,10 +163,8 @@ def run(config: RunConfig, *, overrides: Sequence[str], ranks: Ranks, redo: froz
     machine = hardware.probe(config.hardware)
     placement = hardware.place(machine, config)
     finished = RunFolder.finished(config.run, redo=redo)
-    log(
-        "checks",
-        *check_before_start(Start(config=config, machine=machine, placement=placement, finished=finished)),
-    )
+    start = Start(config=config, machine=machine, placement=placement, finished=finished)
+    log("checks", *check_before_start(start))
     warn_unused_overrides(config, overrides)
     folder = RunFolder.open(config.run, redo=redo)
     with folder.lock():
