@@ -138,7 +138,7 @@ class _Stage:
     def build(
         self, adapter: Path, changes: dict[str, Change], *, names: list[str]
     ) -> tuple[ReferenceLogits, list[MergeCandidate]]:
-        """Records the trained model and writes the candidates; frees the model before the first candidate is loaded."""
+        """Records the trained model, frees it, and writes the candidates, layer by layer from disk."""
         import torch
 
         from finetune.inference.adapted import free_memory, load_adapted_model
@@ -164,13 +164,15 @@ class _Stage:
             f"the trained model on {len(self.rows)} held-out rows: loss {reference.loss:.4f}; candidates are compared "
             f"with its distributions of {reference.positions:,} trained tokens",
         )
+        sources = {"original": from_disk}
+        if "dequantized" in names:
+            sources["dequantized"] = dequantized(self.spec, graph, work=self.work)
+        del graph
+        free_memory()
         built, base, dtype = [], self.spec.base.folder, getattr(torch, self.config.dtype)
         for name in names:
-            source = dequantized(graph) if name == "dequantized" else from_disk
-            built.append(build(base, changes, self.work / name, dtype=dtype, source=source))
+            built.append(build(base, changes, self.work / name, dtype=dtype, source=sources[name]))
             self._require_change(built[-1])
-        del graph, source
-        free_memory()
         return reference, built
 
     def _require_change(self, candidate: MergeCandidate) -> None:

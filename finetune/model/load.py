@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from finetune.model.spec import ModelSpec
+    from finetune.quantization.cache import QuantizedCache
 
 PAD_TOKENS = (
     "<pad>",
@@ -72,15 +73,10 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
     """
     from finetune.quantization import quantized_layers
     from finetune.quantization.bnb import prevent_repacking
-    from finetune.quantization.cache import quantized_cache
     from finetune.quantization.skip_modules import check_skip_modules
 
     base, config, quantization = spec.base, spec.config, spec.quantization
-    cache = None
-    if spec.is_quantized and not config.trust_remote_code:
-        cache = quantized_cache(
-            base.folder, weights=weights_sha256(base.folder), quantization=quantization, placement=spec.placement
-        )
+    cache = cache_of(spec)
     cached = cache.read(lambda folder: _open(folder, spec)) if cache else None
     model = cached if cached is not None else _load_and_quantize(spec)
     prevent_repacking(model)
@@ -95,6 +91,16 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
     model.name_or_path = model.config._name_or_path = str(base.folder)  # peft writes it into the adapter
     model.requires_grad_(False)
     return model.eval()
+
+
+def cache_of(spec: ModelSpec) -> QuantizedCache | None:
+    """Returns the cache entry of the quantized base; None for a dense one, and for a model that has its own code."""
+    from finetune.quantization.cache import quantized_cache
+
+    if not spec.is_quantized or spec.config.trust_remote_code:
+        return None
+    base = spec.base.folder
+    return quantized_cache(base, weights=weights_sha256(base), quantization=spec.quantization, placement=spec.placement)
 
 
 def _load_and_quantize(spec: ModelSpec) -> PreTrainedModel:
