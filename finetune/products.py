@@ -166,6 +166,8 @@ class MergedModel:
         reloaded: The selected candidate again, measured by a fresh process from the files.
         sha256: Over the weight files of ``folder/model``.
         adapters: Weights of the further adapters that are merged too, by folder.
+        compute_dtype: That the candidates were measured in; the weights are stored in ``merge.dtype``.
+        halvings: How often batches were halved after running out of memory.
     """
 
     folder: Path
@@ -177,6 +179,8 @@ class MergedModel:
     reloaded: ComparedScores
     sha256: str
     adapters: dict[str, float] = field(default_factory=dict)
+    compute_dtype: str = ""
+    halvings: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
