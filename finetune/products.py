@@ -194,6 +194,9 @@ class Scores:
         rows: Number of rows with generated answers.
         loss_rows: Number of rows that the loss was measured on.
         missed: One sentence for each threshold of ``eval.gate`` that is not met.
+        left_out: By artifact that was not measured, the reason.
+        compute_dtypes: By artifact, the dtype that it was computed in.
+        halvings: How often batches were halved after running out of memory.
     """
 
     folder: Path
@@ -202,6 +205,9 @@ class Scores:
     rows: int
     loss_rows: int
     missed: list[str]
+    left_out: dict[str, str] = field(default_factory=dict)
+    compute_dtypes: dict[str, str] = field(default_factory=dict)
+    halvings: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +238,9 @@ class Exports:
     Attributes:
         folder: The stage's folder; each export is in it under its name.
         exports: In the order of writing.
+        halvings: How often batches were halved after running out of memory.
     """
 
     folder: Path
     exports: list[ExportResult]
+    halvings: int = 0

@@ -30,6 +30,9 @@ HOST_BANDWIDTH, DISK_BANDWIDTH = 12e9, 500e6
 """Bytes per second at which offloaded weights are read: from host memory (PCIe 3 x16, or 4 x8), and from a solid-state
 disk on SATA."""
 
+LONGEST_READ_SECONDS = 600.0
+"""Reading offloaded weights for longer than this is not worth a comparison with the base: a choice, ten minutes."""
+
 FLOAT = 4
 
 

@@ -1,4 +1,4 @@
-"""Loads a dense model for evaluation: on its device, over all GPUs, or with some weights in host memory and on disk.
+"""Loads models for evaluation: on their device, over all GPUs, or with some weights in host memory and on disk.
 
     placed = place(spec.dense(folder), workload)
     model = load_placed(spec.dense(folder), placed, title="eval", name="merged", scratch=work)
@@ -9,6 +9,7 @@ those of the model in memory, to the bit.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 
 
 def place(spec: ModelSpec, workload: Workload) -> WeightPlacement:
-    """Decides where the weights of a dense model lie, by the memory that is free now.
+    """Decides where a model's weights lie, by the memory that is free now.
+
+    Quantized weights are spread over GPUs and never offloaded: training had them in its devices' memory too.
 
     Raises:
         HardwareError: One row does not fit, even without weights.
@@ -34,11 +37,20 @@ def place(spec: ModelSpec, workload: Workload) -> WeightPlacement:
     import torch
     from transformers import AutoConfig
 
+    from finetune.model.load import cache_of
+
     free_memory()
     dtype = getattr(torch, spec.placement.dtype)
     config = AutoConfig.from_pretrained(spec.base.folder, trust_remote_code=spec.config.trust_remote_code)
-    size, free = stored_elements(spec.base.folder) * dtype.itemsize, free_on(spec.placement.device)
-    return place_weights(size, cost=cost_of(config, dtype=dtype), workload=workload, free=free)
+    cost, free = cost_of(config, dtype=dtype), free_on(spec.placement.device)
+    if not spec.is_quantized:
+        size = stored_elements(spec.base.folder) * dtype.itemsize
+        return place_weights(size, cost=cost, workload=workload, free=free)
+    cache = cache_of(spec) if len(free.devices) > 1 else None
+    size = sum(file.stat().st_size for file in cache.folder.glob("*.safetensors")) if cache else 0
+    placed = place_weights(size, cost=cost, workload=workload, free=free)
+    gpus = {place: limit for place, limit in placed.max_memory.items() if place != "cpu"}
+    return dataclasses.replace(placed, max_memory=gpus)
 
 
 def load_placed(spec: ModelSpec, placed: WeightPlacement, *, title: str, name: str, scratch: Path) -> Any:
