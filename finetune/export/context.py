@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from finetune.console import human_bytes
 from finetune.errors import ExportError
 from finetune.export.config import ExportConfig
 from finetune.files import require_disk
@@ -123,7 +124,13 @@ class ExportContext:
         return expected(model, self.chat, heldout=prompts, scored=scored, losses=losses, max_new_tokens=limit)
 
     def load(self, spec: ModelSpec, settings: ExportConfig, *, adapter: Path | None = None) -> Any:
-        """Loads a model to compare with, offloaded where its weights do not fit; with an adapter if there is one."""
+        """Loads a model to compare with, offloaded where its weights do not fit.
+
+        With an adapter on a dense base, whose layers peft replaces, host memory has to hold all of it instead.
+
+        Raises:
+            ExportError: Host memory is too small for that.
+        """
         from finetune.inference.adapted import load_adapter
         from finetune.inference.dense import load_placed, place
         from finetune.inference.rows import loss_workload, read_rows
@@ -141,6 +148,14 @@ class ExportContext:
             batch_rows=1,
         )
         placed = place(spec, workload)
+        if adapter and placed.offloaded_bytes:
+            spec = spec.on("cpu")
+            placed = place(spec, workload)
+            if placed.offloaded_bytes:
+                raise ExportError(
+                    f"export: comparing the adapter on the dense base takes {human_bytes(placed.offloaded_bytes)} more "
+                    "memory than is free; leave out gguf_lora, and export the merged model as gguf"
+                )
         scratch = self.scratch / "offloaded"
         model = load_placed(spec, placed, title="export", name=spec.base.folder.name, scratch=scratch)
         return model if adapter is None else load_adapter(model, adapter, upcast=spec.config.upcast)
