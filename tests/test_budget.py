@@ -85,7 +85,7 @@ def test_weights_and_a_batch_fit_on_the_gpu(memory: int) -> None:
 def test_the_batch_is_the_one_that_reads_offloaded_weights_least() -> None:
     free = FreeMemory(devices=(12 * GIB,), host=64 * GIB)
     seconds = []
-    for rows in (1, 2, 4, 8):
+    for rows in (1, 2, 4, 8, 16):
         fixed = Workload(pass_tokens=2048, passes=50, rows=100, prompt_tokens=928, new_tokens=96, batch_rows=rows)
         seconds.append(place_weights(WEIGHTS, cost=COST, workload=fixed, free=free).read_seconds)
     chosen = place_weights(WEIGHTS, cost=COST, workload=WORK, free=free)
