@@ -122,11 +122,12 @@ class _Models:
         return place(self.spec_of(name), workload)
 
     def load(self, name: str, placed: WeightPlacement, *, scratch: Path) -> Any:
-        from finetune.inference.adapted import load_adapter
+        from finetune.inference.adapted import load_adapted_model
         from finetune.inference.dense import load_placed
 
-        model = load_placed(self.spec_of(name), placed, title="eval", name=name, scratch=scratch)
-        return load_adapter(model, self.adapter, upcast=self.spec.config.upcast) if name == "adapter" else model
+        if name == "adapter":
+            return load_adapted_model(self.spec, self.adapter, max_memory=placed.max_memory)
+        return load_placed(self.spec_of(name), placed, title="eval", name=name, scratch=scratch)
 
     def key(self, name: str) -> str:
         """Identifies the artifact's content: earlier results are reused only with the same key."""

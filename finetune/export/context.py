@@ -131,7 +131,7 @@ class ExportContext:
         Raises:
             ExportError: Host memory is too small for that.
         """
-        from finetune.inference.adapted import load_adapter
+        from finetune.inference.adapted import load_adapted_model
         from finetune.inference.dense import load_placed, place
         from finetune.inference.rows import loss_workload, read_rows
 
@@ -157,8 +157,9 @@ class ExportContext:
                     "memory than is free; leave out gguf_lora, and export the merged model as gguf"
                 )
         scratch = self.scratch / "offloaded"
-        model = load_placed(spec, placed, title="export", name=spec.base.folder.name, scratch=scratch)
-        return model if adapter is None else load_adapter(model, adapter, upcast=spec.config.upcast)
+        if adapter:
+            return load_adapted_model(spec, adapter, max_memory=placed.max_memory)
+        return load_placed(spec, placed, title="export", name=spec.base.folder.name, scratch=scratch)
 
     def expected_merged_output(self, settings: ExportConfig) -> Expected:
         """Runs the merged model in the run's dtype, once for all exports with the same settings."""

@@ -5,7 +5,6 @@ Pure functions without torch: the plan prices with them what eval, merge and exp
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -206,16 +205,17 @@ def place_weights(weight_bytes: int, *, cost: InferenceCost, workload: Workload,
             f"memory than is free on {'the CPU' if free.host is None else 'the GPU'}; lower data.max_tokens, "
             "eval.batch_tokens or eval.max_new_tokens"
         )
+    if workload.batch_rows:
+        return placements[0]
     return min(placements, key=lambda placement: (placement.read_seconds, -placement.answer_rows))
 
 
 def _row_counts(workload: Workload) -> list[int]:
+    """Returns the batch sizes to try, the largest first; one that was set too large will be halved."""
     if not workload.rows:
         return [0]
-    if workload.batch_rows:
-        return [min(workload.batch_rows, workload.rows)]
-    counts = itertools.takewhile(lambda rows: rows < 2 * min(workload.rows, MOST_ROWS), (1 << n for n in range(8)))
-    return [min(rows, workload.rows) for rows in counts]
+    rows = min(workload.rows, workload.batch_rows or MOST_ROWS)
+    return [max(1, rows >> halvings) for halvings in range(rows.bit_length())]
 
 
 def _placed(

@@ -147,11 +147,14 @@ class _Stage:
         import torch
 
         from finetune.inference.adapted import free_memory, load_adapted_model
+        from finetune.inference.dense import place
         from finetune.inference.kl_divergence import record_reference
+        from finetune.inference.rows import loss_workload
         from finetune.merge.candidates import build, from_disk
         from finetune.merge.graph import add_adapters, dequantized
 
-        graph = load_adapted_model(self.spec, adapter)
+        placed = place(self.spec, loss_workload(self.rows, batch_tokens=self.config.batch_tokens))
+        graph = load_adapted_model(self.spec, adapter, max_memory=placed.max_memory)
         if self.config.adapters:
             add_adapters(graph, self.config.adapters, base_sha256=self.spec.base.sha256)
             further = ", ".join(f"{name} x {weight:g}" for name, weight in self.config.adapters.items())
