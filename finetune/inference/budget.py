@@ -211,11 +211,11 @@ def place_weights(weight_bytes: int, *, cost: InferenceCost, workload: Workload,
 
 
 def _row_counts(workload: Workload) -> list[int]:
-    """Returns the batch sizes to try, the largest first; one that was set too large will be halved."""
+    """Returns the batch sizes to try, the largest first; one that was set may be too large."""
     if not workload.rows:
         return [0]
     rows = min(workload.rows, workload.batch_rows or MOST_ROWS)
-    return [max(1, rows >> halvings) for halvings in range(rows.bit_length())]
+    return sorted({rows, *(1 << power for power in range(rows.bit_length()))}, reverse=True)
 
 
 def _placed(
