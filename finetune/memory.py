@@ -1,9 +1,10 @@
-"""Samples the memory of this process while a stage runs."""
+"""Measures the memory of this process and what is free, and recognizes errors of allocators."""
 
 import json
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -25,15 +26,79 @@ def device_bytes() -> int:
     return int(torch.cuda.memory_reserved())
 
 
+OUT_OF_MEMORY = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+"""Messages of torch errors that have no class of their own: a CPU's allocator, cuBLAS. Source: torch's
+c10/core/impl/alloc_cpu.cpp."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether an error means that there is not enough memory, on a GPU or a CPU."""
+    import torch
+
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text.lower() in str(error).lower() for text in OUT_OF_MEMORY)
+
+
 def free_bytes(device: str) -> int:
-    """Returns the free memory of a device such as ``cpu`` or ``cuda:0``."""
+    """Returns the free memory of a device such as ``cpu`` or ``cuda:0``.
+
+    On a CPU the limits of this process count too: those of its control group, and of ``ulimit``.
+    """
     if device.startswith("cuda"):
         import torch
 
         return int(torch.cuda.mem_get_info(device)[0])
     import psutil
 
-    return int(psutil.virtual_memory().available)
+    return max(0, min([int(psutil.virtual_memory().available), *_free_of_limits()]))
+
+
+def _free_of_limits() -> Iterator[int]:
+    """Yields what each limit of this process leaves. Linux only; elsewhere there is none."""
+    import psutil
+
+    if sys.platform != "linux":
+        return
+    import resource
+
+    used = psutil.Process().memory_info()
+    for limit, bytes_used in ((resource.RLIMIT_AS, used.vms), (resource.RLIMIT_DATA, used.data)):
+        soft = resource.getrlimit(limit)[0]
+        if soft != resource.RLIM_INFINITY:
+            yield soft - bytes_used
+    for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            yield from _free_of_group(controllers, path.lstrip("/"))
+
+
+def _free_of_group(controllers: str, path: str) -> Iterator[int]:
+    """Yields what a control group's limit leaves, without the file pages that the system would drop.
+
+    Source: the kernel's Documentation/admin-guide, cgroup-v2.rst and cgroup-v1/memory.rst.
+    """
+    root = Path("/sys/fs/cgroup") / controllers
+    limit, current, inactive = (
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        if controllers
+        else ("memory.max", "memory.current", "inactive_file")
+    )
+    for folder in dict.fromkeys([root / path, root]):  # in a container the group's own folder is the root
+        try:
+            most = (folder / limit).read_text(encoding="utf-8").strip()
+            lines = (folder / "memory.stat").read_text(encoding="utf-8").splitlines()
+            used = int((folder / current).read_text(encoding="utf-8"))
+        except OSError:
+            continue
+        if most.isdigit():
+            yield int(most) - used + int(dict(line.split() for line in lines).get(inactive, 0))
 
 
 class PeakMemory:

@@ -166,6 +166,8 @@ class MergedModel:
         reloaded: The selected candidate again, measured by a fresh process from the files.
         sha256: Over the weight files of ``folder/model``.
         adapters: Weights of the further adapters that are merged too, by folder.
+        compute_dtype: That the candidates were measured in; the weights are stored in ``merge.dtype``.
+        halvings: How often batches were halved after running out of memory.
     """
 
     folder: Path
@@ -177,6 +179,8 @@ class MergedModel:
     reloaded: ComparedScores
     sha256: str
     adapters: dict[str, float] = field(default_factory=dict)
+    compute_dtype: str = ""
+    halvings: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +194,9 @@ class Scores:
         rows: Number of rows with generated answers.
         loss_rows: Number of rows that the loss was measured on.
         missed: One sentence for each threshold of ``eval.gate`` that is not met.
+        left_out: By artifact that was not measured, the reason.
+        compute_dtypes: By artifact, the dtype that it was computed in.
+        halvings: How often batches were halved after running out of memory.
     """
 
     folder: Path
@@ -198,6 +205,9 @@ class Scores:
     rows: int
     loss_rows: int
     missed: list[str]
+    left_out: dict[str, str] = field(default_factory=dict)
+    compute_dtypes: dict[str, str] = field(default_factory=dict)
+    halvings: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +238,9 @@ class Exports:
     Attributes:
         folder: The stage's folder; each export is in it under its name.
         exports: In the order of writing.
+        halvings: How often batches were halved after running out of memory.
     """
 
     folder: Path
     exports: list[ExportResult]
+    halvings: int = 0

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from finetune.eval.config import ARTIFACTS, CHANGES, LOWER_IS_BETTER, EvalConfig
+from finetune.eval.config import CHANGES, LOWER_IS_BETTER, EvalConfig
 from finetune.eval.metrics import METRICS, repetition
 from finetune.eval.records import Record
 from finetune.inference.bootstrap import Bootstrap, Ratio, mean_of, perplexity, token_loss
@@ -58,7 +58,7 @@ def tabulate(
 def levels(table: Table, records: dict[str, Record], *, config: EvalConfig, seed: int) -> dict[str, ArtifactScores]:
     """Returns the figures of each artifact."""
     artifacts: dict[str, ArtifactScores] = {}
-    for name in ARTIFACTS:
+    for name in records:
         loss = _bootstrap(table.losses[name], config, seed).loss(table.losses[name])
         correct = sum(row.correct for row in records[name].losses)
         general = table.general.get(name)
@@ -94,9 +94,14 @@ def answer_changes(
 
 
 def changes(table: Table, *, config: EvalConfig, seed: int) -> dict[str, dict[str, Difference]]:
-    """Returns the changes by quantization, by tuning, by the merge, and by all of them, each paired by row."""
+    """Returns the changes by quantization, by tuning, by the merge, and by all of them, each paired by row.
+
+    Those of an artifact that was left out are missing.
+    """
     by_step: dict[str, dict[str, Difference]] = {}
     for step, (first, second) in CHANGES.items():
+        if first not in table.losses or second not in table.losses:
+            continue
         before, after = table.losses[first], table.losses[second]
         bootstrap = _bootstrap(before, config, seed)
         figures = {

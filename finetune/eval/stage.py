@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ from finetune.errors import EvalError
 from finetune.eval.config import ARTIFACTS, EvalConfig
 from finetune.eval.harness import Harness, show_harness
 from finetune.files import atomic_write_text
+from finetune.inference.budget import LONGEST_READ_SECONDS, WeightPlacement, Workload
 from finetune.model import ModelSpec
 from finetune.products import MergedModel, PreparedData, Scores, TrainedAdapter
 from finetune.scores import ArtifactScores, Difference
@@ -54,6 +57,7 @@ def evaluate(
     from finetune.eval.general import general_rows
     from finetune.eval.metrics import prepare_rows
     from finetune.inference.chat import load_chat
+    from finetune.inference.oom import halve_batches
     from finetune.inference.rows import read_rows, trained_tokens
 
     heldout = read_rows(data.folder / "heldout", limit=max(config.rows, config.loss_rows))
@@ -75,7 +79,8 @@ def evaluate(
     measurement = _Measurement(
         config=config, folder=folder, chat=chat, loss_rows=loss_rows, general=general, rows=rows, tasks=tasks
     )
-    records = measurement.measure_all(models)
+    with halve_batches("eval") as halvings:
+        records, left_out = measurement.measure_all(models)
     figures = tabulate(records, rows=rows, metrics=config.metrics, decode=lambda ids: _text(tokenizer, ids))
     artifacts, changed = levels(figures, records, config=config, seed=seed), changes(figures, config=config, seed=seed)
     _write_samples(folder / "samples.jsonl", rows=rows, table=figures, tokenizer=tokenizer, metrics=config.metrics)
@@ -84,7 +89,15 @@ def evaluate(
     missed = missed_gates(config.gate, artifacts, changed)
     log("eval", *missed)
     return Scores(
-        folder=folder, artifacts=artifacts, changes=changed, rows=len(rows), loss_rows=len(loss_rows), missed=missed
+        folder=folder,
+        artifacts=artifacts,
+        changes=changed,
+        rows=len(rows),
+        loss_rows=len(loss_rows),
+        missed=missed,
+        left_out=left_out,
+        compute_dtypes={name: models.spec_of(name).placement.dtype for name in records},
+        halvings=halvings.count,
     )
 
 
@@ -96,14 +109,25 @@ class _Models:
     adapter: Path
     merged: Path
 
-    def load(self, name: str) -> Any:
+    def spec_of(self, name: str) -> ModelSpec:
+        """Returns how the artifact is loaded, without its adapter."""
+        if name in ("adapter", "base_quantized"):
+            return self.spec
+        return self.spec.dense(self.merged if name == "merged" else None)
+
+    def place(self, name: str, workload: Workload) -> WeightPlacement:
+        """Decides where the artifact's weights lie, by the memory that is free now."""
+        from finetune.inference.dense import place
+
+        return place(self.spec_of(name), workload)
+
+    def load(self, name: str, placed: WeightPlacement, *, scratch: Path) -> Any:
         from finetune.inference.adapted import load_adapted_model
+        from finetune.inference.dense import load_placed
 
         if name == "adapter":
-            return load_adapted_model(self.spec, self.adapter)
-        if name == "base_quantized":
-            return self.spec.load()
-        return self.spec.dense(self.merged if name == "merged" else None).load()
+            return load_adapted_model(self.spec, self.adapter, max_memory=placed.max_memory)
+        return load_placed(self.spec_of(name), placed, title="eval", name=name, scratch=scratch)
 
     def key(self, name: str) -> str:
         """Identifies the artifact's content: earlier results are reused only with the same key."""
@@ -126,20 +150,37 @@ class _Measurement:
     rows: list[dict[str, Any]]
     tasks: Harness | None
 
-    def measure_all(self, models: _Models) -> dict[str, Record]:
+    def measure_all(self, models: _Models) -> tuple[dict[str, Record], dict[str, str]]:
+        """Measures one artifact after another.
+
+        Returns:
+            The results by artifact, and why others were left out.
+        """
+        measured = self.config.measured
+        left_out = {name: "eval.artifacts does not name it" for name in ARTIFACTS if name not in measured}
         records: dict[str, Record] = {}
-        for name in ARTIFACTS:
-            if name == "base_quantized" and not models.spec.is_quantized:
+        for name in measured:
+            if name == "base_quantized" and not models.spec.is_quantized and "base" in records:
                 log("eval", "base_quantized is the base itself (quantization.method=none); it is not measured twice")
                 records[name] = records["base"]
+                continue
+            record, reason = self.measure(name, models)
+            if record is None:
+                log("eval", f"{name} is not measured: {reason}")
+                left_out[name] = reason
             else:
-                records[name] = self.measure(name, models)
-        return records
+                records[name] = record
+        return records, left_out
 
-    def measure(self, name: str, models: _Models) -> Record:
-        """Measures one artifact, and reuses the results of an interrupted stage."""
+    def measure(self, name: str, models: _Models) -> tuple[Record | None, str]:
+        """Measures one artifact, and reuses the results of an interrupted stage.
+
+        Returns:
+            The results; or None, and why it is not worth it.
+        """
         from finetune.eval.records import RecordFile
         from finetune.inference.adapted import free_memory
+        from finetune.inference.dense import describe
         from finetune.inference.generation import stream_answers
         from finetune.inference.losses import row_losses
 
@@ -149,8 +190,14 @@ class _Measurement:
         measured = results.record.losses and len(results.record.general) == len(self.general)
         if measured and not unanswered and not needs_tasks:
             log("eval", f"{name}: reusing earlier results")
-            return results.record
-        model, tokenizer, batch_tokens = models.load(name), self.chat.tokenizer, self.config.batch_tokens
+            return results.record, ""
+        placed = models.place(name, self.workload(unanswered))
+        if name == "base" and self.config.may_leave_out_base and placed.read_seconds > LONGEST_READ_SECONDS:
+            minutes = f"about {placed.read_seconds / 60:.0f} minutes in all"
+            return None, f"{describe(placed)}, {minutes}; name it in eval.artifacts to measure it all the same"
+        scratch = self.folder / ".offloaded"
+        model, tokenizer = models.load(name, placed, scratch=scratch), self.chat.tokenizer
+        batch_tokens = self.config.batch_tokens
         if not results.record.losses:
             losses = row_losses(model, self.loss_rows, batch_tokens=batch_tokens, progress=f"{name}: loss")
             results.add_losses(losses)
@@ -162,7 +209,7 @@ class _Measurement:
             tokenizer,
             [self.rows[number]["prompt_ids"] for number in unanswered],
             max_new_tokens=self.config.max_new_tokens,
-            batch_rows=self.config.batch_rows,
+            batch_rows=self.config.fixed_rows,
             ends=self.chat.ends,
             progress=f"{name}: answers" if unanswered else None,
         ):
@@ -171,7 +218,22 @@ class _Measurement:
             results.add_harness(self.tasks.measure(model, tokenizer))
         del model
         free_memory()
-        return results.record
+        shutil.rmtree(scratch, ignore_errors=True)
+        return results.record, ""
+
+    def workload(self, unanswered: Sequence[int]) -> Workload:
+        """Returns what an artifact will be asked."""
+        from finetune.inference.rows import loss_workload
+
+        losses = loss_workload([*self.loss_rows, *self.general], batch_tokens=self.config.batch_tokens)
+        prompts = [len(self.rows[number]["prompt_ids"]) for number in unanswered]
+        return dataclasses.replace(
+            losses,
+            rows=len(prompts),
+            prompt_tokens=max(prompts, default=0),
+            new_tokens=self.config.max_new_tokens,
+            batch_rows=self.config.fixed_rows,
+        )
 
     def _key(self, artifact: str) -> str:
         digest = hashlib.sha256(artifact.encode())
@@ -195,8 +257,8 @@ def _write_samples(file: Path, *, rows: list[dict[str, Any]], table: Table, toke
             "row": int(row["row"]),
             "prompt": tokenizer.decode(row["prompt_ids"], skip_special_tokens=False),
             "reference": row["reference"],
-            **{name: table.texts[name][number] for name in ARTIFACTS},
-            "scores": {name: dict(_row_scores(table, name, metrics, number)) for name in ARTIFACTS},
+            **{name: texts[number] for name, texts in table.texts.items()},
+            "scores": {name: dict(_row_scores(table, name, metrics, number)) for name in table.texts},
         }
         for number, row in enumerate(rows)
     )
@@ -211,7 +273,7 @@ def _row_scores(table: Table, name: str, metrics: list[str], number: int) -> Ite
 def _print_tables(
     artifacts: dict[str, ArtifactScores], changed: dict[str, dict[str, Difference]], metrics: list[str]
 ) -> None:
-    general = ["general_loss"] if artifacts["base"].general_loss else []
+    general = ["general_loss"] if artifacts["merged"].general_loss else []
     rows = []
     for name, figures in artifacts.items():
         forgotten = [figures.general_loss.text()] if figures.general_loss else []

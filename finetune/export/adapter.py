@@ -17,7 +17,7 @@ from finetune.products import ExportResult
 
 def write(context: ExportContext, name: str, settings: ExportConfig) -> ExportResult:
     """Copies the adapter with its tokenizer and its record, and checks it in plain peft."""
-    from finetune.inference.adapted import check_adapter, free_memory, load_adapted_model
+    from finetune.inference.adapted import check_adapter, free_memory
 
     source, target = context.adapter.adapter, context.scratch / name
     check_adapter(source)
@@ -28,7 +28,7 @@ def write(context: ExportContext, name: str, settings: ExportConfig) -> ExportRe
     _point_to_base(target / "adapter_config.json", context.spec.base)
     context.chat.tokenizer.save_pretrained(target)
     write_record(target, "adapter", spec=context.spec, chat=context.chat)
-    model = load_adapted_model(context.spec, source)
+    model = context.load(context.spec, settings, adapter=source)
     wanted = context.expected_output(model, settings, artifact="adapter")
     del model
     free_memory()

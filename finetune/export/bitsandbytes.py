@@ -64,15 +64,24 @@ def _config(context: ExportContext, settings: ExportConfig) -> QuantizationConfi
 
 
 def _merge_original(context: ExportContext, name: str) -> Path:
-    """Merges the adapter into the original base by peft, and returns the folder."""
+    """Merges the adapter into the original base by peft, in host memory where the device has too little.
+
+    Returns:
+        The folder.
+    """
     from finetune.inference.adapted import free_memory, load_adapter
+    from finetune.inference.budget import Workload
+    from finetune.inference.dense import place
 
     if context.merged.adapters:
         raise ExportError(
             f"export.{name}: several adapters were merged into the dequantized base, and rounding that again would "
             "lose them; set merge.choose=original"
         )
-    base = _open(context, context.spec.base.folder)
+    workload = Workload(pass_tokens=1, passes=0)
+    fits = not place(context.spec.dense(dtype=context.merged_dtype), workload).max_memory
+    device = context.spec.placement.device if fits else "cpu"
+    base = _open(context, context.spec.base.folder, device=device)
     model = load_adapter(base, context.adapter.adapter, upcast="none").merge_and_unload()
     if model.get_input_embeddings().weight is not model.get_output_embeddings().weight:
         model.config.tie_word_embeddings = False  # one of the two was trained: saved as tied, it would be lost
@@ -82,7 +91,9 @@ def _merge_original(context: ExportContext, name: str) -> Path:
     return context.scratch / "dense"
 
 
-def _open(context: ExportContext, folder: Path, config: QuantizationConfig | None = None) -> Any:
+def _open(
+    context: ExportContext, folder: Path, config: QuantizationConfig | None = None, *, device: str | None = None
+) -> Any:
     """Loads a model without `ModelSpec.load`, which would cache the quantized base for later starts."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -94,7 +105,7 @@ def _open(context: ExportContext, folder: Path, config: QuantizationConfig | Non
         folder,
         dtype=getattr(torch, context.merged_dtype),
         attn_implementation=context.spec.placement.attention,
-        device_map={"": context.spec.placement.device},
+        device_map={"": device or context.spec.placement.device},
         trust_remote_code=context.spec.config.trust_remote_code,
         **(loader_arguments(config, dtype=context.merged_dtype) if config else {}),
     )

@@ -15,6 +15,7 @@ from finetune.hardware.backends import BACKENDS
 from finetune.inference.artifacts import (
     collect_artifacts,
     describe_answer_changes,
+    describe_conditions,
     describe_rows,
     metric_names,
     table_cells,
@@ -138,7 +139,9 @@ def _quality(facts: CardFacts) -> Iterator[str]:
     yield from _table(table_headers(lines, str), [table_cells(line, names) for line in lines])
     for text in describe_answer_changes(lines, str):
         yield f"\n{text}"
-    figures = [*names, *(["general_loss"] if "general_loss" in scores.changes["total"] else [])]
+    for text in describe_conditions(to_jsonable(scores), to_jsonable(facts.merged)):
+        yield f"\n{text}"
+    figures = [*names, *(["general_loss"] if "general_loss" in scores.changes["merge"] else [])]
     if figures:
         yield "\nChange by step of the answers, and of the loss on general text (`general_loss`), paired by row:\n"
         rows = []

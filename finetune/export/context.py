@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from finetune.console import human_bytes
 from finetune.errors import ExportError
 from finetune.export.config import ExportConfig
 from finetune.files import require_disk
@@ -32,8 +33,10 @@ class AnswerSettings(Protocol):
     """Settings of the evaluation."""
 
     max_new_tokens: int
-    batch_rows: int
     batch_tokens: int
+
+    @property
+    def fixed_rows(self) -> int | None: ...
 
 
 class Scorer(Protocol):
@@ -63,6 +66,7 @@ class ExportContext:
         exports: Descriptions of finished exports, for the card.
         snippets: Code that loads them, by title.
         merged_expectations: Results of `expected_merged_output`, by settings.
+        halvings: How often other processes halved their batches.
     """
 
     folder: Path
@@ -77,6 +81,7 @@ class ExportContext:
     exports: list[ExportResult] = field(default_factory=list)
     snippets: dict[str, str] = field(default_factory=dict)
     merged_expectations: dict[tuple[int, int, int], Expected] = field(default_factory=dict)
+    halvings: int = 0
 
     @property
     def merged_dtype(self) -> str:
@@ -118,13 +123,51 @@ class ExportContext:
         limit = settings.max_new_tokens
         return expected(model, self.chat, heldout=prompts, scored=scored, losses=losses, max_new_tokens=limit)
 
+    def load(self, spec: ModelSpec, settings: ExportConfig, *, adapter: Path | None = None) -> Any:
+        """Loads a model to compare with, offloaded where its weights do not fit.
+
+        With an adapter on a dense base, whose layers peft replaces, host memory has to hold all of it instead.
+
+        Raises:
+            ExportError: Host memory is too small for that.
+        """
+        from finetune.inference.adapted import load_adapted_model
+        from finetune.inference.dense import load_placed, place
+        from finetune.inference.rows import loss_workload, read_rows
+
+        rows = read_rows(self.data.folder / "heldout", limit=max(1, settings.logit_rows, settings.loss_rows))
+        losses = loss_workload(rows[: settings.loss_rows], batch_tokens=self.scorer.config.batch_tokens)
+        longest = max(len(row["prompt_ids"]) for row in rows)
+        workload = dataclasses.replace(
+            losses,
+            pass_tokens=max(losses.pass_tokens, longest),
+            passes=losses.passes + settings.logit_rows,
+            rows=1,
+            prompt_tokens=longest,
+            new_tokens=settings.max_new_tokens,
+            batch_rows=1,
+        )
+        placed = place(spec, workload)
+        if adapter and placed.offloaded_bytes:
+            spec = spec.on("cpu")
+            placed = place(spec, workload)
+            if placed.offloaded_bytes:
+                raise ExportError(
+                    f"export: comparing the adapter on the dense base takes {human_bytes(placed.offloaded_bytes)} more "
+                    "memory than is free; leave out gguf_lora, and export the merged model as gguf"
+                )
+        scratch = self.scratch / "offloaded"
+        if adapter:
+            return load_adapted_model(spec, adapter, max_memory=placed.max_memory)
+        return load_placed(spec, placed, title="export", name=spec.base.folder.name, scratch=scratch)
+
     def expected_merged_output(self, settings: ExportConfig) -> Expected:
-        """Runs the merged model in its own dtype, once for all exports with the same settings."""
+        """Runs the merged model in the run's dtype, once for all exports with the same settings."""
         from finetune.inference.adapted import free_memory
 
         key = (settings.logit_rows, settings.loss_rows, settings.max_new_tokens)
         if key not in self.merged_expectations:
-            merged = self.spec.dense(self.merged.folder / "model").load()
+            merged = self.load(self.spec.dense(self.merged.folder / "model"), settings)
             self.merged_expectations[key] = self.expected_output(merged, settings, artifact="merged")
             del merged
             free_memory()
@@ -169,6 +212,7 @@ class ExportContext:
             "snippet": code.resolve(),
             "logits": logits.resolve(),
             "threads": self.spec.placement.threads,
+            "dtype": wanted.dtype,
             "prompts": wanted.prompts,
             "rows": wanted.rows,
             "chats": wanted.chats,
@@ -177,13 +221,14 @@ class ExportContext:
             "max_new_tokens": settings.max_new_tokens,
             "packages": packages,
             "batch_tokens": limits.batch_tokens,
-            "answers": {"prompts": prompts, "max_new_tokens": limits.max_new_tokens, "batch_rows": limits.batch_rows},
+            "answers": {"prompts": prompts, "max_new_tokens": limits.max_new_tokens, "batch_rows": limits.fixed_rows},
         }
         hidden = {"CUDA_VISIBLE_DEVICES": ""} if self.spec.placement.device == "cpu" else {}
         try:
             got = run_in_fresh_process(runtime, request, work=self.scratch, environment=hidden)
         except FreshProcessError as error:
             raise ExportError(f"export.{name} cannot be opened by {' and '.join(packages)}: {error}") from error
+        self.halvings += got.get("halvings", 0)
         parity = compare(name, wanted, got, logits, config=settings, seed=self.scorer.seed)
         scores = None
         if prompts:

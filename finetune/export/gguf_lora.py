@@ -56,9 +56,9 @@ def write(context: ExportContext, name: str, settings: ExportConfig) -> ExportRe
 
 def _expected(context: ExportContext, settings: ExportConfig) -> Expected:
     """Measures the adapter on the dense base, in peft."""
-    from finetune.inference.adapted import free_memory, load_adapted_model
+    from finetune.inference.adapted import free_memory
 
-    model = load_adapted_model(context.spec.dense(), context.adapter.adapter)
+    model = context.load(context.spec.dense(), settings, adapter=context.adapter.adapter)
     expected = context.expected_output(model, settings)
     del model
     free_memory()

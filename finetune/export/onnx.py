@@ -38,7 +38,7 @@ def write(context: ExportContext, name: str, settings: ExportConfig) -> ExportRe
     check_packages({name: settings})
     _check_space(context, name, dtype)
     source, target = context.merged.folder / "model", context.scratch / name
-    merged = context.spec.dense(source, dtype="float32").on("cpu").load()
+    merged = context.load(context.spec.dense(source, dtype="float32").on("cpu"), settings)
     wanted = context.expected_output(merged, settings)
     del merged
     free_memory()

@@ -54,6 +54,7 @@ class Expected:
         ending: The last prompt and that answer, without its end token. An export with the same end tokens ends here
             too. From the prompt alone, an export whose rounding changes one near tie could write another answer and end
             elsewhere.
+        dtype: That the model computes in.
     """
 
     chats: list[list[dict[str, str]]]
@@ -64,6 +65,7 @@ class Expected:
     losses: list[list[float]]
     stopped: bool
     ending: list[int]
+    dtype: str
 
 
 def expected(
@@ -106,6 +108,7 @@ def expected(
         losses=loss_pairs(losses),
         stopped=answer.stopped,
         ending=[*last, *(answer.tokens if answer.stopped else [])],
+        dtype=str(model.dtype).removeprefix("torch."),
     )
 
 
@@ -124,7 +127,9 @@ def last_logits(model: PreTrainedModel, prompt: Sequence[int]) -> np.ndarray:
     """Returns float32 logits at the last positions, shape (up to 8, vocabulary), from a plain forward pass."""
     import torch
 
-    ids = torch.tensor([list(prompt)], device=next(model.parameters()).device)
+    from finetune.inference.logits import input_device
+
+    ids = torch.tensor([list(prompt)], device=input_device(model))
     with torch.no_grad():
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     array: np.ndarray = logits[0, -POSITIONS:].float().cpu().numpy()

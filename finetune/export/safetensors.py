@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from finetune.errors import ExportError
 from finetune.export.config import ExportConfig
@@ -14,9 +16,13 @@ from finetune.export.context import ExportContext
 from finetune.export.manifest import write_record
 from finetune.export.snippets import merged_snippet
 from finetune.products import ExportResult
+from finetune.run import write_json
 
 if TYPE_CHECKING:
     from finetune.export.parity import Expected
+
+SHARD_BYTES = 2 * 10**9
+"""Largest file of converted weights: as much is in memory while one is written."""
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
@@ -38,9 +44,8 @@ def write(context: ExportContext, name: str, settings: ExportConfig) -> ExportRe
     wanted = merged = context.expected_merged_output(settings)
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(*WEIGHTS))
     if converted or settings.shard_bytes:
-        model = dense.load()
-        _check_finite(model, name, dtype)
-        model.save_pretrained(target, max_shard_size=settings.shard_bytes or "5GB")
+        _write_weights(source, target, name=name, dtype=dtype, shard_bytes=settings.shard_bytes or SHARD_BYTES)
+        model = context.load(dataclasses.replace(dense, base=dataclasses.replace(dense.base, folder=target)), settings)
         wanted = context.expected_output(model, settings)
         _check_logits(wanted, name, dtype)
         del model
@@ -59,13 +64,44 @@ def write(context: ExportContext, name: str, settings: ExportConfig) -> ExportRe
     return context.publish(name, settings, parity)
 
 
-def _check_finite(model: Any, name: str, dtype: str) -> None:
-    for key, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            raise ExportError(
-                f"export.{name}.dtype={dtype}: {key} holds weights beyond its range, which would be infinite; "
-                "use bfloat16"
-            )
+def _write_weights(source: Path, target: Path, *, name: str, dtype: str, shard_bytes: int) -> None:
+    """Writes the weights in another dtype, or in smaller files, with one file's weights in memory at a time."""
+    import torch
+    from huggingface_hub import split_state_dict_into_shards_factory
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    files: dict[str, Path] = {}
+    sizes: dict[str, int] = {}
+    wanted = getattr(torch, dtype)
+    for path in sorted(source.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118  # not a dict
+                files[key] = path
+                sizes[key] = math.prod(file.get_slice(key).get_shape()) * wanted.itemsize
+    split = split_state_dict_into_shards_factory(
+        sizes,
+        get_storage_size=lambda size: size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
+    for written, keys in split.filename_to_tensors.items():
+        tensors = {}
+        for key in keys:
+            with safe_open(files[key], "pt") as file:
+                tensor = file.get_tensor(key)
+            tensors[key] = tensor.to(wanted) if tensor.is_floating_point() else tensor
+            if not tensors[key].isfinite().all():
+                raise ExportError(
+                    f"export.{name}.dtype={dtype}: {key} holds weights beyond its range, which would be infinite; "
+                    "use bfloat16"
+                )
+        save_file(tensors, target / written, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(target / "model.safetensors.index.json", index)
+    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    write_json(target / "config.json", {**config, "dtype": dtype})
 
 
 def _check_logits(wanted: Expected, name: str, dtype: str) -> None:

@@ -50,6 +50,7 @@ def export(
         ExportError: An export cannot be opened by its own runtime, or differs from its model.
     """
     from finetune.inference.chat import load_chat
+    from finetune.inference.oom import halve_batches
 
     scratch = folder / ".work"
     shutil.rmtree(scratch, ignore_errors=True)
@@ -68,12 +69,14 @@ def export(
     )
     order = list(WRITERS)
     for name, settings in sorted(config.items(), key=lambda item: order.index(item[1].format)):
-        written = WRITERS[settings.format](context, name, settings)
+        with halve_batches("export") as halvings:
+            written = WRITERS[settings.format](context, name, settings)
+        context.halvings += halvings.count
         context.exports.append(written)
         path, size = folder / Path(written.path).name, human_bytes(written.bytes)
         log("export", f"{name}: {path}, {size}{_parity_text(written.parity)}")
     shutil.rmtree(scratch)
-    return Exports(folder=folder, exports=context.exports)
+    return Exports(folder=folder, exports=context.exports, halvings=context.halvings)
 
 
 def _answers_text(answers: ExportAnswers) -> str:

@@ -19,15 +19,20 @@ if TYPE_CHECKING:
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
-def load_adapted_model(spec: ModelSpec, adapter: Path) -> PeftModel:
+def load_adapted_model(spec: ModelSpec, adapter: Path, *, max_memory: dict[int | str, int] | None = None) -> PeftModel:
     """Loads the base and a saved adapter as one model in evaluation mode, without gradients: the graph that was
     trained.
+
+    Args:
+        spec: The base and how it is loaded.
+        adapter: The peft folder.
+        max_memory: Bytes of weights by GPU index; empty loads all onto the run's device.
 
     Raises:
         ModelError: The adapter is incomplete, or belongs to another model.
     """
     check_adapter(adapter)
-    return load_adapter(spec.load(), adapter, upcast=spec.config.upcast)
+    return load_adapter(spec.load(max_memory=max_memory), adapter, upcast=spec.config.upcast)
 
 
 def check_adapter(folder: Path, *, setting: str = "") -> None:

@@ -48,7 +48,8 @@ def _evaluated(scores: Fields) -> Iterator[dict[str, Any]]:
     for name, step in BEFORE.items():
         figures = scores.get("artifacts", {}).get(name)
         if figures:
-            change = {"from": step[1], **scores["changes"][step[0]]["loss"]} if step and scores.get("changes") else None
+            measured = (scores.get("changes") or {}).get(step[0]) if step else None
+            change = {"from": step[1], **measured["loss"]} if step and measured else None
             rows = {"loss_rows": scores.get("loss_rows"), "answer_rows": scores.get("rows")}
             yield _entry(TITLES[name], figures, rows=rows, change=change)
 
@@ -119,6 +120,22 @@ def describe_rows(entries: Sequence[Fields]) -> str:
     return f"{text}. Brackets are 95 % intervals; a change is paired by row." + (
         f" Fewer: {'; '.join(fewer)}." if fewer else ""
     )
+
+
+def describe_conditions(scores: Fields | None, merge: Fields | None) -> Iterator[str]:
+    """Yields a sentence for each artifact that was left out, on the dtypes, and on batches that were halved."""
+    scores, merge = scores or {}, merge or {}
+    for name, reason in (scores.get("left_out") or {}).items():
+        yield f"Not measured: {TITLES[name].lower()}; {reason}."
+    by_dtype: dict[str, list[str]] = {}
+    for name, dtype in (scores.get("compute_dtypes") or {}).items():
+        by_dtype.setdefault(dtype, []).append(TITLES[name].lower())
+    if by_dtype:
+        yield "; ".join(f"Computed in {dtype}: {', '.join(names)}" for dtype, names in by_dtype.items()) + "."
+    halvings = {"merge": merge.get("halvings") or 0, "eval": scores.get("halvings") or 0}
+    for stage, count in halvings.items():
+        if count:
+            yield f"Memory ran out {count} times in {stage}, and batches were halved each time."
 
 
 def table_headers(entries: Sequence[Fields], title: Callable[[str], str]) -> list[str]:

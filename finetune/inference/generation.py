@@ -1,6 +1,5 @@
 """Generates greedy answers in batches of similar prompt length."""
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,8 +8,10 @@ from typing import Any
 import torch
 
 from finetune.console import ProgressBar
-from finetune.inference.logits import evaluating, unwrap
-from finetune.inference.rows import group_by_length
+from finetune.inference.budget import answer_batches, usable
+from finetune.inference.dense import cost_of, free_on
+from finetune.inference.logits import evaluating, input_device, unwrap
+from finetune.inference.oom import in_halves
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    batch_rows: int,
+    batch_rows: int | None,
     ends: Sequence[int] | None = None,
     progress: str | None = None,
 ) -> list[Answer]:
@@ -43,7 +44,8 @@ def generate(
         tokenizer: Gives the padding and end tokens.
         prompts: Token ids up to and including the generation prompt.
         max_new_tokens: Limit of an answer's length, the end token included.
-        batch_rows: Prompts per batch. Memory grows with it times (prompt + answer).
+        batch_rows: Prompts per batch; None computes it from the free memory. Answers do not depend on it, except where
+            two tokens are nearly tied: logits differ by rounding (1e-5 in float32) between batch sizes.
         ends: Tokens that end an answer; None uses those of tokenizer and model.
         progress: Title of the progress bar; None for none.
     """
@@ -66,23 +68,36 @@ def stream_answers(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    batch_rows: int,
+    batch_rows: int | None,
     ends: Sequence[int] | None = None,
     progress: str | None = None,
 ) -> Iterator[tuple[int, Answer]]:
     """Yields (index of the prompt, answer) as batches finish, so that a caller can save them one by one."""
     stops = sorted(ends) if ends is not None else end_tokens(model, tokenizer)
     pad = _pad_token(tokenizer, stops)
-    lengths = [len(prompt) for prompt in prompts]
+    batches = _batches(model, [len(prompt) for prompt in prompts], limit=max_new_tokens, batch_rows=batch_rows)
+
+    def answer(batch: list[int]) -> list[tuple[int, Answer]]:
+        chosen = [prompts[index] for index in batch]
+        return list(zip(batch, _batch(unwrap(model), chosen, ends=stops, pad=pad, limit=max_new_tokens), strict=True))
+
     with (
         evaluating(model),
         _contiguous_head_input(unwrap(model).get_output_embeddings()),
         ProgressBar(progress or "", total=len(prompts), unit="rows", is_shown=progress is not None) as bar,
     ):
-        for batch in group_by_length(lengths, batch_tokens=sys.maxsize, batch_rows=batch_rows):
-            answers = _batch(unwrap(model), [prompts[i] for i in batch], ends=stops, pad=pad, limit=max_new_tokens)
-            yield from zip(batch, answers, strict=True)
-            bar.advance(len(batch))
+        for answers in in_halves(batches, answer):
+            yield from answers
+            bar.advance(len(answers))
+
+
+def _batches(model: Any, lengths: list[int], *, limit: int, batch_rows: int | None) -> Iterator[list[int]]:
+    """Groups the prompts by length, in batches that the free memory suffices for."""
+    if batch_rows:
+        return answer_batches(lengths, lambda _: batch_rows)
+    causal = unwrap(model)
+    cost, free = cost_of(causal.config, dtype=causal.dtype), usable(min(free_on(input_device(model).type).devices))
+    return answer_batches(lengths, lambda longest: cost.answer_rows(free, prompt_tokens=longest, new_tokens=limit))
 
 
 @contextmanager
@@ -119,7 +134,7 @@ def _pad_token(tokenizer: Any, ends: list[int]) -> int:
 def _batch(model: Any, prompts: Sequence[Sequence[int]], *, ends: list[int], pad: int, limit: int) -> list[Answer]:
     from transformers import GenerationConfig
 
-    device = next(model.parameters()).device
+    device = input_device(model)
     longest = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), longest), pad, dtype=torch.long)
     mask = torch.zeros((len(prompts), longest), dtype=torch.long)

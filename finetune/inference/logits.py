@@ -1,5 +1,7 @@
 """Computes logits at trained positions only: the decoder once per batch, the head in chunks of bounded size."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,10 +12,9 @@ from torch import Tensor
 
 from finetune.console import ProgressBar
 from finetune.errors import EvalError
+from finetune.inference.budget import CHUNK_BYTES
+from finetune.inference.oom import in_halves
 from finetune.inference.rows import IGNORED, Row, token_batches
-
-CHUNK_BYTES = 64 * 1024**2
-"""Size of the float32 logits that exist at one time: small compared with any model, large enough for a fast product."""
 
 PROBE_TOKENS = 8
 PROBE_TOLERANCE = 0.02
@@ -40,6 +41,13 @@ class Chunk:
 def unwrap(model: Any) -> Any:
     """Returns the causal language model inside a peft wrapper; adapters stay active, since they are in its layers."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def input_device(model: Any) -> torch.device:
+    """Returns the device of the model's inputs; offloaded weights have none of their own."""
+    hook = getattr(unwrap(model), "_hf_hook", None)
+    device: Any = getattr(hook, "execution_device", None)
+    return next(model.parameters()).device if device is None else torch.device(device)
 
 
 @contextmanager
@@ -84,9 +92,9 @@ def trained_logits(
         ) as bar,
     ):
         split = _SplitModel(unwrap(model))
-        for batch in batches:
-            yield from split.chunks([rows[index] for index in batch], indices=batch)
-            bar.advance(sum(lengths[index] for index in batch))
+        for batch in in_halves(batches, lambda indices: split.forward([rows[index] for index in indices], indices)):
+            yield from split.chunks(batch)
+            bar.advance(sum(lengths[index] for index in batch.indices))
 
 
 def _check_lengths(model: Any, rows: Sequence[Row]) -> None:
@@ -99,12 +107,21 @@ def _check_lengths(model: Any, rows: Sequence[Row]) -> None:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Row numbers, labels of shape (rows, longest), and their hidden states, or logits, from one forward pass."""
+
+    indices: Sequence[int]
+    labels: Tensor
+    source: Tensor
+
+
 class _SplitModel:
     """A model split into decoder and head, or whole where its logits are not just the head's output."""
 
     def __init__(self, causal: Any) -> None:
         self.causal = causal
-        self.device = next(causal.parameters()).device
+        self.device = input_device(causal)
         self.head = causal.get_output_embeddings()
         self.decoder: Any = causal.get_decoder() if hasattr(causal, "get_decoder") else None
         self.softcap = getattr(causal.config.get_text_config(), "final_logit_softcapping", None)
@@ -120,20 +137,24 @@ class _SplitModel:
         mask = torch.ones_like(ids)
         whole = self.causal(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
         halves = self._logits(self._hidden(ids, mask)[0])[None]
-        return bool((whole - halves).abs().max() <= PROBE_TOLERANCE * whole.abs().max().clamp(min=1.0))
+        return bool((whole - halves.to(whole.device)).abs().max() <= PROBE_TOLERANCE * whole.abs().max().clamp(min=1.0))
 
-    def chunks(self, rows: Sequence[Row], *, indices: Sequence[int]) -> Iterator[Chunk]:
+    def forward(self, rows: Sequence[Row], indices: Sequence[int]) -> _Batch:
         ids, mask, labels = (tensor.to(self.device) for tensor in _pad(rows))
+        source = self._hidden(ids, mask) if self.splits else self._whole(ids, mask)
+        return _Batch(indices=indices, labels=labels.to(source.device), source=source)
+
+    def chunks(self, batch: _Batch) -> Iterator[Chunk]:
+        labels = batch.labels
         trained = labels[:, 1:] != IGNORED
         where = trained.nonzero()
         targets = labels[:, 1:][where[:, 0], where[:, 1]]
-        owners = torch.tensor(indices)[where[:, 0].cpu()]
+        owners = torch.tensor(batch.indices)[where[:, 0].cpu()]
         ordinals = (trained.cumsum(1) - 1)[where[:, 0], where[:, 1]].cpu()
-        source = self._hidden(ids, mask) if self.splits else self._whole(ids, mask)
         for start in range(0, len(where), self.chunk_positions):
             part = slice(start, start + self.chunk_positions)
-            selected = source[where[part, 0], where[part, 1]]
-            logits = self._logits(selected) if self.splits else selected.float()
+            selected = batch.source[where[part, 0], where[part, 1]]
+            logits = (self._logits(selected) if self.splits else selected.float()).to(labels.device)
             yield Chunk(rows=owners[part], ordinals=ordinals[part], targets=targets[part], logits=logits)
 
     def _hidden(self, ids: Tensor, mask: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import EvalError
+from finetune.inference.budget import Workload
 
 IGNORED = -100
 """Label of a token without loss. Source: the default ignore_index of torch.nn.CrossEntropyLoss."""
@@ -61,13 +62,19 @@ def token_batches(rows: Sequence[Row], *, batch_tokens: int) -> list[list[int]]:
     return [[numbers[index] for index in batch] for batch in group_by_length(lengths, batch_tokens=batch_tokens)]
 
 
-def group_by_length(lengths: Sequence[int], *, batch_tokens: int, batch_rows: int | None = None) -> Iterator[list[int]]:
+def loss_workload(rows: Sequence[Row], *, batch_tokens: int) -> Workload:
+    """Returns the forward passes that the losses of these rows take."""
+    batches = token_batches(rows, batch_tokens=batch_tokens)
+    sizes = [len(batch) * len(rows[batch[0]]["input_ids"]) for batch in batches]
+    return Workload(pass_tokens=max(sizes, default=0), passes=len(sizes))
+
+
+def group_by_length(lengths: Sequence[int], *, batch_tokens: int) -> Iterator[list[int]]:
     """Groups rows of similar length, longest first: the memory peak comes first, and padding is small.
 
     Args:
         lengths: Tokens per row, shape (rows,).
         batch_tokens: Largest padded size of a batch, rows times longest; a single longer row is a batch of its own.
-        batch_rows: Largest number of rows of a batch.
 
     Yields:
         Indices into ``lengths``, one list per batch.
@@ -76,7 +83,7 @@ def group_by_length(lengths: Sequence[int], *, batch_tokens: int, batch_rows: in
     batch: list[int] = []
     for index in order:
         longest = lengths[batch[0]] if batch else lengths[index]
-        if batch and (longest * (len(batch) + 1) > batch_tokens or len(batch) == batch_rows):
+        if batch and longest * (len(batch) + 1) > batch_tokens:
             yield batch
             batch = []
         batch.append(index)

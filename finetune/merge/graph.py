@@ -1,33 +1,54 @@
 """Adds further adapters to the trained model, and reads the dense weights of its quantized layers, one at a time."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from finetune.errors import MergeError
-from finetune.merge.adapter_deltas import PREFIX
 from finetune.merge.candidates import Source
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def dequantized(graph: Any) -> Source:
+    from finetune.model import ModelSpec
+    from finetune.quantization.stored import StoredLayers
+
+SHARD = "2GB"
+"""Bounds the host memory for saving a model that is on a GPU."""
+
+
+def dequantized(spec: ModelSpec, graph: Any, *, work: Path) -> Source:
     """Returns a source that gives each quantized layer's weight as the trained model multiplies by it.
 
+    The layers are read one at a time from the cached copy of the quantized base, or from one that is written to
+    ``work`` where there is no cache. So the source does not refer to the graph, and needs memory for one dense layer.
+
     Args:
-        graph: The quantized base, with or without the adapter, protected from bitsandbytes' repacking.
-
-    Returns:
-        A source for `build`; other tensors come from disk. It refers to the graph; one dense layer exists at a time.
+        spec: The base as it was loaded for training.
+        graph: The quantized base with the adapter; without its adapter afterwards where a copy had to be written.
+        work: Folder for the copy.
     """
-    from finetune.quantization import quantized_layers
-    from finetune.quantization.backends import dense
+    from finetune.model.load import cache_of
+    from finetune.quantization.backends import save
+    from finetune.quantization.stored import StoredLayers
 
-    layers = {f"{_plain(name)}.weight": layer for name, layer in quantized_layers(graph).items()}
+    cache, folder = cache_of(spec), work / "quantized"
+    if cache is not None and cache.is_complete:
+        folder = cache.folder
+    else:
+        save(graph.unload(), spec.quantization, folder, shard=SHARD)
+    return stored(StoredLayers(folder, spec.quantization, dtype=spec.placement.dtype, device=spec.placement.device))
+
+
+def stored(layers: StoredLayers) -> Source:
+    """Returns a source of dequantized layers; other tensors come from the base."""
+    names = {f"{name}.weight": name for name in layers.keys}
 
     def source(name: str) -> Tensor | None:
-        matching = name if name in layers else next((other for other in layers if other.endswith("." + name)), None)
-        return dense(layers[matching]) if matching else None
+        matching = name if name in names else next((other for other in names if other.endswith("." + name)), None)
+        return layers.dense(names[matching]) if matching else None
 
     return source
 
@@ -70,7 +91,3 @@ def add_adapters(graph: Any, adapters: dict[str, float], *, base_sha256: str) ->
         names.append(name)
     graph.base_model.set_adapter(names, inference_mode=True)
     graph.requires_grad_(False)
-
-
-def _plain(name: str) -> str:
-    return name.removeprefix(PREFIX).removesuffix(".base_layer")

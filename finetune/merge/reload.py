@@ -3,16 +3,22 @@
 from pathlib import Path
 from typing import Any
 
+from finetune.inference.dense import place
 from finetune.inference.fresh_process import serve_request
-from finetune.inference.kl_divergence import KLResult, ReferenceLogits, compare_with_reference
-from finetune.inference.rows import read_rows
+from finetune.inference.kl_divergence import ReferenceLogits, compare_with_reference
+from finetune.inference.oom import halve_batches
+from finetune.inference.rows import loss_workload, read_rows
 from finetune.jsonable import from_json
 from finetune.model.spec import read_spec
 from finetune.trust import check_remote_code
 
 
-def remeasure(request: dict[str, Any]) -> KLResult:
-    """Compares the model in a folder with the reference that an earlier process recorded."""
+def remeasure(request: dict[str, Any]) -> dict[str, Any]:
+    """Compares the model in a folder with the reference that an earlier process recorded.
+
+    Returns:
+        The `KLResult` as ``result``, and ``halvings``.
+    """
     import torch
 
     from finetune.quantization.bnb import quiet_imports
@@ -25,16 +31,22 @@ def remeasure(request: dict[str, Any]) -> KLResult:
     torch.set_num_threads(placement.threads)
     check_remote_code(folder, spec.config.remote_code)
     AutoTokenizer.from_pretrained(folder)
+    rows = read_rows(Path(request["heldout"]), limit=request["rows"])
+    placed = place(spec, loss_workload(rows, batch_tokens=request["batch_tokens"]))
+    where: dict[str, Any] = {"device_map": {"": placement.device}}
+    if placed.max_memory:
+        where = {"device_map": "sequential", "max_memory": placed.max_memory, "offload_folder": request["scratch"]}
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=getattr(torch, placement.dtype),
         attn_implementation=placement.attention,
-        device_map={"": placement.device},
         trust_remote_code=spec.config.trust_remote_code,
+        **where,
     )
-    rows = read_rows(Path(request["heldout"]), limit=request["rows"])
     reference = from_json(ReferenceLogits, request["reference"])
-    return compare_with_reference(model, rows, reference, batch_tokens=request["batch_tokens"])
+    with halve_batches("merge") as halvings:
+        result = compare_with_reference(model, rows, reference, batch_tokens=request["batch_tokens"])
+    return {"result": result, "halvings": halvings.count}
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ def merge(
             or the written model measures differently when it is loaded again.
     """
     from finetune.inference.chat import load_chat
+    from finetune.inference.oom import halve_batches
     from finetune.inference.rows import read_rows, trained_tokens
     from finetune.merge.adapter_deltas import add_changes, read_changes
     from finetune.merge.candidates import write_chat
@@ -66,8 +67,10 @@ def merge(
     changes = read_changes(adapter.adapter)
     for further, weight in config.adapters.items():
         changes = add_changes(changes, Path(further).expanduser(), weight=weight)
-    reference, built = stage.build(adapter.adapter, changes, names=names)
-    trained, candidates = stage.losses(reference.losses), [stage.measure(candidate, reference) for candidate in built]
+    with halve_batches("merge") as halvings:
+        reference, built = stage.build(adapter.adapter, changes, names=names)
+        trained = stage.losses(reference.losses)
+        candidates = [stage.measure(candidate, reference) for candidate in built]
     table(
         "merge",
         ["candidate", "KL", "top-1", "loss", "change of loss", "perplexity", "size"],
@@ -77,7 +80,7 @@ def merge(
     log("merge", f"{chosen.name} is selected: {rule}")
     selected, model = work / chosen.name, folder / "model"
     write_chat(selected, load_chat(spec, data.folder))
-    reloaded = stage.reload(selected, chosen, heldout=data.folder / "heldout", reference=reference)
+    reloaded, halved = stage.reload(selected, chosen, heldout=data.folder / "heldout", reference=reference)
     _publish(selected, model)
     shutil.rmtree(work)
     return MergedModel(
@@ -90,6 +93,8 @@ def merge(
         reloaded=reloaded,
         sha256=weights_sha256(model),
         adapters=dict(config.adapters),
+        compute_dtype=spec.dense(model).placement.dtype,
+        halvings=halvings.count + halved,
     )
 
 
@@ -138,15 +143,18 @@ class _Stage:
     def build(
         self, adapter: Path, changes: dict[str, Change], *, names: list[str]
     ) -> tuple[ReferenceLogits, list[MergeCandidate]]:
-        """Records the trained model and writes the candidates; frees the model before the first candidate is loaded."""
+        """Records the trained model, frees it, and writes the candidates, layer by layer from disk."""
         import torch
 
         from finetune.inference.adapted import free_memory, load_adapted_model
+        from finetune.inference.dense import place
         from finetune.inference.kl_divergence import record_reference
+        from finetune.inference.rows import loss_workload
         from finetune.merge.candidates import build, from_disk
         from finetune.merge.graph import add_adapters, dequantized
 
-        graph = load_adapted_model(self.spec, adapter)
+        placed = place(self.spec, loss_workload(self.rows, batch_tokens=self.config.batch_tokens))
+        graph = load_adapted_model(self.spec, adapter, max_memory=placed.max_memory)
         if self.config.adapters:
             add_adapters(graph, self.config.adapters, base_sha256=self.spec.base.sha256)
             further = ", ".join(f"{name} x {weight:g}" for name, weight in self.config.adapters.items())
@@ -164,13 +172,15 @@ class _Stage:
             f"the trained model on {len(self.rows)} held-out rows: loss {reference.loss:.4f}; candidates are compared "
             f"with its distributions of {reference.positions:,} trained tokens",
         )
+        sources = {"original": from_disk}
+        if "dequantized" in names:
+            sources["dequantized"] = dequantized(self.spec, graph, work=self.work)
+        del graph
+        free_memory()
         built, base, dtype = [], self.spec.base.folder, getattr(torch, self.config.dtype)
         for name in names:
-            source = dequantized(graph) if name == "dequantized" else from_disk
-            built.append(build(base, changes, self.work / name, dtype=dtype, source=source))
+            built.append(build(base, changes, self.work / name, dtype=dtype, source=sources[name]))
             self._require_change(built[-1])
-        del graph, source
-        free_memory()
         return reference, built
 
     def _require_change(self, candidate: MergeCandidate) -> None:
@@ -201,10 +211,14 @@ class _Stage:
 
     def measure(self, candidate: MergeCandidate, reference: ReferenceLogits) -> CandidateScores:
         from finetune.inference.adapted import free_memory
+        from finetune.inference.dense import load_placed, place
         from finetune.inference.kl_divergence import compare_with_reference
+        from finetune.inference.rows import loss_workload
 
         name, batch_tokens = candidate.folder.name, self.config.batch_tokens
-        model = self.spec.dense(candidate.folder).load()
+        spec = self.spec.dense(candidate.folder)
+        placed = place(spec, loss_workload(self.rows, batch_tokens=batch_tokens))
+        model = load_placed(spec, placed, title="merge", name=name, scratch=self.work / "offloaded")
         result = compare_with_reference(model, self.rows, reference, batch_tokens=batch_tokens, progress=name)
         del model
         free_memory()
@@ -218,8 +232,12 @@ class _Stage:
 
     def reload(
         self, selected: Path, before: CandidateScores, *, heldout: Path, reference: ReferenceLogits
-    ) -> ComparedScores:
-        """Measures the selected candidate in a fresh process, and refuses it where the figures differ."""
+    ) -> tuple[ComparedScores, int]:
+        """Measures the selected candidate in a fresh process, and refuses it where the figures differ.
+
+        Returns:
+            Its scores, and how often batches were halved.
+        """
         from finetune.inference.fresh_process import FreshProcessError, run_in_fresh_process
         from finetune.inference.kl_divergence import KLResult
 
@@ -229,12 +247,13 @@ class _Stage:
             "rows": len(self.rows),
             "batch_tokens": self.config.batch_tokens,
             "reference": dataclasses.replace(reference, file=reference.file.resolve(), losses=()),
+            "scratch": (self.work / "offloaded").resolve(),
         }
         try:
             answer = run_in_fresh_process("finetune.merge.reload", request, work=self.work)
         except FreshProcessError as error:
             raise MergeError(f"the merged model in {selected} cannot be opened by a fresh process: {error}") from error
-        after = self.compared(from_json(KLResult, answer), reference)
+        after = self.compared(from_json(KLResult, answer["result"]), reference)
         if max(abs(after.loss - before.loss), abs(after.kl - before.kl)) > self.config.max_reload_difference:
             raise MergeError(
                 f"{selected} measures differently in a fresh process: loss {after.loss:.5f} and before "
@@ -243,4 +262,4 @@ class _Stage:
             )
         figures = f"loss {after.loss:.4f}, KL {after.kl:.5f}"
         log("merge", f"loaded again by plain transformers in a fresh process: {figures}, as before")
-        return after
+        return after, int(answer["halvings"])

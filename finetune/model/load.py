@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from finetune.model.spec import ModelSpec
+    from finetune.quantization.cache import QuantizedCache
 
 PAD_TOKENS = (
     "<pad>",
@@ -61,28 +62,34 @@ def describe_padding(tokenizer: PreTrainedTokenizerBase) -> str:
     return f"pad token {tokenizer.pad_token}, end token {tokenizer.eos_token}"
 
 
-def load_model(spec: ModelSpec) -> PreTrainedModel:
+def load_model(
+    spec: ModelSpec, *, max_memory: dict[int | str, int] | None = None, scratch: Path | None = None
+) -> PreTrainedModel:
     """Loads the base, quantized as the spec says, in evaluation mode and without gradients.
 
     A quantized base is read from its cached copy where there is one. A model that has its own code is not cached: the
     code next to the copy would then run from the cache.
+
+    Args:
+        spec: The base and how it is loaded.
+        max_memory: Bytes of weights by GPU index, and by ``cpu``; the others stay on disk. Empty loads all weights
+            onto the run's device.
+        scratch: Folder for weights that stay on disk in another form than the base's files have (experts).
 
     Raises:
         ModelError: The model has no layer to quantize, or transformers cannot load it.
     """
     from finetune.quantization import quantized_layers
     from finetune.quantization.bnb import prevent_repacking
-    from finetune.quantization.cache import quantized_cache
     from finetune.quantization.skip_modules import check_skip_modules
 
     base, config, quantization = spec.base, spec.config, spec.quantization
-    cache = None
-    if spec.is_quantized and not config.trust_remote_code:
-        cache = quantized_cache(
-            base.folder, weights=weights_sha256(base.folder), quantization=quantization, placement=spec.placement
-        )
-    cached = cache.read(lambda folder: _open(folder, spec)) if cache else None
-    model = cached if cached is not None else _load_and_quantize(spec)
+    cache = cache_of(spec)
+    where: dict[str, Any] = {}
+    if max_memory:
+        where = {"device_map": "sequential", "max_memory": max_memory, "offload_folder": scratch}
+    cached = cache.read(lambda folder: _open(folder, spec, **where)) if cache else None
+    model = cached if cached is not None else _load_and_quantize(spec, **where)
     prevent_repacking(model)
     if spec.is_quantized and not quantized_layers(model):
         raise ModelError(
@@ -97,13 +104,23 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
     return model.eval()
 
 
-def _load_and_quantize(spec: ModelSpec) -> PreTrainedModel:
+def cache_of(spec: ModelSpec) -> QuantizedCache | None:
+    """Returns the cache entry of the quantized base; None for a dense one, and for a model that has its own code."""
+    from finetune.quantization.cache import quantized_cache
+
+    if not spec.is_quantized or spec.config.trust_remote_code:
+        return None
+    base = spec.base.folder
+    return quantized_cache(base, weights=weights_sha256(base), quantization=spec.quantization, placement=spec.placement)
+
+
+def _load_and_quantize(spec: ModelSpec, **where: Any) -> PreTrainedModel:
     from finetune.quantization import loader_arguments
     from finetune.quantization.backends import quantize
 
     folder, dtype = spec.base.folder, spec.placement.dtype
     try:
-        model = _open(folder, spec, **loader_arguments(spec.quantization, dtype=dtype))
+        model = _open(folder, spec, **where, **loader_arguments(spec.quantization, dtype=dtype))
         quantize(model, spec.quantization, dtype=dtype)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(
@@ -113,7 +130,7 @@ def _load_and_quantize(spec: ModelSpec) -> PreTrainedModel:
 
 
 def _open(folder: Path, spec: ModelSpec, **arguments: Any) -> PreTrainedModel:
-    """Loads a folder's model onto its device, with further arguments of ``from_pretrained``."""
+    """Loads a folder's model, onto its device by default, with further arguments of ``from_pretrained``."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -127,10 +144,9 @@ def _open(folder: Path, spec: ModelSpec, **arguments: Any) -> PreTrainedModel:
         folder,
         dtype=getattr(torch, spec.placement.dtype),
         attn_implementation=spec.placement.attention,
-        device_map={"": device if rank is None else f"cuda:{rank}"},
         trust_remote_code=spec.config.trust_remote_code,
         use_safetensors=True,
-        **arguments,
+        **({"device_map": {"": device if rank is None else f"cuda:{rank}"}} | arguments),
     )
     return model
 

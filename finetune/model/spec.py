@@ -52,11 +52,11 @@ class ModelSpec:
         """Whether the linear layers are quantized."""
         return self.quantization.method != "none"
 
-    def load(self) -> PreTrainedModel:
+    def load(self, *, max_memory: dict[int | str, int] | None = None, scratch: Path | None = None) -> PreTrainedModel:
         """Loads the model; see `finetune.model.load.load_model`."""
         from finetune.model.load import load_model
 
-        return load_model(self)
+        return load_model(self, max_memory=max_memory, scratch=scratch)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Loads the tokenizer; see `finetune.model.load.load_tokenizer`."""
@@ -69,10 +69,14 @@ class ModelSpec:
 
         Args:
             folder: Another checkpoint of the same architecture, e.g. the merged model.
-            dtype: To compute in; None takes the one in the config.json of ``folder``, or else the run's.
+            dtype: To compute in; None takes the run's. A checkpoint in another dtype keeps its own, unless the run
+                computes in float32, which holds every bfloat16 and float16 value exactly.
         """
         base = self.base if folder is None else dataclasses.replace(self.base, folder=folder)
-        dtype = dtype or (self.placement.dtype if folder is None else checkpoint_dtype(folder))
+        if dtype is None:
+            dtype = self.placement.dtype
+            if folder is not None and dtype != "float32":
+                dtype = checkpoint_dtype(folder)
         placement = dataclasses.replace(self.placement, dtype=dtype)
         quantization = dataclasses.replace(self.quantization, method="none", double=False)
         return dataclasses.replace(self, base=base, quantization=quantization, placement=placement)

@@ -5,15 +5,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from finetune.architecture import ArchitectureConfig
 from finetune.plan.activations_saved import (
     adapter_copies,
-    attention,
-    feed_forward,
     int8_inputs,
     layer_bytes,
     layer_tensors,
-    norms,
     quantized_inputs,
 )
 from finetune.plan.inputs import FLOAT, PlanInputs, block_bytes
@@ -140,15 +136,6 @@ def backward_temporaries(inputs: PlanInputs) -> float:
     return max(wide, a.heads * together * 2 * FLOAT * tokens - freed)
 
 
-def forward_bytes(inputs: PlanInputs, *, tokens: int) -> float:
-    """Returns what a forward pass without gradients needs: one layer's tensors, and a tile of float32 logits."""
-    a = inputs.architecture
-    tile = min(tokens, inputs.trainer.loss_tile[0]) * min(a.vocab_size, inputs.trainer.loss_tile[1])
-    tensors = [tensor for part in (norms, attention, feed_forward) for tensor in part(inputs)]
-    layer = sum(tensor.bytes for tensor in tensors if tensor.name != "mask")
-    return tokens * layer / inputs.step_tokens + tile * FLOAT
-
-
 def loss_bytes(inputs: PlanInputs) -> float:
     """Returns what is alive during the loss's backward pass, for the whole micro-batch.
 
@@ -180,9 +167,3 @@ def largest_block_bytes(inputs: PlanInputs) -> float:
     if inputs.kernels.loss_on_trained_tokens:
         tile = TRAINED_ROWS * a.vocab_size
     return max(largest, tile * inputs.compute_bytes, FLOAT * a.hidden_size * tokens)
-
-
-def kv_cache_bytes(architecture: ArchitectureConfig, *, rows: int, tokens: int, element_bytes: int) -> int:
-    """Returns the bytes of every layer's keys and values during generation."""
-    a = architecture
-    return 2 * a.layers * a.kv_heads * a.head_dim * rows * tokens * element_bytes

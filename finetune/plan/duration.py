@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetune.inference.budget import MOST_ROWS
 from finetune.plan import weights
 from finetune.plan.inputs import PlanInputs
 from finetune.plan.throughput import Throughput, passes, token_operations
@@ -58,8 +59,9 @@ def eval_seconds(config: RunConfig, inputs: PlanInputs, speed: Throughput) -> fl
     """Estimates the eval stage: each of four models is loaded, computes losses, and generates answers in batches."""
     dense = weights.dense_bytes(inputs)
     losses = forward_seconds(inputs, speed, tokens=config.eval.loss_rows * config.data.max_tokens)
-    batches = -(-config.eval.rows // config.eval.batch_rows) if config.eval.rows else 0
-    token = max(dense / speed.bandwidth, forward_seconds(inputs, speed, tokens=config.eval.batch_rows))
+    rows = config.eval.fixed_rows or min(MOST_ROWS, max(1, config.eval.rows))
+    batches = -(-config.eval.rows // rows)
+    token = max(dense / speed.bandwidth, forward_seconds(inputs, speed, tokens=rows))
     return ARTIFACTS * (dense / DISK_BANDWIDTH + losses + batches * config.eval.max_new_tokens * token)
 
 

@@ -119,9 +119,13 @@ class PlanInputs:
         offload: Whether host memory holds the shards.
         accumulates: Whether gradients of earlier micro-batches are alive while a later one is computed.
         device: ``cuda`` or ``cpu``.
-        answer_rows: Batch size of generation in the eval stage.
+        answers: Rows that the eval stage generates answers for.
+        answer_rows: Its batch size; 0 where the free memory decides.
         answer_tokens: Longest answer.
+        prompt_tokens: Longest prompt.
+        measured_rows: Held-out rows that eval and merge measure the loss on.
         measured_tokens: Padded tokens per forward pass of the eval and merge stages.
+        needs_base: Whether the eval stage measures the dense base however long that takes.
         kernels: How a step is computed.
         trainer: How the implementation uses memory.
     """
@@ -154,9 +158,13 @@ class PlanInputs:
     offload: bool = False
     accumulates: bool = True
     device: str = "cuda"
+    answers: int = 0
     answer_rows: int = 0
     answer_tokens: int = 0
+    prompt_tokens: int = 0
+    measured_rows: int = 0
     measured_tokens: int = 4096
+    needs_base: bool = False
     kernels: KernelChoice = KernelChoice()
     trainer: TrainerMemoryModel = TRL
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 from finetune.architecture import embedding_parameters, head_parameters, linear_layers
-from finetune.plan import weights
-from finetune.plan.activations import activations, forward_bytes, kv_cache_bytes, largest_block_bytes, offloaded_bytes
+from finetune.inference.budget import WeightPlacement
+from finetune.plan import later, weights
+from finetune.plan.activations import activations, largest_block_bytes, offloaded_bytes
 from finetune.plan.activations_saved import layer_bytes
 from finetune.plan.inputs import GIB, PlanInputs
+from finetune.plan.later import AFTER_TRAINING
 
 CUDA_CONTEXT_BYTES = GIB // 2
 """CUDA context and loaded kernels of one process: 0.4 to 0.6 GiB with lazy loading, which torch uses.
@@ -36,14 +38,17 @@ in use. Source: Knuth, The Art of Computer Programming, volume 1, section 2.5, t
 GATHERED_LAYERS = 2
 """FSDP gathers the current layer, and prefetches the next one. Source: torch docs, FSDP ``backward_prefetch``."""
 
-AFTER_TRAINING = ("eval", "merge")
-"""Phases that need the dense model and can run on another machine, so they do not decide whether training fits."""
-
 Terms = dict[str, float]
 
 
-def device_phases(inputs: PlanInputs) -> dict[str, Terms]:
-    """Returns bytes by term on one device for each phase, without terms that are 0."""
+def device_phases(inputs: PlanInputs, *, memory: int = 0, host: int = 0) -> dict[str, Terms]:
+    """Returns bytes by term on one device for each phase, without terms that are 0.
+
+    Args:
+        inputs: The training configuration.
+        memory: Of one device, which eval and merge adapt to; 0 where it is not known.
+        host: Memory of the host.
+    """
     resident = _resident(inputs)
     base = {name: resident[name] for name in ("weights", "constants", "unquantized", "gathered", "framework")}
     trained = base | {"adapter": resident["adapter"], "cached": resident["cached"]}
@@ -54,8 +59,7 @@ def device_phases(inputs: PlanInputs) -> dict[str, Terms]:
         "first_step": {**trained, **step, "first weights": resident["adapter"] if inputs.device == "cpu" else 0},
         "step": {**trained, **states, **step},
         "save": {**trained, **states},
-        "eval": _evaluation(inputs),
-        "merge": _merge(inputs),
+        **{phase: _later(inputs, phase, memory=memory, host=host) for phase in AFTER_TRAINING},
     }
     return {phase: {name: size for name, size in terms.items() if size > 0} for phase, terms in phases.items()}
 
@@ -153,27 +157,23 @@ def largest_dense_bytes(inputs: PlanInputs) -> float:
     return max(linear if inputs.method != "none" else 0, embedding_parameters(a)) * inputs.compute_bytes
 
 
-def _evaluation(inputs: PlanInputs) -> Terms:
-    """Returns the terms of the largest artifact, the dense base, with the keys and values of generation."""
-    a = inputs.architecture
-    tokens = min(inputs.tokens + inputs.answer_tokens, a.max_positions)
-    cache = kv_cache_bytes(a, rows=inputs.answer_rows, tokens=tokens, element_bytes=inputs.compute_bytes)
-    forward = forward_bytes(inputs, tokens=inputs.measured_tokens)
-    return {
-        "weights": float(weights.dense_bytes(inputs)),
-        "cache": cache if cache > forward else 0.0,
-        "activations": forward if forward >= cache else 0.0,
-        "framework": single_process_bytes(inputs),
-    }
+def later_placement(inputs: PlanInputs, phase: str, *, memory: int, host: int) -> WeightPlacement | None:
+    """Decides where the dense model of eval or merge lies; None where not even one row fits.
+
+    Args:
+        inputs: The training configuration.
+        phase: ``eval`` or ``merge``.
+        memory: Of one device; 0 where it is not known.
+        host: Memory of the host.
+    """
+    share = USABLE_SHARE if inputs.device == "cuda" else 1.0
+    free = max(1, round(memory * share - single_process_bytes(inputs))) if memory else 0
+    return later.place(inputs, phase, free=free, host=host)
 
 
-def _merge(inputs: PlanInputs) -> Terms:
-    """Returns the terms of the dense merged model, which is compared with the trained one."""
-    return {
-        "weights": float(weights.dense_bytes(inputs)),
-        "activations": forward_bytes(inputs, tokens=inputs.measured_tokens),
-        "framework": single_process_bytes(inputs),
-    }
+def _later(inputs: PlanInputs, phase: str, *, memory: int, host: int) -> Terms:
+    placed = later_placement(inputs, phase, memory=memory, host=host)
+    return {**later.terms(inputs, phase, placed), "framework": single_process_bytes(inputs)}
 
 
 def single_process_bytes(inputs: PlanInputs) -> float:

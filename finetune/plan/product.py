@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from finetune.architecture import expert_parameters, parameters
 from finetune.console import human_bytes
-from finetune.plan import phases, weights
+from finetune.plan import later, phases, weights
 from finetune.plan.inputs import PlanInputs
 from finetune.plan.phases import Terms
 
@@ -77,15 +77,14 @@ class Plan:
 
 def make_plan(inputs: PlanInputs, machine: Machine, *, checkpoints: int) -> Plan:
     """Compares the closed form's figures with the machine; the caller adds time, count and proposal."""
-    by_phase = phases.device_phases(inputs)
+    memory = device_memory(inputs, machine)
+    by_phase = phases.device_phases(inputs, memory=memory, host=machine.ram_bytes)
     training = {phase: terms for phase, terms in by_phase.items() if phase not in phases.AFTER_TRAINING}
     peak_phase = max(training, key=lambda phase: phases.total(training[phase]))
     peak = phases.total(training[peak_phase])
     largest = max(training[peak_phase], key=lambda term: training[peak_phase][term])
     disk = phases.disk_bytes(inputs, checkpoints=checkpoints)
     host = phases.host_bytes(inputs)
-    after = {phase: phases.total(by_phase[phase]) for phase in phases.AFTER_TRAINING}
-    memory = device_memory(inputs, machine)
     advice, saves = best_change(inputs)
     problem = obstacle(inputs, machine, host=max(host.values(), default=0.0), memory=memory)
     return Plan(
@@ -107,7 +106,7 @@ def make_plan(inputs: PlanInputs, machine: Machine, *, checkpoints: int) -> Plan
         needed_bytes=round(phases.needed(inputs)),
         fits=not problem if memory else None,
         obstacle=problem,
-        notes=_notes(inputs, machine, disk=phases.total(disk), after=after, memory=memory),
+        notes=_notes(inputs, machine, disk=phases.total(disk), memory=memory),
     )
 
 
@@ -166,33 +165,19 @@ def _usable(inputs: PlanInputs) -> float:
     return phases.USABLE_SHARE if inputs.device == "cuda" else 1.0
 
 
-def _notes(inputs: PlanInputs, machine: Machine, *, disk: float, after: dict[str, float], memory: int) -> list[str]:
+def _notes(inputs: PlanInputs, machine: Machine, *, disk: float, memory: int) -> list[str]:
     notes = []
     if disk > machine.disk_free_bytes:
         notes.append(
             f"the run needs {human_bytes(disk)} of disk space and {human_bytes(machine.disk_free_bytes)} are free"
         )
-    notes += [
-        _too_large(phase, size, inputs, memory=memory)
-        for phase, size in after.items()
-        if memory and size > memory * _usable(inputs)
-    ]
+    for phase in phases.AFTER_TRAINING if memory else ():
+        placed = phases.later_placement(inputs, phase, memory=memory, host=machine.ram_bytes)
+        if how := later.text(inputs, phase, placed):
+            notes.append(f"{phase} {how}")
     if inputs.architecture.experts and inputs.method != "none":
         notes.append(_experts(inputs))
     return notes
-
-
-def _too_large(phase: str, size: float, inputs: PlanInputs, *, memory: int) -> str:
-    """Describes a stage after training that does not fit, and what would help."""
-    need = f"{phase} needs {human_bytes(size)} for the dense model"
-    rows = inputs.answer_rows
-    while phase == "eval" and rows > 1:
-        rows //= 2
-        fewer = phases.device_phases(dataclasses.replace(inputs, answer_rows=rows))["eval"]
-        if phases.total(fewer) <= memory * _usable(inputs):
-            batch = f"answers in batches of {inputs.answer_rows}"
-            return f"{need} and {batch}, more than this device has: eval.batch_rows={rows} fits"
-    return f"{need}, more than this device has: use run.until=train here, and run the rest on another machine"
 
 
 def _experts(inputs: PlanInputs) -> str:

@@ -11,6 +11,7 @@ from finetune.quantization.config import PackedWeight, QuantizationConfig
 from finetune.quantization.skip_modules import skip_patterns
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 
@@ -105,6 +106,39 @@ def packed_weight(layer: Any) -> PackedWeight:
         books |= {"nested_code": state.state2.code, "offset": state.offset}
     layout = f"{state.quant_type},{state.blocksize},{state.dtype},{tuple(state.shape)}"
     return PackedWeight(shape=state.shape, codes=weight.data, constants=constants, books=books, layout=layout)
+
+
+def layer_of(key: str) -> str:
+    """Returns the name of the layer that a saved tensor belongs to."""
+    return key.partition(".weight.")[0].removesuffix(".weight").removesuffix(".SCB").removesuffix(".weight_format")
+
+
+def is_quantized(keys: list[str]) -> bool:
+    """Returns whether the saved tensors of a layer are those of a quantized one."""
+    return any(key.endswith((".weight.absmax", ".SCB")) for key in keys)
+
+
+def dense_from(
+    parts: dict[str, Tensor], name: str, *, metadata: dict[str, str], config: QuantizationConfig, dtype: torch.dtype
+) -> Tensor:
+    """Returns what `dense` returns for the layer that these tensors were saved from.
+
+    Args:
+        parts: The saved tensors, by the rest of their names.
+        name: Of the layer.
+        metadata: Of the file.
+        config: The quantization group.
+        dtype: Of the products.
+    """
+    from bitsandbytes import functional
+
+    codes = parts.pop("weight")
+    if "SCB" in parts:
+        int8: Tensor = functional.int8_vectorwise_dequant(codes, parts["SCB"])
+        return int8.float()
+    state = functional.QuantState.from_dict(parts, device=codes.device)
+    four_bit: Tensor = functional.dequantize_4bit(codes, state).reshape(state.shape)
+    return four_bit.to(dtype)
 
 
 def quiet_imports() -> None:

@@ -64,13 +64,18 @@ class QuantizedCache:
     dtype: str
     threads: int
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether the entry was written."""
+        return (self.folder / RECORD).is_file()
+
     def read(self, load: Callable[[Path], PreTrainedModel]) -> PreTrainedModel | None:
         """Returns the cached model; None where there is none, or a damaged one, which is removed.
 
         Args:
             load: Loads a folder with transformers, as it was saved.
         """
-        if not (self.folder / RECORD).is_file():
+        if not self.is_complete:
             return None
         from safetensors import SafetensorError
 

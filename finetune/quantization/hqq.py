@@ -13,6 +13,7 @@ from finetune.quantization.config import PackedWeight, QuantizationConfig
 from finetune.quantization.skip_modules import is_skipped
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -85,6 +86,25 @@ def dense(layer: Any) -> Tensor:
     """Returns the weight, shape (outputs, inputs), as the layer multiplies by it."""
     weight: Tensor = layer.dequantize()
     return weight
+
+
+def layer_of(key: str) -> str:
+    """Returns the name of the layer that a saved tensor belongs to."""
+    return key.rpartition(".")[0]
+
+
+def is_quantized(keys: list[str]) -> bool:
+    """Returns whether the saved tensors of a layer are those of a quantized one: `save` writes no others."""
+    return bool(keys)
+
+
+def dense_from(
+    parts: dict[str, Tensor], name: str, *, metadata: dict[str, str], config: QuantizationConfig, dtype: torch.dtype
+) -> Tensor:
+    """Returns what `dense` returns for the layer that these tensors were saved from; see `bnb.dense_from`."""
+    layer = _quantized_layer(None, config, dtype=str(dtype).removeprefix("torch."), device=str(parts["W_q"].device))
+    layer.load_state_dict(parts)
+    return dense(layer)
 
 
 def packed_weight(layer: Any) -> PackedWeight:

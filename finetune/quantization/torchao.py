@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 from finetune.quantization.config import PackedWeight, QuantizationConfig
 from finetune.quantization.skip_modules import skip_patterns
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -23,6 +25,29 @@ def loader_arguments(config: QuantizationConfig, *, dtype: str) -> dict[str, Any
 def dense(layer: Any) -> Tensor:
     """Returns the weight, shape (outputs, inputs), in the dtype that it was quantized from."""
     weight: Tensor = layer.weight.dequantize()
+    return weight
+
+
+def layer_of(key: str) -> str:
+    """Returns the name of the layer that a saved tensor belongs to."""
+    return key.rpartition(".")[0]
+
+
+def is_quantized(keys: list[str]) -> bool:
+    """Returns whether the saved tensors of a layer are those of a quantized one."""
+    return any(key.endswith("._weight_qdata") for key in keys)
+
+
+def dense_from(
+    parts: dict[str, Tensor], name: str, *, metadata: dict[str, str], config: QuantizationConfig, dtype: torch.dtype
+) -> Tensor:
+    """Returns what `dense` returns for the layer that these tensors were saved from; see `bnb.dense_from`."""
+    from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
+
+    key = f"{name}.weight"
+    own = {"tensor_names": json.dumps([key]), key: metadata[key]}
+    weights, _ = unflatten_tensor_state_dict({f"{name}.{part}": value for part, value in parts.items()}, own)
+    weight: Tensor = weights[key].dequantize()
     return weight
 
 

@@ -24,17 +24,18 @@ def answers(report: Fields, samples: Sequence[Fields]) -> Fields | None:
         return None
     metric = headline_metric(report["eval"]) if report["eval"] else ""
     tuned = "merged" if samples[0].get("merged") is not None else "adapter"
+    untuned = "base" if samples[0].get("base") is not None else "base_quantized"
     first, others = samples[:FIRST_ROWS], samples[FIRST_ROWS:]
     scored = [(value, row) for row in others if (value := _score(row, tuned, metric)) is not None and value < 1]
     scored.sort(key=lambda pair: pair[0])
-    gained = (row for row in samples if _score(row, tuned, metric) == 1 and _score(row, "base", metric) == 0)
+    gained = (row for row in samples if _score(row, tuned, metric) == 1 and _score(row, untuned, metric) == 0)
     example = next(gained, None)
     return {
         "metric": metric_title(metric),
         "tuned_title": ARTIFACTS[tuned],
-        "example": None if example is None else _row(example, tuned, metric),
-        "first": [_row(row, tuned, metric) for row in first],
-        "worst": [_row(row, tuned, metric) for _, row in scored[:WORST_ROWS]],
+        "example": None if example is None else _row(example, untuned, tuned, metric),
+        "first": [_row(row, untuned, tuned, metric) for row in first],
+        "worst": [_row(row, untuned, tuned, metric) for _, row in scored[:WORST_ROWS]],
         "wrong": len(scored),
         "others": len(others),
     }
@@ -44,11 +45,11 @@ def _score(row: Fields, artifact: str, metric: str) -> float | None:
     return ((row.get("scores") or {}).get(artifact) or {}).get(metric)
 
 
-def _row(row: Fields, tuned: str, metric: str) -> Fields:
+def _row(row: Fields, untuned: str, tuned: str, metric: str) -> Fields:
     return {
         "request": last_request(row["prompt"]),
         "reference": answer_text(row.get("reference")),
-        "base": _answer(row, "base", metric),
+        "base": _answer(row, untuned, metric),
         "tuned": _answer(row, tuned, metric),
     }
 

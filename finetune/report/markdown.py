@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from finetune.html.format import count, duration, interval, level, millions, number, percent, size
 from finetune.inference.artifacts import (
     describe_answer_changes,
+    describe_conditions,
     describe_rows,
     metric_names,
     table_cells,
@@ -47,7 +48,8 @@ def _headline(report: Fields) -> str:
     between = f" (95 % interval {between})" if between else ""
     return (
         f"**{metric_title(headline['metric'])}: {before} → {after}**{between}, "
-        f"base model to {ARTIFACTS[headline['artifact']].lower()}, {count(headline['rows'])} held-out rows. "
+        f"{ARTIFACTS[headline['from']].lower()} to {ARTIFACTS[headline['artifact']].lower()}, "
+        f"{count(headline['rows'])} held-out rows. "
         f"{VERDICTS[headline['verdict']]}"
     )
 
@@ -76,6 +78,7 @@ def _artifacts(report: Fields) -> str:
         describe_rows(entries),
         _table(table_headers(entries, metric_title), rows),
         *describe_answer_changes(entries, metric_title),
+        *describe_conditions(report["eval"], report["merge"]),
     ]
     return _section("Every artifact on the same rows", *parts)
 

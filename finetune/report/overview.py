@@ -43,6 +43,7 @@ def _verdict(headline: Fields | None) -> Fields | None:
         "metric": metric_title(headline["metric"]),
         "before": levels[0],
         "after": levels[1],
+        "untuned": ARTIFACTS[headline["from"]],
         "artifact": ARTIFACTS[headline["artifact"]],
         "interval": interval(after, share=share),
         "sentence": VERDICTS[headline["verdict"]],

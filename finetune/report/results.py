@@ -6,6 +6,7 @@ from finetune.html import Figure, Table
 from finetune.html.format import MISSING, is_share, number, percent, signed, size
 from finetune.inference.artifacts import (
     describe_answer_changes,
+    describe_conditions,
     describe_rows,
     metric_names,
     table_cells,
@@ -79,7 +80,10 @@ def artifacts_section(report: Fields) -> Fields | None:
     return {
         "sentence": describe_rows(entries),
         "table": table,
-        "remarks": list(describe_answer_changes(entries, metric_title)),
+        "remarks": [
+            *describe_answer_changes(entries, metric_title),
+            *describe_conditions(report["eval"], report["merge"]),
+        ],
     }
 
 

@@ -83,27 +83,37 @@ def _decisions(data: RunData) -> list[str]:
     return reasons
 
 
+HEADLINE_PAIRS = (
+    ("base", "merged", "total"),
+    ("base", "adapter", ""),
+    ("base_quantized", "adapter", "tuning"),
+)
+"""Artifacts that the headline compares, and the change that the evaluation measured; the first pair that is there."""
+
+
 def headline(scores: Fields) -> Fields | None:
     """Returns whether it worked: one metric of the base and of the tuned artifact, on the same held-out rows.
 
     Returns:
-        ``{"metric", "higher_is_better", "before": {...}, "after": {...}, "artifact", "difference": {...} | None,
-        "rows", "verdict"}``; the verdict is ``better``, ``worse`` or ``unclear`` (0 is inside the interval).
-        None where the base or every tuned artifact is missing.
+        ``{"metric", "higher_is_better", "before": {...}, "after": {...}, "from", "artifact", "difference": {...} |
+        None, "rows", "verdict"}``; the verdict is ``better``, ``worse`` or ``unclear`` (0 is inside the interval).
+        Where the base was left out, the quantized base with and without the adapter. None where a part is missing.
     """
     artifacts = scores["artifacts"]
-    artifact = next((name for name in ("merged", "adapter") if artifacts.get(name)), None)
-    if artifact is None or not artifacts.get("base"):
+    pairs = [(first, second, step) for first, second, step in HEADLINE_PAIRS if artifacts.get(first)]
+    first, artifact, step = next((pair for pair in pairs if artifacts.get(pair[1])), ("", "", ""))
+    if not artifact:
         return None
     metric = headline_metric(scores)
-    before, after = _level(artifacts["base"], metric), _level(artifacts[artifact], metric)
-    difference = (scores.get("changes") or {}).get("total", {}).get(metric) if artifact == "merged" else None
+    before, after = _level(artifacts[first], metric), _level(artifacts[artifact], metric)
+    difference = (scores.get("changes") or {}).get(step, {}).get(metric)
     higher_is_better = metric != "perplexity"
     return {
         "metric": metric,
         "higher_is_better": higher_is_better,
         "before": before,
         "after": after,
+        "from": first,
         "artifact": artifact,
         "difference": difference,
         "rows": scores.get("rows"),
@@ -113,7 +123,7 @@ def headline(scores: Fields) -> Fields | None:
 
 def headline_metric(scores: Fields) -> str:
     """Returns the metric that decides whether the run worked; perplexity where the task has none."""
-    measured = list((scores["artifacts"].get("base") or {}).get("metrics") or {})
+    measured = list(next(iter(scores["artifacts"].values()), {}).get("metrics") or {})
     return next((name for name in HEADLINES if name in measured), measured[0] if measured else "perplexity")
 
 

@@ -11,6 +11,7 @@ from finetune.console import log
 from finetune.errors import TrainError
 from finetune.files import first_error_line
 from finetune.inference.adapted import free_memory
+from finetune.memory import is_out_of_memory
 from finetune.train.callbacks import SaveOnSignal
 from finetune.train.checkpoints import Checkpoint, choose, choose_on_all_ranks, commit, is_complete, path_of
 from finetune.train.progress import TrainingProgress
@@ -19,16 +20,6 @@ from finetune.train.session import Attempt, TrainingSession, make_attempt
 
 if TYPE_CHECKING:
     from finetune.train.sft_trainer import Trainer
-
-PHRASES = (
-    "out of memory",
-    "not enough memory",
-    "can't allocate memory",
-    "cannot allocate memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-)
-"""Messages of torch errors that have no class of their own: a CPU's allocator, cuBLAS. Source: torch's
-c10/core/impl/alloc_cpu.cpp."""
 
 REMEDIES = (
     "fewer tokens in a row (data.max_tokens, data.pack_tokens), train.checkpointing=full, a lower lora.rank, or a "
@@ -86,15 +77,6 @@ def run_attempt(attempt: Attempt, start: Checkpoint | None, *, stopped_early: bo
             ) from error
         return problem
     return None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Returns whether an error means that there is not enough memory, on a GPU or a CPU."""
-    import torch
-
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(phrase.lower() in str(error).lower() for phrase in PHRASES)
 
 
 def _recover(session: TrainingSession, attempt: Attempt, *, problem: str, step: int) -> dict[str, int]:

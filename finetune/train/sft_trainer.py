@@ -11,9 +11,9 @@ from trl import SFTTrainer
 from finetune.inference.losses import mean_loss
 from finetune.inference.rows import IGNORED
 from finetune.launch.gradients import all_reduce_gradients
+from finetune.memory import is_out_of_memory
 from finetune.optim import make_optimizer
 from finetune.train.distributed import distributed_row_losses
-from finetune.train.oom_retry import is_out_of_memory
 from finetune.train.sampler import StepBatchSampler
 
 if TYPE_CHECKING:

@@ -222,3 +222,49 @@ def test_tasks_of_lm_eval_are_put_to_every_artifact_and_kept(
     again = run(tmp_path, harness=config)
     assert capsys.readouterr().out.count("reusing earlier results") == 4
     assert again.artifacts == scores.artifacts
+
+
+def test_a_base_that_takes_too_long_is_left_out_and_every_page_says_so(
+    run: Callable[..., Scores], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tiny base is taken for one with a million times its weights."""
+    from finetune.inference.artifacts import collect_artifacts, describe_conditions
+    from finetune.report.summary import headline
+
+    monkeypatch.setattr("finetune.inference.dense.stored_elements", lambda folder: 10**12)
+    scores = run(tmp_path, batch_rows=1)
+    assert list(scores.artifacts) == ["base_quantized", "adapter", "merged"]
+    assert list(scores.changes) == ["tuning", "merge"]
+    assert "are read again for each of" in scores.left_out["base"]
+    assert "base is not measured" in " ".join(capsys.readouterr().out.split())
+    content = to_jsonable(scores)
+    assert next(iter(collect_artifacts(content, None, [])))["title"] == "Base, quantized"
+    assert "Not measured: base model" in next(describe_conditions(content, None))
+    compared = headline(content)
+    assert compared is not None
+    assert (compared["from"], compared["artifact"]) == ("base_quantized", "adapter")
+    assert compared["difference"] == content["changes"]["tuning"][compared["metric"]]
+    sample = json.loads((tmp_path / "samples.jsonl").read_text().splitlines()[0])
+    assert "base" not in sample
+    kept = run(tmp_path / "kept", batch_rows=1, gate={"base.loss": 1e9})
+    assert list(kept.artifacts) == ["base", "base_quantized", "adapter", "merged"]
+    assert kept.artifacts["merged"] == scores.artifacts["merged"]
+
+
+def test_only_named_artifacts_are_measured(run: Callable[..., Scores], scores: Scores, tmp_path: Path) -> None:
+    named = run(tmp_path, artifacts=["adapter", "merged"])
+    assert named.artifacts == {name: scores.artifacts[name] for name in ("adapter", "merged")}
+    assert set(named.left_out) == {"base", "base_quantized"}
+
+
+def test_answers_do_not_depend_on_the_batch(run: Callable[..., Scores], scores: Scores, tmp_path: Path) -> None:
+    assert run(tmp_path, batch_rows="auto").artifacts["adapter"].metrics == scores.artifacts["adapter"].metrics
+
+
+def test_artifacts_and_batches_that_cannot_be_are_named() -> None:
+    config = EvalConfig(**{**CONFIG, "batch_rows": 0, "artifacts": ["merged"], "gate": {"total.loss": 0.0}})
+    problems = list(config.problems())
+    assert any("eval.batch_rows must be auto or a whole number of at least 1; got 0" in text for text in problems)
+    assert any("eval.artifacts must be auto, or a list of" in text for text in problems)
+    config = EvalConfig(**{**CONFIG, "artifacts": ["adapter", "merged"], "gate": {"total.loss": 0.0}})
+    assert "eval.gate: 'total.loss' needs base, which eval.artifacts leaves out" in list(config.problems())

@@ -15,12 +15,12 @@ from finetune.export import load
 from finetune.inference.adapted import load_adapted_model
 from finetune.merge.adapter_deltas import read_changes
 from finetune.merge.candidates import build
-from finetune.merge.graph import dequantized
 from finetune.products import Exports
 from finetune.quantization import quantized_layers
 from finetune.quantization.bnb import prevent_repacking
 from tests.fixtures.artifacts import Line, Made
 from tests.fixtures.exports import Facts
+from tests.fixtures.graphs import weights_of
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def dequantized_merge(
     parts, folder = line(), tmp_path_factory.mktemp("merged")
     graph = load_adapted_model(parts.spec, adapter.folder / "adapter")
     changes = read_changes(adapter.folder / "adapter")
-    build(parts.spec.base.folder, changes, folder / "model", dtype=torch.bfloat16, source=dequantized(graph))
+    build(parts.spec.base.folder, changes, folder / "model", dtype=torch.bfloat16, source=weights_of(graph))
     for file in (merged.folder / "model").iterdir():
         if not (folder / "model" / file.name).exists():
             shutil.copyfile(file, folder / "model" / file.name)

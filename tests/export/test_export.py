@@ -239,6 +239,7 @@ def test_export_beyond_its_bound_is_refused(tmp_path: Path) -> None:
         losses=[],
         stopped=False,
         ending=[1],
+        dtype="float32",
     )
     file = tmp_path / "logits.npz"
     np.savez(file, prompt_0=np.array([[0, 0, 0, 1.0]], dtype=np.float32))

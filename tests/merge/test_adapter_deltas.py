@@ -16,8 +16,9 @@ from finetune.inference.adapted import load_adapted_model
 from finetune.lora.config import VARIANTS
 from finetune.merge.adapter_deltas import EmbeddingRows, add_changes, read_changes
 from finetune.merge.candidates import build, from_disk
-from finetune.merge.graph import add_adapters, dequantized
+from finetune.merge.graph import add_adapters
 from tests.fixtures.artifacts import Line, make_adapter
+from tests.fixtures.graphs import weights_of
 
 IDS = torch.tensor([[1, 40, 50, 60, 70, 80, 90, 2]])
 KINDS: dict[str, dict[str, Any]] = {
@@ -103,7 +104,7 @@ def test_several_adapters_add_up_as_peft_adds_them(
     add_adapters(graph, {str(second): 0.5, str(third): -0.25}, base_sha256=parts.spec.base.sha256)
     together = logits(graph)
     changes = add_changes(add_changes(read_changes(first), second, weight=0.5), third, weight=-0.25)
-    source = from_disk if method == "none" else dequantized(graph)
+    source = from_disk if method == "none" else weights_of(graph)
     build(parts.spec.base.folder, changes, tmp_path / "merged", dtype=torch.float32, source=source)
     result = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
     assert (together - alone).abs().max() > 0.1
@@ -154,7 +155,7 @@ def test_trained_tokens_come_back_and_merge(
         changes,
         tmp_path / "merged",
         dtype=torch.float32,
-        source=from_disk if method == "none" else dequantized(graph),
+        source=from_disk if method == "none" else weights_of(graph),
     )
     result = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
     assert (result - expected).abs().max() < 1e-4 * expected.abs().max()
@@ -180,7 +181,7 @@ def test_every_variant_merges_to_the_graph_that_was_trained(
     expected = logits(graph)
     with graph.disable_adapter():
         plain = logits(graph)
-    source = from_disk if method == "none" else dequantized(graph)
+    source = from_disk if method == "none" else weights_of(graph)
     build(
         parts.spec.base.folder,
         read_changes(tmp_path / "adapter"),

@@ -20,10 +20,10 @@ from finetune.inference.rows import read_rows
 from finetune.merge import MergeConfig, merge
 from finetune.merge.adapter_deltas import read_changes
 from finetune.merge.candidates import build
-from finetune.merge.graph import dequantized
 from finetune.products import MergedModel
 from finetune.scores import CandidateScores
 from tests.fixtures.artifacts import Line, Made, make_adapter
+from tests.fixtures.graphs import weights_of
 
 CONFIG: dict[str, Any] = {
     "choose": "fidelity",
@@ -120,7 +120,7 @@ def test_every_quantization_merges_to_its_own_graph(
         read_changes(folder),
         tmp_path / "merged",
         dtype=torch.float32,
-        source=dequantized(graph),
+        source=weights_of(graph),
     )
     result = compare_with_reference(
         AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), rows, reference, batch_tokens=512

@@ -94,14 +94,30 @@ def test_every_change_that_is_advised_needs_less() -> None:
     assert plan.advice in ("train.checkpointing=full", "train.micro_batch=2", "quantization=nf4_double")
 
 
-def test_fewer_answers_at_a_time_are_advised_where_they_fit() -> None:
-    setup = inputs(answer_rows=32, answer_tokens=96)
-    notes = make_plan(setup, machine(24), checkpoints=2).notes
-    assert any(re.search(r"eval needs 30\.\d GiB .* eval\.batch_rows=16 fits", note) for note in notes)
-    assert not any(
-        "eval" in note
-        for note in make_plan(dataclasses.replace(setup, answer_rows=8), machine(24), checkpoints=2).notes
-    )
+def test_a_dense_model_that_does_not_fit_is_planned_as_it_will_run() -> None:
+    """Llama 2 7B in 16 bit: offloaded on 12 GB, in small batches on 16 GB, in large ones on 24 GB."""
+    setup = inputs(answers=100, answer_tokens=96, measured_rows=200)
+    small, middle, large = (make_plan(setup, machine(memory), checkpoints=2) for memory in (12, 16, 24))
+    assert any("eval reads" in note and "the dense base is left out" in note for note in small.notes)
+    assert any("merge reads" in note for note in small.notes)
+    assert not middle.notes
+    assert not large.notes
+    for plan in (small, middle, large):
+        for phase in ("eval", "merge"):
+            assert sum(plan.phases[phase].values()) < plan.memory_bytes
+    assert small.phases["eval"]["weights"] < middle.phases["eval"]["weights"] == large.phases["eval"]["weights"]
+    assert middle.phases["eval"]["cache"] < large.phases["eval"]["cache"]
+
+
+def test_a_threshold_keeps_the_base_in_the_plan() -> None:
+    setup = inputs(answers=100, answer_tokens=96, measured_rows=200, needs_base=True)
+    assert not any("left out" in note for note in make_plan(setup, machine(12), checkpoints=2).notes)
+
+
+def test_after_fsdp_the_dense_model_is_spread_over_the_gpus() -> None:
+    setup = inputs(strategy="fsdp", processes=2, answers=100, answer_tokens=96, measured_rows=200)
+    plan = make_plan(setup, machine(12, 12), checkpoints=2)
+    assert any("eval spreads the dense model over 2 GPUs" in note for note in plan.notes)
 
 
 def test_show_prints_every_phase_and_the_verdict(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,9 +20,9 @@ from finetune.kernels import apply_fusion
 from finetune.lora import LoraConfig
 from finetune.merge.adapter_deltas import read_changes
 from finetune.merge.candidates import build
-from finetune.merge.graph import dequantized
 from finetune.quantization import QuantizationConfig, quantized_layers, spec
 from finetune.quantization.backends import backend_of, dense, packed_weight
+from tests.fixtures.graphs import weights_of
 from tests.fixtures.models import PLACEMENT, model_spec
 from tests.fixtures.preflight import KERNELS, Scene
 
@@ -214,7 +214,7 @@ def test_the_merge_is_the_trained_graph_and_peft_s_own_is_not(
         read_changes(folder),
         tmp_path / "merged",
         dtype=torch.float32,
-        source=dequantized(graph),
+        source=weights_of(graph),
     )
     ours = compare_with_reference(
         AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), rows, reference, batch_tokens=512

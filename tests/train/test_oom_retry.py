@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from finetune.errors import Interrupted, TrainError
+from finetune.memory import is_out_of_memory
 from finetune.train.checkpoints import SEAL
-from finetune.train.oom_retry import is_out_of_memory
 from tests.fixtures.trainings import Stopping, train
 
 CPU = (
