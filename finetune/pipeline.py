@@ -28,7 +28,8 @@ from finetune.launch.start import check_launch
 from finetune.merge import merge
 from finetune.model import ModelSpec
 from finetune.model.load import describe_padding
-from finetune.plan import plan, show
+from finetune.plan import plan, resolve_step, show
+from finetune.plan.step import StepSettings
 from finetune.preflight import run_preflight
 from finetune.preflight.trial import MakeTrainer
 from finetune.products import Exports, MergedModel, PreflightResult, PreparedData, Scores, TrainedAdapter
@@ -57,6 +58,7 @@ class Run:
         placement: Where and how the run computes.
         trackers: Receive metrics and artifacts.
         ranks: This process, rank 0, and the others, which are in `run_worker`.
+        chosen: Why ``train.micro_batch=auto`` and ``train.checkpointing=auto`` became what ``config`` has.
     """
 
     config: RunConfig
@@ -65,6 +67,7 @@ class Run:
     placement: Placement
     trackers: Trackers
     ranks: Ranks
+    chosen: str = ""
 
 
 def run_stages(run: Run) -> Iterator[str]:
@@ -169,6 +172,9 @@ def run(config: RunConfig, *, overrides: Sequence[str], ranks: Ranks, redo: froz
     folder = RunFolder.open(config.run, redo=redo)
     with folder.lock():
         ranks.put("folder", str(folder.path))
+        step = resolve_step(config, machine, run=folder.path)
+        config = step.apply_to(config)
+        ranks.put("step", dataclasses.asdict(step))
         log_to_file(ranks, folder.path)
         gc.disable()  # until the model is loaded, see `trainable.load_trainable_model`
         described = environment.describe(machine, placement)
@@ -182,7 +188,13 @@ def run(config: RunConfig, *, overrides: Sequence[str], ranks: Ranks, redo: froz
         )
         try:
             run_context = Run(
-                config=config, folder=folder, machine=machine, placement=placement, trackers=trackers, ranks=ranks
+                config=config,
+                folder=folder,
+                machine=machine,
+                placement=placement,
+                trackers=trackers,
+                ranks=ranks,
+                chosen=step.reason,
             )
             for stage in run_stages(run_context):
                 if stage == config.run.until:
@@ -207,6 +219,7 @@ def run_worker(config: RunConfig, *, ranks: Ranks) -> None:
     if not ranks.get("data"):
         ranks.shutdown()
         return
+    config = StepSettings(**ranks.get("step")).apply_to(config)
     placement = hardware.place(hardware.probe(config.hardware), config)
     set_threads(placement, processes=ranks.local_count)
     data = folder.product("data", PreparedData)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,25 +16,35 @@ from finetune.errors import EXIT_FAILURE, EXIT_OK, ConfigError
 from finetune.hardware.busy import CpuUsage, yield_to_busy_cpu
 from finetune.launch import Ranks, as_launched, start
 from finetune.launch.start import must_start
-from finetune.run import STAGES
+from finetune.run import STAGES, to_jsonable
 
 
 def show_plan(invocation: Invocation) -> int:
     """Prints the plan of a configuration."""
-    flags = [f"plan.{name}=true" for name in ("fit", "exact") if invocation.options[name]]
+    options = invocation.options
+    flags = [f"plan.{name}=true" for name in ("fit", "exact") if options[name]]
     overrides = with_experiment(invocation.overrides)
-    print_plan(load([*overrides, *flags]), overrides)
+    config = load([*overrides, *flags])
+    print_plan(config, overrides, as_json=options["json"], verbose=options["verbose"])
     return EXIT_OK
 
 
-def print_plan(config: RunConfig, overrides: Sequence[str]) -> None:
-    """Prints the plan, and the settings that have no effect."""
+def print_plan(config: RunConfig, overrides: Sequence[str], *, as_json: bool = False, verbose: bool = False) -> None:
+    """Prints the plan, and the settings that have no effect; as JSON, one document and nothing else."""
     from finetune.hardware import probe
     from finetune.plan import plan, show
     from finetune.provenance import unused_overrides
 
-    show(plan(config, probe(config.hardware)))
-    log("plan", *unused_overrides(config, overrides))
+    planned, unused = plan(config, probe(config.hardware)), list(unused_overrides(config, overrides))
+    if as_json:
+        names = {"run": config.run.name, "model": config.model.name, "hardware": config.hardware.name}
+        document = {**names, **to_jsonable(planned), "unused_settings": unused}
+        sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+        return
+    show(planned, verbose=verbose)
+    log("plan", *unused)
+    if planned.known and not verbose:
+        log("plan", "finetune plan --verbose prints the bytes of each phase, --fit proposes settings")
 
 
 def run_stages(invocation: Invocation) -> int:

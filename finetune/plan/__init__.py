@@ -18,24 +18,30 @@ from typing import TYPE_CHECKING
 
 from finetune.errors import ModelError
 from finetune.model.config import looks_local
-from finetune.plan.duration import stage_seconds
-from finetune.plan.fit import propose
+from finetune.plan.duration import duration
+from finetune.plan.fit import checkpointing, propose
 from finetune.plan.product import Plan, make_plan
 from finetune.plan.settings import PlanConfig, from_config
 from finetune.plan.show import show
-from finetune.plan.throughput import throughput, token_operations
+from finetune.plan.step import chosen_step, resolve_step
+from finetune.plan.throughput import token_operations
 
 if TYPE_CHECKING:
     from finetune.config import RunConfig
     from finetune.hardware import Machine
 
-__all__ = ["Plan", "PlanConfig", "plan", "show"]
+__all__ = ["Plan", "PlanConfig", "plan", "resolve_step", "show"]
 
 
-def plan(config: RunConfig, machine: Machine) -> Plan:
+def plan(config: RunConfig, machine: Machine, *, chosen: str = "") -> Plan:
     """Computes what the run needs in each phase, in closed form: no torch, no download.
 
     A model of unknown dimensions gets a plan that says so, since it can be trained all the same.
+
+    Args:
+        config: The whole configuration.
+        machine: This machine, or a named one.
+        chosen: Why ``auto`` chose what ``config`` has, where `resolve_step` has replaced it.
 
     Raises:
         ModelError: The model's folder is missing, or ``plan.exact`` is set and the model cannot be counted.
@@ -47,8 +53,8 @@ def plan(config: RunConfig, machine: Machine) -> Plan:
         if looks_local(config.model.name) and isinstance(error.__cause__, OSError):
             raise
         return Plan(known=False, notes=[f"no plan: {error}"])
-    memory = make_plan(inputs, machine, checkpoints=config.train.keep_checkpoints + (config.train.select == "best"))
-    speed = throughput(inputs, machine, runs=Path(config.run.root) if config.hardware.name == "auto" else None)
+    planned = make_plan(inputs, machine, checkpoints=config.train.keep_checkpoints + (config.train.select == "best"))
+    time = duration(config, inputs, machine, runs=Path(config.run.root) if config.hardware.name == "auto" else None)
     exact = {}
     if config.plan.exact:
         from finetune.plan.exact import compare  # imports torch
@@ -56,10 +62,13 @@ def plan(config: RunConfig, machine: Machine) -> Plan:
         terms = compare(config, inputs, machine)
         exact = {name: {"closed": term.closed, "exact": term.exact} for name, term in terms.items()}
     return dataclasses.replace(
-        memory,
-        seconds={stage: round(seconds, 1) for stage, seconds in stage_seconds(config, inputs, speed).items()},
-        tokens_per_second=round(speed.tokens_per_second, 1),
-        speed_source=speed.source,
+        planned,
+        checkpointing=checkpointing(inputs),
+        chosen=chosen or chosen_step(config, inputs, machine).reason,
+        seconds={stage: round(seconds, 1) for stage, seconds in time.seconds.items()},
+        tokens_per_second=round(time.tokens_per_second, 1),
+        speed_source=time.source,
+        speed_is_measured=time.is_measured,
         token_operations=token_operations(inputs),
         exact=exact,
         proposal=propose(inputs, machine) if config.plan.fit else [],
