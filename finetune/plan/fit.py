@@ -46,28 +46,22 @@ class Candidate:
 
 def propose(inputs: PlanInputs, machine: Machine) -> list[str]:
     """Returns the best configuration as overrides, and the runner-up with its drawback; or says that nothing fits."""
-    fitting: list[Candidate] = []
-    tokens = inputs.tokens
-    while not fitting and tokens >= SMALLEST_TOKENS:
-        candidates = list(_candidates(dataclasses.replace(inputs, tokens=tokens), machine))
-        fitting = [candidate for candidate in candidates if _fits(candidate.inputs, machine)]
-        tokens //= 2
+    candidates, fitting = search(inputs, machine)
     if not fitting:
         smallest = min(_candidates(dataclasses.replace(inputs, tokens=SMALLEST_TOKENS), machine), key=lambda c: c.bytes)
         return [
             f"nothing fits: even {overrides(inputs, smallest.inputs)} with {SMALLEST_TOKENS} tokens needs "
             f"{human_bytes(smallest.bytes)} on a device with {human_bytes(device_memory(smallest.inputs, machine))}"
         ]
-    ranked = _ranked(fitting, inputs)
-    best = ranked[0]
+    best = fitting[0]
     memory = human_bytes(device_memory(best.inputs, machine))
     speed = f"{best.speed:,.0f} tokens/s"
     sentences = [
         f"proposed: {overrides(inputs, best.inputs)}",
-        f"it needs {human_bytes(best.bytes)} of {memory} and trains about {speed}; {_longest(best, machine)}",
+        f"it needs {human_bytes(best.bytes)} of {memory} and trains, at best by the makers' figures, {speed}; {_longest(best, machine)}",
     ]
     others = sorted(
-        ranked[1:], key=lambda c: _kind(c.inputs) == _kind(best.inputs)
+        fitting[1:], key=lambda c: _kind(c.inputs) == _kind(best.inputs)
     )  # one of another kind is more informative
     other = next(iter(others), None)
     if other is not None:
@@ -79,6 +73,19 @@ def propose(inputs: PlanInputs, machine: Machine) -> list[str]:
             f"memory"
         )
     return sentences + _too_large(inputs, candidates, best)
+
+
+def search(inputs: PlanInputs, machine: Machine) -> tuple[list[Candidate], list[Candidate]]:
+    """Returns all configurations of the longest rows of which some fit, and those that fit, the best first."""
+    candidates: list[Candidate] = []
+    tokens = inputs.tokens
+    while tokens >= SMALLEST_TOKENS:
+        candidates = list(_candidates(dataclasses.replace(inputs, tokens=tokens), machine))
+        fitting = [candidate for candidate in candidates if _fits(candidate.inputs, machine)]
+        if fitting:
+            return candidates, _ranked(fitting, inputs)
+        tokens //= 2
+    return candidates, []
 
 
 def fit_step(inputs: PlanInputs, machine: Machine, *, choose: frozenset[str]) -> PlanInputs:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune.cli import main
 from finetune.config import load
 from finetune.errors import HardwareError
 from finetune.hardware import Machine, place, probe
@@ -94,22 +95,44 @@ def test_every_change_that_is_advised_needs_less() -> None:
     assert plan.advice in ("train.checkpointing=full", "train.micro_batch=2", "quantization=nf4_double")
 
 
-def test_fewer_answers_at_a_time_are_advised_where_they_fit() -> None:
-    setup = inputs(answer_rows=32, answer_tokens=96)
-    notes = make_plan(setup, machine(24), checkpoints=2).notes
-    assert any(re.search(r"eval needs 30\.\d GiB .* eval\.batch_rows=16 fits", note) for note in notes)
-    assert not any(
-        "eval" in note
-        for note in make_plan(dataclasses.replace(setup, answer_rows=8), machine(24), checkpoints=2).notes
-    )
+def test_what_comes_after_training_never_decides() -> None:
+    plan = make_plan(inputs(answer_rows=32, answer_tokens=96), machine(12), checkpoints=2)
+    assert sum(plan.phases["eval"].values()) > 24 * GIB
+    assert plan.fits is True
+    assert set(plan.later) == {"eval", "merge"}
 
 
-def test_show_prints_every_phase_and_the_verdict(capsys: pytest.CaptureFixture[str]) -> None:
-    show(make_plan(inputs(), machine(24), checkpoints=2))
+def test_the_verdict_comes_first_and_the_table_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = make_plan(inputs(), machine(24), checkpoints=2)
+    show(plan)
+    brief = capsys.readouterr().out
+    assert re.match(r"plan       fits in 24\.0 GiB with 1\d\.\d GiB to spare\n", brief)
+    show(plan, verbose=True)
+    assert capsys.readouterr().out.startswith(brief)
+    assert "first step" not in brief
+
+
+def test_what_is_spare_and_what_is_needed_is_what_a_process_gets() -> None:
+    plan = make_plan(inputs(), machine(24), checkpoints=2)
+    assert plan.spare_bytes + plan.needed_bytes == pytest.approx(24 * GIB * phases.USABLE_SHARE, abs=2)
+    short = make_plan(inputs("llama31_405b"), machine(24), checkpoints=2)
+    assert short.verdict.startswith("does not fit: training needs ")
+    assert short.spare_bytes < 0
+
+
+def test_verbose_prints_every_phase(capsys: pytest.CaptureFixture[str]) -> None:
+    show(make_plan(inputs(), machine(24), checkpoints=2), verbose=True)
     printed = capsys.readouterr().out
-    assert all(
-        phase in printed for phase in ("load", "first step", "step", "save", "eval", "merge", "it fits in 24.0 GiB")
-    )
+    assert all(phase in printed for phase in ("load", "first step", "step", "save", "eval", "merge"))
+
+
+def test_json_is_one_document_with_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "+experiment=guanaco_7b", "hardware=rtx4090", "lora.variant=lora", "--json", "--fit"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    fields = {field.name for field in dataclasses.fields(Plan)}
+    assert fields <= found.keys()
+    assert found["fits"] is True
+    assert found["proposal"]
 
 
 def test_unknown_model_is_reported_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
