@@ -58,7 +58,7 @@ def propose(inputs: PlanInputs, machine: Machine) -> list[str]:
     speed = f"{best.speed:,.0f} tokens/s"
     sentences = [
         f"proposed: {overrides(inputs, best.inputs)}",
-        f"it needs {human_bytes(best.bytes)} of {memory} and trains, at best by the makers' figures, {speed}; {_longest(best, machine)}",
+        f"it needs {human_bytes(best.bytes)} of {memory} and trains at best {speed}; {_longest(best, machine)}",
     ]
     others = sorted(
         fitting[1:], key=lambda c: _kind(c.inputs) == _kind(best.inputs)
