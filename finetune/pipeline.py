@@ -29,6 +29,7 @@ from finetune.merge import merge
 from finetune.model import ModelSpec
 from finetune.model.load import describe_padding
 from finetune.plan import plan, resolve_step, show
+from finetune.plan.product import require_fit
 from finetune.plan.step import StepSettings
 from finetune.preflight import run_preflight
 from finetune.preflight.trial import MakeTrainer
@@ -58,7 +59,6 @@ class Run:
         placement: Where and how the run computes.
         trackers: Receive metrics and artifacts.
         ranks: This process, rank 0, and the others, which are in `run_worker`.
-        chosen: Why ``train.micro_batch=auto`` and ``train.checkpointing=auto`` became what ``config`` has.
     """
 
     config: RunConfig
@@ -67,7 +67,6 @@ class Run:
     placement: Placement
     trackers: Trackers
     ranks: Ranks
-    chosen: str = ""
 
 
 def run_stages(run: Run) -> Iterator[str]:
@@ -183,18 +182,13 @@ def run(config: RunConfig, *, overrides: Sequence[str], ranks: Ranks, redo: froz
             environment.write_record(folder.path, config, overrides=overrides, described=described)
         log("run", f"{folder.path}: {config.model.name}, {config.quantization.method}")
         log("hardware", *placement.reasons)
+        log("plan", *step.reasons)
         trackers = open_trackers(
             config.tracking, run_name=config.run.name, folder=folder.path, run_config=to_dict(config)
         )
         try:
             run_context = Run(
-                config=config,
-                folder=folder,
-                machine=machine,
-                placement=placement,
-                trackers=trackers,
-                ranks=ranks,
-                chosen=step.reason,
+                config=config, folder=folder, machine=machine, placement=placement, trackers=trackers, ranks=ranks
             )
             for stage in run_stages(run_context):
                 if stage == config.run.until:
@@ -232,11 +226,13 @@ def run_worker(config: RunConfig, *, ranks: Ranks) -> None:
 
 
 def show_plan(run: Run) -> None:
-    """Computes, prints and records what the run will take."""
+    """Computes, prints and records what the run will take; refuses what cannot fit."""
     with run.folder.timed_stage("plan") as facts:
         planned = plan(run.config, run.machine)
         facts.update(to_jsonable(planned))
     show(planned)
+    if run.config.preflight.level != "off":
+        require_fit(planned)
 
 
 def resolve_model(run: Run) -> tuple[ModelSpec, PreTrainedTokenizerBase]:

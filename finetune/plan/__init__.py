@@ -33,15 +33,10 @@ if TYPE_CHECKING:
 __all__ = ["Plan", "PlanConfig", "plan", "resolve_step", "show"]
 
 
-def plan(config: RunConfig, machine: Machine, *, chosen: str = "") -> Plan:
+def plan(config: RunConfig, machine: Machine) -> Plan:
     """Computes what the run needs in each phase, in closed form: no torch, no download.
 
     A model of unknown dimensions gets a plan that says so, since it can be trained all the same.
-
-    Args:
-        config: The whole configuration.
-        machine: This machine, or a named one.
-        chosen: Why ``auto`` chose what ``config`` has, where `resolve_step` has replaced it.
 
     Raises:
         ModelError: The model's folder is missing, or ``plan.exact`` is set and the model cannot be counted.
@@ -64,7 +59,7 @@ def plan(config: RunConfig, machine: Machine, *, chosen: str = "") -> Plan:
     return dataclasses.replace(
         planned,
         checkpointing=checkpointing(inputs),
-        chosen=chosen or chosen_step(config, inputs, machine).reason,
+        chosen=list(chosen_step(config, inputs, machine).reasons),
         seconds={stage: round(seconds, 1) for stage, seconds in time.seconds.items()},
         tokens_per_second=round(time.tokens_per_second, 1),
         speed_source=time.source,

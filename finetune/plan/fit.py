@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from finetune.console import human_bytes
 from finetune.plan import phases
 from finetune.plan.inputs import PlanInputs
-from finetune.plan.product import can_halve, device_memory, obstacle
+from finetune.plan.product import LARGEST_ERROR, can_halve, device_memory, obstacle
 from finetune.plan.throughput import table_throughput
 
 if TYPE_CHECKING:
@@ -27,9 +27,8 @@ MARGIN = 0.93
 """Share of the memory that settings may use, because the closed form errs: by up to 7 % for nine in ten of litgpt's
 published figures. Source: benchmarks/check_plan.py."""
 
-FIRM_MARGIN = 0.84
-"""The same where training could not halve its micro-batch when memory runs out: the closed form errs by up to 19 % for
-nine in ten of all published figures. Source: benchmarks/check_plan.py."""
+FIRM_MARGIN = 1 / (1 + LARGEST_ERROR)
+"""The same where training could not halve its micro-batch when memory runs out."""
 
 SAME_SPEED = 0.01
 """Relative difference of speed that the estimate cannot resolve."""

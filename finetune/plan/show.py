@@ -20,7 +20,7 @@ def show(plan: Plan, *, verbose: bool = False) -> Plan:
         log("plan", *plan.notes)
         return plan
     log("plan", plan.verdict, style={True: "bold green", False: "bold red", None: "bold"}[plan.fits])
-    log("plan", *([plan.chosen] if plan.chosen else []), *_peak(plan), _later(plan), _time(plan), *plan.notes)
+    log("plan", *plan.chosen, *_peak(plan), _later(plan), _time(plan), *plan.notes)
     if verbose:
         show_phases(plan)
     if plan.exact:

@@ -29,12 +29,12 @@ class StepSettings:
     Attributes:
         micro_batch: Rows of one forward pass.
         checkpointing: ``none``, ``selective`` or ``full``.
-        reason: Why they were chosen; empty where both were set.
+        reasons: What was chosen and why; empty where both were set.
     """
 
     micro_batch: int
     checkpointing: str
-    reason: str = ""
+    reasons: tuple[str, ...] = ()
 
     def apply_to(self, config: RunConfig) -> RunConfig:
         """Returns the configuration with these settings."""
@@ -62,14 +62,13 @@ def resolve_step(config: RunConfig, machine: Machine, *, run: Path | None = None
     recorded = _recorded(run) if run else {}
     if train.automatic <= recorded.keys():
         kept = {name: recorded[name] for name in train.automatic}
-        reason = f"{_settings(kept)}: as this run began"
-        return _step(train, kept, reason=reason)
+        return _step(train, kept, reason="as this run began")
     try:
         inputs = from_config(config, machine)
     except ModelError:
         least = {"micro_batch": 1, "checkpointing": "full"}
         chosen = {name: least[name] for name in train.automatic}
-        return _step(train, chosen, reason=f"{_settings(chosen)}: they need least, and this model is not planned")
+        return _step(train, chosen, reason="they need least, and this model is not planned")
     return chosen_step(config, inputs, machine)
 
 
@@ -78,27 +77,24 @@ def chosen_step(config: RunConfig, inputs: PlanInputs, machine: Machine) -> Step
     fitting = {"micro_batch": inputs.rows, "checkpointing": checkpointing(inputs)}
     chosen = {name: fitting[name] for name in config.train.automatic}
     if not chosen:
-        return _step(config.train, chosen, reason="")
+        return StepSettings(micro_batch=inputs.rows, checkpointing=checkpointing(inputs))
     memory = device_memory(inputs, machine)
     reason = f"the fastest by the plan that fit in {human_bytes(memory)}"
     if not memory:
         reason = "they need least, and the machine has no such device"
     elif phases.needed(inputs) > usable_bytes(inputs, machine):
         reason = "they need least"
-    return _step(config.train, chosen, reason=f"{_settings(chosen)}: {reason}")
+    return _step(config.train, chosen, reason=reason)
 
 
 def _step(train: TrainConfig, chosen: dict[str, int | str], *, reason: str) -> StepSettings:
     micro_batch = chosen.get("micro_batch", train.micro_batch)
+    settings = ", ".join(f"train.{name}={value}" for name, value in sorted(chosen.items(), reverse=True))
     return StepSettings(
         micro_batch=int(micro_batch),
         checkpointing=str(chosen.get("checkpointing", train.checkpointing)),
-        reason=reason,
+        reasons=(f"{settings}: {reason}",),
     )
-
-
-def _settings(chosen: dict[str, int | str]) -> str:
-    return ", ".join(f"train.{name}={chosen[name]}" for name in ("micro_batch", "checkpointing") if name in chosen)
 
 
 def _recorded(run: Path) -> dict[str, int | str]:
@@ -107,4 +103,5 @@ def _recorded(run: Path) -> dict[str, int | str]:
     if not file.is_file():
         return {}
     train = yaml.safe_load(file.read_text(encoding="utf-8"))["train"]
-    return {name: train[name] for name in ("micro_batch", "checkpointing") if train[name] != "auto"}
+    kept = {name: train.get(name, "auto") for name in ("micro_batch", "checkpointing")}
+    return {name: value for name, value in kept.items() if value != "auto"}

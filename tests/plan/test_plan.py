@@ -18,7 +18,7 @@ from finetune.plan import phases, show, weights
 from finetune.plan.activations_saved import layer_bytes
 from finetune.plan.fit import propose
 from finetune.plan.inputs import TRL
-from finetune.plan.product import Plan, make_plan
+from finetune.plan.product import Plan, make_plan, require_fit
 from finetune.plan.settings import from_config
 from tests.fixtures.architectures import GIB, inputs, machine
 
@@ -118,6 +118,15 @@ def test_what_is_spare_and_what_is_needed_is_what_a_process_gets() -> None:
     short = make_plan(inputs("llama31_405b"), machine(24), checkpoints=2)
     assert short.verdict.startswith("does not fit: training needs ")
     assert short.spare_bytes < 0
+
+
+def test_what_cannot_fit_is_refused_and_what_may_fit_is_not() -> None:
+    with pytest.raises(HardwareError, match=r"plan: does not fit: training needs .* `finetune plan --fit` proposes"):
+        require_fit(make_plan(inputs("llama2_13b"), machine(6), checkpoints=2))
+    close = make_plan(inputs("llama2_13b", rank=64), machine(10), checkpoints=2)
+    assert close.fits is False
+    require_fit(close)
+    require_fit(make_plan(inputs(), machine(), checkpoints=2))
 
 
 def test_verbose_prints_every_phase(capsys: pytest.CaptureFixture[str]) -> None:
