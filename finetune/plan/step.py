@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from finetune.hardware import Machine
     from finetune.train import TrainConfig
 
+Choice = dict[str, int | str]
+"""Values of ``micro_batch``, ``checkpointing`` or both."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepSettings:
@@ -66,7 +69,7 @@ def resolve_step(config: RunConfig, machine: Machine, *, run: Path | None = None
     try:
         inputs = from_config(config, machine)
     except ModelError:
-        least = {"micro_batch": 1, "checkpointing": "full"}
+        least: Choice = {"micro_batch": 1, "checkpointing": "full"}
         chosen = {name: least[name] for name in train.automatic}
         return _step(train, chosen, reason="they need least, and this model is not planned")
     return chosen_step(config, inputs, machine)
@@ -74,7 +77,7 @@ def resolve_step(config: RunConfig, machine: Machine, *, run: Path | None = None
 
 def chosen_step(config: RunConfig, inputs: PlanInputs, machine: Machine) -> StepSettings:
     """Returns the settings of ``inputs``, in which ``auto`` is replaced, with the reason."""
-    fitting = {"micro_batch": inputs.rows, "checkpointing": checkpointing(inputs)}
+    fitting: Choice = {"micro_batch": inputs.rows, "checkpointing": checkpointing(inputs)}
     chosen = {name: fitting[name] for name in config.train.automatic}
     if not chosen:
         return StepSettings(micro_batch=inputs.rows, checkpointing=checkpointing(inputs))
@@ -87,7 +90,7 @@ def chosen_step(config: RunConfig, inputs: PlanInputs, machine: Machine) -> Step
     return _step(config.train, chosen, reason=reason)
 
 
-def _step(train: TrainConfig, chosen: dict[str, int | str], *, reason: str) -> StepSettings:
+def _step(train: TrainConfig, chosen: Choice, *, reason: str) -> StepSettings:
     micro_batch = chosen.get("micro_batch", train.micro_batch)
     settings = ", ".join(f"train.{name}={value}" for name, value in sorted(chosen.items(), reverse=True))
     return StepSettings(
@@ -97,7 +100,7 @@ def _step(train: TrainConfig, chosen: dict[str, int | str], *, reason: str) -> S
     )
 
 
-def _recorded(run: Path) -> dict[str, int | str]:
+def _recorded(run: Path) -> Choice:
     """Returns the settings in the run's config.yaml, which are resolved; empty where there is none."""
     file = run / "config.yaml"
     if not file.is_file():
