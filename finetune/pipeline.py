@@ -28,9 +28,8 @@ from finetune.launch.start import check_launch
 from finetune.merge import merge
 from finetune.model import ModelSpec
 from finetune.model.load import describe_padding
-from finetune.plan import plan, resolve_step, show
-from finetune.plan.product import require_fit
-from finetune.plan.step import StepSettings
+from finetune.plan import plan, require_fit, show
+from finetune.plan.step import resolve_auto
 from finetune.preflight import run_preflight
 from finetune.preflight.trial import MakeTrainer
 from finetune.products import Exports, MergedModel, PreflightResult, PreparedData, Scores, TrainedAdapter
@@ -171,9 +170,7 @@ def run(config: RunConfig, *, overrides: Sequence[str], ranks: Ranks, redo: froz
     folder = RunFolder.open(config.run, redo=redo)
     with folder.lock():
         ranks.put("folder", str(folder.path))
-        step = resolve_step(config, machine, run=folder.path)
-        config = step.apply_to(config)
-        ranks.put("step", dataclasses.asdict(step))
+        config = resolve_auto(config, machine, run=folder.path)
         log_to_file(ranks, folder.path)
         gc.disable()  # until the model is loaded, see `trainable.load_trainable_model`
         described = environment.describe(machine, placement)
@@ -182,7 +179,6 @@ def run(config: RunConfig, *, overrides: Sequence[str], ranks: Ranks, redo: froz
             environment.write_record(folder.path, config, overrides=overrides, described=described)
         log("run", f"{folder.path}: {config.model.name}, {config.quantization.method}")
         log("hardware", *placement.reasons)
-        log("plan", *step.reasons)
         trackers = open_trackers(
             config.tracking, run_name=config.run.name, folder=folder.path, run_config=to_dict(config)
         )
@@ -213,8 +209,9 @@ def run_worker(config: RunConfig, *, ranks: Ranks) -> None:
     if not ranks.get("data"):
         ranks.shutdown()
         return
-    config = StepSettings(**ranks.get("step")).apply_to(config)
-    placement = hardware.place(hardware.probe(config.hardware), config)
+    machine = hardware.probe(config.hardware)
+    config = resolve_auto(config, machine, run=folder.path)  # as process 0 has recorded it
+    placement = hardware.place(machine, config)
     set_threads(placement, processes=ranks.local_count)
     data = folder.product("data", PreparedData)
     spec = with_skip_modules(ModelSpec.resolve(config, placement), folder, data)
@@ -231,8 +228,7 @@ def show_plan(run: Run) -> None:
         planned = plan(run.config, run.machine)
         facts.update(to_jsonable(planned))
     show(planned)
-    if run.config.preflight.level != "off":
-        require_fit(planned)
+    require_fit(planned, unless=run.config.preflight.level == "off")
 
 
 def resolve_model(run: Run) -> tuple[ModelSpec, PreTrainedTokenizerBase]:

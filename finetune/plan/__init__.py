@@ -20,17 +20,17 @@ from finetune.errors import ModelError
 from finetune.model.config import looks_local
 from finetune.plan.duration import duration
 from finetune.plan.fit import checkpointing, propose
-from finetune.plan.product import Plan, make_plan
+from finetune.plan.product import Plan, make_plan, require_fit
 from finetune.plan.settings import PlanConfig, from_config
 from finetune.plan.show import show
-from finetune.plan.step import chosen_step, resolve_step
+from finetune.plan.step import chosen_step
 from finetune.plan.throughput import token_operations
 
 if TYPE_CHECKING:
     from finetune.config import RunConfig
     from finetune.hardware import Machine
 
-__all__ = ["Plan", "PlanConfig", "plan", "resolve_step", "show"]
+__all__ = ["Plan", "PlanConfig", "plan", "require_fit", "show"]
 
 
 def plan(config: RunConfig, machine: Machine) -> Plan:

@@ -139,13 +139,17 @@ def make_plan(inputs: PlanInputs, machine: Machine, *, checkpoints: int) -> Plan
     )
 
 
-def require_fit(plan: Plan) -> None:
+def require_fit(plan: Plan, *, unless: bool = False) -> None:
     """Refuses a run before anything is downloaded where training cannot fit, even if the plan errs.
+
+    Args:
+        plan: The plan.
+        unless: Whether the user wants to try anyway.
 
     Raises:
         HardwareError: The least that training needs is far more than the device has; ``preflight=off`` runs it anyway.
     """
-    if plan.fits is False and plan.least_bytes > plan.memory_bytes * (1 + LARGEST_ERROR):
+    if not unless and plan.fits is False and plan.least_bytes > plan.memory_bytes * (1 + LARGEST_ERROR):
         raise HardwareError(
             f"plan: {plan.verdict}; `finetune plan --fit` proposes settings that fit, and preflight=off tries it anyway"
         )

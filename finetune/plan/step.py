@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from finetune.console import human_bytes
+from finetune.console import human_bytes, log
 from finetune.errors import ModelError
-from finetune.plan import phases
-from finetune.plan.fit import checkpointing
+from finetune.plan import fit, phases
 from finetune.plan.inputs import PlanInputs
 from finetune.plan.product import device_memory, usable_bytes
 from finetune.plan.settings import from_config
@@ -39,12 +38,20 @@ class StepSettings:
     checkpointing: str
     reasons: tuple[str, ...] = ()
 
-    def apply_to(self, config: RunConfig) -> RunConfig:
-        """Returns the configuration with these settings."""
-        train: TrainConfig = dataclasses.replace(
-            config.train, micro_batch=self.micro_batch, checkpointing=self.checkpointing
-        )
-        return dataclasses.replace(config, train=train)
+
+def resolve_auto(config: RunConfig, machine: Machine, *, run: Path) -> RunConfig:
+    """Returns the configuration without ``auto``, and prints what was chosen and why; see `resolve_step`."""
+    step = resolve_step(config, machine, run=run)
+    log("plan", *step.reasons)
+    return with_step(config, step)
+
+
+def with_step(config: RunConfig, step: StepSettings) -> RunConfig:
+    """Returns the configuration with these settings."""
+    train: TrainConfig = dataclasses.replace(
+        config.train, micro_batch=step.micro_batch, checkpointing=step.checkpointing
+    )
+    return dataclasses.replace(config, train=train)
 
 
 def resolve_step(config: RunConfig, machine: Machine, *, run: Path | None = None) -> StepSettings:
@@ -77,10 +84,10 @@ def resolve_step(config: RunConfig, machine: Machine, *, run: Path | None = None
 
 def chosen_step(config: RunConfig, inputs: PlanInputs, machine: Machine) -> StepSettings:
     """Returns the settings of ``inputs``, in which ``auto`` is replaced, with the reason."""
-    fitting: Choice = {"micro_batch": inputs.rows, "checkpointing": checkpointing(inputs)}
+    fitting: Choice = {"micro_batch": inputs.rows, "checkpointing": fit.checkpointing(inputs)}
     chosen = {name: fitting[name] for name in config.train.automatic}
     if not chosen:
-        return StepSettings(micro_batch=inputs.rows, checkpointing=checkpointing(inputs))
+        return StepSettings(micro_batch=inputs.rows, checkpointing=fit.checkpointing(inputs))
     memory = device_memory(inputs, machine)
     reason = f"the fastest by the plan that fit in {human_bytes(memory)}"
     if not memory:

@@ -88,7 +88,7 @@ class TrainConfig:
 
     @property
     def micro_batch_rows(self) -> int:
-        """Returns ``micro_batch`` as a number; `finetune.plan.resolve_step` replaces ``auto`` before training."""
+        """Returns ``micro_batch`` as a number; `finetune.plan.step` replaces ``auto`` before training."""
         assert isinstance(self.micro_batch, int), f"train.micro_batch={self.micro_batch} was not resolved"
         return self.micro_batch
 

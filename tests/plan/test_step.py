@@ -7,10 +7,10 @@ import pytest
 
 from finetune.config import load, to_yaml
 from finetune.hardware import Machine, probe
-from finetune.plan import plan, resolve_step
+from finetune.plan import plan
 from finetune.plan.product import make_plan
 from finetune.plan.settings import from_config
-from finetune.plan.step import StepSettings
+from finetune.plan.step import StepSettings, resolve_step, with_step
 from finetune.train.arguments import rows_per_step
 from tests.fixtures.architectures import GIB, machine
 
@@ -50,7 +50,7 @@ def test_the_reason_names_what_was_chosen_and_the_memory() -> None:
 def test_the_plan_plans_what_is_chosen() -> None:
     config, here = load(RECIPE), machine(24)
     step = resolve_step(config, here)
-    by_itself, resolved = plan(config, here), plan(step.apply_to(config), here)
+    by_itself, resolved = plan(config, here), plan(with_step(config, step), here)
     assert by_itself == dataclasses.replace(resolved, chosen=list(step.reasons))
     assert (resolved.micro_batch, resolved.checkpointing) == (step.micro_batch, step.checkpointing)
 
@@ -65,7 +65,7 @@ def test_a_model_of_unknown_dimensions_gets_what_needs_least() -> None:
 def test_a_run_that_continues_takes_what_it_began_with(tmp_path: Path) -> None:
     config = load(RECIPE)
     began = resolve_step(config, machine(8), run=tmp_path)
-    (tmp_path / "config.yaml").write_text(to_yaml(began.apply_to(config)))
+    (tmp_path / "config.yaml").write_text(to_yaml(with_step(config, began)))
     resumed = resolve_step(config, machine(80), run=tmp_path)
     assert (resumed.micro_batch, resumed.checkpointing) == (began.micro_batch, began.checkpointing)
     assert "as this run began" in resumed.reasons[0]
@@ -75,7 +75,8 @@ def test_a_run_that_continues_takes_what_it_began_with(tmp_path: Path) -> None:
 
 def test_the_resume_key_holds_the_resolved_value() -> None:
     config = load(RECIPE)
-    assert resolve_step(config, machine(12)).apply_to(config).train.key()["micro_batch"] == 4
+    step = resolve_step(config, machine(12))
+    assert with_step(config, step).train.key()["micro_batch"] == 4
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 4, 64])
