@@ -1,6 +1,7 @@
 """The table of cards, the cards that experiments name, and that what the plan proposes passes the memory check."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -14,8 +15,8 @@ from finetune.plan.product import make_plan, usable_bytes
 from finetune.plan.settings import from_config
 from finetune.preflight.memory_check import compare, planned_needs
 from finetune.run import to_jsonable
-from tests.plan.test_plan import ROOT
 
+DOCS = Path(__file__).parents[2] / "docs"
 EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
 NAMED = {
     experiment: size
@@ -26,7 +27,7 @@ NAMED = {
 
 def test_the_documented_table_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--cards"]) == 0
-    assert capsys.readouterr().out in (ROOT / "docs" / "plan.md").read_text()
+    assert capsys.readouterr().out in (DOCS / "plan.md").read_text()
 
 
 def test_most_experiments_name_a_card() -> None:
