@@ -24,14 +24,21 @@ PLAIN_SECONDS = 60.0
 """Where there is no terminal, progress is a line of text, at most this often."""
 
 
-def log(package: str, *sentences: str, stream: TextIO | None = None) -> None:
-    """Prints each sentence after its package's name, wrapped so that the names form a column of their own."""
+def log(package: str, *sentences: str, stream: TextIO | None = None, style: str = "") -> None:
+    """Prints each sentence after its package's name, wrapped so that the names form a column of their own.
+
+    Args:
+        package: The name.
+        sentences: What to print.
+        stream: Where; standard output by default.
+        style: rich's style of the sentences on a terminal, e.g. ``bold green``.
+    """
     stream = stream or sys.stdout
     for sentence in sentences:
         lines = textwrap.wrap(sentence, _width(stream) - MARGIN, break_long_words=False, break_on_hyphens=False) or [""]
-        print(f"{_styled(f'{package:<{MARGIN}}', 'cyan', stream)}{lines[0]}", file=stream)
-        for line in lines[1:]:
-            print(f"{'':<{MARGIN}}{line}", file=stream)
+        names = [_styled(f"{package:<{MARGIN}}", "cyan", stream), *[" " * MARGIN] * (len(lines) - 1)]
+        for name, line in zip(names, lines, strict=True):
+            print(f"{name}{_styled(line, style, stream) if style else line}", file=stream)
     stream.flush()
 
 

@@ -27,7 +27,8 @@ from finetune.merge import merge
 from finetune.model import ModelFiles, ModelSpec
 from finetune.model.base import find
 from finetune.model.load import describe_padding, load_tokenizer
-from finetune.plan import plan, show
+from finetune.plan import plan, require_fit, show
+from finetune.plan.step import resolve_auto
 from finetune.preflight import run_preflight
 from finetune.preflight.trial import MakeTrainer
 from finetune.products import Exports, MergedModel, PreflightResult, PreparedData, Scores, TrainedAdapter
@@ -169,6 +170,7 @@ def run(config: RunConfig, *, overrides: Sequence[str], ranks: Ranks, redo: froz
     folder = RunFolder.open(config.run, redo=redo)
     with folder.lock():
         ranks.put("folder", str(folder.path))
+        config = resolve_auto(config, machine, run=folder.path)
         log_to_file(ranks, folder.path)
         gc.disable()  # until the model is loaded, see `trainable.load_trainable_model`
         described = environment.describe(machine, placement)
@@ -207,7 +209,9 @@ def run_worker(config: RunConfig, *, ranks: Ranks) -> None:
     if not ranks.get("data"):
         ranks.shutdown()
         return
-    placement = hardware.place(hardware.probe(config.hardware), config)
+    machine = hardware.probe(config.hardware)
+    config = resolve_auto(config, machine, run=folder.path)  # as process 0 has recorded it
+    placement = hardware.place(machine, config)
     set_threads(placement, processes=ranks.local_count)
     data = folder.product("data", PreparedData)
     spec = with_skip_modules(ModelSpec.resolve(config, placement), folder, data)
@@ -219,11 +223,12 @@ def run_worker(config: RunConfig, *, ranks: Ranks) -> None:
 
 
 def show_plan(run: Run) -> None:
-    """Computes, prints and records what the run will take."""
+    """Computes, prints and records what the run will take; refuses what cannot fit."""
     with run.folder.timed_stage("plan") as facts:
         planned = plan(run.config, run.machine)
         facts.update(to_jsonable(planned))
     show(planned)
+    require_fit(planned, unless=run.config.preflight.level == "off")
 
 
 def find_tokenizer(run: Run) -> tuple[ModelFiles, PreTrainedTokenizerBase]:

@@ -119,14 +119,14 @@ def accelerate(config: LaunchConfig, strategy: str) -> str:
 
 def zero() -> str:
     """Returns ZeRO-3's settings for 70 billion weights, for other trainers: this one uses launch=fsdp."""
-    config = load(["+experiment=llama70b_qlora_fsdp", "launch=deepspeed"])
+    config = load(["+experiment=llama70b_qlora_fsdp", "launch=deepspeed", "train.micro_batch=1"])
     train, processes = config.train, config.launch.processes
     rows = max(1, (train.tokens_per_step or 0) // config.data.max_tokens)
-    accumulate = micro_batches(rows, micro_batch=train.micro_batch, processes=processes)
+    accumulate = micro_batches(rows, micro_batch=train.micro_batch_rows, processes=processes)
     settings = zero3(
         config.launch,
         dtype="bfloat16",
-        micro_batch=train.micro_batch,
+        micro_batch=train.micro_batch_rows,
         accumulate=accumulate,
         max_grad_norm=config.optim.max_grad_norm,
     )

@@ -356,7 +356,7 @@ def test_flags_of_plan_are_on_or_off(flags: list[str], fit: bool, exact: bool) -
         (["--info", "searchpath"], "Config search path"),
         (["--shell-completion", "install=bash"], "hydra_bash_completion"),
         (["plan", "--cfg", "job", "lora.rank=5"], "rank: 5"),
-        (["plan", "--multirun", "model=llama3_8b", "lora.rank=4,8"], "adapter"),
+        (["plan", "--multirun", "model=llama3_8b", "lora.rank=4,8"], "spare"),
     ],
 )
 def test_flags_of_hydra_work_after_the_command(
@@ -371,3 +371,8 @@ def test_problems_of_planned_jobs_are_said_once(capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().err.endswith(
         "finetune: 1 problem in the configuration:\n  - lora.rnak: there is no such setting; did you mean lora.rank?\n"
     )
+
+
+def test_a_flag_may_have_a_letter() -> None:
+    command, words = find_command(["plan", "-v", "lora.rank=4"])
+    assert parse(command, words).options["verbose"]

@@ -14,6 +14,9 @@ from finetune.config import load
 from finetune.pipeline import without_push_if_gated
 from tests.fixtures.overrides import overrides
 
+PROBE = sys.modules["finetune.hardware.probe"]  # the package has a function of the same name
+AUTO = ["train.micro_batch=auto", "train.checkpointing=auto"]
+
 
 @pytest.mark.slow
 def test_the_whole_line_leaves_what_the_contract_promises(
@@ -56,7 +59,7 @@ def test_the_whole_line_leaves_what_the_contract_promises(
 def test_a_finished_run_resumes_with_other_threads_cache_directory_and_folder(
     tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = [*overrides(tmp_path, tiny_base), "tracking=[]", "export=[adapter]", "preflight=off"]
+    arguments = [*overrides(tmp_path, tiny_base), *AUTO, "tracking=[]", "export=[adapter]", "preflight=off"]
     assert main([*arguments, "hardware.threads=1"]) == 0, capsys.readouterr().err
     adapter = json.loads((tmp_path / "outputs/tiny/train/manifest.json").read_text())["product"]["adapter_sha256"]
     elsewhere = tmp_path / "elsewhere"
@@ -65,11 +68,27 @@ def test_a_finished_run_resumes_with_other_threads_cache_directory_and_folder(
     monkeypatch.chdir(elsewhere)
     monkeypatch.setenv("FINETUNE_CACHE", str(elsewhere / "cache"))
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2})
+    monkeypatch.setattr(PROBE, "_ram_bytes", lambda: 2**28)
     capsys.readouterr()
     resumed = [*arguments, "run.root=moved", "run.if_exists=resume", "data.cache=other"]
     assert main(resumed) == 0, capsys.readouterr().err
     assert capsys.readouterr().out.count("done before") == 6
     assert json.loads(Path("moved/tiny/report.json").read_text())["train"]["adapter_sha256"] == adapter
+
+
+def test_a_run_records_what_auto_became_and_keeps_it_on_a_machine_with_other_memory(
+    tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [*overrides(tmp_path, tiny_base), *AUTO, "tracking=[]", "run.until=data"]
+    monkeypatch.setattr(PROBE, "_ram_bytes", lambda: 2**34)
+    assert main(asked) == 0, capsys.readouterr().err
+    assert "train.micro_batch=1, train.checkpointing=none: the fastest by the plan that fit" in capsys.readouterr().out
+    recorded = (tmp_path / "outputs" / "tiny" / "config.yaml").read_text()
+    assert "micro_batch: 1\n" in recorded
+    assert "checkpointing: none\n" in recorded
+    monkeypatch.setattr(PROBE, "_ram_bytes", lambda: 3 * 2**28)
+    assert main([*asked, "run.if_exists=resume"]) == 0, capsys.readouterr().err
+    assert "train.micro_batch=1, train.checkpointing=none: as this run began" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ class Option:
         default: Where the flag is not given.
         run: Runs instead of the command where the flag is given; it then excludes the other flags.
         settings: The settings that `run` takes; None for all.
+        short: A letter that stands for the name, e.g. ``-v``.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Option:
     default: Any = None
     run: Callable[[Invocation], int] | None = None
     settings: tuple[str, ...] | None = None
+    short: str = ""
 
     @property
     def key(self) -> str:
@@ -147,6 +149,7 @@ def parse(command: Command, words: Sequence[str]) -> Invocation:
         ConfigError: With every problem: unknown flags, missing or wrong values, words that are neither.
     """
     known = {f"--{option.name}": option for option in command.options}
+    known |= {f"-{option.short}": option for option in command.options if option.short}
     options = {option.key: option.initial for option in command.options}
     arguments: list[str] = []
     overrides: list[str] = []

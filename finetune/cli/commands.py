@@ -19,6 +19,9 @@ COMMANDS = (
         options=(
             Option("fit", "also propose the settings that fit this machine and train fastest"),
             Option("exact", "also count one step of the real modelling code, tensor by tensor; half a minute"),
+            Option("verbose", "also print the bytes of each phase by term", short="v"),
+            Option("json", "print one JSON document instead"),
+            Option("cards", "a table of cards: which of them run the whole line, and how", run=look.plan_cards),
             Option("explain", "who set a setting, and what it would be otherwise", "KEY", run=look.explain_setting),
         ),
         example="finetune plan +experiment=llama7b_qlora --fit",

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+
+import yaml
 
 from finetune.cli.command import Invocation
 from finetune.cli.settings import saved_overrides
 from finetune.config import RunConfig, compose, load
 from finetune.console import log
 from finetune.errors import EXIT_OK, ConfigError
+from finetune.hardware import HardwareConfig, Machine
+from finetune.hardware.probe import named
+from finetune.paths import CONF
+from finetune.plan.cards import CARDS, cards_table
 
 
 def write_report(invocation: Invocation) -> int:
@@ -47,6 +54,24 @@ def explain_setting(invocation: Invocation) -> int:
 
     explain(invocation.options["explain"], invocation.overrides)
     return EXIT_OK
+
+
+def plan_cards(invocation: Invocation) -> int:
+    """Prints a Markdown table of cards: of every shipped experiment, or of the settings that are typed."""
+    if invocation.overrides:
+        config = load(invocation.overrides)
+        configs = {config.run.name: config}
+    else:
+        names = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
+        configs = {name: load([f"+experiment={name}"]) for name in names}
+    sys.stdout.write("\n".join(cards_table(configs, card_machines())) + "\n")
+    return EXIT_OK
+
+
+def card_machines() -> dict[str, Machine]:
+    """Returns the machines of the table of cards by the name of their column."""
+    options = {card: CONF / "hardware" / f"{option}.yaml" for card, option in CARDS.items()}
+    return {card: named(HardwareConfig(**yaml.safe_load(file.read_text()))) for card, file in options.items()}
 
 
 def diff(invocation: Invocation) -> int:

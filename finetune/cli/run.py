@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,18 +16,20 @@ from finetune.errors import EXIT_FAILURE, EXIT_OK, ConfigError
 from finetune.hardware.busy import CpuUsage, yield_to_busy_cpu
 from finetune.launch import Ranks, as_launched, start
 from finetune.launch.start import must_start
-from finetune.run import STAGES
+from finetune.run import STAGES, to_jsonable
 
 
 def show_plan(invocation: Invocation) -> int:
     """Prints the plan of a configuration."""
-    flags = [f"plan.{name}=true" for name in ("fit", "exact") if invocation.options[name]]
-    print_plan(load([*invocation.overrides, *flags]), invocation.overrides)
+    options = invocation.options
+    flags = [f"plan.{name}=true" for name in ("fit", "exact") if options[name]]
+    config = load([*invocation.overrides, *flags])
+    print_plan(config, invocation.overrides, as_json=options["json"], verbose=options["verbose"])
     return EXIT_OK
 
 
-def print_plan(config: RunConfig, overrides: Sequence[str]) -> None:
-    """Prints the plan, what could not be checked yet, and the settings that have no effect."""
+def print_plan(config: RunConfig, overrides: Sequence[str], *, as_json: bool = False, verbose: bool = False) -> None:
+    """Prints the plan, what could not be checked yet, and settings without effect; as JSON, one document alone."""
     from finetune.checks import Start, check_before_start
     from finetune.hardware import place, probe
     from finetune.plan import plan, show
@@ -35,9 +39,16 @@ def print_plan(config: RunConfig, overrides: Sequence[str]) -> None:
     unchecked = check_before_start(
         Start(config=config, machine=machine, placement=place(machine, config), is_plan=True)
     )
-    show(plan(config, machine))
-    log("plan", *unchecked)
-    log("plan", *unused_overrides(config, overrides))
+    planned, unused = plan(config, machine), list(unused_overrides(config, overrides))
+    if as_json:
+        names = {"run": config.run.name, "model": config.model.name, "hardware": config.hardware.name}
+        document = {**names, **to_jsonable(planned), "not_checked": unchecked, "unused_settings": unused}
+        sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+        return
+    show(planned, verbose=verbose)
+    log("plan", *unchecked, *unused)
+    if planned.known and not verbose:
+        log("plan", "finetune plan --verbose prints the bytes of each phase, --fit proposes settings")
 
 
 def run_stages(invocation: Invocation) -> int:

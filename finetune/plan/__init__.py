@@ -17,18 +17,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.errors import ModelError
-from finetune.plan.duration import stage_seconds
-from finetune.plan.fit import propose
-from finetune.plan.product import Plan, make_plan
+from finetune.plan.duration import duration
+from finetune.plan.fit import checkpointing, propose
+from finetune.plan.product import Plan, make_plan, require_fit
 from finetune.plan.settings import PlanConfig, from_config
 from finetune.plan.show import show
-from finetune.plan.throughput import throughput, token_operations
+from finetune.plan.step import chosen_step
+from finetune.plan.throughput import token_operations
 
 if TYPE_CHECKING:
     from finetune.config import RunConfig
     from finetune.hardware import Machine
 
-__all__ = ["Plan", "PlanConfig", "plan", "show"]
+__all__ = ["Plan", "PlanConfig", "plan", "require_fit", "show"]
 
 
 def plan(config: RunConfig, machine: Machine) -> Plan:
@@ -47,8 +48,8 @@ def plan(config: RunConfig, machine: Machine) -> Plan:
         if isinstance(error.__cause__, OSError):  # no such file, or no way to the hub
             raise
         return Plan(known=False, notes=[f"no plan: {error}"])
-    memory = make_plan(inputs, machine, checkpoints=config.train.keep_checkpoints + (config.train.select == "best"))
-    speed = throughput(inputs, machine, runs=Path(config.run.root) if config.hardware.name == "auto" else None)
+    planned = make_plan(inputs, machine, checkpoints=config.train.keep_checkpoints + (config.train.select == "best"))
+    time = duration(config, inputs, machine, runs=Path(config.run.root) if config.hardware.name == "auto" else None)
     exact = {}
     if config.plan.exact:
         from finetune.plan.exact import compare  # imports torch
@@ -56,10 +57,13 @@ def plan(config: RunConfig, machine: Machine) -> Plan:
         terms = compare(config, inputs, machine)
         exact = {name: {"closed": term.closed, "exact": term.exact} for name, term in terms.items()}
     return dataclasses.replace(
-        memory,
-        seconds={stage: round(seconds, 1) for stage, seconds in stage_seconds(config, inputs, speed).items()},
-        tokens_per_second=round(speed.tokens_per_second, 1),
-        speed_source=speed.source,
+        planned,
+        checkpointing=checkpointing(inputs),
+        chosen=list(chosen_step(config, inputs, machine).reasons),
+        seconds={stage: round(seconds, 1) for stage, seconds in time.seconds.items()},
+        tokens_per_second=round(time.tokens_per_second, 1),
+        speed_source=time.source,
+        speed_is_measured=time.is_measured,
         token_operations=token_operations(inputs),
         exact=exact,
         proposal=propose(inputs, machine) if config.plan.fit else [],

@@ -1,34 +1,70 @@
-"""Estimates how long training, evaluation and merge will take; the plan says that the estimate is rough."""
+"""How long the stages take: as earlier runs of the same model here took, at best by a table, or not known."""
 
 from __future__ import annotations
 
+import statistics
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.inference.budget import MOST_ROWS
-from finetune.plan import weights
 from finetune.plan.inputs import PlanInputs
-from finetune.plan.throughput import Throughput, passes, token_operations
+from finetune.plan.throughput import earlier_runs, is_listed, passes, table_throughput, token_operations
 
 if TYPE_CHECKING:
     from finetune.config import RunConfig
+    from finetune.hardware import Machine
 
 TOKEN_BYTES = 4
 """Approximate bytes of text per token: GPT-2's tokenizer makes one of 4 characters of English. Source: OpenAI's
 tokenizer page."""
 
-DISK_BANDWIDTH = 500e6
-"""Bytes per second of a solid-state disk on SATA."""
-
-ARTIFACTS = 4
-"""Models that the eval stage measures: base, quantized base, adapter, merged."""
+UNKNOWN = "unknown until the first step"
 
 
-def stage_seconds(config: RunConfig, inputs: PlanInputs, speed: Throughput) -> dict[str, float]:
-    """Estimates the long stages; ``train`` is missing where the amount of data is not known before it is prepared."""
-    tokens = training_tokens(config, inputs)
-    train = {} if tokens is None else {"train": tokens / speed.tokens_per_second + _held_out(config, inputs, speed)}
-    return {**train, "merge": merge_seconds(config, inputs, speed), "eval": eval_seconds(config, inputs, speed)}
+@dataclass(frozen=True, kw_only=True)
+class Duration:
+    """How long a run takes.
+
+    Attributes:
+        tokens_per_second: Of training, over all devices; 0 where it is not known.
+        seconds: Of the stages train, merge and eval, as far as they are known.
+        source: Where the figures come from, or that they are not known.
+        is_measured: Whether they come from earlier runs; otherwise a run is slower, by much for a small model.
+    """
+
+    tokens_per_second: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
+    source: str = UNKNOWN
+    is_measured: bool = False
+
+
+def duration(config: RunConfig, inputs: PlanInputs, machine: Machine, *, runs: Path | None) -> Duration:
+    """Estimates the time of training; that of merge and eval only from earlier runs.
+
+    Args:
+        config: The whole configuration.
+        inputs: The same, as the plan reads it.
+        machine: This machine, or a named one.
+        runs: Folder of earlier runs on this machine; None where the machine is only named.
+    """
+    earlier = earlier_runs(inputs, machine, runs) if runs else []
+    if earlier:
+        operations = statistics.median(run.operations_per_second for run in earlier)
+        speed = operations * inputs.processes / token_operations(inputs)
+        took = {stage: [run.seconds[stage] for run in earlier if stage in run.seconds] for stage in ("merge", "eval")}
+        later = {stage: statistics.median(seconds) for stage, seconds in took.items() if seconds}
+        source = f"{len(earlier)} earlier run{'s' if len(earlier) > 1 else ''} of this model here"
+        return Duration(
+            tokens_per_second=speed,
+            seconds={**_train_seconds(config, inputs, speed), **later},
+            source=source,
+            is_measured=True,
+        )
+    if is_listed(inputs, machine):
+        speed = table_throughput(inputs, machine)
+        source = "the maker's figures"
+        return Duration(tokens_per_second=speed, seconds=_train_seconds(config, inputs, speed), source=source)
+    return Duration()
 
 
 def training_tokens(config: RunConfig, inputs: PlanInputs) -> float | None:
@@ -45,28 +81,11 @@ def training_tokens(config: RunConfig, inputs: PlanInputs) -> float | None:
     return config.train.epochs * file.stat().st_size / TOKEN_BYTES
 
 
-def forward_seconds(inputs: PlanInputs, speed: Throughput, *, tokens: float) -> float:
-    """Returns seconds of forward passes without gradients; a training step takes as long as two or more of them."""
-    return tokens * token_operations(inputs) / passes(inputs) / speed.operations_per_second
-
-
-def _held_out(config: RunConfig, inputs: PlanInputs, speed: Throughput) -> float:
+def _train_seconds(config: RunConfig, inputs: PlanInputs, speed: float) -> dict[str, float]:
+    """Returns the seconds of training with its evaluations, whose passes make no gradient; empty where not known."""
+    tokens = training_tokens(config, inputs)
+    if tokens is None:
+        return {}
     rows = config.train.evaluations * config.train.evaluation_rows * inputs.documents
-    return forward_seconds(inputs, speed, tokens=rows * min(inputs.tokens, config.data.max_tokens))
-
-
-def eval_seconds(config: RunConfig, inputs: PlanInputs, speed: Throughput) -> float:
-    """Estimates the eval stage: each of four models is loaded, computes losses, and generates answers in batches."""
-    dense = weights.dense_bytes(inputs)
-    losses = forward_seconds(inputs, speed, tokens=config.eval.loss_rows * config.data.max_tokens)
-    rows = config.eval.fixed_rows or min(MOST_ROWS, max(1, config.eval.rows))
-    batches = -(-config.eval.rows // rows)
-    token = max(dense / speed.bandwidth, forward_seconds(inputs, speed, tokens=rows))
-    return ARTIFACTS * (dense / DISK_BANDWIDTH + losses + batches * config.eval.max_new_tokens * token)
-
-
-def merge_seconds(config: RunConfig, inputs: PlanInputs, speed: Throughput) -> float:
-    """Estimates the merge stage: candidates are written and measured, as are the trained model and the result."""
-    candidates = len(config.merge.candidates)
-    measured = forward_seconds(inputs, speed, tokens=(candidates + 2) * config.merge.loss_rows * config.data.max_tokens)
-    return 2 * candidates * weights.dense_bytes(inputs) / DISK_BANDWIDTH + measured
+    held_out = rows * min(inputs.tokens, config.data.max_tokens) / passes(inputs)
+    return {"train": (tokens + held_out) / speed}

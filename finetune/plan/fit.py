@@ -1,4 +1,4 @@
-"""Proposes settings: of all that fit the machine, those with the most tokens per second."""
+"""Finds settings that fit: of all that fit the machine, those with the most tokens per second."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from finetune.console import human_bytes
 from finetune.plan import phases
 from finetune.plan.inputs import PlanInputs
-from finetune.plan.product import device_memory, obstacle
-from finetune.plan.throughput import throughput
+from finetune.plan.product import LARGEST_ERROR, can_halve, device_memory, obstacle
+from finetune.plan.throughput import table_throughput
 
 if TYPE_CHECKING:
     from finetune.hardware import Machine
@@ -24,8 +24,11 @@ SELECTIVE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 GATED_MLPS."""
 
 MARGIN = 0.93
-"""Share of the memory that a proposal may use, because the closed form errs: by up to 7 % for nine in ten of litgpt's
+"""Share of the memory that settings may use, because the closed form errs: by up to 7 % for nine in ten of litgpt's
 published figures. Source: benchmarks/check_plan.py."""
+
+FIRM_MARGIN = 1 / (1 + LARGEST_ERROR)
+"""The same where training could not halve its micro-batch when memory runs out."""
 
 SAME_SPEED = 0.01
 """Relative difference of speed that the estimate cannot resolve."""
@@ -42,28 +45,22 @@ class Candidate:
 
 def propose(inputs: PlanInputs, machine: Machine) -> list[str]:
     """Returns the best configuration as overrides, and the runner-up with its drawback; or says that nothing fits."""
-    fitting: list[Candidate] = []
-    tokens = inputs.tokens
-    while not fitting and tokens >= SMALLEST_TOKENS:
-        candidates = list(_candidates(dataclasses.replace(inputs, tokens=tokens), machine))
-        fitting = [candidate for candidate in candidates if _fits(candidate.inputs, machine)]
-        tokens //= 2
+    candidates, fitting = search(inputs, machine)
     if not fitting:
         smallest = min(_candidates(dataclasses.replace(inputs, tokens=SMALLEST_TOKENS), machine), key=lambda c: c.bytes)
         return [
             f"nothing fits: even {overrides(inputs, smallest.inputs)} with {SMALLEST_TOKENS} tokens needs "
             f"{human_bytes(smallest.bytes)} on a device with {human_bytes(device_memory(smallest.inputs, machine))}"
         ]
-    ranked = _ranked(fitting, inputs)
-    best = ranked[0]
+    best = fitting[0]
     memory = human_bytes(device_memory(best.inputs, machine))
     speed = f"{best.speed:,.0f} tokens/s"
     sentences = [
         f"proposed: {overrides(inputs, best.inputs)}",
-        f"it needs {human_bytes(best.bytes)} of {memory} and trains about {speed}; {_longest(best, machine)}",
+        f"it needs {human_bytes(best.bytes)} of {memory} and trains at best {speed}; {_longest(best, machine)}",
     ]
     others = sorted(
-        ranked[1:], key=lambda c: _kind(c.inputs) == _kind(best.inputs)
+        fitting[1:], key=lambda c: _kind(c.inputs) == _kind(best.inputs)
     )  # one of another kind is more informative
     other = next(iter(others), None)
     if other is not None:
@@ -75,6 +72,45 @@ def propose(inputs: PlanInputs, machine: Machine) -> list[str]:
             f"memory"
         )
     return sentences + _too_large(inputs, candidates, best)
+
+
+def search(inputs: PlanInputs, machine: Machine) -> tuple[list[Candidate], list[Candidate]]:
+    """Returns all configurations of the longest rows of which some fit, and those that fit, the best first."""
+    candidates: list[Candidate] = []
+    tokens = inputs.tokens
+    while tokens >= SMALLEST_TOKENS:
+        candidates = list(_candidates(dataclasses.replace(inputs, tokens=tokens), machine))
+        fitting = [candidate for candidate in candidates if _fits(candidate.inputs, machine)]
+        if fitting:
+            return candidates, _ranked(fitting, inputs)
+        tokens //= 2
+    return candidates, []
+
+
+def fit_step(inputs: PlanInputs, machine: Machine, *, choose: frozenset[str]) -> PlanInputs:
+    """Returns the inputs with the micro-batch, the checkpointing, or both, that fit the device and train fastest.
+
+    Where nothing fits, one row and full checkpointing, which need least.
+
+    Args:
+        inputs: The training configuration.
+        machine: The machine.
+        choose: ``micro_batch``, ``checkpointing`` or both.
+    """
+    modes = [(inputs.checkpointing, inputs.kernels.selective)]
+    if "checkpointing" in choose:
+        modes = [(True, False)] if inputs.offload_activations else _checkpointings(inputs)
+    rows = [inputs.rows]
+    if "micro_batch" in choose:
+        rows = [count for count in MICRO_BATCHES if count == 1 or _is_used(count, inputs)]
+    candidates = [
+        _candidate(_with_step(inputs, rows=count, full=full, selective=selective), machine)
+        for count, (full, selective) in itertools.product(rows, modes)
+    ]
+    fitting = [candidate for candidate in candidates if _fits(candidate.inputs, machine)]
+    if not fitting:
+        return min(candidates, key=lambda candidate: candidate.bytes).inputs
+    return _ranked(fitting, inputs)[0].inputs
 
 
 def overrides(before: PlanInputs, after: PlanInputs) -> str:
@@ -122,11 +158,8 @@ def _candidates(inputs: PlanInputs, machine: Machine) -> Iterator[Candidate]:
         MICRO_BATCHES,
     )
     for (strategy, processes, offload), (method, double), (full, selective), optimizer, rows in combinations:
-        if rows * processes > max(inputs.step_rows, processes):
-            continue
         kernels = dataclasses.replace(
             inputs.kernels,
-            selective=selective,
             fused=inputs.kernels.fused and strategy != "fsdp",
             cached=inputs.kernels.fused and inputs.device == "cpu" and method == "nf4",
         )
@@ -138,13 +171,25 @@ def _candidates(inputs: PlanInputs, machine: Machine) -> Iterator[Candidate]:
             method=method,
             double=double,
             kernels=kernels,
-            checkpointing=full,
-            rows=rows,
             optimizer=optimizer,
             offload_activations=False,
         )
-        speed = throughput(candidate, machine, runs=None).tokens_per_second
-        yield Candidate(candidate, speed, phases.peak(candidate))
+        if _is_used(rows, candidate):
+            yield _candidate(_with_step(candidate, rows=rows, full=full, selective=selective), machine)
+
+
+def _candidate(inputs: PlanInputs, machine: Machine) -> Candidate:
+    return Candidate(inputs, table_throughput(inputs, machine), phases.peak(inputs))
+
+
+def _with_step(inputs: PlanInputs, *, rows: int, full: bool, selective: bool) -> PlanInputs:
+    kernels = dataclasses.replace(inputs.kernels, selective=selective)
+    return dataclasses.replace(inputs, rows=rows, checkpointing=full, kernels=kernels)
+
+
+def _is_used(rows: int, inputs: PlanInputs) -> bool:
+    """Returns whether an optimizer step reads enough rows to fill a micro-batch in every process."""
+    return rows * inputs.processes <= max(inputs.step_rows, inputs.processes)
 
 
 def _checkpointings(inputs: PlanInputs) -> list[tuple[bool, bool]]:
@@ -162,8 +207,17 @@ def _launches(inputs: PlanInputs, machine: Machine) -> list[tuple[str, int, bool
 
 def _fits(inputs: PlanInputs, machine: Machine) -> bool:
     host = max(phases.host_bytes(inputs).values(), default=0.0)
-    memory = round(device_memory(inputs, machine) * MARGIN)
+    memory = round(device_memory(inputs, machine) * _margin(inputs))
     return memory > 0 and not obstacle(inputs, machine, host=host, memory=memory)
+
+
+def _margin(inputs: PlanInputs) -> float:
+    """Returns the share of the memory that settings may use.
+
+    More where training can still halve its micro-batch, and for one row with full checkpointing, which needs least.
+    """
+    has_less = can_halve(inputs) if inputs.rows > 1 else inputs.checkpointing
+    return MARGIN if has_less else FIRM_MARGIN
 
 
 def _longest(best: Candidate, machine: Machine) -> str:

@@ -1,4 +1,4 @@
-"""The plan: what a run needs, whether it fits, and the one change that would help most."""
+"""The plan: whether a run fits, what it needs, and the one change that would help most."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from finetune.architecture import expert_parameters, parameters
 from finetune.console import human_bytes
+from finetune.errors import HardwareError
 from finetune.plan import later, phases, weights
 from finetune.plan.inputs import PlanInputs
 from finetune.plan.phases import Terms
@@ -19,12 +20,17 @@ SMALLEST_SHARE = 0.02
 """A change that saves less of the peak than this is not worth advice."""
 
 
+LARGEST_ERROR = 0.19
+"""The closed form errs by less for nine in ten of all published figures. Source: benchmarks/check_plan.py."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """Memory, disk and time of a run.
 
     Attributes:
         known: Whether the model's dimensions are known; where not, ``notes`` says why and the rest is empty.
+        verdict: One line: whether training fits, and with how much to spare.
         device: ``cuda`` or ``cpu``.
         devices: Number of devices.
         memory_bytes: Memory of one device; 0 where there is no such device.
@@ -37,11 +43,17 @@ class Plan:
         parameters: Of the base model; ``trainable_parameters`` of the adapter.
         advice: The one change that saves most, as an override; it saves ``advice_saves_bytes``.
         needed_bytes: Least memory for training: the peak, on a GPU without the allocator's idle blocks.
+        least_bytes: The same with the smallest micro-batch that training falls back to when memory runs out.
+        spare_bytes: Memory that training leaves to a process on one device; negative where it does not fit.
         fits: Whether training fits in the memory of device and host; None where the machine's are not known.
         obstacle: Why it does not fit.
-        seconds: Rough time of the stages train, merge and eval; train is missing where the data's size is not known.
-        tokens_per_second: Of training, over all devices; rough.
-        speed_source: Where ``tokens_per_second`` comes from.
+        micro_batch: Rows of one forward pass; with ``checkpointing``, as set or as ``auto`` chooses.
+        chosen: What ``auto`` chose and why; empty where both are set, as they are in a run.
+        later: How each stage after training runs on this device.
+        seconds: Time of the stages train, merge and eval, as far as it is known.
+        tokens_per_second: Of training, over all devices; 0 where it is not known.
+        speed_source: Where ``seconds`` and ``tokens_per_second`` come from, or that they are not known.
+        speed_is_measured: Whether that is a measurement; otherwise a run is slower.
         token_operations: Operations of one trained token, from which later plans on this machine derive its speed.
         exact: Each term in closed form and as counted, in bytes; empty without ``plan.exact``.
         notes: Warnings and remarks.
@@ -49,6 +61,7 @@ class Plan:
     """
 
     known: bool
+    verdict: str = ""
     device: str = ""
     devices: int = 0
     memory_bytes: int = 0
@@ -64,11 +77,18 @@ class Plan:
     advice: str = ""
     advice_saves_bytes: int = 0
     needed_bytes: int = 0
+    least_bytes: int = 0
+    spare_bytes: int = 0
     fits: bool | None = None
     obstacle: str = ""
+    micro_batch: int = 0
+    checkpointing: str = ""
+    chosen: list[str] = field(default_factory=list)
+    later: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     tokens_per_second: float = 0.0
     speed_source: str = ""
+    speed_is_measured: bool = False
     token_operations: float = 0.0
     exact: dict[str, dict[str, int]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -87,8 +107,10 @@ def make_plan(inputs: PlanInputs, machine: Machine, *, checkpoints: int) -> Plan
     host = phases.host_bytes(inputs)
     advice, saves = best_change(inputs)
     problem = obstacle(inputs, machine, host=max(host.values(), default=0.0), memory=memory)
+    spare = usable_bytes(inputs, machine) - phases.needed(inputs) if memory else 0.0
     return Plan(
         known=True,
+        verdict=verdict(inputs, memory=memory, spare=spare, problem=problem),
         device=inputs.device,
         devices=inputs.processes,
         memory_bytes=memory,
@@ -104,10 +126,40 @@ def make_plan(inputs: PlanInputs, machine: Machine, *, checkpoints: int) -> Plan
         advice=advice,
         advice_saves_bytes=round(saves),
         needed_bytes=round(phases.needed(inputs)),
+        least_bytes=round(phases.needed(dataclasses.replace(inputs, rows=1) if can_halve(inputs) else inputs)),
+        spare_bytes=round(spare),
         fits=not problem if memory else None,
         obstacle=problem,
-        notes=_notes(inputs, machine, disk=phases.total(disk), memory=memory),
+        micro_batch=inputs.rows,
+        later={phase: _later_text(inputs, machine, phase, by_phase[phase]) for phase in phases.AFTER_TRAINING},
+        notes=_notes(inputs, machine, disk=phases.total(disk)),
     )
+
+
+def require_fit(plan: Plan, *, unless: bool = False) -> None:
+    """Refuses a run before anything is downloaded where training cannot fit, even if the plan errs.
+
+    Args:
+        plan: The plan.
+        unless: Whether the user wants to try anyway.
+
+    Raises:
+        HardwareError: The least that training needs is far more than the device has; ``preflight=off`` runs it anyway.
+    """
+    if not unless and plan.fits is False and plan.least_bytes > plan.memory_bytes * (1 + LARGEST_ERROR):
+        raise HardwareError(
+            f"plan: {plan.verdict}; `finetune plan --fit` proposes settings that fit, and preflight=off tries it anyway"
+        )
+
+
+def verdict(inputs: PlanInputs, *, memory: int, spare: float, problem: str) -> str:
+    """Returns the plan in one line: ``fits in 12.0 GiB with 2.1 GiB to spare``."""
+    if not memory:
+        return f"training needs {human_bytes(phases.needed(inputs))}; this machine has no such device to compare with"
+    if problem:
+        return f"does not fit: {problem}"
+    each = f" on each of {inputs.processes} devices" if inputs.processes > 1 else ""
+    return f"fits in {human_bytes(memory)} with {human_bytes(spare)} to spare{each}"
 
 
 def best_change(inputs: PlanInputs) -> tuple[str, float]:
@@ -153,28 +205,44 @@ def obstacle(inputs: PlanInputs, machine: Machine, *, host: float, memory: int) 
     if inputs.device == "cuda" and len(machine.gpus) < inputs.processes:
         gpus = "1 GPU" if len(machine.gpus) == 1 else f"{len(machine.gpus)} GPUs"
         return f"launch.processes={inputs.processes}, but the machine has {gpus}"
-    needed, usable = phases.needed(inputs), memory * _usable(inputs)
+    needed, usable = phases.needed(inputs), memory * _usable_share(inputs)
     if needed > usable:
-        return f"{human_bytes(needed)} are needed and a process gets {human_bytes(usable)} of {human_bytes(memory)}"
+        return f"training needs {human_bytes(needed)} and a process gets {human_bytes(usable)} of {human_bytes(memory)}"
     if machine.ram_bytes and host > machine.ram_bytes:
         return f"the host needs {human_bytes(host)} and has {human_bytes(machine.ram_bytes)}"
     return ""
 
 
-def _usable(inputs: PlanInputs) -> float:
+def can_halve(inputs: PlanInputs) -> bool:
+    """Returns whether training can halve its micro-batch when memory runs out.
+
+    A shard's owner cannot stop alone, and where the device is the host the system ends the process instead.
+    """
+    return inputs.device == "cuda" and inputs.shards == 1
+
+
+def usable_bytes(inputs: PlanInputs, machine: Machine) -> float:
+    """Returns what a process gets of one device's memory; 0 where there is no such device."""
+    return device_memory(inputs, machine) * _usable_share(inputs)
+
+
+def _usable_share(inputs: PlanInputs) -> float:
     return phases.USABLE_SHARE if inputs.device == "cuda" else 1.0
 
 
-def _notes(inputs: PlanInputs, machine: Machine, *, disk: float, memory: int) -> list[str]:
+def _later_text(inputs: PlanInputs, machine: Machine, phase: str, terms: Terms) -> str:
+    """Describes how a stage after training runs: none of them decides whether training may start."""
+    placed = phases.later_placement(inputs, phase, memory=device_memory(inputs, machine), host=machine.ram_bytes)
+    how = later.text(inputs, phase, placed)
+    return f"{human_bytes(phases.total(terms))}{f', {how}' if how else ''}"
+
+
+def _notes(inputs: PlanInputs, machine: Machine, *, disk: float) -> list[str]:
     notes = []
     if disk > machine.disk_free_bytes:
         notes.append(
             f"the run needs {human_bytes(disk)} of disk space and {human_bytes(machine.disk_free_bytes)} are free"
         )
-    for phase in phases.AFTER_TRAINING if memory else ():
-        placed = phases.later_placement(inputs, phase, memory=memory, host=machine.ram_bytes)
-        if how := later.text(inputs, phase, placed):
-            notes.append(f"{phase} {how}")
     if inputs.architecture.experts and inputs.method != "none":
         notes.append(_experts(inputs))
     return notes

@@ -1,4 +1,4 @@
-"""The plan group, and the conversion of a composed configuration to `PlanInputs`."""
+"""The plan group, and the conversion of a composed configuration to `PlanInputs`, ``auto`` resolved."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from finetune.architecture import ArchitectureConfig
 from finetune.hardware.place import choose_dtype
 from finetune.kernels.choose import KernelFacts, choose
 from finetune.model.base import dimensions
+from finetune.plan.fit import fit_step
 from finetune.plan.inputs import KernelChoice, PlanInputs, TrainerMemoryModel
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class PlanConfig:
 
 
 def from_config(config: RunConfig, machine: Machine) -> PlanInputs:
-    """Converts a composed configuration.
+    """Converts a composed configuration; ``auto`` becomes what fits the machine and trains fastest.
 
     Raises:
         ModelError: ``model.architecture`` is null, and the model's own config.json cannot be had or read.
@@ -57,7 +58,8 @@ def from_config(config: RunConfig, machine: Machine) -> PlanInputs:
     autocast = not (kernels.fused and kernels.loss_on_trained_tokens) and (
         config.lora.dtype != "bfloat16" or config.model.upcast != "none"
     )
-    return PlanInputs(
+    train = config.train
+    inputs = PlanInputs(
         architecture=architecture,
         method=config.quantization.method,
         double=config.quantization.double,
@@ -72,12 +74,12 @@ def from_config(config: RunConfig, machine: Machine) -> PlanInputs:
         compute_bytes=element,
         stored_bytes=element,
         upcast=config.model.upcast,
-        rows=config.train.micro_batch,
+        rows=1 if "micro_batch" in train.automatic else train.micro_batch_rows,
         documents=2 if pairs else 1,
         tokens=tokens,
-        step_rows=config.train.rows_per_step or max(1, (config.train.tokens_per_step or tokens) // tokens),
-        checkpointing=config.train.checkpointing == "full",
-        offload_activations=config.train.offload,
+        step_rows=train.rows_per_step or max(1, (train.tokens_per_step or tokens) // tokens),
+        checkpointing=train.checkpointing == "full" or "checkpointing" in train.automatic,
+        offload_activations=train.offload,
         attention="eager" if config.model.attention == "eager" else "fused",
         optimizer=config.optim.name,
         strategy="zero3" if config.launch.strategy == "deepspeed" else config.launch.strategy,
@@ -94,6 +96,7 @@ def from_config(config: RunConfig, machine: Machine) -> PlanInputs:
         kernels=kernels,
         trainer=TrainerMemoryModel(reduced_input_copies=autocast),
     )
+    return fit_step(inputs, machine, choose=train.automatic) if train.automatic else inputs
 
 
 def predict_kernels(

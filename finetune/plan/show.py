@@ -1,4 +1,4 @@
-"""Prints the plan: one table, one verdict, one piece of advice."""
+"""Prints the plan: the verdict, what would help, and on request the bytes of each phase."""
 
 from finetune.console import human_bytes, log, table
 from finetune.plan.product import Plan
@@ -9,11 +9,28 @@ TERMS = (
 )  # fmt: skip
 
 
-def show(plan: Plan) -> Plan:
-    """Prints the plan and returns it."""
+def show(plan: Plan, *, verbose: bool = False) -> Plan:
+    """Prints the plan, its verdict first, and returns it.
+
+    Args:
+        plan: The plan.
+        verbose: Also prints the bytes of each phase by term.
+    """
     if not plan.known:
         log("plan", *plan.notes)
         return plan
+    log("plan", plan.verdict, style={True: "bold green", False: "bold red", None: "bold"}[plan.fits])
+    log("plan", *plan.chosen, *_peak(plan), _later(plan), _time(plan), *plan.notes)
+    if verbose:
+        show_phases(plan)
+    if plan.exact:
+        _show_exact(plan)
+    log("plan", *plan.proposal)
+    return plan
+
+
+def show_phases(plan: Plan) -> None:
+    """Prints the bytes of each phase by term, and the memory of the host."""
     names = [term for term in TERMS if any(term in terms for terms in plan.phases.values())]
     device = "on the GPU" if plan.device == "cuda" else "on the CPU, this process included"
     where = "on each device" if plan.devices > 1 else device
@@ -25,23 +42,37 @@ def show(plan: Plan) -> Plan:
         base = human_bytes(plan.disk["base"])
         mapped = f"while memory is free, load also shows up to {base} of mapped pages of the base's files"
         log("plan", f"host memory: {phases}; {mapped}")
-    log("plan", "disk: " + ", ".join(f"{name} {human_bytes(size)}" for name, size in plan.disk.items()))
-    log("plan", *_verdict(plan), *([_time(plan)] if plan.seconds else []), *plan.notes)
-    if plan.exact:
-        _show_exact(plan)
-    log("plan", *plan.proposal)
-    return plan
+
+
+def _peak(plan: Plan) -> list[str]:
+    """Returns what takes the memory, and what would help most."""
+    largest = f"{plan.largest_term} ({human_bytes(plan.largest_term_bytes)})"
+    need = f"training peaks at {human_bytes(plan.peak_bytes)} ({plan.peak_phase.replace('_', ' ')})"
+    need += f", most of it {largest}"
+    if plan.needed_bytes < plan.peak_bytes:
+        need += f"; without the allocator's idle blocks {human_bytes(plan.needed_bytes)}"
+    if not plan.advice:
+        return [need]
+    return [need, f"what would help most: {plan.advice} saves {human_bytes(plan.advice_saves_bytes)}"]
+
+
+def _later(plan: Plan) -> str:
+    stages = "; ".join(f"{stage} {text}" for stage, text in plan.later.items())
+    return f"after training: {stages}; disk {human_bytes(sum(plan.disk.values()))}"
 
 
 def _time(plan: Plan) -> str:
-    speed = f"{plan.tokens_per_second:,.0f} tokens/s, from {plan.speed_source}"
+    if not plan.tokens_per_second:
+        return f"time: {plan.speed_source}"
+    speed = f"{plan.tokens_per_second:,.0f} tokens/s"
     if "train" in plan.seconds:
-        train = f"training {human_seconds(plan.seconds['train'])}"
+        train = f"training {human_seconds(plan.seconds['train'])} at {speed}"
     else:
-        million = human_seconds(1e6 / plan.tokens_per_second)
-        train = f"training {million} per million tokens (their number is known once the data are read)"
-    others = ", ".join(f"{stage} {human_seconds(size)}" for stage, size in plan.seconds.items() if stage != "train")
-    return f"time, rough (within a factor of two): {train} at {speed}; {others}"
+        train = f"training {human_seconds(1e6 / plan.tokens_per_second)} per million tokens at {speed}"
+    if not plan.speed_is_measured:
+        return f"time: at best {train}, by {plan.speed_source}; smaller models are much slower than those say"
+    later = [f"{stage} {human_seconds(plan.seconds[stage])}" for stage in ("merge", "eval") if stage in plan.seconds]
+    return f"time: {'; '.join([train, *later])}, from {plan.speed_source}"
 
 
 def _show_exact(plan: Plan) -> None:
@@ -58,22 +89,6 @@ def _show_exact(plan: Plan) -> None:
     worst = max(differences, key=lambda name: abs(differences[name]))
     largest = f"the largest difference is {differences[worst]:+.1%} in {worst}"
     log("plan", f"counted on the real modelling code: the total differs by {together:+.1%}; {largest}")
-
-
-def _verdict(plan: Plan) -> list[str]:
-    largest = f"{plan.largest_term} ({human_bytes(plan.largest_term_bytes)})"
-    need = f"the peak is {plan.peak_phase.replace('_', ' ')} with {human_bytes(plan.peak_bytes)}, most of it {largest}"
-    if plan.needed_bytes < plan.peak_bytes:
-        need += f"; without the allocator's idle blocks {human_bytes(plan.needed_bytes)} are needed"
-    if plan.fits is None:
-        verdict = f"{need}; this machine has no such device to compare with: name one, such as hardware=rtx4090"
-    elif plan.obstacle:
-        verdict = f"{need}: it does not fit: {plan.obstacle}"
-    else:
-        verdict = f"{need}: it fits in {human_bytes(plan.memory_bytes)}"
-    if not plan.advice:
-        return [verdict]
-    return [verdict, f"what would help most: {plan.advice} saves {human_bytes(plan.advice_saves_bytes)} of the peak"]
 
 
 def human_seconds(seconds: float) -> str:

@@ -1,9 +1,8 @@
-"""Estimates how fast a machine trains: from earlier runs on it, or from a table of the makers' figures."""
+"""How fast a machine trains: from earlier runs on it, or at best by a table of the makers' figures."""
 
 from __future__ import annotations
 
 import json
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from finetune.architecture import (
     parameters,
 )
 from finetune.plan.activations_saved import GATED_LAYERS
-from finetune.plan.inputs import PlanInputs
+from finetune.plan.inputs import FLOAT, PlanInputs
 
 if TYPE_CHECKING:
     from finetune.hardware import Machine
@@ -58,48 +57,27 @@ benchmarks."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Throughput:
-    """An estimate of training speed.
+class EarlierRun:
+    """A finished run of the same model in the same dtype on this machine.
 
     Attributes:
-        tokens_per_second: Of training, over all devices.
-        operations_per_second: What training reaches on one device.
-        bandwidth: Memory bytes per second of one device.
-        source: Where the figure comes from.
+        operations_per_second: What training reached on one device.
+        seconds: Of the stages merge and eval, where they are done.
     """
 
-    tokens_per_second: float
     operations_per_second: float
-    bandwidth: float
-    source: str
+    seconds: dict[str, float]
 
 
-def throughput(inputs: PlanInputs, machine: Machine, *, runs: Path | None) -> Throughput:
-    """Estimates the speed of training.
+def table_throughput(inputs: PlanInputs, machine: Machine) -> float:
+    """Returns tokens per second over all devices by the makers' figures: good to compare settings on one machine."""
+    operations = stated_figures(inputs, machine)[0] * UTILISATION
+    return operations * inputs.processes / token_operations(inputs) * busy_share(inputs)
 
-    Args:
-        inputs: The training configuration.
-        machine: This machine, or a named one.
-        runs: Folder of earlier runs on this machine; None where the machine is only named.
-    """
-    stated, bandwidth = stated_figures(inputs, machine)
-    effort = token_operations(inputs)
-    speeds = earlier_speeds(machine, runs, device=inputs.device) if runs else []
-    if speeds:
-        operations = statistics.median(speeds)
-        return Throughput(
-            tokens_per_second=operations * inputs.processes / effort,
-            operations_per_second=operations,
-            bandwidth=bandwidth,
-            source=f"{len(speeds)} earlier run{'s' if len(speeds) > 1 else ''} on this machine",
-        )
-    operations = stated * UTILISATION
-    return Throughput(
-        tokens_per_second=operations * inputs.processes / effort * busy_share(inputs),
-        operations_per_second=operations,
-        bandwidth=bandwidth,
-        source=f"a table: {stated / 1e12:.3g}e12 operations per second, of which training reaches {UTILISATION:.0%}",
-    )
+
+def is_listed(inputs: PlanInputs, machine: Machine) -> bool:
+    """Tells whether the maker's figures of the device are in the table."""
+    return inputs.device == "cuda" and any(part in gpu.name for gpu in machine.gpus[:1] for part in GPUS)
 
 
 def stated_figures(inputs: PlanInputs, machine: Machine) -> tuple[float, float]:
@@ -141,30 +119,46 @@ def busy_share(inputs: PlanInputs) -> float:
     return inputs.step_tokens / (inputs.step_tokens + delay)
 
 
-def earlier_speeds(machine: Machine, runs: Path, *, device: str) -> list[float]:
-    """Returns the operations per second of finished trainings on this machine, one figure per run."""
-    speeds = []
+def earlier_runs(inputs: PlanInputs, machine: Machine, runs: Path) -> list[EarlierRun]:
+    """Returns the finished trainings of the same model on this machine, in the same dtype.
+
+    Args:
+        inputs: The training configuration.
+        machine: This machine.
+        runs: Folder of the runs.
+    """
+    earlier = []
     for file in sorted(runs.glob("*/train/manifest.json")):
         run = file.parents[1]
         try:
             trained = json.loads(file.read_text(encoding="utf-8"))
             planned = json.loads((run / "plan" / "manifest.json").read_text(encoding="utf-8"))["product"]
             environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+            seconds = {stage: _seconds(run / stage / "manifest.json") for stage in ("merge", "eval")}
         except (OSError, ValueError, KeyError):
             continue  # a run of another version, or one that is being written
         speed = trained.get("product", {}).get("tokens_per_second")
         effort = planned.get("token_operations")
-        if speed and effort and _same_machine(environment, machine, device=device):
-            speeds.append(speed * effort / max(1, planned.get("devices", 1)))
-    return speeds
+        same_model = planned.get("parameters") == parameters(inputs.architecture)
+        if speed and effort and same_model and _same_machine(environment, machine, inputs):
+            operations = speed * effort / max(1, planned.get("devices", 1))
+            done = {stage: took for stage, took in seconds.items() if took}
+            earlier.append(EarlierRun(operations_per_second=operations, seconds=done))
+    return earlier
 
 
-def _same_machine(environment: dict[str, Any], machine: Machine, *, device: str) -> bool:
-    machine_then = environment.get("machine", {})
+def _seconds(manifest: Path) -> float:
+    if not manifest.is_file():
+        return 0.0
+    return float(json.loads(manifest.read_text(encoding="utf-8"))["seconds"])
+
+
+def _same_machine(environment: dict[str, Any], machine: Machine, inputs: PlanInputs) -> bool:
+    machine_then, placement = environment.get("machine", {}), environment.get("placement", {})
     gpus = [gpu.get("name") for gpu in machine_then.get("gpus", [])]
-    device_then = environment.get("placement", {}).get("device")
     return (
-        device_then == device
+        placement.get("device") == inputs.device
+        and (placement.get("dtype") == "float32") == (inputs.compute_bytes == FLOAT)
         and machine_then.get("cores") == machine.cores
         and gpus == [gpu.name for gpu in machine.gpus]
     )

@@ -106,10 +106,10 @@ CHECKS = (
     ),
     Check(
         name="memory_and_disk",
-        sentence="evaluation, save and merge fit in memory and on disk",
+        sentence="training fits in memory and on disk",
         run=memory_check.check_memory_and_disk,
-        cause="merge and evaluation load the dense model, so stop here with run.until=train and run them on a machine "
-        "with more memory; or the disk is too full: free some space, choose another run.root, or keep fewer "
-        "checkpoints (train.keep_checkpoints)",
+        cause="other programs use the device's memory, or the settings need too much: `finetune plan --fit` proposes "
+        "some that fit; or the disk is too full: free some space, choose another run.root, or keep fewer checkpoints "
+        "(train.keep_checkpoints)",
     ),
 )

@@ -98,7 +98,7 @@ def overfit_one_batch(context: CheckContext, rows: Dataset, heldout: Dataset | N
         heldout: data/heldout, or None.
     """
     train = context.job.config
-    batch = largest_rows(rows, count=train.micro_batch)
+    batch = largest_rows(rows, count=train.micro_batch_rows)
     evaluated = largest_rows(heldout, count=EVALUATED_ROWS) if heldout is not None and train.evaluations else []
     recorder = GradientRecorder(keeps_gradients=False)
     stop = StopWhenLearned(context, prompts_of(context, batch) if train.objective == "sft" else [], recorder)

@@ -113,7 +113,7 @@ def make_context(
     prepared = load_from_disk(str(job.data.folder / "train"))
     if not len(prepared):
         raise TrainError("data: none of the rows is left to train on; `finetune data` shows why each was dropped")
-    micro_batch = job.config.micro_batch if make_trainer else 1
+    micro_batch = job.config.micro_batch_rows if make_trainer else 1
     rows = choose_rows(config, prepared, micro_batch=micro_batch, pairs=job.config.objective != "sft")
     trial = TrialTrainer(job=job, make_trainer=make_trainer, folder=folder) if make_trainer else None
     return CheckContext(config=config, job=job, rows=rows, run=run, folder=folder, until=until, trial=trial)

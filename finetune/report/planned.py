@@ -1,7 +1,7 @@
 """The plan: one bar for each phase, divided into its parts, and the planned peak compared with the measured one."""
 
 from finetune.html import Figure
-from finetune.html.format import size
+from finetune.html.format import duration, size
 from finetune.html.svg import Scale, box, line, picture, text, ticks
 from finetune.report.run_data import Fields
 
@@ -14,24 +14,31 @@ PARTS = {
 }
 """Four parts that a reader can tell apart, and the plan's terms in each."""
 
+TRAINING_PHASES = ("first_step", "step")
+"""Phases of the plan that the train stage goes through."""
+
 WIDTH, LEFT, RIGHT, ROW, BAR = 760, 96, 668, 34, 18
 Phases = dict[str, dict[str, int]]
 """Bytes of each term, by phase."""
 
 
 def planned_text(report: Fields) -> str:
-    """Compares the planned peak with the measured one; empty without a plan."""
-    plan = report["plan"] or {}
-    if not plan.get("known") or not plan.get("peak_bytes"):
+    """Compares training as planned with training as measured: memory at its peak, and time where it was known."""
+    plan, train = report["plan"] or {}, report["stages"].get("train", {})
+    phases = [sum(terms.values()) for name, terms in (plan.get("phases") or {}).items() if name in TRAINING_PHASES]
+    if not plan.get("known") or not any(phases):
         return ""
     key, where = "peak_device_bytes", "on the GPU"
     if plan.get("device") == "cpu":
-        key, where = "peak_rss_bytes", "in the whole process, libraries included"
-    peaks = [report["stages"].get(stage, {}).get(key) or 0 for stage in ("model", "preflight", "train")]
-    measured = f" Measured: {size(max(peaks))} {where}." if any(peaks) else ""
-    largest = plan.get("largest_term")
-    share = f", most of it {largest.replace('_', ' ')} ({size(plan['largest_term_bytes'])})" if largest else ""
-    return f"Planned before anything was loaded: {size(plan['peak_bytes'])} for model and training{share}.{measured}"
+        key, where = "peak_rss_bytes", "in the whole process, with what libraries and earlier stages keep"
+    planned, measured = max(phases), train.get(key) or 0
+    sentences = [f"Training, planned before anything was loaded: {size(planned)}."]
+    if measured:
+        sentences.append(f"Measured: {size(measured)} {where} ({measured / planned - 1:+.0%}).")
+    seconds, took = (plan.get("seconds") or {}).get("train"), train.get("seconds")
+    if seconds and took:
+        sentences.append(f"Time, planned from {plan['speed_source']}: {duration(seconds)}; it took {duration(took)}.")
+    return " ".join(sentences)
 
 
 def planned_figure(report: Fields) -> Figure | None:

@@ -33,7 +33,7 @@ def sft_config(job: TrainingJob, *, folder: Path, steps: int, step_tokens: float
         output_dir=str(folder),
         max_steps=steps,
         **schedule_arguments(optim, steps=steps, tokens_per_step=step_tokens),
-        per_device_train_batch_size=config.micro_batch,
+        per_device_train_batch_size=config.micro_batch_rows,
         gradient_accumulation_steps=accumulate,
         learning_rate=optim.learning_rate,
         optim=placement.optimizer,
@@ -75,11 +75,11 @@ def _autocast_dtype(job: TrainingJob) -> str | None:
 
 
 def rows_per_step(config: TrainConfig, *, row_tokens: float) -> int:
-    """Returns the rows of an optimizer step over all processes: whole micro-batches, close to the setting."""
+    """Returns the rows of an optimizer step over all processes; the micro-batch does not change them."""
     if config.rows_per_step is not None:
-        return config.micro_batch * max(1, round(config.rows_per_step / config.micro_batch))
+        return config.rows_per_step
     assert config.tokens_per_step is not None
-    return config.micro_batch * max(1, round(config.tokens_per_step / (row_tokens * config.micro_batch)))
+    return max(1, round(config.tokens_per_step / row_tokens))
 
 
 def refuse_idle_processes(per_step: int, *, unit: str, processes: int) -> None:

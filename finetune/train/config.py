@@ -8,7 +8,8 @@ from finetune.jsonable import to_jsonable
 from finetune.train.preference import PreferenceConfig
 from finetune.train.preference import conflicts as preference_conflicts
 
-CHECKPOINTING = ("none", "selective", "full")
+AUTO = "auto"
+CHECKPOINTING = (AUTO, "none", "selective", "full")
 SELECT = ("last", "best")
 OBJECTIVES = {"sft": "supervised", "dpo": "preference"}
 """Training objectives, each with the ``data.objective`` whose rows it reads."""
@@ -27,8 +28,9 @@ class TrainConfig:
     steps: int | None
     """Number of optimizer steps; None trains for ``epochs``."""
 
-    micro_batch: int
-    """Rows (packs, if packed) of one forward pass. Memory grows with it."""
+    micro_batch: Any = AUTO  # a whole number or auto; OmegaConf 2.3 cannot merge unions into a missing group
+    """Rows (packs, if packed) of one forward pass. Memory grows with it. ``auto`` takes the fastest that fits the
+    device by the plan; what one optimizer step reads does not depend on it."""
 
     tokens_per_step: int | None
     """Approximate tokens that one optimizer step reads, by accumulating micro-batches. None: ``rows_per_step``."""
@@ -36,9 +38,10 @@ class TrainConfig:
     rows_per_step: int | None
     """Rows (packs, if packed) that one optimizer step reads, where ``tokens_per_step`` is None."""
 
-    checkpointing: str
+    checkpointing: str = AUTO
     """Activation checkpointing: ``none`` stores activations (fastest), ``full`` recomputes them in the backward pass
-    (least memory), ``selective`` recomputes only the widest ones, those of gated MLPs."""
+    (least memory), ``selective`` recomputes only the widest ones, those of gated MLPs. ``auto`` takes the fastest that
+    fits the device by the plan."""
 
     offload: bool
     """Offloads activations from the GPU to host memory; needs a GPU. Slower, but fits longer rows."""
@@ -83,6 +86,17 @@ class TrainConfig:
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     """Settings of the objectives that compare answers; not used by ``sft``."""
 
+    @property
+    def micro_batch_rows(self) -> int:
+        """Returns ``micro_batch`` as a number; `finetune.plan.step` replaces ``auto`` before training."""
+        assert isinstance(self.micro_batch, int), f"train.micro_batch={self.micro_batch} was not resolved"
+        return self.micro_batch
+
+    @property
+    def automatic(self) -> frozenset[str]:
+        """Returns the names of the settings that the plan chooses."""
+        return frozenset(name for name in ("micro_batch", "checkpointing") if getattr(self, name) == AUTO)
+
     def key(self) -> dict[str, Any]:
         """Returns the settings that change the resulting adapter."""
         settings: dict[str, Any] = to_jsonable(self)
@@ -102,7 +116,9 @@ class TrainConfig:
             yield f"train.epochs must be positive, or train.steps set; got {self.epochs}"
         if self.steps is not None and self.steps < 1:
             yield f"train.steps must be at least 1; got {self.steps}"
-        for key in ("micro_batch", "log_steps", "keep_checkpoints", "evaluation_rows", "non_finite_steps"):
+        if self.micro_batch != AUTO and (type(self.micro_batch) is not int or self.micro_batch < 1):
+            yield f"train.micro_batch must be a whole number of at least 1, or {AUTO}; got {self.micro_batch}"
+        for key in ("log_steps", "keep_checkpoints", "evaluation_rows", "non_finite_steps"):
             if getattr(self, key) < 1:
                 yield f"train.{key} must be at least 1; got {getattr(self, key)}"
         if (self.tokens_per_step is None) == (self.rows_per_step is None):

@@ -84,7 +84,7 @@ def make_trainer(
     steps = step_count(config, rows=len(rows), per_step=per_step)
     unit = "pairs" if objective.training else "packs" if trainable.packing else "rows"
     refuse_idle_processes(per_step, unit=unit, processes=ranks.count)
-    accumulate = micro_batches(per_step, micro_batch=config.micro_batch, processes=ranks.count)
+    accumulate = micro_batches(per_step, micro_batch=config.micro_batch_rows, processes=ranks.count)
     shared = f" on each of {ranks.count} processes" if ranks.count > 1 else ""
     log(
         "train",
@@ -103,7 +103,7 @@ def make_trainer(
         sampler=StepBatchSampler(
             len(rows),
             rows_per_step=per_step,
-            micro_batch=config.micro_batch,
+            micro_batch=config.micro_batch_rows,
             seed=job.seed,
             process=ranks.rank,
             processes=ranks.count,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune.cli import main
 from finetune.config import load
 from finetune.errors import HardwareError
 from finetune.hardware import Machine, place, probe
@@ -17,7 +18,7 @@ from finetune.plan import phases, show, weights
 from finetune.plan.activations_saved import layer_bytes
 from finetune.plan.fit import propose
 from finetune.plan.inputs import TRL
-from finetune.plan.product import Plan, make_plan
+from finetune.plan.product import Plan, make_plan, require_fit
 from finetune.plan.settings import from_config
 from tests.fixtures.architectures import GIB, inputs, machine
 
@@ -95,14 +96,16 @@ def test_every_change_that_is_advised_needs_less() -> None:
 
 
 def test_a_dense_model_that_does_not_fit_is_planned_as_it_will_run() -> None:
-    """Llama 2 7B in 16 bit: offloaded on 12 GB, in small batches on 16 GB, in large ones on 24 GB."""
+    """Llama 2 7B in 16 bit: offloaded on 12 GB, in small batches on 16 GB, in large ones on 24 GB; training decides."""
     setup = inputs(answers=100, answer_tokens=96, measured_rows=200)
     small, middle, large = (make_plan(setup, machine(memory), checkpoints=2) for memory in (12, 16, 24))
-    assert any("eval reads" in note and "the dense base is left out" in note for note in small.notes)
-    assert any("merge reads" in note for note in small.notes)
-    assert not middle.notes
-    assert not large.notes
+    assert "reads" in small.later["eval"] and "the dense base is left out" in small.later["eval"]
+    assert "reads" in small.later["merge"]
+    for plan in (middle, large):
+        assert set(plan.later) == {"eval", "merge"}
+        assert not any("reads" in text for text in plan.later.values())
     for plan in (small, middle, large):
+        assert plan.fits is True
         for phase in ("eval", "merge"):
             assert sum(plan.phases[phase].values()) < plan.memory_bytes
     assert small.phases["eval"]["weights"] < middle.phases["eval"]["weights"] == large.phases["eval"]["weights"]
@@ -111,21 +114,55 @@ def test_a_dense_model_that_does_not_fit_is_planned_as_it_will_run() -> None:
 
 def test_a_threshold_keeps_the_base_in_the_plan() -> None:
     setup = inputs(answers=100, answer_tokens=96, measured_rows=200, needs_base=True)
-    assert not any("left out" in note for note in make_plan(setup, machine(12), checkpoints=2).notes)
+    assert "left out" not in make_plan(setup, machine(12), checkpoints=2).later["eval"]
 
 
 def test_after_fsdp_the_dense_model_is_spread_over_the_gpus() -> None:
     setup = inputs(strategy="fsdp", processes=2, answers=100, answer_tokens=96, measured_rows=200)
     plan = make_plan(setup, machine(12, 12), checkpoints=2)
-    assert any("eval spreads the dense model over 2 GPUs" in note for note in plan.notes)
+    assert "spreads the dense model over 2 GPUs" in plan.later["eval"]
 
 
-def test_show_prints_every_phase_and_the_verdict(capsys: pytest.CaptureFixture[str]) -> None:
-    show(make_plan(inputs(), machine(24), checkpoints=2))
+def test_the_verdict_comes_first_and_the_table_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = make_plan(inputs(), machine(24), checkpoints=2)
+    show(plan)
+    brief = capsys.readouterr().out
+    assert re.match(r"plan       fits in 24\.0 GiB with 1\d\.\d GiB to spare\n", brief)
+    show(plan, verbose=True)
+    assert capsys.readouterr().out.startswith(brief)
+    assert "first step" not in brief
+
+
+def test_what_is_spare_and_what_is_needed_is_what_a_process_gets() -> None:
+    plan = make_plan(inputs(), machine(24), checkpoints=2)
+    assert plan.spare_bytes + plan.needed_bytes == pytest.approx(24 * GIB * phases.USABLE_SHARE, abs=2)
+    short = make_plan(inputs("llama31_405b"), machine(24), checkpoints=2)
+    assert short.verdict.startswith("does not fit: training needs ")
+    assert short.spare_bytes < 0
+
+
+def test_what_cannot_fit_is_refused_and_what_may_fit_is_not() -> None:
+    with pytest.raises(HardwareError, match=r"plan: does not fit: training needs .* `finetune plan --fit` proposes"):
+        require_fit(make_plan(inputs("llama2_13b"), machine(6), checkpoints=2))
+    close = make_plan(inputs("llama2_13b", rank=64), machine(10), checkpoints=2)
+    assert close.fits is False
+    require_fit(close)
+    require_fit(make_plan(inputs(), machine(), checkpoints=2))
+
+
+def test_verbose_prints_every_phase(capsys: pytest.CaptureFixture[str]) -> None:
+    show(make_plan(inputs(), machine(24), checkpoints=2), verbose=True)
     printed = capsys.readouterr().out
-    assert all(
-        phase in printed for phase in ("load", "first step", "step", "save", "eval", "merge", "it fits in 24.0 GiB")
-    )
+    assert all(phase in printed for phase in ("load", "first step", "step", "save", "eval", "merge"))
+
+
+def test_json_is_one_document_with_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "+experiment=guanaco_7b", "hardware=rtx4090", "lora.variant=lora", "--json", "--fit"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    fields = {field.name for field in dataclasses.fields(Plan)}
+    assert fields <= found.keys()
+    assert found["fits"] is True
+    assert found["proposal"]
 
 
 def test_unknown_model_is_reported_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

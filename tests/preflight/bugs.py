@@ -214,20 +214,23 @@ def stand_still(scene: Scene, _: pytest.MonkeyPatch) -> None:
 def write_plan(scene: Scene, **changes: Any) -> None:
     plan = {
         "known": True,
-        "phases": {"merge": {"weights": 1}, "eval": {"weights": 1}},
-        "disk": {"base": 1, "merged": 1},
+        "phases": {"step": {"weights": 1}},
+        "needed_bytes": 1,
+        "least_bytes": 1,
+        "later": {"merge": "1 B", "eval": "1 B"},
+        "disk": {"base": 1, "checkpoints": 1, "adapter": 1, "merged": 1},
         **changes,
     }
     (scene.run / "plan").mkdir()
     (scene.run / "plan" / "manifest.json").write_text(json.dumps({"product": plan}))
 
 
-def too_large_to_merge(scene: Scene, _: pytest.MonkeyPatch) -> None:
-    write_plan(scene, phases={"merge": {"weights": 10**16}, "eval": {}})
+def too_large_to_train(scene: Scene, _: pytest.MonkeyPatch) -> None:
+    write_plan(scene, needed_bytes=2 * 10**16, least_bytes=10**16)
 
 
 def disk_too_small(scene: Scene, _: pytest.MonkeyPatch) -> None:
-    write_plan(scene, disk={"base": 1, "checkpoints": 10**18, "merged": 1})
+    write_plan(scene, disk={"base": 1, "checkpoints": 10**18, "adapter": 1, "merged": 1})
 
 
 def disk_full(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,7 +271,7 @@ BUGS = (
     Bug("an evaluation changes what is saved", "evaluation", change_in_evaluation),
     Bug("the disk is full while the adapter is saved", "evaluation", disk_full),
     Bug("a fused kernel returns twice the gradient", "fused_layers", double_a_gradient),
-    Bug("the merge needs more memory than there is", "memory_and_disk", too_large_to_merge),
+    Bug("training needs more memory than there is", "memory_and_disk", too_large_to_train),
     Bug("the checkpoints need more disk than there is", "memory_and_disk", disk_too_small),
     Bug("the learning rate is 0", "learning", stand_still, "full"),
     Bug("the loss is detached from the model", "learning", detach_the_loss, "full"),

@@ -139,12 +139,21 @@ def test_off_checks_nothing_and_logs_so(scene: Scene, capsys: pytest.CaptureFixt
     assert "skipped (preflight=off); the report will say so" in capsys.readouterr().out
 
 
-def test_a_run_that_ends_with_training_needs_no_memory_for_the_merge(scene: Scene) -> None:
-    write_plan(scene, phases={"merge": {"weights": 10**16}}, disk={"merged": 10**18, "checkpoints": 5})
+def test_what_comes_after_training_decides_nothing_and_is_described(scene: Scene) -> None:
+    disk = {"merged": 10**18, "checkpoints": 5, "adapter": 1}
+    write_plan(scene, later={"merge": "streamed", "eval": "offloaded"}, disk=disk)
+    check = next(check for check in scene.run_preflight().checks if check.name == "memory_and_disk")
+    assert check.passed
+    assert "later merge streamed, eval offloaded, disk 909494.7 TiB" in check.figure
+
+
+def test_a_run_that_ends_with_training_has_no_later_stage(scene: Scene) -> None:
+    write_plan(scene, disk={"merged": 10**18, "checkpoints": 5, "adapter": 1})
     scene.until = "train"
     check = next(check for check in scene.run_preflight().checks if check.name == "memory_and_disk")
     assert check.passed
-    assert "no later stage needs the dense model; disk 5 B" in check.figure
+    assert "disk 6 B (checkpoints 5 B, adapter 1 B)" in check.figure
+    assert "later" not in check.figure
 
 
 def test_trained_text_is_written_for_people_to_read(scene: Scene) -> None:

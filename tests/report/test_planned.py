@@ -3,7 +3,7 @@
 import re
 import xml.etree.ElementTree as ElementTree
 
-from finetune.report.planned import bars, planned_figure
+from finetune.report.planned import bars, planned_figure, planned_text
 
 GIB = 1024**3
 PHASES = {
@@ -43,3 +43,24 @@ def test_the_caption_names_the_device() -> None:
     assert shown is not None
     assert "Bytes in the GPU" in shown.caption
     assert "8.0 GiB" in shown.caption
+
+
+def test_training_as_planned_is_compared_with_training_as_measured() -> None:
+    plan = {"known": True, "device": "cpu", "phases": {**PHASES, "eval": {"weights": 90 * GIB}}, "seconds": {}}
+    stages = {
+        "preflight": {"peak_rss_bytes": 80 * GIB, "peak_device_bytes": None, "seconds": 5.0},
+        "train": {"peak_rss_bytes": 9 * GIB, "peak_device_bytes": None, "seconds": 60.0},
+    }
+    text = planned_text({"plan": plan, "stages": stages})
+    assert "6.0 GiB" in text
+    assert "9.0 GiB" in text
+    assert "(+50%)" in text
+    assert "Time" not in text
+
+
+def test_a_planned_time_is_compared_with_the_time_it_took() -> None:
+    plan = {"known": True, "device": "cuda", "phases": PHASES, "seconds": {"train": 90.0, "eval": 1.0}}
+    stages = {"train": {"peak_rss_bytes": 1, "peak_device_bytes": 3 * GIB, "seconds": 60.0}}
+    text = planned_text({"plan": {**plan, "speed_source": "2 earlier runs of this model here"}, "stages": stages})
+    assert "(-50%)" in text
+    assert "planned from 2 earlier runs of this model here" in text

@@ -34,7 +34,7 @@ def test_problems_of_all_jobs_are_named_before_any_starts(tmp_path: Path, capsys
     assert refused(["lora.rank=0,8", "train.micro_batch=0,1", "optim.learning_rate=-1"], tmp_path, capsys) == [
         "lora.rank must be at least 1; got 0 "
         "(in the jobs lora.rank=0 train.micro_batch=0, lora.rank=0 train.micro_batch=1)",
-        "train.micro_batch must be at least 1; got 0 "
+        "train.micro_batch must be a whole number of at least 1, or auto; got 0 "
         "(in the jobs lora.rank=0 train.micro_batch=0, lora.rank=8 train.micro_batch=0)",
         "optim.learning_rate must be positive, or nothing trains; got -1.0",
     ]

@@ -14,7 +14,10 @@ from finetune.train.sampler import StepBatchSampler
         ("train.select=first", "train.select must be one of last, best; got 'first'"),
         ("train.non_finite_steps=0", "train.non_finite_steps must be at least 1; got 0"),
         ("train.neftune_alpha=-1", "train.neftune_alpha must be positive, or null for no noise; got -1.0"),
-        ("train.checkpointing=some", "train.checkpointing must be one of none, selective, full; got 'some'"),
+        ("train.micro_batch=0", "train.micro_batch must be a whole number of at least 1, or auto; got 0"),
+        ("train.micro_batch=1.5", "train.micro_batch must be a whole number of at least 1, or auto; got 1.5"),
+        ("train.micro_batch=many", "train.micro_batch must be a whole number of at least 1, or auto; got many"),
+        ("train.checkpointing=some", "train.checkpointing must be one of auto, none, selective, full; got 'some'"),
     ],
 )
 def test_setting_outside_its_rule_is_named(override: str, problem: str) -> None:
