@@ -78,7 +78,12 @@ def run_stages(run: Run) -> Iterator[str]:
         "data",
         PreparedData,
         lambda out: prepare(config.data, folder=out, tokenizer=tokenizer, seed=seed),
-        key={"data": config.data.key(), "tokenizer.sha256": spec.base.tokenizer_sha256(), "run.seed": seed},
+        key={
+            "data": config.data.key(),
+            "tokenizer.sha256": spec.base.tokenizer_sha256(),
+            "model.template": config.model.template,
+            "run.seed": seed,
+        },
     )
     yield "data"
 

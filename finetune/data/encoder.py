@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+LONGEST_KEPT = 40
+"""Ends of prompts of up to this many characters repeat in all rows, so their tokens are kept."""
+
+
 class Encoder:
     """The tokenizer's Rust core without any additions: the text already contains every control token.
 
@@ -31,6 +35,8 @@ class Encoder:
         # By default the byte-level post-processor excludes spaces from the offsets; masks need exact offsets.
         self.core.post_processor = processors.ByteLevel(trim_offsets=False)
         self.longest_token = max(map(len, self.core.get_vocab()))
+        self.added = frozenset(self.core.get_added_tokens_decoder())
+        self.prompt_ends: dict[str, list[int]] = {}
 
     def min_tokens(self, text: str) -> int:
         """Returns a lower bound of the text's tokens: no token is longer than the vocabulary's longest."""
@@ -62,7 +68,29 @@ class Encoder:
         if len(tokens) < len(borders):
             return self._encode_pieces(rendered, borders)
         *starts_and_ends, answer = tokens
-        return Encoded(encoding.ids, list(zip(starts_and_ends[::2], starts_and_ends[1::2], strict=True)), answer)
+        ids, starts = encoding.ids, starts_and_ends[::2]
+        for position, token in zip((*borders[:-1:2], rendered.answer), (*starts, answer), strict=True):
+            if not self._is_served(rendered.text, position, encoding, ids[:token]):
+                return self._encode_pieces(rendered, borders)
+        return Encoded(ids, list(zip(starts, starts_and_ends[1::2], strict=True)), answer)
+
+    def _is_served(self, text: str, position: int, encoding: Any, before: list[int]) -> bool:
+        """Returns whether the text before a border alone has the same tokens, as serving tokenizes it.
+
+        A tokenizer may look ahead: GPT-2's splits two newlines before a word, and joins them at the end. Tokens before
+        the last added token cannot differ, since added tokens split the text first.
+
+        Args:
+            before: The tokens before the border.
+        """
+        first = next((number for number in reversed(range(len(before))) if before[number] in self.added), 0)
+        piece = text[encoding.token_to_chars(first)[0] if before else 0 : position]
+        tokens = self.prompt_ends.get(piece)
+        if tokens is None:
+            tokens = self.core.encode(piece, add_special_tokens=False).ids
+            if len(piece) <= LONGEST_KEPT:
+                self.prompt_ends[piece] = tokens
+        return tokens == before[first:]
 
     def _encode_pieces(self, rendered: Rendered, borders: list[int]) -> "Encoded":
         """Tokenizes the text between the borders piece by piece, as serving does.

@@ -1,15 +1,18 @@
 """Selects, inspects and renders the tokenizer's chat template."""
 
+import dataclasses
 import re
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.chat_templates import ChatTemplate, named_templates, read_template, template_problems
 from finetune.console import log
+from finetune.data.config import TEMPLATE_DATE
 from finetune.data.conversation import BadRow, Message
+from finetune.data.thoughts import OPENED, find_switch, thought_form
 from finetune.errors import DataError
-from finetune.paths import CONF
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,63 +26,109 @@ class Template:
     """A chat template and its properties.
 
     Attributes:
-        source: The Jinja text.
+        source: The Jinja text, or several by name.
         special: The names that the template can use: ``bos_token``, ``eos_token``, ...
-        end_of_turn: The token that ends an assistant's turn.
         control: Matches every control token of the tokenizer.
+        date: ISO date that the template gets where it asks for today's.
+        end_of_turn: The token that ends an assistant's turn; "" where the template writes none.
+        switch: The variable that turns thoughts on and off, e.g. ``enable_thinking``; None without one.
+        thoughts: How thoughts are given to the template, see `finetune.data.thoughts`.
     """
 
-    source: str
+    source: ChatTemplate
     special: dict[str, str]
-    end_of_turn: str
     control: re.Pattern[str]
+    date: str
+    end_of_turn: str = ""
+    switch: str | None = None
+    thoughts: str = ""
 
-    def render(self, messages: list[Message], *, tools: list[Any] | None = None, prompt: bool = False) -> str:
+    @property
+    def end(self) -> str:
+        """The token that ends a trained answer: the template's own, or the tokenizer's EOS."""
+        return self.end_of_turn or self.special.get("eos_token", "")
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the template knows thoughts: it writes them, opens them, or can turn them off."""
+        return self.switch is not None or self.thoughts == OPENED
+
+    @property
+    def writes_date(self) -> bool:
+        """Whether the text depends on the day."""
+        return any("strftime_now" in source for source in named_templates(self.source).values())
+
+    def render(
+        self, messages: list[Message], *, tools: list[Any] | None = None, prompt: bool = False, **variables: Any
+    ) -> str:
         """Renders messages; ``prompt`` adds the opening of the assistant's next turn.
+
+        Args:
+            variables: Further variables of the template.
 
         Raises:
             BadRow: The template rejects the messages.
         """
-        return _render(self.source, self.special, messages, tools=tools, prompt=prompt)
+        from jinja2 import TemplateError
 
+        source = self.source
+        if isinstance(source, dict):
+            source = source["tool_use"] if tools is not None and "tool_use" in source else source["default"]
+        try:
+            text: str = _compiled(source, self.date).render(
+                messages=messages,
+                tools=tools,
+                documents=None,
+                add_generation_prompt=prompt,
+                **self.special,
+                **variables,
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise BadRow("the chat template rejects the turns", str(error)) from error
+        return text
 
-def shipped_template(name: str) -> Path:
-    """Returns the path of ``conf/data/template/<name>.jinja``, in a checkout or in an installed wheel."""
-    return CONF / "data" / "template" / f"{name}.jinja"
+    def with_thinking(self, enabled: bool) -> "Template":
+        """Returns the template with another default of its switch, so that it is also the default of serving.
+
+        A server renders the exported template without any variable. It may still set the switch itself.
+        """
+        assert self.switch is not None
+        value = "true" if enabled else "false"
+        # The environment drops the newline after a block, so the text that follows stays as it is.
+        line = f"{{%- if {self.switch} is not defined %}}{{% set {self.switch} = {value} %}}{{% endif %}}\n"
+        if isinstance(self.source, dict):
+            return dataclasses.replace(self, source={name: line + text for name, text in self.source.items()})
+        return dataclasses.replace(self, source=line + self.source)
 
 
 def set_template(name: str | None, tokenizer: "PreTrainedTokenizerBase") -> None:
     """Sets the tokenizer's chat template to the one that the user named; without a name, keeps the tokenizer's own.
 
+    Args:
+        name: As `finetune.chat_templates.template_file` takes it, or the name of one of the tokenizer's own.
+
     Raises:
         DataError: There is no template of that name, or none at all.
     """
-    own = getattr(tokenizer, "chat_template", None)
-    names = ", ".join(sorted(file.stem for file in shipped_template("x").parent.glob("*.jinja")))
+    templates = named_templates(getattr(tokenizer, "chat_template", None))
+    own: ChatTemplate | None = templates["default"] if list(templates) == ["default"] else templates or None
+    for problem in template_problems(model_template=None, data_template=name, own=own):
+        raise DataError(problem)
     if name is None:
-        if not own:
-            raise DataError(f"data.template: the tokenizer has no chat template; choose one of {names}, or a file")
+        tokenizer.chat_template = own
         return
-    file = Path(name) if name.endswith((".jinja", ".j2")) else shipped_template(name)
-    if not file.is_file():
-        raise DataError(
-            f"data.template: there is no template {name!r} (no file {file}); choose one of {names}, or a .jinja file"
-        )
-    text = file.read_text(encoding="utf-8").rstrip("\n")
+    text = own[name] if isinstance(own, dict) and name in own else read_template(name)
     if own not in (None, text):
         log("data", f"data.template={name} replaces the tokenizer's own chat template")
     tokenizer.chat_template = text
 
 
-def inspect_template(tokenizer: "PreTrainedTokenizerBase") -> Template:
-    """Finds out how the tokenizer's template ends a turn, and checks that it can be used for training.
+def inspect_template(tokenizer: "PreTrainedTokenizerBase", *, date: str = TEMPLATE_DATE) -> Template:
+    """Finds out how the tokenizer's template ends a turn and writes thoughts, and checks that it can be trained with.
 
     Raises:
         DataError: The template cannot be rendered, has no end of turn, or writes BOS twice.
     """
-    source: Any = tokenizer.chat_template
-    if isinstance(source, dict):
-        source = source["default"] if "default" in source else next(iter(source.values()))
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     controls = sorted(
         {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}, key=len, reverse=True
@@ -88,10 +137,12 @@ def inspect_template(tokenizer: "PreTrainedTokenizerBase") -> Template:
         raise DataError(
             "data.template: the tokenizer has no control tokens, so no token can end a turn; choose another tokenizer"
         )
+    source: Any = tokenizer.chat_template
     control = re.compile("|".join(map(re.escape, controls)))
+    template = Template(source=source, special=special, control=control, date=date)
     question, answer = {"role": "user", "content": PROBE_QUESTION}, {"role": "assistant", "content": PROBE_ANSWER}
     try:
-        text = _render(source, special, [question, answer])
+        text = template.render([question, answer])
     except BadRow as error:
         raise DataError(
             f"data.template: the chat template cannot render a question and its answer: {error}; choose another"
@@ -101,53 +152,58 @@ def inspect_template(tokenizer: "PreTrainedTokenizerBase") -> Template:
         raise DataError(
             f"data.template: the chat template writes {bos} twice at the beginning of a conversation; fix the template"
         )
-    return Template(source=source, special=special, end_of_turn=_end_of_turn(text, control), control=control)
+    switch = find_switch(template.render, [question], _variables(template))
+    return dataclasses.replace(
+        template,
+        end_of_turn=_end_of_turn(text, template),
+        switch=switch,
+        thoughts=thought_form(template.render, question, answer, has_switch=switch is not None),
+    )
 
 
-def _end_of_turn(text: str, control: re.Pattern[str]) -> str:
+def _end_of_turn(text: str, template: Template) -> str:
+    """Returns the token after the probe's answer: EOS where it follows at once, or else the first control token."""
     at = text.find(PROBE_ANSWER)
     if at < 0:
         raise DataError(
             "data.template: the chat template does not write the assistant's words; "
             "choose another with data.template=..."
         )
-    tail = text[at + len(PROBE_ANSWER) :]
-    match = control.match(tail.lstrip())
-    if not match:
+    tail, eos = text[at + len(PROBE_ANSWER) :], template.special.get("eos_token", "")
+    tokens = re.match(f"(?:{template.control.pattern})+", tail.lstrip())
+    if tokens:
+        first = template.control.match(tokens.group())
+        return eos if eos and eos in tokens.group() else first.group() if first else ""
+    if not eos:
         raise DataError(
             f"data.template: the chat template ends an assistant's turn with {tail[:30]!r}, which does not begin with "
-            "a control token of the tokenizer, so the model would never learn to stop; "
+            "a control token of the tokenizer, and the tokenizer has no EOS, so the model would never learn to stop; "
             "choose another with data.template=..."
         )
-    return match.group()
+    return ""
 
 
-def _render(
-    source: str,
-    special: dict[str, str],
-    messages: list[Message],
-    *,
-    tools: list[Any] | None = None,
-    prompt: bool = False,
-) -> str:
-    from jinja2 import TemplateError
+def _variables(template: Template) -> set[str]:
+    """Returns the names that the template expects to be given."""
+    from jinja2 import meta
 
-    try:
-        return _compiled(source).render(
-            messages=messages, tools=tools, documents=None, add_generation_prompt=prompt, **special
-        )
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-        raise BadRow("the chat template rejects the turns", str(error)) from error
+    names: set[str] = set()
+    for source in named_templates(template.source).values():
+        environment = _compiled(source, template.date).environment
+        names |= meta.find_undeclared_variables(environment.parse(source))
+    return names
 
 
-@lru_cache(maxsize=4)
-def _compiled(source: str) -> Any:
+@lru_cache(maxsize=8)
+def _compiled(source: str, date: str) -> Any:
     """Compiles a template as ``apply_chat_template`` does, whose checks would double the time of every call.
 
     A test checks that both give the same text.
     """
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    compiled = _compile_jinja_template(source)
-    compiled.globals = dict(compiled.globals)  # a chain of maps is searched at every call
+    # A compiled template of our own: transformers keeps the other one for apply_chat_template.
+    compiled: Any = _compile_jinja_template(source).environment.from_string(source)
+    day = datetime.fromisoformat(date)
+    compiled.globals = {**compiled.globals, "strftime_now": day.strftime}  # a chain of maps is searched at every call
     return compiled

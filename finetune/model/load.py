@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.chat_templates import read_template, template_problems
 from finetune.errors import ModelError
 from finetune.model.base import Base, weights_sha256
 from finetune.trust import check_remote_code, offer
@@ -26,11 +27,16 @@ PAD_TOKENS = (
 )
 
 
-def load_tokenizer(base: Base, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    base: Base, *, trust_remote_code: bool = False, template: str | None = None
+) -> PreTrainedTokenizerBase:
     """Loads the base's tokenizer, with a pad token other than the end token wherever the vocabulary has one.
 
+    Args:
+        template: Name of the chat template for a tokenizer that has none, see `finetune.chat_templates`.
+
     Raises:
-        ModelError: The folder has no tokenizer that transformers can read.
+        ModelError: The folder has no tokenizer that transformers can read, or there is no such template.
     """
     from transformers import AutoTokenizer
 
@@ -48,6 +54,10 @@ def load_tokenizer(base: Base, *, trust_remote_code: bool = False) -> PreTrained
         )
         tokenizer.pad_token = next(pads, None) or tokenizer.pad_token or tokenizer.eos_token
     tokenizer.padding_side = "right"
+    if template is not None and not tokenizer.chat_template:
+        for problem in template_problems(model_template=template, data_template=None, own=None):
+            raise ModelError(problem)
+        tokenizer.chat_template = read_template(template)
     return tokenizer
 
 
