@@ -47,7 +47,7 @@ def _show(proofs: list[ConversationProof]) -> int:
     """Prints the table, then each conversation that is not trained on, and what a template does to others.
 
     Returns:
-        2 where a turn differs, or where no conversation can be trained on; else 0.
+        2 where a turn differs, a row of the data is refused, or no conversation can be trained on; else 0.
     """
     table(
         "data",
@@ -59,5 +59,6 @@ def _show(proofs: list[ConversationProof]) -> int:
             log("data", f"{proof.name}: {proof.verdict}")
         elif proof.notes:
             log("data", f"{proof.name}: {', '.join(proof.notes)}")
-    failed = any(proof.differs for proof in proofs) or all(proof.refused for proof in proofs)
+    failed = any(proof.differs or (proof.is_row and proof.refused) for proof in proofs)
+    failed |= all(proof.refused for proof in proofs)
     return EXIT_USAGE if failed else EXIT_OK

@@ -145,7 +145,7 @@ class DataConfig:
     - ``auto``: where the template can turn thoughts on and off, ``train`` if the first rows have thoughts, else ``off``
       (a later row with a thought is then a bad row). Other templates take the rows as they are.
 
-    The exported chat template has the chosen mode as its default."""
+    The exported chat template has the chosen mode."""
 
     tools: str = "template"
     """``template``: the chat template renders tools and calls; ``text``: they become JSON inside the messages."""

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-LONGEST_KEPT = 40
-"""Ends of prompts of up to this many characters repeat in all rows, so their tokens are kept."""
+LONGEST_KEPT, MOST_KEPT = 40, 1000
+"""Ends of prompts of up to so many characters repeat in all rows, so the tokens of some are kept."""
 
 
 class Encoder:
@@ -88,7 +88,7 @@ class Encoder:
         tokens = self.prompt_ends.get(piece)
         if tokens is None:
             tokens = self.core.encode(piece, add_special_tokens=False).ids
-            if len(piece) <= LONGEST_KEPT:
+            if len(piece) <= LONGEST_KEPT and len(self.prompt_ends) < MOST_KEPT:
                 self.prompt_ends[piece] = tokens
         return tokens == before[first:]
 

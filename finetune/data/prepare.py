@@ -1,6 +1,7 @@
 """Entry functions of the package. They import numpy, pyarrow and tokenizers only when they are called."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,4 +66,6 @@ def prove(config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> list["Con
     from finetune.data.proof_chats import first_rows, proof_chats
     from finetune.data.prove import prove_template
 
-    return list(prove_template(config, tokenizer, [*proof_chats(), *first_rows(config)]))
+    own = dict(first_rows(config))
+    proofs = prove_template(config, tokenizer, [*proof_chats(), *own.items()])
+    return [replace(proof, is_row=proof.name in own) for proof in proofs]

@@ -56,6 +56,7 @@ class ConversationProof:
         rows: Number of training rows that it becomes.
         refused: Why it cannot be trained on; "" where it can.
         notes: What a user should know, e.g. that the template trims answers.
+        is_row: Whether it is one of the user's rows.
     """
 
     name: str
@@ -63,6 +64,7 @@ class ConversationProof:
     rows: int
     refused: str
     notes: list[str]
+    is_row: bool = False
 
     @property
     def verdict(self) -> str:
@@ -154,6 +156,8 @@ def _prove(
     name: str, conversation: Conversation, renderer: Renderer, encoder: Encoder, served: Served
 ) -> ConversationProof:
     prepared = renderer.prepare(conversation)
+    if prepared.literals:
+        raise BadRow("not compared, since its text contains control tokens", ", ".join(prepared.literals.values()))
     texts, rows = _rows(conversation, renderer, encoder)
     turns = []
     for number, message in enumerate(prepared.messages):

@@ -88,14 +88,16 @@ class Template:
         return text
 
     def with_thinking(self, enabled: bool) -> "Template":
-        """Returns the template with another default of its switch, so that it is also the default of serving.
+        """Returns the template with its switch set, so that the exported template serves as it was trained.
 
-        A server renders the exported template without any variable. It may still set the switch itself.
+        Thoughts that are off stay off: llama.cpp turns the switch on unasked, for a model that never thought in
+        training. Thoughts that are on are a default, which a client can change.
         """
         assert self.switch is not None
-        value = "true" if enabled else "false"
         # The environment drops the newline after a block, so the text that follows stays as it is.
-        line = f"{{%- if {self.switch} is not defined %}}{{% set {self.switch} = {value} %}}{{% endif %}}\n"
+        line = f"{{%- set {self.switch} = false %}}\n"
+        if enabled:
+            line = f"{{%- if {self.switch} is not defined %}}{{% set {self.switch} = true %}}{{% endif %}}\n"
         if isinstance(self.source, dict):
             return dataclasses.replace(self, source={name: line + text for name, text in self.source.items()})
         return dataclasses.replace(self, source=line + self.source)

@@ -168,13 +168,19 @@ def test_thoughts_are_trained_or_removed_as_set(
     assert removed == (setting in ("off", "drop"))
 
 
-def test_the_exported_template_serves_in_the_trained_mode_and_can_be_switched(run: Run, table: ModuleType) -> None:
-    tokenizer, original = table.template_tokenizer("trl:qwen3"), table.template_tokenizer("trl:qwen3")
-    product = run([chat(EXCHANGES[0])], with_tokenizer=tokenizer)
+@pytest.mark.parametrize("name", ["trl:qwen3", "trl:qwen3_5_think", "trl:glm4moe", "trl:gemma4_v5", "trl:qwen3_8"])
+@pytest.mark.parametrize("enabled", [False, True])
+def test_the_exported_template_serves_in_the_trained_mode(
+    run: Run, table: ModuleType, name: str, enabled: bool
+) -> None:
+    tokenizer, original = table.template_tokenizer(name), table.template_tokenizer(name)
+    product = run([chat(EXCHANGES[0])], with_tokenizer=tokenizer, thinking="train" if enabled else "off")
     question = [{"role": "user", "content": "What is up?"}]
     tokenizer.chat_template = json.loads((product.folder / "rendering.json").read_text())["template"]
-    assert served_ids(tokenizer, question) == served_ids(original, question, enable_thinking=False)
-    assert served_ids(tokenizer, question, enable_thinking=True) == served_ids(original, question)
+    expected = {on: served_ids(original, question, enable_thinking=on) for on in (False, True)}
+    assert served_ids(tokenizer, question) == expected[enabled]
+    assert served_ids(tokenizer, question, enable_thinking=True) == expected[enabled]
+    assert served_ids(tokenizer, question, enable_thinking=False) == expected[False]
 
 
 def test_a_later_row_with_a_thought_is_named_where_the_first_rows_have_none(run: Run, table: ModuleType) -> None:
