@@ -20,7 +20,7 @@ def check_generation_marks(template: Template, renderer: Renderer) -> None:
             The template may leave out the end of turn itself, and mark what serving sends before the answer.
     """
     try:
-        (ours,) = renderer.render(Conversation([dict(turn) for turn in TURNS], train=[False, True]))
+        ours = renderer.render(Conversation([dict(turn) for turn in TURNS], train=[False, True]))[0]
     except BadRow as error:
         raise DataError(
             f"data.template: {error}; fix the template, or choose another with data.template=..."

@@ -220,7 +220,7 @@ def test_template_that_writes_bos_twice_is_refused() -> None:
 def test_tokenizer_without_a_template_names_the_choices() -> None:
     tokenizer = bytes_tokenizer("chatml")
     tokenizer.chat_template = None
-    with pytest.raises(DataError, match="choose one of chatml, gemma, llama2"):
+    with pytest.raises(DataError, match="choose one of alpaca, chatml, gemma, guanaco, llama2"):
         template.set_template(None, tokenizer)
 
 

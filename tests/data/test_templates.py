@@ -174,7 +174,9 @@ def test_the_exported_template_serves_in_the_trained_mode(
     run: Run, table: ModuleType, name: str, enabled: bool
 ) -> None:
     tokenizer, original = table.template_tokenizer(name), table.template_tokenizer(name)
-    product = run([chat(EXCHANGES[0])], with_tokenizer=tokenizer, thinking="train" if enabled else "off")
+    product = run(
+        [chat(EXCHANGES[0])], with_tokenizer=tokenizer, thinking="train" if enabled else "off", max_tokens=512
+    )
     question = [{"role": "user", "content": "What is up?"}]
     tokenizer.chat_template = json.loads((product.folder / "rendering.json").read_text())["template"]
     expected = {on: served_ids(original, question, enable_thinking=on) for on in (False, True)}
@@ -226,7 +228,7 @@ def test_named_templates_are_used_as_transformers_uses_them_and_survive(
         "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}],
     }
     rows = [chat(EXCHANGES[0]), {"messages": [{"role": "user", "content": "Rome?"}, call], "tools": [TOOL]}]
-    product = run(rows, with_tokenizer=tokenizer)
+    product = run(rows, with_tokenizer=tokenizer, max_tokens=1024)
     prompts = [prompt_ids(row) for row in split(product, "train")]
     assert served_ids(tokenizer, rows[0]["messages"][:1]) in prompts
     assert served_ids(tokenizer, rows[1]["messages"][:1], tools=[TOOL]) in prompts
