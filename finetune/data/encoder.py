@@ -36,6 +36,7 @@ class Encoder:
         self.core.post_processor = processors.ByteLevel(trim_offsets=False)
         self.longest_token = max(map(len, self.core.get_vocab()))
         self.added = frozenset(self.core.get_added_tokens_decoder())
+        self.looks_ahead = _looks_ahead(self.core.pre_tokenizer)
         self.prompt_ends: dict[str, list[int]] = {}
 
     def min_tokens(self, text: str) -> int:
@@ -69,28 +70,36 @@ class Encoder:
             return self._encode_pieces(rendered, borders)
         *starts_and_ends, answer = tokens
         ids, starts = encoding.ids, starts_and_ends[::2]
-        for position, token in zip((*borders[:-1:2], rendered.answer), (*starts, answer), strict=True):
-            if not self._is_served(rendered.text, position, encoding, ids[:token]):
-                return self._encode_pieces(rendered, borders)
+        if self.looks_ahead:
+            prompts = {rendered.answer: answer, **dict(zip(borders[:-1:2], starts, strict=True))}
+            for position, token in prompts.items():
+                if token and not self._is_served(rendered.text, position, encoding, ids, token):
+                    return self._encode_pieces(rendered, borders)
         return Encoded(ids, list(zip(starts, starts_and_ends[1::2], strict=True)), answer)
 
-    def _is_served(self, text: str, position: int, encoding: Any, before: list[int]) -> bool:
+    def _is_served(self, text: str, position: int, encoding: Any, ids: list[int], token: int) -> bool:
         """Returns whether the text before a border alone has the same tokens, as serving tokenizes it.
 
         A tokenizer may look ahead: GPT-2's splits two newlines before a word, and joins them at the end. Tokens before
-        the last added token cannot differ, since added tokens split the text first.
+        the last word or the last added token cannot differ, since the tokenizer splits the text there first.
 
         Args:
-            before: The tokens before the border.
+            ids: All tokens.
+            token: Number of the first token after the border.
         """
-        first = next((number for number in reversed(range(len(before))) if before[number] in self.added), 0)
-        piece = text[encoding.token_to_chars(first)[0] if before else 0 : position]
+        first, start = token, position
+        while first and not (first < token and _begins_word(text, start)):
+            first -= 1
+            start = encoding.token_to_chars(first)[0]
+            if ids[first] in self.added:
+                break
+        piece = text[start:position]
         tokens = self.prompt_ends.get(piece)
         if tokens is None:
             tokens = self.core.encode(piece, add_special_tokens=False).ids
             if len(piece) <= LONGEST_KEPT and len(self.prompt_ends) < MOST_KEPT:
                 self.prompt_ends[piece] = tokens
-        return tokens == before[first:]
+        return tokens == ids[first:token]
 
     def _encode_pieces(self, rendered: Rendered, borders: list[int]) -> "Encoded":
         """Tokenizes the text between the borders piece by piece, as serving does.
@@ -158,6 +167,20 @@ class Encoded:
             mask[start:end] = 1
         mask[:1] = 0
         return mask
+
+
+def _looks_ahead(pre_tokenizer: Any) -> bool:
+    """Returns whether the way that text is split before a border may depend on the text after it.
+
+    Without splitting, as in SentencePiece's BPE, it cannot: tokens that end at a border have been merged without it.
+    """
+    settings = pre_tokenizer.__getstate__().decode() if pre_tokenizer is not None else ""
+    return "(?" in settings or '"use_regex":true' in settings
+
+
+def _begins_word(text: str, start: int) -> bool:
+    """Whether a token that begins here begins a word with a space, where every tokenizer that looks ahead splits."""
+    return text[start] == " " and not text[start + 1 : start + 2].isspace()
 
 
 def _token_at(encoding: Any, position: int, length: int) -> int | None:

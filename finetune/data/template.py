@@ -164,7 +164,10 @@ def inspect_template(tokenizer: "PreTrainedTokenizerBase", *, date: str = TEMPLA
 
 
 def _end_of_turn(text: str, template: Template) -> str:
-    """Returns the token after the probe's answer: EOS where it follows at once, or else the first control token."""
+    """Returns the token after the probe's answer: EOS where it follows at once, or else the first control token.
+
+    "" where nothing follows, so that EOS must be added.
+    """
     at = text.find(PROBE_ANSWER)
     if at < 0:
         raise DataError(
@@ -176,11 +179,16 @@ def _end_of_turn(text: str, template: Template) -> str:
     if tokens:
         first = template.control.match(tokens.group())
         return eos if eos and eos in tokens.group() else first.group() if first else ""
-    if not eos:
+    if tail.strip():
         raise DataError(
             f"data.template: the chat template ends an assistant's turn with {tail[:30]!r}, which does not begin with "
-            "a control token of the tokenizer, and the tokenizer has no EOS, so the model would never learn to stop; "
+            "a control token of the tokenizer, so the model would never learn to stop; "
             "choose another with data.template=..."
+        )
+    if not eos:
+        raise DataError(
+            "data.template: the chat template does not end an assistant's turn, and the tokenizer has no EOS, so the "
+            "model would never learn to stop; choose another with data.template=..."
         )
     return ""
 

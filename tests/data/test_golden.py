@@ -195,6 +195,13 @@ def test_template_without_an_end_of_turn_is_refused_where_the_tokenizer_has_no_e
         template.inspect_template(tokenizer)
 
 
+def test_template_of_another_tokenizer_is_refused() -> None:
+    tokenizer = bytes_tokenizer("llama3")
+    template.set_template("gemma", tokenizer)
+    with pytest.raises(DataError, match=r"'<end_of_turn>\\n', which does not begin with a control token"):
+        template.inspect_template(tokenizer)
+
+
 def test_eos_ends_the_answers_of_a_template_without_an_end_of_turn() -> None:
     tokenizer = bytes_tokenizer("chatml")
     tokenizer.chat_template = UNENDED
