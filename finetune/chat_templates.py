@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from finetune.errors import DataError
 from finetune.paths import CONF
 
 ChatTemplate = str | dict[str, str]
@@ -40,39 +40,30 @@ def template_file(name: str) -> Path:
     return Path(name).expanduser() if name.endswith(SUFFIXES) else FOLDER / f"{name}.jinja"
 
 
-def read_template(name: str) -> str:
-    """Returns a template's text, as transformers reads ``chat_template.jinja``."""
-    return template_file(name).read_text(encoding="utf-8").rstrip("\n")
+def find_template(name: str, *, setting: str = "data.template") -> Path:
+    """Returns the file of a template that the user named.
 
-
-def template_problems(
-    *, model_template: str | None, data_template: str | None, own: ChatTemplate | None
-) -> Iterator[str]:
-    """Yields why conversations could not be rendered; nothing where they can.
-
-    Args:
-        model_template: ``model.template``.
-        data_template: ``data.template``.
-        own: What the tokenizer ships, see `tokenizer_template`.
+    Raises:
+        DataError: There is none of that name.
     """
-    for setting, name in (("data.template", data_template), ("model.template", model_template)):
-        named = isinstance(own, dict) and name in own and setting == "data.template"
-        if name is not None and not named and not template_file(name).is_file():
-            yield (
-                f"{setting}: there is no template {name!r} (no file {template_file(name)}); "
-                f"choose one of {', '.join(template_names())}, trl:<name> for one of trl's, or a .jinja file"
-            )
-    if data_template is None and model_template is None:
-        if not own:
-            yield (
-                "data.template: the tokenizer has no chat template; "
-                f"choose one of {', '.join(template_names())}, or a file"
-            )
-        elif isinstance(own, dict) and "default" not in own:
-            yield (
-                f"data.template: the tokenizer has templates named {', '.join(own)} and none named default; "
-                "choose one with data.template=<name>"
-            )
+    file = template_file(name)
+    if not file.is_file():
+        raise DataError(
+            f"{setting}: there is no template {name!r} (no file {file}); choose one of {', '.join(template_names())}, "
+            "trl:<name> for one of trl's, or a .jinja file"
+        )
+    return file
+
+
+def read_template(name: str, *, setting: str = "data.template") -> str:
+    """Returns a template's text, as transformers reads ``chat_template.jinja``; errors as in `find_template`."""
+    return find_template(name, setting=setting).read_text(encoding="utf-8").rstrip("\n")
+
+
+def no_template() -> DataError:
+    """Returns the error of a tokenizer without a chat template where the user named none."""
+    names = ", ".join(template_names())
+    return DataError(f"data.template: the tokenizer has no chat template; choose one of {names}, or a file")
 
 
 def tokenizer_template(folder: Path) -> ChatTemplate | None:

@@ -174,7 +174,7 @@ def _looks_ahead(pre_tokenizer: Any) -> bool:
 
     Without splitting, as in SentencePiece's BPE, it cannot: tokens that end at a border have been merged without it.
     """
-    settings = pre_tokenizer.__getstate__().decode() if pre_tokenizer is not None else ""
+    settings: str = pre_tokenizer.__getstate__().decode() if pre_tokenizer is not None else ""
     return "(?" in settings or '"use_regex":true' in settings
 
 

@@ -7,7 +7,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from finetune.chat_templates import ChatTemplate, named_templates, read_template, template_problems
+from finetune.chat_templates import ChatTemplate, named_templates, no_template, read_template
 from finetune.console import log
 from finetune.data.config import TEMPLATE_DATE
 from finetune.data.conversation import BadRow, Message
@@ -114,12 +114,17 @@ def set_template(name: str | None, tokenizer: "PreTrainedTokenizerBase") -> None
     """
     templates = named_templates(getattr(tokenizer, "chat_template", None))
     own: ChatTemplate | None = templates["default"] if list(templates) == ["default"] else templates or None
-    for problem in template_problems(model_template=None, data_template=name, own=own):
-        raise DataError(problem)
     if name is None:
+        if own is None:
+            raise no_template()
+        if "default" not in templates:
+            raise DataError(
+                f"data.template: the tokenizer has templates named {', '.join(templates)} and none named default; "
+                "choose one with data.template=<name>"
+            )
         tokenizer.chat_template = own
         return
-    text = own[name] if isinstance(own, dict) and name in own else read_template(name)
+    text = templates.get(name) or read_template(name)
     if own not in (None, text):
         log("data", f"data.template={name} replaces the tokenizer's own chat template")
     tokenizer.chat_template = text

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.chat_templates import read_template, template_problems
+from finetune.chat_templates import read_template
 from finetune.errors import ModelError
 from finetune.model.base import Base, weights_sha256
 from finetune.trust import check_remote_code, offer
@@ -36,7 +36,8 @@ def load_tokenizer(
         template: Name of the chat template for a tokenizer that has none, see `finetune.chat_templates`.
 
     Raises:
-        ModelError: The folder has no tokenizer that transformers can read, or there is no such template.
+        ModelError: The folder has no tokenizer that transformers can read.
+        DataError: There is no such template.
     """
     from transformers import AutoTokenizer
 
@@ -55,9 +56,7 @@ def load_tokenizer(
         tokenizer.pad_token = next(pads, None) or tokenizer.pad_token or tokenizer.eos_token
     tokenizer.padding_side = "right"
     if template is not None and not tokenizer.chat_template:
-        for problem in template_problems(model_template=template, data_template=None, own=None):
-            raise ModelError(problem)
-        tokenizer.chat_template = read_template(template)
+        tokenizer.chat_template = read_template(template, setting="model.template")
     return tokenizer
 
 

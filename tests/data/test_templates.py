@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
-from finetune.chat_templates import read_template, template_names, template_problems, tokenizer_template, trl_templates
+from finetune.chat_templates import find_template, read_template, template_names, tokenizer_template, trl_templates
 from finetune.data import DataConfig, prove
 from finetune.data.proof_chats import TOOL, proof_chats
 from finetune.data.prove import prove_template
 from finetune.data.turns import Row, Turns
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, DataError
 from finetune.inference.rows import IGNORED
 from finetune.paths import CONF
 from finetune.products import PreparedData
@@ -255,11 +255,14 @@ def test_every_model_option_names_a_template_that_exists() -> None:
     assert set(named.values()) <= set(template_names())
 
 
-def test_a_missing_template_is_found_from_files(tmp_path: Path) -> None:
+def test_the_template_of_a_tokenizer_is_found_from_its_files(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>"}))
-    own = tokenizer_template(tmp_path)
-    (problem,) = template_problems(model_template=None, data_template=None, own=own)
-    assert problem.startswith("data.template: the tokenizer has no chat template; choose one of alpaca, chatml")
-    assert not list(template_problems(model_template="llama2", data_template=None, own=own))
-    (problem,) = template_problems(model_template=None, data_template="trl:nothing", own=own)
-    assert "there is no template 'trl:nothing'" in problem
+    assert tokenizer_template(tmp_path) is None
+    listed = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": listed}))
+    assert tokenizer_template(tmp_path) == {"default": "a", "tool_use": "b"}
+
+
+def test_a_name_without_a_template_is_an_error_of_its_setting() -> None:
+    with pytest.raises(DataError, match=r"model.template: there is no template 'trl:nothing'"):
+        find_template("trl:nothing", setting="model.template")
