@@ -9,13 +9,12 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetune.chat_templates import find_template, named_templates, no_template, tokenizer_template
 from finetune.data.sources import Source, resolve_sources
-from finetune.data.template import find_template, no_template
 from finetune.errors import ConfigError, FinetuneError, HardwareError, ModelError
 from finetune.export.needs import check_packages
 from finetune.files import existing_parent, require_disk
@@ -93,14 +92,6 @@ def check_before_start(start: Start) -> list[str]:
     return [f"not checked yet: {what}" for what in dict.fromkeys(unchecked)]
 
 
-def has_chat_template(folder: Path) -> bool:
-    """Returns whether the tokenizer of a folder has a chat template; reads two small files, without transformers."""
-    settings = folder / "tokenizer_config.json"
-    if (folder / "chat_template.jinja").is_file():
-        return True
-    return settings.is_file() and bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
-
-
 def _check_machine(start: Start) -> list[str]:
     config, attention = start.config, start.placement.attention
     if start.is_plan:
@@ -133,8 +124,6 @@ def _check_results(start: Start) -> list[str]:
 def _check_data(start: Start) -> list[str]:
     """Checks every path of the data, the held-out file's included, and the access to data sets of the hub."""
     data = start.config.data
-    if data.template:
-        find_template(data.template)
     if not start.needs_rows():
         return ["the rows, since none are named (data.path=...)"] if start.is_plan else []
     data_sets = [source for source in resolve_sources(data) if source.path is None]
@@ -198,7 +187,12 @@ def _check_tokenizer(start: Start, folder: Path) -> list[str]:
         if start.is_plan and not looks_local(name):
             return [f"the tokenizer of {name} and its chat template: it is not in the hub's cache"]
         raise ModelError(f"model.name: {folder} holds no tokenizer; add tokenizer.json")
-    if data.template or has_chat_template(folder) or not (start.needs_rows() or start.is_plan):
+    own = tokenizer_template(folder)
+    if data.template and data.template not in named_templates(own):
+        find_template(data.template)
+    if start.config.model.template:
+        find_template(start.config.model.template, setting="model.template")
+    if data.template or start.config.model.template or own or not (start.needs_rows() or start.is_plan):
         return []
     sources = resolve_sources(data) if start.needs_rows() else []
     if not sources or (start.is_plan and any(source.hub and source.format == "auto" for source in sources)):

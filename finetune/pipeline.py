@@ -77,7 +77,12 @@ def run_stages(run: Run) -> Iterator[str]:
         "data",
         PreparedData,
         lambda out: prepare(config.data, folder=out, tokenizer=tokenizer, seed=seed),
-        key={"data": config.data.key(), "tokenizer.sha256": files.tokenizer_sha256(), "run.seed": seed},
+        key={
+            "data": config.data.key(),
+            "tokenizer.sha256": files.tokenizer_sha256(),
+            "model.template": config.model.template,
+            "run.seed": seed,
+        },
     )
     yield "data"
 
@@ -235,7 +240,8 @@ def find_tokenizer(run: Run) -> tuple[ModelFiles, PreTrainedTokenizerBase]:
     """Sets the number of threads, finds config and tokenizer, all that the data need, and loads the tokenizer."""
     set_threads(run.placement, processes=run.ranks.local_count)
     files = find(run.config.model)
-    tokenizer = load_tokenizer(files, trust_remote_code=run.config.model.trust_remote_code)
+    model = run.config.model
+    tokenizer = load_tokenizer(files, trust_remote_code=model.trust_remote_code, template=model.template)
     log("model", describe_padding(tokenizer))
     return files, tokenizer
 

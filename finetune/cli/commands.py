@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from finetune.cli import look, run
+from finetune.cli import look, proof, run
 from finetune.cli.bench import BENCHMARKS, choose_benchmark
 from finetune.cli.command import Command, Option
 
@@ -28,7 +28,12 @@ COMMANDS = (
     ),
     Command(
         "data", "prepare the data and show what is trained on", run.run_stages, preview=True,
-        options=(Option("why", "what became of one row", "FILE:LINE", run=look.explain_row),),
+        options=(
+            Option("why", "what became of one row", "FILE:LINE", run=look.explain_row),
+            Option("prove-template", "compare what is trained at each turn with what serving sends and expects there",
+                   run=proof.prove_template),
+            Option("prove-turns", "the same, with the text of every turn", run=proof.prove_turns),
+        ),
         example="finetune data model.name=org/model data.path=rows.jsonl --why rows.jsonl:137",
     ),
     Command(

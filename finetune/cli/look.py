@@ -101,7 +101,8 @@ def explain_row(invocation: Invocation) -> int:
             "run `finetune data` with the same settings first, or give its run.name"
         )
     log("data", f"as prepared in {folder}")
-    explain(folder / "data", invocation.options["why"], tokenizer=load_tokenizer(find(config.model)))
+    tokenizer = load_tokenizer(find(config.model), template=config.model.template)
+    explain(folder / "data", invocation.options["why"], tokenizer=tokenizer)
     return EXIT_OK
 
 

@@ -10,6 +10,6 @@ Example::
 """
 
 from finetune.data.config import DataConfig, SourceConfig
-from finetune.data.prepare import explain, prepare
+from finetune.data.prepare import explain, prepare, prove
 
-__all__ = ["DataConfig", "SourceConfig", "explain", "prepare"]
+__all__ = ["DataConfig", "SourceConfig", "explain", "prepare", "prove"]

@@ -6,11 +6,11 @@ import json
 import os
 import shutil
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from finetune.cache import file_sha256
+from finetune.chat_templates import ChatTemplate
 from finetune.console import log
 from finetune.data.config import DataConfig
 from finetune.data.sources import Source
@@ -20,15 +20,19 @@ PATHS = ("path", "heldout_path")
 
 
 def cache_key(
-    config: DataConfig, sources: list[Source], *, tokenizer: str, template: str | None, extra: dict[str, Any], seed: int
+    config: DataConfig,
+    sources: list[Source],
+    *,
+    tokenizer: str,
+    template: ChatTemplate | None,
+    extra: dict[str, Any],
+    seed: int,
 ) -> str:
     """Returns the hash that names a preparation's result before it is made."""
     hasher = hashlib.sha256()
     content = {name: value for name, value in config.key().items() if name not in PATHS}
     described = [(source.name, source.mix, source.heldout, source.digest()) for source in sources]
-    # A template that writes today's date gives other tokens tomorrow.
-    today = datetime.now(UTC).date().isoformat() if template and "strftime_now" in template else ""
-    content_and_code = [content, described, template, extra, seed, today, package_hash()]
+    content_and_code = [content, described, template, extra, seed, package_hash()]
     hasher.update(json.dumps(content_and_code, sort_keys=True).encode())
     hasher.update(tokenizer.encode())
     return hasher.hexdigest()

@@ -1,5 +1,6 @@
 """Settings of the data: sources, format, length, packing, loss mask, held-out rows and checks."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,9 @@ TEXT_UNITS = ("line", "paragraph", "file")
 CONTROL_TOKENS = ("text", "control")
 TOOLS = ("template", "text")
 OBJECTIVES = ("supervised", "preference")
+THINKING = ("auto", "train", "drop", "off")
+TEMPLATE_DATE = "2024-07-26"
+"""The date that the template of Llama 3.1 writes where it is given none."""
 NOT_IN_KEY = ("workers", "cache", "preview_rows")
 """Settings that leave the prepared rows as they are."""
 
@@ -125,7 +129,23 @@ class DataConfig:
     """System message for rows that have none."""
 
     template: str | None = None
-    """Chat template by name (``conf/data/template/<name>.jinja``) or file, for base models without one."""
+    """Chat template by name (``conf/data/template/<name>.jinja``, or ``trl:<name>`` for one that the installed trl
+    ships) or file. It replaces the tokenizer's own, and is exported with the model."""
+
+    template_date: str = TEMPLATE_DATE
+    """ISO date that a template gets where it writes the date of the day, so that the rows are the same every day."""
+
+    thinking: str = "auto"
+    """Thoughts of reasoning models: ``<think>...</think>`` in an answer, ``reasoning_content``, ``thinking``.
+
+    - ``train``: thoughts are trained on, and the model thinks in evaluation and serving.
+    - ``off``: thoughts are removed from the rows, and the template's ``enable_thinking`` is false: serving sends an
+      empty thought where the template writes one, and the answer alone is trained on.
+    - ``drop``: thoughts are removed, and the template keeps its default: an empty thought may be trained on.
+    - ``auto``: where the template can turn thoughts on and off, ``train`` if the first rows have thoughts, else ``off``
+      (a later row with a thought is then a bad row). Other templates take the rows as they are.
+
+    The exported chat template has the chosen mode."""
 
     tools: str = "template"
     """``template``: the chat template renders tools and calls; ``text``: they become JSON inside the messages."""
@@ -230,6 +250,7 @@ def _choice_problems(config: DataConfig) -> Iterator[str]:
         "control_tokens": CONTROL_TOKENS,
         "tools": TOOLS,
         "objective": OBJECTIVES,
+        "thinking": THINKING,
     }
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
@@ -249,6 +270,8 @@ def _number_problems(config: DataConfig) -> Iterator[str]:
             f"data.pack_tokens must be at least data.max_tokens ({config.max_tokens}), or long documents do not fit; "
             f"got {config.pack_tokens}"
         )
+    if not re.fullmatch(r"\d{4}-\d{2}-\d{2}", config.template_date):
+        yield f"data.template_date must be a date such as {TEMPLATE_DATE}; got {config.template_date!r}"
     if not 0 <= config.heldout_share < 1:
         yield f"data.heldout_share must be at least 0 and below 1; got {config.heldout_share}"
     for name in ("heldout_rows", "limit"):

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+LONGEST_KEPT, MOST_KEPT = 40, 1000
+"""Ends of prompts of up to so many characters repeat in all rows, so the tokens of some are kept."""
+
+
 class Encoder:
     """The tokenizer's Rust core without any additions: the text already contains every control token.
 
@@ -31,6 +35,9 @@ class Encoder:
         # By default the byte-level post-processor excludes spaces from the offsets; masks need exact offsets.
         self.core.post_processor = processors.ByteLevel(trim_offsets=False)
         self.longest_token = max(map(len, self.core.get_vocab()))
+        self.added = frozenset(self.core.get_added_tokens_decoder())
+        self.looks_ahead = _looks_ahead(self.core.pre_tokenizer)
+        self.prompt_ends: dict[str, list[int]] = {}
 
     def min_tokens(self, text: str) -> int:
         """Returns a lower bound of the text's tokens: no token is longer than the vocabulary's longest."""
@@ -62,7 +69,37 @@ class Encoder:
         if len(tokens) < len(borders):
             return self._encode_pieces(rendered, borders)
         *starts_and_ends, answer = tokens
-        return Encoded(encoding.ids, list(zip(starts_and_ends[::2], starts_and_ends[1::2], strict=True)), answer)
+        ids, starts = encoding.ids, starts_and_ends[::2]
+        if self.looks_ahead:
+            prompts = {rendered.answer: answer, **dict(zip(borders[:-1:2], starts, strict=True))}
+            for position, token in prompts.items():
+                if token and not self._is_served(rendered.text, position, encoding, ids, token):
+                    return self._encode_pieces(rendered, borders)
+        return Encoded(ids, list(zip(starts, starts_and_ends[1::2], strict=True)), answer)
+
+    def _is_served(self, text: str, position: int, encoding: Any, ids: list[int], token: int) -> bool:
+        """Returns whether the text before a border alone has the same tokens, as serving tokenizes it.
+
+        A tokenizer may look ahead: GPT-2's splits two newlines before a word, and joins them at the end. Tokens before
+        the last word or the last added token cannot differ, since the tokenizer splits the text there first.
+
+        Args:
+            ids: All tokens.
+            token: Number of the first token after the border.
+        """
+        first, start = token, position
+        while first and not (first < token and _begins_word(text, start)):
+            first -= 1
+            start = encoding.token_to_chars(first)[0]
+            if ids[first] in self.added:
+                break
+        piece = text[start:position]
+        tokens = self.prompt_ends.get(piece)
+        if tokens is None:
+            tokens = self.core.encode(piece, add_special_tokens=False).ids
+            if len(piece) <= LONGEST_KEPT and len(self.prompt_ends) < MOST_KEPT:
+                self.prompt_ends[piece] = tokens
+        return tokens == ids[first:token]
 
     def _encode_pieces(self, rendered: Rendered, borders: list[int]) -> "Encoded":
         """Tokenizes the text between the borders piece by piece, as serving does.
@@ -130,6 +167,20 @@ class Encoded:
             mask[start:end] = 1
         mask[:1] = 0
         return mask
+
+
+def _looks_ahead(pre_tokenizer: Any) -> bool:
+    """Returns whether the way that text is split before a border may depend on the text after it.
+
+    Without splitting, as in SentencePiece's BPE, it cannot: tokens that end at a border have been merged without it.
+    """
+    settings: str = pre_tokenizer.__getstate__().decode() if pre_tokenizer is not None else ""
+    return "(?" in settings or '"use_regex":true' in settings
+
+
+def _begins_word(text: str, start: int) -> bool:
+    """Whether a token that begins here begins a word with a space, where every tokenizer that looks ahead splits."""
+    return text[start] == " " and not text[start + 1 : start + 2].isspace()
 
 
 def _token_at(encoding: Any, position: int, length: int) -> int | None:

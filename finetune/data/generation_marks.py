@@ -9,45 +9,49 @@ from finetune.data.template import Template
 from finetune.errors import DataError
 
 MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-TURNS = [
-    {"role": "user", "content": "Which way is up?"},
-    {"role": "assistant", "content": "Away from the ground."},
-    {"role": "user", "content": "And down?"},
-    {"role": "assistant", "content": "The other way."},
-]
+TURNS = [{"role": "user", "content": "Which way is up?"}, {"role": "assistant", "content": "Away from the ground."}]
 
 
 def check_generation_marks(template: Template, renderer: Renderer) -> None:
-    """Checks on a conversation of two exchanges that both masks are the same, where the template has marks.
+    """Checks on one exchange that both masks are the same, where the template has marks.
 
     Raises:
-        DataError: A trained part begins or ends elsewhere. The template may leave out the end of turn itself.
+        DataError: The answer cannot be rendered after what serving sends, or the trained part begins or ends elsewhere.
+            The template may leave out the end of turn itself, and mark what serving sends before the answer.
     """
     try:
-        ours = renderer.spans_of(Conversation([dict(turn) for turn in TURNS]))
+        ours = renderer.render(Conversation([dict(turn) for turn in TURNS], train=[False, True]))[0]
     except BadRow as error:
         raise DataError(
             f"data.template: {error}; fix the template, or choose another with data.template=..."
         ) from error
-    if not MARK.search(template.source):
+    source = template.source if isinstance(template.source, str) else template.source["default"]
+    if not MARK.search(source):
         return
     from transformers.utils.chat_template_utils import render_jinja_template
 
     special: Any = template.special
+    system = [] if renderer.system is None else [{"role": "system", "content": renderer.system}]
     result: Any = render_jinja_template(
-        [TURNS], chat_template=template.source, return_assistant_tokens_mask=True, **special
+        [[*system, *TURNS]], chat_template=source, return_assistant_tokens_mask=True, **special
     )
     (text,), (marks,) = result
-    theirs = [(start, end) for start, end in marks]
-    if len(ours) != len(theirs) or not all(
-        _same(text, a, b, template.end_of_turn) for a, b in zip(ours, theirs, strict=True)
+    marked = [text[start:end] for start, end in marks]
+    expected = [ours.text[start:end] for start, end in ours.spans]
+    prompt = ours.text[: ours.answer]
+    if len(marked) != len(expected) or not all(
+        _same(mark, answer, template.end_of_turn, prompt) for mark, answer in zip(marked, expected, strict=True)
     ):
         raise DataError(
-            f"data.template: the template's generation marks contain {[text[a:b] for a, b in theirs]}, but the answers "
-            f"with their ends are {[text[a:b] for a, b in ours]}; fix the marks, or remove them"
+            f"data.template: the template's generation marks contain {marked}, but the answers "
+            f"with their ends are {expected}; fix the marks, or remove them"
         )
 
 
-def _same(text: str, ours: tuple[int, int], theirs: tuple[int, int], end_of_turn: str) -> bool:
-    expected, marked = text[slice(*ours)].strip(), text[slice(*theirs)].strip()
-    return marked in (expected, expected.removesuffix(end_of_turn).strip())
+def _same(mark: str, answer: str, end_of_turn: str, prompt: str) -> bool:
+    marked, expected = mark.strip(), answer.strip()
+    for ending in (expected, expected.removesuffix(end_of_turn).strip() if end_of_turn else expected):
+        before = marked.removesuffix(ending)
+        if marked.endswith(ending) and prompt.rstrip().endswith(before.rstrip()):
+            return True
+    return False

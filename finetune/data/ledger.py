@@ -9,6 +9,8 @@ import pyarrow
 import pyarrow.parquet
 
 from finetune.data.pack import Packs
+from finetune.data.render import REWRITTEN
+from finetune.data.row_flags import FLAGS
 from finetune.data.select import SPLITS, Selection
 from finetune.data.sources import Source
 from finetune.data.store import TokenStore
@@ -111,15 +113,22 @@ def _table(store: TokenStore, names: list[str], columns: dict[str, np.ndarray]) 
 
 
 def count_rows(store: TokenStore, selection: Selection) -> dict[str, Any]:
-    """Counts the input rows by fate: ``in`` = ``kept`` + the sum of ``dropped`` + ``duplicate``."""
+    """Counts the input rows by fate: ``in`` = ``kept`` + the sum of ``dropped`` + ``duplicate``.
+
+    ``rewritten`` of the kept ones are conversations whose earlier turns the chat template rewrites; each of their
+    ``rewritten_pieces`` is rendered as serving does at its turn.
+    """
     of_reason = np.bincount(store.rows["reason"], minlength=len(store.reasons) + 1)
     kept = selection.split > 0
+    rewritten = kept & (store.rows["flags"] & FLAGS[REWRITTEN] > 0)
     return {
         "in": len(store.rows),
         "kept": int(kept.sum()),
         "dropped": {text: int(of_reason[number]) for number, text in enumerate(store.reasons, 1) if of_reason[number]},
         "truncated": int((store.rows["truncated_by"][kept] > 0).sum()),
         "duplicate": int((selection.duplicate_of >= 0).sum()),
+        "rewritten": int(rewritten.sum()),
+        "rewritten_pieces": int(store.rows["pieces"][rewritten].sum()),
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,17 +16,16 @@ from finetune.data.checks import collect_warnings
 from finetune.data.config import DataConfig
 from finetune.data.encoder import serialize
 from finetune.data.formats import ColumnMapping
-from finetune.data.generation_marks import check_generation_marks
 from finetune.data.ledger import count_rows, write_ledger
 from finetune.data.length_statistics import length_statistics
 from finetune.data.pack import Packs, one_per_row, pack
-from finetune.data.read import fill_store, resolve_formats
+from finetune.data.read import fill_store, find_thoughts, resolve_formats
 from finetune.data.render import Renderer
+from finetune.data.rendering import make_renderer, rendering_settings
 from finetune.data.select import HELDOUT, TRAIN, hash_order, select
 from finetune.data.show import log_summary, write_preview
 from finetune.data.sources import Source, resolve_sources
 from finetune.data.store import TokenStore
-from finetune.data.template import inspect_template, set_template
 from finetune.data.worker import CHOSEN, WorkerSettings
 from finetune.data.write import write_heldout, write_train
 from finetune.errors import DataError
@@ -61,11 +60,10 @@ def prepare(config: DataConfig, *, folder: Path, tokenizer: PreTrainedTokenizerB
     if config.objective == "preference":
         _require_preference(sources, formats)
     raw = all(name in RAW_FORMATS for name, _ in formats.values())
-    if not raw or config.template:
-        set_template(config.template, tokenizer)
-    renderer = _renderer(config, tokenizer, raw=raw)
+    renderer = make_renderer(config, tokenizer, raw=raw, has_thoughts=lambda: find_thoughts(sources, formats))
     text, template = serialize(tokenizer), renderer.template
-    extra = {"bos": renderer.bos, "eos": renderer.eos, "special": template.special if template else {}}
+    special = template.special if template else {}
+    extra = {"bos": renderer.bos, "eos": renderer.eos, "special": special, "thinking": renderer.thinking}
     source = template.source if template else None
     key = cache.cache_key(config, sources, tokenizer=text, template=source, extra=extra, seed=seed)
     preparation = _Preparation(
@@ -143,7 +141,8 @@ def _write(preparation: _Preparation, store: TokenStore) -> PreparedData:
         sources=[source.title() for source in preparation.sources],
     )
     write_json(folder / "lengths.json", lengths)
-    write_json(folder / "rendering.json", _rendering(preparation, selection.mix))
+    settings = rendering_settings(preparation.renderer, preparation.tokenizer, config)
+    write_json(folder / "rendering.json", settings | {"mix": selection.mix})
     write_preview(folder, product, config, tokenizer=preparation.tokenizer)
     log_summary(product, config)
     return product
@@ -180,38 +179,3 @@ def _references(config: DataConfig, sources: list[Source]) -> frozenset[int]:
     """Returns the sources whose answers are kept as text, because some of their rows may be held out."""
     splits = not config.heldout_path and (config.heldout_share > 0 or config.heldout_rows is not None)
     return frozenset(number for number, source in enumerate(sources) if source.heldout or splits)
-
-
-def _renderer(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, raw: bool) -> Renderer:
-    eos, bos = tokenizer.eos_token, tokenizer.bos_token
-    adds_bos = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-    template = None if raw else inspect_template(tokenizer)
-    renderer = Renderer(
-        template=template,
-        train_roles=frozenset(config.train_roles),
-        system=config.system,
-        control_tokens=config.control_tokens,
-        tools=config.tools,
-        bos=str(bos) if bos and adds_bos else "",
-        eos=str(eos) if eos else "",
-    )
-    if template:
-        check_generation_marks(template, renderer)
-    return renderer
-
-
-def _rendering(preparation: _Preparation, mix: dict[str, int]) -> dict[str, Any]:
-    """Returns the settings that serving must share."""
-    config, renderer = preparation.config, preparation.renderer
-    template = renderer.template
-    end = template.end_of_turn if template else renderer.eos
-    return {
-        "template": template.source if template else None,
-        "end_of_turn": end,
-        "end_of_turn_id": preparation.tokenizer.convert_tokens_to_ids(end) if end else None,
-        "bos": renderer.bos,
-        "train_roles": config.train_roles,
-        "system": config.system,
-        "control_tokens": config.control_tokens,
-        "mix": mix,
-    }

@@ -13,11 +13,13 @@ from itertools import chain, islice
 
 from finetune.console import ProgressBar, log
 from finetune.data.config import DataConfig
+from finetune.data.conversation import BadRow
 from finetune.data.files import Raw
 from finetune.data.formats import COLUMNS, ColumnMapping, detect, unused_columns
 from finetune.data.sources import Source
 from finetune.data.store import TokenStore
-from finetune.data.worker import Processed, Worker, WorkerSettings, parse_object
+from finetune.data.thoughts import has_thoughts
+from finetune.data.worker import Processed, Worker, WorkerSettings, parse_object, read
 from finetune.errors import DataError
 
 Batch = tuple[int, list[Raw]]
@@ -25,6 +27,9 @@ Batch = tuple[int, list[Raw]]
 
 BATCH_ROWS = 500
 DETECTION_ROWS = 20
+THOUGHT_ROWS = 200
+"""Rows of each source that are searched for thoughts."""
+
 COLLECT_AFTER_OBJECTS = 100_000
 """Batches create many short-lived objects and few cycles; the default threshold of 700 costs a tenth of the time."""
 
@@ -60,6 +65,20 @@ def resolve_formats(sources: list[Source]) -> dict[int, tuple[str, ColumnMapping
     for message, names in messages.items():
         log("data", f"{', '.join(names[:4])}{' ...' if len(names) > 4 else ''}: {message}")
     return formats
+
+
+def find_thoughts(sources: list[Source], formats: dict[int, tuple[str, ColumnMapping]]) -> bool:
+    """Returns whether one of the first rows of a source has a thought."""
+    for number, source in enumerate(sources):
+        name, columns = formats[number]
+        for _, value in source.rows(THOUGHT_ROWS):
+            try:
+                conversation = read(value, name, columns)
+            except BadRow:
+                continue
+            if conversation.parts is None and has_thoughts(conversation):
+                return True
+    return False
 
 
 def _detect(source: Source, rows: list[dict]) -> tuple[str, ColumnMapping]:

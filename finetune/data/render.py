@@ -2,14 +2,20 @@
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from finetune.data.conversation import BadRow, Conversation, Message, trained_turns
 from finetune.data.template import Template
+from finetune.data.thoughts import INLINE, KEEP, KEYS, OPEN, REFUSE, split_thought, with_thought
+from finetune.data.turns import Row, Turns
 
 FIRST_PLACEHOLDER = 0xF0000
 """Private-use characters replace control tokens that a user only wrote about, until the text is tokenized."""
+
+TRIMMED, REWRITTEN = "trimmed answers", "rewritten history"
+THOUGHTS_REMOVED, WITHOUT_THOUGHTS = "removed thoughts", "answers without thoughts"
 
 
 @dataclass(slots=True)
@@ -20,21 +26,46 @@ class Rendered:
         text: The text to tokenize.
         spans: Trained spans, [start, end) in characters, in order.
         answer: Where the last turn begins. Serving sends everything before it.
-        reference: The text of the last turn.
+        reference: The text of the last turn, without its thought.
+        conversation: The turns of the text; trained on are those with a span.
         literals: Placeholder character -> the control token that it replaces.
+        notes: What a user should know of: `TRIMMED`, `REWRITTEN`, `THOUGHTS_REMOVED`, `WITHOUT_THOUGHTS`.
     """
 
     text: str
     spans: list[tuple[int, int]]
     answer: int
     reference: str
+    conversation: Conversation
     literals: dict[str, str] = field(default_factory=dict)
+    notes: frozenset[str] = frozenset()
 
-    def with_literals(self) -> str:
-        """Returns the text with the control tokens in place of their placeholders."""
+    def with_literals(self, text: str | None = None) -> str:
+        """Returns the text, or another one, with the control tokens in place of their placeholders."""
+        text = self.text if text is None else text
         if not self.literals:
-            return self.text
-        return "".join(self.literals.get(character, character) for character in self.text)
+            return text
+        return "".join(self.literals.get(character, character) for character in text)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A conversation as the template takes it.
+
+    Attributes:
+        messages: With the added system message, and with thoughts in the template's form.
+        trained: Whether each message is trained on.
+        thoughts: Thought of each message; "" without one.
+        literals: Placeholder character -> the control token that it replaces.
+        notes: As in `Rendered`.
+    """
+
+    messages: list[Message]
+    trained: list[bool]
+    thoughts: list[str]
+    tools: list[Any] | None
+    literals: dict[str, str]
+    notes: frozenset[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +77,7 @@ class Renderer:
         bos: Precedes raw text; may be "".
         eos: Ends raw text.
         control_tokens: ``text`` or ``control``.
+        thinking: What is done with thoughts: ``keep``, ``remove`` or ``refuse``.
     """
 
     template: Template | None
@@ -55,36 +87,92 @@ class Renderer:
     tools: str
     bos: str
     eos: str
+    thinking: str = KEEP
 
-    def render(self, conversation: Conversation) -> Rendered:
+    def render(self, conversation: Conversation, *, apart: bool = False) -> list[Rendered]:
         """Renders one conversation.
+
+        Args:
+            apart: Whether each trained turn becomes a text of its own in any case.
+
+        Returns:
+            One text, or several where the template rewrites earlier turns; the one with the last turn first.
 
         Raises:
             BadRow: The template rejects, changes or drops a part of it.
         """
         if conversation.parts is not None:
-            return self._render_text(conversation.parts)
+            return [self._render_text(conversation)]
+        prepared = self.prepare(conversation)
+        rows = self.turns(prepared).rows(prepared.trained, apart=apart)
+        return [self._rendered(row, prepared, conversation, several=len(rows) > 1) for row in rows]
+
+    def prepare(self, conversation: Conversation) -> Prepared:
+        """Returns the messages as the template takes them.
+
+        Raises:
+            BadRow: They hold thoughts that the template does not write.
+        """
         if self.template is None:
             raise BadRow("the tokenizer has no chat template", "choose one with data.template=...")
         trained = trained_turns(conversation, self.train_roles)
-        messages = conversation.messages
+        messages, tools = conversation.messages, conversation.tools
         if self.system is not None and messages[0]["role"] != "system":
             messages, trained = [{"role": "system", "content": self.system}, *messages], [False, *trained]
-        tools = conversation.tools
         if self.tools == "text":
             messages, trained, tools = tools_as_text(messages, trained, tools)
         messages, literals = self._replace_control_tokens(messages)
-        rendered = _Turns(self.template, messages, tools).rendered(trained)
-        rendered.literals = literals
+        messages, thoughts, notes = self._with_thoughts(messages, trained)
+        return Prepared(messages, trained, thoughts, tools, literals, notes)
+
+    def turns(self, prepared: Prepared) -> Turns:
+        """Returns what renders the turns of a prepared conversation."""
+        assert self.template is not None
+        return Turns(self.template, prepared.messages, prepared.thoughts, prepared.tools)
+
+    def _rendered(self, row: Row, prepared: Prepared, conversation: Conversation, *, several: bool) -> Rendered:
+        last, notes = row.last.number, prepared.notes | ({REWRITTEN} if several else set())
+        own = conversation
+        if several:
+            added = len(prepared.messages) - len(conversation.messages)
+            train: list[bool | None] = [number in row.spans for number in range(added, last + 1)]
+            messages = conversation.messages[: last + 1 - added]
+            own = Conversation(messages, train=train, tools=conversation.tools, tests=conversation.tests)
+        if any(_is_trimmed(prepared.messages[number], row.text[slice(*span)]) for number, span in row.spans.items()):
+            notes |= {TRIMMED}
+        spans = sorted(row.spans.values())
+        rendered = Rendered(
+            row.text, spans, row.last.start, "", own, literals=prepared.literals, notes=frozenset(notes)
+        )
+        rendered.reference = rendered.with_literals(split_thought(prepared.messages[last])[1]["content"])
         return rendered
 
-    def spans_of(self, conversation: Conversation) -> list[tuple[int, int]]:
-        """Returns the spans of the assistant's turns in the rendered text."""
+    def _with_thoughts(
+        self, messages: list[Message], trained: list[bool]
+    ) -> tuple[list[Message], list[str], frozenset[str]]:
+        """Gives each message its thought in the template's form, or removes it."""
         assert self.template is not None
-        trained = [message["role"] == "assistant" for message in conversation.messages]
-        return _Turns(self.template, conversation.messages, None).rendered(trained).spans
+        found = [split_thought(message) if _may_think(message) else ("", message) for message in messages]
+        thoughts = [thought for thought, _ in found]
+        form, notes = self.template.thoughts, set[str]()
+        if self.thinking == KEEP:
+            answers = [thought for thought, message, on in zip(thoughts, messages, trained, strict=True)
+                       if on and message["role"] == "assistant"]  # fmt: skip
+            if self.template.thinks and not all(answers):
+                notes.add(WITHOUT_THOUGHTS)
+            if form == INLINE and not any(KEYS[0] in message for message in messages):
+                return messages, [""] * len(messages), frozenset(notes)
+            return [with_thought(message, thought, form) for thought, message in found], thoughts, frozenset(notes)
+        if any(thoughts):
+            if self.thinking == REFUSE:
+                raise BadRow(
+                    "a row has a thought, and the first rows have none", "set data.thinking to train, drop or off"
+                )
+            notes.add(THOUGHTS_REMOVED)
+        return [message for _, message in found], [""] * len(messages), frozenset(notes)
 
-    def _render_text(self, parts: list[tuple[str, bool]]) -> Rendered:
+    def _render_text(self, conversation: Conversation) -> Rendered:
+        parts = conversation.parts or []
         text, spans = self.bos, list[tuple[int, int]]()
         for part, trained in parts:
             if trained:
@@ -92,108 +180,42 @@ class Renderer:
             text += part
         start, end = spans[-1]
         spans[-1] = (start, end + len(self.eos))
-        return Rendered(text + self.eos, spans, answer=start, reference=parts[-1][0])
+        return Rendered(text + self.eos, spans, answer=start, reference=parts[-1][0], conversation=conversation)
 
     def _replace_control_tokens(self, messages: list[Message]) -> tuple[list[Message], dict[str, str]]:
         assert self.template is not None
         control = self.template.control
-        if self.control_tokens == "control" or not any(control.search(message["content"]) for message in messages):
+        if self.control_tokens == "control" or not any(
+            control.search(text) for message in messages for text in _written(message)
+        ):
             return messages, {}
         placeholders: dict[str, str] = {}
 
         def placeholder(match: re.Match[str]) -> str:
             return placeholders.setdefault(match.group(), chr(FIRST_PLACEHOLDER + len(placeholders)))
 
-        replaced = [{**message, "content": control.sub(placeholder, message["content"])} for message in messages]
+        replaced = [
+            {**message, **{name: control.sub(placeholder, message[name]) for name in WRITTEN if name in message}}
+            for message in messages
+        ]
         return replaced, {character: token for token, character in placeholders.items()}
 
 
-@dataclass(slots=True)
-class _Turns:
-    """Renders one conversation, and prefixes of it to find where turns begin and end."""
-
-    template: Template
-    messages: list[Message]
-    tools: list[Any] | None
-
-    def rendered(self, trained: list[bool]) -> Rendered:
-        last = len(self.messages) - 1
-        text = self.template.render(self.messages, tools=self.tools)
-        self._check_tools(text)
-        spans = [self._span(text, turn) for turn in range(len(self.messages)) if trained[turn]]
-        answer = spans[-1][0] if trained[last] else self._start(text, last)
-        return Rendered(text, spans, answer=answer, reference=self.messages[last]["content"])
-
-    def _check_tools(self, text: str) -> None:
-        """Checks that tools and calls change the text. A name alone proves nothing: it may also be in the prose."""
-        if self.tools and (
-            not all(tool["function"]["name"] in text for tool in self.tools)
-            or self.template.render(self.messages, tools=None) == text
-        ):
-            raise BadRow("the chat template does not write the tools", "use data.tools=text or another template")
-        if any(message.get("tool_calls") for message in self.messages):
-            without = [
-                {name: value for name, value in message.items() if name != "tool_calls"} for message in self.messages
-            ]
-            if self.template.render(without, tools=self.tools) == text:
-                raise BadRow("the chat template does not write tool calls", "use data.tools=text or another template")
-
-    def _span(self, text: str, turn: int) -> tuple[int, int]:
-        message, start = self.messages[turn], self._start(text, turn)
-        limit = len(text) if turn == len(self.messages) - 1 else self._limit(text, turn)
-        end = text.find(self.template.end_of_turn, start, limit)
-        if end < 0:
-            if message["role"] == "assistant":
-                raise BadRow("the chat template does not end the turn after an answer", f"message {turn + 1}")
-            end = limit
-        else:
-            end += len(self.template.end_of_turn)
-        inside = text[start:end]
-        if message["content"].strip() not in inside:
-            raise BadRow("the chat template changes the words of a trained turn", f"message {turn + 1}")
-        for call in message.get("tool_calls", ()):
-            if call["function"]["name"] not in inside:
-                raise BadRow("the chat template does not write tool calls", "use data.tools=text or another template")
-        return start, end
-
-    def _start(self, text: str, turn: int) -> int:
-        """Returns where a turn begins: after the text that serving sends before it."""
-        before = self.messages[:turn]
-        assistant = self.messages[turn]["role"] == "assistant"
-        if not assistant and all(message["role"] == "system" for message in before):
-            opening = text[: text.find(self.template.end_of_turn)]
-            return 0 if not before and self.messages[turn]["content"].strip() in opening else self._find(text, turn)
-        if not assistant:
-            return self._after(text, self.template.render(before, tools=self.tools))
-        prefix = self.template.render(before, tools=self.tools, prompt=True)
-        if text.startswith(prefix):
-            return len(prefix)
-        if text.startswith(self.template.render(before, tools=self.tools)):
-            raise BadRow("the chat template's prompt is not a prefix of the conversation", f"at message {turn + 1}")
-        raise BadRow("the chat template rewrites earlier turns when later ones follow", f"at message {turn + 1}")
-
-    def _after(self, text: str, before: str) -> int:
-        """Returns where two renderings start to differ, or the start of the control token that this is inside of."""
-        shared = _shared_length(before, text)
-        tokens = self.template.control.finditer(text)
-        return next((token.start() for token in tokens if token.start() < shared < token.end()), shared)
-
-    def _find(self, text: str, turn: int) -> int:
-        at = text.find(self.messages[turn]["content"].strip())
-        if at < 0:
-            raise BadRow("the chat template changes the words of a trained turn", f"message {turn + 1}")
-        return at
-
-    def _limit(self, text: str, turn: int) -> int:
-        """Returns the length of the text that the turns so far determine."""
-        return _shared_length(self.template.render(self.messages[: turn + 1], tools=self.tools), text)
+WRITTEN = ("content", KEYS[0])
+"""The keys of a message that a user wrote as text."""
 
 
-def _shared_length(first: str, second: str) -> int:
-    """Returns the length of the common prefix of two texts."""
-    if second.startswith(first):
-        return len(first)
-    return next(at for at, pair in enumerate(zip(first, f"{second}\0", strict=False)) if pair[0] != pair[1])
+def _written(message: Message) -> Iterator[str]:
+    yield from (message[name] for name in WRITTEN if name in message)
+
+
+def _may_think(message: Message) -> bool:
+    return KEYS[0] in message or OPEN in message["content"]
+
+
+def _is_trimmed(message: Message, inside: str) -> bool:
+    """Whether the template left out white space at the edges of an answer."""
+    return message["role"] == "assistant" and message["content"] not in inside
 
 
 def tools_as_text(

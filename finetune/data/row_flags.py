@@ -6,7 +6,8 @@ import re
 from typing import Any
 
 from finetune.data.conversation import Conversation
-from finetune.data.render import Rendered
+from finetune.data.render import REWRITTEN, THOUGHTS_REMOVED, TRIMMED, WITHOUT_THOUGHTS, Rendered
+from finetune.data.thoughts import KEYS
 
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060\ufeff]")
 EMAIL = re.compile(r"[\w.+-]+@[\w-]+\.[a-zA-Z]{2,}")
@@ -27,6 +28,10 @@ FLAGS = {
     "likely secrets": 4,
     "control tokens as text": 8,
     "in pieces": 16,
+    TRIMMED: 32,
+    REWRITTEN: 64,
+    THOUGHTS_REMOVED: 128,
+    WITHOUT_THOUGHTS: 256,
 }
 
 
@@ -46,7 +51,8 @@ def hash_conversation(conversation: Conversation) -> tuple[int, int, int]:
 
 def _canonical(turn: dict[str, Any]) -> str:
     calls = json.dumps(turn["tool_calls"], sort_keys=True) if "tool_calls" in turn else ""
-    return f"{turn['role']}\x1f{turn['content'].strip()}{calls}"
+    thought = f"\x1f{turn[KEYS[0]].strip()}" if KEYS[0] in turn else ""
+    return f"{turn['role']}\x1f{turn['content'].strip()}{calls}{thought}"
 
 
 def _hash(text: str) -> int:
@@ -63,6 +69,7 @@ def find_flags(rendered: Rendered) -> int:
         flags |= FLAGS["e-mail addresses"]
     if any(hint in text for hint in SECRET_HINTS) and SECRET.search(text):
         flags |= FLAGS["likely secrets"]
+    flags |= sum(FLAGS[note] for note in rendered.notes)
     return flags | (FLAGS["control tokens as text"] if rendered.literals else 0)
 
 

@@ -101,4 +101,5 @@ def _split_conversation(conversation: Conversation, *, max_tokens: int, encode: 
         if len(longer.ids) > max_tokens:
             raise BadRow("longer than max_tokens, in one exchange that cannot be split", f"{len(longer.ids)} tokens")
         part, encoded = [*part, *exchange], longer
-    return [*pieces, *([encoded] if encoded else [])]
+    pieces += [encoded] if encoded else []
+    return [piece for piece in pieces if piece.trained_tokens] or pieces

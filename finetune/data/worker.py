@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from finetune.data.apart import encode_apart, must_be_apart
 from finetune.data.conversation import BadRow, Conversation, check
 from finetune.data.encoder import Encoded, Encoder
 from finetune.data.files import Raw
@@ -23,7 +24,7 @@ ROW = np.dtype(
         ("source", "i2"),
         ("line", "i4"),
         ("reason", "i2"),
-        ("flags", "u1"),
+        ("flags", "u2"),
         ("pieces", "i4"),
         ("full_tokens", "i4"),
         ("full_trained", "i4"),
@@ -109,17 +110,18 @@ class Worker:
         """Processes one batch of one source."""
         batch = _Batch(source, raws)
         name, columns = self.settings.formats[source]
-        rendered: list[tuple[int, int, Conversation, Rendered]] = []
+        rendered: list[tuple[int, int, Rendered]] = []
         for number, (_, value) in enumerate(raws):
-            of_row: list[tuple[int, int, Conversation, Rendered]] = []
+            of_row: list[tuple[int, int, Rendered]] = []
             try:
                 conversation = read(value, name, columns)
                 check(conversation, self.settings.renderer.train_roles)
-                of_row.append((number, CHOSEN, conversation, self._render(conversation)))
+                texts = self._render(conversation)
+                of_row += [(number, CHOSEN, text) for text in texts]
                 if conversation.rejected is not None and self.settings.preference:
                     other = Conversation([*conversation.messages[:-1], conversation.rejected], tools=conversation.tools)
-                    of_row.append((number, REJECTED, other, self._render(other)))
-                batch.describe(number, conversation, of_row[0][-1])
+                    of_row.append((number, REJECTED, self._render(other)[0]))
+                batch.describe(number, conversation, characters=len(texts[0].text))
             except BadRow as error:
                 batch.refuse(number, _of_rejected(error) if of_row else error)
                 if isinstance(error, TooLong) and not of_row:
@@ -127,46 +129,64 @@ class Worker:
             else:
                 rendered += of_row
         results = self.encoder.encode([item for *_, item in rendered])
-        for (number, role, conversation, item), encoded in zip(rendered, results, strict=True):
+        for (number, role, item), encoded in zip(rendered, results, strict=True):
             try:
-                if isinstance(encoded, BadRow):
-                    raise encoded
-                batch.add(number, role, self._pieces(conversation, encoded, batch.rows[number], role))
-                if role == CHOSEN and source in self.settings.references:
+                for text, result in self._apart(item, encoded):
+                    if isinstance(result, BadRow):
+                        raise result
+                    batch.rows[number]["flags"] |= find_flags(text)
+                    batch.add(number, role, self._pieces(text, result, batch.rows[number], role))
+                first = number not in batch.references
+                if role == CHOSEN and source in self.settings.references and first:
                     batch.references[number] = item.reference
-                    if conversation.tests is not None:
-                        batch.tests[number] = read_tests(conversation.tests)
+                    if item.conversation.tests is not None:
+                        batch.tests[number] = read_tests(item.conversation.tests)
             except BadRow as error:
                 if not batch.rows["reason"][number]:
                     batch.refuse(number, _of_rejected(error) if role == REJECTED else error)
         return batch.done()
 
-    def _render(self, conversation: Conversation) -> Rendered:
-        rendered = self.settings.renderer.render(conversation)
-        try:
-            rendered.text.encode()
-        except UnicodeEncodeError as error:
-            raise BadRow(
-                "the text contains half a character (a lone surrogate)", f"at character {error.start}"
-            ) from error
-        min_tokens = self.encoder.min_tokens(rendered.text)
-        if min_tokens > self.settings.max_tokens and self.settings.too_long in ("drop", "error"):
-            raise TooLong(min_tokens=min_tokens)
-        return rendered
+    def _render(self, conversation: Conversation) -> list[Rendered]:
+        """Renders a conversation; for preference objectives only the row of its last turn, which the answers share."""
+        texts = self.settings.renderer.render(conversation)
+        if self.settings.preference:
+            del texts[1:]
+        for rendered in texts:
+            try:
+                rendered.text.encode()
+            except UnicodeEncodeError as error:
+                raise BadRow(
+                    "the text contains half a character (a lone surrogate)", f"at character {error.start}"
+                ) from error
+            min_tokens = self.encoder.min_tokens(rendered.text)
+            if min_tokens > self.settings.max_tokens and self.settings.too_long in ("drop", "error"):
+                raise TooLong(min_tokens=min_tokens)
+        return texts
 
-    def _pieces(self, conversation: Conversation, encoded: Encoded, row: np.void, role: int) -> list[Encoded]:
+    def _apart(self, rendered: Rendered, encoded: Encoded | BadRow) -> list[tuple[Rendered, Encoded | BadRow]]:
+        """Returns the text, or one text for each of its turns where one row cannot hold them."""
+        if self.settings.preference or isinstance(encoded, BadRow) or not must_be_apart(rendered, encoded):
+            return [(rendered, encoded)]
+        return encode_apart(rendered, self.settings.renderer, self.encoder)
+
+    def _pieces(self, rendered: Rendered, encoded: Encoded, row: np.void, role: int) -> list[Encoded]:
         if role == CHOSEN:
-            row["full_tokens"], row["full_trained"] = len(encoded.ids), encoded.trained_tokens
+            row["full_tokens"] = max(row["full_tokens"], len(encoded.ids))
+            row["full_trained"] += encoded.trained_tokens
             row["flags"] |= FLAGS["in pieces"] * encoded.in_pieces
         limit, policy = self.settings.max_tokens, self.settings.too_long
         if len(encoded.ids) <= limit:
             return [encoded]
-        pieces, lost = shorten(encoded, conversation, max_tokens=limit, policy=policy, encode=self._encode)
+        pieces, lost = shorten(encoded, rendered.conversation, max_tokens=limit, policy=policy, encode=self._encode)
         row["truncated_by"] += lost
         return pieces
 
     def _encode(self, conversation: Conversation) -> Encoded:
-        result = self.encoder.encode([self._render(conversation)])[0]
+        """Renders and tokenizes a shortened conversation, whose trained turns are in one text."""
+        texts = self._render(conversation)
+        if len(texts) > 1:
+            raise BadRow("longer than max_tokens, and the chat template rewrites its turns", f"{len(texts)} texts")
+        result = self.encoder.encode(texts)[0]
         if isinstance(result, BadRow):
             raise result
         return result
@@ -240,13 +260,12 @@ class _Batch:
         self.details[number] = error.detail
         self.documents[number], self.pieces[number] = [], []
 
-    def describe(self, number: int, conversation: Conversation, rendered: Rendered) -> None:
+    def describe(self, number: int, conversation: Conversation, *, characters: int) -> None:
         row = self.rows[number]
         row["content"], row["prompt"], row["answer"] = hash_conversation(conversation)
-        row["characters"] = len(rendered.text)
+        row["characters"] = characters
         if conversation.desirable is not None:
             row["desirable"] = conversation.desirable
-        row["flags"] = find_flags(rendered)
 
     def add(self, number: int, role: int, pieces: list[Encoded]) -> None:
         if self.rows["reason"][number]:

@@ -7,6 +7,7 @@ from finetune.eval.config import CHANGES, LOWER_IS_BETTER, EvalConfig
 from finetune.eval.metrics import METRICS, repetition
 from finetune.eval.records import Record
 from finetune.inference.bootstrap import Bootstrap, Ratio, mean_of, perplexity, token_loss
+from finetune.inference.chat import without_thought
 from finetune.inference.rows import Row
 from finetune.scores import AnswerScores, ArtifactScores, Difference, Interval
 
@@ -31,7 +32,7 @@ class Table:
 def tabulate(
     records: dict[str, Record], *, rows: Sequence[Row], metrics: list[str], decode: Callable[[list[int]], str]
 ) -> Table:
-    """Scores every answer.
+    """Scores every answer, without its thought: references have none.
 
     Args:
         records: By artifact.
@@ -46,7 +47,7 @@ def tabulate(
     for name, record in records.items():
         written = [record.answers[number] for number in range(len(rows))]
         texts[name] = [decode(answer.tokens) for answer in written]
-        pairs = list(zip(texts[name], rows, strict=True))
+        pairs = list(zip(map(without_thought, texts[name]), rows, strict=True))
         scores = {metric: [METRICS[metric](text, row) for text, row in pairs] for metric in metrics}
         scores["stop_rate"] = [float(answer.stopped) for answer in written]
         scores["mean_tokens"] = [float(len(answer.tokens)) for answer in written]

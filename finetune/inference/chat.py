@@ -27,8 +27,16 @@ class Chat:
     system: str | None
 
 
+def without_thought(text: str) -> str:
+    """Returns a generated answer without the thought before it, as ``<think>...</think>`` or its end alone."""
+    _, closed, answer = text.rpartition("</think>")
+    return answer.lstrip("\n") if closed else text
+
+
 def load_chat(spec: ModelSpec, data: Path) -> Chat:
     """Loads the base's tokenizer and what the data stage wrote to ``rendering.json``.
+
+    The template has the run's ``data.thinking`` as its default, so prompts need no variable.
 
     Args:
         spec: Its base's folder has the tokenizer.

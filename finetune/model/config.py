@@ -38,6 +38,9 @@ class ModelConfig:
     """Code in the model's repository that may run: the SHA-256 of each of its Python files, by name. Empty: none runs.
     Repository and commit are ``name`` and ``revision``."""
 
+    template: str | None = None
+    """Chat template for a tokenizer that ships none: a name as in ``data.template``, which replaces it."""
+
     architecture: ArchitectureConfig | None
     """Dimensions, so that `plan` needs no download; None reads them from the model's config.json."""
 

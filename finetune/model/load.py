@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.chat_templates import read_template
 from finetune.errors import ModelError
 from finetune.model.base import Base, ModelFiles, weights_sha256
 from finetune.trust import check_remote_code, offer
@@ -27,11 +28,17 @@ PAD_TOKENS = (
 )
 
 
-def load_tokenizer(base: Base | ModelFiles, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    base: Base | ModelFiles, *, trust_remote_code: bool = False, template: str | None = None
+) -> PreTrainedTokenizerBase:
     """Loads the base's tokenizer, with a pad token other than the end token wherever the vocabulary has one.
+
+    Args:
+        template: Name of the chat template for a tokenizer that has none, see `finetune.chat_templates`.
 
     Raises:
         ModelError: The folder has no tokenizer that transformers can read.
+        DataError: There is no such template.
     """
     from transformers import AutoTokenizer
 
@@ -49,6 +56,8 @@ def load_tokenizer(base: Base | ModelFiles, *, trust_remote_code: bool = False) 
         )
         tokenizer.pad_token = next(pads, None) or tokenizer.pad_token or tokenizer.eos_token
     tokenizer.padding_side = "right"
+    if template is not None and not tokenizer.chat_template:
+        tokenizer.chat_template = read_template(template, setting="model.template")
     return tokenizer
 
 

@@ -62,7 +62,7 @@ class ModelSpec:
         """Loads the tokenizer; see `finetune.model.load.load_tokenizer`."""
         from finetune.model.load import load_tokenizer
 
-        return load_tokenizer(self.base, trust_remote_code=self.config.trust_remote_code)
+        return load_tokenizer(self.base, trust_remote_code=self.config.trust_remote_code, template=self.config.template)
 
     def dense(self, folder: Path | None = None, *, dtype: str | None = None) -> ModelSpec:
         """Returns the same model without quantization.

@@ -109,7 +109,7 @@ def render(name: str, turns: list[tuple[str, str]], **changes: Any) -> tuple[Any
     tokenizer = bytes_tokenizer(name)
     renderer = Renderer(template=template.inspect_template(tokenizer), **{**SETTINGS, **changes})
     conversation = Conversation([{"role": role, "content": content} for role, content in turns])
-    encoded = Encoder.of(tokenizer).encode([renderer.render(conversation)])[0]
+    encoded = Encoder.of(tokenizer).encode(renderer.render(conversation))[0]
     assert isinstance(encoded, Encoded)
     return tokenizer, encoded
 
@@ -182,11 +182,39 @@ def test_generation_marks_that_hold_less_than_the_answer_are_refused() -> None:
         check_generation_marks(chat, renderer)
 
 
-def test_template_without_an_end_of_turn_is_refused() -> None:
+UNENDED = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+def test_template_without_an_end_of_turn_is_refused_where_the_tokenizer_has_no_eos() -> None:
     tokenizer = bytes_tokenizer("chatml")
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    tokenizer.chat_template, tokenizer.eos_token = UNENDED, None
     with pytest.raises(DataError, match="would never learn to stop"):
         template.inspect_template(tokenizer)
+
+
+def test_template_of_another_tokenizer_is_refused() -> None:
+    tokenizer = bytes_tokenizer("llama3")
+    template.set_template("gemma", tokenizer)
+    with pytest.raises(DataError, match=r"'<end_of_turn>\\n', which does not begin with a control token"):
+        template.inspect_template(tokenizer)
+
+
+def test_eos_ends_the_answers_of_a_template_without_an_end_of_turn() -> None:
+    tokenizer = bytes_tokenizer("chatml")
+    tokenizer.chat_template = UNENDED
+    renderer = Renderer(template=template.inspect_template(tokenizer), **SETTINGS)
+    rows = renderer.render(Conversation([{"role": role, "content": content} for role, content in TURNS]))
+    assert [row.text for row in rows] == [
+        "user: Hi\nassistant: Yo é\nuser: Bye\nassistant: Ciao.\nSoon\n<|im_end|>",
+        "user: Hi\nassistant: Yo é\n<|im_end|>",
+    ]
+    assert [[row.text[slice(*span)] for span in row.spans] for row in rows] == [
+        ["Ciao.\nSoon\n<|im_end|>"],
+        ["Yo é\n<|im_end|>"],
+    ]
 
 
 def test_template_that_writes_bos_twice_is_refused() -> None:
@@ -199,7 +227,7 @@ def test_template_that_writes_bos_twice_is_refused() -> None:
 def test_tokenizer_without_a_template_names_the_choices() -> None:
     tokenizer = bytes_tokenizer("chatml")
     tokenizer.chat_template = None
-    with pytest.raises(DataError, match="choose one of chatml, gemma, llama2"):
+    with pytest.raises(DataError, match="choose one of alpaca, chatml, gemma, guanaco, llama2"):
         template.set_template(None, tokenizer)
 
 
@@ -251,7 +279,7 @@ def test_sentencepiece_spaces_belong_to_the_answer() -> None:
     conversation = Conversation(
         [{"role": role, "content": content} for role, content in [("user", "Hi"), ("assistant", "Yo"), *TURNS[2:]]]
     )
-    encoded = Encoder.of(tokenizer).encode([renderer.render(conversation)])[0]
+    encoded = Encoder.of(tokenizer).encode(renderer.render(conversation))[0]
     assert isinstance(encoded, Encoded)
     assert not encoded.in_pieces
     assert tokenizer.convert_ids_to_tokens(encoded.ids[slice(*encoded.spans[0])]) == ["\u2581Yo", "\u2581", "</s>"]

@@ -7,6 +7,7 @@ import pytest
 
 from finetune.errors import EvalError
 from finetune.eval.metrics import METRICS, pass_at_k, prepare_rows, repetition
+from finetune.inference.chat import without_thought
 
 ROWS = [
     ("exact_match", " yes\n", "yes", 1.0),
@@ -122,3 +123,10 @@ def test_loop_repeats_and_fresh_text_does_not() -> None:
 
 def judged(metric: str, answer: str, **row: Any) -> float:
     return METRICS[metric](answer, row)
+
+
+@pytest.mark.parametrize(
+    "text", ["yes", "<think>\nIs it?\n</think>\n\nyes", "Is it?\n</think>\n\nyes", "<think>\n\n</think>\n\nyes"]
+)
+def test_answers_are_scored_without_their_thoughts(text: str) -> None:
+    assert without_thought(text) == "yes"

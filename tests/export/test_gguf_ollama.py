@@ -5,8 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf import GGUFReader, GGUFWriter
 
+from finetune.chat_templates import read_template
+from finetune.data.template import inspect_template
 from finetune.export.gguf.ollama import PROBES, UnsupportedTemplateError, infer_template, write_modelfile
+from finetune.export.gguf.vocabulary import write_vocabulary
 from tests.export.gotemplate import execute
 from tests.fixtures.templates import FAMILIES, GEMMA, LLAMA2, PHI3, chat_with
 
@@ -58,3 +62,23 @@ def test_go_template_refuses_a_system_message_where_the_template_does(tokenizer:
     with pytest.raises(TypeError):  # Go: cannot index slice/array with type string
         execute(template, [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "one"}])
     assert json.dumps("the template of this model takes no system message") in template
+
+
+def test_go_template_sends_the_empty_thought_that_a_model_without_thoughts_was_trained_after(tokenizer: Any) -> None:
+    template = inspect_template(chat_with(tokenizer, read_template("trl:qwen3")).tokenizer).with_thinking(False)
+    assert isinstance(template.source, str)
+    inferred = infer_template(chat_with(tokenizer, template.source))
+    text = execute(inferred.source(), [{"role": "user", "content": "one"}])
+    assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+
+
+def test_named_templates_are_written_by_name(tokenizer: Any, tmp_path: Path) -> None:
+    named = {"default": read_template("chatml"), "tool_use": read_template("qwen")}
+    writer = GGUFWriter(tmp_path / "model.gguf", "llama")
+    write_vocabulary(writer, chat_with(tokenizer, named), rows=512)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    fields = GGUFReader(tmp_path / "model.gguf").fields
+    assert fields["tokenizer.chat_template"].contents() == named["default"]
+    assert fields["tokenizer.chat_template.tool_use"].contents() == named["tool_use"]

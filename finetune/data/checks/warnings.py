@@ -7,7 +7,7 @@ import numpy as np
 
 from finetune.data.checks.similar import near_duplicates, overlapping_documents
 from finetune.data.config import DataConfig
-from finetune.data.render import Renderer
+from finetune.data.render import REWRITTEN, THOUGHTS_REMOVED, TRIMMED, WITHOUT_THOUGHTS, Renderer
 from finetune.data.row_flags import FLAGS
 from finetune.data.select import HELDOUT, TRAIN, Selection
 from finetune.data.store import TokenStore
@@ -16,6 +16,7 @@ from finetune.data.worker import CHOSEN
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+NOTES = (TRIMMED, THOUGHTS_REMOVED, WITHOUT_THOUGHTS)
 LABEL_SHARE = 0.1
 """With fewer different answers than this share of the rows, the answers are labels."""
 
@@ -34,6 +35,7 @@ def collect_warnings(
         *_duplicate_warnings(config, store, selection),
         *_label_warnings(config, store, selection),
         *_flag_warnings(config, store, selection),
+        *_template_warnings(store, selection, renderer),
     ]
 
 
@@ -53,7 +55,7 @@ def _mask_warnings(
             f"(data.checks.smallest_trained_share={config.checks.smallest_trained_share:g}): long prompts with short "
             "answers cost compute and teach little; shorten the system message or the prompts"
         )
-    end = renderer.template.end_of_turn if renderer.template else renderer.eos
+    end = renderer.template.end if renderer.template else renderer.eos
     if not end:
         yield "the tokenizer has no end-of-sequence token, so the model never learns to stop after raw text"
     elif tokenizer.pad_token is not None and tokenizer.pad_token == end:
@@ -79,7 +81,7 @@ def _duplicate_warnings(config: DataConfig, store: TokenStore, selection: Select
 def _overlap_warnings(config: DataConfig, store: TokenStore, selection: Selection) -> Iterator[str]:
     checks = config.checks
     split = selection.split[store.documents["row"]]
-    chosen = store.documents["role"] == CHOSEN
+    chosen = (store.documents["role"] == CHOSEN) & ~_repeats_its_row(store)
     train, heldout = np.flatnonzero((split == TRAIN) & chosen), np.flatnonzero((split == HELDOUT) & chosen)
     share = near_duplicates(store, train, similarity=checks.near_duplicate_similarity)
     if share > checks.near_duplicate_share:
@@ -97,6 +99,14 @@ def _overlap_warnings(config: DataConfig, store: TokenStore, selection: Selectio
             f"{len(leaked):,} training {verb} at least {checks.overlap_share:.0%} of the 13-grams with held-out rows "
             f"({lines}): held-out scores will look better than they are"
         )
+
+
+def _repeats_its_row(store: TokenStore) -> np.ndarray:
+    """Returns whether each document is an earlier turn of a conversation whose turns are rows of their own."""
+    rows = store.documents["row"]
+    later = np.concatenate([[False], rows[1:] == rows[:-1]]) if len(rows) else np.zeros(0, bool)
+    rewritten: np.ndarray = later & (store.rows["flags"][rows] & FLAGS[REWRITTEN] > 0)
+    return rewritten
 
 
 def _label_warnings(config: DataConfig, store: TokenStore, selection: Selection) -> Iterator[str]:
@@ -138,6 +148,29 @@ def _flag_warnings(config: DataConfig, store: TokenStore, selection: Selection) 
         yield (
             f"{literal:,} rows contain control tokens in their text, which are read as text "
             "(data.control_tokens=control reads them as control tokens)"
+        )
+
+
+def _template_warnings(store: TokenStore, selection: Selection, renderer: Renderer) -> Iterator[str]:
+    counts = {name: int((store.rows["flags"][selection.split > 0] & FLAGS[name] > 0).sum()) for name in NOTES}
+    if counts[TRIMMED]:
+        yield (
+            f"{counts[TRIMMED]:,} rows have an answer that begins or ends with white space, which the chat template "
+            "removes, so that it is not trained on"
+        )
+    if counts[THOUGHTS_REMOVED]:
+        yield f"{counts[THOUGHTS_REMOVED]:,} rows have thoughts, which are removed (data.thinking=train trains on them)"
+    if counts[WITHOUT_THOUGHTS]:
+        other = "data.thinking=off asks for none" if renderer.template and renderer.template.switch else "add thoughts"
+        yield (
+            f"{counts[WITHOUT_THOUGHTS]:,} rows have an answer without a thought, and the model is asked to think: an "
+            f"empty thought is trained on there ({other})"
+        )
+    heldout = int((store.rows["flags"][selection.split == HELDOUT] & FLAGS[REWRITTEN] > 0).sum())
+    if heldout:
+        yield (
+            f"{heldout:,} held-out conversations are evaluated on their last turn only, since the chat template "
+            "rewrites their earlier turns"
         )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from finetune.data.conversation import BadRow, Conversation, Message
 from finetune.data.formats.fields import as_list, as_text, json_type, read_tools, require
+from finetune.data.thoughts import KEYS
 
 ROLES = {
     "system": "system",
@@ -47,9 +48,12 @@ def _message(item: Any, number: int) -> Message:
         message["tool_calls"] = [
             parse_tool_call(call, where) for call in as_list(calls, where=f"tool_calls of {where}")
         ]
-    for name in ("name", "tool_call_id", "reasoning_content"):
+    for name in ("name", "tool_call_id"):
         if item.get(name) is not None:
             message[name] = as_text(item[name], where=f"{name} of a message")
+    thought = next((name for name in KEYS if item.get(name) is not None), None)
+    if thought:
+        message[KEYS[0]] = as_text(item[thought], where=f"{thought} of a message")
     return message
 
 

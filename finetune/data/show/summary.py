@@ -23,6 +23,13 @@ def log_summary(product: PreparedData, config: DataConfig) -> None:
         + (f" ({_longer_rows(product, config)})" if product.lengths["longest"] > config.max_tokens else ""),
         f"{product.tokens:,} tokens to train on, {trained}",
     )
+    if rows["rewritten"]:
+        log(
+            "data",
+            f"{rows['rewritten']:,} conversations became {rows['rewritten_pieces']:,} rows, since the chat template "
+            "rewrites earlier turns when later ones follow: each row is what serving sends and expects at its turn, "
+            "and no turn is trained on twice",
+        )
     mix = json.loads((product.folder / "rendering.json").read_text(encoding="utf-8"))["mix"]
     if mix:
         counts = ", ".join(f"{name} {format_rows(count)}" for name, count in mix.items())

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
+from finetune.chat_templates import named_templates
 from finetune.export.gguf.vocabulary import adds_bos
 from finetune.export.parity import REFERENCE_CHATS
 
@@ -157,7 +158,7 @@ def infer_template(chat: Chat) -> GoTemplate:
     template = chat.tokenizer.chat_template
     if not template:
         raise UnsupportedTemplateError("the tokenizer has no chat template")
-    if "strftime_now" in template:
+    if any("strftime_now" in source for source in named_templates(template).values()):
         raise UnsupportedTemplateError("the chat template writes the date of the day")
     bos = chat.tokenizer.bos_token if adds_bos(chat.tokenizer) else ""
 

@@ -166,7 +166,9 @@ def _write_special_tokens(writer: GGUFWriter, chat: Chat) -> None:
             add(index)
     writer.add_add_bos_token(adds_bos(tokenizer))
     writer.add_add_eos_token(False)
-    if template:
+    if isinstance(template, dict):
+        writer.add_chat_template([{"name": name, "template": text} for name, text in template.items()])
+    elif template:
         writer.add_chat_template(template)
 
 
