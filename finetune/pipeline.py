@@ -16,6 +16,7 @@ from finetune.console import log, quiet_libraries
 from finetune.data import prepare
 from finetune.errors import GateMissed, HardwareError
 from finetune.eval import AnswerScorer, evaluate
+from finetune.eval.metrics import check_metrics
 from finetune.export import ExportConfig, export
 from finetune.export.needs import check_packages
 from finetune.hardware import Machine, Placement
@@ -278,6 +279,8 @@ def validate_environment(config: RunConfig, placement: Placement) -> None:
     stages = STAGES[: STAGES.index(config.run.until) + 1]
     for adapter in config.merge.adapters if "merge" in stages else ():
         check_adapter(Path(adapter).expanduser(), setting="merge.adapters")
+    if "eval" in stages and config.eval.rows:
+        check_metrics(config.eval.metrics)
     if "export" in stages:
         check_packages(config.export)
     check_launch(config.launch, device=placement.device, preflight=config.preflight.level != "off")

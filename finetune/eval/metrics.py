@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import EvalError
-from finetune.eval.sandbox import run_program
+from finetune.eval.sandbox import check_sandbox, run_program
 from finetune.inference.rows import Row, open_dataset
 
 FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
@@ -103,8 +103,8 @@ def code_valid(answer: str, reference: str) -> float:
 
 
 def pass_at_1(answer: str, row: Row) -> float:
-    """Returns 1 if the answer's code, followed by ``row["tests"]``, runs to its end in the sandbox."""
-    return float(run_program(f"{extract_code(answer)}\n\n{row['tests']}\n").passed)
+    """Returns 1 if the answer's code passes ``row["tests"]`` in the sandbox."""
+    return float(run_program(f"{extract_code(answer)}\n", tests=row["tests"]).passed)
 
 
 def extract_code(answer: str) -> str:
@@ -148,6 +148,16 @@ METRICS: dict[str, Callable[[str, Row], float]] = {
 
 NEEDS = {"pass_at_1": "tests"}
 """The column that a metric needs in addition to the reference."""
+
+
+def check_metrics(metrics: Sequence[str]) -> None:
+    """Refuses metrics that this machine cannot compute, before any work.
+
+    Raises:
+        EvalError: Tests cannot be run here.
+    """
+    if "pass_at_1" in metrics:
+        check_sandbox()
 
 
 def prepare_rows(rows: Sequence[dict[str, Any]], metrics: Sequence[str], heldout: Path) -> None:
