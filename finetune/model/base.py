@@ -29,6 +29,10 @@ HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenize
 """Excludes pickles. README.md names the licence; Python files run only if ``model.remote_code`` has their hash."""
 
 
+HUB_SNAPSHOT = re.compile(r"/models--([^/]+?)--([^/]+)/snapshots/[0-9a-f]{40}$")
+"""A folder of the hub's cache, which names the model that it is a copy of."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Base:
     """A dense base model on disk, read only.
@@ -46,6 +50,15 @@ class Base:
     revision: str | None
     sha256: str
     source: str
+
+    @property
+    def public_name(self) -> str:
+        """The name under which others can look for it: a hub id, or a file's or folder's name without this machine's
+        folders."""
+        if self.source == "hub" or self.name.startswith("package:"):
+            return self.name
+        snapshot = HUB_SNAPSHOT.search(str(self.folder))
+        return f"{snapshot[1]}/{snapshot[2]}" if snapshot else Path(self.name).expanduser().resolve().name
 
     def tokenizer_sha256(self) -> str:
         """Returns a hash of the tokenizer's files: vocabulary, settings and chat template."""
@@ -73,16 +86,16 @@ def fetch(config: ModelConfig) -> Base:
     return Base(folder=folder, name=name, revision=revision, sha256=weights_sha256(folder), source=source)
 
 
-def weights_sha256(folder: Path) -> str:
-    """Returns one hash over the names and contents of all weight files of a folder."""
-    return hash_files(sorted(folder.glob("*.safetensors")))
+def weights_sha256(folder: Path, *, reuse: bool = True) -> str:
+    """Returns one hash over the names and contents of all weight files of a folder; ``reuse`` as in `file_sha256`."""
+    return hash_files(sorted(folder.glob("*.safetensors")), reuse=reuse)
 
 
-def hash_files(files: Iterable[Path]) -> str:
-    """Returns one hash over the names and contents of files."""
+def hash_files(files: Iterable[Path], *, reuse: bool = True) -> str:
+    """Returns one hash over the names and contents of files; ``reuse`` as in `file_sha256`."""
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.name}:{file_sha256(file)}\n".encode())
+        digest.update(f"{file.name}:{file_sha256(file, reuse=reuse)}\n".encode())
     return digest.hexdigest()
 
 
