@@ -35,6 +35,9 @@ TOP_P = 0.95
 KS = (1, 10, 100)
 """Values of k in pass@k. Source: the same paper."""
 
+JUDGE = "tests in a process of their own"
+"""How programs are judged; completions that were judged in another way are not reused."""
+
 FIELDS = ("task_id", "prompt", "entry_point", "test")
 RESAMPLES = 1000
 
@@ -126,7 +129,7 @@ def humaneval(
     check_sandbox()
     own = model == "solutions"
     completer = ReferenceSolutions(tasks) if own else load_completer(model, sampling, quantization=quantization)
-    settings = [completer.key, file_sha256(source), *dataclasses.astuple(sampling), seed]
+    settings = [JUDGE, completer.key, file_sha256(source), *dataclasses.astuple(sampling), seed]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     file = out / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', Path(model).name)}-{key}.jsonl"
     completions = run_problems(tasks, completer, file, samples=samples, seed=seed)
