@@ -10,6 +10,10 @@ from finetune.console import human_bytes
 from finetune.errors import FinetuneError
 
 
+WEIGHTS = ".safetensors"
+"""Files that are large and that their stage has hashed already."""
+
+
 def atomic_write_text(file: Path, text: str | Iterable[str]) -> None:
     """Writes next to the file, then renames: a reader sees the old content or the new one, never a part.
 
@@ -54,7 +58,11 @@ def file_hashes(folder: Path, *, without: Collection[str] = ()) -> dict[str, str
         without: Files and folders at the top that are left out.
     """
     files = (file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file())
-    return {str(file): file_sha256(folder / file) for file in files if file.parts[0] not in without}
+    return {
+        str(file): file_sha256(folder / file, reuse=file.suffix == WEIGHTS)
+        for file in files
+        if file.parts[0] not in without
+    }
 
 
 def find_damage(folder: Path, hashes: Mapping[str, str]) -> str | None:
