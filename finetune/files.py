@@ -9,7 +9,6 @@ from finetune.cache import file_sha256
 from finetune.console import human_bytes
 from finetune.errors import FinetuneError
 
-
 WEIGHTS = ".safetensors"
 """Files that are large and that their stage has hashed already."""
 
