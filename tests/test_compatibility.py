@@ -29,12 +29,11 @@ def base_with(base: Path, target: Path, file: str, *, changes: dict[str, Any], f
         ("config.json", {"quantization_config": STORED}, "stored quantized (quantization_config: bitsandbytes)"),
         ("config.json", {"max_position_embeddings": 16}, "are longer than the model's 16 positions (the longest has"),
         ("config.json", {"vocab_size": 90}, "and the model's embedding 90 rows; the data contain token"),
-        ("config.json", {"hidden_size": None}, "describes no model that transformers can build"),
-        ("config.json", {"num_attention_heads": 0}, "describes no model that transformers can build"),
+        ("config.json", {"hidden_act": "nothing"}, "describes no model that transformers can build: KeyError"),
         ("generation_config.json", {"num_return_sequences": 3}, "transformers does not save again"),
         ("config.json", GPT2, "c_attn, c_fc, c_proj are Conv1D layers"),
     ],
-    ids=["4-bit base", "positions", "vocabulary", "no width", "no heads", "generation", "Conv1D"],
+    ids=["4-bit base", "positions", "vocabulary", "activation", "generation", "Conv1D"],
 )
 def test_base_that_does_not_fit_is_refused(
     tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str], file: str, changes: Any, message: str
