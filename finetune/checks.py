@@ -116,6 +116,10 @@ def _check_results(start: Start) -> list[str]:
     config = start.config
     for adapter in config.merge.adapters if start.is_plan or start.runs("merge") else ():
         check_adapter(Path(adapter).expanduser(), setting="merge.adapters")
+    if start.runs("eval") and config.eval.rows:
+        from finetune.eval.metrics import check_metrics  # reads data sets, which takes seconds to import
+
+        check_metrics(config.eval.metrics)
     if start.runs("export"):
         check_packages(config.export)
     return []

@@ -49,6 +49,10 @@ class ModelError(FinetuneError):
     """The base model or its tokenizer cannot be loaded or adapted as asked for."""
 
 
+class DamagedProduct(FinetuneError):
+    """A file of a finished stage changed, so nothing can be built upon it."""
+
+
 class TrainError(FinetuneError):
     """Training cannot start or cannot continue."""
 

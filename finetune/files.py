@@ -2,11 +2,15 @@
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
+from finetune.cache import file_sha256
 from finetune.console import human_bytes
 from finetune.errors import FinetuneError
+
+WEIGHTS = ".safetensors"
+"""Files that are large and that their stage has hashed already."""
 
 
 def atomic_write_text(file: Path, text: str | Iterable[str]) -> None:
@@ -44,6 +48,30 @@ def require_disk(
             f"{purpose} needs {human_bytes(need_bytes)} of disk space in {folder} and {human_bytes(free)} are free; "
             f"{remedy}"
         )
+
+
+def file_hashes(folder: Path, *, without: Collection[str] = ()) -> dict[str, str]:
+    """Returns the SHA-256 of every file of a folder by its path in it.
+
+    Args:
+        without: Files and folders at the top that are left out.
+    """
+    files = (file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file())
+    return {
+        str(file): file_sha256(folder / file, reuse=file.suffix == WEIGHTS)
+        for file in files
+        if file.parts[0] not in without
+    }
+
+
+def find_damage(folder: Path, hashes: Mapping[str, str]) -> str | None:
+    """Returns which file of a folder is not as it was, with both hashes; None where all are. Every byte is read."""
+    for path, then in hashes.items():
+        file = folder / path
+        now = file_sha256(file, reuse=False) if file.is_file() else "missing"
+        if now != then:
+            return f"{file} was changed since it was written: its SHA-256 was {then} and is {now}"
+    return None
 
 
 def first_error_line(error: BaseException, *, characters: int = 160) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from finetune.errors import TrainError
+
 UNPAGED = {
     "paged_adamw_8bit": "adamw_8bit",
     "paged_adamw_32bit": "adamw_torch",
@@ -40,7 +42,8 @@ class OptimConfig:
     end)."""
 
     warmup: float | None
-    """Share of the steps in which the rate rises from 0; from 0 to below 1. None where one of the next two is set."""
+    """Share of the steps in which the rate rises towards its peak; from 0 to below 1, and never all steps. None where
+    one of the next two is set."""
 
     warmup_steps: int | None = None
     """Warmup in steps."""
@@ -115,21 +118,51 @@ class OptimConfig:
 
 
 def warmup_steps(config: OptimConfig, *, steps: int, tokens_per_step: float) -> int:
-    """Returns the number of steps in which the rate rises, from whichever form is set; at most all steps.
+    """Returns the number of steps in which the rate rises, from whichever form is set; fewer than all steps.
 
     Args:
         config: The optim group.
         steps: Total optimizer steps.
         tokens_per_step: Tokens that one step reads, on average and over all processes.
+
+    Raises:
+        TrainError: The run would end before the rate has reached its peak.
     """
+    if config.warmup is not None:
+        return min(math.ceil(steps * config.warmup), steps - 1)
     if config.warmup_steps is not None:
-        rising = config.warmup_steps
-    elif config.warmup_tokens is not None:
-        rising = math.ceil(config.warmup_tokens / tokens_per_step)
+        rising, setting = config.warmup_steps, f"warmup_steps={config.warmup_steps}"
     else:
-        assert config.warmup is not None, "problems() rejects a config without a warmup"
-        rising = math.ceil(steps * config.warmup)
-    return min(rising, steps)
+        assert config.warmup_tokens is not None, "problems() rejects a config without a warmup"
+        rising, setting = math.ceil(config.warmup_tokens / tokens_per_step), f"warmup_tokens={config.warmup_tokens}"
+    if rising >= steps:
+        raise TrainError(
+            f"optim.{setting} are {rising} steps, and the run has {steps}: the learning rate would never reach "
+            "optim.learning_rate; lower it, or train for more steps"
+        )
+    return rising
+
+
+def start_above_zero(scheduler: Any, *, rising: int) -> None:
+    """Lets the rate rise from ``peak / (rising + 1)``, where transformers starts at 0 and its first step does nothing.
+
+    Args:
+        scheduler: A new ``LambdaLR`` of transformers.
+        rising: Steps of warmup.
+    """
+    if not rising:
+        return
+
+    def risen(share: Any) -> Any:
+        return lambda step: (step + 1) / (rising + 1) if step < rising else share(step)
+
+    scheduler.lr_lambdas = [risen(share) for share in scheduler.lr_lambdas]
+    rates = [
+        base * share(scheduler.last_epoch) for base, share in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
 
 
 def schedule_arguments(config: OptimConfig, *, steps: int, tokens_per_step: float) -> dict[str, Any]:

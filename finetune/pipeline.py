@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from finetune import environment, hardware
 from finetune.checks import Start, check_before_start
+from finetune.compatibility import check_compatibility
 from finetune.config import RunConfig, to_dict
 from finetune.console import log, quiet_libraries
 from finetune.data import prepare
@@ -84,12 +85,15 @@ def run_stages(run: Run) -> Iterator[str]:
             "run.seed": seed,
         },
     )
+    if not folder.is_done("train"):
+        check_compatibility(config, files, tokenizer, data)
     yield "data"
 
     spec = with_skip_modules(ModelSpec.resolve(config, run.placement, files=files), folder, data)
     ranks.put("data", not folder.is_done("train"))  # the others load the model now, or are not needed
     training = spec.key() | {"lora": config.lora, "kernels": config.kernels, "data.sha256": data.fingerprint}
-    with trainable_model(config, spec, tokenizer, data, stage=folder.timed_stage("model")) as load:
+    before = folder.manifest("model") if folder.is_done("preflight") else None
+    with trainable_model(config, spec, tokenizer, data, stage=folder.timed_stage("model"), before=before) as load:
         if not (folder.is_done("preflight") and folder.is_done("train")):
             load()
         yield "model"

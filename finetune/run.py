@@ -14,15 +14,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from finetune.console import log
-from finetune.errors import ConfigError
-from finetune.files import atomic_write_text, require_disk
+from finetune.errors import ConfigError, DamagedProduct
+from finetune.files import atomic_write_text, file_hashes, find_damage, require_disk
 from finetune.jsonable import from_json, to_jsonable
 from finetune.memory import PeakMemory
 
 IF_EXISTS = ("fail", "resume", "overwrite")
 STAGES = ("plan", "data", "model", "preflight", "train", "merge", "eval", "export", "report")
-SCHEMA = 2
+SCHEMA = 3
 """Of manifest.json; raised when the meaning of its key changes, so that an older run is refused in a sentence."""
+
+NOT_PRODUCT = ("checkpoints", "manifest.json")
+"""Parts of a stage's folder that are not hashed with its product: checkpoints have hashes of their own."""
 
 SMALLEST_FREE_DISK_BYTES = 64 * 1024**2
 
@@ -57,6 +60,8 @@ class RunSettings:
             yield f"run.until must be one of {', '.join(STAGES)}; got {self.until!r}"
         if self.seed < 0:
             yield f"run.seed must not be negative; got {self.seed}"
+        if self.seed >= 2**32:
+            yield f"run.seed must be below 2^32, which numpy's generators take; got {self.seed}"
 
 
 class RunFolder:
@@ -70,6 +75,7 @@ class RunFolder:
     def __init__(self, path: Path, *, redo: frozenset[str] = frozenset()) -> None:
         self.path = path
         self.redo = redo
+        self._unverified: list[str] = []
 
     @classmethod
     def open(cls, config: RunSettings, *, redo: frozenset[str] = frozenset()) -> "RunFolder":
@@ -162,6 +168,8 @@ class RunFolder:
     ) -> Product:
         """Runs ``make(folder)`` unless the stage is done already with the same key.
 
+        Before anything is made, the files of earlier stages are hashed again: nothing is built upon damaged ones.
+
         Args:
             name: Of the stage and of its folder.
             product_type: A frozen dataclass whose ``folder`` is the stage's folder; its other fields are saved in
@@ -175,6 +183,7 @@ class RunFolder:
 
         Raises:
             ConfigError: The stage is done with another key; the message names each changed entry with both values.
+            DamagedProduct: A file of an earlier stage is not as it was when that stage ended.
         """
         flat_key = flatten(key)
         manifest = self.manifest(name)
@@ -193,7 +202,9 @@ class RunFolder:
                     "or run.if_exists=overwrite to start again"
                 )
             log(name, f"done before: {self.path / name} is used as it is")
+            self._unverified.append(name)
             return self.product(name, product_type)
+        self._verify()
         final = self.path / name
         folder = self.path / f".{name}.new" if manifest is not None else final
         if folder != final and folder.exists():
@@ -204,13 +215,23 @@ class RunFolder:
             product = make(folder)
         fields = to_jsonable(product)
         fields.pop("folder")
-        write_json(
-            folder / "manifest.json",
-            {"schema": SCHEMA, "stage": name, "key": flat_key, "product": fields, **_cost(started, peak)},
-        )
+        facts = {"schema": SCHEMA, "stage": name, "key": flat_key, "product": fields, **_cost(started, peak)}
+        write_json(folder / "manifest.json", facts | {"files": file_hashes(folder, without=NOT_PRODUCT)})
         if folder != final:
             _swap(folder, final)
         return dataclasses.replace(product, folder=final)  # type: ignore[type-var]
+
+    def _verify(self) -> None:
+        """Hashes the files of stages that were done before, once in a process."""
+        while self._unverified:
+            name = self._unverified[0]
+            damage = find_damage(self.path / name, (self.manifest(name) or {})["files"])
+            if damage:
+                raise DamagedProduct(
+                    f"{damage}; restore the file, or make it again: delete {self.path / name}, and set "
+                    "run.if_exists=resume"
+                )
+            self._unverified.pop(0)
 
     def product(self, name: str, product_type: type[Product]) -> Product:
         """Reads the product of a finished stage."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune import lora
 from finetune.console import human_bytes, log
+from finetune.errors import HardwareError
 from finetune.inference.adapted import free_memory
 from finetune.kernels import apply_fusion
 from finetune.launch.shards import FSDP_PREVENTS_FUSION
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from finetune.config import RunConfig
     from finetune.kernels import Fusion
+    from finetune.kernels.choose import KernelChoice
     from finetune.lora import LoraConfig
     from finetune.model import ModelSpec
     from finetune.optim import OptimConfig
@@ -87,6 +89,7 @@ def trainable_model(
     data: PreparedData,
     *,
     stage: AbstractContextManager[dict[str, Any]],
+    before: dict[str, Any] | None = None,
 ) -> Iterator[Callable[[], TrainableModel]]:
     """Yields a function that loads the trainable model on its first call; frees the model at the end.
 
@@ -96,12 +99,14 @@ def trainable_model(
         tokenizer: Its tokenizer.
         data: Training rows, which ``lora.variant=eva`` starts from.
         stage: Entered while the model loads; it yields a dict that receives the manifest's facts about the model.
+        before: The manifest of the model that this run has used so far; None for a new run.
     """
 
     @cache
     def load() -> TrainableModel:
         with stage as facts:
             trainable = load_trainable_model(config, spec, tokenizer, data)
+            require_same_rounding(trainable.fusion.choice, before)
             facts.update(describe(trainable))
         return trainable
 
@@ -111,6 +116,22 @@ def trainable_model(
         load.cache_clear()
         gc.enable()
         free_memory()
+
+
+def require_same_rounding(choice: KernelChoice, before: dict[str, Any] | None) -> None:
+    """Refuses to continue a run with kernels that round differently: the adapter would be another one.
+
+    Raises:
+        HardwareError: They differ from those that the run began with.
+    """
+    now, then = choice.rounding(), (before or {}).get("product", {}).get("rounding", {})
+    changed = [f"{name} was {then[name]} and is {now[name]}" for name in now if then.get(name, now[name]) != now[name]]
+    if changed:
+        raise HardwareError(
+            f"kernels: this run would continue with others than it began with ({'; '.join(changed)}; now: "
+            f"{'; '.join(choice.reasons)}). Continue where those of the beginning can be had, or start again with "
+            "run.if_exists=overwrite"
+        )
 
 
 def load_trainable_model(
@@ -137,6 +158,7 @@ def load_trainable_model(
         seed=config.run.seed,
         calibration=documents,
         original=spec.base.folder,
+        tokenizer=tokenizer,
     )
     fusion = apply_fusion(
         adapted,
@@ -164,10 +186,12 @@ def describe(trainable: TrainableModel) -> dict[str, Any]:
     return {
         "name": spec.config.name,
         "revision": spec.base.revision,
+        "folder": str(spec.base.folder.resolve()),
         "sha256": spec.base.sha256,
         "parameters": trainable.parameters,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "quantization": quantization_spec(spec.quantization),
         "bytes": trainable.base_bytes,
         "kernels": list(trainable.fusion.choice.reasons),
+        "rounding": trainable.fusion.choice.rounding(),
     }

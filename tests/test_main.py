@@ -34,6 +34,16 @@ def problems(overrides: list[str]) -> list[str]:
         ("optim.learning_rate=fast", "optim.learning_rate: must be a number; got 'fast'"),
         ("data.packing=maybe", "data.packing: must be true or false; got 'maybe'"),
         ("lora.rank=0", "lora.rank must be at least 1; got 0"),
+        ("optim.learning_rate=inf", "optim.learning_rate must be a finite number; got inf"),
+        ("optim.weight_decay=nan", "optim.weight_decay must be a finite number; got nan"),
+        ("merge.max_loss_increase=-inf", "merge.max_loss_increase must be a finite number; got -inf"),
+        ("export.adapter.max_kl=nan", "export.adapter.max_kl must be a finite number; got nan"),
+        ("+eval.gate={adapter.loss: .inf}", "eval.gate.adapter.loss must be a finite number; got inf"),
+        (
+            "data.limit=99999999999999999999",
+            "data.limit must be at most 9223372036854775807 (64 bit); got one of 67 bits",
+        ),
+        ("run.seed=4294967296", "run.seed must be below 2^32, which numpy's generators take; got 4294967296"),
         (
             "experiment=quickstart",
             "experiment=quickstart: experiment is an overlay and needs a plus: write +experiment=quickstart",

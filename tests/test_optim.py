@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from finetune import lora
+from finetune.errors import TrainError
 from finetune.optim import (
     OPTIMIZERS,
     SCHEDULES,
@@ -15,6 +16,7 @@ from finetune.optim import (
     make_optimizer,
     parameter_groups,
     schedule_arguments,
+    start_above_zero,
     state_bytes,
     warmup_steps,
 )
@@ -71,13 +73,28 @@ def step(model: Any, optimizer: Any, *, steps: int = 1) -> None:
         ({"warmup": 0.0}, 0),
         ({"warmup": None, "warmup_steps": 7}, 7),
         ({"warmup": None, "warmup_steps": 0}, 0),
-        ({"warmup": None, "warmup_steps": 700}, 100),
+        ({"warmup": 0.999}, 99),
         ({"warmup": None, "warmup_tokens": 1000}, 4),
         ({"warmup": None, "warmup_tokens": 768}, 3),
     ],
 )
 def test_warmup_is_steps_whichever_form_says_it(changes: dict[str, Any], expected: int) -> None:
     assert warmup_steps(config(**changes), steps=100, tokens_per_step=256) == expected
+
+
+@pytest.mark.parametrize("form", [{"warmup_steps": 100}, {"warmup_tokens": 25_600}])
+def test_run_that_is_all_warmup_is_refused(form: dict[str, int]) -> None:
+    with pytest.raises(TrainError, match=r"are 100 steps, and the run has 100: .* never reach optim.learning_rate"):
+        warmup_steps(config(warmup=None, **form), steps=100, tokens_per_step=256)
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.03, 0.5])
+@pytest.mark.parametrize("steps", [1, 2, 3, 40])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_step_has_a_rate_above_zero_and_some_have_the_peak(schedule: str, steps: int, warmup: float) -> None:
+    found = rates(schedule, steps=steps, warmup=warmup)[:steps]
+    assert min(found) > 0
+    assert max(found) == 1.0
 
 
 def rates(schedule: str, *, steps: int, **changes: Any) -> list[float]:
@@ -92,6 +109,7 @@ def rates(schedule: str, *, steps: int, **changes: Any) -> list[float]:
         num_training_steps=steps,
         scheduler_specific_kwargs=told.get("lr_scheduler_kwargs"),
     )
+    start_above_zero(scheduler, rising=told["warmup_steps"])
     found = []
     for _ in range(steps + 1):
         found.append(scheduler.get_last_lr()[0])
@@ -102,7 +120,7 @@ def rates(schedule: str, *, steps: int, **changes: Any) -> list[float]:
 
 def test_wsd_rises_stays_and_falls_to_zero() -> None:
     found = rates("wsd", steps=20, warmup=0.1, decay=0.25)
-    assert found[:3] == [0.0, 0.5, 1.0]
+    assert found[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
     assert found[2:16] == [1.0] * 14
     assert found[16:] == pytest.approx([1 - (share / 5) ** 0.5 for share in range(1, 6)])
 

@@ -91,6 +91,23 @@ def test_a_run_records_what_auto_became_and_keeps_it_on_a_machine_with_other_mem
     assert "train.micro_batch=1, train.checkpointing=none: as this run began" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_trained_tokens_pass_through_the_whole_line(
+    tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [
+        *overrides(tmp_path, tiny_base),
+        "tracking=[]",
+        "lora.tokens=['<|im_end|>']",
+        "export=[adapter,safetensors]",
+    ]
+    assert main(asked) == 0, capsys.readouterr().err
+    report = json.loads((tmp_path / "outputs" / "tiny" / "report.json").read_text())
+    assert report["status"] == "complete"
+    written = json.loads((tmp_path / "outputs" / "tiny" / "export" / "adapter" / "adapter_config.json").read_text())
+    assert list(written["trainable_token_indices"].values()) == [[2]]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, DamagedProduct
 from finetune.run import RunFolder, RunSettings, write_json
 
 
@@ -99,6 +99,24 @@ def test_changed_settings_are_refused_with_the_difference(tmp_path: Path) -> Non
         stage(folder, 4)
 
 
+@pytest.mark.parametrize("damage", ["flipped", "missing"])
+def test_changed_file_of_a_finished_stage_stops_the_next_one_with_both_hashes(tmp_path: Path, damage: str) -> None:
+    """Size and modification time are those of before, as on a disk that rots."""
+    stage(RunFolder.open(settings(tmp_path)), 3)
+    file = tmp_path / "r" / "thing" / "thing.txt"
+    times = file.stat()
+    if damage == "flipped":
+        file.write_text("4")
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    else:
+        file.unlink()
+    folder, made = RunFolder.open(settings(tmp_path, "resume")), []
+    stage(folder, 3)
+    with pytest.raises(DamagedProduct, match=r"thing\.txt .*SHA-256 was 4e07408562be.* and is (4b227777d4dd|missing)"):
+        folder.stage("next", Thing, lambda out: made.append(1) or Thing(folder=out, size=1), key={})
+    assert not made
+
+
 def test_refusal_names_every_entry_that_changed_with_both_values(tmp_path: Path) -> None:
     folder = RunFolder.open(settings(tmp_path))
     folder.stage(
@@ -116,7 +134,7 @@ def test_manifest_of_another_version_is_refused_in_a_sentence(tmp_path: Path) ->
     file = tmp_path / "r" / "thing" / "manifest.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "schema": 1, "key": "0" * 64}))
     with pytest.raises(
-        ConfigError, match=r"written by another version of finetune \(manifest schema 1, this one reads 2\)"
+        ConfigError, match=r"written by another version of finetune \(manifest schema 1, this one reads 3\)"
     ):
         stage(folder, 3)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ KINDS = {
     str: (StringNode, "text"),
 }
 """By Python type: OmegaConf's node, which converts what was typed, and the words for it."""
+
+LARGEST_INTEGER = 2**63 - 1
 
 OTHER_NAMES = {
     "batch_size": "train.micro_batch",
@@ -133,6 +136,22 @@ def value_problems(key: str, hint: Any, value: Any) -> Iterator[str]:
                 yield from value_problems(f"{key}.{name}", field_types(hint)[str(name)], item)
     elif not _converts(hint, value):
         yield f"{key}: must be {_words(key, hint, value)}; got {'null' if value is None else repr(str(value))}"
+
+
+def number_problems(value: Any, key: str = "") -> Iterator[str]:
+    """Yields every number of a configuration that no setting can have: inf, nan, and integers beyond 64 bit."""
+    if dataclasses.is_dataclass(value):
+        items = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    elif isinstance(value, dict):
+        items = list(value.items())
+    else:
+        items = list(enumerate(value)) if isinstance(value, list) else []
+    for name, item in items:
+        yield from number_problems(item, f"{key}[{name}]" if isinstance(value, list) else f"{key}.{name}".lstrip("."))
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{key} must be a finite number; got {value}"
+    if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+        yield f"{key} must be at most {LARGEST_INTEGER} (64 bit); got one of {value.bit_length()} bits"
 
 
 @cache

@@ -7,10 +7,12 @@ import io
 import json
 import lzma
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from finetune.data.arrow_rows import LINES, unpad
 from finetune.data.json_array import ArrayReader
 from finetune.errors import DataError
 from finetune.files import first_error_line
@@ -32,8 +34,13 @@ def file_kind(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def rows(path: Path, *, text_unit: str) -> Iterator[Raw]:
+def rows(path: Path, *, text_unit: str, changes: Counter[str]) -> Iterator[Raw]:
     """Streams the rows of one file.
+
+    Args:
+        path: The file.
+        text_unit: What one row of a text file is.
+        changes: Receives how many values were changed in reading, by kind; see `arrow_rows`.
 
     Raises:
         DataError: The file is missing, empty, unreadable, damaged, or of an unknown kind.
@@ -45,7 +52,7 @@ def rows(path: Path, *, text_unit: str) -> Iterator[Raw]:
         )
     seen = False
     try:
-        for raw in _of_kind(path, kind, text_unit):
+        for raw in _of_kind(path, kind, text_unit, changes):
             seen = True
             yield raw
     except UnicodeDecodeError as error:
@@ -69,13 +76,13 @@ def _not_utf8(path: Path) -> str:
     return ": not UTF-8"
 
 
-def _of_kind(path: Path, kind: str, text_unit: str) -> Iterator[Raw]:
+def _of_kind(path: Path, kind: str, text_unit: str, changes: Counter[str]) -> Iterator[Raw]:
     if kind == ".parquet":
-        return _parquet(path)
+        return _parquet(path, changes)
     if kind == ".arrow":
-        return _arrow(path)
+        return _arrow(path, changes)
     if kind in (".csv", ".tsv"):
-        return _csv(path, "\t" if kind == ".tsv" else ",")
+        return _csv(path, "\t" if kind == ".tsv" else ",", changes)
     if kind in (".txt", ".text", ".md"):
         return _text(path, text_unit)
     if kind == ".json":
@@ -146,7 +153,7 @@ def _wrapped(path: Path, content: bytes) -> Iterator[Raw]:
     yield from enumerate(next(iter(lists.values())), 1)
 
 
-def _csv(path: Path, delimiter: str) -> Iterator[Raw]:
+def _csv(path: Path, delimiter: str, changes: Counter[str]) -> Iterator[Raw]:
     csv.field_size_limit(1 << 30)
     with io.TextIOWrapper(open_bytes(path), encoding="utf-8", newline="") as handle:
         reader = csv.reader(handle, delimiter=delimiter, strict=True)
@@ -156,6 +163,9 @@ def _csv(path: Path, delimiter: str) -> Iterator[Raw]:
                 return
             _check_header(path, header, delimiter)
             for cells in reader:
+                if any("\r" in cell for cell in cells):
+                    changes[LINES] += sum(cell.count("\r") for cell in cells)
+                    cells = [cell.replace("\r\n", "\n").replace("\r", "\n") for cell in cells]
                 if len(cells) == len(header):
                     yield reader.line_num, dict(zip(header, cells, strict=True))
                 elif cells:
@@ -166,10 +176,14 @@ def _csv(path: Path, delimiter: str) -> Iterator[Raw]:
             ) from error
 
 
-def _check_header(path: Path, header: list[str], delimiter: str) -> None:
-    repeated = sorted({name for name in header if header.count(name) > 1})
+def _check_repeated(where: str, names: list[str]) -> None:
+    repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise DataError(f"{path}:1: the column {repeated[0]!r} appears twice; give each column its own name")
+        raise DataError(f"{where}: the column {repeated[0]!r} appears twice; give each column its own name")
+
+
+def _check_header(path: Path, header: list[str], delimiter: str) -> None:
+    _check_repeated(f"{path}:1", header)
     if len(header) == 1 and delimiter == "," and any(mark in header[0] for mark in ";\t|"):
         raise DataError(
             f"{path}:1: one column named {header[0]!r}: cells are not separated by commas; save the file with commas"
@@ -198,18 +212,20 @@ def _text(path: Path, unit: str) -> Iterator[Raw]:
             yield start, {"text": "".join(paragraph).rstrip("\n")}
 
 
-def _parquet(path: Path) -> Iterator[Raw]:
+def _parquet(path: Path, changes: Counter[str]) -> Iterator[Raw]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=BATCH_ROWS)
-        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+        file = pyarrow.parquet.ParquetFile(path)
+        _check_repeated(str(path), file.schema_arrow.names)
+        batches = file.iter_batches(batch_size=BATCH_ROWS)
+        yield from enumerate((unpad(row, changes) for batch in batches for row in batch.to_pylist()), 1)
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: cannot be read as Parquet: {first_error_line(error)}; write it again") from error
 
 
-def _arrow(path: Path) -> Iterator[Raw]:
+def _arrow(path: Path, changes: Counter[str]) -> Iterator[Raw]:
     import pyarrow
 
     try:
@@ -220,6 +236,6 @@ def _arrow(path: Path) -> Iterator[Raw]:
                 source.seek(0)
                 reader = pyarrow.ipc.open_file(source)
                 batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
-            yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+            yield from enumerate((unpad(row, changes) for batch in batches for row in batch.to_pylist()), 1)
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: cannot be read as Arrow: {first_error_line(error)}; write it again") from error

@@ -4,7 +4,7 @@ import gc
 import multiprocessing
 import os
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from itertools import chain, islice
 
 from finetune.console import ProgressBar, log
+from finetune.data.arrow_rows import describe
 from finetune.data.config import DataConfig
 from finetune.data.conversation import BadRow
 from finetune.data.files import Raw
@@ -109,7 +110,8 @@ def _check_columns(source: Source, rows: list[dict]) -> None:
 
 def fill_store(config: DataConfig, sources: list[Source], settings: WorkerSettings, store: TokenStore) -> None:
     """Processes all rows into the store, in the order of the sources for any number of processes."""
-    batches = _batches(sources, config.limit)
+    changes = [Counter[str]() for _ in sources]
+    batches = _batches(sources, config.limit, changes)
     first = list(islice(batches, max(1, MIN_ROWS_FOR_PROCESSES // BATCH_ROWS)))
     few = sum(len(raws) for _, raws in first) < MIN_ROWS_FOR_PROCESSES
     processes = 1 if few and not config.workers else config.workers or os.cpu_count() or 1
@@ -121,6 +123,8 @@ def fill_store(config: DataConfig, sources: list[Source], settings: WorkerSettin
             bar = bar or stack.enter_context(ProgressBar("data", unit="rows"))
             store.add(done)
             bar.advance(len(done.rows))
+    for source, counted in zip(sources, changes, strict=True):
+        log("data", *(f"{source.name}: {sentence}" for sentence in describe(counted)))
 
 
 def _chain(first: list[Batch], rest: Iterator[Batch]) -> Iterator[Batch]:
@@ -129,10 +133,10 @@ def _chain(first: list[Batch], rest: Iterator[Batch]) -> Iterator[Batch]:
     yield from rest
 
 
-def _batches(sources: list[Source], limit: int | None) -> Iterator[Batch]:
+def _batches(sources: list[Source], limit: int | None, changes: list[Counter[str]]) -> Iterator[Batch]:
     left = {False: limit, True: limit}
     for number, source in enumerate(sources):
-        rows = source.rows(left[source.heldout])
+        rows = source.rows(left[source.heldout], changes[number])
         while batch := list(islice(rows, BATCH_ROWS)):
             yield number, batch
             if limit is not None:

@@ -59,7 +59,7 @@ def select(config: DataConfig, sources: list[Source], store: TokenStore, *, seed
         duplicate_of[:] = -1
     split = np.where(usable, np.where(heldout_source, HELDOUT, TRAIN), DROPPED).astype(np.int8)
     mix = _mix(config, sources, store, split, seed=seed)
-    if not config.heldout_path:
+    if not config.heldout_path and (split == TRAIN).any():
         _holdout_split(config, rows, split, seed=seed)
     leaked = _drop_leaked(config, store, split)
     if not (split == TRAIN).any():

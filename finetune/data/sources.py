@@ -4,6 +4,7 @@ import glob
 import hashlib
 import re
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -14,6 +15,7 @@ from typing import Any
 from finetune.cache import file_sha256
 from finetune.console import log
 from finetune.data import files
+from finetune.data.arrow_rows import unpad
 from finetune.data.config import DataConfig, SourceConfig
 from finetune.errors import DataError
 from finetune.files import first_error_line
@@ -45,10 +47,12 @@ class Source:
     mix: str
     heldout: bool
 
-    def rows(self, limit: int | None) -> Iterator[files.Raw]:
-        """Yields the first ``limit`` rows, or all."""
-        raw = files.rows(self.path, text_unit=self.text_unit) if self.path else hub_rows(self)
-        return islice(raw, limit)
+    def rows(self, limit: int | None, changes: Counter[str] | None = None) -> Iterator[files.Raw]:
+        """Yields the first ``limit`` rows, or all; ``changes`` receives what was changed in reading, by kind."""
+        changes = Counter() if changes is None else changes
+        if self.path:
+            return islice(files.rows(self.path, text_unit=self.text_unit, changes=changes), limit)
+        return islice(((number, unpad(row, changes)) for number, row in hub_rows(self)), limit)
 
     def title(self) -> str:
         """Returns a name for readers on other machines, without folders."""
@@ -105,7 +109,8 @@ def _resolve_entry(config: DataConfig, entry: SourceConfig, *, mix: str, where: 
     )
     if entry.path is None:
         return [source]
-    parts = [part.strip() for part in entry.path.split(",") if part.strip()]
+    whole = Path(entry.path).expanduser().exists()  # then its commas are part of its name
+    parts = [entry.path] if whole else [part.strip() for part in entry.path.split(",") if part.strip()]
     paths = [path for part in parts for path in _expand(part, where, source.split)]
     return [replace(source, path=path, name=path.name) for path in dict.fromkeys(paths)]
 
@@ -116,7 +121,7 @@ def _expand(part: str, where: str, split: str) -> list[Path]:
         return _folder(path, where, split)
     if path.exists():
         return [path]
-    matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+    matches = sorted(Path(match) for match in glob.glob(_pattern(path), recursive=True))
     matching_files = [match for match in matches if match.is_file()]
     if not matching_files:
         hint = _did_you_mean(path)
@@ -124,6 +129,13 @@ def _expand(part: str, where: str, split: str) -> list[Path]:
             f"{where}: {part} does not exist{hint}; give a file, a folder or a glob, relative to {Path.cwd()}"
         )
     return matching_files
+
+
+def _pattern(path: Path) -> str:
+    """Returns a glob in which the folders that exist stand for themselves, whatever characters they have."""
+    parent = next((parent for parent in path.parents if parent.exists()), Path())
+    rest = path.relative_to(parent) if parent != Path() else path
+    return str(Path(glob.escape(str(parent))) / rest)
 
 
 def _folder(path: Path, where: str, split: str) -> list[Path]:

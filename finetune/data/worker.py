@@ -213,9 +213,19 @@ def read(value: Any, name: str, columns: dict[str, str]) -> Conversation:
         if missing:
             raise BadRow(f"column {missing[0]!r} is missing", f"the row has {', '.join(map(str, value))}")
         value = {**value, **{column: value[actual] for column, actual in columns.items()}}
-    conversation = READERS[name](value)
+    try:
+        conversation = READERS[name](value)
+    except BadRow as error:
+        raise BadRow(_with_own_names(error.reason, columns), error.detail) from error
     conversation.tests = value.get("tests")
     return conversation
+
+
+def _with_own_names(reason: str, columns: dict[str, str]) -> str:
+    """Returns a reason with the file's names of columns in place of the format's."""
+    for column, actual in columns.items():
+        reason = reason.replace(f"column {column!r}", f"column {actual!r}")
+    return reason
 
 
 def parse_object(value: Any) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from finetune.errors import EvalError
 from finetune.eval.completers import Completer, Sampling, load_completer
 from finetune.eval.metrics import pass_at_k
 from finetune.eval.records import complete_lines
-from finetune.eval.sandbox import PASSED, run_program
+from finetune.eval.sandbox import PASSED, check_sandbox, run_program
 from finetune.inference.bootstrap import Bootstrap, mean_of
 
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
@@ -34,6 +34,9 @@ TOP_P = 0.95
 
 KS = (1, 10, 100)
 """Values of k in pass@k. Source: the same paper."""
+
+JUDGE = "tests in a process of their own"
+"""How programs are judged; completions that were judged in another way are not reused."""
 
 FIELDS = ("task_id", "prompt", "entry_point", "test")
 RESAMPLES = 1000
@@ -53,9 +56,9 @@ class Problem:
     test: str
     solution: str = ""
 
-    def program(self, completion: str) -> str:
-        """Returns the source of the completed function and its tests."""
-        return f"{self.prompt}{completion}\n{self.test}\ncheck({self.entry_point})\n"
+    def tests(self) -> str:
+        """Returns the source of the tests of the completed function."""
+        return f"{self.test}\ncheck({self.entry_point})\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +116,8 @@ def humaneval(
         out: Folder of the completions; each model and sampling has its own file.
 
     Raises:
-        EvalError: The source cannot be read, the settings contradict each other, or the model cannot be opened.
+        EvalError: The source cannot be read, the settings contradict each other, the model cannot be opened, or this
+            machine cannot restrict programs.
     """
     sampling = sampling or humaneval_sampling(512)
     if samples > 1 and sampling.temperature == 0:
@@ -122,9 +126,10 @@ def humaneval(
             "set temperature, e.g. temperature=0.8"
         )
     tasks = read_problems(source)[:problems]
+    check_sandbox()
     own = model == "solutions"
     completer = ReferenceSolutions(tasks) if own else load_completer(model, sampling, quantization=quantization)
-    settings = [completer.key, file_sha256(source), *dataclasses.astuple(sampling), seed]
+    settings = [JUDGE, completer.key, file_sha256(source), *dataclasses.astuple(sampling), seed]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     file = out / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', Path(model).name)}-{key}.jsonl"
     completions = run_problems(tasks, completer, file, samples=samples, seed=seed)
@@ -187,7 +192,6 @@ def run_problems(
     missing = [(problem, sample) for problem, sample in wanted if (problem.task_id, sample) not in done]
     if len(missing) < len(wanted):
         log("bench", f"reusing {len(wanted) - len(missing)} of {len(wanted)} completions from {file}")
-    unenforced: set[str] = set()
     with (
         open(file, "a", encoding="utf-8") as handle,
         ProgressBar("bench", total=len(missing), unit="programs") as bar,
@@ -195,14 +199,11 @@ def run_problems(
         for problem, sample in missing:
             bar.advance()
             text = completer.complete(problem.prompt, seed=_seed(seed, problem.task_id, sample))
-            verdict = run_program(problem.program(text))
+            verdict = run_program(f"{problem.prompt}{text}\n", tests=problem.tests())
             entry = Completion(problem.task_id, sample, text, verdict.outcome, verdict.reason)
             handle.write(json.dumps(dataclasses.asdict(entry)) + "\n")
             handle.flush()
             done[problem.task_id, sample] = entry
-            unenforced |= set(verdict.unenforced)
-    if unenforced:
-        log("bench", f"this machine could not restrict the programs' access to: {', '.join(sorted(unenforced))}")
     return [done[problem.task_id, sample] for problem, sample in wanted]
 
 

@@ -10,11 +10,26 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import regex
+
 from finetune.errors import EvalError
-from finetune.eval.sandbox import run_program
+from finetune.eval.sandbox import check_sandbox, run_program
 from finetune.inference.rows import Row, open_dataset
 
 FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
+SPACELESS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\u30fc\uff70"
+"""Scripts that are written without spaces between words, with Japanese's mark of a long vowel."""
+
+WORD = regex.compile(rf"[{SPACELESS}]|[\p{{L}}\p{{M}}\p{{N}}--[{SPACELESS}]]+", regex.V1)
+"""A word: letters with their marks, and digits. In scripts without spaces it is one letter, as in sacrebleu's
+tokenizers ``zh`` and ``char``."""
+
+PUNCTUATION = regex.compile(r"[\p{P}$+<=>^`|~]")
+"""Python's ``string.punctuation``, and that of other scripts."""
+
+AROUND_LABELS = string.whitespace + "\"'`“”‘’«»()[]{}<>.,;:!?*_。、，；：！？「」『』（）।"
+"""Quotes, brackets, and what ends a sentence; not signs, which tell ``-1`` from ``1``."""
+
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
@@ -24,15 +39,19 @@ def exact_match(answer: str, reference: str) -> float:
 
 
 def token_f1(answer: str, reference: str) -> float:
-    """Returns the F1 of words. Source: the SQuAD 1.1 evaluation script."""
+    """Returns the F1 of words; 0 without words.
+
+    Source: the evaluation scripts of SQuAD 1.1, and of MLQA for scripts without spaces.
+    """
     ours, theirs = _words(answer), _words(reference)
-    if not ours or not theirs:
-        return float(ours == theirs)
     return _f1(sum((Counter(ours) & Counter(theirs)).values()), len(ours), len(theirs))
 
 
 def rouge_1(answer: str, reference: str) -> float:
-    """Returns the F1 of single words, like the package rouge-score without stemming, for letters of any language."""
+    """Returns the F1 of single words, like the package rouge-score without stemming, for letters of any language.
+
+    As there, texts without words score 0, also where they are the same.
+    """
     return _rouge(answer, reference, size=1)
 
 
@@ -44,8 +63,6 @@ def rouge_2(answer: str, reference: str) -> float:
 def rouge_l(answer: str, reference: str) -> float:
     """Returns the F1 of the longest common subsequence of words. Source: Lin 2004, with equal weights."""
     ours, theirs = _plain_words(answer), _plain_words(reference)
-    if not ours or not theirs:
-        return float(ours == theirs)
     return _f1(_common_subsequence(ours, theirs), len(ours), len(theirs))
 
 
@@ -78,7 +95,7 @@ def number(answer: str, reference: str) -> float:
 
 
 def label(answer: str, reference: str) -> float:
-    """Returns 1 for the same class: compares the first line, ignoring case and surrounding quotes and punctuation."""
+    """Returns 1 for the same class: compares the first line, ignoring case, surrounding quotes and a sentence's end."""
     return float(_label(answer) == _label(reference))
 
 
@@ -93,18 +110,17 @@ def label_known(answer: str, row: Row) -> float:
 
 
 def code_valid(answer: str, reference: str) -> float:
-    """Returns 1 if the answer's code parses as Python."""
+    """Returns 1 if the answer's code parses as Python and has a statement."""
     try:
-        ast.parse(extract_code(answer))
+        return float(bool(ast.parse(extract_code(answer)).body))
     # ValueError: a null byte; the last two: nested too deeply.
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return 0.0
-    return 1.0
 
 
 def pass_at_1(answer: str, row: Row) -> float:
-    """Returns 1 if the answer's code, followed by ``row["tests"]``, runs to its end in the sandbox."""
-    return float(run_program(f"{extract_code(answer)}\n\n{row['tests']}\n").passed)
+    """Returns 1 if the answer's code passes ``row["tests"]`` in the sandbox."""
+    return float(run_program(f"{extract_code(answer)}\n", tests=row["tests"]).passed)
 
 
 def extract_code(answer: str) -> str:
@@ -150,6 +166,16 @@ NEEDS = {"pass_at_1": "tests"}
 """The column that a metric needs in addition to the reference."""
 
 
+def check_metrics(metrics: Sequence[str]) -> None:
+    """Refuses metrics that this machine cannot compute, before any work.
+
+    Raises:
+        EvalError: Tests cannot be run here.
+    """
+    if "pass_at_1" in metrics:
+        check_sandbox()
+
+
 def prepare_rows(rows: Sequence[dict[str, Any]], metrics: Sequence[str], heldout: Path) -> None:
     """Checks that the rows have what the metrics need, and adds the ``classes`` of the held-out answers to each.
 
@@ -161,7 +187,7 @@ def prepare_rows(rows: Sequence[dict[str, Any]], metrics: Sequence[str], heldout
     """
     for metric in metrics:
         column = NEEDS.get(metric)
-        lacking = [row["row"] for row in rows if column and not row.get(column)]
+        lacking = [row["row"] for row in rows if column and not str(row.get(column) or "").strip()]
         if lacking:
             raise EvalError(
                 f"eval.metrics: {metric} needs {column!r} in every held-out row, and {len(lacking)} have none "
@@ -208,13 +234,11 @@ def _equal(left: Any, right: Any) -> bool:
 
 
 def _f1(common: int, ours: int, theirs: int) -> float:
-    return 2 * common / (ours + theirs)
+    return 2 * common / (ours + theirs) if common else 0.0
 
 
 def _rouge(answer: str, reference: str, *, size: int) -> float:
     ours, theirs = (_pieces(_plain_words(text), size) for text in (answer, reference))
-    if not ours or not theirs:
-        return float(_plain_words(answer) == _plain_words(reference))
     return _f1((ours & theirs).total(), ours.total(), theirs.total())
 
 
@@ -223,12 +247,12 @@ def _pieces(words: Sequence[Any], size: int) -> Counter[tuple[Any, ...]]:
 
 
 def _words(text: str) -> list[str]:
-    kept = "".join(letter for letter in text.lower() if letter not in string.punctuation)
-    return [word for word in kept.split() if word not in ("a", "an", "the")]
+    spaced = regex.sub(rf"([{SPACELESS}])", r" \1 ", PUNCTUATION.sub("", text.lower()))
+    return [word for word in spaced.split() if word not in ("a", "an", "the")]
 
 
 def _plain_words(text: str) -> list[str]:
-    return re.findall(r"[^\W_]+", text.lower())
+    return WORD.findall(text.lower())
 
 
 def _common_subsequence(ours: list[str], theirs: list[str]) -> int:
@@ -251,5 +275,5 @@ def _final_number(text: str) -> float | None:
 
 
 def _label(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[0].strip().strip(string.punctuation + string.whitespace).lower() if lines else ""
+    line = next(iter(text.strip().splitlines()), "")
+    return (line.strip(AROUND_LABELS) or line.strip()).lower()

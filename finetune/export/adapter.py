@@ -11,6 +11,7 @@ from finetune.export.context import ExportContext
 from finetune.export.manifest import write_record
 from finetune.export.snippets import adapter_snippet, finetune_snippet
 from finetune.hardware.backends import BACKENDS
+from finetune.inference.chat import save_tokenizer
 from finetune.model import Base
 from finetune.products import ExportResult
 
@@ -26,7 +27,7 @@ def write(context: ExportContext, name: str, settings: ExportConfig) -> ExportRe
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copyfile(source / file, target / file)
     _point_to_base(target / "adapter_config.json", context.spec.base)
-    context.chat.tokenizer.save_pretrained(target)
+    save_tokenizer(context.chat.tokenizer, target)
     write_record(target, "adapter", spec=context.spec, chat=context.chat)
     model = context.load(context.spec, settings, adapter=source)
     wanted = context.expected_output(model, settings, artifact="adapter")
@@ -41,8 +42,8 @@ def write(context: ExportContext, name: str, settings: ExportConfig) -> ExportRe
 
 
 def _point_to_base(file: Path, base: Base) -> None:
-    """Writes the base's public name into the adapter's config, not a cache folder of this machine."""
+    """Writes the base's public name into the adapter's config, not a folder of this machine."""
     settings = json.loads(file.read_text(encoding="utf-8"))
-    settings["base_model_name_or_path"] = base.name if base.source == "hub" else str(base.folder.resolve())
+    settings["base_model_name_or_path"] = base.public_name
     settings["revision"] = base.revision
     file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")

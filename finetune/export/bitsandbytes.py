@@ -18,6 +18,7 @@ from finetune.export.config import DTYPES, ExportConfig
 from finetune.export.context import ExportContext
 from finetune.export.manifest import write_record
 from finetune.export.snippets import merged_snippet
+from finetune.inference.chat import save_tokenizer
 from finetune.products import ExportResult
 from finetune.quantization import QuantizationConfig
 
@@ -42,7 +43,7 @@ def write(context: ExportContext, name: str, settings: ExportConfig) -> ExportRe
     model = _open(context, _merge_original(context, name) if from_original else merged_folder, config)
     model.save_pretrained(target, max_shard_size=SHARD)
     shutil.copyfile(merged_folder / "generation_config.json", target / "generation_config.json")
-    context.chat.tokenizer.save_pretrained(target)
+    save_tokenizer(context.chat.tokenizer, target)
     spec = dataclasses.replace(context.spec.dense(dtype=context.merged_dtype), quantization=config)
     write_record(target, "merged", spec=spec, chat=context.chat)
     wanted = context.expected_output(model, settings)

@@ -79,7 +79,7 @@ def write_card(facts: CardFacts) -> str:
     sections = [
         "\n".join(_front_matter(facts)),
         f"# {name}, tuned",
-        f"A LoRA adapter for `{facts.base.name}`, trained on a frozen {_quantized(facts.quantization)} base, "
+        f"A LoRA adapter for `{facts.base.public_name}`, trained on a frozen {_quantized(facts.quantization)} base, "
         "and the model that the two merge into.",
         "\n".join(_made_from(facts)),
         "\n".join(_quality(facts)),
@@ -93,7 +93,7 @@ def write_card(facts: CardFacts) -> str:
 
 def short_name(base: Base) -> str:
     """Returns the last part of the base's name."""
-    return Path(base.name.removeprefix("package:")).name.removesuffix(".gguf")
+    return Path(base.public_name.removeprefix("package:")).name.removesuffix(".gguf")
 
 
 def _quantized(config: QuantizationConfig) -> str:
@@ -103,7 +103,7 @@ def _quantized(config: QuantizationConfig) -> str:
 def _front_matter(facts: CardFacts) -> Iterator[str]:
     yield "---"
     if facts.base.source == "hub":
-        yield f"base_model: {facts.base.name}"
+        yield f"base_model: {facts.base.public_name}"
     licence = licence_of(facts.base.folder)
     if licence:
         yield f"license: {licence}"
@@ -114,7 +114,7 @@ def _made_from(facts: CardFacts) -> Iterator[str]:
     base, data, adapter = facts.base, facts.data, facts.adapter
     yield "## Made from\n"
     revision = f" at revision `{base.revision}`" if base.revision else ""
-    yield f"- Base: `{base.name}`{revision}, weights SHA-256 `{base.sha256}`"
+    yield f"- Base: `{base.public_name}`{revision}, weights SHA-256 `{base.sha256}`"
     if base.source == "gguf":
         yield (
             "- The base was a GGUF file; its blocks were dequantized to dense weights, so it is full precision only by "
@@ -189,7 +189,7 @@ def _licence(base: Base) -> Iterator[str]:
     if licence:
         yield f"The base states `{licence}`, and weights derived from it are bound by that. {OWN_TERMS}"
     else:
-        yield f"The files of the base state no licence; look where `{base.name}` was published. {OWN_TERMS}"
+        yield f"The files of the base state no licence; look where `{base.public_name}` was published. {OWN_TERMS}"
 
 
 def licence_of(folder: Path) -> str | None:

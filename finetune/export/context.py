@@ -224,10 +224,16 @@ class ExportContext:
             "answers": {"prompts": prompts, "max_new_tokens": limits.max_new_tokens, "batch_rows": limits.fixed_rows},
         }
         hidden = {"CUDA_VISIBLE_DEVICES": ""} if self.spec.placement.device == "cpu" else {}
+        link = self.scratch / self.spec.base.folder.name  # the snippet names no folder of this machine
+        if self.spec.base.source != "hub" and not link.exists():
+            link.symlink_to(self.spec.base.folder.resolve())
         try:
             got = run_in_fresh_process(runtime, request, work=self.scratch, environment=hidden)
         except FreshProcessError as error:
             raise ExportError(f"export.{name} cannot be opened by {' and '.join(packages)}: {error}") from error
+        finally:
+            if link.is_symlink():
+                link.unlink()
         self.halvings += got.get("halvings", 0)
         parity = compare(name, wanted, got, logits, config=settings, seed=self.scorer.seed)
         scores = None

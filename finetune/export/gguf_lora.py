@@ -42,9 +42,11 @@ def write(context: ExportContext, name: str, settings: ExportConfig) -> ExportRe
     source, target, base = context.adapter.adapter, context.scratch / name, context.spec.base
     check_adapter(source)
     target.mkdir()
-    write_adapter(source, base.folder, target / ADAPTER, name=base.name)
+    write_adapter(source, base.folder, target / ADAPTER, name=base.public_name)
     dtype, threads = settings.dtype, context.spec.placement.threads
-    notes = write_model(base.folder, target / FILE, chat=context.chat, dtype=dtype, name=base.name, threads=threads)
+    notes = write_model(
+        base.folder, target / FILE, chat=context.chat, dtype=dtype, name=base.public_name, threads=threads
+    )
     notes += write_modelfile(target / "Modelfile", context.chat, source=f"FROM ./{FILE}\nADAPTER ./{ADAPTER}")
     snippet = server_snippet(f"{name}/{FILE}", adapter=f"{name}/{ADAPTER}", ollama=f"{name}/Modelfile")
     parity = check(context, name, settings, _expected(context, settings), snippet=snippet)

@@ -157,13 +157,13 @@ def _remarks(licence: str | None, settings: ExportConfig, *, base: Base) -> Iter
     if not licence:
         when = "" if settings.private else ", before it is public"
         yield (
-            f"the licence of {base.name} is not known, so whether it may be passed on is not either: "
+            f"the licence of {base.public_name} is not known, so whether it may be passed on is not either: "
             f"look where it was published{when}"
         )
     if base.source != "hub":
         yield (
-            f"the base was {base.name} on this machine: the adapter's files name it so, "
-            "and others must put their own path there"
+            f"the base was a local copy: the adapter's files name it {base.public_name}, and others must give a folder "
+            f"with the same weights (SHA-256 {base.sha256[:12]})"
         )
     if not settings.private:
         yield f"export.{settings.format}.private=false: everyone could see it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,12 +24,16 @@ PLACES = ("", "export/adapter", "adapter", "export/safetensors", "safetensors")
 """Folders that may hold the record, relative to the named folder."""
 
 
-def load(run_or_folder: str | Path, *, device: str | None = None) -> tuple[Model, PreTrainedTokenizerBase]:
+def load(
+    run_or_folder: str | Path, *, device: str | None = None, base: str | Path | None = None
+) -> tuple[Model, PreTrainedTokenizerBase]:
     """Loads a run or one of its exports in the form in which it was trained.
 
     Args:
         run_or_folder: A run folder, its ``export`` folder, or an exported adapter or merged model.
         device: ``cpu``, ``cuda`` or ``mps``; None takes a GPU if there is one.
+        base: Folder of the base, where it is neither on the hub nor where the run found it; its weights must be the
+            same.
 
     Returns:
         Model (in evaluation mode, without gradients) and tokenizer.
@@ -48,8 +53,8 @@ def load(run_or_folder: str | Path, *, device: str | None = None) -> tuple[Model
     from finetune.inference.adapted import load_adapted_model
 
     quantization = QuantizationConfig(**record["quantization"]["settings"])
-    base = _base(config, record)
-    spec = ModelSpec(base=base, config=config, quantization=quantization, placement=placement)
+    found = _base(config, record, where=base or _folder_of_the_run(folder, record))
+    spec = ModelSpec(base=found, config=config, quantization=quantization, placement=placement)
     return load_adapted_model(spec, folder), tokenizer
 
 
@@ -95,7 +100,7 @@ def _check_files(folder: Path, record: dict[str, Any]) -> None:
         raise ModelError(
             f"{folder}: {' and '.join(changed)} changed or missing since the export; restore what was exported"
         )
-    digest, exported = weights_sha256(folder), record["weights_sha256"]
+    digest, exported = weights_sha256(folder, reuse=False), record["weights_sha256"]
     if digest != exported:
         raise ModelError(
             f"{folder}: its weights are not those that were exported (hash {digest[:12]}, recorded {exported[:12]})"
@@ -122,10 +127,24 @@ def _tokenizer(folder: Path, record: dict[str, Any]) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _base(config: ModelConfig, record: dict[str, Any]) -> Base:
+def _folder_of_the_run(folder: Path, record: dict[str, Any]) -> str | None:
+    """Returns the base's folder as the run that made the export recorded it; None for a base on the hub."""
+    manifest = folder.resolve().parents[1] / "model" / "manifest.json"
+    if record["base"]["source"] == "hub" or not manifest.is_file():
+        return None
+    place = json.loads(manifest.read_text(encoding="utf-8"))["product"].get("folder")
+    return str(place) if place and Path(place).is_dir() else None
+
+
+def _base(config: ModelConfig, record: dict[str, Any], *, where: str | Path | None) -> Base:
     from finetune.model import fetch
 
-    base = fetch(config)
+    if where is None and record["base"]["source"] != "hub" and not config.name.startswith("package:"):
+        raise ModelError(
+            f"the adapter's base is {config.name}, a folder of the machine that trained it (weights "
+            f"{record['base']['sha256'][:12]}); say where it is: finetune.load(..., base=<folder>)"
+        )
+    base = fetch(config if where is None else dataclasses.replace(config, name=str(where), revision=None))
     if base.sha256 != record["base"]["sha256"]:
         raise ModelError(
             f"the base {config.name} is not the one that the adapter was trained on: its weights have hash "

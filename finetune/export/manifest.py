@@ -10,7 +10,7 @@ from finetune.cache import file_sha256
 from finetune.hardware.backends import BACKENDS
 from finetune.inference.chat import Chat
 from finetune.jsonable import to_jsonable
-from finetune.model import Base, ModelSpec
+from finetune.model import ModelSpec
 from finetune.model.base import weights_sha256
 from finetune.quantization.config import spec as quantization_spec
 from finetune.run import write_json
@@ -34,7 +34,7 @@ def write_record(folder: Path, kind: str, *, spec: ModelSpec, chat: Chat) -> dic
         chat: Tokenizer and end tokens.
     """
     base, quantization = spec.base, spec.quantization
-    settings = {**to_jsonable(spec.config), "name": _absolute_name(base), "revision": base.revision}
+    settings = {**to_jsonable(spec.config), "name": base.public_name, "revision": base.revision}
     settings.pop("architecture")
     packages = [*PACKAGES, *filter(None, [BACKENDS[quantization.method].library])]
     record = {
@@ -43,7 +43,7 @@ def write_record(folder: Path, kind: str, *, spec: ModelSpec, chat: Chat) -> dic
         "weights_sha256": weights_sha256(folder),
         "settings_sha256": settings_sha256(folder),
         "base": {
-            "name": base.name,
+            "name": base.public_name,
             "revision": base.revision,
             "source": base.source,
             "sha256": base.sha256,
@@ -57,12 +57,6 @@ def write_record(folder: Path, kind: str, *, spec: ModelSpec, chat: Chat) -> dic
     }
     write_json(folder / FILE, record)
     return record
-
-
-def _absolute_name(base: Base) -> str:
-    """Returns the base's name in a form that is valid in any working directory."""
-    local = base.source == "folder" or (base.source == "gguf" and not base.name.startswith("package:"))
-    return str(Path(base.name).expanduser().resolve()) if local else base.name
 
 
 def tokenizer_record(chat: Chat) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from finetune.errors import ExportError
 from finetune.export.config import ExportConfig
 from finetune.export.context import ExportContext
 from finetune.export.needs import check_packages
+from finetune.inference.chat import save_tokenizer
 from finetune.products import ExportResult
 
 FILE = "model.onnx"
@@ -45,7 +46,7 @@ def write(context: ExportContext, name: str, settings: ExportConfig) -> ExportRe
     target.mkdir()
     for file in ("config.json", "generation_config.json"):
         shutil.copyfile(source / file, target / file)
-    context.chat.tokenizer.save_pretrained(target)
+    save_tokenizer(context.chat.tokenizer, target)
     request = {
         "source": source.resolve(),
         "target": target.resolve(),

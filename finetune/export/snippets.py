@@ -17,7 +17,7 @@ def adapter_snippet(folder: str, spec: ModelSpec, *, ends: list[int]) -> str:
     base, quantization, dtype = spec.base, spec.quantization, spec.placement.dtype
     hub = [repr(base.name), f"revision={base.revision!r}"]
     arguments = [
-        *(hub if base.source == "hub" else [repr(str(base.folder.resolve()))]),
+        *(hub if base.source == "hub" else [repr(base.folder.name)]),
         f"dtype=torch.{dtype}",
         'device_map="auto"',
         *_trust(spec.config),
@@ -32,6 +32,11 @@ def adapter_snippet(folder: str, spec: ModelSpec, *, ends: list[int]) -> str:
         f"from transformers import {', '.join(['AutoModelForCausalLM', 'AutoTokenizer', *classes])}",
         "",
         f"tokenizer = AutoTokenizer.from_pretrained({folder!r})",
+        *(
+            []
+            if base.source == "hub"
+            else [f"# put here where you have {base.public_name}, weights SHA-256 {base.sha256}"]
+        ),
         "base = AutoModelForCausalLM.from_pretrained(",
         *[f"    {argument}," for argument in arguments],
         ")",

@@ -48,6 +48,15 @@ class KernelChoice:
     tune_malloc: bool
     reasons: tuple[str, ...]
 
+    def rounding(self) -> dict[str, bool]:
+        """Returns the choices that round differently from their alternatives: a run that continues keeps them."""
+        return {
+            "fused": self.fused,
+            "loss_on_trained_tokens": self.loss_on_trained_tokens,
+            "native": self.native,
+            "tiles": self.tiles,
+        }
+
 
 def choose(config: KernelsConfig, facts: KernelFacts, *, device: str) -> KernelChoice:
     """Chooses the faster way for every setting that is ``auto``, and checks the others.

@@ -184,11 +184,9 @@ def gather_facts(model: PreTrainedModel, placement: Placement) -> KernelFacts:
 def _native_obstacle(placement: Placement) -> str | None:
     if placement.device != "cpu":
         return f"they are for a CPU and this run is on {placement.device}"
-    if obstacle := native.obstacle():
-        return obstacle
     if placement.dtype != "bfloat16":
         return f"they compute in bfloat16 and this run in {placement.dtype}"
-    return "g++ could not compile them" if native.library() is None else None
+    return native.obstacle()
 
 
 def fusion_obstacle(model: Any, dtype: str) -> str | None:

@@ -6,11 +6,13 @@ They need g++ and any x86-64 processor; only attention needs AMX, without which 
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import os
 import platform
 import shutil
 import subprocess
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +21,9 @@ import torch
 from torch import Tensor
 
 from finetune.cache import cache_folder
+from finetune.console import log
+from finetune.errors import HardwareError
+from finetune.files import first_error_line
 
 if TYPE_CHECKING:
     from finetune.kernels.attention import AttentionShape
@@ -36,7 +41,9 @@ FLAGS = (
 )
 """No ``-ffast-math``: a non-finite loss must stay non-finite. Threads are those of torch's OpenMP, loaded before."""
 
-COMPILE_SECONDS = 60
+SMALLEST_FREE_BYTES = 16 * 1024**2
+"""Free disk below which a failed compilation is blamed on the disk; the kernels and g++'s own files take a tenth."""
+
 FUNCTIONS = ("rms_forward", "rms_backward", "swiglu_forward", "swiglu_backward", "cross_entropy")
 TILE_WIDTH = 32
 """The width of a head must be a multiple of it."""
@@ -46,12 +53,15 @@ TILE_FUNCTIONS = ("attention_forward", "attention_backward")
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """Returns the compiled kernels; None where there is an `obstacle`, or g++ fails."""
+    """Returns the compiled kernels; None where there is an `obstacle`.
+
+    Raises:
+        HardwareError: The disk is full, or the cache cannot be written: without the kernels, the same run would round
+            differently, so this is not decided silently.
+    """
     if obstacle():
         return None
     file = _file()
-    if not file.is_file() and not _compile(file):
-        return None
     loaded = ctypes.CDLL(str(file))
     for name in (*FUNCTIONS, *(TILE_FUNCTIONS if hasattr(loaded, TILE_FUNCTIONS[0]) else ())):
         getattr(loaded, name).restype = None
@@ -65,13 +75,19 @@ def has_tiles() -> bool:
     return loaded is not None and hasattr(loaded, TILE_FUNCTIONS[0]) and loaded.attention_permission() == 0
 
 
+@cache
 def obstacle() -> str | None:
-    """Returns why the kernels cannot be compiled on this machine; None where they can."""
+    """Returns why there are no kernels on this machine, and compiles them where they can be; None where they are.
+
+    Raises:
+        HardwareError: As `library`.
+    """
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return "they can be compiled on x86-64 Linux only"
     if _compiler() is None:
         return "there is no C++ compiler (g++)"
-    return None
+    file = _file()
+    return None if file.is_file() else _compile(file)
 
 
 def _compiler() -> str | None:
@@ -88,15 +104,36 @@ def _file() -> Path:
     return cache_folder("kernels") / f"{hashlib.sha256(content.encode()).hexdigest()[:24]}.so"
 
 
-def _compile(file: Path) -> bool:
+def _compile(file: Path) -> str | None:
+    """Compiles the kernels, however long it takes; returns why g++ refuses them, or None."""
     partial = file.with_suffix(f".{os.getpid()}")
     command = [str(_compiler()), *FLAGS, "-o", str(partial), *map(str, SOURCES[1:])]
+    log("kernels", "compiles the native kernels for this processor, once")
     try:
-        subprocess.run(command, capture_output=True, check=True, timeout=COMPILE_SECONDS)
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
-        return False
-    os.replace(partial, file)
-    return True
+        subprocess.run(command, capture_output=True, check=True, text=True, errors="replace")
+        os.replace(partial, file)
+    except subprocess.CalledProcessError as error:
+        partial.unlink(missing_ok=True)
+        text = error.stderr or ""
+        if os.strerror(errno.ENOSPC) in text or _is_full(tempfile.gettempdir()) or _is_full(file.parent):
+            raise _no_room(file, os.strerror(errno.ENOSPC)) from error
+        reason = next((line for line in text.splitlines() if "error" in line), f"exit code {error.returncode}")
+        return f"g++ could not compile them ({reason[:160]})"
+    except OSError as error:
+        raise _no_room(file, first_error_line(error)) from error
+    return None
+
+
+def _is_full(folder: str | Path) -> bool:
+    return shutil.disk_usage(folder).free < SMALLEST_FREE_BYTES
+
+
+def _no_room(file: Path, reason: str) -> HardwareError:
+    return HardwareError(
+        f"kernels.implementation: the native kernels cannot be written: {reason}. g++ needs room in "
+        f"{tempfile.gettempdir()} (TMPDIR) and the result in {file.parent} (FINETUNE_CACHE): free some there, name "
+        "other folders, or set kernels.implementation=plain, which rounds differently"
+    )
 
 
 def _call(name: str, *arguments: Tensor | int | float) -> None:

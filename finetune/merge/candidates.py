@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from finetune.errors import MergeError
-from finetune.inference.chat import Chat
+from finetune.inference.chat import Chat, save_tokenizer
 from finetune.merge.adapter_deltas import Change, EmbeddingRows, LowRank, ReplacedTensor
 from finetune.merge.checkpoint import (
     INDEX,
@@ -253,7 +253,7 @@ def write_chat(folder: Path, chat: Chat) -> None:
 
     A base whose end token is not its template's end of turn would otherwise continue after its answer.
     """
-    chat.tokenizer.save_pretrained(folder)
+    save_tokenizer(chat.tokenizer, folder)
     file = folder / "generation_config.json"
     settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     settings["eos_token_id"] = chat.ends[0] if len(chat.ends) == 1 else chat.ends
@@ -261,11 +261,25 @@ def write_chat(folder: Path, chat: Chat) -> None:
     file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
+def _rope_of_version_4(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the position settings as transformers 4 reads them, where a config.json has those of version 5 only.
+
+    Version 4 does not know ``rope_parameters`` and would compute with its default base without a word.
+    """
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope or "rope_theta" in config:
+        return {}
+    scaled = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    settings = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    return settings | ({} if rope.get("rope_type", "default") == "default" else {"rope_scaling": scaled})
+
+
 def _write_config(
     config: dict[str, Any], file: Path, *, dtype: torch.dtype, files: dict[str, list[TensorPlan]], untied: bool
 ) -> None:
     written = {key: value for key, value in config.items() if key not in ("quantization_config", "torch_dtype")}
     written["dtype"] = str(dtype).removeprefix("torch.")
+    written.update(_rope_of_version_4(written))
     if untied:
         written["tie_word_embeddings"] = False
     for plan in (plan for plans in files.values() for plan in plans):

@@ -50,6 +50,10 @@ class ModelFiles:
         return hash_files(files)
 
 
+HUB_SNAPSHOT = re.compile(r"/models--([^/]+?)--([^/]+)/snapshots/[0-9a-f]{40}$")
+"""A folder of the hub's cache, which names the model that it is a copy of."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Base:
     """A dense base model on disk, read only.
@@ -67,6 +71,15 @@ class Base:
     revision: str | None
     sha256: str
     source: str
+
+    @property
+    def public_name(self) -> str:
+        """The name under which others can look for it: a hub id, or a file's or folder's name without this machine's
+        folders."""
+        if self.source == "hub" or self.name.startswith("package:"):
+            return self.name
+        snapshot = HUB_SNAPSHOT.search(str(self.folder))
+        return f"{snapshot[1]}/{snapshot[2]}" if snapshot else Path(self.name).expanduser().resolve().name
 
 
 def find(config: ModelConfig) -> ModelFiles:
@@ -142,16 +155,16 @@ def is_gguf(name: str) -> bool:
     return name.startswith("package:") or name.endswith(".gguf")
 
 
-def weights_sha256(folder: Path) -> str:
-    """Returns one hash over the names and contents of all weight files of a folder."""
-    return hash_files(sorted(folder.glob("*.safetensors")))
+def weights_sha256(folder: Path, *, reuse: bool = True) -> str:
+    """Returns one hash over the names and contents of all weight files of a folder; ``reuse`` as in `file_sha256`."""
+    return hash_files(sorted(folder.glob("*.safetensors")), reuse=reuse)
 
 
-def hash_files(files: Iterable[Path]) -> str:
-    """Returns one hash over the names and contents of files."""
+def hash_files(files: Iterable[Path], *, reuse: bool = True) -> str:
+    """Returns one hash over the names and contents of files; ``reuse`` as in `file_sha256`."""
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.name}:{file_sha256(file)}\n".encode())
+        digest.update(f"{file.name}:{file_sha256(file, reuse=reuse)}\n".encode())
     return digest.hexdigest()
 
 

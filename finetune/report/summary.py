@@ -9,6 +9,9 @@ HEADLINES = ("json_exact", "exact_match", "number", "label", "pass_at_1")
 """Metrics for the headline, the strictest first; otherwise the first that was measured."""
 
 MODEL_KEYS = ("name", "parameters", "trainable_parameters", "quantization", "bytes")
+NOT_REPORTED = ("folder", "rounding")
+"""Facts about the model that later commands of this machine read."""
+
 COST_KEYS = ("seconds", "peak_rss_bytes", "peak_device_bytes")
 SPEED_KEYS = ("seconds", "tokens_per_second", "trained_tokens_per_second")
 REQUIRED = {
@@ -67,7 +70,8 @@ def _model(data: RunData) -> Fields:
     }
     plan = data.product("plan") or {}
     planned = {key: plan[key] for key in ("parameters", "trainable_parameters") if plan.get(key)}
-    return dict.fromkeys(MODEL_KEYS) | config | planned | (data.product("model") or {})
+    loaded = {key: value for key, value in (data.product("model") or {}).items() if key not in NOT_REPORTED}
+    return dict.fromkeys(MODEL_KEYS) | config | planned | loaded
 
 
 def _decisions(data: RunData) -> list[str]:

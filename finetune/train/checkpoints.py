@@ -47,9 +47,6 @@ NOT_IN_FINGERPRINT = (
 )
 """Fields of the train group that may change when a run is resumed: none of them changes a step."""
 
-ROUNDING = ("fused", "loss_on_trained_tokens", "native", "tiles")
-"""Kernel choices that round differently from their alternatives, so a run that continues must choose them again."""
-
 TrainingFingerprint = dict[str, Any]
 
 
@@ -85,7 +82,7 @@ def fingerprint_training(job: TrainingJob) -> TrainingFingerprint:
         **_prefixed("quantization", quantization_spec(spec.quantization)),
         **_prefixed("lora", to_jsonable(trainable.lora)),
         **_prefixed("optim", to_jsonable(job.optim)),
-        **_prefixed("kernels", {name: fusion.enabled and getattr(fusion.choice, name) for name in ROUNDING}),
+        **_prefixed("kernels", {name: fusion.enabled and chosen for name, chosen in fusion.choice.rounding().items()}),
         **_prefixed("train", train),
         **_prefixed("placement", placement.key()),
         "packing": trainable.packing,

@@ -12,7 +12,7 @@ from finetune.inference.losses import mean_loss
 from finetune.inference.rows import IGNORED
 from finetune.launch.gradients import all_reduce_gradients
 from finetune.memory import is_out_of_memory
-from finetune.optim import make_optimizer
+from finetune.optim import make_optimizer, start_above_zero
 from finetune.train.distributed import distributed_row_losses
 from finetune.train.sampler import StepBatchSampler
 
@@ -127,6 +127,14 @@ class Trainer(SFTTrainer):
         if self.optimizer is None:
             self.optimizer = make_optimizer(self.model if model is None else model, self.job.optim, self.args)
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Creates transformers' schedule, with a first step above 0."""
+        new = self.lr_scheduler is None
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if new:
+            start_above_zero(scheduler, rising=self.args.get_warmup_steps(num_training_steps))
+        return scheduler
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
         """Returns accelerate's autocast; accelerate applies it to the model's own forward pass only."""

@@ -24,6 +24,8 @@ from finetune.train.checkpoints import (
 from finetune.train.progress import TrainingProgress
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+
     from finetune.launch.ranks import Ranks
     from finetune.tracking import Trackers
     from finetune.train.config import TrainConfig
@@ -45,13 +47,15 @@ def train_adapter(job: TrainingJob, *, folder: Path, trackers: Trackers, ranks: 
 
     Raises:
         TrainError: There is nothing to train on, the checkpoint was made with other data, another base or other
-            settings, the loss or the gradients stay NaN or infinite, or a single row does not fit in memory.
+            settings, the loss or the gradients stay NaN or infinite, a single row does not fit in memory, or the
+            adapter changes nothing.
         Interrupted: A signal came; a checkpoint was written.
     """
     trainer, resumed_from = _train(job, folder=folder, trackers=trackers, ranks=ranks)
     ranks.shutdown()
     progress, model, placement = trainer.progress, job.trainable.model, job.trainable.spec.placement
     selected_step = select_weights(job.config, trainer=trainer, folder=folder / "checkpoints")
+    require_trained(model)
     model.save_pretrained(str(folder / "adapter"))
     optimizer = {"asked": job.optim.name, "used": placement.optimizer, "why": placement.optimizer_reason}
     product = TrainedAdapter(
@@ -125,6 +129,27 @@ def check_job(job: TrainingJob) -> None:
     if config.offload and job.trainable.spec.placement.device == "cpu":
         raise TrainError(
             "train.offload=true moves activations from a GPU to host memory, and this runs on a CPU; set it to false"
+        )
+
+
+def require_trained(model: PeftModel) -> None:
+    """Refuses an adapter that changes nothing, or that makes the model's answers NaN.
+
+    Raises:
+        TrainError: A trained tensor is not finite, or every B is 0.
+    """
+    trained = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+    broken = [name for name, tensor in trained.items() if not bool(tensor.isfinite().all())]
+    if broken:
+        raise TrainError(
+            f"train: {len(broken)} of {len(trained)} trained tensors are not finite (the first is {broken[0]}); "
+            "nothing is saved. Train again with a lower optim.learning_rate, or a smaller optim.max_grad_norm"
+        )
+    ups = [tensor for name, tensor in trained.items() if "lora_B" in name or "lora_embedding_B" in name]
+    if ups and not any(bool(tensor.any()) for tensor in ups):
+        raise TrainError(
+            "train: every B of the adapter is 0, so the model is still its base and nothing is saved; train for more "
+            "steps (train.steps, train.epochs), or with a higher optim.learning_rate"
         )
 
 

@@ -371,7 +371,8 @@ def test_parquet_with_numbers_for_text_is_a_bad_row(run: Callable[..., PreparedD
     import pyarrow.parquet
 
     pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a", "b"], "completion": [1.5, 2.5]}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"a.parquet:1: column 'completion' is not text \(it is a number\)"):
+    message = r"a.parquet:1: column 'completion' is not text \(it is a number; write it as text\)"
+    with pytest.raises(DataError, match=message):
         run(path=str(tmp_path / "a.parquet"))
 
 

@@ -356,3 +356,20 @@ def test_rejected_answer_that_is_too_long_is_named(run: Callable[..., PreparedDa
         "longer than max_tokens (the rejected answer)": 1,
         "longer than max_tokens": 1,
     }
+
+
+def test_object_of_lists_is_the_list_of_objects_that_it_stores() -> None:
+    """``datasets`` stores a list of objects so."""
+    turned = {"messages": {"role": ["user", "assistant"], "content": ["Hi", "Hello"]}}
+    assert detect([turned]) == ("messages", {})
+    assert READERS["messages"](turned).messages == [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+    ]
+    with pytest.raises(BadRow, match="an object of lists of different lengths"):
+        READERS["messages"]({"messages": {"role": ["user", "assistant"], "content": ["Hi"]}})
+
+
+def test_bad_row_among_the_first_does_not_hide_the_format() -> None:
+    good = {"conversations": [{"from": "human", "value": "a"}, {"from": "model", "value": "b"}]}
+    assert detect([{"conversations": None}, good, {"id": 3}]) == ("sharegpt", {})

@@ -168,3 +168,15 @@ def test_a_source_is_called_by_its_name_and_revision_and_no_folder_of_this_machi
     sources = resolve_sources(make_config(path=str(tmp_path / "rows.jsonl"), heldout_path=str(tmp_path / "held.jsonl")))
     assert [source.title() for source in sources] == ["rows.jsonl", "held.jsonl (held out)"]
     assert resolve_sources(make_config(path=None, hub="org/name", revision="v2"))[0].title() == "org/name at v2"
+
+
+@pytest.mark.parametrize("name", ["rows, final.jsonl", "rows[1].jsonl", "a*b.jsonl", "mine[2]/rows.jsonl"])
+def test_path_that_exists_is_read_whatever_its_characters(
+    make_config: Callable[..., DataConfig], tmp_path: Path, name: str
+) -> None:
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    write_jsonl(file, ROWS)
+    (tmp_path / "rows1.jsonl").write_text("not this one")
+    assert [source.path for source in resolve_sources(make_config(path=str(file)))] == [file]
+    assert file in [source.path for source in resolve_sources(make_config(path=str(file.parent / "*.jsonl")))]

@@ -1,5 +1,6 @@
 """Each metric on rows whose score is known by hand."""
 
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,18 @@ ROWS = [
     ("exact_match", " yes\n", "yes", 1.0),
     ("exact_match", "yes.", "yes", 0.0),
     ("token_f1", "the cat sat", "A cat sat down", 2 * 2 / 5),
-    ("token_f1", "", "", 1.0),
+    ("token_f1", "", "", 0.0),
+    ("token_f1", "!!!", "???", 0.0),
+    ("token_f1", "我吃苹果。", "我吃梨。", 2 * 2 / 7),
+    ("rouge_1", "!!!", "???", 0.0),
+    ("rouge_2", "yes", "no", 0.0),
+    ("rouge_l", "!!!", "???", 0.0),
+    ("code_valid", "", "x", 0.0),
+    ("code_valid", "# nothing", "x", 0.0),
+    ("label", "-1", "1", 0.0),
+    ("label", "C++", "C", 0.0),
+    ("label", "?", "!", 0.0),
+    ("label", "「正确」。", "正确", 1.0),
     ("token_f1", "", "word", 0.0),
     ("rouge_l", "police killed the gunman", "police kill the gunman", 0.75),
     ("rouge_l", "gunman the killed police", "police killed the gunman", 0.25),
@@ -130,3 +142,49 @@ def judged(metric: str, answer: str, **row: Any) -> float:
 )
 def test_answers_are_scored_without_their_thoughts(text: str) -> None:
     assert without_thought(text) == "yes"
+
+
+SCRIPTS = {
+    "English": ("The cat sat on the mat, twice.", "A cat sat twice on a mat!", "13a"),
+    "German": ("Die Katze saß über dem Bach.", "Über dem Bach saß eine Katze.", "intl"),
+    "Russian": ("Кошка сидела на ковре, мама.", "Мама, кошка на ковре сидела!", "intl"),
+    "Greek": ("Η γάτα κάθισε στο χαλί.", "Στο χαλί κάθισε μια γάτα.", "intl"),
+    "Arabic": ("جلست القطة على السجادة.", "القطة جلست على السجادة", "intl"),
+    "Hindi": ("बिल्ली चटाई पर बैठी है।", "चटाई पर बिल्ली बैठी थी।", "intl"),
+    "Korean": ("고양이가 매트 위에 앉았다.", "고양이가 매트 위에 있다.", "intl"),
+    "Chinese": ("猫坐在垫子上，看iPhone。", "一只猫坐在垫子上。", "zh"),
+    "Japanese": ("ねこはスーパーにいる。", "ねこがスーパーにいた。", "char"),
+    "Thai": ("แมวนั่งบนเสื่อ", "แมวนอนบนเสื่อ", "char"),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_rouge_is_that_of_the_package_with_the_words_of_sacrebleu(script: str) -> None:
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu.metrics.bleu import _get_tokenizer
+
+    answer, reference, name = SCRIPTS[script]
+    tokenizer = _get_tokenizer(name)()
+
+    class Words:
+        def tokenize(self, text: str) -> list[str]:
+            return [word for word in tokenizer(text.lower()).split() if any(map(str.isalnum, word))]
+
+    if name == "char":  # sacrebleu also splits off marks, which are no words of their own
+        Words.tokenize = lambda self, text: [c for c in tokenizer(text).split() if unicodedata.category(c)[0] in "LMN"]
+    expected = RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=Words()).score(reference, answer)
+    found = {kind: judged(metric, answer, reference=reference) for kind, metric in ROUGE_NAMES.items()}
+    assert found == pytest.approx({kind: score.fmeasure for kind, score in expected.items()})
+    assert 0 < found["rouge2"] < 1
+
+
+@pytest.mark.parametrize("text", ["", "!!!", "😀", "yes"])
+def test_rouge_of_texts_with_few_words_is_that_of_the_package(text: str) -> None:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    expected = RougeScorer(list(ROUGE_NAMES)).score(text, text)
+    found = {kind: judged(metric, text, reference=text) for kind, metric in ROUGE_NAMES.items()}
+    assert found == {kind: score.fmeasure for kind, score in expected.items()}
+
+
+ROUGE_NAMES = {"rouge1": "rouge_1", "rouge2": "rouge_2", "rougeL": "rouge_l"}

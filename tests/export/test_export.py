@@ -26,8 +26,14 @@ from tests.fixtures.exports import BOUNDS, Facts
 
 
 @pytest.fixture(scope="module")
-def exports(run: Callable[..., Exports], tmp_path_factory: pytest.TempPathFactory) -> Exports:
-    return run(tmp_path_factory.mktemp("run") / "export", "card", "adapter", "safetensors", rows=4)
+def exports(
+    run: Callable[..., Exports], line: Callable[..., Line], tmp_path_factory: pytest.TempPathFactory
+) -> Exports:
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "model").mkdir()
+    product = {"folder": str(line().spec.base.folder)}
+    (folder / "model" / "manifest.json").write_text(json.dumps({"product": product}))
+    return run(folder / "export", "card", "adapter", "safetensors", rows=4)
 
 
 def test_each_export_passed_in_its_own_runtime(exports: Exports) -> None:
@@ -161,6 +167,54 @@ def test_loader_opens_the_merged_model(exports: Exports, merged: Facts) -> None:
     assert (last_logits(loaded, [1, 40, 50]) == last_logits(plain, [1, 40, 50])).all()
 
 
+def test_adapter_on_another_machine_asks_for_its_base_and_takes_it(
+    exports: Exports, line: Callable[..., Line], tmp_path: Path
+) -> None:
+    shutil.copytree(exports.folder / "adapter", tmp_path / "adapter")
+    base = tmp_path / "moved" / "base"
+    shutil.copytree(line().spec.base.folder, base)
+    with pytest.raises(
+        ModelError, match=r"a folder of the machine that trained it .* finetune.load\(..., base=<folder>"
+    ):
+        load(tmp_path / "adapter")
+    loaded, _ = load(tmp_path / "adapter", base=base)
+    original, _ = load(exports.folder / "adapter")
+    assert (last_logits(loaded, [1, 40, 50]) == last_logits(original, [1, 40, 50])).all()
+
+
+def test_flipped_bytes_of_an_export_are_refused_although_size_and_time_are_the_same(
+    exports: Exports, tmp_path: Path
+) -> None:
+    shutil.copytree(exports.folder / "safetensors", tmp_path / "safetensors")
+    load(tmp_path)
+    file = tmp_path / "safetensors" / "model.safetensors"
+    times, content = file.stat(), bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(ModelError, match="weights are not those that were exported"):
+        load(tmp_path)
+
+
+def test_exports_hold_no_folder_of_this_machine(exports: Exports, line: Callable[..., Line]) -> None:
+    folders = {str(line().spec.base.folder.parent).encode(), str(exports.folder.parent).encode()}
+    files = [file for file in exports.folder.rglob("*") if file.is_file() and file.suffix != ".safetensors"]
+    assert not {file for file in files if any(folder in file.read_bytes() for folder in folders)}
+    settings = json.loads((exports.folder / "adapter" / "adapter_config.json").read_text())
+    record = json.loads((exports.folder / "adapter" / "finetune.json").read_text())
+    assert settings["base_model_name_or_path"] == record["base"]["name"] == line().spec.base.public_name
+    assert len(record["base"]["sha256"]) == 64
+
+
+@pytest.mark.parametrize("name", ["adapter", "safetensors"])
+def test_tokenizer_of_an_export_is_in_the_form_that_transformers_4_reads(exports: Exports, name: str) -> None:
+    """4.57.1 opened these files; it refuses version 5's: "Tokenizer class TokenizersBackend does not exist"."""
+    settings = json.loads((exports.folder / name / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert settings["chat_template"] == (exports.folder / name / "chat_template.jinja").read_text()
+    assert not settings.keys() & {"extra_special_tokens", "local_files_only", "is_local"}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -171,7 +225,7 @@ def test_loader_opens_the_merged_model(exports: Exports, merged: Facts) -> None:
     ],
 )
 def test_loader_refuses_what_does_not_match(
-    exports: Exports, tmp_path: Path, change: Callable[[Any], None], message: str
+    exports: Exports, line: Callable[..., Line], tmp_path: Path, change: Callable[[Any], None], message: str
 ) -> None:
     shutil.copytree(exports.folder / "adapter", tmp_path / "adapter")
     file = tmp_path / "adapter" / "finetune.json"
@@ -179,7 +233,7 @@ def test_loader_refuses_what_does_not_match(
     change(record)
     file.write_text(json.dumps(record))
     with pytest.raises(ModelError, match=message):
-        load(tmp_path)
+        load(tmp_path, base=line().spec.base.folder)
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def test_unknown_licence_and_a_base_of_this_machine_are_said(context: ExportCont
     push = prepare_push(context.folder, context.exports, settings(private=False), name="hub", base=context.spec.base)
     remarks = " | ".join(push.remarks)
     assert f"the licence of {context.spec.base.name} is not known" in remarks
-    assert "others must put their own path there" in remarks
+    assert "others must give a folder with the same weights" in remarks
     assert "everyone could see it" in remarks
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from finetune.errors import HardwareError
 from finetune.kernels.choose import CACHE_SHARE, KernelChoice, KernelFacts, choose
+from finetune.trainable import require_same_rounding
 from tests.kernels.helpers import kernels_config
 
 GOOD = KernelFacts(
@@ -171,3 +172,11 @@ def test_wish_that_cannot_be_fulfilled_stops_the_run(
 def test_wish_that_can_be_fulfilled_is_named_as_the_reason(key: str, value: str) -> None:
     choice = made(wishes={key: value})
     assert f"as set by kernels.{key}" in reason(choice, key)
+
+
+def test_run_that_would_continue_with_other_rounding_is_refused() -> None:
+    begun = {"product": {"rounding": made().rounding()}}
+    require_same_rounding(made(), begun)
+    require_same_rounding(made(), None)
+    with pytest.raises(HardwareError, match=r"native was True and is False.*no C\+\+ compiler"):
+        require_same_rounding(made(native_obstacle="there is no C++ compiler (g++)"), begun)

@@ -21,9 +21,11 @@ SHAPES = [(1, 1), (1, 576), (7, 31), (3, 50), (5, 48), (2, 1536)]
 
 @pytest.fixture
 def compiled() -> None:
-    if why := native.obstacle():
+    why = native.obstacle()
+    assert "could not compile" not in (why or ""), why
+    if why:
         pytest.skip(why)
-    assert native.library() is not None, "g++ is there and cannot compile the kernels"
+    assert native.library() is not None
 
 
 def random_bf16(*shape: int, seed: int = 0, size: float = 1.0) -> Tensor:
@@ -161,9 +163,15 @@ def test_loss_of_hundreds_of_rows_by_kernels_equals_the_plain_one() -> None:
     torch.testing.assert_close(mine, expected, rtol=1e-6, atol=0.0)
 
 
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets this test find out anew whether there are kernels."""
+    for name in ("library", "obstacle", "has_tiles"):
+        monkeypatch.setattr(native, name, getattr(native, name).__wrapped__)
+
+
 def test_machine_without_compiler_uses_torch_and_logs_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(native, "library", native.library.__wrapped__)
+    forget(monkeypatch)
     assert native.library() is None
     adapted = adapt(base("Llama", **GROUPED))
     choice = fuse(adapted).choice
@@ -181,7 +189,7 @@ def test_compiler_that_fails_leaves_no_kernels_and_no_file(monkeypatch: pytest.M
     broken.chmod(0o755)
     monkeypatch.setenv("PATH", f"{broken.parent}:/usr/bin:/bin")
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(native, "library", native.library.__wrapped__)
+    forget(monkeypatch)
     adapted = adapt(base("Llama", **GROUPED))
     assert not fuse(adapted).choice.native
     with pytest.raises(
@@ -189,3 +197,27 @@ def test_compiler_that_fails_leaves_no_kernels_and_no_file(monkeypatch: pytest.M
     ):
         fuse(adapt(base("Llama", **GROUPED)), implementation="native")
     assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("echo 'cc1plus: fatal error: No space left on device' >&2; exit 1", "No space left on device"),
+        ("exit 0", "No such file or directory"),
+    ],
+)
+def test_kernels_that_cannot_be_written_are_refused_with_the_folders(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str, message: str
+) -> None:
+    """Without them the same run would make another adapter, so a full disk is not the same as no compiler."""
+    if why := native.obstacle():
+        pytest.skip(why)
+    full = tmp_path / "bin" / "g++"
+    full.parent.mkdir()
+    full.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo "g++ 0" && exit 0\n{script}\n')
+    full.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{full.parent}:/usr/bin:/bin")
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+    forget(monkeypatch)
+    with pytest.raises(HardwareError, match=rf"{message}.*\(TMPDIR\).*{tmp_path}/cache/kernels \(FINETUNE_CACHE\)"):
+        fuse(adapt(base("Llama", **GROUPED)))

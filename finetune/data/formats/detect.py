@@ -35,14 +35,16 @@ def detect(rows: Sequence[Row]) -> tuple[str, ColumnMapping]:
     """Returns the name of the rows' format and the columns to map.
 
     Args:
-        rows: The first rows of a file; all must have the same format.
+        rows: The first rows of a file; all that have a known format must have the same one.
 
     Raises:
         DataError: The format is unknown or ambiguous.
     """
+    known = [row for row in rows if _detect_row(row)[0]]
+    rows = known or rows  # a few bad rows at the top are judged row by row later
     shapes = {_detect_row(row) for row in rows}
     if len(shapes) > 1:
-        names = " and ".join(sorted(name or f"unknown ({_column_names(rows)})" for name, _ in shapes))
+        names = " and ".join(sorted(name for name, _ in shapes))
         raise DataError(
             f"data.format=auto: the first {len(rows)} rows look like {names}; name one with data.format=..."
         )
@@ -91,11 +93,11 @@ def _detect_row(row: Row) -> tuple[str, tuple[tuple[str, str], ...]]:
     answered = columns & {"messages", "conversations"} or {"prompt", "completion"} <= columns
     if answered and isinstance(row.get("label"), bool):
         return "unpaired", ()
-    if isinstance(row.get("messages"), list):
+    if isinstance(row.get("messages"), list | dict):
         return _detect_turns("messages", row["messages"], column="messages")
-    if isinstance(row.get("conversations"), list):
+    if isinstance(row.get("conversations"), list | dict):
         return _detect_turns("sharegpt", row["conversations"], column="conversations")
-    if isinstance(row.get("conversation"), list):
+    if isinstance(row.get("conversation"), list | dict):
         name, mapping = _detect_turns("sharegpt", row["conversation"], column="conversation")
         return name, mapping or (("conversations", "conversation"),)
     if {"prompt", "completion"} <= columns:
@@ -110,12 +112,14 @@ def _detect_row(row: Row) -> tuple[str, tuple[tuple[str, str], ...]]:
     return "", ()
 
 
-def _detect_turns(name: str, turns: list[Any], *, column: str) -> tuple[str, tuple[tuple[str, str], ...]]:
+def _detect_turns(
+    name: str, turns: list[Any] | dict[str, Any], *, column: str
+) -> tuple[str, tuple[tuple[str, str], ...]]:
     """Decides by the keys of a turn, since files combine either column name with either kind of turns.
 
     OpenAI's keys are role and content, ShareGPT's are from and value.
     """
-    first = turns[0] if turns and isinstance(turns[0], dict) else {}
+    first = turns if isinstance(turns, dict) else turns[0] if turns and isinstance(turns[0], dict) else {}
     if name == "messages" and "from" in first:
         return "sharegpt", (("conversations", column),)
     if name == "sharegpt" and "role" in first:

@@ -31,19 +31,30 @@ def as_text(value: Any, *, where: str) -> str:
     """Returns a value that must be text."""
     if isinstance(value, str):
         return value
-    raise BadRow(f"{where} is not text", f"it is {json_type(value)}")
+    raise BadRow(f"{where} is not text", f"it is {json_type(value)}; write it as text")
 
 
 def as_list(value: Any, *, where: str) -> list[Any]:
-    """Returns a value that must be a list, perhaps as JSON inside a string, as in CSV files and tool columns."""
+    """Returns a value that must be a list, perhaps as JSON inside a string, as in CSV files and tool columns, or as an
+    object of lists of one length, as ``datasets`` stores it."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except ValueError as error:
             raise BadRow(f"{where} is text that is not JSON", str(error)) from error
+    if isinstance(value, dict) and value and all(isinstance(item, list) for item in value.values()):
+        value = _turned(value, where=where)
     if isinstance(value, list):
         return value
     raise BadRow(f"{where} is not a list", f"it is {json_type(value)}")
+
+
+def _turned(lists: dict[str, list[Any]], *, where: str) -> list[Any]:
+    """Returns an object of lists as a list of objects: how ``datasets`` stores a list of objects in a column."""
+    if len({len(items) for items in lists.values()}) > 1:
+        lengths = ", ".join(f"{name}: {len(items)}" for name, items in lists.items())
+        raise BadRow(f"{where} is an object of lists of different lengths", lengths)
+    return [dict(zip(lists, items, strict=True)) for items in zip(*lists.values(), strict=True)]
 
 
 def system_message(row: Mapping[str, Any]) -> list[Message]:

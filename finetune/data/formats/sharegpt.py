@@ -10,7 +10,7 @@ from finetune.data.formats.messages import parse_tool_call
 
 ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "bot", "chatgpt", "bing", "bard", "function_call"), "assistant"),
+    **dict.fromkeys(("gpt", "assistant", "bot", "chatgpt", "bing", "bard", "model", "function_call"), "assistant"),
     **dict.fromkeys(("observation", "tool", "function_response"), "tool"),
     "system": "system",
 }

@@ -31,7 +31,9 @@ def write(context: ExportContext, name: str, settings: ExportConfig) -> ExportRe
     chat = dataclasses.replace(context.chat, tokenizer=tokenizer)
     target.mkdir()
     threads = context.spec.placement.threads
-    notes = write_model(source, target / FILE, chat=chat, dtype=dtype, name=context.spec.base.name, threads=threads)
+    notes = write_model(
+        source, target / FILE, chat=chat, dtype=dtype, name=context.spec.base.public_name, threads=threads
+    )
     notes += write_modelfile(target / "Modelfile", chat, source=f"FROM ./{FILE}")
     snippet = server_snippet(f"{name}/{FILE}", ollama=f"{name}/Modelfile" if tokenizer.chat_template else "")
     parity = check(context, name, settings, context.expected_merged_output(settings), snippet=snippet)

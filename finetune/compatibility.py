@@ -1,0 +1,213 @@
+"""Checks that base, data and settings fit together: after the data are prepared, before any weights are loaded."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.errors import DataError, FinetuneError, ModelError
+from finetune.files import first_error_line
+from finetune.run import STAGES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from finetune.config import RunConfig
+    from finetune.model import ModelConfig, ModelFiles
+    from finetune.products import PreparedData
+
+BATCH_ROWS = 1024
+NOT_BUILT = (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError, AssertionError, ArithmeticError,
+             RuntimeError)  # fmt: skip
+"""What transformers raises for a config.json that describes no model."""
+
+
+def check_compatibility(
+    config: RunConfig, files: ModelFiles, tokenizer: PreTrainedTokenizerBase, data: PreparedData
+) -> None:
+    """Refuses what would otherwise fail, or be silently wrong, after the weights are loaded.
+
+    Raises:
+        FinetuneError: With every problem, not only the first.
+    """
+    check_stored_form(files.folder)
+    check_generation_settings(files.folder)
+    check_heldout(config, data)
+    model = build_without_weights(config.model, files.folder)
+    problems = [
+        *target_problems(model, config.lora.targets),
+        *length_problems(data, positions=_positions(model)),
+        *token_problems(data, tokenizer, rows=model.get_input_embeddings().weight.shape[0]),
+    ]
+    if config.lora.tokens:
+        from finetune.lora.adapter import trained_token_ids
+
+        trained_token_ids(model, config.lora.tokens, tokenizer)
+    if problems:
+        raise FinetuneError("\n".join(problems))
+
+
+def check_stored_form(folder: Path) -> None:
+    """Refuses a base whose weights are stored quantized: they would be rounded twice, and cannot be merged into.
+
+    Raises:
+        ModelError: Its config.json has a ``quantization_config``.
+    """
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    if settings:
+        method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
+        raise ModelError(
+            f"model.name: the weights in {folder} are stored quantized (quantization_config: {method}); training "
+            "quantizes a base itself, and merges need the original weights: give the unquantized base that they were "
+            "made from"
+        )
+
+
+def check_generation_settings(folder: Path) -> None:
+    """Refuses generation settings that transformers loads and does not save again.
+
+    Raises:
+        ModelError: They are contradictory; the message is transformers' own.
+    """
+    from transformers import GenerationConfig
+
+    if not (folder / "generation_config.json").is_file():
+        return
+    try:
+        with tempfile.TemporaryDirectory(prefix="finetune-") as target:
+            GenerationConfig.from_pretrained(folder).save_pretrained(target)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"model.name: {folder / 'generation_config.json'} has settings that transformers does not save again, so "
+            f"no merged model could be written: {first_error_line(error)}; correct the file"
+        ) from error
+
+
+def check_heldout(config: RunConfig, data: PreparedData) -> None:
+    """Refuses a run without held-out rows whose later stages measure on them.
+
+    Raises:
+        DataError: There are none.
+    """
+    if not data.heldout_rows and STAGES.index(config.run.until) >= STAGES.index("merge"):
+        raise DataError(
+            f"data: there are no held-out rows, and the stages after train up to run.until={config.run.until} measure "
+            "on them; set data.heldout_path, data.heldout_share or data.heldout_rows, or run.until=train"
+        )
+
+
+def build_without_weights(config: ModelConfig, folder: Path) -> Any:
+    """Builds the base on the meta device: its layers with their shapes, and nothing in memory.
+
+    Raises:
+        ModelError: Its config.json describes no model that transformers can build.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from finetune.trust import check_remote_code, offer
+
+    trust = config.trust_remote_code
+    check_remote_code(folder, config.remote_code)
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            settings = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+            return AutoModelForCausalLM.from_config(settings, trust_remote_code=trust)
+    except NOT_BUILT as error:
+        raise ModelError(
+            f"model.name={config.name}: {folder / 'config.json'} describes no model that transformers can build: "
+            f"{type(error).__name__}: {first_error_line(error)}{offer(folder)}"
+        ) from error
+
+
+def target_problems(model: Any, targets: list[str]) -> Iterator[str]:
+    """Yields why ``lora.targets`` cannot be adapted in this architecture."""
+    from transformers.pytorch_utils import Conv1D
+
+    from finetune.lora.adapter import match_targets
+    from finetune.lora.config import ALL_LINEAR
+
+    turned = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    matched = turned if targets == [ALL_LINEAR] else turned & set(targets)
+    if matched:
+        yield (
+            f"lora.targets: {', '.join(sorted(matched))} are Conv1D layers, as GPT-2 has them, with weights stored as "
+            "(inputs, outputs); an adapter that is trained on their quantized form cannot be merged into them: use a "
+            "base with linear layers"
+        )
+        return
+    try:
+        match_targets(model, targets)
+    except ModelError as error:
+        yield str(error)
+
+
+def length_problems(data: PreparedData, *, positions: int | None) -> Iterator[str]:
+    """Yields which split has documents that are longer than the model has positions."""
+    if positions is None:
+        return
+    for split in _splits(data):
+        longer, longest, count = 0, 0, 0
+        for lengths in _lengths(data.folder / split):
+            longer += int((lengths > positions).sum())
+            longest, count = max(longest, int(lengths.max(initial=0))), count + len(lengths)
+        if longer:
+            yield (
+                f"data.max_tokens: {longer:,} of {count:,} documents in {split} are longer than the model's "
+                f"{positions:,} positions (the longest has {longest:,} tokens), where it has learned nothing; set "
+                f"data.max_tokens={positions}"
+            )
+
+
+def token_problems(data: PreparedData, tokenizer: PreTrainedTokenizerBase, *, rows: int) -> Iterator[str]:
+    """Yields the first token of the data that the model's embedding has no row for."""
+    if len(tokenizer) <= rows:
+        return
+    largest = max((largest for split in _splits(data) for largest in _largest_ids(data.folder / split)), default=0)
+    if largest >= rows:
+        yield (
+            f"model.name: the tokenizer has {len(tokenizer):,} tokens and the model's embedding {rows:,} rows; the "
+            f"data contain token {largest:,} ({tokenizer.convert_ids_to_tokens(largest)!r}): give the tokenizer that "
+            "belongs to the model, or resize the embedding and save the model again"
+        )
+
+
+def _positions(model: Any) -> int | None:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(positions) if positions else None
+
+
+def _splits(data: PreparedData) -> list[str]:
+    return ["train", *(["heldout"] if data.heldout_rows else [])]
+
+
+def _lengths(folder: Path) -> Iterator[Any]:
+    """Yields the tokens of each document of a split, batch by batch, also of rejected answers."""
+    import pyarrow.compute
+
+    for table in _tables(folder):
+        packed = "seq_lengths" in table.column_names
+        documents = table["seq_lengths"] if packed else pyarrow.compute.list_value_length(table["input_ids"])
+        yield (pyarrow.compute.list_flatten(documents) if packed else documents).to_numpy()
+        if "rejected_input_ids" in table.column_names:
+            yield pyarrow.compute.list_value_length(table["rejected_input_ids"]).to_numpy()
+
+
+def _largest_ids(folder: Path) -> Iterator[int]:
+    import pyarrow.compute
+
+    for table in _tables(folder):
+        for column in ("input_ids", "rejected_input_ids"):
+            if column in table.column_names:
+                yield pyarrow.compute.max(pyarrow.compute.list_flatten(table[column])).as_py() or 0
+
+
+def _tables(folder: Path) -> Iterator[Any]:
+    from datasets import load_from_disk
+
+    yield from load_from_disk(str(folder)).with_format("arrow").iter(batch_size=BATCH_ROWS)
