@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,11 @@ def read_walk(arguments: Sequence[str]) -> Walk:
     """
     settings: dict[str, Any] = {}
     overrides = []
-    types = {"memory_gib": float, "folder": Path, "keep": lambda text: {"true": True, "false": False}[text]}
+    types: dict[str, Callable[[str], Any]] = {
+        "memory_gib": float,
+        "folder": Path,
+        "keep": lambda text: {"true": True, "false": False}[text],
+    }
     own = {field.name for field in fields(Walk)} - {"overrides"}
     for argument in arguments:
         name, equals, value = argument.partition("=")
@@ -148,7 +152,8 @@ def overrides(recipe: RunConfig, settings: Walk, work: Path) -> list[str]:
         "export=[adapter,safetensors,gguf_q8_0,card]",
         "tracking=[]",
         "hardware.device=cpu",
-        *(["launch=single"] if recipe.launch.strategy != "single" else []),
+        *(["model.architecture=null"] if settings.size == "tiny" else []),
+        *(["launch.offload=false"] if recipe.launch.offload else []),
         *settings.overrides,
     ]
 

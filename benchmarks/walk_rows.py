@@ -17,7 +17,7 @@ def write_rows(folder: Path, name: str, *, training: int, heldout: int) -> list[
     Raises:
         ConfigError: The format is not known here.
     """
-    overrides = ["data.hub=null", "data.heldout_rows=null", "data.heldout_share=0.0", "data.cache=''"]
+    overrides = ["data.hub=null", "data.cache=''"]
     for setting, file, count in (("path", "train", training), ("heldout_path", "heldout", heldout)):
         lines = (SHIPPED / "quickstart" / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()[: count + 1]
         requests = [{turn["role"]: turn["content"] for turn in json.loads(line)["messages"]} for line in lines]

@@ -169,8 +169,8 @@ def _learn(kind: TokenizerKind) -> tuple[dict[str, int], list[tuple[str, str]]]:
     model = json.loads(raw.to_str())["model"]
     learned = sorted(model["vocab"], key=model["vocab"].__getitem__)
     vocabulary = {token: index for index, token in enumerate([*first, *learned])}
-    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
-    return vocabulary, merges
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    return vocabulary, [(left, right) for left, right in pairs]
 
 
 def _llama3(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Any:
