@@ -18,7 +18,7 @@ class KernelFacts:
     Attributes:
         fusion_obstacle: Why the layers of this model cannot be fused.
         quantized: Whether the fused layers' weights are quantized.
-        dense_bytes: Size of those weights in 16 bit.
+        dense_bytes: Size of those weights in the dtype of the computation.
         free_bytes: Free memory of the device.
         head_split_obstacle: Why head and loss cannot be computed apart from the model.
         native_obstacle: Why there are no native kernels.
@@ -103,14 +103,12 @@ def _cache_obstacle(config: KernelsConfig, facts: KernelFacts, fused: bool, devi
         if device != "cpu":
             return f"4-bit weights save memory on {device}"
         if facts.dense_bytes > CACHE_SHARE * facts.free_bytes:
-            return f"16-bit copies would take more than {CACHE_SHARE:.0%} of the free memory"
+            return f"dense copies would take more than {CACHE_SHARE:.0%} of the free memory"
     return None
 
 
 def _cache_gain(facts: KernelFacts) -> str:
-    return (
-        "16-bit copies fit, and weights are dequantized once" if facts.quantized else "fused weights share one tensor"
-    )
+    return "dense copies fit, and weights are dequantized once" if facts.quantized else "fused weights share one tensor"
 
 
 def _decide(config: KernelsConfig, key: str, better: str, obstacle: str | None, gain: str) -> tuple[bool, str]:

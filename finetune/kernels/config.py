@@ -21,7 +21,7 @@ class KernelsConfig:
     only what backward needs. ``plain``: the layers of transformers and peft."""
 
     weights: str
-    """``cached``: dequantizes the 4-bit weights of fused layers once and keeps them in 16 bit. ``quantized``:
+    """``cached``: dequantizes the 4-bit weights of fused layers once and keeps them dense. ``quantized``:
     dequantizes at each use, which saves memory on a GPU."""
 
     loss: str

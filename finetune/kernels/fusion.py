@@ -22,6 +22,7 @@ from finetune.kernels import blocks, native, plain
 from finetune.kernels.autograd import FusedLinearCrossEntropy, TokenLosses
 from finetune.kernels.choose import KernelChoice, KernelFacts, choose
 from finetune.kernels.linear import FusedLinears, base_layer, is_adapted
+from finetune.memory import free_bytes
 from finetune.quantization.backends import backend_of
 
 if TYPE_CHECKING:
@@ -172,8 +173,8 @@ def gather_facts(model: PreTrainedModel, placement: Placement) -> KernelFacts:
     return KernelFacts(
         fusion_obstacle=fusion_obstacle(model, placement.dtype),
         quantized=any(backend_of(base_layer(layer)) is not None for layer in linear),
-        dense_bytes=2 * sum(layer.in_features * layer.out_features for layer in linear),
-        free_bytes=_free_bytes(placement.device),
+        dense_bytes=_dtype(placement.dtype).itemsize * sum(layer.in_features * layer.out_features for layer in linear),
+        free_bytes=free_bytes(placement.device),
         head_split_obstacle=_head_split_obstacle(model, placement.dtype),
         native_obstacle=native_obstacle,
         tiles=native_obstacle is None and native.has_tiles(),
@@ -250,14 +251,6 @@ def _head_split_obstacle(model: Any, dtype: str) -> str | None:
 def _dtype(name: str) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, name)
     return dtype
-
-
-def _free_bytes(device: str) -> int:
-    if device == "cuda":
-        return int(torch.cuda.mem_get_info()[0])
-    import psutil
-
-    return int(psutil.virtual_memory().available)
 
 
 def tune_malloc() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.walk_tokenizer import LLAMA, SMALLEST_VOCABULARY, make_tokenizer
 from finetune.errors import ExportError
 from finetune.inference.chat import Chat
 
@@ -237,6 +238,24 @@ def test_sentencepiece_tokens_and_bytes_survive(tmp_path: Path, prefixed: bool) 
     file = written(tmp_path, tokenizer)
     for text in ("the cat sat", " that other mat", "the  catsé 你</s>", "a"):
         assert tokens_of(file, text) == tokenizer(text).input_ids, text
+
+
+def test_chats_are_the_same_where_only_the_first_text_has_a_space_in_front(tmp_path: Path) -> None:
+    """Transformers 5 reads Llama 2's tokenizer so; llama.cpp would put a space behind every control token."""
+    from tests.fixtures.templates import LLAMA2
+
+    tokenizer = make_tokenizer(LLAMA, model_max_length=512)
+    tokenizer.chat_template = LLAMA2
+    make_model(tmp_path, "llama", num_hidden_layers=1, vocab_size=SMALLEST_VOCABULARY)
+    turns = [("user", "Say it"), ("assistant", "It."), ("user", "again")]
+    chat = tokenizer.apply_chat_template(
+        [{"role": role, "content": text} for role, text in turns], tokenize=False, add_generation_prompt=True
+    )
+    wanted = tokenizer(chat, add_special_tokens=False).input_ids
+    chats = Chat(tokenizer=tokenizer, ends=[tokenizer.eos_token_id], system=None)
+    notes = write_model(tmp_path, tmp_path / "model.gguf", chat=chats, dtype="bf16", name="tiny", threads=1)
+    assert tokens_of(tmp_path / "model.gguf", chat.removeprefix("<s>")) == wanted  # llama.cpp adds it
+    assert notes == ["text outside chats begins without the space that the tokenizer puts in front"]
 
 
 def test_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path, tokenizer: Any) -> None:

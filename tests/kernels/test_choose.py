@@ -69,7 +69,7 @@ def test_plain_wishes_take_nothing_and_name_themselves() -> None:
         (
             {"dense_bytes": 251},
             "cached",
-            "weights quantized: 16-bit copies would take more than 25% of the free memory",
+            "weights quantized: dense copies would take more than 25% of the free memory",
         ),
         ({"head_split_obstacle": "its head is odd"}, "loss_on_trained_tokens", "loss on all tokens: its head is odd"),
         ({"native_obstacle": "no g++"}, "native", "implementation plain: no g++"),

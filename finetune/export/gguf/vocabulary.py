@@ -65,8 +65,10 @@ def write_vocabulary(writer: GGUFWriter, chat: Chat, *, rows: int) -> list[str]:
         )
     merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in parts["model"]["merges"]]
     tokens, types = _tokens(parts, rows=rows)
+    differences = []
     if parts["model"].get("byte_fallback"):
-        _write_sentencepiece(writer, parts, tokens=tokens, merges=merges)
+        begins = tokenizer.chat_template is not None and _chat_begins_with_control(tokenizer)
+        differences += _write_sentencepiece(writer, parts, tokens=tokens, merges=merges, begins_with_control=begins)
     else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_pretokenizer(parts))
@@ -76,7 +78,9 @@ def write_vocabulary(writer: GGUFWriter, chat: Chat, *, rows: int) -> list[str]:
     _write_special_tokens(writer, chat)
     steps = _flatten(parts["normalizer"], "normalizers")
     forms = [step["type"] for step in steps if step["type"].startswith("NF")]
-    return [f"the tokenizer normalizes text to Unicode form {forms[0]} and llama.cpp does not"] if forms else []
+    if forms:
+        differences.append(f"the tokenizer normalizes text to Unicode form {forms[0]} and llama.cpp does not")
+    return differences
 
 
 def _tokens(parts: dict[str, Any], *, rows: int) -> tuple[list[str], list[TokenType]]:
@@ -136,19 +140,33 @@ def _flatten(step: dict[str, Any] | None, children: str) -> list[dict[str, Any]]
 
 
 def _write_sentencepiece(
-    writer: GGUFWriter, parts: dict[str, Any], *, tokens: list[str], merges: list[tuple[str, ...]]
-) -> None:
-    """Derives scores from the order of the merges: llama.cpp merges the pair whose result has the highest score."""
+    writer: GGUFWriter,
+    parts: dict[str, Any],
+    *,
+    tokens: list[str],
+    merges: list[tuple[str, ...]],
+    begins_with_control: bool,
+) -> list[str]:
+    """Derives scores from the order of the merges: llama.cpp merges the pair whose result has the highest score.
+
+    llama.cpp's space prefix goes in front of text at the beginning and after every control token. A tokenizer that puts
+    it in front of the first text only is the same in chats that begin with a control token if there is none at all.
+
+    Returns:
+        One sentence for each difference in llama.cpp.
+    """
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(merges):
         ranks.setdefault(left + right, rank)
     steps = [*_flatten(parts["normalizer"], "normalizers"), *_flatten(parts["pre_tokenizer"], "pretokenizers")]
-    prefixed = any(step["type"] == "Prepend" or step.get("prepend_scheme", "never") != "never" for step in steps)
+    schemes = {"always" if step["type"] == "Prepend" else step.get("prepend_scheme", "never") for step in steps}
+    without_prefix = "first" in schemes and begins_with_control
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)
     writer.add_token_scores([-float(ranks[text]) if text in ranks else UNMERGED_SCORE for text in tokens])
-    writer.add_add_space_prefix(prefixed)
+    writer.add_add_space_prefix(schemes != {"never"} and not without_prefix)
+    return ["text outside chats begins without the space that the tokenizer puts in front"] if without_prefix else []
 
 
 def _write_special_tokens(writer: GGUFWriter, chat: Chat) -> None:
@@ -170,6 +188,11 @@ def _write_special_tokens(writer: GGUFWriter, chat: Chat) -> None:
         writer.add_chat_template([{"name": name, "template": text} for name, text in template.items()])
     elif template:
         writer.add_chat_template(template)
+
+
+def _chat_begins_with_control(tokenizer: Any) -> bool:
+    chat = str(tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False))
+    return chat.startswith(tuple(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special))
 
 
 def adds_bos(tokenizer: Any) -> bool:

@@ -1,0 +1,100 @@
+"""Every shipped experiment is walked from data to report, with two layers of its base's class."""
+
+import contextlib
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+from benchmarks.walk import ROOT, Walk, overrides
+from benchmarks.walk_base import make_base
+from benchmarks.walk_tokenizer import kind_of
+from finetune.cli import main
+from finetune.config import RunConfig, load
+from finetune.inference import fresh_process
+from finetune.paths import CONF
+
+EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
+SMALL = ("optim.learning_rate=1e-2", "merge.max_loss_increase=5", "eval.bootstrap_samples=50")
+"""Three steps at a recipe's own rate change less than bfloat16 rounds away. A random model's losses are no measure."""
+
+
+@pytest.fixture
+def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process what a run starts in fresh ones, so that libraries are imported once; other tests start
+    them."""
+
+    def run(command: list[str], *, env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
+        module, *arguments = command[2:]
+        with contextlib.chdir(Path.cwd()), pytest.MonkeyPatch.context() as patched:
+            patched.setattr(sys, "argv", [module, *arguments])
+            patched.delitem(sys.modules, module, raising=False)  # it runs as __main__
+            for name, value in env.items():
+                patched.setenv(name, value)
+            runpy.run_module(module, run_name="__main__")
+        return subprocess.CompletedProcess(command, 0, stdout="", stderr="")
+
+    monkeypatch.setattr(fresh_process, "subprocess", SimpleNamespace(run=run))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("same_process")
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_experiment_is_walked_to_its_report(
+    experiment: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load([f"+experiment={experiment}"])
+    parameters = make_base(recipe, tmp_path / "base", tiny=True)
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    settings = Walk(experiment=experiment, size="tiny", overrides=(*SMALL, *template_of(recipe)))
+    assert main(overrides(recipe, settings, tmp_path)) == 0, capsys.readouterr().err
+    run = tmp_path / "outputs" / "walk"
+    report = json.loads((run / "report.json").read_text())
+    assert (report["status"], report["model"]["parameters"]) == ("complete", parameters)
+    assert report["model"]["quantization"]["method"] == recipe.quantization.method
+    assert report["train"]["optimizer"]["asked"] == recipe.optim.name
+    assert adapted_layers(run / "train" / "adapter") == expected_layers(recipe, tmp_path / "base")
+    assert_the_merge_is_what_was_trained(report)
+    exports = {export["format"]: export for export in report["export"]}
+    assert set(exports) >= {"adapter", "safetensors", "gguf", "card"}
+    assert all(exports[name]["parity"]["passed"] for name in ("adapter", "safetensors", "gguf"))
+
+
+def template_of(recipe: RunConfig) -> list[str]:
+    """Names a template where the hub's tokenizer has none and the model option names none."""
+    architecture = recipe.model.architecture
+    assert architecture is not None
+    own = kind_of(recipe.model.name, architecture).template or getattr(recipe.model, "template", None)
+    names = {
+        "llama": "llama3" if architecture.vocab_size > 100_000 else "llama2",
+        "mistral": "mistral",
+        "gemma2": "gemma",
+    }
+    return [] if own or recipe.data.template else [f"data.template={names[architecture.family]}"]
+
+
+def adapted_layers(adapter: Path) -> set[str]:
+    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as tensors:
+        return {name.split(".")[-3] for name in tensors.keys() if "lora_A" in name}  # noqa: SIM118  # no mapping
+
+
+def expected_layers(recipe: RunConfig, base: Path) -> set[str]:
+    with safe_open(base / "model.safetensors", framework="pt") as tensors:
+        linear = {name.split(".")[-2] for name in tensors.keys() if "proj" in name}  # noqa: SIM118  # no mapping
+    return linear if recipe.lora.targets == ["all-linear"] else set(recipe.lora.targets)
+
+
+def assert_the_merge_is_what_was_trained(report: dict[str, Any]) -> None:
+    """The dequantized candidate lost little of what training changed, the original one the quantization's error."""
+    candidates = {candidate["name"]: candidate for candidate in report["merge"]["candidates"]}
+    artifacts = report["eval"]["artifacts"]
+    learned = abs(artifacts["adapter"]["loss"] - artifacts["base_quantized"]["loss"])
+    assert abs(candidates["dequantized"]["loss"] - artifacts["adapter"]["loss"]) < learned / 4
+    assert candidates["dequantized"]["kl"] < candidates["original"]["kl"] / 10
