@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from finetune.chat_templates import find_template, named_templates, no_template, tokenizer_template
 from finetune.data.sources import Source, resolve_sources
-from finetune.errors import ConfigError, FinetuneError, HardwareError, ModelError
+from finetune.errors import ConfigError, DataError, FinetuneError, HardwareError, ModelError
 from finetune.export.needs import check_packages
 from finetune.files import existing_parent, require_disk
 from finetune.inference.adapted import check_adapter
@@ -178,7 +178,7 @@ def _check_model(start: Start) -> list[str]:
         folder = hub.fetch_config(config)
     if folder is None:
         why = "it is read when the file is converted" if is_gguf(config.name) else "it is not in the hub's cache"
-        return [f"the tokenizer of {config.name} and its chat template: {why}"]
+        return [f"the tokenizer of {config.name} and its chat template: {why}", *_check_names(start, own=None)]
     if looks_local(config.name) and not is_gguf(config.name):
         check_weights(folder)
     unchecked = _check_tokenizer(start, folder)
@@ -189,13 +189,11 @@ def _check_tokenizer(start: Start, folder: Path) -> list[str]:
     name, data = start.config.model.name, start.config.data
     if not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
         if start.is_plan and not looks_local(name):
-            return [f"the tokenizer of {name} and its chat template: it is not in the hub's cache"]
+            what = f"the tokenizer of {name} and its chat template: it is not in the hub's cache"
+            return [what, *_check_names(start, own=None)]
         raise ModelError(f"model.name: {folder} holds no tokenizer; add tokenizer.json")
     own = tokenizer_template(folder)
-    if data.template and data.template not in named_templates(own):
-        find_template(data.template)
-    if start.config.model.template:
-        find_template(start.config.model.template, setting="model.template")
+    _check_names(start, own=named_templates(own))
     if data.template or start.config.model.template or own or not (start.needs_rows() or start.is_plan):
         return []
     sources = resolve_sources(data) if start.needs_rows() else []
@@ -203,6 +201,22 @@ def _check_tokenizer(start: Start, folder: Path) -> list[str]:
         return ["whether the rows need a chat template, which the tokenizer does not have (data.template=...)"]
     if not all(name in RAW_FORMATS for name in _formats(sources)):
         raise no_template()
+    return []
+
+
+def _check_names(start: Start, *, own: dict[str, str] | None) -> list[str]:
+    """Checks the names of templates; ``own`` are those of the tokenizer by name, None where it is not known yet."""
+    name, fallback = start.config.data.template, start.config.model.template
+    if fallback:
+        find_template(fallback, setting="model.template")
+    if not name or name in (own or {}):
+        return []
+    try:
+        find_template(name)
+    except DataError:
+        if own is not None:
+            raise
+        return [f"data.template={name}: no template of that name ships, so the tokenizer must bring it"]
     return []
 
 

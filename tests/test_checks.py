@@ -128,7 +128,7 @@ def test_rows_without_chats_need_no_template(tiny_base: Path, work: Path, capsys
     ("settings", "message"),
     [
         (["data.path=nowhere.jsonl"], "data.path: nowhere.jsonl does not exist"),
-        (["data.template=llama9"], "data.template: there is no template 'llama9'"),
+        (["model.template=llama9"], "model.template: there is no template 'llama9'"),
         (
             ["hardware=t4", "model.dtype=bfloat16", "model.attention=flash_attention_2"],
             "model.dtype=bfloat16 needs compute capability 8.0; Tesla T4 has 7.5; use model.dtype=float16",
@@ -152,10 +152,11 @@ def test_a_plan_refuses_what_a_run_would_refuse(
 
 
 def test_a_plan_names_what_it_could_not_check(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "model=llama3_8b", "hardware=rtx4090"]) == 0
+    assert main(["plan", "model=llama3_8b", "hardware=rtx4090", "data.template=tool_use"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "not checked yet: the rows, since none are named (data.path=...)" in printed
     assert "not checked yet: the tokenizer of meta-llama/Meta-Llama-3-8B and its chat template" in printed
+    assert "not checked yet: data.template=tool_use: no template of that name ships, so the tokenizer must" in printed
 
 
 def test_a_plan_reads_the_config_of_a_model_on_the_hub_and_nothing_else(
