@@ -230,7 +230,8 @@ def tools_as_text(
             content = f"{content}\n<tool_call>\n{written}\n</tool_call>".lstrip("\n")
         role = "user" if message["role"] == "tool" else message["role"]
         content = f"<tool_response>\n{content}\n</tool_response>" if message["role"] == "tool" else content
-        plain.append({"role": role, "content": content})
+        thought = {KEYS[0]: message[KEYS[0]]} if KEYS[0] in message else {}
+        plain.append({"role": role, "content": content, **thought})
     if not tools:
         return plain, trained, None
     listed = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)

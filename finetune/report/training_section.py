@@ -96,6 +96,9 @@ def _ledger(rows: Fields) -> list[list[str]]:
     dropped = rows.get("dropped") or {}
     amounts += [(f"dropped: {reason.replace('_', ' ')}", amount) for reason, amount in dropped.items()]
     amounts += [("truncated to the limit (among the kept)", rows.get("truncated"))]
+    if rows.get("rewritten"):
+        several = f"in {count(rows.get('rewritten_pieces'))} rows, as the template rewrites turns (among the kept)"
+        amounts += [(several, rows.get("rewritten"))]
     return [
         [name, count(amount), percent(amount / total) if total and amount is not None else MISSING]
         for name, amount in amounts

@@ -168,6 +168,15 @@ def test_thoughts_are_trained_or_removed_as_set(
     assert removed == (setting in ("off", "drop"))
 
 
+def test_thoughts_of_tool_calls_stay_where_tools_become_text(run: Run, table: ModuleType) -> None:
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+    answer = {"role": "assistant", "content": "", "tool_calls": [call], "reasoning_content": "It is day."}
+    row = {"messages": [{"role": "user", "content": "Rome?"}, answer], "tools": [TOOL]}
+    product = run([row], with_tokenizer=table.template_tokenizer("trl:qwen3"), tools="text", max_tokens=1024)
+    (prepared,) = split(product, "train")
+    assert trained_text(prepared, table.template_tokenizer("trl:qwen3")).startswith(f"{THOUGHT}<tool_call>")
+
+
 @pytest.mark.parametrize("name", ["trl:qwen3", "trl:qwen3_5_think", "trl:glm4moe", "trl:gemma4_v5", "trl:qwen3_8"])
 @pytest.mark.parametrize("enabled", [False, True])
 def test_the_exported_template_serves_in_the_trained_mode(

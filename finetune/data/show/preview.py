@@ -69,7 +69,7 @@ def _tiles(product: PreparedData) -> list[tuple[str, str]]:
     }
     shown = [(name, f"{value:,}") for name, value in tiles.items()]
     shown.append(("of them with loss", _share(product.trained_tokens, product.tokens)))
-    if product.packed_rows != product.train_rows:
+    if product.packed_rows < product.train_rows:
         shown.append(("packed rows", f"{product.packed_rows:,}"))
     return shown
 

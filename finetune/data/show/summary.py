@@ -35,7 +35,7 @@ def log_summary(product: PreparedData, config: DataConfig) -> None:
         counts = ", ".join(f"{name} {format_rows(count)}" for name, count in mix.items())
         log("data", f"mix, before rows are held out: {counts}")
     capacity = config.pack_tokens or config.max_tokens
-    if product.packed_rows != product.train_rows:
+    if config.packing and product.packed_rows != product.train_rows:
         filled = product.tokens / (product.packed_rows * capacity)
         log("data", f"packed into {product.packed_rows:,} rows of {capacity:,} tokens, {filled:.1%} filled")
     for warning in product.warnings:
