@@ -82,8 +82,7 @@ def run_stages(run: Run) -> Iterator[str]:
         lambda out: prepare(config.data, folder=out, tokenizer=tokenizer, seed=seed),
         key={"data": config.data.key(), "tokenizer.sha256": spec.base.tokenizer_sha256(), "run.seed": seed},
     )
-    if not folder.is_done("train"):
-        check_compatibility(config, spec, tokenizer, data)
+    check_compatibility(config, spec, tokenizer, data)
     yield "data"
 
     spec = with_skip_modules(spec, folder, data)
@@ -283,8 +282,7 @@ def validate_environment(config: RunConfig, placement: Placement) -> None:
     stages = STAGES[: STAGES.index(config.run.until) + 1]
     for adapter in config.merge.adapters if "merge" in stages else ():
         check_adapter(Path(adapter).expanduser(), setting="merge.adapters")
-    if "eval" in stages and config.eval.rows:
-        check_metrics(config.eval.metrics)
+    check_metrics(config.eval.metrics if "eval" in stages and config.eval.rows else [])
     if "export" in stages:
         check_packages(config.export)
     check_launch(config.launch, device=placement.device, preflight=config.preflight.level != "off")
