@@ -38,7 +38,7 @@ def problems(overrides: list[str]) -> list[str]:
         ("optim.weight_decay=nan", "optim.weight_decay must be a finite number; got nan"),
         ("merge.max_loss_increase=-inf", "merge.max_loss_increase must be a finite number; got -inf"),
         ("export.adapter.max_kl=nan", "export.adapter.max_kl must be a finite number; got nan"),
-        ("+eval.gate={adapter.loss: .inf}", "eval.gate.adapter.loss must be a finite number; got inf"),
+        ("eval.gate={adapter.loss: inf}", "eval.gate.adapter.loss must be a finite number; got inf"),
         (
             "data.limit=99999999999999999999",
             "data.limit must be at most 9223372036854775807 (64 bit); got one of 67 bits",

@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from finetune.errors import ModelError
-from finetune.model import fetch
+from finetune.model import Base, fetch
 from finetune.model.base import weights_sha256
 from finetune.model.load import describe_padding, load_tokenizer
 from tests.fixtures.models import model_config
@@ -72,3 +72,21 @@ def test_remote_code_needs_a_pinned_commit() -> None:
         "model.remote_code runs code from the hub, so model.revision must pin it to a commit (40 hex digits); got main"
     ]
     assert not list(model_config("org/model", remote_code=code, revision="a" * 40).problems())
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "source", "public"),
+    [
+        ("org/name", "/cache/models--org--name/snapshots/" + "a" * 40, "hub", "org/name"),
+        ("/home/me/hub/copy", "/home/me/models--org--na.me-7B/snapshots/" + "a" * 40, "folder", "org/na.me-7B"),
+        ("/home/me/Büro modell", "/home/me/Büro modell", "folder", "Büro modell"),
+        ("../models/base/", "/home/me/models/base", "folder", "base"),
+        ("package:some_model/model.gguf", "/cache/models/model-1234", "gguf", "package:some_model/model.gguf"),
+        ("/home/me/model.gguf", "/cache/models/model-1234", "gguf", "model.gguf"),
+    ],
+)
+def test_public_name_of_a_base_holds_no_folder_of_this_machine(
+    name: str, folder: str, source: str, public: str
+) -> None:
+    base = Base(folder=Path(folder), name=name, revision=None, sha256="", source=source)
+    assert base.public_name == public

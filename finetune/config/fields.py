@@ -140,6 +140,7 @@ def value_problems(key: str, hint: Any, value: Any) -> Iterator[str]:
 
 def number_problems(value: Any, key: str = "") -> Iterator[str]:
     """Yields every number of a configuration that no setting can have: inf, nan, and integers beyond 64 bit."""
+    items: list[tuple[Any, Any]]
     if dataclasses.is_dataclass(value):
         items = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
     elif isinstance(value, dict):

@@ -130,8 +130,8 @@ def _is_full(folder: str | Path) -> bool:
 
 def _no_room(file: Path, reason: str) -> HardwareError:
     return HardwareError(
-        f"kernels.implementation: the native kernels cannot be written: {reason}. g++ needs room in "
-        f"{tempfile.gettempdir()} (TMPDIR) and the result in {file.parent} (FINETUNE_CACHE): free some there, name "
+        f"kernels.implementation: the native kernels cannot be written: {reason}. g++ writes to "
+        f"{tempfile.gettempdir()} (TMPDIR) and its result to {file.parent} (FINETUNE_CACHE): free some there, name "
         "other folders, or set kernels.implementation=plain, which rounds differently"
     )
 

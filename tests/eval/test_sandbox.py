@@ -107,7 +107,7 @@ FORGED = {
     "the frames of the tests": (
         "import gc, sys\ndef f(x):\n    frame, seen = sys._getframe(), str(gc.get_objects())\n    while frame:\n"
         "        seen += str(frame.f_code.co_consts) + str(frame.f_locals)\n        frame = frame.f_back\n"
-        "    return 5 if 'tests'.upper() in seen else 0"
+        "    return 5 if 'quokka'.upper() in seen else 0"
     ),
     "a value equal to all": "class A:\n    def __eq__(self, other): return True\ndef f(x): return A()",
     "a value near to all": (
@@ -126,7 +126,7 @@ FORGED = {
     "an answer before the question": "import __main__, sys\ndef f(x): __main__._status = lambda *a: 0\nf(0)",
     "arguments changed to fit": "def f(x):\n    x[0] = 0\n    return 0",
 }
-TESTS = "def check(f):\n    x = [3]\n    assert abs(f(x) - 5) < 1e-6 and f(x) == 5, 'TESTS'\ncheck(f)\n"
+TESTS = "def check(f):\n    x = [3]\n    assert abs(f(x) - 5) < 1e-6 and f(x) == 5, 'QUOKKA'\ncheck(f)\n"
 KEPT_FROM = {
     "the network": "import socket\nsocket.create_connection(('127.0.0.1', 9))",
     "a child": "import os\nos.fork()",
@@ -248,7 +248,8 @@ def test_program_sees_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("module", ["finetune.eval.sandbox", "__main__.values", "restrictions"])
 def test_program_cannot_import_what_lies_next_to_us(module: str) -> None:
-    assert "No module named" in run_program(f"import {module}", tests="").reason
+    reason = run_program(f"import {module}", tests="").reason
+    assert "No module named" in reason or "Permission denied" in reason
 
 
 def test_machine_that_cannot_restrict_programs_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

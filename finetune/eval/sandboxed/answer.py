@@ -77,7 +77,7 @@ class Answer:
             return self._load
         if name == "name":
             return self._module.__dict__.__getitem__
-        return OPERATIONS.get(name) or getattr(operator, name)  # type: ignore[no-any-return]
+        return OPERATIONS.get(name) or getattr(operator, name)
 
     def _load(self, program: str) -> None:
         exec(compile(program, "program.py", "exec"), self._module.__dict__)

@@ -127,7 +127,7 @@ class ProgramModule(types.ModuleType):
 
 
 class Remote:
-    """An object of the program that is no plain value; what the tests do with it happens there."""
+    """An object of the program that cannot be copied; what the tests do with it happens there."""
 
     def __init__(self, program: Program, number: int) -> None:
         vars(self).update(_program=program, _number=number)

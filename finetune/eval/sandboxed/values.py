@@ -8,6 +8,7 @@ import importlib
 import json
 import socket
 import sys
+import types
 from collections import deque
 from collections.abc import Callable
 from datetime import date, datetime, time, timedelta
@@ -103,7 +104,7 @@ class Link:
             return ["timedelta", value.days, value.seconds, value.microseconds]
         if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
             return ["type", value.__name__]
-        if type(value) is type(sys):
+        if isinstance(value, types.ModuleType):
             return ["module", value.__name__]
         if type(value).__module__ in ARRAYS and hasattr(value, "tolist"):
             return ["array", value.dtype.str, self.encode(value.tolist())] if value.shape else value.item()
