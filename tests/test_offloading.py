@@ -16,7 +16,7 @@ from finetune.inference.rows import read_rows
 from finetune.model import ModelSpec
 from tests.fixtures.artifacts import Line
 
-WORK = Workload(pass_tokens=64, passes=4, rows=4, prompt_tokens=30, new_tokens=6)
+WORK = Workload(pass_tokens=64, passes=4, rows=4, prompt_tokens=30, new_tokens=6, batch_rows=1)
 
 
 def dense_spec(line: Callable[..., Line]) -> ModelSpec:

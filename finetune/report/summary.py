@@ -127,7 +127,8 @@ def headline(scores: Fields) -> Fields | None:
 
 def headline_metric(scores: Fields) -> str:
     """Returns the metric that decides whether the run worked; perplexity where the task has none."""
-    measured = list(next(iter(scores["artifacts"].values()), {}).get("metrics") or {})
+    first: Fields = next(iter(scores["artifacts"].values()), {})
+    measured = list(first.get("metrics") or {})
     return next((name for name in HEADLINES if name in measured), measured[0] if measured else "perplexity")
 
 

@@ -246,6 +246,7 @@ def test_a_base_that_takes_too_long_is_left_out_and_every_page_says_so(
     assert compared["difference"] == content["changes"]["tuning"][compared["metric"]]
     sample = json.loads((tmp_path / "samples.jsonl").read_text().splitlines()[0])
     assert "base" not in sample
+    (tmp_path / "kept").mkdir()
     kept = run(tmp_path / "kept", batch_rows=1, gate={"base.loss": 1e9})
     assert list(kept.artifacts) == ["base", "base_quantized", "adapter", "merged"]
     assert kept.artifacts["merged"] == scores.artifacts["merged"]
