@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
@@ -48,9 +49,12 @@ class Answer:
         self._engine, self._stops = engine, StopStrings(stops)
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        self.generation = Generation(
-            model, prompt, sampling, on_event=lambda event: loop.call_soon_threadsafe(self._events.put_nowait, event)
-        )
+
+        def deliver(event: Event) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended, and nobody reads
+                loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+        self.generation = Generation(model, prompt, sampling, on_event=deliver)
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Yields the answer as it is generated.

@@ -43,7 +43,7 @@ def build_app(service: Service, adapters: AdapterLoader | None = None) -> FastAP
         adapters: Loads adapters for clients; None refuses.
     """
     app = FastAPI(title="finetune", docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Guard, config=service.config)
+    app.add_middleware(Guard, config=service.config, errors=service.metrics.errors)
     routes = Routes(service, adapters)
     for path, method, endpoint in (
         ("/v1/chat/completions", "POST", routes.chat),
@@ -57,19 +57,9 @@ def build_app(service: Service, adapters: AdapterLoader | None = None) -> FastAP
         ("/metrics", "GET", routes.metrics),
     ):
         app.add_api_route(path, endpoint, methods=[method], response_model=None)
-    app.add_exception_handler(ApiError, _on_error)
-    app.add_exception_handler(RequestRefused, _on_error)
-    app.add_exception_handler(HTTPException, _on_error)
-    app.add_exception_handler(Exception, _on_error)
+    for kind in (ApiError, RequestRefused, HTTPException, Exception):
+        app.add_exception_handler(kind, routes.refuse)
     return app
-
-
-async def _on_error(request: Request, error: Exception) -> JSONResponse:
-    refused = as_api_error(error)
-    headers = {"Retry-After": "1"} if refused.status in (429, 503) else None
-    if refused.status >= 500:
-        log("serve", f"{request.method} {request.url.path} {refused.status}: {type(error).__name__}")
-    return JSONResponse(refused.body(), refused.status, headers)
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -89,6 +79,15 @@ class Routes:
     def __init__(self, service: Service, adapters: AdapterLoader | None) -> None:
         self._service, self._adapters = service, adapters
         self._started = int(time.time())
+
+    async def refuse(self, http: Request, error: Exception) -> JSONResponse:
+        """Returns an error in OpenAI's form."""
+        refused = as_api_error(error)
+        self._service.metrics.errors.labels(refused.status).inc()
+        headers = {"Retry-After": "1"} if refused.status in (429, 503) else None
+        if refused.status >= 500:
+            log("serve", f"{http.method} {http.url.path} {refused.status}: {type(error).__name__}")
+        return JSONResponse(refused.body(), refused.status, headers)
 
     async def chat(self, http: Request) -> Response:
         """Answers a chat."""
@@ -150,16 +149,17 @@ class Routes:
                 yield event(head.body([choice], chunk=True) | extra)
             extra.pop("prompt_token_ids", None)
             async with asyncio.timeout(self._service.config.request_seconds):
-                async for index, piece in merged(answers):
-                    record.first_token()
-                    if choice := writer.chunk(index, piece):
-                        yield event(head.body([choice], chunk=True) | extra)
+                async with contextlib.aclosing(merged(answers)) as pieces:
+                    async for index, piece in pieces:
+                        record.first_token()
+                        if choice := writer.chunk(index, piece):
+                            yield event(head.body([choice], chunk=True) | extra)
         except (ApiError, TimeoutError) as error:
             failed = error if isinstance(error, ApiError) else timed_out(self._service.config.request_seconds)
             record.status = failed.status
             yield event(failed.body())
             return
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit):
             record.status = CLIENT_LEFT
             raise
         if with_usage:

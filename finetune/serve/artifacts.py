@@ -78,7 +78,7 @@ def find_artifacts(target: Path) -> Artifacts:
     kind = _kind(target)
     exports = target if (target / "manifest.json").is_file() else target / "export"
     folders = sorted(folder for folder in exports.iterdir() if folder.is_dir()) if exports.is_dir() else []
-    files = [folder / "model.gguf" for folder in folders if (folder / "model.gguf").is_file()]
+    files = [folder / "model.gguf" for folder in (target, *folders) if (folder / "model.gguf").is_file()]
     found = Artifacts(
         name=target.name,
         adapter=target if kind == "adapter" else next((path for path in folders if _kind(path) == "adapter"), None),

@@ -35,6 +35,7 @@ class Sampling:
         top_k: Number of most probable tokens; 0 for all.
         seed: Of this answer's own generator.
         top_logprobs: Alternatives to return with each token; None returns no log-probabilities.
+        every_token: Whether each token must be reported, also where an engine could only send them late.
         json_object: Whether only JSON objects may be written.
     """
 
@@ -44,6 +45,7 @@ class Sampling:
     top_k: int = 0
     seed: int = 0
     top_logprobs: int | None = None
+    every_token: bool = False
     json_object: bool = False
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, StreamingResponse
+from prometheus_client import Counter
 
 from finetune.serve.config import MIB, ServeConfig, is_loopback
 from finetune.serve.errors import ApiError
@@ -28,16 +29,18 @@ class Guard:
     Args:
         app: What comes after.
         config: Key and host.
+        errors: Counts refusals by status.
     """
 
-    def __init__(self, app: Any, *, config: ServeConfig) -> None:
-        self._app, self._config = app, config
+    def __init__(self, app: Any, *, config: ServeConfig, errors: Counter) -> None:
+        self._app, self._config, self._errors = app, config, errors
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         error = self._refusal(scope) if scope["type"] == "http" else None
         if error is None:
             await self._app(scope, receive, send)
         else:
+            self._errors.labels(error.status).inc()
             headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
             await JSONResponse(error.body(), error.status, headers)(scope, receive, send)
 
@@ -65,17 +68,22 @@ async def read_json(request: Request, config: ServeConfig) -> Any:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, f"send Content-Type: application/json; got {kind or 'none'}")
-    limit, body = config.max_body_mib * MIB, b""
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise ApiError(413, f"the body is larger than {config.max_body_mib} MiB; shorten it", code="body_too_large")
+    body = await in_time(config.request_seconds, _read(request, config))
     try:
         content = json.loads(body)
         json.dumps(content, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not valid JSON in UTF-8: {error}", code="invalid_json") from error
     return content
+
+
+async def _read(request: Request, config: ServeConfig) -> bytes:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > config.max_body_mib * MIB:
+            raise ApiError(413, f"the body is larger than {config.max_body_mib} MiB; shorten it", code="body_too_large")
+    return bytes(body)
 
 
 class EventStream(StreamingResponse):
@@ -89,6 +97,7 @@ class EventStream(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
+            await self.body_iterator.aclose()  # type: ignore[attr-defined]
             self._release()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import secrets
 import threading
 import urllib.error
 import urllib.request
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import ModelError
-from finetune.serve.engine import Finish, Generation, Load, Message, RequestRefused, Token
+from finetune.serve.engine import Event, Finish, Generation, Load, Message, RequestRefused, Sampling, Token
 
 PACKAGE = "xllamacpp"
 
@@ -54,6 +55,8 @@ class LlamaEngine:
         params.n_parallel, params.n_ctx = concurrent, concurrent * context_tokens
         params.verbosity, params.warmup = -1, False
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+        self._key = secrets.token_hex()
+        params.api_keys = [self._key]  # llama.cpp's server listens too, on a port that other users could ask
         try:
             self._server = xllamacpp.Server(params)
         except RuntimeError as error:
@@ -62,7 +65,7 @@ class LlamaEngine:
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the server is on this machine
         self._running: set[Generation] = set()
         self._texts: dict[int, str] = {}
-        self.vocabulary = self._get("/v1/models")["data"][0]["meta"]["n_vocab"]
+        self.vocabulary = self._post("/v1/models")["data"][0]["meta"]["n_vocab"]
 
     def names(self) -> list[str]:
         """Returns the name of the file's model."""
@@ -118,7 +121,7 @@ class LlamaEngine:
     def is_alive(self) -> bool:
         """Returns whether llama.cpp's server answers."""
         try:
-            return bool(self._get("/health")["status"] == "ok")
+            return bool(self._post("/health")["status"] == "ok")
         except urllib.error.URLError:
             return False
 
@@ -129,68 +132,83 @@ class LlamaEngine:
         del self._server
 
     def _generate(self, generation: Generation) -> None:
-        sampling, count, finish = generation.sampling, 0, None
-        body: dict[str, Any] = {
-            **NEUTRAL,
-            "prompt": generation.prompt,
-            "n_predict": sampling.max_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "seed": sampling.seed % (2**32 - 1),  # the largest 32-bit number stands for a random seed
-            "n_probs": 0 if sampling.top_logprobs is None else max(sampling.top_logprobs, 1),
-        }
-        if sampling.json_object:
-            body["json_schema"] = {"type": "object"}
+        finish = Finish("error", 0, error="llama.cpp ended the answer without a reason")
         try:
-            for event in self._stream(body):
-                if generation.cancelled:
-                    finish = Finish("cancelled", count)
-                    break
-                if event.get("stop"):
-                    stopped = event["stop_type"] == "eos"
-                    finish = Finish("stop" if stopped else "length", event["tokens_predicted"], event["content"])
-                    break
-                for token in _tokens(event, sampling.top_logprobs):
-                    count += 1
-                    generation.on_event(token)
+            events = self._whole(generation) if generation.sampling.every_token else self._streamed(generation)
+            for event in events:
+                if isinstance(event, Finish):
+                    finish = event
+                else:
+                    generation.on_event(event)
         except (urllib.error.URLError, ConnectionError, ValueError, KeyError) as error:
-            finish = Finish("error", count, error=f"llama.cpp failed: {_reason(error)}")
+            finish = Finish("error", 0, error=f"llama.cpp failed: {_reason(error)}")
         finally:
             self._running.discard(generation)
-            generation.on_event(finish or Finish("error", count, error="llama.cpp ended the answer without a reason"))
+            generation.on_event(finish)
 
-    def _stream(self, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        with self._opener.open(self._request("/completion", body)) as response:
+    def _streamed(self, generation: Generation) -> Iterator[Event]:
+        """Yields tokens as they come. llama.cpp sends the tokens of one character as the last of them."""
+        with self._opener.open(self._request("/completion", _body(generation.sampling, generation.prompt))) as response:
             for line in response:
-                if line.startswith(b"data: ") and not line.startswith(b"data: [DONE]"):
-                    yield json.loads(line[len(b"data: ") :])
+                if generation.cancelled:
+                    yield Finish("cancelled", 0)
+                    return
+                if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
+                    continue
+                event = json.loads(line[len(b"data: ") :])
+                if event.get("stop"):
+                    yield _finish(event)
+                    return
+                for index, token in enumerate(event["tokens"]):
+                    yield Token(token, event["content"] if index == len(event["tokens"]) - 1 else "")
 
-    def _post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    def _whole(self, generation: Generation) -> Iterator[Event]:
+        """Yields every token when the answer is complete, the last one with the whole text."""
+        top = generation.sampling.top_logprobs
+        reply = self._post("/completion", {**_body(generation.sampling, generation.prompt), "stream": False})
+        scores = reply.get("completion_probabilities") or [None] * len(reply["tokens"])
+        tokens = [score["id"] for score in scores] if scores[0] else reply["tokens"]
+        if reply["stop_type"] == "eos":
+            tokens = tokens[:-1]
+        for index, token in enumerate(tokens):
+            score, text = scores[index], reply["content"] if index == len(tokens) - 1 else ""
+            if score is None or top is None:
+                yield Token(token, text)
+            else:
+                best = [(other["id"], other["logprob"]) for other in score["top_logprobs"][:top]]
+                self._texts |= {other["id"]: other["token"] for other in (score, *score["top_logprobs"])}
+                yield Token(token, text, score["logprob"], tuple(best))
+        yield _finish({**reply, "content": "" if tokens else reply["content"]})
+
+    def _post(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         with self._opener.open(self._request(path, body)) as response:
             reply: dict[str, Any] = json.load(response)
         return reply
 
-    def _get(self, path: str) -> dict[str, Any]:
-        with self._opener.open(self._server.listening_address + path) as response:
-            reply: dict[str, Any] = json.load(response)
-        return reply
-
-    def _request(self, path: str, body: Mapping[str, Any]) -> urllib.request.Request:
-        headers = {"Content-Type": "application/json"}
-        return urllib.request.Request(self._server.listening_address + path, json.dumps(body).encode(), headers)
+    def _request(self, path: str, body: Mapping[str, Any] | None) -> urllib.request.Request:
+        """Returns a POST with a body, or a GET."""
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
+        return urllib.request.Request(self._server.listening_address + path, data, headers)
 
 
-def _tokens(event: Mapping[str, Any], top: int | None) -> Iterator[Token]:
-    """Yields the tokens of one event; its text belongs to the last of them."""
-    scores = event.get("completion_probabilities") or [None] * len(event["tokens"])
-    for index, (token, score) in enumerate(zip(event["tokens"], scores, strict=True)):
-        text = event["content"] if index == len(event["tokens"]) - 1 else ""
-        if score is None or top is None:
-            yield Token(token, text)
-        else:
-            best = [(other["id"], other["logprob"]) for other in score["top_logprobs"][:top]]
-            yield Token(token, text, score["logprob"], tuple(best))
+def _body(sampling: Sampling, prompt: Sequence[int]) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        **NEUTRAL,
+        "prompt": list(prompt),
+        "n_predict": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "seed": sampling.seed % (2**32 - 1),  # the largest 32-bit number stands for a random seed
+        "n_probs": 0 if sampling.top_logprobs is None else max(sampling.top_logprobs, 1),
+    }
+    return {**body, "json_schema": {"type": "object"}} if sampling.json_object else body
+
+
+def _finish(event: Mapping[str, Any]) -> Finish:
+    reason = "stop" if event["stop_type"] == "eos" else "length"
+    return Finish(reason, event["tokens_predicted"], event["content"])
 
 
 def _reason(error: Exception) -> str:

@@ -25,8 +25,9 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.registry.register(_Loads(engines))
         self.requests = Counter(
-            "finetune_requests", "Finished requests", ["path", "model", "status"], registry=self.registry
+            "finetune_requests", "Requests that a model was asked", ["path", "model", "status"], registry=self.registry
         )
+        self.errors = Counter("finetune_errors", "Responses with an error", ["status"], registry=self.registry)
         self.prompt_tokens = Counter("finetune_prompt_tokens", "Tokens read", ["model"], registry=self.registry)
         self.completion_tokens = Counter(
             "finetune_completion_tokens", "Tokens generated", ["model"], registry=self.registry

@@ -1,4 +1,4 @@
-"""Runs the server until it is told to end."""
+"""Runs the server until a signal ends it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finetune.console import log
 from finetune.errors import ConfigError
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 POLL_SECONDS = 0.05
+CLOSE_SECONDS = 2
+"""Time for the last bytes of answers, after `drain`."""
 
 
 def serve(target: Path, config: ServeConfig, *, models: Sequence[str] = ()) -> None:
@@ -68,7 +70,7 @@ def missing_packages() -> list[str]:
     return [f"serve needs {' and '.join(missing)}; run: pip install 'finetune[serve]'"] if missing else []
 
 
-def make_server(app: object) -> uvicorn.Server:
+def make_server(app: Any) -> uvicorn.Server:
     """Returns a server that writes no log of its own and leaves signals to `serve`."""
     import uvicorn
 
@@ -77,7 +79,10 @@ def make_server(app: object) -> uvicorn.Server:
         def capture_signals(self) -> Iterator[None]:
             yield
 
-    return Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off"))  # type: ignore[arg-type]
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=CLOSE_SECONDS
+    )
+    return Server(config)
 
 
 @contextmanager

@@ -95,6 +95,7 @@ class Service:
                     top_k=request.top_k or 0,
                     seed=(seed + len(answers)) % 2**63,
                     top_logprobs=_top_logprobs(request),
+                    every_token=request.return_token_ids or _top_logprobs(request) is not None,
                     json_object=self._is_json(engine, request),
                 )
                 answers.append(Answer(engine, model, prompt, sampling, stops=request.stops()))

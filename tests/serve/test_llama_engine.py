@@ -83,5 +83,5 @@ def test_json_object_is_kept(client: openai.OpenAI) -> None:
 
 
 def test_prompt_is_not_scored(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="llama.cpp, which does not score a prompt"):
+    with pytest.raises(openai.BadRequestError, match="which does not score a prompt"):
         client.completions.create(model="tiny", prompt="Hello", max_tokens=0, echo=True, logprobs=1)

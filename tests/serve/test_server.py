@@ -363,6 +363,19 @@ def test_request_that_takes_too_long_ends_with_504(guarded: Served, held: Callab
         guarded.service.config.waiting, guarded.service.config.request_seconds = 0, 30.0
 
 
+def test_draining_ends_with_its_time(guarded: Served, held: Callable[[], None]) -> None:
+    import asyncio
+
+    from finetune.serve.run import drain
+
+    asyncio.run(drain(guarded.service))
+    assert guarded.service.open == 1
+    held()
+    guarded.service.config.drain_seconds = 30.0
+    asyncio.run(drain(guarded.service))
+    assert guarded.service.open == 0
+
+
 def test_server_that_ends_refuses_new_requests_with_503(guarded: Served) -> None:
     guarded.service.draining = True
     try:
