@@ -127,7 +127,7 @@ def timed_out(seconds: float) -> ApiError:
 
 async def unless_disconnected(request: Request, work: Coroutine[Any, Any, Result]) -> Result | None:
     """Returns the result of some work; None where the client left before, and the work was stopped."""
-    task, gone = asyncio.create_task(work), asyncio.create_task(request.receive())
+    task, gone = asyncio.create_task(work), asyncio.ensure_future(request.receive())
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         return task.result() if task.done() else None

@@ -9,6 +9,7 @@ import secrets
 import threading
 import urllib.error
 import urllib.request
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -163,21 +164,22 @@ class LlamaEngine:
                     yield Token(token, event["content"] if index == len(event["tokens"]) - 1 else "")
 
     def _whole(self, generation: Generation) -> Iterator[Event]:
-        """Yields every token when the answer is complete, the last one with the whole text."""
+        """Yields every token when the answer is complete, the last one with the whole text.
+
+        llama.cpp gives no log-probabilities of tokens after which a character is incomplete; theirs are None."""
         top = generation.sampling.top_logprobs
         reply = self._post("/completion", {**_body(generation.sampling, generation.prompt), "stream": False})
-        scores = reply.get("completion_probabilities") or [None] * len(reply["tokens"])
-        tokens = [score["id"] for score in scores] if scores[0] else reply["tokens"]
-        if reply["stop_type"] == "eos":
-            tokens = tokens[:-1]
+        tokens = reply["tokens"][:-1] if reply["stop_type"] == "eos" else reply["tokens"]
+        scores = deque(reply.get("completion_probabilities") or [])
         for index, token in enumerate(tokens):
-            score, text = scores[index], reply["content"] if index == len(tokens) - 1 else ""
-            if score is None or top is None:
+            text = reply["content"] if index == len(tokens) - 1 else ""
+            if top is None or not scores or scores[0]["id"] != token:
                 yield Token(token, text)
-            else:
-                best = [(other["id"], other["logprob"]) for other in score["top_logprobs"][:top]]
-                self._texts |= {other["id"]: other["token"] for other in (score, *score["top_logprobs"])}
-                yield Token(token, text, score["logprob"], tuple(best))
+                continue
+            score = scores.popleft()
+            self._texts |= {other["id"]: other["token"] for other in (score, *score["top_logprobs"])}
+            best = [(other["id"], other["logprob"]) for other in score["top_logprobs"][:top]]
+            yield Token(token, text, score["logprob"], tuple(best))
         yield _finish({**reply, "content": "" if tokens else reply["content"]})
 
     def _post(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:

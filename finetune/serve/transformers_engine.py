@@ -18,7 +18,7 @@ from finetune.inference.generation import contiguous_head_input
 from finetune.inference.logits import trained_logits
 from finetune.serve.batch import Row, check_padding
 from finetune.serve.chat_template import parse_tools, render
-from finetune.serve.engine import Generation, Load, Message, Token
+from finetune.serve.engine import Finish, Generation, Load, Message, Token
 from finetune.serve.graphs import Graphs, ServedModel
 from finetune.serve.sampling import log_probabilities
 from finetune.serve.scheduler import Scheduler
@@ -80,6 +80,8 @@ class TransformersEngine:
 
     def start(self, generation: Generation) -> None:
         """Queues an answer."""
+        if not self.is_alive():
+            generation.on_event(Finish("error", 0, error="the engine has ended; restart the server"))
         self._commands.put(lambda: self._scheduler.add(Row(generation, self._tokenizer)))
 
     def score(self, model: str, tokens: Sequence[int], *, top: int) -> list[Token]:

@@ -100,9 +100,10 @@ def test_sigterm_finishes_the_running_answer_and_refuses_new_ones(served_run: Pa
                 break
         assert match, "".join(lines)
         body = {"model": "tiny", "messages": [{"role": "user", "content": "Book a secret table."}], "stream": True}
+        long = body | {"max_tokens": 400, "n": 8, "temperature": 2, "seed": 1}  # one of them reaches its limit
         with (
             httpx.Client(base_url=match.group(1), trust_env=False, timeout=60.0) as client,
-            client.stream("POST", "/v1/chat/completions", json=body | {"max_tokens": 400}) as response,
+            client.stream("POST", "/v1/chat/completions", json=long) as response,
         ):
             events = filter(None, response.iter_lines())
             next(events)
