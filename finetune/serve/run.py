@@ -52,12 +52,6 @@ def serve(target: Path, config: ServeConfig, *, models: Sequence[str] = ()) -> N
             from finetune.serve.service import Service
 
             service = Service(opened.engines, config)
-            host, port = listener.getsockname()[:2]
-            address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-            log(
-                "serve",
-                f"{', '.join(service.names())} at {address}/v1 ({'with' if config.api_key else 'without'} a key)",
-            )
             asyncio.run(_run(make_server(build_app(service, opened.adapters)), service, listener))
         finally:
             opened.close()
@@ -117,6 +111,9 @@ async def _run(server: uvicorn.Server, service: Service, listener: socket.socket
     try:
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         stopped = asyncio.create_task(ending.wait())
+        while not (server.started or serving.done()):
+            await asyncio.sleep(POLL_SECONDS)
+        log("serve", f"{', '.join(service.names())} at {_address(listener)}/v1; {_protection(service.config)}")
         await asyncio.wait({serving, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if not serving.done():
             await drain(service)
@@ -126,6 +123,15 @@ async def _run(server: uvicorn.Server, service: Service, listener: socket.socket
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _protection(config: ServeConfig) -> str:
+    return "a key is required" if config.api_key else "no key is required, on this machine only"
 
 
 def _end(server: uvicorn.Server, service: Service, ending: asyncio.Event) -> None:
