@@ -33,7 +33,7 @@ def _serve(invocation: Invocation) -> int:
         adapters=options["adapters"],
         log_text=options["log_text"],
     )
-    serve(find_target(invocation), config, models=options["models"])
+    serve(find_target(invocation), config, models=options["models"], base=options["base"])
     return EXIT_OK
 
 
@@ -49,6 +49,7 @@ def _chat(invocation: Invocation) -> int:
         max_tokens=options["max_tokens"],
         seed=options["seed"],
         compare=options["compare"],
+        base=options["base"],
     )
     chat(find_target(invocation), settings)
     return EXIT_OK
@@ -91,12 +92,15 @@ def _temperature(text: str) -> float:
     return value
 
 
+BASE = Option("base", "folder of the base, where it is not where the run found it", "FOLDER", Path)
+
 CHAT = Command(
     "chat", "talk to a finished run in the terminal, or answer what is piped in", _chat, arguments=("[FOLDER|GGUF]",),
     settings=RUN,
     options=(
         Option("model", "which of its models answers", "|".join(KINDS), _kind, ""),
         Option("compare", "base and tuned answer next to each other"),
+        BASE,
         Option("system", "system message, instead of the training's", "TEXT"),
         Option("temperature", "0 takes the most probable token", "T", _temperature, 0.0),
         Option("max-tokens", "length of an answer at most", "N", whole_number, 512),
@@ -112,6 +116,7 @@ SERVE = Command(
         Option("port", "0 lets the system choose", "N", count, DEFAULTS.port),
         Option("api-key", "what clients must send; better in FINETUNE_API_KEY", "KEY", str, DEFAULTS.api_key),
         Option("models", "of adapter, base, merged and gguf, between commas", "A,B", _kinds, []),
+        BASE,
         Option("adapters", "folder below which clients may load adapters", "FOLDER", Path),
         Option("concurrent", "answers generated at the same time", "N", whole_number, DEFAULTS.concurrent),
         Option("waiting", "answers that may wait", "N", count, DEFAULTS.waiting),

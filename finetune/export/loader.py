@@ -41,10 +41,12 @@ def load(
     Raises:
         ModelError: There is no record, or base, weights, settings, template or tokens have changed.
     """
-    return rebuild(*check(Path(run_or_folder)), device=device)
+    return rebuild(*check(Path(run_or_folder)), device=device, base=base)
 
 
-def rebuild(folder: Path, record: dict[str, Any], *, device: str | None) -> tuple[Model, PreTrainedTokenizerBase]:
+def rebuild(
+    folder: Path, record: dict[str, Any], *, device: str | None = None, base: str | Path | None = None
+) -> tuple[Model, PreTrainedTokenizerBase]:
     """Loads what `check` has checked; see `load`."""
     tokenizer = _tokenizer(folder, record)
     placement = _placement(record, device=device)

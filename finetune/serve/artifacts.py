@@ -50,12 +50,14 @@ class Artifacts:
         adapter: Folder of the exported adapter; None where there is none.
         merged: Folder of the exported merged model.
         gguf: The GGUF file.
+        base: Folder of the adapter's base, where it is neither on the hub nor where the run found it.
     """
 
     name: str
     adapter: Path | None = None
     merged: Path | None = None
     gguf: Path | None = None
+    base: Path | None = None
 
     def kinds(self) -> list[str]:
         """Returns what can be served."""
@@ -63,8 +65,12 @@ class Artifacts:
         return [kind for kind in KINDS if has[kind]]
 
 
-def find_artifacts(target: Path) -> Artifacts:
+def find_artifacts(target: Path, *, base: Path | None = None) -> Artifacts:
     """Finds what a run's folder, one of its exports, or a GGUF file has to serve; loads nothing.
+
+    Args:
+        target: The folder or file.
+        base: Folder of the base, where it is neither on the hub nor where the run found it.
 
     Raises:
         ConfigError: It does not exist, or is a run that has not exported anything yet.
@@ -84,6 +90,7 @@ def find_artifacts(target: Path) -> Artifacts:
         adapter=target if kind == "adapter" else next((path for path in folders if _kind(path) == "adapter"), None),
         merged=target if kind == "merged" else next((path for path in folders if _kind(path) == "merged"), None),
         gguf=next(iter(files), None),
+        base=base,
     )
     if not found.kinds():
         raise ConfigError(f"{target} {_why_empty(target, exports)}")
@@ -169,7 +176,7 @@ def _open_transformers(
             continue
         folder, record_of = check(folder)
         log("serve", f"hashes of {folder} are those of the export")
-        loaded, tokenizer = rebuild(folder, record_of, device=None)
+        loaded, tokenizer = rebuild(folder, record_of, base=artifacts.base)
         facts = record_of["tokenizer"]
         chats.append(Chat(tokenizer=tokenizer, ends=facts["eos"]["ends_an_answer"], system=facts["system"]))
         if "merged" in wanted:

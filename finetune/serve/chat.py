@@ -41,6 +41,7 @@ class ChatSettings:
         max_tokens: Limit of an answer.
         seed: Of sampled answers; each further answer has the next one.
         compare: Whether base and tuned answer next to each other.
+        base: Folder of the base, where it is neither on the hub nor where the run found it.
     """
 
     model: str = ""
@@ -49,6 +50,7 @@ class ChatSettings:
     max_tokens: int = 512
     seed: int = 0
     compare: bool = False
+    base: Path | None = None
 
 
 def chat(target: Path, settings: ChatSettings) -> None:
@@ -60,7 +62,7 @@ def chat(target: Path, settings: ChatSettings) -> None:
         ConfigError: There is nothing to chat with.
         ModelError: A file has changed, or a model cannot be loaded.
     """
-    artifacts = find_artifacts(target)
+    artifacts = find_artifacts(target, base=settings.base)
     wanted = ["adapter", "base"] if settings.compare else [settings.model] if settings.model else []
     is_terminal = sys.stdin.isatty()
     with Models(artifacts) as models:

@@ -28,13 +28,14 @@ CLOSE_SECONDS = 2
 """Time for the last bytes of answers, after `drain`."""
 
 
-def serve(target: Path, config: ServeConfig, *, models: Sequence[str] = ()) -> None:
+def serve(target: Path, config: ServeConfig, *, models: Sequence[str] = (), base: Path | None = None) -> None:
     """Serves a run, one of its exports or a GGUF file until SIGTERM or SIGINT, and drains then.
 
     Args:
         target: The folder or file.
         config: Address, key and limits.
         models: Of ``adapter``, ``base``, ``merged`` and ``gguf``; empty for the adapter and its base.
+        base: Folder of the base, where it is neither on the hub nor where the run found it.
 
     Raises:
         ConfigError: A setting, a missing package, a taken port, or nothing to serve.
@@ -43,7 +44,7 @@ def serve(target: Path, config: ServeConfig, *, models: Sequence[str] = ()) -> N
     problems = [*config.problems(), *missing_packages()]
     if problems:
         raise ConfigError(*problems)
-    artifacts = find_artifacts(target)
+    artifacts = find_artifacts(target, base=base)
     kinds = choose_kinds(artifacts, models)
     with _listening(config) as listener:
         opened = open_models(artifacts, kinds, config)
