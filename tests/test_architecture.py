@@ -25,8 +25,10 @@ FRAMEWORKS = {
     "peft": {"lora", "inference", "export", "merge"},
     "hydra": {"config", "cli", "provenance", "sweep"},
     "optuna": {"sweep"},
-    "rich": {"console", "cli"},
-    "jinja2": {"html", "data", "eval", "export"},
+    "rich": {"console", "cli", "serve"},
+    "jinja2": {"html", "data", "eval", "export", "serve"},
+    "fastapi": {"serve"},
+    "uvicorn": {"serve"},
 }
 """The packages that may import a third-party framework."""
 

@@ -66,7 +66,7 @@ class Command:
         summary: One line for the help.
         run: Does it and returns the exit code.
         options: Its flags.
-        arguments: Names of the words that it needs besides flags and settings.
+        arguments: Names of the words that it needs besides flags and settings; one in brackets may be left out.
         settings: The settings that it takes; None for all.
         distributed: Several processes share the work where ``launch`` says so; other commands are one process's.
         redo_from: First stage that is done again, with those that build on it, in a run that exists.
@@ -130,7 +130,8 @@ class Invocation:
                 takes = f"it takes {', '.join(allowed)}" if allowed else "it takes no settings"
                 yield f"{name}: {' '.join(useless)} would have no effect; {takes}"
         wanted = self.command.arguments
-        if len(self.arguments) != len(wanted) and not self.hydra_flags:
+        needed = sum(not name.startswith("[") for name in wanted)
+        if not needed <= len(self.arguments) <= len(wanted) and not self.hydra_flags:
             got = " ".join(self.arguments) or "nothing"
             yield f"{name} needs {' '.join(wanted)}, e.g. {self.command.example}; got {got}"
 

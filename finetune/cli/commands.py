@@ -5,6 +5,7 @@ from __future__ import annotations
 from finetune.cli import look, proof, run
 from finetune.cli.bench import BENCHMARKS, choose_benchmark
 from finetune.cli.command import Command, Option
+from finetune.cli.serve import CHAT, SERVE
 
 EXISTING = ("run.name", "run.root")
 """The settings of commands that only read a run folder."""
@@ -77,6 +78,8 @@ COMMANDS = (
         options=(Option("json", "print JSON instead of tables"),),
         example="finetune diff first second --json",
     ),
+    CHAT,
+    SERVE,
     Command(
         "bench", "measurements that can be repeated", choose_benchmark, arguments=("WHAT",), settings=(),
         subcommands=BENCHMARKS, example="finetune bench speed ROWS.jsonl --against trl",

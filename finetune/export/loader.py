@@ -41,9 +41,13 @@ def load(
     Raises:
         ModelError: There is no record, or base, weights, settings, template or tokens have changed.
     """
-    folder = find(Path(run_or_folder))
-    record = _record(folder / FILE)
-    _check_files(folder, record)
+    return rebuild(*check(Path(run_or_folder)), device=device, base=base)
+
+
+def rebuild(
+    folder: Path, record: dict[str, Any], *, device: str | None = None, base: str | Path | None = None
+) -> tuple[Model, PreTrainedTokenizerBase]:
+    """Loads what `check` has checked; see `load`."""
     tokenizer = _tokenizer(folder, record)
     placement = _placement(record, device=device)
     config = ModelConfig(**record["model"], architecture=None)
@@ -56,6 +60,18 @@ def load(
     found = _base(config, record, where=base or _folder_of_the_run(folder, record))
     spec = ModelSpec(base=found, config=config, quantization=quantization, placement=placement)
     return load_adapted_model(spec, folder), tokenizer
+
+
+def check(run_or_folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Returns the folder that holds the record, and the record, after comparing hashes of settings and weights.
+
+    Raises:
+        ModelError: There is no record, or a file has changed.
+    """
+    folder = find(run_or_folder)
+    record = _record(folder / FILE)
+    _check_files(folder, record)
+    return folder, record
 
 
 def find(folder: Path) -> Path:

@@ -78,13 +78,38 @@ def load_adapter(model: Any, folder: Path, *, upcast: str) -> Any:
     return adapted.eval()
 
 
-def _restore_saved_tensors(model: Any, file: Path) -> None:
-    """Replaces each adapter parameter by the saved tensor."""
+def add_adapter(model: Any, folder: Path, *, name: str) -> None:
+    """Loads another saved adapter next to those of a model, inactive, in the dtype that it was saved in.
+
+    Args:
+        model: From `load_adapter`.
+        folder: Of the adapter.
+        name: Of peft's ``set_adapter``.
+
+    Raises:
+        ModelError: Names or shapes of the adapter do not fit this base, which has none of it then.
+    """
+    check_adapter(folder)
+    device = str(next(model.parameters()).device)
+    try:
+        model.load_adapter(str(folder), name, is_trainable=False, torch_device=device)
+    except (ValueError, RuntimeError, KeyError) as error:
+        if name in model.peft_config:
+            model.delete_adapter(name)
+        raise ModelError(f"{folder} does not fit this base: {str(error).splitlines()[0]}") from error
+    _restore_saved_tensors(model, folder / ADAPTER_FILES[1], name=name)
+    model.requires_grad_(False)
+
+
+def _restore_saved_tensors(model: Any, file: Path, *, name: str = "default") -> None:
+    """Replaces each parameter of an adapter by the saved tensor."""
     from safetensors.torch import load_file
 
     saved = load_file(file)
-    for name, parameter in model.named_parameters():
-        key = name.replace(".modules_to_save.default", "").replace(".default", "")
+    for path, parameter in model.named_parameters():
+        if f".{name}" not in path:
+            continue
+        key = path.replace(f".modules_to_save.{name}", "").replace(f".{name}", "")
         tensor = saved.get(key)
         if tensor is not None and tensor.shape == parameter.shape:
             parameter.data = tensor.to(parameter.device)

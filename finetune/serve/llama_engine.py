@@ -1,0 +1,223 @@
+"""Serves a GGUF file in llama.cpp: its own server, inside this process, batches the answers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import secrets
+import threading
+import urllib.error
+import urllib.request
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import ModelError
+from finetune.serve.engine import Event, Finish, Generation, Load, Message, RequestRefused, Sampling, Token
+
+PACKAGE = "xllamacpp"
+
+NEUTRAL = {"min_p": 0.0, "repeat_penalty": 1.0, "cache_prompt": False, "return_tokens": True, "stream": True}
+"""llama.cpp's defaults are top_k=40, min_p=0.05 and a cache of prompts, which changes rounding."""
+
+
+class LlamaEngine:
+    """Sends token ids to llama.cpp's server and reads tokens back.
+
+    Args:
+        file: A GGUF file with a tokenizer and a chat template.
+        name: What a request calls it.
+        system: The system message that the data stage added to conversations without one; None for none.
+        concurrent: Answers at the same time.
+        context_tokens: Longest prompt and answer together; memory is kept for ``concurrent`` times as many.
+        threads: Of llama.cpp.
+
+    Raises:
+        ModelError: xllamacpp is missing, or llama.cpp cannot open the file.
+    """
+
+    supports_json = True
+
+    def __init__(
+        self, file: Path, *, name: str, system: str | None, concurrent: int, context_tokens: int, threads: int
+    ) -> None:
+        if importlib.util.find_spec(PACKAGE) is None:
+            raise ModelError(f"{file}: llama.cpp's binding is not installed; run: pip install 'finetune[gguf]'")
+        if not file.is_file():
+            raise ModelError(f"{file} does not exist; give the path of a .gguf file")
+        # llama.cpp's threads wait by spinning, which slows down other processes on the same cores.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        import xllamacpp
+
+        params = xllamacpp.CommonParams()
+        params.model.path = str(file)
+        params.n_parallel, params.n_ctx = concurrent, concurrent * context_tokens
+        params.verbosity, params.warmup = -1, False
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+        self._key = secrets.token_hex()
+        params.api_keys = [self._key]  # llama.cpp's server listens too, on a port that other users could ask
+        try:
+            self._server = xllamacpp.Server(params)
+        except RuntimeError as error:
+            raise ModelError(f"llama.cpp cannot open {file}: {error}") from error
+        self._name, self._system, self.context_tokens = name, system, context_tokens
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the server is on this machine
+        self._running: set[Generation] = set()
+        self._texts: dict[int, str] = {}
+        self.vocabulary = self._post("/v1/models")["data"][0]["meta"]["n_vocab"]
+
+    def names(self) -> list[str]:
+        """Returns the name of the file's model."""
+        return [self._name]
+
+    def render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
+        """Returns the token ids of a chat, by the file's template and tokenizer."""
+        if tools:
+            raise RequestRefused(f"tools are not supported for {self._name}; ask another model", parameter="tools")
+        if self._system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self._system}, *messages]
+        try:
+            prompt = self._post("/apply-template", {"messages": list(messages)})["prompt"]
+        except urllib.error.HTTPError as error:
+            raise RequestRefused(
+                f"this model's chat template cannot render these messages: {_reason(error)}", parameter="messages"
+            ) from error
+        return self.tokenize(prompt)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Returns the token ids of plain text."""
+        request = {"content": text, "add_special": True, "parse_special": True}
+        tokens: list[int] = self._post("/tokenize", request)["tokens"]
+        return tokens
+
+    def token_text(self, token: int) -> str:
+        """Returns the text of one token."""
+        if token not in self._texts:
+            self._texts[token] = self._post("/detokenize", {"tokens": [token]})["content"]
+        return self._texts[token]
+
+    def parse_tools(self, tokens: Sequence[int], prompt: Sequence[int], text: str) -> tuple[str, list[dict[str, str]]]:
+        """Returns the text; tools are refused before."""
+        return text, []
+
+    def start(self, generation: Generation) -> None:
+        """Starts an answer, in a thread that reads llama.cpp's stream."""
+        self._running.add(generation)
+        threading.Thread(target=self._generate, args=[generation], name="llama.cpp", daemon=True).start()
+
+    def score(self, model: str, tokens: Sequence[int], *, top: int) -> list[Token]:
+        """Refuses: llama.cpp's server gives no log-probabilities of a prompt.
+
+        Raises:
+            RequestRefused: Always.
+        """
+        raise RequestRefused(f"{self._name} runs in llama.cpp, which does not score a prompt", parameter="echo")
+
+    def load(self) -> Load:
+        """Returns how many answers run; llama.cpp does not report which of them wait, nor its cache."""
+        return Load(running=len(self._running), waiting=0, cache_bytes=0)
+
+    def is_alive(self) -> bool:
+        """Returns whether llama.cpp's server answers."""
+        try:
+            return bool(self._post("/health")["status"] == "ok")
+        except urllib.error.URLError:
+            return False
+
+    def close(self) -> None:
+        """Ends every answer and the server."""
+        for generation in list(self._running):
+            generation.cancel()
+        del self._server
+
+    def _generate(self, generation: Generation) -> None:
+        finish = Finish("error", 0, error="llama.cpp ended the answer without a reason")
+        try:
+            events = self._whole(generation) if generation.sampling.every_token else self._streamed(generation)
+            for event in events:
+                if isinstance(event, Finish):
+                    finish = event
+                else:
+                    generation.on_event(event)
+        except (urllib.error.URLError, ConnectionError, ValueError, KeyError) as error:
+            finish = Finish("error", 0, error=f"llama.cpp failed: {_reason(error)}")
+        finally:
+            self._running.discard(generation)
+            generation.on_event(finish)
+
+    def _streamed(self, generation: Generation) -> Iterator[Event]:
+        """Yields tokens as they come. llama.cpp sends the tokens of one character as the last of them."""
+        with self._opener.open(self._request("/completion", _body(generation.sampling, generation.prompt))) as response:
+            for line in response:
+                if generation.cancelled:
+                    yield Finish("cancelled", 0)
+                    return
+                if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
+                    continue
+                event = json.loads(line[len(b"data: ") :])
+                if event.get("stop"):
+                    yield _finish(event)
+                    return
+                for index, token in enumerate(event["tokens"]):
+                    yield Token(token, event["content"] if index == len(event["tokens"]) - 1 else "")
+
+    def _whole(self, generation: Generation) -> Iterator[Event]:
+        """Yields every token when the answer is complete, the last one with the whole text.
+
+        llama.cpp gives no log-probabilities of tokens after which a character is incomplete; theirs are None."""
+        top = generation.sampling.top_logprobs
+        reply = self._post("/completion", {**_body(generation.sampling, generation.prompt), "stream": False})
+        tokens = reply["tokens"][:-1] if reply["stop_type"] == "eos" else reply["tokens"]
+        scores = deque(reply.get("completion_probabilities") or [])
+        for index, token in enumerate(tokens):
+            text = reply["content"] if index == len(tokens) - 1 else ""
+            if top is None or not scores or scores[0]["id"] != token:
+                yield Token(token, text)
+                continue
+            score = scores.popleft()
+            self._texts |= {other["id"]: other["token"] for other in (score, *score["top_logprobs"])}
+            best = [(other["id"], other["logprob"]) for other in score["top_logprobs"][:top]]
+            yield Token(token, text, score["logprob"], tuple(best))
+        yield _finish({**reply, "content": "" if tokens else reply["content"]})
+
+    def _post(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        with self._opener.open(self._request(path, body)) as response:
+            reply: dict[str, Any] = json.load(response)
+        return reply
+
+    def _request(self, path: str, body: Mapping[str, Any] | None) -> urllib.request.Request:
+        """Returns a POST with a body, or a GET."""
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
+        return urllib.request.Request(self._server.listening_address + path, data, headers)
+
+
+def _body(sampling: Sampling, prompt: Sequence[int]) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        **NEUTRAL,
+        "prompt": list(prompt),
+        "n_predict": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "seed": sampling.seed % (2**32 - 1),  # the largest 32-bit number stands for a random seed
+        "n_probs": 0 if sampling.top_logprobs is None else max(sampling.top_logprobs, 1),
+    }
+    return {**body, "json_schema": {"type": "object"}} if sampling.json_object else body
+
+
+def _finish(event: Mapping[str, Any]) -> Finish:
+    reason = "stop" if event["stop_type"] == "eos" else "length"
+    return Finish(reason, event["tokens_predicted"], event["content"])
+
+
+def _reason(error: Exception) -> str:
+    """Returns llama.cpp's message, or the error's own."""
+    if isinstance(error, urllib.error.HTTPError):
+        try:
+            return str(json.loads(error.read())["error"]["message"])
+        except (ValueError, KeyError):
+            return str(error)
+    return str(error)
