@@ -23,11 +23,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # where it is started as a f
 
 from benchmarks.walk_memory import CappedResult, Sample, run_capped
 from benchmarks.walk_rows import write_rows
-from finetune.architecture import parameters
 from finetune.config import RunConfig, load
 from finetune.console import human_bytes, log, print_error
 from finetune.errors import ConfigError, FinetuneError
 from finetune.files import require_disk
+from finetune.parameters import parameters
 from finetune.run import STAGES
 
 ROOT = Path(__file__).parents[1]

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.walk_tokenizer import SMALLEST_VOCABULARY, kind_of, make_tokenizer
-from finetune.architecture import ArchitectureConfig, parameters
+from finetune.architecture import ArchitectureConfig
 from finetune.console import log
 from finetune.errors import ModelError
+from finetune.parameters import parameters
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,7 +40,7 @@ def make_base(config: RunConfig, folder: Path, *, tiny: bool = False, seed: int 
     Raises:
         ModelError: The recipe has no dimensions.
     """
-    from finetune.plan.fake import transformers_config
+    from finetune.plan.model_config import transformers_config
 
     architecture = config.model.architecture
     if architecture is None:

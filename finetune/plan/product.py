@@ -6,7 +6,6 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from finetune.architecture import expert_parameters, parameters
 from finetune.console import human_bytes
 from finetune.errors import HardwareError
 from finetune.plan import later, phases, weights
