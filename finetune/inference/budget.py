@@ -76,13 +76,13 @@ class InferenceCost:
         """Computes the cost from a model's dimensions."""
         a, c = dimensions, element_bytes
         groups = [group for group, _ in layer_groups(a)]
-        keys = {group.kv_heads * group.head_dim: group.layers for group in groups if group.mixer == "attention"}
+        keys = [(group.layers, group.kv_heads * group.head_dim) for group in groups if group.mixer == "attention"]
         attention = max(_mixer_width(group) for group in groups)
         feed_forward = 3 * (a.intermediate_size * max(1, a.active_experts) + a.shared_size)
         norm = 2 * FLOAT * a.hidden_size
         return cls(
             element_bytes=c,
-            cache_token_bytes=2 * (sum(key * layers for key, layers in keys.items()) + max(keys, default=0)) * c,
+            cache_token_bytes=2 * c * (sum(n * key for n, key in keys) + max((key for _, key in keys), default=0)),
             layer_token_bytes=c * (2 * a.hidden_size + max(attention, feed_forward)) + norm,
             row_bytes=a.vocab_size * (c + 2 * FLOAT),
             fixed_bytes=CHUNK_COPIES * CHUNK_BYTES + (2 * a.vocab_size * a.hidden_size if c == FLOAT else 0),

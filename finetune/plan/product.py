@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from finetune.console import human_bytes
 from finetune.errors import HardwareError
+from finetune.parameters import expert_parameters, parameters
 from finetune.plan import later, phases, weights
 from finetune.plan.inputs import PlanInputs
 from finetune.plan.phases import Terms
