@@ -149,13 +149,20 @@ def overrides(recipe: RunConfig, settings: Walk, work: Path) -> list[str]:
         f"eval.loss_rows={HELDOUT_ROWS}",
         "eval.max_new_tokens=8",
         "eval.general_text=null",
-        "export=[adapter,safetensors,gguf_q8_0,card]",
+        f"export=[adapter,safetensors,{'gguf_q8_0,' if has_gguf(recipe) else ''}card]",
         "tracking=[]",
         "hardware.device=cpu",
         *(["model.architecture=null"] if settings.size == "tiny" else []),
         *(["launch.offload=false"] if recipe.launch.offload else []),
         *settings.overrides,
     ]
+
+
+def has_gguf(recipe: RunConfig) -> bool:
+    """Tells whether GGUF export knows the recipe's family."""
+    from finetune.export.gguf.architecture import ARCHITECTURES
+
+    return recipe.model.architecture is None or recipe.model.architecture.family in ARCHITECTURES
 
 
 def describe(settings: Walk, ended: CappedResult, *, run: Path, parameters: int) -> dict[str, Any]:
