@@ -115,8 +115,8 @@ KINDS = {
     "gemma2": GEMMA,
     "gemma3_text": dataclasses.replace(GEMMA, template="gemma"),
 }
-"""By family, besides llama. On the hub SmolLM3 has other control tokens and Ministral 3 another vocabulary: a walk needs
-some of that form only."""
+"""By family, besides llama. On the hub SmolLM3 has other control tokens and Ministral 3 another vocabulary; a walk
+needs tokens of that form only."""
 
 
 def kind_of(name: str, architecture: ArchitectureConfig) -> TokenizerKind:
