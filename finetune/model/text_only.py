@@ -38,8 +38,9 @@ def from_pretrained(folder: Path | str, **arguments: Any) -> Any:
     if found["missing_keys"]:
         raise ModelError(f"model.name: {folder} has no {', '.join(sorted(found['missing_keys'])[:3])} of the decoder")
     model._weight_conversions = None  # a copy of the decoder keeps the names that its own class has
-    unused = sorted({name.split(".layers.")[0].rpartition(".")[0] for name in found["unexpected_keys"]})
-    log("model", f"text only: {type(model).__name__} is loaded without {', '.join(unused[:4]) or 'towers'}")
+    unused = sorted({name.removeprefix("model.").partition(".")[0] for name in found["unexpected_keys"]})
+    without = f", without {', '.join(unused)}" if unused else ""
+    log("model", f"text only: {type(model).__name__} is loaded{without}")
     return model
 
 
