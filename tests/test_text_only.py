@@ -1,5 +1,6 @@
 """Of an image-text model, the decoder alone is loaded, and a merge leaves the rest of the checkpoint as it is."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,18 @@ NAME = "layers.1.self_attn.q_proj.weight"
 
 
 def image_text(kind: str, folder: Path, *, prefix: str) -> Any:
-    """Saves a tiny image-text model with names as the hub has them; returns the model."""
+    """Saves a tiny image-text model with the hub's names of tensors; returns the model."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     vision = {**VISION, "model_type": "siglip_vision_model" if kind == "gemma3" else "pixtral"}
-    config = AutoConfig.for_model(kind, text_config={**TEXT, "model_type": KINDS[kind]}, vision_config=vision)
+    image = {"mm_tokens_per_image": 4} if kind == "gemma3" else {}
+    config = AutoConfig.for_model(kind, text_config={**TEXT, "model_type": KINDS[kind]}, vision_config=vision, **image)
     model = AutoModelForImageTextToText.from_config(config)
     model.save_pretrained(folder)
     saved = load_file(folder / "model.safetensors")
-    renamed = {prefix + decoder_name(name).removeprefix("model.") if "language_model" in name else name: tensor
-               for name, tensor in saved.items()}  # fmt: skip
+    renamed = {
+        re.sub("^model\\.(?=embed|layers|norm)", prefix, decoder_name(name)): tensor for name, tensor in saved.items()
+    }
     save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
     return model
 
