@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import other_trainers as trainers
-from finetune.architecture import ArchitectureConfig, parameters
+from finetune.architecture import ArchitectureConfig
+from finetune.parameters import parameters
 from finetune.plan import phases, weights
 from finetune.plan.inputs import ALL_LINEAR, PlanInputs, TrainerMemoryModel
 

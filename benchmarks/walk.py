@@ -23,11 +23,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # where it is started as a f
 
 from benchmarks.walk_memory import CappedResult, Sample, run_capped
 from benchmarks.walk_rows import write_rows
-from finetune.architecture import parameters
 from finetune.config import RunConfig, load
 from finetune.console import human_bytes, log, print_error
 from finetune.errors import ConfigError, FinetuneError
 from finetune.files import require_disk
+from finetune.parameters import parameters
 from finetune.run import STAGES
 
 ROOT = Path(__file__).parents[1]
@@ -149,13 +149,20 @@ def overrides(recipe: RunConfig, settings: Walk, work: Path) -> list[str]:
         f"eval.loss_rows={HELDOUT_ROWS}",
         "eval.max_new_tokens=8",
         "eval.general_text=null",
-        "export=[adapter,safetensors,gguf_q8_0,card]",
+        f"export=[adapter,safetensors,{'gguf_q8_0,' if has_gguf(recipe) else ''}card]",
         "tracking=[]",
         "hardware.device=cpu",
         *(["model.architecture=null"] if settings.size == "tiny" else []),
         *(["launch.offload=false"] if recipe.launch.offload else []),
         *settings.overrides,
     ]
+
+
+def has_gguf(recipe: RunConfig) -> bool:
+    """Tells whether GGUF export knows the recipe's family."""
+    from finetune.export.gguf.architecture import ARCHITECTURES
+
+    return recipe.model.architecture is None or recipe.model.architecture.family in ARCHITECTURES
 
 
 def describe(settings: Walk, ended: CappedResult, *, run: Path, parameters: int) -> dict[str, Any]:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.walk_tokenizer import SMALLEST_VOCABULARY, kind_of, make_tokenizer
-from finetune.architecture import ArchitectureConfig, parameters
+from finetune.architecture import ArchitectureConfig
 from finetune.console import log
 from finetune.errors import ModelError
+from finetune.parameters import parameters
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,7 +40,7 @@ def make_base(config: RunConfig, folder: Path, *, tiny: bool = False, seed: int 
     Raises:
         ModelError: The recipe has no dimensions.
     """
-    from finetune.plan.fake import transformers_config
+    from finetune.plan.model_config import transformers_config
 
     architecture = config.model.architecture
     if architecture is None:
@@ -64,13 +65,17 @@ def make_base(config: RunConfig, folder: Path, *, tiny: bool = False, seed: int 
 def shrunk(architecture: ArchitectureConfig) -> ArchitectureConfig:
     """Returns two narrow layers of the same class, with as many query heads to a key head as far as four allow.
 
-    Widths are multiples of 64, the blocks of bitsandbytes.
+    Widths are multiples of 64, the blocks of bitsandbytes. Where layers differ, there is one layer of each kind.
     """
-    heads, head_dim = 4, 32
-    kv_heads = max(1, heads * architecture.kv_heads // architecture.heads)
+    a, heads, head_dim = architecture, 4, 32
+    kinds = "".join(dict.fromkeys(a.layer_pattern))
     return dataclasses.replace(
-        architecture, hidden_size=128, intermediate_size=256, layers=2, heads=heads, kv_heads=kv_heads,
-        head_dim=head_dim, vocab_size=SMALLEST_VOCABULARY,
+        a, hidden_size=128, intermediate_size=256, layers=2, heads=heads, head_dim=head_dim,
+        kv_heads=max(1, heads * a.kv_heads // a.heads), vocab_size=SMALLEST_VOCABULARY, layer_pattern=kinds,
+        full_head_dim=min(64, a.full_head_dim), full_kv_heads=min(1, a.full_kv_heads), experts=min(4, a.experts),
+        active_experts=min(2, a.active_experts), shared_size=min(256, a.shared_size),
+        linear_key_heads=min(2, a.linear_key_heads), linear_value_heads=min(4, a.linear_value_heads),
+        linear_head_dim=min(32, a.linear_head_dim),
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ The merges are learned from the texts that the project ships, so that a walk nee
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,21 @@ GEMMA = TokenizerKind(
     begins=True,
     sentencepiece=True,
 )
+KINDS = {
+    "mistral": LLAMA,
+    "ministral3": dataclasses.replace(LLAMA, template="mistral"),
+    "phi3": PHI3,
+    "qwen2": QWEN,
+    "qwen3": QWEN,
+    "qwen3_moe": QWEN,
+    "qwen3_5_text": QWEN,
+    "smollm3": SMOLLM2,
+    "gemma": GEMMA,
+    "gemma2": GEMMA,
+    "gemma3_text": dataclasses.replace(GEMMA, template="gemma"),
+}
+"""By family, besides llama. On the hub SmolLM3 has other control tokens and Ministral 3 another vocabulary; a walk
+needs tokens of that form only."""
 
 
 def kind_of(name: str, architecture: ArchitectureConfig) -> TokenizerKind:
@@ -118,12 +134,11 @@ def kind_of(name: str, architecture: ArchitectureConfig) -> TokenizerKind:
         if architecture.vocab_size > 100_000:
             return LLAMA3_INSTRUCT if "instruct" in name.lower() else LLAMA3
         return SMOLLM2 if architecture.vocab_size == 49152 else LLAMA
-    kinds = {"mistral": LLAMA, "phi3": PHI3, "qwen2": QWEN, "qwen3": QWEN, "gemma": GEMMA, "gemma2": GEMMA}
-    if family not in kinds:
+    if family not in KINDS:
         raise ModelError(
-            f"benchmarks.walk: no tokenizer is known for {family} models; known are llama, {', '.join(kinds)}"
+            f"benchmarks.walk: no tokenizer is known for {family} models; known are llama, {', '.join(KINDS)}"
         )
-    return kinds[family]
+    return KINDS[family]
 
 
 def make_tokenizer(kind: TokenizerKind, *, model_max_length: int) -> PreTrainedTokenizerBase:

@@ -1,28 +1,25 @@
-"""A decoder's dimensions, and what can be counted from them alone: no weights, no download, no torch.
+"""A decoder's dimensions: what `model.architecture` holds. No weights, no download, no torch.
 
 ::
 
-    architecture = from_config_json(Path("my-model"))
-    print(parameters(architecture))
+    architecture = from_config_json(Path("my-model"))  # finetune.config_json
+    print(parameters(architecture))  # finetune.parameters
 """
 
-import json
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from finetune.errors import ModelError
+DELTA_CHUNK = 64
+"""Tokens of one chunk of the gated delta rule. Source: transformers 5.23, ``torch_chunk_gated_delta_rule``."""
 
-# Names of (q, k, v, fused qkv, o, gate, up, fused gate_up, down) in the modelling code of transformers 5.23.
-_LLAMA_NAMES = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
-_BLOOM_NAMES = ("q_proj", "k_proj", "v_proj", "query_key_value", "dense", "", "dense_h_to_4h", "", "dense_4h_to_h")
-_NAMES = {
-    "phi": ("q_proj", "k_proj", "v_proj", "", "dense", "", "fc1", "", "fc2"),
-    "falcon": _BLOOM_NAMES,
-    "gpt_neox": _BLOOM_NAMES,
+LETTERS = "fslc"
+NEEDED = {
+    "l": ("linear_key_heads", "linear_value_heads", "linear_head_dim", "convolution"),
+    "c": ("convolution",),
 }
-
+"""Dimensions of layers of one kind."""
 
 SIZES = ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "head_dim", "vocab_size", "max_positions")
 """Dimensions that every model has."""
@@ -62,11 +59,27 @@ class ArchitectureConfig:
     max_positions: int
     """Longest sequence in tokens that the model supports."""
 
+    layer_pattern: str = "f"
+    """One letter for each layer, repeated for all of them: ``f`` full attention, ``s`` attention within a sliding
+    window, ``l`` linear attention (gated delta net), ``c`` short convolution."""
+
     experts: int = 0
     """Feed-forward experts per block; 0 for a dense model."""
 
     active_experts: int = 0
     """Experts that one token passes through."""
+
+    shared_size: int = 0
+    """``intermediate_size`` of the expert that every token passes through (Qwen3.5 MoE, GLM-4.5); 0 for none."""
+
+    dense_layers: int = 0
+    """First layers without experts (GLM-4.5)."""
+
+    dense_size: int = 0
+    """``intermediate_size`` of the first layers without experts."""
+
+    expert_bias: bool = False
+    """Experts and routers have biases (gpt-oss)."""
 
     mlp: str = "gated"
     """``gated`` (gate, up, down) or ``plain`` (up, down)."""
@@ -79,6 +92,9 @@ class ArchitectureConfig:
 
     qkv_bias: bool = False
     """Query, key and value have a bias (Qwen2)."""
+
+    output_bias: bool = False
+    """The linear layer after attention has a bias (gpt-oss)."""
 
     linear_bias: bool = False
     """Every linear layer of the block has a bias (Phi-2, GPT-NeoX)."""
@@ -95,6 +111,36 @@ class ArchitectureConfig:
     qk_norm: bool = False
     """Query and key heads are normalised, with a weight of ``head_dim`` each (Qwen3, Gemma 3)."""
 
+    wide_qk_norm: bool = False
+    """Queries and keys are normalised over all heads, with a weight for each of their elements (OLMo 3)."""
+
+    sinks: bool = False
+    """Each query head has a trained score of its own in the softmax (gpt-oss)."""
+
+    attention_gate: bool = False
+    """``q_proj`` is twice as wide: its second half gates the attention's output (Qwen3.5)."""
+
+    full_head_dim: int = 0
+    """``head_dim`` of ``f`` layers (Gemma 4); 0 where all layers are alike."""
+
+    full_kv_heads: int = 0
+    """``kv_heads`` of ``f`` layers (Gemma 4); 0 where all layers are alike."""
+
+    full_value_is_key: bool = False
+    """``f`` layers use their keys as values, without a ``v_proj`` (Gemma 4)."""
+
+    convolution: int = 0
+    """Tokens that the convolutions of ``c`` and ``l`` layers span."""
+
+    linear_key_heads: int = 0
+    """Key heads of ``l`` layers."""
+
+    linear_value_heads: int = 0
+    """Value heads of ``l`` layers."""
+
+    linear_head_dim: int = 0
+    """Width of one head of ``l`` layers."""
+
     softcap: bool = False
     """Attention scores are capped by a tanh, which only the newest fused attention kernels support (Gemma 2)."""
 
@@ -110,177 +156,65 @@ class ArchitectureConfig:
         if self.active_experts > self.experts:
             limit = f"at most experts ({self.experts})"
             yield f"model.architecture.active_experts must be {limit}; got {self.active_experts}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Linear:
-    """Linear layers of one kind: ``count`` matrices of ``out_features`` by ``in_features``."""
-
-    name: str
-    in_features: int
-    out_features: int
-    count: int
-    bias: bool = False
-
-    @property
-    def weights(self) -> int:
-        """Returns the elements of all ``count`` matrices, without biases."""
-        return self.in_features * self.out_features * self.count
+        if not self.layer_pattern or set(self.layer_pattern) - set(LETTERS):
+            yield f"model.architecture.layer_pattern must consist of {', '.join(LETTERS)}; got {self.layer_pattern!r}"
+        for letters, names in NEEDED.items():
+            missing = [name for name in names if getattr(self, name) < 1]
+            if missing and set(letters) & set(self.layer_pattern):
+                yield (
+                    f"model.architecture.{missing[0]} must be at least 1 for layer_pattern {self.layer_pattern!r}; "
+                    f"got {getattr(self, missing[0])}"
+                )
+        if self.full_kv_heads > 0 and self.heads % self.full_kv_heads:
+            yield f"model.architecture.full_kv_heads must divide heads ({self.heads}); got {self.full_kv_heads}"
+        if not 0 <= self.dense_layers <= self.layers:
+            yield f"model.architecture.dense_layers must be at most layers ({self.layers}); got {self.dense_layers}"
 
     @property
-    def biases(self) -> int:
-        """Returns the elements of all biases."""
-        return self.out_features * self.count if self.bias else 0
+    def letters(self) -> str:
+        """Returns the letter of each layer. The last layer of Gemma 4 always has full attention."""
+        letters = (self.layer_pattern * self.layers)[: self.layers]
+        return letters[:-1] + "f" if self.family.startswith("gemma4") and self.full_head_dim else letters
+
+    @property
+    def mixer(self) -> str:
+        """Returns what mixes the tokens of layers that are all alike: ``attention``, ``linear`` or ``convolution``."""
+        return {"l": "linear", "c": "convolution"}.get(self.layer_pattern, "attention")
 
 
-def linear_layers(architecture: ArchitectureConfig) -> list[Linear]:
-    """Lists the block's ``nn.Linear`` layers, without the head: those that are quantized and can have adapters.
+class LayerGroup(NamedTuple):
+    """Layers that are alike: their dimensions as a model of these layers alone, and their numbers in the model."""
 
-    Experts are fused 3-D parameters in transformers 5, not linear layers, so they are not listed either.
-    """
+    architecture: ArchitectureConfig
+    indices: tuple[int, ...]
+
+
+def layer_groups(architecture: ArchitectureConfig) -> list[LayerGroup]:
+    """Groups the layers by their dimensions, in the order of first appearance; most models have one group."""
+    groups: dict[tuple[str, bool], list[int]] = {}
     a = architecture
-    q_name, k_name, v_name, qkv_name, o_name, gate_name, up_name, gate_up_name, down_name = _NAMES.get(
-        a.family, _LLAMA_NAMES
-    )
-    query, key = a.heads * a.head_dim, a.kv_heads * a.head_dim
-    bias = a.linear_bias
-    qkv_bias = a.qkv_bias or bias
-    shapes: list[tuple[str, int, int, bool]] = []
-    if a.fused_qkv:
-        shapes.append((qkv_name, a.hidden_size, query + 2 * key, qkv_bias))
-    else:
-        shapes += [
-            (q_name, a.hidden_size, query, qkv_bias),
-            (k_name, a.hidden_size, key, qkv_bias),
-            (v_name, a.hidden_size, key, qkv_bias),
-        ]
-    shapes.append((o_name, query, a.hidden_size, bias))
-    if not a.experts:
-        if a.fused_gate_up:
-            shapes.append((gate_up_name, a.hidden_size, 2 * a.intermediate_size, bias))
-        else:
-            names = [gate_name, up_name] if a.mlp == "gated" else [up_name]
-            shapes += [(name, a.hidden_size, a.intermediate_size, bias) for name in names]
-        shapes.append((down_name, a.intermediate_size, a.hidden_size, bias))
+    for index, letter in enumerate(a.letters):
+        kind = "f" if letter == "s" and not a.full_head_dim else letter
+        groups.setdefault((kind, index < a.dense_layers), []).append(index)
     return [
-        Linear(name=name, in_features=in_features, out_features=out_features, count=a.layers, bias=has_bias)
-        for name, in_features, out_features, has_bias in shapes
+        LayerGroup(_alone(a, kind, dense, len(indices)), tuple(indices)) for (kind, dense), indices in groups.items()
     ]
 
 
-def linear_parameters(architecture: ArchitectureConfig) -> int:
-    """Counts the weights of the block's linear layers, without biases: what 4-bit quantization compresses."""
-    return sum(linear.weights for linear in linear_layers(architecture))
-
-
-def embedding_parameters(architecture: ArchitectureConfig) -> int:
-    """Counts the weights of the input embedding."""
-    return architecture.vocab_size * architecture.hidden_size
-
-
-def head_parameters(architecture: ArchitectureConfig) -> int:
-    """Counts the weights of the output head; 0 where it is tied to the embedding."""
-    if architecture.tied_embeddings:
-        return 0
-    return embedding_parameters(architecture) + (architecture.vocab_size if architecture.head_bias else 0)
-
-
-def norm_parameters(architecture: ArchitectureConfig) -> int:
-    """Counts weights and biases of every normalisation, the last one included."""
-    a = architecture
-    wide = (a.norms_per_layer * a.layers + 1) * a.hidden_size * (2 if a.norm_bias else 1)
-    return wide + (2 * a.head_dim * a.layers if a.qk_norm else 0)
-
-
-def expert_parameters(architecture: ArchitectureConfig) -> int:
-    """Counts the weights of all experts and routers: fused parameters, which bitsandbytes does not quantize."""
-    a = architecture
-    if not a.experts:
-        return 0
-    matrices = 3 if a.mlp == "gated" else 2
-    return a.layers * a.experts * (matrices * a.hidden_size * a.intermediate_size + a.hidden_size)
-
-
-def parameters(architecture: ArchitectureConfig) -> int:
-    """Counts every stored element of the model, tied weights once."""
-    biases = sum(linear.biases for linear in linear_layers(architecture))
-    inside = linear_parameters(architecture) + biases + expert_parameters(architecture) + norm_parameters(architecture)
-    return inside + embedding_parameters(architecture) + head_parameters(architecture)
-
-
-def from_config_json(path: Path) -> ArchitectureConfig:
-    """Reads the dimensions of a local model folder from the ``config.json`` that transformers wrote.
-
-    Args:
-        path: The folder, or the file itself.
-
-    Raises:
-        ModelError: There is no such file, it is not JSON, it lacks a dimension, or its family is unknown.
-    """
-    file = path / "config.json" if path.is_dir() else path
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(
-            f"model.name: {file} cannot be read: {error.strerror}; a local model folder must contain config.json; give "
-            "the dimensions of any other model under model.architecture"
-        ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:  # a GGUF is a binary file
-        raise ModelError(
-            f"model.name: {file} is not JSON: {error}; give the dimensions under model.architecture"
-        ) from error
-    content = content.get("text_config", content)
-    try:
-        return _from_transformers(content)
-    except KeyError as error:
-        raise ModelError(
-            f"model.name: {file} has no {error.args[0]}; give the dimensions under model.architecture"
-        ) from error
-
-
-# What each family has that its config.json does not say; read in the modelling code of transformers 5.23.
-_FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {},
-    "qwen2": {"qkv_bias": True},
-    "qwen3": {"qk_norm": True},
-    "gemma": {},
-    "gemma2": {"norms_per_layer": 4, "softcap": True},
-    "gemma3_text": {"norms_per_layer": 4, "qk_norm": True},
-    "phi3": {"fused_qkv": True, "fused_gate_up": True},
-    "phi": {"mlp": "plain", "linear_bias": True, "head_bias": True, "norms_per_layer": 1, "norm_bias": True},
-    "gpt_neox": {"mlp": "plain", "linear_bias": True, "norm_bias": True, "fused_qkv": True},
-    "mixtral": {},
-    "qwen3_moe": {"qk_norm": True},
-}
-_TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3_text")
-
-
-def _from_transformers(content: dict[str, Any]) -> ArchitectureConfig:
-    family = content["model_type"]
-    if family not in _FAMILIES:
-        raise ModelError(
-            f"model.name: no dimensions are known for model_type {family!r}; known are {', '.join(_FAMILIES)}. "
-            "Give them under model.architecture, or continue without a plan"
-        )
-    heads = content["num_attention_heads"]
-    experts = content.get("num_local_experts") or content.get("num_experts") or 0
-    bias = {"qkv_bias": True} if content.get("attention_bias") and family != "qwen2" else {}
-    return ArchitectureConfig(
-        **{
-            **_FAMILIES[family],
-            **bias,
-            "family": family,
-            "hidden_size": content["hidden_size"],
-            "intermediate_size": content.get("moe_intermediate_size") or content["intermediate_size"],
-            "layers": content["num_hidden_layers"],
-            "heads": heads,
-            "kv_heads": content.get("num_key_value_heads") or heads,
-            "head_dim": content.get("head_dim") or content["hidden_size"] // heads,
-            "vocab_size": content["vocab_size"],
-            "tied_embeddings": content.get("tie_word_embeddings", family in _TIED_BY_DEFAULT),
-            "max_positions": content["max_position_embeddings"],
-            "experts": experts,
-            "active_experts": content.get("num_experts_per_tok") or 0 if experts else 0,
-        }
+def _alone(architecture: ArchitectureConfig, kind: str, dense: bool, layers: int) -> ArchitectureConfig:
+    a, full = architecture, kind == "f" and architecture.full_head_dim > 0
+    return dataclasses.replace(
+        a,
+        layer_pattern=kind,
+        layers=layers,
+        dense_layers=0,
+        intermediate_size=a.dense_size if dense else a.intermediate_size,
+        experts=0 if dense else a.experts,
+        active_experts=0 if dense else a.active_experts,
+        shared_size=0 if dense else a.shared_size,
+        head_dim=a.full_head_dim if full else a.head_dim,
+        kv_heads=(a.full_kv_heads or a.kv_heads) if full else a.kv_heads,
+        full_head_dim=0,
+        full_kv_heads=0,
+        full_value_is_key=a.full_value_is_key and kind == "f",
     )

@@ -109,6 +109,7 @@ def build_without_weights(config: ModelConfig, folder: Path) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from finetune.model.text_only import config_of_text
     from finetune.trust import check_remote_code, offer
 
     trust = config.trust_remote_code
@@ -116,7 +117,9 @@ def build_without_weights(config: ModelConfig, folder: Path) -> Any:
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            settings = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+            settings = config_of_text(folder, trust_remote_code=trust) or AutoConfig.from_pretrained(
+                folder, trust_remote_code=trust
+            )
             return AutoModelForCausalLM.from_config(settings, trust_remote_code=trust)
     except NOT_BUILT as error:
         raise ModelError(

@@ -48,6 +48,19 @@ def test_the_promised_experiments_ship() -> None:
         "gemma2_9b_qlora",
         "phi3_mini_qlora",
         "guanaco_7b",
+        "qwen3_4b_instruct_qlora",
+        "qwen3_8b_qlora",
+        "qwen3_30b_a3b_qlora",
+        "qwen35_9b_qlora",
+        "llama31_8b_instruct_qlora",
+        "llama32_3b_instruct_qlora",
+        "gemma3_12b_qlora",
+        "gemma4_12b_qlora",
+        "ministral3_8b_qlora",
+        "phi4_qlora",
+        "gpt_oss_20b_qlora",
+        "smollm3_3b_qlora",
+        "r1_distill_qwen_7b_qlora",
     }
 
 

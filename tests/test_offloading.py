@@ -61,7 +61,7 @@ def test_offloaded_models_measure_and_answer_as_those_in_memory(
 def test_the_cost_of_a_model_is_that_of_its_dimensions(tiny_base: Path) -> None:
     from transformers import AutoConfig
 
-    from finetune.architecture import from_config_json
+    from finetune.config_json import from_config_json
 
     config = AutoConfig.from_pretrained(tiny_base)
     for dtype in (torch.float32, torch.bfloat16):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from benchmarks.walk import ROOT, Walk, overrides
+from benchmarks.walk import ROOT, Walk, has_gguf, overrides
 from benchmarks.walk_base import make_base
 from benchmarks.walk_tokenizer import kind_of
 from finetune.cli import main
@@ -20,7 +20,13 @@ from finetune.config import RunConfig, load
 from finetune.inference import fresh_process
 from finetune.paths import CONF
 
-EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
+UNWALKED = {
+    "gemma4_12b_qlora": "no tokenizer with Gemma 4's turns is made offline",
+    "gpt_oss_20b_qlora": "no tokenizer with gpt-oss's channels is made offline",
+}
+"""Experiments that no test walks, with the reason."""
+
+EXPERIMENTS = sorted({file.stem for file in (CONF / "experiment").glob("*.yaml")} - set(UNWALKED))
 SMALL = ("optim.learning_rate=1e-2", "merge.max_loss_increase=5", "eval.bootstrap_samples=50")
 """Three steps at a recipe's own rate change less than bfloat16 rounds away. A random model's losses are no measure."""
 
@@ -63,8 +69,9 @@ def test_experiment_is_walked_to_its_report(
     assert adapted_layers(run / "train" / "adapter") == expected_layers(recipe, tmp_path / "base")
     assert_the_merge_is_what_was_trained(report)
     exports = {export["format"]: export for export in report["export"]}
-    assert set(exports) >= {"adapter", "safetensors", "gguf", "card"}
-    assert all(exports[name]["parity"]["passed"] for name in ("adapter", "safetensors", "gguf"))
+    formats = ["adapter", "safetensors", *(["gguf"] if has_gguf(recipe) else [])]
+    assert set(exports) == {*formats, "card"}
+    assert all(exports[name]["parity"]["passed"] for name in formats)
 
 
 def template_of(recipe: RunConfig) -> list[str]:
@@ -87,7 +94,7 @@ def adapted_layers(adapter: Path) -> set[str]:
 
 def expected_layers(recipe: RunConfig, base: Path) -> set[str]:
     with safe_open(base / "model.safetensors", framework="pt") as tensors:
-        linear = {name.split(".")[-2] for name in tensors.keys() if "proj" in name}  # noqa: SIM118  # no mapping
+        linear = {name.split(".")[-2] for name in tensors.keys() if "proj.weight" in name}  # noqa: SIM118
     return linear if recipe.lora.targets == ["all-linear"] else set(recipe.lora.targets)
 
 

@@ -97,12 +97,12 @@ def _open(
 ) -> Any:
     """Loads a model without `ModelSpec.load`, which would cache the quantized base for later starts."""
     import torch
-    from transformers import AutoModelForCausalLM
 
+    from finetune.model.text_only import from_pretrained
     from finetune.quantization import loader_arguments
     from finetune.quantization.bnb import prevent_repacking
 
-    model = AutoModelForCausalLM.from_pretrained(
+    model = from_pretrained(
         folder,
         dtype=getattr(torch, context.merged_dtype),
         attn_implementation=context.spec.placement.attention,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from finetune.architecture import ArchitectureConfig
+from finetune.architecture import DELTA_CHUNK, ArchitectureConfig, layer_groups
 from finetune.errors import HardwareError
 
 CHUNK_BYTES = 64 * 1024**2
@@ -75,13 +75,14 @@ class InferenceCost:
     def of(cls, dimensions: ArchitectureConfig, *, element_bytes: int) -> InferenceCost:
         """Computes the cost from a model's dimensions."""
         a, c = dimensions, element_bytes
-        query, key = a.heads * a.head_dim, a.kv_heads * a.head_dim
-        attention = 2 * query + 2 * key + a.hidden_size
-        feed_forward = 3 * a.intermediate_size * max(1, a.active_experts)
+        groups = [group for group, _ in layer_groups(a)]
+        keys = [(group.layers, group.kv_heads * group.head_dim) for group in groups if group.mixer == "attention"]
+        attention = max(_mixer_width(group) for group in groups)
+        feed_forward = 3 * (a.intermediate_size * max(1, a.active_experts) + a.shared_size)
         norm = 2 * FLOAT * a.hidden_size
         return cls(
             element_bytes=c,
-            cache_token_bytes=2 * (a.layers + 1) * key * c,
+            cache_token_bytes=2 * c * (sum(n * key for n, key in keys) + max((key for _, key in keys), default=0)),
             layer_token_bytes=c * (2 * a.hidden_size + max(attention, feed_forward)) + norm,
             row_bytes=a.vocab_size * (c + 2 * FLOAT),
             fixed_bytes=CHUNK_COPIES * CHUNK_BYTES + (2 * a.vocab_size * a.hidden_size if c == FLOAT else 0),
@@ -245,3 +246,13 @@ def _placed(
         answer_rows=rows,
         passes=passes,
     )
+
+
+def _mixer_width(a: ArchitectureConfig) -> int:
+    """Returns the elements of one token between the linear layers that mix tokens, of layers that are all alike."""
+    if a.mixer == "convolution":
+        return 6 * a.hidden_size
+    if a.mixer == "linear":  # the gated delta rule in float32: ten tensors of the values' width, three of pairs
+        channels = (2 * a.linear_key_heads + a.linear_value_heads) * a.linear_head_dim
+        return 2 * channels + 2 * a.linear_value_heads * (10 * a.linear_head_dim + 3 * DELTA_CHUNK)
+    return 2 * a.heads * a.head_dim + 2 * a.kv_heads * a.head_dim + a.hidden_size

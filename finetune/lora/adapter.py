@@ -158,10 +158,14 @@ def _expose_head_bias(adapted: Any) -> None:
 
 
 def linear_layers(model: Any) -> Counter[str]:
-    """Counts the linear layers except the head, quantized or not, by the last segment of their names."""
+    """Counts the linear layers that can be adapted, quantized or not, by the last segment of their names.
+
+    The head is not counted, nor are gates of width one, such as that of Qwen3.5's shared expert."""
     head = model.get_output_embeddings()
     return Counter(
-        name.rpartition(".")[2] for name, module in model.named_modules() if is_linear(module) and module is not head
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if is_linear(module) and module is not head and module.out_features > 1
     )
 
 

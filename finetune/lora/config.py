@@ -35,7 +35,8 @@ class LoraConfig:
     """Probability that an input of the adapter is zeroed during training, at least 0 and below 1."""
 
     targets: list[str]
-    """Last name segments of the linear layers to adapt, e.g. ``q_proj``; ``all-linear`` takes all but the head."""
+    """Last name segments of the linear layers to adapt, e.g. ``q_proj``; ``all-linear`` takes all but the head and
+    gates of width one. Routers and experts are no linear layers."""
 
     dtype: str
     """Dtype of the adapter: ``float32`` keeps small updates that ``bfloat16`` rounds away. DoRA's lengths stay

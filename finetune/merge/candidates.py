@@ -25,6 +25,7 @@ from finetune.merge.checkpoint import (
     read_checkpoint,
     write_index,
 )
+from finetune.model.text_only import config_of_text, decoder_name
 
 Source = Callable[[str], Tensor | None]
 """Returns the weight to start from for a tensor's name; None where it is the one on disk."""
@@ -231,10 +232,12 @@ def _same(first: Change | None, second: Change | None) -> bool:
 
 
 def _resolve(name: str, stored: dict[str, StoredTensor]) -> str | None:
-    """Returns the checkpoint's name of a module's tensor: the same, or the only one that differs by a leading part."""
+    """Returns the checkpoint's name of a module's tensor: the same, that of an image-text model's decoder, or the only
+    one that differs by a leading part."""
     if name in stored:
         return name
-    similar = [other for other in stored if name.endswith("." + other) or other.endswith("." + name)]
+    decoder = [other for other in stored if decoder_name(other) == name]
+    similar = decoder or [other for other in stored if name.endswith("." + other) or other.endswith("." + name)]
     return similar[0] if len(similar) == 1 else None
 
 
@@ -243,7 +246,7 @@ def tied_names(base: Path) -> tuple[str, str]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+        model = AutoModelForCausalLM.from_config(config_of_text(base) or AutoConfig.from_pretrained(base))
     names = {id(module): name for name, module in model.named_modules()}
     return f"{names[id(model.get_input_embeddings())]}.weight", f"{names[id(model.get_output_embeddings())]}.weight"
 

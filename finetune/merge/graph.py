@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import MergeError
 from finetune.merge.candidates import Source
+from finetune.model.text_only import decoder_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,6 +48,7 @@ def stored(layers: StoredLayers) -> Source:
     names = {f"{name}.weight": name for name in layers.keys}
 
     def source(name: str) -> Tensor | None:
+        name = decoder_name(name)
         matching = name if name in names else next((other for other in names if other.endswith("." + name)), None)
         return layers.dense(names[matching]) if matching else None
 

@@ -24,7 +24,9 @@ def remeasure(request: dict[str, Any]) -> dict[str, Any]:
     from finetune.quantization.bnb import quiet_imports
 
     quiet_imports()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
+
+    from finetune.model.text_only import from_pretrained
 
     spec = read_spec(request["spec"])
     folder, placement = spec.base.folder, spec.placement
@@ -36,7 +38,7 @@ def remeasure(request: dict[str, Any]) -> dict[str, Any]:
     where: dict[str, Any] = {"device_map": {"": placement.device}}
     if placed.max_memory:
         where = {"device_map": "sequential", "max_memory": placed.max_memory, "offload_folder": request["scratch"]}
-    model = AutoModelForCausalLM.from_pretrained(
+    model = from_pretrained(
         folder,
         dtype=getattr(torch, placement.dtype),
         attn_implementation=placement.attention,

@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.architecture import ArchitectureConfig, from_config_json
+from finetune.architecture import ArchitectureConfig
 from finetune.cache import cache_folder, exclusive, file_sha256
+from finetune.config_json import from_config_json
 from finetune.console import human_bytes, log
 from finetune.errors import ModelError
 from finetune.model import hub

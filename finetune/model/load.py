@@ -141,15 +141,15 @@ def _load_and_quantize(spec: ModelSpec, **where: Any) -> PreTrainedModel:
 def _open(folder: Path, spec: ModelSpec, **arguments: Any) -> PreTrainedModel:
     """Loads a folder's model, onto its device by default, with further arguments of ``from_pretrained``."""
     import torch
-    from transformers import AutoModelForCausalLM
 
+    from finetune.model.text_only import from_pretrained
     from finetune.quantization.bnb import quiet_imports
 
     quiet_imports()
     check_remote_code(folder, spec.config.remote_code)
     device = spec.placement.device
     rank = os.environ.get("LOCAL_RANK") if device == "cuda" else None
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+    model: PreTrainedModel = from_pretrained(
         folder,
         dtype=getattr(torch, spec.placement.dtype),
         attn_implementation=spec.placement.attention,

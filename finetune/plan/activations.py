@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from finetune.plan.activations_saved import (
     adapter_copies,
+    feed_forward_width,
     int8_inputs,
     layer_bytes,
     layer_tensors,
@@ -14,9 +15,6 @@ from finetune.plan.activations_saved import (
 )
 from finetune.plan.inputs import FLOAT, PlanInputs, block_bytes
 from finetune.plan.weights import workspace_bytes
-
-SLIDING_FAMILIES = ("gemma2", "gemma3_text")
-"""Families in which every other layer attends to a few thousand tokens only, with a separate mask."""
 
 TRAINED_ROWS = 256
 """Positions whose logits are alive at the same time. Source: finetune/kernels/autograd.py, LOSS_ROWS."""
@@ -52,22 +50,40 @@ class Activations:
 
 def activations(inputs: PlanInputs) -> Activations:
     """Computes what one micro-batch of one process keeps and needs."""
-    a, tokens = inputs.architecture, inputs.step_tokens
-    layer = sum(block_bytes(tensor.size, inputs) * tensor.number for tensor in layer_tensors(inputs))
-    boundary = block_bytes(inputs.stream_bytes * a.hidden_size * tokens, inputs)
+    a, tokens, groups = inputs.architecture, inputs.step_tokens, inputs.by_group()
     norm = inputs.stream_bytes if inputs.kernels.fused or a.norm_bias else inputs.trainer.norm_bytes
     positions = 2 * a.head_dim * inputs.compute_bytes * tokens  # cosine and sine, once for all layers
     positions_of_loss = whole_tiles(tokens) if inputs.kernels.loss_on_trained_tokens else tokens
     gradient = inputs.compute_bytes * a.hidden_size * positions_of_loss
     last = norm * a.hidden_size * tokens + gradient + positions + mask_bytes(inputs)
-    earlier = inputs.trainer.keeps_last_graph * quantized_inputs(inputs)
-    held = 0 if inputs.offload_activations else boundary
     return Activations(
-        stored=a.layers * ((held + int8_inputs(inputs) if inputs.checkpointing else layer) + earlier) + last,
-        layer=(layer if inputs.checkpointing else recomputed_bytes(inputs)) + backward_temporaries(inputs),
+        stored=sum(group.architecture.layers * stored_by_layer(group) for group in groups) + last,
+        layer=max(needed_by_layer(group) for group in groups),
         logits=loss_bytes(inputs) + (autocast_bytes(inputs) if inputs.checkpointing else 0),
         logits_held=inputs.trainer.logits_held_bytes * a.vocab_size * tokens,
     )
+
+
+def stored_by_layer(inputs: PlanInputs) -> float:
+    """Returns the bytes that one of the layers, which are alike, keeps from the forward to the backward pass."""
+    held = 0.0 if inputs.offload_activations else _boundary_bytes(inputs)
+    kept = held + int8_inputs(inputs) if inputs.checkpointing else _layer_blocks(inputs)
+    return kept + inputs.trainer.keeps_last_graph * quantized_inputs(inputs)
+
+
+def needed_by_layer(inputs: PlanInputs) -> float:
+    """Returns the further bytes that one of the layers, which are alike, needs in its backward pass."""
+    again = _layer_blocks(inputs) if inputs.checkpointing else recomputed_bytes(inputs)
+    return again + backward_temporaries(inputs)
+
+
+def _layer_blocks(inputs: PlanInputs) -> float:
+    return sum(block_bytes(tensor.size, inputs) * tensor.number for tensor in layer_tensors(inputs))
+
+
+def _boundary_bytes(inputs: PlanInputs) -> float:
+    """Returns the bytes of the hidden states between two layers."""
+    return block_bytes(inputs.stream_bytes * inputs.architecture.hidden_size * inputs.step_tokens, inputs)
 
 
 def whole_tiles(tokens: int) -> int:
@@ -82,7 +98,7 @@ def mask_bytes(inputs: PlanInputs) -> float:
     """
     if not inputs.checkpointing or not inputs.kernels.flat:
         return 0
-    masks = 2 if inputs.architecture.family in SLIDING_FAMILIES else 1
+    masks = len(set(inputs.architecture.letters) & set("fs"))
     return masks * (inputs.compute_bytes if inputs.attention == "eager" else 1) * inputs.step_tokens**2
 
 
@@ -90,7 +106,8 @@ def autocast_bytes(inputs: PlanInputs) -> float:
     """Returns autocast's copies of all adapters, which live until the forward pass ends, also in recomputed layers."""
     if inputs.kernels.fused:
         return 0
-    return inputs.architecture.layers * sum(tensor.size for tensor in adapter_copies(inputs))
+    groups = inputs.by_group()
+    return sum(group.architecture.layers * sum(tensor.size for tensor in adapter_copies(group)) for group in groups)
 
 
 def offloaded_bytes(inputs: PlanInputs) -> float:
@@ -101,8 +118,8 @@ def offloaded_bytes(inputs: PlanInputs) -> float:
 
 
 def saved_in_layer(inputs: PlanInputs) -> float:
-    """Returns the bytes per token that one decoder layer keeps for its backward pass."""
-    return layer_bytes(inputs) / inputs.step_tokens
+    """Returns the bytes per token that the largest decoder layer keeps for its backward pass."""
+    return max(layer_bytes(group) for group in inputs.by_group()) / inputs.step_tokens
 
 
 def recomputed_bytes(inputs: PlanInputs) -> float:
@@ -122,7 +139,7 @@ def backward_temporaries(inputs: PlanInputs) -> float:
     results, and these concatenated. Source: finetune/kernels/plain.py, ``swiglu_backward``; compiled, one result.
     """
     a, c, tokens = inputs.architecture, inputs.wide_bytes, inputs.step_tokens
-    width = a.intermediate_size * max(1, a.active_experts)
+    width = feed_forward_width(a)
     if inputs.kernels.fused:
         casts = 0 if c == FLOAT else 3 * FLOAT  # gate, up and the gradient
         gated = tokens * width * (4 * c if inputs.kernels.native else casts + 5 * FLOAT + 2 * c)
@@ -162,7 +179,7 @@ def largest_block_bytes(inputs: PlanInputs) -> float:
     a, tokens = inputs.architecture, inputs.step_tokens
     if inputs.trainer.logits_bytes:
         return (FLOAT if inputs.trainer.logits_bytes > 2 * FLOAT else inputs.compute_bytes) * a.vocab_size * tokens
-    largest = max(tensor.size for tensor in layer_tensors(inputs))
+    largest = max(tensor.size for group in inputs.by_group() for tensor in layer_tensors(group))
     tile = min(tokens, inputs.trainer.loss_tile[0]) * min(a.vocab_size, inputs.trainer.loss_tile[1])
     if inputs.kernels.loss_on_trained_tokens:
         tile = TRAINED_ROWS * a.vocab_size

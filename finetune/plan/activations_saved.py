@@ -10,11 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from finetune.architecture import Linear, linear_layers
+from finetune.architecture import DELTA_CHUNK, ArchitectureConfig
+from finetune.parameters import Linear, linear_layers
 from finetune.plan.inputs import FLOAT, PlanInputs
 
 PARALLEL = ("phi", "falcon", "gpt_neox")
 """Families whose attention and feed-forward read the same residual, so both normalisations keep one copy of it."""
+
+VALUE_NORMS = ("gemma4_text", "gemma4_unified_text")
+"""Families that normalise the values too, without a weight."""
 
 GATED_LAYERS = ("gate_proj", "up_proj", "down_proj")
 """Layers that ``train.checkpointing=selective`` recomputes: only their input is kept."""
@@ -67,9 +71,9 @@ def norms(inputs: PlanInputs) -> Iterator[SavedTensor]:
     yield SavedTensor("norms", each * a.hidden_size * tokens, count)
     if not inputs.rank:
         yield SavedTensor("norms", inputs.compute_bytes * a.hidden_size * tokens, count)
-    if a.qk_norm:
+    if a.qk_norm and a.mixer == "attention":
         yield SavedTensor("norms", each * a.heads * a.head_dim * tokens)
-        yield SavedTensor("norms", each * a.kv_heads * a.head_dim * tokens)
+        yield SavedTensor("norms", each * a.kv_heads * a.head_dim * tokens, 2 if a.family in VALUE_NORMS else 1)
 
 
 def attention(inputs: PlanInputs) -> Iterator[SavedTensor]:
@@ -82,12 +86,16 @@ def attention(inputs: PlanInputs) -> Iterator[SavedTensor]:
         ``convert_boolean_attn_mask``.
     """
     a, c, tokens = inputs.architecture, inputs.compute_bytes, inputs.step_tokens
+    if a.mixer != "attention":
+        yield from (linear_attention if a.mixer == "linear" else convolution)(inputs)
+        return
     query, key = a.heads * a.head_dim, a.kv_heads * a.head_dim
     eager, flat = inputs.attention == "eager", inputs.kernels.flat
     held_key = query if inputs.trainer.repeats_kv or eager or flat else key
     held_value = query + 2 * key if (inputs.trainer.keeps_qkv or a.fused_qkv) and held_key == key else held_key
     for width in (query, held_key, held_value):
         yield SavedTensor("attention", c * width * tokens)
+    yield SavedTensor("attention", c * query * tokens if a.attention_gate else 0)
     together = tokens if flat else inputs.tokens
     if not eager:
         yield SavedTensor("attention", c * query * tokens)
@@ -98,6 +106,32 @@ def attention(inputs: PlanInputs) -> Iterator[SavedTensor]:
     yield SavedTensor("scores", pairs * FLOAT)
     yield SavedTensor("scores", pairs * c if c != FLOAT else 0)
     yield SavedTensor("scores", pairs * c if a.softcap else 0)
+
+
+def linear_attention(inputs: PlanInputs) -> Iterator[SavedTensor]:
+    """Yields what the gated delta rule in plain torch keeps: 14 tensors of the values' width, 5 of a chunk's pairs, and
+    a state for each chunk, all in float32. fla's kernels, which are no dependency, keep less.
+
+    Source: transformers 5.23, ``torch_chunk_gated_delta_rule`` and ``Qwen3_5GatedDeltaNet.forward``.
+    """
+    a, c, tokens = inputs.architecture, inputs.compute_bytes, inputs.step_tokens
+    value = a.linear_value_heads * a.linear_head_dim
+    channels = 2 * a.linear_key_heads * a.linear_head_dim + value
+    yield SavedTensor("attention", c * channels * tokens, 2)  # the convolution's input and output
+    yield SavedTensor("attention", FLOAT * value * tokens, 14)
+    yield SavedTensor("attention", c * value * tokens)
+    yield SavedTensor("attention", FLOAT * a.linear_value_heads * DELTA_CHUNK * tokens, 5)
+    yield SavedTensor("attention", FLOAT * value * a.linear_head_dim * tokens / DELTA_CHUNK)
+
+
+def convolution(inputs: PlanInputs) -> Iterator[SavedTensor]:
+    """Yields what a gated short convolution keeps: its three projections, and the convolution's input and output.
+
+    Source: transformers 5.23, ``Lfm2ShortConv.forward``.
+    """
+    width = inputs.compute_bytes * inputs.architecture.hidden_size * inputs.step_tokens
+    yield SavedTensor("attention", 3 * width)
+    yield SavedTensor("attention", width, 2)
 
 
 def linear_inputs(inputs: PlanInputs) -> Iterator[SavedTensor]:
@@ -112,7 +146,7 @@ def linear_inputs(inputs: PlanInputs) -> Iterator[SavedTensor]:
     keeps_input = inputs.method in ("int8", "hqq") or (inputs.trainer.keeps_inputs and inputs.packed_4bit)
     for index, (width, layers, kept_anyway) in enumerate(input_tensors(inputs)):
         name = "attention" if index < 2 else "feed-forward"
-        if inputs.kernels.selective and layers[0].name in GATED_LAYERS:
+        if inputs.kernels.selective and layers and layers[0].name in GATED_LAYERS:
             yield SavedTensor(name, inputs.wide_bytes * width * tokens if layers[0].name != GATED_LAYERS[-1] else 0)
             continue
         adapted = [linear for linear in layers if inputs.adapts(linear)]
@@ -153,14 +187,17 @@ def input_tensors(inputs: PlanInputs) -> list[InputTensor]:
     """Lists the tensors that linear layers read, in the order of the block."""
     a = inputs.architecture
     layers = linear_layers(a)
-    by_name = {linear.name: linear for linear in layers}
-    output = next(linear for linear in layers if linear.name in ("o_proj", "dense"))
-    down = next((by_name[name] for name in ("down_proj", "fc2", "dense_4h_to_h") if name in by_name), None)
+    output = next(linear for linear in layers if linear.role in ("o_proj", "out_proj"))
+    down = next((linear for linear in layers if linear.role == "down_proj"), None)
     front = layers[: layers.index(output)]
     middle = [linear for linear in layers[layers.index(output) + 1 :] if linear is not down]
     tensors = [
         InputTensor(a.hidden_size, front, False),
-        InputTensor(output.in_features, [output], inputs.attention != "eager"),
+        InputTensor(
+            output.in_features,
+            [output],
+            a.mixer == "attention" and inputs.attention != "eager" and not a.attention_gate,
+        ),
         InputTensor(a.hidden_size, middle, False),
     ]
     return tensors + ([InputTensor(down.in_features, [down], False)] if down else [])
@@ -171,8 +208,13 @@ def feed_forward(inputs: PlanInputs) -> Iterator[SavedTensor]:
     a = inputs.architecture
     if inputs.kernels.selective and a.mlp == "gated":
         return
-    size = inputs.wide_bytes * a.intermediate_size * max(1, a.active_experts) * inputs.step_tokens
+    size = inputs.wide_bytes * feed_forward_width(a) * inputs.step_tokens
     yield SavedTensor("feed-forward", size, 3 if a.mlp == "gated" else 1)
+
+
+def feed_forward_width(architecture: ArchitectureConfig) -> int:
+    """Returns the width that one token passes through inside the feed-forward block, all its experts together."""
+    return architecture.intermediate_size * max(1, architecture.active_experts) + architecture.shared_size
 
 
 def adapter_copies(inputs: PlanInputs) -> Iterator[SavedTensor]:

@@ -137,12 +137,14 @@ def count_step(model: Any, quantized: list[str], inputs: PlanInputs, *, dtype: A
 
 
 def fake_batch(inputs: PlanInputs) -> dict[str, Any]:
-    """Returns a micro-batch as the collator builds it, documents end to end."""
+    """Returns a micro-batch as the collator builds it: documents end to end, or in rows where layers would mix them."""
     import torch
 
     from finetune.plan.fake import FakeBorders
 
     documents = inputs.rows * inputs.documents
+    if not inputs.kernels.flat:
+        return {"input_ids": torch.empty((documents, inputs.tokens), dtype=torch.long)}
     ids = torch.empty((1, inputs.step_tokens), dtype=torch.long)
     borders = FakeBorders(documents=documents, tokens=inputs.tokens)
     lengths = {"max_length_q": inputs.tokens, "max_length_k": inputs.tokens}

@@ -10,7 +10,6 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -18,17 +17,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from finetune.architecture import ArchitectureConfig
 from finetune.errors import ModelError
 from finetune.kernels import attention as fused_attention
 from finetune.kernels import plain
 from finetune.plan.inputs import PlanInputs
+from finetune.plan.model_config import transformers_config
 
 if TYPE_CHECKING:
     from finetune.config import RunConfig
-
-UNCOUNTED = ("falcon", "gpt_neox")
-"""Families whose configuration has other names; they are planned in closed form only."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -190,28 +186,6 @@ def build_model(config: RunConfig, inputs: PlanInputs, *, dtype: str) -> tuple[A
 
 def _attention(inputs: PlanInputs) -> str:
     return "eager" if inputs.attention == "eager" else "sdpa"
-
-
-def transformers_config(config: RunConfig, architecture: ArchitectureConfig) -> Any:
-    """Returns a local folder's own configuration, or that of the class with these dimensions."""
-    from transformers import AutoConfig
-
-    folder = Path(config.model.name).expanduser()
-    if (folder / "config.json").is_file():
-        return AutoConfig.from_pretrained(folder)
-    a = architecture
-    if a.family in UNCOUNTED:
-        raise ModelError(f"plan --exact: {a.family} models are planned in closed form only; leave --exact out")
-    experts = {
-        "num_local_experts": a.experts, "num_experts": a.experts, "num_experts_per_tok": a.active_experts,
-        "moe_intermediate_size": a.intermediate_size,
-    } if a.experts else {}  # fmt: skip
-    return AutoConfig.for_model(
-        a.family, hidden_size=a.hidden_size, intermediate_size=a.intermediate_size, num_hidden_layers=a.layers,
-        num_attention_heads=a.heads, num_key_value_heads=a.kv_heads, head_dim=a.head_dim, vocab_size=a.vocab_size,
-        tie_word_embeddings=a.tied_embeddings, max_position_embeddings=a.max_positions, pad_token_id=None,
-        **({"attention_bias": True} if a.qkv_bias and a.family != "qwen2" else {}), **experts,
-    )  # fmt: skip
 
 
 def materialize(model: Any, quantized: list[str]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
-from finetune.architecture import ArchitectureConfig, Linear, linear_layers
+from finetune.architecture import ArchitectureConfig, layer_groups
+from finetune.parameters import Linear, linear_layers
 
 ALL_LINEAR = "all-linear"
 FLOAT = 4
@@ -203,16 +205,21 @@ class PlanInputs:
         """Tells whether the output head has an adapter."""
         return "head" in self.targets
 
+    def by_group(self) -> list[PlanInputs]:
+        """Returns this configuration for each group of layers that are alike, as a model of these layers alone."""
+        groups = layer_groups(self.architecture)
+        return [dataclasses.replace(self, architecture=group.architecture) for group in groups]
+
     def adapts(self, linear: Linear) -> bool:
         """Tells whether a linear layer has an adapter."""
-        return self.rank > 0 and (ALL_LINEAR in self.targets or linear.name in self.targets)
+        return self.rank > 0 and (linear.adapted if ALL_LINEAR in self.targets else linear.name in self.targets)
 
     def adapted_layers(self) -> list[Linear]:
         """Returns the linear layers with an adapter, the head included where it has one."""
         a = self.architecture
         layers = [linear for linear in linear_layers(a) if self.adapts(linear)]
         if self.rank and self.head_adapted:
-            layers.append(Linear(name="head", in_features=a.hidden_size, out_features=a.vocab_size, count=1))
+            layers.append(Linear(name="head", in_features=a.hidden_size, out_features=a.vocab_size, layers=(a.layers,)))
         return layers
 
 

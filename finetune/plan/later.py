@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from finetune.architecture import parameters
 from finetune.errors import HardwareError
 from finetune.inference.budget import (
     LONGEST_READ_SECONDS,
@@ -12,6 +11,7 @@ from finetune.inference.budget import (
     Workload,
     place_weights,
 )
+from finetune.parameters import parameters
 from finetune.plan.inputs import PlanInputs
 
 AFTER_TRAINING = ("eval", "merge")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from finetune.architecture import embedding_parameters, head_parameters, linear_layers
 from finetune.inference.budget import WeightPlacement
+from finetune.parameters import embedding_parameters, head_parameters, linear_layers
 from finetune.plan import later, weights
 from finetune.plan.activations import activations, largest_block_bytes, offloaded_bytes
 from finetune.plan.activations_saved import layer_bytes
@@ -147,7 +147,7 @@ def allocator_bytes(inputs: PlanInputs) -> float:
     if inputs.device == "cuda":
         return largest_block_bytes(inputs)
     whole = dataclasses.replace(inputs, kernels=dataclasses.replace(inputs.kernels, selective=False))
-    return HOLES_PER_BLOCK * inputs.architecture.layers * layer_bytes(whole)
+    return HOLES_PER_BLOCK * sum(group.architecture.layers * layer_bytes(group) for group in whole.by_group())
 
 
 def largest_dense_bytes(inputs: PlanInputs) -> float:

@@ -6,9 +6,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from finetune.architecture import expert_parameters, parameters
 from finetune.console import human_bytes
 from finetune.errors import HardwareError
+from finetune.parameters import expert_parameters, parameters
 from finetune.plan import later, phases, weights
 from finetune.plan.inputs import PlanInputs
 from finetune.plan.phases import Terms

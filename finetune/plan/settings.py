@@ -21,7 +21,7 @@ MIB = 1024**2
 FUSED_FAMILIES = ("llama", "mistral", "qwen2")
 """Families whose layers `finetune.kernels.blocks` can fuse; Qwen3's attention contains norms, so it cannot."""
 
-CAPPED_FAMILIES = ("gemma2",)
+CAPPED_FAMILIES = ("gemma2", "gemma4_text", "gemma4_unified_text", "granite", "granitemoehybrid")
 """Families that change their logits after the head, so TRL computes head and loss."""
 
 
@@ -143,7 +143,8 @@ def predict_kernels(
         native=choice.native,
         tiles=choice.tiles,
         cached=choice.cached and facts.quantized,
-        flat=True,  # all documents lie in one row, packed or not, unless preflight finds that attention mixes them
+        # All documents lie in one row, packed or not, unless preflight finds that the layers mix them.
+        flat=not set(architecture.letters) & set("lc"),
         selective=config.train.checkpointing == "selective",
     )
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.architecture import (
+from finetune.architecture import layer_groups
+from finetune.parameters import (
     embedding_parameters,
     expert_parameters,
     head_parameters,
@@ -98,7 +99,9 @@ def token_operations(inputs: PlanInputs) -> float:
     experts = expert_parameters(a)
     dense = parameters(a) - embedding_parameters(a) - head_parameters(a) - experts
     active = dense + experts * a.active_experts / max(1, a.experts)
-    scores = a.layers * 2 * a.heads * a.head_dim * inputs.tokens / 2  # half, since a token attends to earlier ones only
+    groups = [group for group, _ in layer_groups(a) if group.mixer == "attention"]
+    width = sum(group.layers * group.heads * group.head_dim for group in groups)
+    scores = 2 * width * inputs.tokens / 2  # half, since a token attends to earlier ones only
     return 2 * passes(inputs) * (active + embedding_parameters(a) + scores)
 
 

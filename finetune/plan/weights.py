@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from finetune.architecture import (
+from finetune.parameters import (
     Linear,
     embedding_parameters,
     expert_parameters,
     head_parameters,
     linear_layers,
+    mixer_parameters,
     norm_parameters,
     parameters,
 )
@@ -75,7 +76,7 @@ def weight_bytes(inputs: PlanInputs) -> Weights:
     norms = norm_parameters(a) * (FLOAT if inputs.upcast != "none" else inputs.stored_bytes)
     biases = sum(linear.biases for linear in linear_layers(a))
     ends = (embedding_parameters(a) + head) * wide
-    other = ends + (biases + kept + expert_parameters(a)) * inputs.stored_bytes
+    other = ends + (biases + kept + expert_parameters(a) + mixer_parameters(a)) * inputs.stored_bytes
     copy = parameters(a) * inputs.compute_bytes if inputs.cast_copy else 0
     unused = 0.0
     for linear in inside:
@@ -86,17 +87,14 @@ def weight_bytes(inputs: PlanInputs) -> Weights:
 
 
 def quantized_linear(inputs: PlanInputs) -> list[Linear]:
-    """Returns the linear layers without those kept by name. Names are Llama's: ``model.layers.3.mlp.down_proj``."""
+    """Returns the linear layers without those kept by name, such as ``model.layers.3.mlp.down_proj``."""
 
-    def quantized(linear: Linear) -> int:
-        names = [
-            [f"model.layers.{layer}.{part}.{linear.name}" for part in ("self_attn", "mlp")]
-            for layer in range(linear.count)
-        ]
-        return sum(not any(is_skipped(name, inputs.keep) for name in both) for both in names)
+    def quantized(linear: Linear) -> tuple[int, ...]:
+        names = {layer: f"model.layers.{layer}.{linear.parent}.{linear.name}" for layer in linear.layers}
+        return tuple(layer for layer, name in names.items() if not is_skipped(name, inputs.keep))
 
     layers = linear_layers(inputs.architecture)
-    return [dataclasses.replace(linear, count=quantized(linear)) for linear in layers] if inputs.keep else layers
+    return [dataclasses.replace(linear, layers=quantized(linear)) for linear in layers] if inputs.keep else layers
 
 
 def quantized_bytes(inputs: PlanInputs, elements: int, rows: int) -> tuple[float, float]:

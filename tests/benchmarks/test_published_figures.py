@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.published_figures import compare, find_architecture, unplanned
-from finetune.architecture import parameters
+from finetune.parameters import parameters
 from tests.fixtures.architectures import MODELS, architecture
 
 ROOT = Path(__file__).parents[2]

@@ -6,15 +6,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from finetune.architecture import (
-    ArchitectureConfig,
-    embedding_parameters,
-    from_config_json,
-    linear_layers,
-    linear_parameters,
-    parameters,
-)
+from finetune.architecture import ArchitectureConfig
+from finetune.config_json import from_config_json
 from finetune.errors import ModelError
+from finetune.parameters import embedding_parameters, linear_layers, linear_parameters, parameters
 from tests.fixtures.architectures import COUNTS, MODELS, architecture
 
 

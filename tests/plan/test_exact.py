@@ -76,7 +76,7 @@ def test_every_family_is_built_with_as_many_weights_as_its_dimensions_say(name: 
     import torch
     from transformers import AutoModelForCausalLM
 
-    from finetune.plan.fake import transformers_config
+    from finetune.plan.model_config import transformers_config
 
     config = load(["+experiment=llama7b_qlora", f"model={name}"])
     with torch.device("meta"):

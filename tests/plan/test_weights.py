@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from finetune.architecture import linear_parameters
+from finetune.parameters import linear_parameters
 from finetune.plan import weights
 from finetune.plan.inputs import PlanInputs
 from tests.fixtures.architectures import architecture

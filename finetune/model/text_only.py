@@ -1,0 +1,60 @@
+"""Loads models of text, and of image-text models the text decoder alone, without its towers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from finetune.console import log
+from finetune.errors import ModelError
+
+RENAMED = {
+    r"^language_model\.model\.": "model.",
+    r"^language_model\.lm_head\.": "lm_head.",
+    r"^model\.language_model\.": "model.",
+}
+"""Names of a decoder's tensors inside an image-text checkpoint, of transformers 4 and 5, and in one of text alone."""
+
+
+def from_pretrained(folder: Path | str, **arguments: Any) -> Any:
+    """Calls ``AutoModelForCausalLM.from_pretrained``; of an image-text model it loads the decoder alone.
+
+    Args:
+        folder: Holds config.json and safetensors.
+        arguments: As transformers takes them.
+
+    Raises:
+        ModelError: The folder lacks weights of the decoder.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = config_of_text(folder, trust_remote_code=arguments.get("trust_remote_code", False))
+    if config is None:
+        return AutoModelForCausalLM.from_pretrained(folder, **arguments)
+    model, found = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, key_mapping=RENAMED, output_loading_info=True, **arguments
+    )
+    if found["missing_keys"]:
+        raise ModelError(f"model.name: {folder} has no {', '.join(sorted(found['missing_keys'])[:3])} of the decoder")
+    model._weight_conversions = None  # a copy of the decoder keeps the names that its own class has
+    unused = sorted({name.removeprefix("model.").partition(".")[0] for name in found["unexpected_keys"]})
+    without = f", without {', '.join(unused)}" if unused else ""
+    log("model", f"text only: {type(model).__name__} is loaded{without}")
+    return model
+
+
+def config_of_text(folder: Path | str, *, trust_remote_code: bool = False) -> Any | None:
+    """Returns the configuration of an image-text model's decoder; None where the whole model is one of text."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    decoder = config.get_text_config()
+    return None if decoder is config or type(decoder) not in AutoModelForCausalLM._model_mapping else decoder
+
+
+def decoder_name(name: str) -> str:
+    """Returns the name that a tensor of an image-text checkpoint has in its decoder's class; other names unchanged."""
+    for pattern, replacement in RENAMED.items():
+        name = re.sub(pattern, replacement, name)
+    return name

@@ -1,0 +1,111 @@
+"""Writes docs/models.md, the tables of model families and options: ``python scripts/make_models_page.py``.
+
+A test compares the page with what this writes.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from finetune.architecture import ArchitectureConfig
+from finetune.export.gguf.architecture import ARCHITECTURES
+from finetune.parameters import linear_layers, parameters
+from finetune.paths import CONF
+from finetune.plan.model_config import UNCOUNTED
+from finetune.plan.settings import FUSED_FAMILIES
+
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+INTRO = """# Models
+
+Every option of the `model` group with dimensions, written by `scripts/make_models_page.py`. `plan` computes all of
+them in closed form. `tests/plan/test_classes.py` builds each option's class of transformers on the meta device and
+compares parameters and linear layers by name and shape, except where `plan --exact` says no;
+`tests/lora/test_classes.py` attaches LoRA to a tiny model of each of these classes.
+
+- **LoRA** lists the linear layers that `lora.targets: [all-linear]` adapts. The head, routers, experts and gates of
+  width one are not adapted.
+- **Image-text models** (Gemma 3 from 4B on, Gemma 4, Ministral 3, Mistral Small 3.2, Qwen3.5 and 3.6): the text decoder
+  alone is loaded, so no tower takes memory, is quantized or adapted; the log names what is left out. A merge copies the
+  rest of the checkpoint unchanged.
+- **Experts** are 3-D parameters, which bitsandbytes leaves in 16 bit; `plan` prints what that costs.
+- **Gated delta nets and short convolutions** carry their state from one document of a row into the next in plain torch,
+  so documents of these models are not packed. `plan` counts plain torch; the kernels of `fla` would keep less.
+
+"""
+MISSING = {
+    "Qwen/Qwen3.8-27B": "no source gives its vocabulary, and whether embedding and head are tied",
+    "google/gemma-4-E2B-it, google/gemma-4-E4B-it": "per-layer embeddings and shared keys and values are not planned",
+    "google/gemma-4-26B-A4B-it": "a dense block next to experts is not planned",
+    "zai-org/GLM-4.7-Flash": "no source gives the widths of its latent attention",
+    "ibm-granite/granite-4.0-h-tiny": "Mamba-2 layers are not planned",
+    "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": "Mamba-2 layers are not planned",
+    "meta-models/Muse-Glimmer-30B": "transformers 5.23 has no class of text alone for it",
+}
+"""Models that people tune and that have no option, with the reason."""
+
+HEADS = (
+    "family | class | LoRA | fused steps | experts in NF4 | GGUF | `plan --exact`",
+    "option | model | family | parameters | template | experiments",
+    "model | why",
+)
+
+
+def page() -> str:
+    """Returns the whole page."""
+    found = dict(options())
+    families = sorted({_dimensions(option).family for option in found.values()})
+    tables = (
+        ("Families", [_family(family, found) for family in families]),
+        ("Options", [_option(name, option) for name, option in found.items()]),
+        ("Without an option", list(MISSING.items())),
+    )
+    return INTRO + "\n".join(_table(title, head, rows) for (title, rows), head in zip(tables, HEADS, strict=True))
+
+
+def options() -> Iterator[tuple[str, Any]]:
+    """Yields name and content of each model option that has dimensions."""
+    for file in sorted((CONF / "model").glob("[!_]*.yaml")):
+        option = OmegaConf.load(file)
+        if option.get("architecture"):
+            yield file.stem, option
+
+
+def _table(title: str, head: str, rows: list[Any]) -> str:
+    lines = [head, " | ".join("---" for _ in head.split(" | ")), *(" | ".join(row) for row in rows)]
+    return f"## {title}\n\n" + "".join(f"| {line} |\n" for line in lines)
+
+
+def _dimensions(option: Any) -> ArchitectureConfig:
+    return ArchitectureConfig(**option.architecture)
+
+
+def _family(family: str, found: dict[str, Any]) -> tuple[str, ...]:
+    members = [dimensions for option in found.values() if (dimensions := _dimensions(option)).family == family]
+    adapted = dict.fromkeys(linear.name for member in members for linear in linear_layers(member) if linear.adapted)
+    return (
+        family,
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family],
+        ", ".join(adapted),
+        _yes(family in FUSED_FAMILIES),
+        "no" if any(member.experts for member in members) else "has none",
+        _yes(family in ARCHITECTURES),
+        _yes(family not in UNCOUNTED),
+    )
+
+
+def _option(name: str, option: Any) -> tuple[str, ...]:
+    recipes = sorted((CONF / "experiment").glob("*.yaml"))
+    experiments = [file.stem for file in recipes if f"override /model: {name}\n" in file.read_text(encoding="utf-8")]
+    dimensions, template = _dimensions(option), option.get("template") or "the tokenizer's"
+    return name, option.name, dimensions.family, f"{parameters(dimensions):,}", template, ", ".join(experiments)
+
+
+def _yes(holds: bool) -> str:
+    return "yes" if holds else "no"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
