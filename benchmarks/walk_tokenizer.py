@@ -8,10 +8,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.architecture import ArchitectureConfig
+from finetune.chat_templates import read_template, trl_templates
 from finetune.errors import ModelError
 from finetune.paths import SHIPPED
 
@@ -220,12 +220,4 @@ def _texts() -> list[str]:
 
 
 def _template(name: str) -> str:
-    import importlib.util
-
-    from finetune.data.template import shipped_template
-
-    trl = importlib.util.find_spec("trl")  # importing it takes seconds
-    assert trl is not None
-    assert trl.origin is not None
-    file = Path(trl.origin).parent / "chat_templates" / f"{name}.jinja"
-    return (file if file.is_file() else shipped_template(name)).read_text(encoding="utf-8")
+    return read_template(f"trl:{name}" if f"trl:{name}" in trl_templates() else name)

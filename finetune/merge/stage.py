@@ -150,7 +150,7 @@ class _Stage:
         from finetune.inference.dense import place
         from finetune.inference.kl_divergence import record_reference
         from finetune.inference.rows import loss_workload
-        from finetune.merge.candidates import build, from_disk
+        from finetune.merge.candidates import Source, build, from_disk
         from finetune.merge.graph import add_adapters, dequantized
 
         placed = place(self.spec, loss_workload(self.rows, batch_tokens=self.config.batch_tokens))
@@ -172,7 +172,7 @@ class _Stage:
             f"the trained model on {len(self.rows)} held-out rows: loss {reference.loss:.4f}; candidates are compared "
             f"with its distributions of {reference.positions:,} trained tokens",
         )
-        sources = {"original": from_disk}
+        sources: dict[str, Source] = {"original": from_disk}
         if "dequantized" in names:
             sources["dequantized"] = dequantized(self.spec, graph, work=self.work)
         del graph
