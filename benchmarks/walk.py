@@ -34,6 +34,7 @@ ROOT = Path(__file__).parents[1]
 GIB = 1024**3
 STEPS, TOKENS = 3, 256
 TRAINING_ROWS, HELDOUT_ROWS = 48, 4
+EXPORTS = ("adapter", "safetensors", "gguf_q8_0")
 BYTES_PER_PARAMETER = 9
 """Disk at the worst moment: the base (2), its quantized copy (0.6), two merge candidates (4) or the merged model, its
 export and GGUF (5.1), and what the file system keeps free."""
@@ -135,6 +136,7 @@ def overrides(recipe: RunConfig, settings: Walk, work: Path) -> list[str]:
         f"run.root={work / 'outputs'}",
         "run.name=walk",
         *rows,
+        *(["data.heldout_rows=null"] if recipe.data.heldout_rows else []),
         f"data.max_tokens={TOKENS}",
         f"data.pack_tokens={TOKENS}",
         f"train.steps={STEPS}",
@@ -149,7 +151,8 @@ def overrides(recipe: RunConfig, settings: Walk, work: Path) -> list[str]:
         f"eval.loss_rows={HELDOUT_ROWS}",
         "eval.max_new_tokens=8",
         "eval.general_text=null",
-        "export=[adapter,safetensors,gguf_q8_0,card]",
+        f"export=[{','.join(EXPORTS)},card]",
+        *(f"export.{name}.{setting}" for name in EXPORTS for setting in ("max_new_tokens=8", "logit_rows=1")),
         "tracking=[]",
         "hardware.device=cpu",
         *(["model.architecture=null"] if settings.size == "tiny" else []),

@@ -21,7 +21,7 @@ from finetune.inference import fresh_process
 from finetune.paths import CONF
 
 EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
-SMALL = ("optim.learning_rate=1e-2", "merge.max_loss_increase=5", "eval.bootstrap_samples=50")
+SMALL = ("optim.learning_rate=1e-2", "merge.max_loss_increase=5", "eval.bootstrap_samples=50", "hardware.threads=1")
 """Three steps at a recipe's own rate change less than bfloat16 rounds away. A random model's losses are no measure."""
 
 
