@@ -140,7 +140,7 @@ def overrides(recipe: RunConfig, settings: Walk, work: Path) -> list[str]:
         f"data.max_tokens={TOKENS}",
         f"data.pack_tokens={TOKENS}",
         f"train.steps={STEPS}",
-        f"train.tokens_per_step={TOKENS}",
+        f"train.tokens_per_step={TOKENS * recipe.launch.processes}",
         "train.rows_per_step=null",
         "train.micro_batch=1",
         f"train.evaluation_rows={HELDOUT_ROWS}",
