@@ -29,6 +29,7 @@ from finetune.console import human_bytes, log, print_error
 from finetune.errors import ConfigError, FinetuneError
 from finetune.files import require_disk
 from finetune.run import STAGES
+from finetune.train.config import AUTO
 
 ROOT = Path(__file__).parents[1]
 GIB = 1024**3
@@ -142,7 +143,7 @@ def overrides(recipe: RunConfig, settings: Walk, work: Path) -> list[str]:
         f"train.steps={STEPS}",
         f"train.tokens_per_step={TOKENS * recipe.launch.processes}",
         "train.rows_per_step=null",
-        "train.micro_batch=1",
+        *(["train.micro_batch=1"] if recipe.train.micro_batch != AUTO else []),
         f"train.evaluation_rows={HELDOUT_ROWS}",
         "train.evaluations=1",
         "train.checkpoints=1",

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.architecture import ArchitectureConfig
+from finetune.chat_templates import read_template
 from finetune.errors import ModelError
 from finetune.paths import SHIPPED
 
@@ -31,7 +31,7 @@ class TokenizerKind:
         control: Control tokens that begin the vocabulary, in order.
         added: Control tokens behind the vocabulary, as later tunings added them.
         roles: Role of a token by transformers' name, e.g. ``eos_token``.
-        template: File in trl/chat_templates or conf/data/template with the template that the hub's tokenizer has;
+        template: Name, as of ``data.template``, of the template that the hub's tokenizer has;
             empty for a base that has none.
         begins: Whether it puts the begin token in front of every text.
         sentencepiece: Whether spaces are written as a visible mark and unknown characters as bytes.
@@ -58,7 +58,7 @@ PHI3 = TokenizerKind(
     control=("<unk>", "<s>", "</s>"),
     added=("<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>"),
     roles={"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
-    template="phi3",
+    template="trl:phi3",
     sentencepiece=True,
 )
 LLAMA3 = TokenizerKind(
@@ -92,7 +92,7 @@ QWEN = TokenizerKind(
     control=(),
     added=("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
     roles={"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
-    template="qwen2_5",
+    template="trl:qwen2_5",
 )
 GEMMA = TokenizerKind(
     name="GemmaTokenizer",
@@ -146,7 +146,7 @@ def make_tokenizer(kind: TokenizerKind, *, model_max_length: int) -> PreTrainedT
     if kind.begins:
         _begin_text(tokenizer)
     if kind.template:
-        tokenizer.chat_template = _template(kind.template)
+        tokenizer.chat_template = read_template(kind.template)
     return tokenizer
 
 
@@ -202,15 +202,3 @@ def _begin_text(tokenizer: Any) -> None:
 
 def _texts() -> list[str]:
     return [file.read_text(encoding="utf-8") for file in (SHIPPED / "general.txt", SHIPPED / "quickstart/train.jsonl")]
-
-
-def _template(name: str) -> str:
-    import importlib.util
-
-    from finetune.data.template import shipped_template
-
-    trl = importlib.util.find_spec("trl")  # importing it takes seconds
-    assert trl is not None
-    assert trl.origin is not None
-    file = Path(trl.origin).parent / "chat_templates" / f"{name}.jinja"
-    return (file if file.is_file() else shipped_template(name)).read_text(encoding="utf-8")
