@@ -134,12 +134,14 @@ def overrides(recipe: RunConfig, settings: Walk, work: Path) -> list[str]:
     return [
         f"+experiment={settings.experiment}",
         f"model.name={work / 'base'}",
+        f"model.attention={recipe.model.attention}",  # of another folder's model the option says nothing
+        *([f"model.template={recipe.model.template}"] if recipe.model.template else []),
         f"run.root={work / 'outputs'}",
         "run.name=walk",
         *rows,
         *(["data.heldout_rows=null"] if recipe.data.heldout_rows else []),
         f"data.max_tokens={TOKENS}",
-        f"data.pack_tokens={TOKENS}",
+        *([f"data.pack_tokens={TOKENS}"] if recipe.data.packing else []),
         f"train.steps={STEPS}",
         f"train.tokens_per_step={TOKENS * recipe.launch.processes}",
         "train.rows_per_step=null",
@@ -156,7 +158,6 @@ def overrides(recipe: RunConfig, settings: Walk, work: Path) -> list[str]:
         *(f"export.{name}.{setting}" for name in EXPORTS for setting in ("max_new_tokens=8", "logit_rows=1")),
         "tracking=[]",
         "hardware.device=cpu",
-        *(["model.architecture=null"] if settings.size == "tiny" else []),
         *(["launch.offload=false"] if recipe.launch.offload else []),
         *settings.overrides,
     ]
