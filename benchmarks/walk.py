@@ -29,6 +29,7 @@ from finetune.errors import ConfigError, FinetuneError
 from finetune.files import require_disk
 from finetune.parameters import parameters
 from finetune.run import STAGES
+from finetune.train.config import AUTO
 
 ROOT = Path(__file__).parents[1]
 GIB = 1024**3
@@ -132,15 +133,18 @@ def overrides(recipe: RunConfig, settings: Walk, work: Path) -> list[str]:
     return [
         f"+experiment={settings.experiment}",
         f"model.name={work / 'base'}",
+        f"model.attention={recipe.model.attention}",  # of another folder's model the option says nothing
+        *([f"model.template={recipe.model.template}"] if recipe.model.template else []),
         f"run.root={work / 'outputs'}",
         "run.name=walk",
         *rows,
+        *(["data.heldout_rows=null"] if recipe.data.heldout_rows else []),
         f"data.max_tokens={TOKENS}",
-        f"data.pack_tokens={TOKENS}",
+        *([f"data.pack_tokens={TOKENS}"] if recipe.data.packing else []),
         f"train.steps={STEPS}",
-        f"train.tokens_per_step={TOKENS}",
+        f"train.tokens_per_step={TOKENS * recipe.launch.processes}",
         "train.rows_per_step=null",
-        "train.micro_batch=1",
+        *(["train.micro_batch=1"] if recipe.train.micro_batch != AUTO else []),
         f"train.evaluation_rows={HELDOUT_ROWS}",
         "train.evaluations=1",
         "train.checkpoints=1",
@@ -149,20 +153,21 @@ def overrides(recipe: RunConfig, settings: Walk, work: Path) -> list[str]:
         f"eval.loss_rows={HELDOUT_ROWS}",
         "eval.max_new_tokens=8",
         "eval.general_text=null",
-        f"export=[adapter,safetensors,{'gguf_q8_0,' if has_gguf(recipe) else ''}card]",
+        f"export=[{','.join(exports(recipe))},card]",
+        *(f"export.{name}.{setting}" for name in exports(recipe) for setting in ("max_new_tokens=8", "logit_rows=1")),
         "tracking=[]",
         "hardware.device=cpu",
-        *(["model.architecture=null"] if settings.size == "tiny" else []),
         *(["launch.offload=false"] if recipe.launch.offload else []),
         *settings.overrides,
     ]
 
 
-def has_gguf(recipe: RunConfig) -> bool:
-    """Tells whether GGUF export knows the recipe's family."""
+def exports(recipe: RunConfig) -> list[str]:
+    """Returns the exports of a walk: GGUF where its export knows the recipe's family."""
     from finetune.export.gguf.architecture import ARCHITECTURES
 
-    return recipe.model.architecture is None or recipe.model.architecture.family in ARCHITECTURES
+    known = recipe.model.architecture is None or recipe.model.architecture.family in ARCHITECTURES
+    return ["adapter", "safetensors", *(["gguf_q8_0"] if known else [])]
 
 
 def describe(settings: Walk, ended: CappedResult, *, run: Path, parameters: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from finetune.architecture import ArchitectureConfig
-from finetune.chat_templates import read_template, trl_templates
+from finetune.chat_templates import read_template
 from finetune.errors import ModelError
 from finetune.paths import SHIPPED
 
@@ -32,7 +32,7 @@ class TokenizerKind:
         control: Control tokens that begin the vocabulary, in order.
         added: Control tokens behind the vocabulary, as later tunings added them.
         roles: Role of a token by transformers' name, e.g. ``eos_token``.
-        template: File in trl/chat_templates or conf/data/template with the template that the hub's tokenizer has;
+        template: Name, as of ``data.template``, of the template that the hub's tokenizer has;
             empty for a base that has none.
         begins: Whether it puts the begin token in front of every text.
         sentencepiece: Whether spaces are written as a visible mark and unknown characters as bytes.
@@ -59,7 +59,7 @@ PHI3 = TokenizerKind(
     control=("<unk>", "<s>", "</s>"),
     added=("<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>"),
     roles={"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
-    template="phi3",
+    template="trl:phi3",
     sentencepiece=True,
 )
 LLAMA3 = TokenizerKind(
@@ -93,7 +93,7 @@ QWEN = TokenizerKind(
     control=(),
     added=("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
     roles={"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
-    template="qwen2_5",
+    template="trl:qwen2_5",
 )
 GEMMA = TokenizerKind(
     name="GemmaTokenizer",
@@ -161,7 +161,7 @@ def make_tokenizer(kind: TokenizerKind, *, model_max_length: int) -> PreTrainedT
     if kind.begins:
         _begin_text(tokenizer)
     if kind.template:
-        tokenizer.chat_template = _template(kind.template)
+        tokenizer.chat_template = read_template(kind.template)
     return tokenizer
 
 
@@ -217,7 +217,3 @@ def _begin_text(tokenizer: Any) -> None:
 
 def _texts() -> list[str]:
     return [file.read_text(encoding="utf-8") for file in (SHIPPED / "general.txt", SHIPPED / "quickstart/train.jsonl")]
-
-
-def _template(name: str) -> str:
-    return read_template(f"trl:{name}" if f"trl:{name}" in trl_templates() else name)

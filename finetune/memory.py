@@ -5,10 +5,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 SAMPLE_SECONDS = 0.25
+UNLIMITED_BYTES = 2**62
+"""Version 1 of control groups has no word for no limit: it writes the largest number of pages, almost 2**63 bytes."""
 
 
 def rss_bytes() -> int:
@@ -73,32 +76,69 @@ def _free_of_limits() -> Iterator[int]:
         soft = resource.getrlimit(limit)[0]
         if soft != resource.RLIM_INFINITY:
             yield soft - bytes_used
-    for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers in ("", "memory"):
-            yield from _free_of_group(controllers, path.lstrip("/"))
+    if (group := memory_group()) is not None:
+        yield group.limit_bytes - group.used_bytes
 
 
-def _free_of_group(controllers: str, path: str) -> Iterator[int]:
-    """Yields what a control group's limit leaves, without the file pages that the system would drop.
+@dataclass(frozen=True, slots=True)
+class MemoryGroup:
+    """The control group that bounds this process's memory: a container's, a batch system's or a service's.
+
+    Attributes:
+        limit_bytes: The smallest limit of the group and of those above it.
+        used_bytes: What its processes use, without file pages, which the kernel drops when memory is short.
+    """
+
+    limit_bytes: int
+    used_bytes: int
+
+
+def memory_group(process: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> MemoryGroup | None:
+    """Returns the memory group of this process; None where nothing bounds it, or the system has no control groups.
 
     Source: the kernel's Documentation/admin-guide, cgroup-v2.rst and cgroup-v1/memory.rst.
     """
-    root = Path("/sys/fs/cgroup") / controllers
-    limit, current, inactive = (
-        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        if controllers
-        else ("memory.max", "memory.current", "inactive_file")
-    )
-    for folder in dict.fromkeys([root / path, root]):  # in a container the group's own folder is the root
-        try:
-            most = (folder / limit).read_text(encoding="utf-8").strip()
-            lines = (folder / "memory.stat").read_text(encoding="utf-8").splitlines()
-            used = int((folder / current).read_text(encoding="utf-8"))
-        except OSError:
-            continue
-        if most.isdigit():
-            yield int(most) - used + int(dict(line.split() for line in lines).get(inactive, 0))
+    try:
+        lines = [line.split(":", 2) for line in process.read_text(encoding="utf-8").splitlines()]
+        for _, controllers, path in lines:
+            if "memory" in controllers.split(","):
+                return _version_1(_existing(root / "memory", path))
+        path = next(path for _, controllers, path in lines if not controllers)
+        return _version_2(_existing(root, path), root)
+    except (OSError, StopIteration):
+        return None
+
+
+def _existing(root: Path, path: str) -> Path:
+    """Returns a group's folder; a container sees its own group as the root, under a path that names the host's."""
+    folder = root / path.lstrip("/")
+    return folder if folder.is_dir() else root
+
+
+def _version_1(group: Path) -> MemoryGroup | None:
+    counts = _counts(group / "memory.stat")
+    limit = counts["hierarchical_memory_limit"]
+    return None if limit >= UNLIMITED_BYTES else MemoryGroup(limit, counts["total_rss"])
+
+
+def _version_2(group: Path, root: Path) -> MemoryGroup | None:
+    bounded = [
+        (int(text), folder)
+        for folder in (group, *group.parents)
+        if folder.is_relative_to(root)
+        and (folder / "memory.max").is_file()
+        and (text := (folder / "memory.max").read_text(encoding="utf-8").strip()).isdigit()
+    ]
+    if not bounded:
+        return None
+    limit, folder = min(bounded)
+    counts = _counts(folder / "memory.stat")
+    files = counts["inactive_file"] + counts["active_file"]
+    return MemoryGroup(limit, int((folder / "memory.current").read_text(encoding="utf-8")) - files)
+
+
+def _counts(file: Path) -> dict[str, int]:
+    return {name: int(value) for name, value in map(str.split, file.read_text(encoding="utf-8").splitlines())}
 
 
 class PeakMemory:

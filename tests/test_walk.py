@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from benchmarks.walk import ROOT, Walk, has_gguf, overrides
+from benchmarks.walk import ROOT, Walk, exports, overrides
 from benchmarks.walk_base import make_base
-from benchmarks.walk_tokenizer import kind_of
+from finetune.chat_templates import read_template, tokenizer_template
 from finetune.cli import main
 from finetune.config import RunConfig, load
 from finetune.inference import fresh_process
@@ -27,7 +27,7 @@ UNWALKED = {
 """Experiments that no test walks, with the reason."""
 
 EXPERIMENTS = sorted({file.stem for file in (CONF / "experiment").glob("*.yaml")} - set(UNWALKED))
-SMALL = ("optim.learning_rate=1e-2", "merge.max_loss_increase=5", "eval.bootstrap_samples=50")
+SMALL = ("optim.learning_rate=1e-2", "merge.max_loss_increase=5", "eval.bootstrap_samples=50", "hardware.threads=1")
 """Three steps at a recipe's own rate change less than bfloat16 rounds away. A random model's losses are no measure."""
 
 
@@ -59,7 +59,7 @@ def test_experiment_is_walked_to_its_report(
     parameters = make_base(recipe, tmp_path / "base", tiny=True)
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    settings = Walk(experiment=experiment, size="tiny", overrides=(*SMALL, *template_of(recipe)))
+    settings = Walk(experiment=experiment, size="tiny", overrides=SMALL)
     assert main(overrides(recipe, settings, tmp_path)) == 0, capsys.readouterr().err
     run = tmp_path / "outputs" / "walk"
     report = json.loads((run / "report.json").read_text())
@@ -67,24 +67,19 @@ def test_experiment_is_walked_to_its_report(
     assert report["model"]["quantization"]["method"] == recipe.quantization.method
     assert report["train"]["optimizer"]["asked"] == recipe.optim.name
     assert adapted_layers(run / "train" / "adapter") == expected_layers(recipe, tmp_path / "base")
+    assert_the_rows_have_the_template_of(recipe, run, tmp_path / "base")
     assert_the_merge_is_what_was_trained(report)
-    exports = {export["format"]: export for export in report["export"]}
-    formats = ["adapter", "safetensors", *(["gguf"] if has_gguf(recipe) else [])]
-    assert set(exports) == {*formats, "card"}
-    assert all(exports[name]["parity"]["passed"] for name in formats)
+    exported = {export["format"]: export for export in report["export"]}
+    formats = [name.removesuffix("_q8_0") for name in exports(recipe)]
+    assert set(exported) == {*formats, "card"}
+    assert all(exported[name]["parity"]["passed"] for name in formats)
 
 
-def template_of(recipe: RunConfig) -> list[str]:
-    """Names a template where the hub's tokenizer has none and the model option names none."""
-    architecture = recipe.model.architecture
-    assert architecture is not None
-    own = kind_of(recipe.model.name, architecture).template or getattr(recipe.model, "template", None)
-    names = {
-        "llama": "llama3" if architecture.vocab_size > 100_000 else "llama2",
-        "mistral": "mistral",
-        "gemma2": "gemma",
-    }
-    return [] if own or recipe.data.template else [f"data.template={names[architecture.family]}"]
+def assert_the_rows_have_the_template_of(recipe: RunConfig, run: Path, base: Path) -> None:
+    """The one that the recipe names, or its model option for a base without one; else the tokenizer's own."""
+    rendered = json.loads((run / "data" / "rendering.json").read_text(encoding="utf-8"))["template"]
+    name = recipe.data.template or recipe.model.template
+    assert rendered == (read_template(name) if name else tokenizer_template(base))
 
 
 def adapted_layers(adapter: Path) -> set[str]:

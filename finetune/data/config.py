@@ -201,8 +201,7 @@ class DataConfig:
     def unused(self) -> Iterator[tuple[str, str]]:
         """Yields the settings that have no effect given the others, each with the reason."""
         if self.heldout_path is not None:
-            reason = f"data.heldout_path={self.heldout_path} names the held-out rows"
-            yield from ((name, reason) for name in ("heldout_share", "heldout_rows"))
+            yield "heldout_share", f"data.heldout_path={self.heldout_path} names the held-out rows"
         elif self.heldout_rows is not None:
             yield "heldout_share", f"data.heldout_rows={self.heldout_rows} is set"
         if not self.hub and not any(source.hub for source in self.sources.values()):
@@ -284,7 +283,7 @@ def _number_problems(config: DataConfig) -> Iterator[str]:
             "use drop, truncate_prompt or truncate"
         )
     if config.heldout_path and config.heldout_rows is not None:
-        yield "data.heldout_rows and data.heldout_path both name the held-out rows; remove one"
+        yield "data.heldout_rows and data.heldout_path both name the held-out rows; set one to null"
     if config.workers < 0:
         yield f"data.workers must not be negative; got {config.workers}; 0 chooses by the size of the data"
     if config.preview_rows < 0:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import psutil
 
+from finetune.memory import memory_group
+
 CPU_FEATURES = ("avx512f", "avx512_bf16", "amx_bf16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -128,11 +130,8 @@ def named(config: HardwareConfig) -> Machine:
 
 def _ram_bytes() -> int:
     """Returns the physical memory, or a container's limit where that is smaller."""
-    limit = Path("/sys/fs/cgroup/memory.max")
-    total = int(psutil.virtual_memory().total)
-    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-        return min(total, int(text))
-    return total
+    total, group = int(psutil.virtual_memory().total), memory_group()
+    return total if group is None else min(total, group.limit_bytes)
 
 
 def _nvidia_gpus() -> tuple[Gpu, ...]:

@@ -198,7 +198,10 @@ class CheckContext:
             return torch.cat([self._losses(self._flat(group, joined=layout == "one document")) for group in groups])
 
     def gradients(self) -> dict[str, Tensor]:
-        """Computes the gradient of the mean loss by name, in training mode; only of parameters that get one."""
+        """Computes the gradient of the mean loss by name, in training mode; only of parameters that get one.
+
+        It is returned in host memory, so that the device never holds more than one, as in training.
+        """
         self.model.train()
         self.model.zero_grad(set_to_none=True)
         started = time.monotonic()
@@ -206,7 +209,7 @@ class CheckContext:
             torch.manual_seed(self.seed)
             (self.loss() / self.trained_tokens()).backward()
         named = self.model.named_parameters()
-        gradients = {name: p.grad.detach().clone() for name, p in named if p.grad is not None}
+        gradients = {name: p.grad.detach().to("cpu") for name, p in named if p.grad is not None}
         self.model.zero_grad(set_to_none=True)
         seconds = (time.monotonic() - started) / sum(len(document["input_ids"]) for document in self.rows.documents)
         self.token_seconds = min(seconds, self.token_seconds or seconds)
@@ -239,7 +242,7 @@ class CheckContext:
     def with_noisy_lora_b(self) -> Iterator[None]:
         """Fills B with small noise while the context is open, so that A gets a gradient too."""
         matrices = [p for name, p in self.model.named_parameters() if "lora_B" in name]
-        before = [p.detach().clone() for p in matrices]
+        before = [p.detach().to("cpu", copy=True) for p in matrices]
         generator = torch.Generator().manual_seed(self.seed)
         try:
             for p in matrices:

@@ -71,7 +71,7 @@ class GradientRecorder:
         trained = {name: p for name, p in named if p.grad is not None}
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), math.inf if self.keeps_gradients else max_norm)
         if self.keeps_gradients:
-            self.gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}
+            self.gradients = {name: p.grad.to("cpu") for name, p in trained.items() if p.grad is not None}
             for p in trained.values():
                 p.grad = None  # an optimizer does not update a parameter without a gradient
         return norm
@@ -202,8 +202,11 @@ class TrialTrainer:
 
 @contextlib.contextmanager
 def restored(model: Any) -> Iterator[None]:
-    """Restores trainable weights to the bit, random state, and the attributes that trainers set on a model."""
-    before = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
+    """Restores trainable weights to the bit, random state, and the attributes that trainers set on a model.
+
+    The weights are kept in host memory meanwhile.
+    """
+    before = [(p, p.detach().to("cpu", copy=True)) for p in model.parameters() if p.requires_grad]
     attributes = [(module, dict(vars(module))) for module in (model, unwrap(model))]
     with torch.random.fork_rng():
         try:

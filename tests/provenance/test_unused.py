@@ -153,3 +153,9 @@ def test_every_rule_is_about_settings_that_exist_and_gives_a_reason(experiment: 
         assert reason
         assert unknown_key(key, RunConfig) is None, key
     assert set(READ_ELSEWHERE + KNOWN_AFTER_RUN) <= set(all_keys(RunConfig))
+
+
+def test_clearing_a_recipes_held_out_rows_for_a_file_is_not_unused() -> None:
+    own = ["data.hub=null", "data.path=x.jsonl", "data.heldout_path=y.jsonl", "data.heldout_rows=null"]
+    overrides = ["+experiment=guanaco_7b", *own]
+    assert unused_overrides(load(overrides), overrides) == []
