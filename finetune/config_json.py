@@ -96,10 +96,8 @@ def from_config_json(path: Path) -> ArchitectureConfig:
         raise ModelError(
             f"model.name: {file} is not JSON: {error}; give the dimensions under model.architecture"
         ) from error
-    content = {
-        **{key: content[key] for key in ("tie_word_embeddings",) if key in content},
-        **content.get("text_config", content),
-    }
+    tied = {"tie_word_embeddings": True} if content.get("tie_word_embeddings") else {}  # of the whole or its decoder
+    content = {**content.get("text_config", content), **tied}
     try:
         return _from_transformers(content)
     except KeyError as error:

@@ -31,8 +31,9 @@ compares parameters and linear layers by name and shape, except where `plan --ex
   alone is loaded, so no tower takes memory, is quantized or adapted; the log names what is left out. A merge copies the
   rest of the checkpoint unchanged.
 - **Experts** are 3-D parameters, which bitsandbytes leaves in 16 bit; `plan` prints what that costs.
-- **Gated delta nets and short convolutions** carry their state from one document of a row into the next in plain torch,
-  so documents of these models are not packed. `plan` counts plain torch; the kernels of `fla` would keep less.
+- **Gated delta nets and short convolutions** (Qwen3.5 and 3.6, LFM2) carry their state from one document of a row into
+  the next in plain torch, and Granite 4's mask ignores where a document begins: preflight finds that, and documents of
+  these models are not packed. `plan` counts plain torch; the kernels of `fla` would keep less.
 
 """
 MISSING = {

@@ -50,7 +50,10 @@ def config_of_text(folder: Path | str, *, trust_remote_code: bool = False) -> An
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     decoder = config.get_text_config()
-    return None if decoder is config or type(decoder) not in AutoModelForCausalLM._model_mapping else decoder
+    if decoder is config or type(decoder) not in AutoModelForCausalLM._model_mapping:
+        return None
+    decoder.tie_word_embeddings = decoder.tie_word_embeddings or config.tie_word_embeddings  # either may name it
+    return decoder
 
 
 def decoder_name(name: str) -> str:

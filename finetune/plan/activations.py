@@ -150,7 +150,7 @@ def backward_temporaries(inputs: PlanInputs) -> float:
         return wide
     together = tokens if inputs.kernels.flat else inputs.tokens
     freed = sum(tensor.bytes for tensor in layer_tensors(inputs) if tensor.name == "feed-forward")
-    return max(wide, a.heads * together * 2 * FLOAT * tokens - freed)
+    return max(wide, a.heads * together * 2 * (c if a.sinks else FLOAT) * tokens - freed)
 
 
 def loss_bytes(inputs: PlanInputs) -> float:

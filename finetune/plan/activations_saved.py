@@ -81,7 +81,8 @@ def attention(inputs: PlanInputs) -> Iterator[SavedTensor]:
 
     Fused kernels keep the log of the softmax's sum, one float32 per head, and a floating-point mask where documents
     share a row. Eager attention keeps the scores of every pair of tokens: in float32 from the softmax, and cast for the
-    product with the values where that has another dtype; a soft cap also keeps its tanh.
+    product with the values where that has another dtype; a soft cap also keeps its tanh. With sinks, the softmax
+    computes in the dtype of the scores. A gate keeps its sigmoid and a copy of the output.
     Source: transformers 5.23, ``eager_attention_forward`` and ``sdpa_attention_forward``; torch's
         ``convert_boolean_attn_mask``.
     """
@@ -95,7 +96,7 @@ def attention(inputs: PlanInputs) -> Iterator[SavedTensor]:
     held_value = query + 2 * key if (inputs.trainer.keeps_qkv or a.fused_qkv) and held_key == key else held_key
     for width in (query, held_key, held_value):
         yield SavedTensor("attention", c * width * tokens)
-    yield SavedTensor("attention", c * query * tokens if a.attention_gate else 0)
+    yield SavedTensor("attention", c * query * tokens, 2 if a.attention_gate else 0)
     together = tokens if flat else inputs.tokens
     if not eager:
         yield SavedTensor("attention", c * query * tokens)
@@ -103,25 +104,31 @@ def attention(inputs: PlanInputs) -> Iterator[SavedTensor]:
         yield SavedTensor("mask", c * together * tokens if flat else 0)
         return
     pairs = a.heads * together * tokens
-    yield SavedTensor("scores", pairs * FLOAT)
-    yield SavedTensor("scores", pairs * c if c != FLOAT else 0)
+    yield SavedTensor("scores", pairs * FLOAT, 0 if a.sinks else 1)
+    yield SavedTensor("scores", pairs * c, 1 if a.sinks or c != FLOAT else 0)
     yield SavedTensor("scores", pairs * c if a.softcap else 0)
 
 
 def linear_attention(inputs: PlanInputs) -> Iterator[SavedTensor]:
-    """Yields what the gated delta rule in plain torch keeps: 14 tensors of the values' width, 5 of a chunk's pairs, and
-    a state for each chunk, all in float32. fla's kernels, which are no dependency, keep less.
+    """Yields what the gated delta rule in plain torch keeps: tensors as wide as the values, pairs of a chunk's tokens,
+    and a state for each chunk. It computes in float32; autocast's products keep copies in the compute dtype instead,
+    or besides. fla's kernels, which are no dependency, keep less.
 
     Source: transformers 5.23, ``torch_chunk_gated_delta_rule`` and ``Qwen3_5GatedDeltaNet.forward``.
     """
     a, c, tokens = inputs.architecture, inputs.compute_bytes, inputs.step_tokens
     value = a.linear_value_heads * a.linear_head_dim
     channels = 2 * a.linear_key_heads * a.linear_head_dim + value
+    pairs = a.linear_value_heads * DELTA_CHUNK * tokens
+    states = value * a.linear_head_dim * tokens / DELTA_CHUNK
+    autocast = inputs.trainer.reduced_input_copies and c != FLOAT
     yield SavedTensor("attention", c * channels * tokens, 2)  # the convolution's input and output
-    yield SavedTensor("attention", FLOAT * value * tokens, 14)
-    yield SavedTensor("attention", c * value * tokens)
-    yield SavedTensor("attention", FLOAT * a.linear_value_heads * DELTA_CHUNK * tokens, 5)
-    yield SavedTensor("attention", FLOAT * value * a.linear_head_dim * tokens / DELTA_CHUNK)
+    yield SavedTensor("attention", FLOAT * value * tokens, 11 if autocast else 14)
+    yield SavedTensor("attention", c * value * tokens, 10 if autocast else 1)
+    yield SavedTensor("attention", FLOAT * pairs, 2 if autocast else 5)
+    yield SavedTensor("attention", c * pairs, 3 if autocast else 0)
+    yield SavedTensor("attention", FLOAT * states)
+    yield SavedTensor("attention", c * states, 2 if autocast else 0)
 
 
 def convolution(inputs: PlanInputs) -> Iterator[SavedTensor]:

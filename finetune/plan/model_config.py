@@ -40,12 +40,19 @@ def config_of_class(architecture: ArchitectureConfig) -> Any:
     from transformers import AutoConfig
 
     a = architecture
-    return AutoConfig.for_model(
-        a.family, hidden_size=a.hidden_size, intermediate_size=a.intermediate_size, num_hidden_layers=a.layers,
-        num_attention_heads=a.heads, num_key_value_heads=a.kv_heads, head_dim=a.head_dim, vocab_size=a.vocab_size,
-        tie_word_embeddings=a.tied_embeddings, max_position_embeddings=a.max_positions, pad_token_id=None,
-        **_of_family(a),
-    )  # fmt: skip
+    settings = {
+        "hidden_size": a.hidden_size,
+        "intermediate_size": a.intermediate_size,
+        "num_hidden_layers": a.layers,
+        "num_attention_heads": a.heads,
+        "num_key_value_heads": a.kv_heads,
+        "head_dim": a.head_dim,
+        "vocab_size": a.vocab_size,
+        "tie_word_embeddings": a.tied_embeddings,
+        "max_position_embeddings": a.max_positions,
+        "pad_token_id": None,
+    }
+    return AutoConfig.for_model(a.family, **(settings | _of_family(a)))
 
 
 def _of_family(a: ArchitectureConfig) -> dict[str, Any]:

@@ -21,6 +21,9 @@ MIB = 1024**2
 FUSED_FAMILIES = ("llama", "mistral", "qwen2")
 """Families whose layers `finetune.kernels.blocks` can fuse; Qwen3's attention contains norms, so it cannot."""
 
+MIXING_FAMILIES = ("granitemoehybrid",)
+"""Families whose attention mask ignores where a document begins, in transformers 5.23."""
+
 CAPPED_FAMILIES = ("gemma2", "gemma4_text", "gemma4_unified_text", "granite", "granitemoehybrid")
 """Families that change their logits after the head, so TRL computes head and loss."""
 
@@ -144,7 +147,7 @@ def predict_kernels(
         tiles=choice.tiles,
         cached=choice.cached and facts.quantized,
         # All documents lie in one row, packed or not, unless preflight finds that the layers mix them.
-        flat=not set(architecture.letters) & set("lc"),
+        flat=not set(architecture.letters) & set("lc") and family not in MIXING_FAMILIES,
         selective=config.train.checkpointing == "selective",
     )
 

@@ -19,6 +19,15 @@ SHIPPED = [
     ["+experiment=qwen25_7b_qlora", "hardware=rtx4090"],
     ["+experiment=gemma2_9b_qlora", "hardware=a100_80gb"],
     ["+experiment=phi3_mini_qlora", "hardware=rtx3090"],
+    ["+experiment=qwen3_4b_instruct_qlora", "hardware=rtx4090"],
+    ["+experiment=qwen3_8b_qlora", "hardware=rtx4090"],
+    ["+experiment=qwen35_9b_qlora", "hardware=rtx4090"],
+    ["+experiment=llama31_8b_instruct_qlora", "hardware=rtx4090"],
+    ["+experiment=gemma3_12b_qlora", "hardware=rtx4090"],
+    ["+experiment=gemma4_12b_qlora", "hardware=rtx4090"],
+    ["+experiment=ministral3_8b_qlora", "hardware=rtx4090"],
+    ["+experiment=phi4_qlora", "hardware=rtx4090"],
+    ["+experiment=smollm3_3b_qlora", "hardware=rtx3060_12gb"],
 ]
 OTHERS = [
     ["+experiment=llama7b_qlora", "hardware=rtx4090", "train.checkpointing=none"],
