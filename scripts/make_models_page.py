@@ -58,7 +58,7 @@ def page() -> str:
     """Returns the whole page."""
     found = dict(options())
     families = sorted({_dimensions(option).family for option in found.values()})
-    tables = (
+    tables: tuple[tuple[str, list[Any]], ...] = (
         ("Families", [_family(family, found) for family in families]),
         ("Options", [_option(name, option) for name, option in found.items()]),
         ("Without an option", list(MISSING.items())),
@@ -69,7 +69,7 @@ def page() -> str:
 def options() -> Iterator[tuple[str, Any]]:
     """Yields name and content of each model option that has dimensions."""
     for file in sorted((CONF / "model").glob("[!_]*.yaml")):
-        option = OmegaConf.load(file)
+        option: Any = OmegaConf.load(file)
         if option.get("architecture"):
             yield file.stem, option
 

@@ -32,9 +32,10 @@ def from_pretrained(folder: Path | str, **arguments: Any) -> Any:
     config = config_of_text(folder, trust_remote_code=arguments.get("trust_remote_code", False))
     if config is None:
         return AutoModelForCausalLM.from_pretrained(folder, **arguments)
-    model, found = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, config=config, key_mapping=RENAMED, output_loading_info=True, **arguments
     )
+    model, found = loaded
     if found["missing_keys"]:
         raise ModelError(f"model.name: {folder} has no {', '.join(sorted(found['missing_keys'])[:3])} of the decoder")
     model._weight_conversions = None  # a copy of the decoder keeps the names that its own class has

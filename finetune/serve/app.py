@@ -152,8 +152,8 @@ class Routes:
                 async with contextlib.aclosing(merged(answers)) as pieces:
                     async for index, piece in pieces:
                         record.first_token()
-                        if choice := writer.chunk(index, piece):
-                            yield event(head.body([choice], chunk=True) | extra)
+                        if part := writer.chunk(index, piece):
+                            yield event(head.body([part], chunk=True) | extra)
         except (ApiError, TimeoutError) as error:
             failed = error if isinstance(error, ApiError) else timed_out(self._service.config.request_seconds)
             record.status = failed.status

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
 
 from finetune.serve.answers import Answer, Piece
@@ -165,7 +165,7 @@ def _top_logprobs(request: Request) -> int | None:
     return None
 
 
-async def merged(answers: Sequence[Answer]) -> AsyncIterator[tuple[int, Piece]]:
+async def merged(answers: Sequence[Answer]) -> AsyncGenerator[tuple[int, Piece]]:
     """Yields the pieces of several answers as they come, each with the answer's index.
 
     Raises:
