@@ -169,7 +169,8 @@ def _layer_fields(family: str, content: dict[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     if family in ("gemma4_text", "gemma4_unified_text"):
         same = bool(content.get("attention_k_eq_v"))
-        full = next(iter((content.get("per_layer_config") or {}).values()), {})  # as transformers 5 writes it
+        layers: dict[str, dict[str, Any]] = content.get("per_layer_config") or {}  # as transformers 5 writes it
+        full = next(iter(layers.values()), {})
         kv_heads = full.get("num_key_value_heads") or content.get("num_global_key_value_heads")
         fields = {
             "full_head_dim": full.get("head_dim") or content["global_head_dim"],

@@ -102,8 +102,8 @@ class Link:
             return ["range", value.start, value.stop, value.step]
         if type(value) is timedelta:
             return ["timedelta", value.days, value.seconds, value.microseconds]
-        if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
-            return ["type", value.__name__]
+        if isinstance(value, type) and getattr(builtins, name := str(getattr(value, "__name__", "")), None) is value:
+            return ["type", name]
         if isinstance(value, types.ModuleType):
             return ["module", value.__name__]
         if type(value).__module__ in ARRAYS and hasattr(value, "tolist"):
