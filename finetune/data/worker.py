@@ -12,7 +12,7 @@ from finetune.data.conversation import BadRow, Conversation, check
 from finetune.data.encoder import Encoded, Encoder
 from finetune.data.files import Raw
 from finetune.data.formats import READERS
-from finetune.data.formats.fields import read_tests
+from finetune.data.formats.fields import read_tests, with_own_names
 from finetune.data.json_array import reject_constant, reject_duplicate_keys
 from finetune.data.render import Rendered, Renderer
 from finetune.data.row_flags import FLAGS, find_flags, hash_conversation
@@ -216,16 +216,9 @@ def read(value: Any, name: str, columns: dict[str, str]) -> Conversation:
     try:
         conversation = READERS[name](value)
     except BadRow as error:
-        raise BadRow(_with_own_names(error.reason, columns), error.detail) from error
+        raise BadRow(with_own_names(error.reason, columns), error.detail) from error
     conversation.tests = value.get("tests")
     return conversation
-
-
-def _with_own_names(reason: str, columns: dict[str, str]) -> str:
-    """Returns a reason with the file's names of columns in place of the format's."""
-    for column, actual in columns.items():
-        reason = reason.replace(f"column {column!r}", f"column {actual!r}")
-    return reason
 
 
 def parse_object(value: Any) -> dict[str, Any]:

@@ -95,3 +95,10 @@ def json_type(value: Any) -> str:
         return "true or false"
     names = {str: "text", int: "a number", float: "a number", list: "a list", dict: "an object", bytes: "bytes"}
     return names.get(type(value), type(value).__name__)
+
+
+def with_own_names(reason: str, columns: Mapping[str, str]) -> str:
+    """Returns a reason with the file's names of columns in place of the format's."""
+    for column, actual in columns.items():
+        reason = reason.replace(f"column {column!r}", f"column {actual!r}")
+    return reason
