@@ -14,6 +14,8 @@ NO_SECRETS = {
     "data.checks.secret_share": "the share of rows that look as if they held secrets",
     "data.control_tokens": "what <|im_end|> inside a text means",
     "lora.tokens": "words of the vocabulary",
+    "model.architecture.full_value_is_key": "of an attention head: whether its values are its keys",
+    "model.architecture.linear_key_heads": "of linear attention: their number",
 }
 COUNTS = re.compile(r"(_tokens|tokens_per_step|kv_heads)$")
 """Tokens of text, counted."""
