@@ -26,7 +26,8 @@ compares parameters and linear layers by name and shape, except where `plan --ex
 `tests/lora/test_classes.py` attaches LoRA to a tiny model of each of these classes.
 
 - **LoRA** lists the linear layers that `lora.targets: [all-linear]` adapts. The head, routers, experts and gates of
-  width one are not adapted.
+  width one are not adapted. glm4_moe needs `lora.targets: [q_proj, k_proj, v_proj, o_proj]`: for the other names peft
+  0.21 would adapt all experts, which is refused.
 - **Image-text models** (Gemma 3 from 4B on, Gemma 4, Ministral 3, Mistral Small 3.2, Qwen3.5 and 3.6): the text decoder
   alone is loaded, so no tower takes memory, is quantized or adapted; the log names what is left out. A merge copies the
   rest of the checkpoint unchanged.

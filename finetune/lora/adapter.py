@@ -113,12 +113,13 @@ def match_targets(model: nn.Module, targets: list[str]) -> dict[str, int]:
     """Counts the linear layers that each target matches, by the last segment of their names.
 
     Raises:
-        ModelError: A target matches nothing.
+        ModelError: A target matches nothing, or peft would adapt experts in its place.
     """
     available = linear_layers(model)
     if targets == [ALL_LINEAR]:
         if not available:
             raise ModelError("lora.targets: this model has no linear layer besides its head, so nothing would train")
+        _check_not_moved(model, set(available))
         return dict(available)
     unmatched = sorted(set(targets) - set(available))
     if unmatched:
@@ -126,7 +127,24 @@ def match_targets(model: nn.Module, targets: list[str]) -> dict[str, int]:
             f"lora.targets: {', '.join(unmatched)} match no linear layer. "
             f"This model has {', '.join(sorted(available))}."
         )
+    _check_not_moved(model, set(targets))
     return {name: available[name] for name in targets}
+
+
+def _check_not_moved(model: Any, targets: set[str]) -> None:
+    """Refuses names that peft 0.21 takes for those of experts, which transformers 5 holds as 3-D parameters.
+
+    It would then adapt every expert in 16 bit, and not the shared expert or the first layers that have these names.
+    """
+    from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
+
+    model_type = str(model.config.model_type)
+    moved = targets & set(_MOE_TARGET_MODULE_MAPPING.get(_MODEL_TO_CONVERSION_PATTERN.get(model_type, ""), {}))
+    if moved:
+        raise ModelError(
+            f"lora.targets: peft would adapt all experts of this {model_type} in place of {', '.join(sorted(moved))}; "
+            f"set lora.targets=[{','.join(sorted(targets - moved))}]"
+        )
 
 
 def trained_token_ids(model: Any, tokens: list[str], tokenizer: Any) -> dict[str, list[int]]:

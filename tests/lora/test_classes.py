@@ -2,13 +2,17 @@
 
 import pytest
 
+from finetune.errors import ModelError
 from finetune.lora import LoraConfig, attach
+from finetune.lora.adapter import match_targets
 from finetune.parameters import linear_layers
 from tests.fixtures.architectures import architecture
 from tests.fixtures.classes import CLASSES, tiny, tiny_model
 
+MOVED = ("glm4_moe",)
 
-@pytest.mark.parametrize("family", CLASSES)
+
+@pytest.mark.parametrize("family", sorted(set(CLASSES) - set(MOVED)))
 def test_all_linear_adapts_the_decoders_linear_layers_and_nothing_else(family: str) -> None:
     from peft.tuners.lora import LoraLayer
 
@@ -23,3 +27,17 @@ def test_all_linear_adapts_the_decoders_linear_layers_and_nothing_else(family: s
         if layer.name not in ("shared_expert_gate", "router", "gate")
     }
     assert names == expected
+
+
+@pytest.mark.parametrize("family", MOVED)
+def test_names_that_peft_moves_to_the_experts_are_refused_with_those_that_it_does_not(family: str) -> None:
+    model = tiny_model(architecture(CLASSES[family]))
+    message = r"in place of down_proj, gate_proj, up_proj; set lora.targets=\[k_proj,o_proj,q_proj,v_proj\]"
+    with pytest.raises(ModelError, match=message):
+        match_targets(model, ["all-linear"])
+    assert set(match_targets(model, ["q_proj", "k_proj", "v_proj", "o_proj"])) == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    }
