@@ -145,8 +145,8 @@ class Routes:
         if request.return_token_ids:
             extra["prompt_token_ids"] = list(answers[0].prompt)
         try:
-            for choice in filter(None, map(writer.first, range(len(answers)))):
-                yield event(head.body([choice], chunk=True) | extra)
+            for first in map(writer.first, range(len(answers))):
+                yield event(head.body([first], chunk=True) | extra)
             extra.pop("prompt_token_ids", None)
             async with asyncio.timeout(self._service.config.request_seconds):
                 async with contextlib.aclosing(merged(answers)) as pieces:

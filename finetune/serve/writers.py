@@ -18,8 +18,8 @@ class Writer(Protocol):
     async def prepare(self) -> None:
         """Computes what must be known before the response starts."""
 
-    def first(self, index: int) -> dict[str, Any] | None:
-        """Returns the choice that opens a stream; None for none."""
+    def first(self, index: int) -> dict[str, Any]:
+        """Returns the choice that opens a stream."""
 
     def chunk(self, index: int, piece: Piece) -> dict[str, Any] | None:
         """Returns the choice of one chunk; None while nothing can be sent."""
@@ -108,8 +108,8 @@ class CompletionWriter:
                     self._engine.score, self._model, answer.prompt, top=self._request.logprobs
                 )
 
-    def first(self, index: int) -> dict[str, Any] | None:
-        """Returns the prompt."""
+    def first(self, index: int) -> dict[str, Any]:
+        """Returns the prompt where it is echoed; an empty text otherwise."""
         return self._choice(index, Piece("".join(token.text for token in self._prompts[index]), self._prompts[index]))
 
     def chunk(self, index: int, piece: Piece) -> dict[str, Any] | None:
