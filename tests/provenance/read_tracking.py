@@ -124,7 +124,7 @@ def _is_bookkeeping(reader: FrameType) -> bool:
     module = reader.f_globals.get("__name__", "")
     code = reader.f_code
     return (
-        (module == "finetune.run" and code.co_qualname.startswith("to_jsonable"))
+        (module == "finetune.jsonable" and code.co_qualname == "_json_fields")
         or module == __name__
         or module.partition(".")[0] in ("omegaconf", "dataclasses")
         or code.co_filename == "<string>"
