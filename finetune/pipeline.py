@@ -37,7 +37,7 @@ from finetune.provenance import warn_unused_overrides
 from finetune.quantization import choose_skip_modules
 from finetune.quantization.sensitivity import SkippedLayers
 from finetune.report import ReportFiles, report
-from finetune.run import RunFolder, fingerprint
+from finetune.run import STAGES, RunFolder, fingerprint
 from finetune.tracking import Trackers, figures, open_trackers
 from finetune.train import join_training, train_adapter
 from finetune.trainable import TrainableModel, TrainingJob, trainable_model
@@ -237,7 +237,8 @@ def show_plan(run: Run) -> None:
         planned = plan(run.config, run.machine)
         facts.update(to_jsonable(planned))
     show(planned)
-    require_fit(planned, unless=run.config.preflight.level == "off")
+    trains = STAGES.index(run.config.run.until) >= STAGES.index("train") and not run.folder.is_done("train")
+    require_fit(planned, unless=not trains or run.config.preflight.level == "off")
 
 
 def find_tokenizer(run: Run) -> tuple[ModelFiles, PreTrainedTokenizerBase]:

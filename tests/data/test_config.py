@@ -43,7 +43,7 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"pack_tokens": 100}, "data.pack_tokens must be at least data.max_tokens"),
     ({"heldout_share": 1.0}, "data.heldout_share must be at least 0 and below 1"),
     ({"heldout_rows": 0}, "data.heldout_rows must be at least 1"),
-    ({"heldout_rows": 5, "heldout_path": "x"}, "both name the held-out rows; remove one"),
+    ({"heldout_rows": 5, "heldout_path": "x"}, "both name the held-out rows; set one to null"),
     ({"train_roles": ["robot"]}, "data.train_roles may contain system, user, assistant, tool; got ['robot']"),
     ({"train_roles": []}, "no token would be trained on"),
     ({"workers": -1}, "data.workers must not be negative"),

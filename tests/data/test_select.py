@@ -204,7 +204,12 @@ def test_rows_without_tests_have_no_such_column(run: Callable[..., PreparedData]
     assert "tests" not in split(run(ROWS, heldout_rows=7), "heldout")[0]
 
 
-def test_tests_that_are_no_source_are_named(run: Callable[..., PreparedData], tmp_path: Path) -> None:
-    wrong = [{**pair(), "tests": {"inputs": [1]}}]
-    with pytest.raises(DataError, match="column 'tests' is not a list"):
+@pytest.mark.parametrize(
+    ("tests", "message"), [(5, "column 'tests' is not a list"), ({"inputs": [1]}, "line of column 'tests' is not text")]
+)
+def test_tests_that_are_no_source_are_named(
+    tests: Any, message: str, run: Callable[..., PreparedData], tmp_path: Path
+) -> None:
+    wrong = [{**pair(), "tests": tests}]
+    with pytest.raises(DataError, match=message):
         run(ROWS, heldout_path=str(write_jsonl(tmp_path / "heldout.jsonl", wrong)))
