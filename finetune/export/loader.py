@@ -50,13 +50,13 @@ def rebuild(
     """Loads what `check` has checked; see `load`."""
     tokenizer = _tokenizer(folder, record)
     placement = _placement(record, device=device)
-    config = ModelConfig(**record["model"], architecture=None)
+    config = ModelConfig(**_known(ModelConfig, record["model"], folder), architecture=None)
     if record["kind"] == "merged":
         log("load", f"the merged model in {folder}")
         return _merged(folder, config, placement=placement, sha256=record["weights_sha256"]), tokenizer
     from finetune.inference.adapted import load_adapted_model
 
-    quantization = QuantizationConfig(**record["quantization"]["settings"])
+    quantization = QuantizationConfig(**_known(QuantizationConfig, record["quantization"]["settings"], folder))
     found = _base(config, record, where=base or _folder_of_the_run(folder, record))
     spec = ModelSpec(base=found, config=config, quantization=quantization, placement=placement)
     return load_adapted_model(spec, folder), tokenizer
@@ -105,6 +105,23 @@ def _record(file: Path) -> dict[str, Any]:
     if changed:
         log("load", f"{file.parent} was made with {', '.join(changed)}: figures may differ by rounding")
     return record
+
+
+def _known(config: type[Any], settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Returns the settings of a record.
+
+    Raises:
+        ModelError: This version has other settings.
+    """
+    fields = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(config)}
+    needed = {name for name, is_needed in fields.items() if is_needed and name != "architecture"}
+    other = sorted((settings.keys() - fields.keys()) | (needed - settings.keys()))
+    if other:
+        raise ModelError(
+            f"{folder / FILE} was written by another version of finetune, which differs in the settings "
+            f"{', '.join(other)}; export again"
+        )
+    return settings
 
 
 def _check_files(folder: Path, record: dict[str, Any]) -> None:

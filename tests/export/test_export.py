@@ -222,6 +222,11 @@ def test_tokenizer_of_an_export_is_in_the_form_that_transformers_4_reads(exports
         (lambda record: record.update(weights_sha256="0" * 64), "weights are not those that were exported"),
         (lambda record: record["tokenizer"].update(template_sha256="0" * 64), "its template_sha256 changed"),
         (lambda record: record.update(schema=1), "another version of finetune"),
+        (
+            lambda record: record["model"].update(old=1),
+            "another version of finetune, which differs in the settings old",
+        ),
+        (lambda record: record["quantization"]["settings"].pop("method"), "differs in the settings method; export"),
     ],
 )
 def test_loader_refuses_what_does_not_match(

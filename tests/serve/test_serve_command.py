@@ -115,7 +115,7 @@ def test_sigterm_finishes_the_running_answer_and_refuses_new_ones(served_run: Pa
         assert rest_of_answer[-1] == "data: [DONE]"
         rest = process.stdout.read()
         assert process.wait(30) == 0
-        assert "no new requests; 1 running answers are finished" in rest
+        assert "no new requests; 8 running answers are finished" in rest
         assert "secret" not in "".join(lines) + rest
         assert "Traceback" not in rest
     finally:
