@@ -33,7 +33,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("template", "data.template: the tokenizer has no chat template; choose one of chatml,"),
+        ("template", "data.template: the tokenizer has no chat template; choose one of alpaca, chatml,"),
         ("path", "data.path: nowhere.jsonl does not exist"),
         ("heldout", "data.heldout_path: nowhere.jsonl does not exist"),
         (
@@ -119,6 +119,7 @@ def test_rows_without_chats_need_no_template(tiny_base: Path, work: Path, capsys
     (work.parent / "prose.txt").write_text("Rain fell on the roof all night. " * 40)
     (work.parent / "rows.jsonl").write_text('{"text": "Rain fell on the roof."}\n' * 4)
     settings = ["tracking=[]", f"model.name={base}", "run.until=data", "data.heldout_share=0.0", "data.cache=''"]
+    settings.append("data.max_tokens=256")
     for name, rows in (("a", "prose.txt"), ("b", "rows.jsonl")):
         arguments = [*settings, f"run.name={name}", f"data.path={work.parent / rows}", "data.duplicates=keep"]
         assert main(arguments) == 0, capsys.readouterr().err

@@ -36,7 +36,7 @@ class LoraConfig:
 
     targets: list[str]
     """Last name segments of the linear layers to adapt, e.g. ``q_proj``; ``all-linear`` takes all but the head and
-    gates of width one. Routers and experts are no linear layers."""
+    gates of width one. Routers and experts are not linear layers."""
 
     dtype: str
     """Dtype of the adapter: ``float32`` keeps small updates that ``bfloat16`` rounds away. DoRA's lengths stay

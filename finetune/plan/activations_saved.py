@@ -112,7 +112,7 @@ def attention(inputs: PlanInputs) -> Iterator[SavedTensor]:
 def linear_attention(inputs: PlanInputs) -> Iterator[SavedTensor]:
     """Yields what the gated delta rule in plain torch keeps: tensors as wide as the values, pairs of a chunk's tokens,
     and a state for each chunk. It computes in float32; autocast's products keep copies in the compute dtype instead,
-    or besides. fla's kernels, which are no dependency, keep less.
+    or besides. fla's kernels keep less; this project does not use them.
 
     Source: transformers 5.23, ``torch_chunk_gated_delta_rule`` and ``Qwen3_5GatedDeltaNet.forward``.
     """

@@ -10,6 +10,7 @@ from finetune.architecture import ArchitectureConfig
 from finetune.hardware.place import choose_dtype
 from finetune.kernels.choose import KernelFacts, choose
 from finetune.model.base import dimensions
+from finetune.parameters import linear_parameters
 from finetune.plan.fit import fit_step
 from finetune.plan.inputs import KernelChoice, PlanInputs, TrainerMemoryModel
 
@@ -133,8 +134,8 @@ def predict_kernels(
     facts = KernelFacts(
         fusion_obstacle=_first_true(reasons),
         quantized=method in ("nf4", "fp4"),
-        dense_bytes=0,  # how much memory will be free then is not known, so the copies are taken to fit
-        free_bytes=0,
+        dense_bytes=linear_parameters(architecture) * (4 if dtype == "float32" else 2),
+        free_bytes=machine.ram_bytes,  # how much will be free then is not known; only a CPU keeps copies
         head_split_obstacle=_first_true(head_reasons),
         native_obstacle=_first_true(native_reasons),
         tiles="amx_bf16" in machine.features and architecture.head_dim % 32 == 0,
