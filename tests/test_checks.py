@@ -116,10 +116,9 @@ def test_a_finished_data_stage_needs_its_files_no_more(
 
 def test_rows_without_chats_need_no_template(tiny_base: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = served(tiny_base, work.parent / "base", "*.jinja")
-    (work.parent / "prose.txt").write_text("Rain fell on the roof all night. " * 40)
+    (work.parent / "prose.txt").write_text("Rain fell on the roof all night. " * 10)
     (work.parent / "rows.jsonl").write_text('{"text": "Rain fell on the roof."}\n' * 4)
     settings = ["tracking=[]", f"model.name={base}", "run.until=data", "data.heldout_share=0.0", "data.cache=''"]
-    settings.append("data.max_tokens=256")
     for name, rows in (("a", "prose.txt"), ("b", "rows.jsonl")):
         arguments = [*settings, f"run.name={name}", f"data.path={work.parent / rows}", "data.duplicates=keep"]
         assert main(arguments) == 0, capsys.readouterr().err

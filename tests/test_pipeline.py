@@ -100,6 +100,8 @@ def test_trained_tokens_pass_through_the_whole_line(
         "tracking=[]",
         "lora.tokens=['<|im_end|>']",
         "export=[adapter,safetensors]",
+        "eval.batch_rows=2",
+        "eval.artifacts=[adapter,merged]",
     ]
     assert main(asked) == 0, capsys.readouterr().err
     report = json.loads((tmp_path / "outputs" / "tiny" / "report.json").read_text())

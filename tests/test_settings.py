@@ -8,12 +8,12 @@ from finetune.config.fields import all_keys
 
 ROOT = Path(__file__).parents[1]
 STARTS_A_RUN = re.compile(r"\bmain\(|\"-m\", \"finetune|read_tracking|fixtures\.overrides")
-REFUSALS = ("test_main.py", "test_compatibility.py")
+REFUSALS = ("test_main.py", "test_checks.py", "test_compatibility.py")
 """Tests of command lines that are refused."""
 
 NOT_YET = {
     "data.sources.rows", "data.sources.weight", "merge.adapters", "train.preference.loss",
-    "eval.harness.chat", "eval.harness.include_path", "eval.harness.shots",
+    "eval.harness.batch_rows", "eval.harness.chat", "eval.harness.include_path", "eval.harness.shots",
     "eval.harness.tasks", "export.repository", "export.shard_bytes", "launch.grace_seconds", "launch.host",
     "launch.port", "lora.calibration_tokens", "optim.decay", "optim.lora_plus_ratio", "optim.warmup_tokens",
     "plan.exact", "plan.fit", "quantization.skip_modules", "quantization.skip_modules_mib",
