@@ -20,7 +20,7 @@ from finetune.quantization.config import spec as quantization_spec
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
     from finetune.config import RunConfig
     from finetune.kernels import Fusion
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from finetune.optim import OptimConfig
     from finetune.products import PreflightResult, PreparedData
     from finetune.train import TrainConfig
+
+
+RECURRENT_LAYERS = {"linear_attention", "conv", "mamba", "hybrid", "hybrid_sliding"}
+"""Layer types of transformers that carry a state from token to token."""
 
 
 @dataclass(kw_only=True)
@@ -177,7 +181,13 @@ def load_trainable_model(
         fusion=fusion,
         parameters=parameters,
         base_bytes=base_bytes,
+        packing=keeps_documents_apart(base.config),
     )
+
+
+def keeps_documents_apart(config: PreTrainedConfig) -> bool:
+    """Returns whether documents can share a row: a recurrent layer would carry its state into the next document."""
+    return not RECURRENT_LAYERS & set(getattr(config.get_text_config(), "layer_types", None) or ())
 
 
 def describe(trainable: TrainableModel) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -89,7 +90,7 @@ def adapted_layers(adapter: Path) -> set[str]:
 
 def expected_layers(recipe: RunConfig, base: Path) -> set[str]:
     with safe_open(base / "model.safetensors", framework="pt") as tensors:
-        linear = {name.split(".")[-2] for name in tensors.keys() if "proj.weight" in name}  # noqa: SIM118
+        linear = {name.split(".")[-2] for name in tensors.keys() if re.search(r"proj\w*\.weight", name)}  # noqa: SIM118
     return linear if recipe.lora.targets == ["all-linear"] else set(recipe.lora.targets)
 
 

@@ -145,11 +145,16 @@ def backward_temporaries(inputs: PlanInputs) -> float:
         gated = tokens * width * (4 * c if inputs.kernels.native else casts + 5 * FLOAT + 2 * c)
         product = tokens * c * 2 * width + workspace_bytes(inputs)
         return max(gated, product) - workspace_bytes(inputs) + tokens * c * 2 * a.hidden_size
-    wide = tokens * c * ((3 if a.mlp == "gated" else 2) * width + 2 * a.hidden_size)
+    freed = sum(tensor.bytes for tensor in layer_tensors(inputs) if tensor.name == "feed-forward")
+    residual, dense = tokens * c * 2 * a.hidden_size, workspace_bytes(inputs)
+    wide = tokens * c * (3 if a.mlp == "gated" else 2) * width + residual
+    if dense:  # it is counted besides, but down_proj's is freed before the widest point, and the others come after it
+        before = tokens * c * width + (dense / 2 if a.fused_gate_up else dense)
+        after = tokens * c * 2 * width + dense - freed
+        wide = max(wide, before + residual, after + residual) - dense
     if inputs.attention != "eager":
         return wide
     together = tokens if inputs.kernels.flat else inputs.tokens
-    freed = sum(tensor.bytes for tensor in layer_tensors(inputs) if tensor.name == "feed-forward")
     return max(wide, a.heads * together * 2 * (c if a.sinks else FLOAT) * tokens - freed)
 
 

@@ -166,9 +166,10 @@ class CheckContext:
 
     def apply_failure(self, name: str) -> None:
         """Computes the following checks as training will after the check ``name`` has failed."""
+        if name in ("fused_layers", "packing"):
+            self.__dict__.pop("noisy_gradients", None)
         if name == "fused_layers":
             self.fusion.enabled = False
-            self.__dict__.pop("noisy_gradients", None)
         if name == "packing":
             self.job.trainable.packing = False
             if self.trial is not None:
@@ -182,8 +183,8 @@ class CheckContext:
         """Computes the summed loss of all documents in nats as training does; see also ``fusion.disabled``."""
         if self.fusion.loss_on_trained_tokens:
             with self._autocast() if self.fusion.autocast else nullcontext():
-                return self.fusion.loss(self.model, self._flat(self.rows.documents))
-        return self._plain_losses(self._flat(self.rows.documents)).sum()
+                return self.fusion.loss(self.model, self._collate(self.rows.documents))
+        return self._plain_losses(self._collate(self.rows.documents)).sum()
 
     def token_losses(self, documents: list[Document], *, layout: str) -> Tensor:
         """Computes the loss of every trained token as training does, in nats, shape (tokens,), in evaluation mode.
@@ -195,7 +196,7 @@ class CheckContext:
         self.model.eval()
         groups = [[document] for document in documents] if layout == "alone" else [documents]
         with torch.no_grad():
-            return torch.cat([self._losses(self._flat(group, joined=layout == "one document")) for group in groups])
+            return torch.cat([self._losses(self._collate(group, joined=layout == "one document")) for group in groups])
 
     def gradients(self) -> dict[str, Tensor]:
         """Computes the gradient of the mean loss by name, in training mode; only of parameters that get one.
@@ -252,15 +253,15 @@ class CheckContext:
             for p, old in zip(matrices, before, strict=True):
                 p.data.copy_(old)
 
-    def _flat(self, documents: Sequence[Document], *, joined: bool = False) -> dict[str, Any]:
-        """Concatenates documents in one row, as training does; ``joined`` makes a single document of them."""
+    def _collate(self, documents: Sequence[Document], *, joined: bool = False) -> dict[str, Any]:
+        """Lays documents in one row or a row each, as training does; ``joined`` makes a single document of them."""
         lengths = [len(document["input_ids"]) for document in documents]
         rows = [{**document, "seq_lengths": [length]} for document, length in zip(documents, lengths, strict=True)]
         if joined:
             labels = [label for document in documents for label in [IGNORED, *document["labels"][1:]]]
             ids = [token for document in documents for token in document["input_ids"]]
             rows = [{"input_ids": ids, "labels": labels, "seq_lengths": [sum(lengths)]}]
-        batch = Collator(flat=True, pad_token_id=0)(rows)
+        batch = Collator(flat=self.job.trainable.packing, pad_token_id=0)(rows)
         del batch["padding"]
         return {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 

@@ -63,6 +63,8 @@ def check_packing(context: CheckContext) -> CheckResult:
     across documents would make: the loss of the same row as a single long document.
     """
     documents = context.rows.packed
+    if not context.job.trainable.packing:
+        raise CheckSkipped("layers carry a state from token to token, so every document trains in a row of its own")
     if len(documents) < 2:
         raise CheckSkipped("the data are a single document, so there is nothing to pack it with")
     alone = context.token_losses(documents, layout="alone")

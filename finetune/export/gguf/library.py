@@ -92,7 +92,6 @@ def load_library() -> Any:
     for name, value in DEFAULTS.items():
         if (actual := getattr(params, name)) != value:
             raise ExportError(_unknown_interface(xllamacpp.__version__, f"starts with {name}={actual}, not {value}"))
-    lib.llama_log_set(_on_log, None)
     return lib
 
 
@@ -151,6 +150,7 @@ class LlamaModel:
 
     def __init__(self, file: Path, *, adapter: Path | None, context: int, threads: int) -> None:
         self._lib = load_library()
+        self._lib.llama_log_set(_on_log, None)  # a server in this process sets its own
         self._model = self._lib.llama_model_load_from_file(str(file).encode(), self._lib.llama_model_default_params())
         if not self._model:
             raise _failed(f"load {file}")
