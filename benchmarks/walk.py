@@ -104,6 +104,8 @@ def walk(settings: Walk) -> dict[str, Any]:
     from benchmarks.walk_base import make_base
 
     recipe = load([f"+experiment={settings.experiment}"])
+    if settings.folder:
+        Path(settings.folder).mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f"walk-{settings.experiment}-", dir=settings.folder))
     try:
         if settings.size == "full" and recipe.model.architecture:

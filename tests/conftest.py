@@ -1,6 +1,7 @@
 """The environment of all tests, their order, and the fixtures that several packages share."""
 
 import os
+import sys
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,6 +11,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 from collections import Counter
 
 import pytest
+from absl import logging as absl_logging
+
+# rouge-score's logging closes the stream it started with when Hydra sets up its own: that of pytest's capture.
+absl_logging.get_absl_handler().python_handler.setStream(sys.__stderr__)
 
 pytest_plugins = ["tests.fixtures.models", "tests.fixtures.artifacts", "tests.fixtures.hub"]
 
