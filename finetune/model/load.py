@@ -144,19 +144,21 @@ def _open(folder: Path, spec: ModelSpec, **arguments: Any) -> PreTrainedModel:
 
     from finetune.model.text_only import from_pretrained
     from finetune.quantization.bnb import quiet_imports
+    from finetune.quantization.expert_loading import quantized_experts
 
     quiet_imports()
     check_remote_code(folder, spec.config.remote_code)
     device = spec.placement.device
     rank = os.environ.get("LOCAL_RANK") if device == "cuda" else None
-    model: PreTrainedModel = from_pretrained(
-        folder,
-        dtype=getattr(torch, spec.placement.dtype),
-        attn_implementation=spec.placement.attention,
-        trust_remote_code=spec.config.trust_remote_code,
-        use_safetensors=True,
-        **({"device_map": {"": device if rank is None else f"cuda:{rank}"}} | arguments),
-    )
+    with quantized_experts():
+        model: PreTrainedModel = from_pretrained(
+            folder,
+            dtype=getattr(torch, spec.placement.dtype),
+            attn_implementation=spec.placement.attention,
+            trust_remote_code=spec.config.trust_remote_code,
+            use_safetensors=True,
+            **({"device_map": {"": device if rank is None else f"cuda:{rank}"}} | arguments),
+        )
     return model
 
 
