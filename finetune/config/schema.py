@@ -83,6 +83,11 @@ class RunConfig:
                 f"model.upcast={self.model.upcast} gives float32 inputs, which layers of quantization.method={method} "
                 "do not take: set model.upcast=none"
             )
+        if self.lora.experts and self.launch.strategy != "single":
+            yield (
+                f"lora.experts=true leaves experts without a gradient that no token of a process reaches, which "
+                f"launch={self.launch.strategy} waits for: choose launch=single, or lora.experts=false"
+            )
         if self.launch.strategy in ("fsdp", "deepspeed") and method not in SHARDABLE:
             yield (
                 f"quantization.method={method} cannot be cut into shards: launch={self.launch.strategy} needs "

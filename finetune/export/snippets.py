@@ -1,18 +1,21 @@
 """Code that loads each export: printed in the card, and run unchanged by the parity check."""
 
+from textwrap import indent
+
 from finetune.hardware.backends import BACKENDS
 from finetune.model import ModelConfig, ModelSpec
 from finetune.quantization import QuantizationConfig
 from finetune.quantization.skip_modules import HEADS, skip_patterns
 
 
-def adapter_snippet(folder: str, spec: ModelSpec, *, ends: list[int]) -> str:
+def adapter_snippet(folder: str, spec: ModelSpec, *, ends: list[int], splits: bool = False) -> str:
     """Returns code that loads the adapter by peft on the base as it was quantized for training.
 
     Args:
         folder: The adapter's, relative to where the code runs.
         spec: The base as it was loaded for training.
         ends: Tokens that end an answer.
+        splits: Whether the base has experts in 4 bits, which transformers alone leaves in 16 bit.
     """
     base, quantization, dtype = spec.base, spec.quantization, spec.placement.dtype
     hub = [repr(base.name), f"revision={base.revision!r}"]
@@ -28,6 +31,7 @@ def adapter_snippet(folder: str, spec: ModelSpec, *, ends: list[int]) -> str:
     lines = [
         "import torch",
         *imports,
+        *(["from finetune.quantization.expert_loading import quantized_experts"] if splits else []),
         "from peft import PeftModel",
         f"from transformers import {', '.join(['AutoModelForCausalLM', 'AutoTokenizer', *classes])}",
         "",
@@ -37,15 +41,18 @@ def adapter_snippet(folder: str, spec: ModelSpec, *, ends: list[int]) -> str:
             if base.source == "hub"
             else [f"# put here where you have {base.public_name}, weights SHA-256 {base.sha256}"]
         ),
-        "base = AutoModelForCausalLM.from_pretrained(",
-        *[f"    {argument}," for argument in arguments],
-        ")",
+        *_loading(arguments, splits=splits),
         *(_replaced(quantization, dtype=dtype) if library == "hqq" else []),
         f"model = PeftModel.from_pretrained(base, {folder!r}).eval()",
         "",
         *_answer(ends),
     ]
     return "\n".join(lines)
+
+
+def _loading(arguments: list[str], *, splits: bool) -> list[str]:
+    lines = ["base = AutoModelForCausalLM.from_pretrained(", *[f"    {argument}," for argument in arguments], ")"]
+    return ["with quantized_experts():", indent("\n".join(lines), "    ")] if splits else lines
 
 
 def merged_snippet(folder: str, *, model: ModelConfig, dtype: str) -> str:

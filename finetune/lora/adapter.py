@@ -53,7 +53,7 @@ def attach(
 
     from finetune.lora import init
 
-    targets = match_targets(model, config.targets)
+    targets = match_targets(model, config.targets) | (expert_layers(model) if config.experts else {})
     token_ids = trained_token_ids(model, config.tokens, tokenizer)
     directions = {}
     if config.variant == "eva":
@@ -131,6 +131,21 @@ def match_targets(model: nn.Module, targets: list[str]) -> dict[str, int]:
     return {name: available[name] for name in targets}
 
 
+def expert_layers(model: nn.Module) -> dict[str, int]:
+    """Counts the layers of experts by the last segment of their names.
+
+    Raises:
+        ModelError: The model has no experts that can be adapted.
+    """
+    from finetune.quantization.experts import is_expert_layer
+
+    count = Counter(name.rpartition(".")[2] for name, layer in model.named_modules() if is_linear(layer))
+    layers = {name: number for name, number in count.items() if is_expert_layer(name)}
+    if not layers:
+        raise ModelError("lora.experts=true: this model has no experts in 4 bits; set lora.experts=false")
+    return layers
+
+
 def _check_not_moved(model: Any, targets: set[str]) -> None:
     """Refuses names that peft 0.21 takes for those of experts, which transformers 5 holds as 3-D parameters.
 
@@ -178,12 +193,14 @@ def _expose_head_bias(adapted: Any) -> None:
 def linear_layers(model: Any) -> Counter[str]:
     """Counts the linear layers that can be adapted, quantized or not, by the last segment of their names.
 
-    The head is not counted, nor are gates of width one, such as that of Qwen3.5's shared expert."""
+    The head is not counted, nor are experts, nor gates of width one, such as that of Qwen3.5's shared expert."""
+    from finetune.quantization.experts import is_expert_layer
+
     head = model.get_output_embeddings()
     return Counter(
         name.rpartition(".")[2]
         for name, module in model.named_modules()
-        if is_linear(module) and module is not head and module.out_features > 1
+        if is_linear(module) and module is not head and module.out_features > 1 and not is_expert_layer(name)
     )
 
 

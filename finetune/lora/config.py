@@ -36,7 +36,7 @@ class LoraConfig:
 
     targets: list[str]
     """Last name segments of the linear layers to adapt, e.g. ``q_proj``; ``all-linear`` takes all but the head and
-    gates of width one. Routers and experts are not linear layers."""
+    gates of width one. Routers are not linear layers; for experts see ``experts``."""
 
     dtype: str
     """Dtype of the adapter: ``float32`` keeps small updates that ``bfloat16`` rounds away. DoRA's lengths stay
@@ -45,6 +45,11 @@ class LoraConfig:
     tokens: list[str] = field(default_factory=list)
     """Tokens of the vocabulary whose embeddings are trained too, e.g. those of a chat template that the base does not
     know: one row each, also in the head where it is tied to the embedding."""
+
+    experts: bool = False
+    """Adapts gate, up and down of every expert of a mixture too, each with matrices of its own. Needs
+    ``quantization=nf4`` or ``fp4``, where experts are linear layers. The adapter then fits this project's loader only;
+    the merged model is a plain one. An expert that no token of a step reaches is not trained in that step."""
 
     calibration_tokens: int = 2048
     """``eva`` only: tokens of training documents that it is initialised from."""
@@ -108,6 +113,16 @@ class LoraConfig:
             yield (
                 f"lora.variant=dora reads each weight in every pass, and {reason}; "
                 f"got quantization.method={quantization}: choose quantization=nf4"
+            )
+        if self.experts and quantization not in QUANTIZED_ONLY:
+            yield (
+                f"lora.experts=true needs experts in 4 bits; got quantization.method={quantization}: choose "
+                "quantization=nf4_double, or lora.experts=false"
+            )
+        if self.experts and self.variant not in ("lora", "rslora"):
+            yield (
+                f"lora.experts=true is for lora.variant=lora and rslora; got {self.variant}, which reads every layer's "
+                "weight or input when it starts: choose lora.variant=lora, or lora.experts=false"
             )
         if self.variant in DOUBLE_RANK and weight_decay != 0:
             yield (

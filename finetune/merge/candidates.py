@@ -25,10 +25,14 @@ from finetune.merge.checkpoint import (
     read_checkpoint,
     write_index,
 )
+from finetune.merge.config_file import write_config
+from finetune.merge.experts import ExpertStack, ExpertUpdates, is_expert_change, rename_expert_changes
 from finetune.model.text_only import config_of_text, decoder_name
 
-Source = Callable[[str], Tensor | None]
+Source = Callable[[str], Tensor | ExpertStack | None]
 """Returns the weight to start from for a tensor's name; None where it is the one on disk."""
+
+TensorChange = Change | ExpertUpdates
 
 MAX_PARALLEL_FILES = 4
 """Each needs memory for some pieces of 4 MiB, and for a dense layer where weights are dequantized."""
@@ -43,7 +47,7 @@ class TensorPlan:
 
     name: str
     stored: StoredTensor
-    change: Change | None
+    change: TensorChange | None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -107,7 +111,7 @@ def build(
     with _thread_per_file() as pool:
         counts = [count for file_counts in pool.map(write, files) for count in file_counts]
     write_index(target, headers)
-    _write_config(config, target / "config.json", dtype=dtype, files=files, untied=untied)
+    write_config(config, target / "config.json", dtype=dtype, files=files, untied=untied)
     for file in base.iterdir():
         if file.suffix in COPIED and file.name not in NOT_COPIED:
             shutil.copyfile(file, target / file.name)
@@ -151,7 +155,7 @@ def _write(plan: TensorPlan, writer: ShardWriter, *, dtype: torch.dtype, source:
             "give the base that the adapter was trained on"
         )
     adapted = changed = 0
-    for first, old in plan.stored.pieces() if start is None else _split(start):
+    for first, old in _split(start) if isinstance(start, Tensor) else (start or plan.stored).pieces():
         if change is None:
             writer.write(old.to(dtype))
             continue
@@ -174,8 +178,8 @@ def _split(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield first, weight[first : first + step].cpu()
 
 
-def _changed(change: Change, first: int, old: Tensor, *, dtype: torch.dtype) -> Tensor:
-    if isinstance(change, LowRank):
+def _changed(change: TensorChange, first: int, old: Tensor, *, dtype: torch.dtype) -> Tensor:
+    if isinstance(change, LowRank | ExpertUpdates):
         return change.apply(first, old.to(torch.float32, copy=True)).to(dtype)
     assert isinstance(change, EmbeddingRows)
     new = old.to(dtype, copy=True)
@@ -195,9 +199,13 @@ def _plan(
     stored = {name: entry for tensors in checkpoint.values() for name, entry in tensors}
     tied = bool(config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", False)))
     embedding, head = tied_names(base) if tied else ("", "")
-    resolved: dict[str, Change] = {}
+    of_experts = {name: change for name, change in changes.items() if is_expert_change(name)}
+    shapes = {name: entry.shape for name, entry in stored.items()}
+    resolved: dict[str, TensorChange] = rename_expert_changes(of_experts, shapes, base=base)
     head_change: Change | None = None
     for name, change in changes.items():
+        if name in of_experts:
+            continue
         if name == head and _resolve(head, stored) is None:
             head_change = change
             continue
@@ -225,7 +233,7 @@ def _plan(
     return files, untied
 
 
-def _same(first: Change | None, second: Change | None) -> bool:
+def _same(first: TensorChange | None, second: TensorChange | None) -> bool:
     if not isinstance(first, ReplacedTensor) or not isinstance(second, ReplacedTensor):
         return False
     return torch.equal(first.value, second.value)
@@ -262,30 +270,3 @@ def write_chat(folder: Path, chat: Chat) -> None:
     settings["eos_token_id"] = chat.ends[0] if len(chat.ends) == 1 else chat.ends
     settings["pad_token_id"] = chat.tokenizer.pad_token_id
     file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def _rope_of_version_4(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns the position settings as transformers 4 reads them, where a config.json has those of version 5 only.
-
-    Version 4 does not know ``rope_parameters`` and would compute with its default base without a word.
-    """
-    rope = config.get("rope_parameters")
-    if not isinstance(rope, dict) or "rope_theta" not in rope or "rope_theta" in config:
-        return {}
-    scaled = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
-    settings = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
-    return settings | ({} if rope.get("rope_type", "default") == "default" else {"rope_scaling": scaled})
-
-
-def _write_config(
-    config: dict[str, Any], file: Path, *, dtype: torch.dtype, files: dict[str, list[TensorPlan]], untied: bool
-) -> None:
-    written = {key: value for key, value in config.items() if key not in ("quantization_config", "torch_dtype")}
-    written["dtype"] = str(dtype).removeprefix("torch.")
-    written.update(_rope_of_version_4(written))
-    if untied:
-        written["tie_word_embeddings"] = False
-    for plan in (plan for plans in files.values() for plan in plans):
-        if plan.shape[:1] != plan.stored.shape[:1] and plan.stored.shape[:1] == (config.get("vocab_size"),):
-            written["vocab_size"] = plan.shape[0]
-    file.write_text(json.dumps(written, indent=2) + "\n")

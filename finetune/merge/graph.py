@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import MergeError
 from finetune.merge.candidates import Source
+from finetune.merge.experts import ExpertStack, expert_tensor, stacks
 from finetune.model.text_only import decoder_name
 
 if TYPE_CHECKING:
@@ -40,14 +41,23 @@ def dequantized(spec: ModelSpec, graph: Any, *, work: Path) -> Source:
         folder = cache.folder
     else:
         save(graph.unload(), spec.quantization, folder, shard=SHARD)
-    return stored(StoredLayers(folder, spec.quantization, dtype=spec.placement.dtype, device=spec.placement.device))
+    layers = StoredLayers(folder, spec.quantization, dtype=spec.placement.dtype, device=spec.placement.device)
+    return stored(layers, base=spec.base.folder)
 
 
-def stored(layers: StoredLayers) -> Source:
-    """Returns a source of dequantized layers; other tensors come from the base."""
+def stored(layers: StoredLayers, *, base: Path) -> Source:
+    """Returns a source of dequantized layers; other tensors come from the base.
+
+    Args:
+        layers: Of the quantized base.
+        base: Folder of the dense base.
+    """
     names = {f"{name}.weight": name for name in layers.keys}
+    experts = stacks(layers, base=base)
 
-    def source(name: str) -> Tensor | None:
+    def source(name: str) -> Tensor | ExpertStack | None:
+        if place := expert_tensor(name):
+            return experts(place)
         name = decoder_name(name)
         matching = name if name in names else next((other for other in names if other.endswith("." + name)), None)
         return layers.dense(names[matching]) if matching else None

@@ -25,28 +25,29 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 NAMES = {"w1": GATE, "w3": UP, "w2": DOWN, "gate_proj": GATE, "up_proj": UP, "down_proj": DOWN}
-"""Names of an expert's layers in checkpoints, by those in `Expert`. Source: transformers 5.23, conversion_mapping.py."""
+"""Layers of `Expert` by their names in checkpoints. Source: transformers 5.23, conversion_mapping.py."""
 
 
 @contextmanager
 def quantized_experts() -> Iterator[None]:
     """Makes transformers split the experts of 4-bit models that it loads while the context is open."""
-    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as QUANTIZERS
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
+    quantizers: dict[str, Any] = AUTO_QUANTIZER_MAPPING
     key = "bitsandbytes_4bit"
-    before = QUANTIZERS[key]
-    QUANTIZERS[key] = _splitting(before)
+    before = quantizers[key]
+    quantizers[key] = _splitting(before)
     try:
         yield
     finally:
-        QUANTIZERS[key] = before
+        quantizers[key] = before
 
 
-def _splitting(quantizer: type[Any]) -> type[Any]:
+def _splitting(quantizer: Any) -> Any:
     """Returns a subclass of transformers' quantizer that also splits experts."""
 
-    class SplittingQuantizer(quantizer):  # type: ignore[misc]
-        """Splits experts before bitsandbytes replaces the linear layers, and reads their weights from the checkpoint."""
+    class SplittingQuantizer(quantizer):
+        """Splits experts before bitsandbytes replaces linear layers, and reads their weights from the checkpoint."""
 
         def _process_model_before_weight_loading(self, model: Any, device_map: Any, **settings: Any) -> None:
             names = split_experts(model) if reads_checkpoints_of(model) else []
@@ -77,11 +78,11 @@ def reads_checkpoints_of(model: Any) -> bool:
     from transformers.core_model_loading import Concatenate, MergeModulelist
 
     known = re.compile(rf"experts\.\*\.({'|'.join(NAMES)})\.weight$")
+    conversions: list[Any] = [*filter(_fuses, get_model_conversion_mapping(model))]
     return all(
         all(isinstance(operation, (Concatenate, MergeModulelist)) for operation in conversion.operations)
         and all(known.search(source) for source in conversion.source_patterns)
-        for conversion in get_model_conversion_mapping(model)
-        if _fuses(conversion)
+        for conversion in conversions
     )
 
 
@@ -119,12 +120,15 @@ def _split_operation() -> Any:
     class SplitFused(ConversionOps):
         """Splits a 3-D parameter into the weights of each expert's layers."""
 
-        def convert(self, input_dict: dict[str, Any], full_layer_name: str, model: Any, **_: Any) -> dict[str, Tensor]:
+        def convert(
+            self, input_dict: dict[str, Any], source_patterns: Any, target_patterns: Any, **settings: Any
+        ) -> Any:
             (value,) = input_dict.values()
             fused = value[0] if isinstance(value, list) else value
-            prefix, _, rest = full_layer_name.rpartition(".0.")
+            prefix, _, rest = settings["full_layer_name"].rpartition(".0.")
+            experts = settings["model"].get_submodule(prefix)
             layer, _, part = rest.partition(".")
-            return dict(_of_each_expert(fused, model.get_submodule(prefix), prefix=prefix, layer=layer, part=part))
+            return dict(_of_each_expert(fused, experts, prefix=prefix, layer=layer, part=part))
 
     return SplitFused()
 
@@ -154,5 +158,6 @@ def check_loaded(model: nn.Module) -> None:
     ]
     if missing:
         raise ModelError(
-            f"model.name: the checkpoint lacks {len(missing)} layers of experts, such as {missing[0]}; download it again"
+            f"model.name: the checkpoint lacks {len(missing)} layers of experts, such as {missing[0]}; "
+            "download it again"
         )

@@ -40,15 +40,25 @@ class StoredLayers:
             keys[self.library.layer_of(key)].append(key)
         self.keys = {name: parts for name, parts in keys.items() if self.library.is_quantized(parts)}
 
+    @property
+    def names(self) -> list[str]:
+        """Returns the names of all modules with a weight, quantized or not."""
+        return [*self.keys, *(key.removesuffix(".weight") for key in self.files if key.endswith(".weight"))]
+
     def dense(self, name: str) -> Tensor:
         """Returns the weight of a layer as the loaded model multiplies by it, shape (outputs, inputs).
 
         Args:
-            name: Of the layer, one of ``keys``.
+            name: Of the layer, one of ``names``; one that is not in ``keys`` is not quantized.
         """
         import torch
         from safetensors import safe_open
 
+        if name not in self.keys:
+            key = f"{name}.weight"
+            with safe_open(self.files[key], "pt") as file:
+                plain: Tensor = file.get_tensor(key)
+            return plain.to(self.device)
         parts: dict[str, Any] = {}
         for key in self.keys[name]:
             with safe_open(self.files[key], "pt") as file:

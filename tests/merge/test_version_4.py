@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from finetune.merge.candidates import _rope_of_version_4
+from finetune.merge.config_file import _rope_of_version_4
 
 
 @pytest.mark.parametrize(
