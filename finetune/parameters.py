@@ -25,6 +25,10 @@ _SHARED = {"glm4_moe": "mlp.shared_experts"}
 """Names of the modules that hold the feed-forward layers and the shared expert."""
 
 
+EXPERTS = "mlp.experts.0"
+"""Segments before the names of an expert's layers, for the first of those that are alike."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Linear:
     """Linear layers of one kind, each a matrix of ``out_features`` by ``in_features``.
@@ -35,6 +39,7 @@ class Linear:
         parent: The segments between the number of the layer and ``name``.
         layers: Numbers of the decoder layers that have one.
         adapted: Whether it gets an adapter where all linear layers do; gates of width one do not.
+        copies: Matrices in each of these layers: one, or one of each expert.
     """
 
     name: str
@@ -45,11 +50,12 @@ class Linear:
     layers: tuple[int, ...]
     bias: bool = False
     adapted: bool = True
+    copies: int = 1
 
     @property
     def count(self) -> int:
         """Returns the number of matrices."""
-        return len(self.layers)
+        return len(self.layers) * self.copies
 
     @property
     def weights(self) -> int:
@@ -65,7 +71,7 @@ class Linear:
 def linear_layers(architecture: ArchitectureConfig) -> list[Linear]:
     """Lists the ``nn.Linear`` layers, without the head: those that are quantized and can have adapters.
 
-    Experts are fused 3-D parameters in transformers 5, not linear layers, so they are not listed either.
+    Experts are fused 3-D parameters in transformers 5, so they are not listed either; see `expert_layers`.
     """
     names = _NAMES.get(architecture.family, {})
     return [
@@ -82,6 +88,34 @@ def linear_layers(architecture: ArchitectureConfig) -> list[Linear]:
         for group in layer_groups(architecture)
         for mixer in (_MIXERS[group.architecture.mixer], _feed_forward)
         for role, parent, in_features, out_features, bias in mixer(group.architecture)
+    ]
+
+
+def expert_layers(architecture: ArchitectureConfig) -> list[Linear]:
+    """Lists the experts' layers as a 4-bit base has them: gate, up and down of each expert, without routers.
+
+    Source: the names in `finetune.quantization.experts`.
+    """
+    a = architecture
+    if not a.experts:
+        return []
+    layers = tuple(range(a.dense_layers, a.layers))
+    widths = {
+        "expert_gate": (a.hidden_size, a.intermediate_size),
+        "expert_up": (a.hidden_size, a.intermediate_size),
+        "expert_down": (a.intermediate_size, a.hidden_size),
+    }
+    return [
+        Linear(
+            name=name,
+            parent=EXPERTS,
+            in_features=width_in,
+            out_features=width_out,
+            layers=layers,
+            bias=a.expert_bias,
+            copies=a.experts,
+        )
+        for name, (width_in, width_out) in widths.items()
     ]
 
 
@@ -181,7 +215,7 @@ def _mixer_inside(a: ArchitectureConfig) -> int:
 
 
 def expert_parameters(architecture: ArchitectureConfig) -> int:
-    """Counts the weights of all experts and routers: fused parameters, which bitsandbytes does not quantize."""
+    """Counts the weights of all experts and routers: `expert_layers`, and those of the routers."""
     a = architecture
     matrices = 3 if a.mlp == "gated" else 2
     weights = matrices * a.hidden_size * a.intermediate_size + a.hidden_size

@@ -90,6 +90,7 @@ def load_model(
     """
     from finetune.quantization import quantized_layers
     from finetune.quantization.bnb import prevent_repacking
+    from finetune.quantization.experts import join_codes
     from finetune.quantization.skip_modules import check_skip_modules
 
     base, config, quantization = spec.base, spec.config, spec.quantization
@@ -108,6 +109,7 @@ def load_model(
     check_skip_modules(model, quantization.skip_modules)
     if cache and cached is None:
         cache.write(model)
+    join_codes(model)
     model.name_or_path = model.config._name_or_path = str(base.folder)  # peft writes it into the adapter
     model.requires_grad_(False)
     return model.eval()

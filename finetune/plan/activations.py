@@ -135,6 +135,9 @@ def backward_temporaries(inputs: PlanInputs) -> float:
 
     Eager attention's scores may be wider; by the time their gradients exist, what the feed-forward kept has been freed.
 
+    Experts in 4 bits are computed one at a time, at worst with every token; the gradients of all experts' outputs and
+    inputs exist meanwhile.
+
     The fused gated activation in plain torch works in float32 with gate and up, the gradient, the sigmoid, both
     results, and these concatenated. Source: finetune/kernels/plain.py, ``swiglu_backward``; compiled, one result.
     """
@@ -147,8 +150,12 @@ def backward_temporaries(inputs: PlanInputs) -> float:
         return max(gated, product) - workspace_bytes(inputs) + tokens * c * 2 * a.hidden_size
     freed = sum(tensor.bytes for tensor in layer_tensors(inputs) if tensor.name == "feed-forward")
     residual, dense = tokens * c * 2 * a.hidden_size, workspace_bytes(inputs)
+    if inputs.split_experts():
+        width = max(a.intermediate_size, a.shared_size)
+        residual += tokens * c * 2 * a.active_experts * a.hidden_size
     wide = tokens * c * (3 if a.mlp == "gated" else 2) * width + residual
-    if dense:  # it is counted besides, but down_proj's is freed before the widest point, and the others come after it
+    if dense and not inputs.split_experts():
+        # it is counted besides, but down_proj's is freed before the widest point, and the others come after it
         before = tokens * c * width + (dense / 2 if a.fused_gate_up else dense)
         after = tokens * c * 2 * width + dense - freed
         wide = max(wide, before + residual, after + residual) - dense

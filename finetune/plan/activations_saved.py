@@ -207,12 +207,20 @@ def input_tensors(inputs: PlanInputs) -> list[InputTensor]:
         ),
         InputTensor(a.hidden_size, middle, False),
     ]
-    return tensors + ([InputTensor(down.in_features, [down], False)] if down else [])
+    tensors += [InputTensor(down.in_features, [down], False)] if down else []
+    experts = inputs.split_experts()
+    if experts:
+        tensors.append(InputTensor(a.hidden_size * a.active_experts, experts[:2], False))
+        tensors.append(InputTensor(a.intermediate_size * a.active_experts, experts[2:], False))
+    return tensors
 
 
 def feed_forward(inputs: PlanInputs) -> Iterator[SavedTensor]:
-    """Yields the gate before and after its activation, and up; of a plain block the activation's input."""
+    """Yields the gate before and after its activation, and up; of a plain block the activation's input.
+
+    The outputs of a token's experts are kept too, for the gradient of their weights."""
     a = inputs.architecture
+    yield SavedTensor("feed-forward", inputs.compute_bytes * a.active_experts * a.hidden_size * inputs.step_tokens)
     if inputs.kernels.selective and a.mlp == "gated":
         return
     size = inputs.wide_bytes * feed_forward_width(a) * inputs.step_tokens
@@ -229,8 +237,9 @@ def adapter_copies(inputs: PlanInputs) -> Iterator[SavedTensor]:
     c = inputs.compute_bytes
     if inputs.kernels.fused or (inputs.trainer.reduced_input_copies and inputs.adapter_bytes != c):
         recomputed = GATED_LAYERS if inputs.kernels.selective else ()
-        adapted = [linear for linear in linear_layers(inputs.architecture) if inputs.adapts(linear)]
-        sides = sum(linear.in_features + linear.out_features for linear in adapted if linear.name not in recomputed)
+        layers = [*linear_layers(inputs.architecture), *inputs.split_experts()]
+        adapted = [linear for linear in layers if inputs.adapts(linear) and linear.name not in recomputed]
+        sides = sum((linear.in_features + linear.out_features) * linear.copies for linear in adapted)
         yield SavedTensor("adapter copies", c * inputs.rank * sides)
 
 

@@ -153,6 +153,7 @@ def build_model(config: RunConfig, inputs: PlanInputs, *, dtype: str) -> tuple[A
 
     from finetune import lora
     from finetune.quantization import loader_arguments, quantized_layers
+    from finetune.quantization.experts import split_experts
 
     if config.quantization.method not in ("none", "nf4", "fp4", "int8"):
         raise ModelError(
@@ -173,6 +174,8 @@ def build_model(config: RunConfig, inputs: PlanInputs, *, dtype: str) -> tuple[A
         )
         if bnb_config is not None:
             skip = bnb_config.llm_int8_skip_modules
+            if inputs.packed_4bit and split_experts(model):
+                spread_tokens(model)
             replace_with_bnb_linear(model, modules_to_not_convert=skip, quantization_config=bnb_config)
             model.is_loaded_in_4bit, model.is_loaded_in_8bit = inputs.packed_4bit, config.quantization.method == "int8"
         model.requires_grad_(False)
@@ -222,6 +225,18 @@ def replace_quantized_layers(model: Any, quantized: list[str], *, dtype: torch.d
     for name in quantized:
         layer = model.get_submodule(name)
         layer.forward = partial(forward, layer)
+
+
+def spread_tokens(model: Any) -> None:
+    """Gives every expert the same number of tokens, since the router's choice has no contents here."""
+    from finetune.quantization.experts import split_modules
+
+    def counts(experts: Any, top_k_index: Tensor) -> list[int]:
+        each, rest = divmod(top_k_index.numel(), experts.experts)
+        return [each + (number < rest) for number in range(experts.experts)]
+
+    for experts in split_modules(model).values():
+        experts.counts = partial(counts, experts)  # type: ignore[method-assign]
 
 
 def use_gpu_dropout(model: Any) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from finetune.architecture import ArchitectureConfig, layer_groups
-from finetune.parameters import Linear, linear_layers
+from finetune.parameters import EXPERTS, Linear, expert_layers, linear_layers
 
 ALL_LINEAR = "all-linear"
 FLOAT = 4
@@ -101,6 +101,7 @@ class PlanInputs:
         bits, group_size: hqq's.
         rank: LoRA rank; 0 trains every weight instead (full fine-tuning).
         targets: Last name segments of adapted layers, or ``all-linear``; ``head`` for the output head.
+        experts_adapted: Whether every expert has an adapter.
         adapter_bytes: Bytes per element of the adapter.
         dropout: Whether LoRA has dropout, which keeps a mask and a copy for each branch.
         compute_bytes: Bytes per element of the computation.
@@ -141,6 +142,7 @@ class PlanInputs:
     group_size: int = 64
     rank: int
     targets: tuple[str, ...] = (ALL_LINEAR,)
+    experts_adapted: bool = False
     adapter_bytes: int = 4
     dropout: bool = False
     compute_bytes: int = 2
@@ -212,12 +214,18 @@ class PlanInputs:
 
     def adapts(self, linear: Linear) -> bool:
         """Tells whether a linear layer has an adapter."""
+        if linear.parent == EXPERTS:
+            return self.rank > 0 and self.experts_adapted
         return self.rank > 0 and (linear.adapted if ALL_LINEAR in self.targets else linear.name in self.targets)
+
+    def split_experts(self) -> list[Linear]:
+        """Returns the experts as linear layers, which they are where bitsandbytes stores weights in 4 bits."""
+        return expert_layers(self.architecture) if self.packed_4bit else []
 
     def adapted_layers(self) -> list[Linear]:
         """Returns the linear layers with an adapter, the head included where it has one."""
         a = self.architecture
-        layers = [linear for linear in linear_layers(a) if self.adapts(linear)]
+        layers = [linear for linear in (*linear_layers(a), *self.split_experts()) if self.adapts(linear)]
         if self.rank and self.head_adapted:
             layers.append(Linear(name="head", in_features=a.hidden_size, out_features=a.vocab_size, layers=(a.layers,)))
         return layers

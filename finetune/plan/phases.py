@@ -35,6 +35,9 @@ HOLES_PER_BLOCK = 0.5
 """Holes per block in the C library's heap: as tensors are allocated and freed, half as many stretches are unused as are
 in use. Source: Knuth, The Art of Computer Programming, volume 1, section 2.5, the fifty-percent rule."""
 
+FUSED_CHECKPOINTS = ("gpt_oss", "qwen3_5_moe_text")
+"""Families whose checkpoints on the hub hold gate and up of all experts of a layer in one tensor."""
+
 GATHERED_LAYERS = 2
 """FSDP gathers the current layer, and prefetches the next one. Source: torch docs, FSDP ``backward_prefetch``."""
 
@@ -154,6 +157,9 @@ def largest_dense_bytes(inputs: PlanInputs) -> float:
     """Returns the largest tensor during loading: it arrives dense and is quantized on the device."""
     a = inputs.architecture
     linear = max(linear.in_features * linear.out_features for linear in linear_layers(a))
+    if inputs.split_experts():
+        together = 2 * a.experts if a.family in FUSED_CHECKPOINTS else 1
+        linear = max(linear, together * a.hidden_size * a.intermediate_size)
     return max(linear if inputs.method != "none" else 0, embedding_parameters(a)) * inputs.compute_bytes
 
 

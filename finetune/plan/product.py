@@ -243,23 +243,21 @@ def _notes(inputs: PlanInputs, machine: Machine, *, disk: float) -> list[str]:
         notes.append(
             f"the run needs {human_bytes(disk)} of disk space and {human_bytes(machine.disk_free_bytes)} are free"
         )
-    if inputs.architecture.experts and inputs.method != "none":
+    if inputs.architecture.experts and inputs.method != "none" and not inputs.split_experts():
         notes.append(_experts(inputs))
     return notes
 
 
 def _experts(inputs: PlanInputs) -> str:
-    """Describes the cost of bitsandbytes quantizing `nn.Linear` only."""
+    """Describes the cost of experts that stay in 16 bit."""
     a = inputs.architecture
     fused = expert_parameters(a)
     dense = fused * inputs.stored_bytes
-    small = sum(
-        weights.quantized_bytes(inputs, fused, rows=a.layers * a.experts * (2 * a.intermediate_size + a.hidden_size))
-    )
+    small = sum(weights.quantized_bytes(dataclasses.replace(inputs, method="nf4", double=True), fused, rows=0))
     return (
-        "experts are fused parameters, which bitsandbytes leaves in 16 bit: "
-        f"{fused / parameters(a):.0%} of the model is not quantized. They take {human_bytes(dense)}; "
-        f"as {inputs.method} they would take {human_bytes(small)}, {human_bytes(dense - small)} less"
+        f"experts are quantized by nf4 and fp4 only: {fused / parameters(a):.0%} of the model is not quantized with "
+        f"{inputs.method}. They take {human_bytes(dense)}; with quantization=nf4_double they would take "
+        f"{human_bytes(small)}, {human_bytes(dense - small)} less"
     )
 
 

@@ -73,6 +73,7 @@ def from_config(config: RunConfig, machine: Machine) -> PlanInputs:
         group_size=config.quantization.group_size,
         rank=config.lora.width,
         targets=tuple(config.lora.targets),
+        experts_adapted=config.lora.experts,
         adapter_bytes=4 if config.lora.dtype == "float32" else 2,
         dropout=config.lora.dropout > 0,
         compute_bytes=element,

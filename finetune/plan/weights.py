@@ -42,9 +42,9 @@ class Weights:
     """Bytes of the frozen model.
 
     Attributes:
-        codes: Quantized (or dense) weights of the block's linear layers.
+        codes: Quantized (or dense) weights of the block's linear layers, and of experts in 4 bits.
         constants: Their quantization constants; never sharded.
-        unquantized: Embedding, head, norms, biases, experts.
+        unquantized: Embedding, head, norms, biases, routers; experts unless they are in 4 bits.
         ends: Embedding and head alone.
         unused: The unused rest of the GPU memory segments that hold ``codes``.
     """
@@ -66,7 +66,7 @@ def weight_bytes(inputs: PlanInputs) -> Weights:
     a = inputs.architecture
     inside = quantized_linear(inputs)
     quantized = sum(linear.weights for linear in inside)
-    kept = sum(linear.weights for linear in linear_layers(a)) - quantized
+    kept = sum(linear.weights for linear in linear_layers(a)) + expert_parameters(a) - quantized
     rows = sum(linear.out_features * linear.count for linear in inside)
     head = head_parameters(a) or (embedding_parameters(a) if inputs.trainer.unties else 0)
     if inputs.trainer.quantizes_head and inputs.method != "none":
@@ -76,24 +76,25 @@ def weight_bytes(inputs: PlanInputs) -> Weights:
     norms = norm_parameters(a) * (FLOAT if inputs.upcast != "none" else inputs.stored_bytes)
     biases = sum(linear.biases for linear in linear_layers(a))
     ends = (embedding_parameters(a) + head) * wide
-    other = ends + (biases + kept + expert_parameters(a) + mixer_parameters(a)) * inputs.stored_bytes
+    other = ends + (biases + kept + mixer_parameters(a)) * inputs.stored_bytes
     copy = parameters(a) * inputs.compute_bytes if inputs.cast_copy else 0
     unused = 0.0
     for linear in inside:
-        size = quantized_bytes(inputs, linear.in_features * linear.out_features, linear.out_features)[0]
-        unused += linear.count * (block_bytes(size, inputs) - size)
+        elements = linear.in_features * linear.out_features * linear.copies  # the experts of a layer lie in one block
+        size = quantized_bytes(inputs, elements, linear.out_features * linear.copies)[0]
+        unused += len(linear.layers) * (block_bytes(size, inputs) - size)
     unquantized = norms + other + copy + inputs.keep_bytes
     return Weights(codes=codes, constants=constants, unquantized=unquantized, ends=ends, unused=unused)
 
 
 def quantized_linear(inputs: PlanInputs) -> list[Linear]:
-    """Returns the linear layers without those kept by name, such as ``model.layers.3.mlp.down_proj``."""
+    """Returns linear layers, and experts in 4 bits, without those kept by name (``model.layers.3.mlp.down_proj``)."""
 
     def quantized(linear: Linear) -> tuple[int, ...]:
         names = {layer: f"model.layers.{layer}.{linear.parent}.{linear.name}" for layer in linear.layers}
         return tuple(layer for layer, name in names.items() if not is_skipped(name, inputs.keep))
 
-    layers = linear_layers(inputs.architecture)
+    layers = [*linear_layers(inputs.architecture), *inputs.split_experts()]
     return [dataclasses.replace(linear, layers=quantized(linear)) for linear in layers] if inputs.keep else layers
 
 
@@ -206,7 +207,8 @@ def workspace_bytes(inputs: PlanInputs) -> float:
     a = inputs.architecture
     if inputs.kernels.fused:
         return 2 * 2 * a.hidden_size * a.intermediate_size * inputs.compute_bytes
-    largest = max(linear.in_features * linear.out_features for linear in linear_layers(a))
+    layers = [*linear_layers(a), *inputs.split_experts()]
+    largest = max(linear.in_features * linear.out_features for linear in layers)
     if inputs.trainer.quantizes_head:
         largest = max(largest, embedding_parameters(a))
     return largest * inputs.compute_bytes
