@@ -11,10 +11,10 @@ from finetune.parameters import EXPERTS, Linear, expert_layers, linear_layers
 ALL_LINEAR = "all-linear"
 FLOAT = 4
 GIB = 1024**3
-SEGMENT_BYTES, LARGE_BYTES = 2 * 1024**2, 10 * 1024**2
+SEGMENT_BYTES, LARGE_BYTES, SMALL_BYTES = 2 * 1024**2, 10 * 1024**2, 1024**2
 """A CUDA tensor of 10 MiB or more gets its own memory in steps of 2 MiB, and the remainder is not used by other large
-tensors.
-Source: torch's c10/cuda/CUDACachingAllocator.h, kMinLargeAlloc and kRoundLarge."""
+tensors. Tensors below 1 MiB share segments of 2 MiB.
+Source: torch's c10/cuda/CUDACachingAllocator.h, kMinLargeAlloc, kRoundLarge, kSmallSize and kSmallBuffer."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -123,7 +123,7 @@ def _load(inputs: PlanInputs, base: Terms) -> Terms:
     issue 1249. launch=fsdp quantizes it in host memory and moves one layer at a time to the device.
     """
     if inputs.shards == 1 or inputs.trainer.cuts_all:
-        return base | {"workspace": largest_dense_bytes(inputs)}
+        return base | {"workspace": largest_dense_bytes(inputs), "small segments": weights.unjoined_bytes(inputs)}
     if inputs.strategy == "fsdp":
         return base
     if inputs.method == "none":

@@ -15,7 +15,7 @@ from finetune.parameters import (
     norm_parameters,
     parameters,
 )
-from finetune.plan.inputs import PlanInputs, block_bytes
+from finetune.plan.inputs import SEGMENT_BYTES, SMALL_BYTES, PlanInputs, block_bytes
 from finetune.quantization.skip_modules import is_skipped
 
 BLOCK = 64
@@ -110,6 +110,13 @@ def quantized_bytes(inputs: PlanInputs, elements: int, rows: int) -> tuple[float
         return elements * HQQ_BYTES[inputs.bits], 2 * elements / inputs.group_size * inputs.compute_bytes
     constants = elements / BLOCK
     return elements / 2, constants * (1 + FLOAT / DOUBLE_BLOCK) if inputs.double else constants * FLOAT
+
+
+def unjoined_bytes(inputs: PlanInputs) -> float:
+    """Returns what experts waste on a GPU until the loaded ones are joined: small tensors share segments of 2 MiB."""
+    sizes = [(linear.in_features * linear.out_features / 2, linear.count) for linear in inputs.split_experts()]
+    small = [(size, count) for size, count in sizes if inputs.device == "cuda" and size < SMALL_BYTES]
+    return sum(count * (SEGMENT_BYTES / (SEGMENT_BYTES // size) - size) for size, count in small)
 
 
 def dense_bytes(inputs: PlanInputs) -> int:

@@ -97,16 +97,38 @@ def check_accumulation(context: CheckContext) -> CheckResult:
 
 
 def check_gradients(context: CheckContext) -> CheckResult:
-    """Counts the adapter matrices that get a gradient other than zero, and the base weights that get any."""
+    """Counts the adapter matrices that get a gradient other than zero, and the base weights that get any.
+
+    Experts that no token of the batch reaches get none, and are counted apart.
+    """
     gradients = context.noisy_gradients
-    adapter = [name for name, _ in context.model.named_parameters() if any(part in name for part in ADAPTER)]
+    names = [name for name, _ in context.model.named_parameters() if any(part in name for part in ADAPTER)]
+    idle = experts_without_tokens(names, gradients)
+    adapter = [name for name in names if expert_of(name) not in idle]
     dead = [name for name in adapter if name not in gradients or not (gradients[name].any() or ROWS in name)]
-    stray = [name for name in gradients if name not in adapter]
+    stray = [name for name in gradients if name not in names]
     figure = f"{len(adapter) - len(dead)} of {len(adapter)} matrices, {len(stray)} base weights"
+    if idle:
+        figure += f"; no token reached {len(idle)} experts"
     if dead or stray:
         figure += f"; {'without a gradient' if dead else 'trained too'}: {', '.join((dead + stray)[:3])}"
     passed = bool(adapter) and not dead and not stray
     return CheckResult(passed=passed, figure=figure, bound="all matrices, 0 base weights")
+
+
+def expert_of(name: str) -> str | None:
+    """Returns the name of the expert that a parameter belongs to; None for other parameters."""
+    from finetune.quantization.experts import is_expert_layer
+
+    return name.partition(".expert_")[0] if is_expert_layer(name) else None
+
+
+def experts_without_tokens(names: list[str], gradients: dict[str, Tensor]) -> set[str | None]:
+    """Returns the experts none of whose matrices has a gradient; none where that holds for all experts of a layer."""
+    experts = {expert_of(name) for name in names} - {None}
+    idle = experts - {expert_of(name) for name in gradients}
+    busy_layers = {str(expert).rpartition(".")[0] for expert in experts - idle}
+    return {expert for expert in idle if str(expert).rpartition(".")[0] in busy_layers}
 
 
 def check_identity(context: CheckContext) -> CheckResult:

@@ -37,6 +37,7 @@ OTHERS = [
     ["+experiment=quickstart", "quantization=int8", "train.checkpointing=full"],
     ["+experiment=quickstart", "quantization=none", "kernels=plain"],
     ["+experiment=llama7b_qlora", "hardware=a100_80gb", "model=mixtral_8x7b"],
+    ["+experiment=qwen3_30b_a3b_qlora", "hardware=rtx4090", "lora.experts=true", "train.micro_batch=1"],
 ]
 FEW_LAYERS = "model.architecture.layers=3"
 """Layers are alike, so three show what thirty do, in a tenth of the time."""
@@ -65,18 +66,19 @@ def test_closed_form_and_count_agree_within_a_twentieth(overrides: list[str]) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixtral_8x7b", "qwen3_30b_a3b"])
-def test_bitsandbytes_leaves_fused_experts_alone(name: str) -> None:
-    """What transformers hands to bitsandbytes are the attention's layers: every expert stays an unquantized
-    parameter."""
+def test_bitsandbytes_gets_every_expert_but_no_router(name: str) -> None:
+    from finetune.parameters import expert_layers
     from finetune.plan.fake import build_model
 
     config = load(["+experiment=llama7b_qlora", f"model={name}", "model.architecture.layers=2"])
     inputs = from_config(config, probe(config.hardware))
     model, quantized = build_model(config, inputs, dtype="bfloat16")
-    assert {layer.split(".")[-2] for layer in quantized} == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    experts = sum(p.numel() for layer, p in model.named_parameters() if "experts" in layer)
+    experts = [model.get_submodule(layer) for layer in quantized if ".experts." in layer]
     a = inputs.architecture
-    assert experts == a.layers * a.experts * 3 * a.hidden_size * a.intermediate_size
+    assert len(experts) == a.layers * a.experts * 3
+    planned = {(layer.in_features, layer.out_features) for layer in expert_layers(a)}
+    assert {(layer.in_features, layer.out_features) for layer in experts} == planned
+    assert not any(layer.endswith(".gate") for layer in quantized)
 
 
 @pytest.mark.slow

@@ -69,12 +69,18 @@ def test_full_disk_is_reported() -> None:
 
 
 def test_unquantized_experts_are_reported_with_their_cost() -> None:
-    plan = make_plan(inputs("mixtral_8x7b"), machine(80), checkpoints=2)
+    plan = make_plan(inputs("mixtral_8x7b", method="int8"), machine(80), checkpoints=2)
     assert plan.fits is False
     note = next(note for note in plan.notes if "experts" in note)
-    assert "97% of the model is not quantized" in note
+    assert "97% of the model is not quantized with int8" in note
     # 45.1 billion weights in experts and routers: 2 bytes each, or 4.127 bits as NF4 with double quantization.
-    assert "They take 84.0 GiB; as nf4 they would take 21.7 GiB, 62.3 GiB less" in note
+    assert "They take 84.0 GiB; with quantization=nf4_double they would take 21.7 GiB, 62.3 GiB less" in note
+
+
+def test_experts_in_4_bits_fit_and_are_not_reported() -> None:
+    plan = make_plan(inputs("qwen3_30b_a3b"), machine(24), checkpoints=2)
+    assert plan.fits is True
+    assert not any("experts" in note for note in plan.notes)
 
 
 def test_terms_of_a_phase_add_up_to_its_peak() -> None:
