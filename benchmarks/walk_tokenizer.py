@@ -104,6 +104,7 @@ GEMMA = TokenizerKind(
 )
 KINDS = {
     "mistral": LLAMA,
+    "mixtral": LLAMA,
     "ministral3": dataclasses.replace(LLAMA, template="mistral"),
     "phi3": PHI3,
     "qwen2": QWEN,

@@ -31,12 +31,18 @@ compares parameters and linear layers by name and shape, except where `plan --ex
 - **Image-text models** (Gemma 3 from 4B on, Gemma 4, Ministral 3, Mistral Small 3.2, Qwen3.5 and 3.6): the text decoder
   alone is loaded, so no tower takes memory, is quantized or adapted; the log names what is left out. A merge copies the
   rest of the checkpoint unchanged.
-- **Experts** are 3-D parameters, which bitsandbytes leaves in 16 bit; `plan` prints what that costs.
+- **Experts in NF4**: transformers 5 holds experts in 3-D parameters, which bitsandbytes leaves in 16 bit. With `nf4` and
+  `fp4` they are loaded as linear layers instead, one by one, equal to transformers' own class in logits and gradients
+  (`tests/quantization/test_experts.py`). `lora.experts: true` adapts each of them. Experts of a class that is not
+  covered stay in 16 bit; the log counts their weights.
 - **Gated delta nets and short convolutions** (Qwen3.5 and 3.6, LFM2) carry their state from one document of a row into
   the next in plain torch, and Granite 4's mask ignores where a document begins: preflight finds that, and documents of
   these models are not packed. `plan` counts plain torch; the kernels of `fla` would keep less.
 
 """
+TESTED_EXPERTS = ("glm4_moe", "gpt_oss", "mixtral", "qwen3_5_moe_text", "qwen3_moe")
+"""Families whose experts `tests/quantization/test_experts.py` compares with transformers' own class."""
+
 MISSING = {
     "Qwen/Qwen3.8-27B": "no source gives its vocabulary, and whether embedding and head are tied",
     "google/gemma-4-E2B-it, google/gemma-4-E4B-it": "per-layer embeddings and shared keys and values are not planned",
@@ -92,7 +98,7 @@ def _family(family: str, found: dict[str, Any]) -> tuple[str, ...]:
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family],
         ", ".join(adapted),
         _yes(family in FUSED_FAMILIES),
-        "no" if any(member.experts for member in members) else "has none",
+        _yes(family in TESTED_EXPERTS) if any(member.experts for member in members) else "has none",
         _yes(family in ARCHITECTURES),
         _yes(family not in UNCOUNTED),
     )

@@ -76,6 +76,35 @@ def test_experiment_is_walked_to_its_report(
     assert all(exported[name]["parity"]["passed"] for name in formats)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("same_process")
+def test_a_mixture_with_adapted_experts_is_walked_to_its_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its experts are on the disk one by one, as on the hub; the shipped mixture's are 3-D parameters here."""
+    from transformers import AutoModelForCausalLM
+
+    more = ("model=mixtral_8x7b", "lora.experts=true", "lora.targets=[q_proj,v_proj]")
+    recipe = load(["+experiment=qwen3_30b_a3b_qlora", *more])
+    parameters = make_base(recipe, tmp_path / "base", tiny=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="bfloat16")
+    model._weight_conversions = None  # saves with the names of the hub, whatever the names on the disk were
+    model.save_pretrained(tmp_path / "base")
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    settings = Walk(experiment="qwen3_30b_a3b_qlora", size="tiny", overrides=(*SMALL, *more[1:]))
+    assert main(overrides(recipe, settings, tmp_path)) == 0, capsys.readouterr().err
+    run = tmp_path / "outputs" / "walk"
+    report = json.loads((run / "report.json").read_text())
+    assert (report["status"], report["model"]["parameters"]) == ("complete", parameters)
+    experts = {"expert_gate", "expert_up", "expert_down"}
+    assert adapted_layers(run / "train" / "adapter") == {"q_proj", "v_proj", *experts}
+    with safe_open(run / "merge" / "model" / "model.safetensors", framework="pt") as tensors:
+        assert "model.layers.1.block_sparse_moe.experts.3.w1.weight" in tensors.keys()  # noqa: SIM118  # no mapping
+    assert_the_merge_is_what_was_trained(report)
+    assert all(export["parity"]["passed"] for export in report["export"] if export["format"] != "card")
+
+
 def assert_the_rows_have_the_template_of(recipe: RunConfig, run: Path, base: Path) -> None:
     """The one that the recipe names, or its model option for a base without one; else the tokenizer's own."""
     rendered = json.loads((run / "data" / "rendering.json").read_text(encoding="utf-8"))["template"]
