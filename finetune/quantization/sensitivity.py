@@ -71,7 +71,7 @@ def choose_skip_modules(spec: ModelSpec, *, folder: Path, data: PreparedData) ->
     costs = rounding_costs(loaded, read_original, documents)
     candidates: list[dict[str, Any]] = [
         {"layer": name, "cost": costs[name] / tokens, "bytes": extra_bytes(layer, loaded.dtype.itemsize)}
-        for name, layer in quantized_layers(loaded).items()
+        for name, layer in measured_layers(loaded).items()
     ]
     del loaded
     free_memory()
@@ -90,6 +90,13 @@ def choose_skip_modules(spec: ModelSpec, *, folder: Path, data: PreparedData) ->
         f"its bytes on {tokens:,} training tokens",
     )
     return SkippedLayers(folder=folder, layers=layers, next_best=next_best, tokens=tokens)
+
+
+def measured_layers(model: PreTrainedModel) -> dict[str, Any]:
+    """Returns the quantized layers by name, without experts: the checkpoint has those under other names."""
+    from finetune.quantization.experts import is_expert_layer
+
+    return {name: layer for name, layer in quantized_layers(model).items() if not is_expert_layer(name)}
 
 
 def choose(candidates: Sequence[dict[str, Any]], *, budget: int) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
@@ -129,7 +136,8 @@ def rounding_costs(
     """
     import torch
 
-    costs = dict.fromkeys(quantized_layers(model), 0.0)
+    layers = measured_layers(model)
+    costs = dict.fromkeys(layers, 0.0)
 
     def hook_of(name: str) -> Callable[..., None]:
         def hook(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -144,7 +152,7 @@ def rounding_costs(
 
         return hook
 
-    hooks = [layer.register_forward_hook(hook_of(name)) for name, layer in quantized_layers(model).items()]
+    hooks = [layer.register_forward_hook(hook_of(name)) for name, layer in layers.items()]
     model.enable_input_require_grads()
     try:
         for document in documents:
