@@ -116,7 +116,6 @@ def predict_kernels(
     reasons = {
         "float16 needs loss scaling": dtype == "float16",
         f"layers of {family} cannot be fused": family not in FUSED_FAMILIES,
-        "lora.dropout is not 0": lora.dropout > 0,
         "only peft computes lora.variant=dora": lora.variant == "dora",
         f"{method} layers have their own kernels": method not in ("none", "nf4", "fp4"),
         f"model.upcast={upcast} keeps norms in float32": upcast != "none",

@@ -20,7 +20,7 @@ from finetune.inference.generation import end_tokens
 from finetune.inference.logits import unwrap
 from finetune.inference.rows import IGNORED
 from finetune.preflight.batch import CheckRows, Document, trained_tokens
-from finetune.preflight.trial import LOSS_SCALE, TrialTrainer
+from finetune.preflight.trial import LOSS_SCALE, TrialTrainer, without_dropout
 from finetune.quantization.backends import all_tensors
 
 if TYPE_CHECKING:
@@ -199,14 +199,14 @@ class CheckContext:
             return torch.cat([self._losses(self._collate(group, joined=layout == "one document")) for group in groups])
 
     def gradients(self) -> dict[str, Tensor]:
-        """Computes the gradient of the mean loss by name, in training mode; only of parameters that get one.
+        """Computes the gradient of the mean loss by name, in training mode without dropout, where there is one.
 
         It is returned in host memory, so that the device never holds more than one, as in training.
         """
         self.model.train()
         self.model.zero_grad(set_to_none=True)
         started, scale = time.monotonic(), LOSS_SCALE if self.dtype == torch.float16 else 1.0
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), without_dropout(self.model):
             torch.manual_seed(self.seed)
             (self.loss() * scale / self.trained_tokens()).backward()
         named = self.model.named_parameters()
