@@ -2,7 +2,8 @@
 
 python -m benchmarks.gpu.trl_sft RUN BASE FOLDER STEPS PACK_TOKENS ACCUMULATE
 
-Packing, the fastest attention that is installed, and no checkpointing where the memory allows it. The last line is JSON.
+Packing, the fastest attention that is installed, and no checkpointing where the memory allows it. The last line is
+JSON.
 """
 
 import importlib.util

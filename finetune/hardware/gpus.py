@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +131,17 @@ def binding(gpus: Sequence[Gpu], local: int, environment: Mapping[str, str] = os
     entries = setting.split(",") if setting else [str(index) for index in range(len(gpus))]
     device = {"CUDA_VISIBLE_DEVICES": gpus[local].uuid or entries[local].strip(), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     return device | ({"LOCAL_RANK": "0"} if "LOCAL_RANK" in environment else {})
+
+
+def allocator_variables(environment: Mapping[str, str] = os.environ, *, system: str = sys.platform) -> dict[str, str]:
+    """Returns the variables with which torch's allocator on GPUs grows its segments; none where the user set others.
+
+    Micro-batches differ in length, and with segments of fixed sizes each new length leaves holes. torch reads the
+    variables when it is imported; elsewhere than on Linux it does not support them.
+    """
+    if system != "linux" or {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(environment):
+        return {}
+    return {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 
 def amd_gpus(kfd: Path = KFD) -> list[str]:

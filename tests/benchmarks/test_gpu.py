@@ -26,6 +26,7 @@ def test_a_stage_that_fails_is_a_result() -> None:
     assert check.timed(lambda: {"parameters": 3})["parameters"] == 3
 
 
+@pytest.mark.slow
 def test_the_whole_check_runs_at_a_tiny_size_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = check.main([str(tmp_path / "check.json"), "--tiny"])
     printed = json.loads(capsys.readouterr().out.strip().splitlines()[-1])

@@ -12,7 +12,7 @@ import pytest
 from finetune import hardware
 from finetune.errors import HardwareError
 from finetune.hardware import gpus
-from finetune.hardware.gpus import amd_gpus, binding, find_gpus
+from finetune.hardware.gpus import allocator_variables, amd_gpus, binding, find_gpus
 from finetune.hardware.place import bind_to_gpu, place
 from tests.fixtures.gpus import CPU, GIB, RTX4090, FakeCard, FakeNvml, config
 
@@ -125,6 +125,12 @@ def test_a_gpu_without_uuid_is_bound_as_the_user_named_it() -> None:
     nameless = gpus.Gpu(name="Orin", memory_bytes=GIB, capability="8.7")
     assert binding([nameless, nameless], 1, {"CUDA_VISIBLE_DEVICES": "3, 5"})["CUDA_VISIBLE_DEVICES"] == "5"
     assert binding([nameless], 0, {})["CUDA_VISIBLE_DEVICES"] == "0"
+
+
+def test_segments_may_grow_unless_the_user_set_the_allocator() -> None:
+    assert allocator_variables({}, system="linux") == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert allocator_variables({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, system="linux") == {}
+    assert allocator_variables({}, system="win32") == {}
 
 
 PARSED = "import torch; print(len(torch.cuda._parse_visible_devices()))"
