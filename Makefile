@@ -19,7 +19,7 @@ check: .venv/.dev
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 check-gpu: .venv/.dev
-	$(BIN)/python scripts/check_gpu.py
+	$(BIN)/python -m benchmarks.gpu
 
 install: .venv/.run
 install-dev: .venv/.dev

@@ -18,6 +18,7 @@ from finetune.data.sources import Source, resolve_sources
 from finetune.errors import ConfigError, DataError, FinetuneError, HardwareError, ModelError
 from finetune.export.needs import check_packages
 from finetune.files import existing_parent, require_disk
+from finetune.hardware.cuda import check_cuda
 from finetune.inference.adapted import check_adapter
 from finetune.launch.start import check_launch
 from finetune.model import hub
@@ -108,6 +109,8 @@ def _check_machine(start: Start) -> list[str]:
             f"model.attention={attention} needs one of the packages {' and '.join(packages)}; install one, or use "
             "model.attention=sdpa"
         )
+    if start.placement.device == "cuda":
+        check_cuda(start.machine)
     return []
 
 

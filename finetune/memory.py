@@ -29,6 +29,17 @@ def device_bytes() -> int:
     return int(torch.cuda.memory_reserved())
 
 
+def peak_device_bytes() -> int:
+    """Returns the most that torch has reserved on the current GPU since `reset_peak_device_bytes`; 0 without one."""
+    return int(sys.modules["torch"].cuda.max_memory_reserved()) if device_bytes() else 0
+
+
+def reset_peak_device_bytes() -> None:
+    """Starts a new peak at what is reserved now."""
+    if device_bytes():
+        sys.modules["torch"].cuda.reset_peak_memory_stats()
+
+
 OUT_OF_MEMORY = (
     "out of memory",
     "not enough memory",
@@ -146,7 +157,7 @@ class PeakMemory:
 
     Attributes:
         rss_bytes: Highest resident memory seen so far.
-        device_bytes: Highest memory reserved on the GPU seen so far.
+        device_bytes: Highest memory reserved on the GPU so far, as torch's allocator counts it.
     """
 
     def __init__(self, file: Path, *, stage: str) -> None:
@@ -159,6 +170,7 @@ class PeakMemory:
 
     def __enter__(self) -> "PeakMemory":
         drop_partial_line(self.file)
+        reset_peak_device_bytes()
         self._sample()
         self._thread.start()
         return self
@@ -177,7 +189,7 @@ class PeakMemory:
     def _sample(self) -> None:
         rss, device = rss_bytes(), device_bytes()
         self.rss_bytes = max(self.rss_bytes, rss)
-        self.device_bytes = max(self.device_bytes, device)
+        self.device_bytes = max(self.device_bytes, device, peak_device_bytes())
         line = {"time": round(time.time(), 2), "stage": self.stage, "rss_bytes": rss, "device_bytes": device}
         with open(self.file, "a", encoding="utf-8") as handle:
             handle.write(json.dumps(line) + "\n")

@@ -20,7 +20,7 @@ from finetune.errors import GateMissed
 from finetune.eval import AnswerScorer, evaluate
 from finetune.export import ExportConfig, export
 from finetune.hardware import Machine, Placement
-from finetune.hardware.place import set_threads
+from finetune.hardware.place import bind_to_gpu, free_on_gpus, set_threads
 from finetune.jsonable import to_jsonable
 from finetune.launch import Ranks
 from finetune.launch.logs import log_to_file
@@ -172,6 +172,7 @@ def run(config: RunConfig, *, overrides: Sequence[str], ranks: Ranks, redo: froz
     quiet_libraries()
     machine = hardware.probe(config.hardware)
     placement = hardware.place(machine, config)
+    bind_to_gpu(machine, placement, local=ranks.local)
     finished = RunFolder.finished(config.run, redo=redo)
     start = Start(config=config, machine=machine, placement=placement, finished=finished)
     log("checks", *check_before_start(start))
@@ -221,6 +222,7 @@ def run_worker(config: RunConfig, *, ranks: Ranks) -> None:
     machine = hardware.probe(config.hardware)
     config = resolve_auto(config, machine, run=folder.path)  # as process 0 has recorded it
     placement = hardware.place(machine, config)
+    bind_to_gpu(machine, placement, local=ranks.local)
     set_threads(placement, processes=ranks.local_count)
     data = folder.product("data", PreparedData)
     spec = with_skip_modules(ModelSpec.resolve(config, placement), folder, data)
@@ -238,7 +240,8 @@ def show_plan(run: Run) -> None:
         facts.update(to_jsonable(planned))
     show(planned)
     trains = STAGES.index(run.config.run.until) >= STAGES.index("train") and not run.folder.is_done("train")
-    require_fit(planned, unless=not trains or run.config.preflight.level == "off")
+    free = free_on_gpus(run.machine, run.config, run.placement)
+    require_fit(planned, unless=not trains or run.config.preflight.level == "off", free=free)
 
 
 def find_tokenizer(run: Run) -> tuple[ModelFiles, PreTrainedTokenizerBase]:

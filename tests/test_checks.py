@@ -185,7 +185,7 @@ def test_a_plan_checks_the_template_of_a_tokenizer_that_is_here(
 def test_a_kernel_without_its_package_is_refused_before_the_model_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     from finetune.errors import HardwareError
     from finetune.hardware import Machine, place
-    from finetune.hardware.probe import Gpu
+    from finetune.hardware.gpus import Gpu
 
     config = load(["model=llama3_8b", "data.path=rows.jsonl", "model.attention=flash_attention_2"])
     gpu = Gpu(name="A100", memory_bytes=80 * 1024**3, capability="8.0")

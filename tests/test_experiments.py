@@ -7,7 +7,7 @@ import pytest
 from finetune.config import load
 from finetune.hardware import Machine
 from finetune.hardware.backends import BACKENDS
-from finetune.hardware.probe import Gpu
+from finetune.hardware.gpus import Gpu
 from finetune.paths import CONF
 from finetune.plan import plan
 

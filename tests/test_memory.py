@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from finetune.memory import MemoryGroup, PeakMemory, memory_group
 
@@ -64,3 +65,16 @@ def test_smallest_limit_of_version_2_counts_and_file_pages_do_not(tmp_path: Path
 
 def test_a_system_without_control_groups_has_no_limit(tmp_path: Path) -> None:
     assert memory_group(tmp_path / "self", tmp_path) is None
+
+
+def test_the_peak_is_the_allocators_and_not_the_highest_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU is patched in: its allocator saw 9 bytes between two samples of 5."""
+    resets: list[int] = []
+    for name, answer in (("is_available", True), ("is_initialized", True), ("memory_reserved", 5)):
+        monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 9)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: resets.append(1))
+    with PeakMemory(tmp_path / "memory.jsonl", stage="train") as peak:
+        pass
+    assert (peak.device_bytes, resets) == (9, [1])
+    assert {json.loads(line)["device_bytes"] for line in (tmp_path / "memory.jsonl").read_text().splitlines()} == {5}

@@ -14,6 +14,7 @@ from finetune.config import RunConfig, load
 from finetune.console import log
 from finetune.errors import EXIT_FAILURE, EXIT_OK, ConfigError
 from finetune.hardware.busy import CpuUsage, yield_to_busy_cpu
+from finetune.hardware.gpus import allocator_variables
 from finetune.launch import Ranks, as_launched, start
 from finetune.launch.start import must_start
 from finetune.run import STAGES, to_jsonable
@@ -63,6 +64,7 @@ def run_stages(invocation: Invocation) -> int:
         if must_start(config.launch):
             return start(config.launch, [command.name, *overrides])
     yield_to_busy_cpu(before_composing)
+    os.environ.update(allocator_variables())
     if command.preview:
         config.run.name = f"{config.run.name}-{command.name}"
         config.run.until, config.run.if_exists = command.name, "overwrite"

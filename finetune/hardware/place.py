@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import HardwareError
 from finetune.hardware.backends import BACKENDS, methods_for
+from finetune.hardware.gpus import Gpu, binding
 from finetune.hardware.probe import Machine
 from finetune.optim import UNPAGED
 
@@ -62,8 +65,9 @@ def place(machine: Machine, config: RunConfig) -> Placement:
         HardwareError: The machine cannot do what the config asks for; the message names the alternative.
     """
     device, device_reason = _choose_device(machine, config)
-    dtype, dtype_reason = choose_dtype(machine, device, config.model.dtype)
-    attention, attention_reason = _choose_attention(machine, device, config.model.attention)
+    gpus = used_gpus(machine, config) if device == "cuda" else ()
+    dtype, dtype_reason = choose_dtype(machine, device, config.model.dtype, gpus=gpus)
+    attention, attention_reason = _choose_attention(gpus, device, config.model.attention)
     optimizer, optimizer_reason = _choose_optimizer(device, config.optim.name)
     threads = config.hardware.threads or machine.cores
     threads_reason = "as set by hardware.threads" if config.hardware.threads else "the cores that this process may use"
@@ -91,18 +95,56 @@ def set_threads(placement: Placement, *, processes: int = 1) -> None:
     torch.set_num_threads(max(1, placement.threads // processes))
 
 
-def choose_dtype(machine: Machine, device: str, requested: str) -> tuple[str, str]:
+def used_gpus(machine: Machine, config: RunConfig) -> tuple[Gpu, ...]:
+    """Returns the GPUs that the run's processes on this machine use, one each."""
+    return machine.gpus[: config.launch.processes // config.launch.nodes]
+
+
+def free_on_gpus(machine: Machine, config: RunConfig, placement: Placement) -> int:
+    """Returns the least free memory of the GPUs that the run uses, in bytes; 0 where it is not known."""
+    gpus = used_gpus(machine, config) if placement.device == "cuda" else ()
+    return min((gpu.free_bytes for gpu in gpus), default=0)
+
+
+def bind_to_gpu(machine: Machine, placement: Placement, *, local: int) -> None:
+    """Makes this process see one GPU, as ``cuda:0``; before torch starts CUDA, which reads the variables once.
+
+    TRL refuses a process that sees several, and libraries put a context of half a gigabyte on the first one they see.
+
+    Args:
+        machine: The machine.
+        placement: Where the run computes.
+        local: Index of this process on its machine.
+
+    Raises:
+        HardwareError: This machine has fewer GPUs than processes.
+    """
+    if placement.device != "cuda":
+        return
+    if local >= len(machine.gpus):
+        raise HardwareError(
+            f"process {local + 1} of this machine has no GPU: {len(machine.gpus)} can be used "
+            f"({', '.join(gpu.name for gpu in machine.gpus)}); use as many processes as GPUs (launch.processes)"
+        )
+    os.environ.update(binding(machine.gpus, local))
+
+
+def choose_dtype(
+    machine: Machine, device: str, requested: str, *, gpus: Sequence[Gpu] | None = None
+) -> tuple[str, str]:
     """Returns the dtype to compute in and the reason; the plan uses the same choice.
 
     Args:
         machine: The machine.
         device: Where the run computes.
         requested: ``model.dtype``.
+        gpus: Those that are used; None stands for all of the machine.
 
     Raises:
         HardwareError: bfloat16 is requested on a GPU that has none.
     """
-    without_bfloat16 = [gpu for gpu in machine.gpus if not gpu.has_bfloat16] if device == "cuda" else []
+    used = machine.gpus if gpus is None else gpus
+    without_bfloat16 = [gpu for gpu in used if not gpu.has_bfloat16] if device == "cuda" else []
     if requested == "bfloat16" and without_bfloat16:
         gpu = without_bfloat16[0]
         raise HardwareError(
@@ -130,10 +172,10 @@ def _choose_device(machine: Machine, config: RunConfig) -> tuple[str, str]:
         elif machine.metal and "mps" in BACKENDS[method].devices:
             device, reason = "mps", "Apple GPU"
         else:
-            device, reason = "cpu", "no GPU that this run can use"
+            device, reason = "cpu", machine.gpu_obstacle or "no GPU that this run can use"
     if device == "cuda" and not machine.gpus:
         raise HardwareError(
-            "hardware.device=cuda, but no NVIDIA GPU is visible (nvidia-smi lists none); "
+            f"hardware.device=cuda, but {machine.gpu_obstacle or 'no NVIDIA GPU is visible (NVML lists none)'}; "
             "use hardware.device=cpu or auto"
         )
     if device == "mps" and not machine.metal:
@@ -146,7 +188,7 @@ def _choose_device(machine: Machine, config: RunConfig) -> tuple[str, str]:
     return device, reason
 
 
-def _choose_attention(machine: Machine, device: str, requested: str) -> tuple[str, str]:
+def _choose_attention(gpus: Sequence[Gpu], device: str, requested: str) -> tuple[str, str]:
     if requested == "auto":
         return "sdpa", "torch's own; it runs on every device and keeps packed documents separate"
     if requested.startswith("flash") and device != "cuda":
@@ -154,7 +196,7 @@ def _choose_attention(machine: Machine, device: str, requested: str) -> tuple[st
             f"model.attention={requested} needs a CUDA GPU and this run is on {device}; use model.attention=sdpa"
         )
     needed = FLASH_CAPABILITIES.get(requested)
-    for gpu in machine.gpus:
+    for gpu in gpus:
         if needed is not None and not gpu.has_capability(needed):
             raise HardwareError(
                 f"model.attention={requested} needs compute capability {needed}; {gpu.name} has {gpu.capability}; "

@@ -3,13 +3,13 @@
 import os
 import platform
 import shutil
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
+from finetune.hardware.gpus import Gpu, find_gpus
 from finetune.memory import memory_group
 
 CPU_FEATURES = ("avx512f", "avx512_bf16", "amx_bf16")
@@ -59,25 +59,6 @@ class HardwareConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gpu:
-    """One GPU, as its driver describes it."""
-
-    name: str
-    memory_bytes: int
-    capability: str
-
-    @property
-    def has_bfloat16(self) -> bool:
-        """Tells whether it computes in bfloat16, as Ampere (8.0) and later do. Source: CUDA C programming guide."""
-        return self.has_capability("8.0")
-
-    def has_capability(self, needed: str) -> bool:
-        """Tells whether its CUDA compute capability is at least the one that is needed, e.g. ``8.0``."""
-        own, least = (tuple(int(part) for part in text.split(".")) for text in (self.capability, needed))
-        return own >= least
-
-
-@dataclass(frozen=True, kw_only=True)
 class Machine:
     """What a run can use.
 
@@ -86,6 +67,8 @@ class Machine:
         ram_bytes: Host memory, within a container's limit; 0 where it is not known.
         disk_free_bytes: Free space in the working directory's file system.
         gpus: NVIDIA GPUs that this process may use.
+        driver: Version of NVIDIA's driver; empty where there is none.
+        gpu_obstacle: Why GPUs that are here cannot be used; empty where none are, or all can.
         features: Those of `CPU_FEATURES` that the CPU has.
         processor: Instruction set architecture, as `platform.machine` names it.
         system: Operating system, as `platform.system` names it.
@@ -96,6 +79,8 @@ class Machine:
     ram_bytes: int
     disk_free_bytes: int
     gpus: tuple[Gpu, ...] = ()
+    driver: str = ""
+    gpu_obstacle: str = ""
     features: tuple[str, ...] = ()
     processor: str = field(default_factory=platform.machine)
     system: str = field(default_factory=platform.system)
@@ -106,11 +91,14 @@ def probe(config: HardwareConfig | None = None) -> Machine:
     """Returns this machine, or the one that `hardware=<name>` describes."""
     if config is not None and config.name != "auto":
         return named(config)
+    found = find_gpus()
     return Machine(
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         ram_bytes=_ram_bytes(),
         disk_free_bytes=shutil.disk_usage(Path.cwd()).free,
-        gpus=_nvidia_gpus(),
+        gpus=found.gpus,
+        driver=found.driver,
+        gpu_obstacle=found.obstacle,
         features=_cpu_features(),
         metal=platform.system() == "Darwin" and platform.machine() == "arm64",
     )
@@ -132,27 +120,6 @@ def _ram_bytes() -> int:
     """Returns the physical memory, or a container's limit where that is smaller."""
     total, group = int(psutil.virtual_memory().total), memory_group()
     return total if group is None else min(total, group.limit_bytes)
-
-
-def _nvidia_gpus() -> tuple[Gpu, ...]:
-    """Asks nvidia-smi; an empty tuple where it is missing or fails."""
-    if shutil.which("nvidia-smi") is None:
-        return ()
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
-    try:
-        output = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (subprocess.SubprocessError, OSError):
-        return ()
-    rows = [[cell.strip() for cell in line.split(",")] for line in output.splitlines() if line.strip()]
-    gpus = tuple(
-        Gpu(name=name, memory_bytes=int(mebibytes) * 1024**2, capability=capability)
-        for name, mebibytes, capability in rows
-    )
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return gpus
-    indices = [int(part) for part in visible.split(",") if part.strip().isdigit()]
-    return tuple(gpus[index] for index in indices if index < len(gpus))
 
 
 def _cpu_features() -> tuple[str, ...]:

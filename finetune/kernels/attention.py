@@ -1,9 +1,8 @@
-"""Causal attention over packed documents, one document at a time: no mask, no scores across documents."""
+"""Causal attention over packed documents: no mask, no scores across documents."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,13 +26,59 @@ class AttentionShape:
         return [self.heads * self.width, self.key_heads * self.width, self.key_heads * self.width]
 
 
-def attend(qkv: Tensor, cosine: Tensor, sine: Tensor, *, starts: Tensor, shape: AttentionShape, tiles: bool) -> Tensor:
+@dataclass(slots=True)
+class Documents:
+    """The documents of a flat row.
+
+    Attributes:
+        starts: First token of each document, and the end of the last one, shape (documents + 1,), int32.
+        longest: Tokens of the longest one.
+        varlen: Whether `torch.nn.attention.varlen.varlen_attn` computes all of them in one call.
+    """
+
+    starts: Tensor
+    longest: int
+    varlen: bool = False
+    _lengths: list[int] = field(default_factory=list)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Returns the tokens of each document. Their first use waits for the device; all layers share the answer."""
+        if not self._lengths:
+            self._lengths = self.starts.diff().tolist()
+        return self._lengths
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None = None) -> Tensor:
+        """Computes causal attention within each document.
+
+        Args:
+            q: Shape (tokens, heads, width).
+            k: Shape (tokens, key heads, width); the heads are a multiple of the key heads. ``v`` likewise.
+            scale: Factor of the scores.
+            window: Tokens that a token sees, itself included; None for all before it.
+
+        Returns:
+            Shape (tokens, heads, width).
+        """
+        if window is not None and window >= self.longest:
+            window = None
+        if self.varlen:
+            left = -1 if window is None else window - 1
+            return _varlen(q, k, v, self, scale=scale, window_size=(left, 0))
+        # The backward pass of a split writes each gradient once; that of a slice fills a tensor of the whole size.
+        parts = zip(q.split(self.lengths), k.split(self.lengths), v.split(self.lengths), strict=True)
+        return torch.cat([_document(*part, scale=scale, window=window) for part in parts])
+
+
+def attend(
+    qkv: Tensor, cosine: Tensor, sine: Tensor, *, documents: Documents, shape: AttentionShape, tiles: bool
+) -> Tensor:
     """Applies rotary positions and attention.
 
     Args:
         qkv: q, k and v concatenated, shape (tokens, (heads + 2 key_heads) width).
         cosine: Of the positions, shape (tokens, width); ``sine`` likewise.
-        starts: First token of each document, and the end of the last one, shape (documents + 1,).
+        documents: Where each one lies.
         shape: Heads and their width.
         tiles: Whether to use the AMX kernels, which need bfloat16.
 
@@ -41,12 +86,11 @@ def attend(qkv: Tensor, cosine: Tensor, sine: Tensor, *, starts: Tensor, shape: 
         Shape (tokens, heads width).
     """
     if tiles:
-        result: Tensor = _AmxAttention.apply(qkv, cosine, sine, starts.to(torch.int64), shape)
+        result: Tensor = _AmxAttention.apply(qkv, cosine, sine, documents.starts.to(torch.int64), shape)
         return result
     q, k, v = (part.view(len(qkv), -1, shape.width) for part in qkv.split(shape.sizes, -1))
     q, k = rotate(q, cosine, sine), rotate(k, cosine, sine)
-    documents = [_document(q[start:end], k[start:end], v[start:end], shape) for start, end in pairwise(starts.tolist())]
-    return torch.cat(documents)
+    return documents.attend(q, k, v, scale=shape.scale).reshape(len(qkv), -1)
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -55,14 +99,40 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return x * cosine[:, None] + torch.cat([-high, low], -1) * sine[:, None]
 
 
-def _document(q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape) -> Tensor:
-    """Computes one document with torch's own kernels, shape (length, heads width)."""
-    q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
-    grouped = shape.heads != shape.key_heads
-    out = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, is_causal=True, scale=shape.scale, enable_gqa=grouped
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents, *, scale: float, window_size: tuple[int, int]
+) -> Tensor:
+    """Computes all documents in one call of FlashAttention, which is part of torch."""
+    from torch.nn.attention import varlen
+
+    starts, longest = documents.starts, documents.longest
+    out: Tensor = varlen.varlen_attn(
+        q.contiguous(),
+        k.contiguous(),
+        v.contiguous(),
+        starts,
+        starts,
+        longest,
+        longest,
+        scale=scale,
+        window_size=window_size,
+        enable_gqa=q.shape[1] != k.shape[1],
     )
-    return out[0].transpose(0, 1).reshape(-1, shape.heads * shape.width)
+    return out
+
+
+def _document(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None) -> Tensor:
+    """Computes one document with torch's own kernels, shape (length, heads, width)."""
+    q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
+    mask = None
+    if window is not None and q.shape[2] > window:
+        place = torch.arange(q.shape[2], device=q.device)
+        distance = place[:, None] - place
+        mask = (distance >= 0) & (distance < window)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out[0].transpose(0, 1)
 
 
 class _AmxAttention(torch.autograd.Function):

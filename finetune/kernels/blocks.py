@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from finetune.kernels.attention import AttentionShape, attend
+from finetune.kernels.attention import AttentionShape, Documents, attend
 from finetune.kernels.autograd import RmsNorm, SwiGlu
 from finetune.kernels.linear import FusedLinears
 
@@ -51,7 +51,10 @@ def fuse_attention(attention: Any, fusion: Fusion, *, fuse_linears: FuseLinears,
             result: tuple[Tensor, None] = original(hidden_states=hidden_states, **inputs)
             return result
         cosine, sine = inputs["position_embeddings"]
-        out = attend(qkv(hidden_states[0]), cosine[0], sine[0], starts=starts, shape=shape, tiles=tiles)
+        documents = inputs.get("attention_mask")
+        if not isinstance(documents, Documents):  # a mask, which is not needed
+            documents = Documents(starts, inputs["max_length_q"], varlen=fusion.choice.varlen)
+        out = attend(qkv(hidden_states[0]), cosine[0], sine[0], documents=documents, shape=shape, tiles=tiles)
         return output(out)[None], None
 
     attention.forward = forward

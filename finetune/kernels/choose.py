@@ -24,6 +24,8 @@ class KernelFacts:
         native_obstacle: Why there are no native kernels.
         tiles: Whether the AMX attention kernels can be used.
         allocator_obstacle: Why freed memory cannot be kept.
+        documents_obstacle: Why attention cannot be computed document by document in transformers' own layers.
+        varlen_obstacle: Why torch's varlen attention cannot compute all documents in one call.
     """
 
     fusion_obstacle: str | None
@@ -34,6 +36,8 @@ class KernelFacts:
     native_obstacle: str | None
     tiles: bool
     allocator_obstacle: str | None = None
+    documents_obstacle: str | None = None
+    varlen_obstacle: str | None = "torch's varlen attention is for CUDA"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +50,8 @@ class KernelChoice:
     native: bool
     tiles: bool
     tune_malloc: bool
+    documents: bool
+    varlen: bool
     reasons: tuple[str, ...]
 
     def rounding(self) -> dict[str, bool]:
@@ -55,6 +61,8 @@ class KernelChoice:
             "loss_on_trained_tokens": self.loss_on_trained_tokens,
             "native": self.native,
             "tiles": self.tiles,
+            "documents": self.documents,
+            "varlen": self.varlen,
         }
 
 
@@ -75,6 +83,9 @@ def choose(config: KernelsConfig, facts: KernelFacts, *, device: str) -> KernelC
     native, native_reason = _decide(config, "implementation", "native", obstacle, "one pass over memory each")
     obstacle = facts.allocator_obstacle if device == "cpu" else f"torch has its own allocator on {device}"
     tune_malloc, memory_reason = _decide(config, "memory", "kept", obstacle, "the system is asked for memory only once")
+    obstacle = facts.documents_obstacle or (None if split else "the loss is computed by transformers or TRL")
+    documents, attention_reason = _decide(config, "attention", "documents", obstacle, "no mask of tokens by tokens")
+    varlen = (documents or fused) and facts.varlen_obstacle is None
     tiles = native and fused and facts.tiles
     plain_weights = "quantized" if facts.quantized else "as loaded"
     amx = ", attention in AMX tiles" if tiles else ""
@@ -83,6 +94,8 @@ def choose(config: KernelsConfig, facts: KernelFacts, *, device: str) -> KernelC
         f"weights {'cached' if cached else plain_weights}: {weights_reason}",
         f"loss on {'trained' if split else 'all'} tokens: {loss_reason}",
         f"implementation {'native' if native else 'plain'}: {native_reason}{amx}",
+        f"attention {'by document' if documents else 'masked'}: {attention_reason}"
+        f"{', all documents in one varlen call' if varlen else ''}",
         f"memory {'kept' if tune_malloc else 'plain'}: {memory_reason}",
     )
     return KernelChoice(
@@ -92,6 +105,8 @@ def choose(config: KernelsConfig, facts: KernelFacts, *, device: str) -> KernelC
         native=native,
         tiles=tiles,
         tune_malloc=tune_malloc,
+        documents=documents,
+        varlen=varlen,
         reasons=reasons,
     )
 

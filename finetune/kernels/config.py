@@ -8,6 +8,7 @@ CHOICES = {
     "weights": ("auto", "cached", "quantized"),
     "loss": ("auto", "trained", "all"),
     "implementation": ("auto", "native", "plain"),
+    "attention": ("auto", "documents", "masked"),
     "memory": ("auto", "kept", "plain"),
 }
 
@@ -29,6 +30,10 @@ class KernelsConfig:
 
     implementation: str
     """``native``: norm, activation, loss and attention in C++, compiled for this CPU on first use. ``plain``: torch."""
+
+    attention: str = "auto"
+    """``documents``: packed documents one by one, or in one call of torch's varlen attention on GPUs from Ampere on.
+    ``masked``: a mask of tokens by tokens in layers that are not fused."""
 
     memory: str
     """``kept``: the process keeps freed memory for the next step. ``plain``: the C library's defaults."""

@@ -19,8 +19,10 @@ from finetune.console import log
 from finetune.errors import HardwareError
 from finetune.inference.rows import IGNORED
 from finetune.kernels import blocks, native, plain
+from finetune.kernels.attention import Documents
 from finetune.kernels.autograd import FusedLinearCrossEntropy, TokenLosses
 from finetune.kernels.choose import KernelChoice, KernelFacts, choose
+from finetune.kernels.documents import attending_by, documents_obstacle, use_documents, varlen_obstacle
 from finetune.kernels.linear import FusedLinears, base_layer, is_adapted
 from finetune.memory import free_bytes
 from finetune.quantization.backends import backend_of
@@ -98,12 +100,20 @@ class Fusion:
         result: Tensor = TokenLosses.apply(*self._loss_inputs(model, inputs))
         return result
 
+    def documents(self, inputs: dict[str, Any]) -> Documents | None:
+        """Returns the documents of a micro-batch; None where it has rows, or masks are to be used."""
+        starts = inputs.get("cu_seq_lens_q")
+        if starts is None or not (self.enabled and self.choice.documents):
+            return None
+        return Documents(starts, inputs["max_length_q"], varlen=self.choice.varlen)
+
     def _loss_inputs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, ModuleType]:
         """Returns the hidden states that predict trained tokens, the head's weight, those tokens, and the kernels."""
         causal = model.get_base_model()
         labels = inputs["labels"]
         rest = {name: value for name, value in inputs.items() if name != "labels"}
-        hidden = causal.get_decoder()(**rest, use_cache=False).last_hidden_state[:, :-1]
+        with attending_by(self.documents(inputs)):
+            hidden = causal.get_decoder()(**rest, use_cache=False).last_hidden_state[:, :-1]
         trained = labels[:, 1:] != IGNORED
         head = causal.get_output_embeddings()
         return hidden[trained].to(head.weight.dtype), head.weight, labels[:, 1:][trained], self.kernels
@@ -133,6 +143,8 @@ def apply_fusion(
     fusion = Fusion(choice, native if choice.native else plain)
     if choice.fused:
         fuse(model, fusion, fuse_linears=partial(FusedLinears.of, cache=choice.cached, dtype=_dtype(placement.dtype)))
+    if choice.documents:
+        use_documents(model)
     if checkpointing == "selective":
         checkpoint_mlps(model)
     if choice.tune_malloc:
@@ -179,6 +191,13 @@ def gather_facts(model: PreTrainedModel, placement: Placement) -> KernelFacts:
         native_obstacle=native_obstacle,
         tiles=native_obstacle is None and native.has_tiles(),
         allocator_obstacle=None if sys.platform == "linux" else "only glibc on Linux can keep it",
+        documents_obstacle=documents_obstacle(model),
+        varlen_obstacle=varlen_obstacle(
+            device=placement.device,
+            capability=torch.cuda.get_device_capability() if placement.device == "cuda" else None,
+            dtype=placement.dtype,
+            widths={module.head_dim for module in model.modules() if hasattr(module, "head_dim")},
+        ),
     )
 
 
@@ -214,8 +233,6 @@ def fusion_obstacle(model: Any, dtype: str) -> str | None:
 
 
 def _adapter_obstacle(layers: list[Any]) -> str | None:
-    if any(float(getattr(dropout, "p", 0.0)) for layer in layers for dropout in layer.lora_dropout.values()):
-        return "lora.dropout is not 0"
     if any(getattr(layer, "lora_variant", None) for layer in layers):
         return "only peft computes this variant of LoRA"
     return None

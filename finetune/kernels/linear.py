@@ -22,12 +22,13 @@ class Activation(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LoraBranch:
-    """Adds ``scale * x A' B'`` to some columns of the output."""
+    """Adds ``scale * dropout(x) A' B'`` to some columns of the output."""
 
     columns: slice
     a: Tensor
     b: Tensor
     scale: float
+    dropout: float = 0.0
 
 
 @dataclass(slots=True)
@@ -94,7 +95,9 @@ class FusedLinears:
             if is_adapted(layer) and not layer.disable_adapters:
                 name = layer.active_adapters[0]
                 a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-                branches.append(LoraBranch(slice(start, end), a, b, layer.scaling[name]))
+                dropout = layer.lora_dropout[name]
+                rate = float(getattr(dropout, "p", 0.0)) if dropout.training else 0.0
+                branches.append(LoraBranch(slice(start, end), a, b, layer.scaling[name], rate))
             start = end
         return branches
 
@@ -115,6 +118,27 @@ def base_layer(layer: Any) -> Any:
     return layer.get_base_layer() if is_adapted(layer) else layer
 
 
+def dropout_mask(x: Tensor, *, rate: float, seed: int | None) -> Tensor | None:
+    """Makes the mask that a seed stands for: 0 with the probability ``rate``, else ``1 / (1 - rate)``; None without.
+
+    It is made again in the backward pass, which is cheaper than to keep one for each adapter.
+    """
+    if seed is None:
+        return None
+    generator = torch.Generator(x.device).manual_seed(seed)
+    return torch.empty_like(x).bernoulli_(1 - rate, generator=generator).div_(1 - rate)
+
+
+def draw_seed(rate: float) -> int | None:
+    """Draws a seed from torch's generator of the CPU, which checkpointing and checkpoints restore; None without
+    dropout."""
+    return int(torch.randint(2**62, ())) if rate else None
+
+
+def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask
+
+
 class _FusedProduct(torch.autograd.Function):
     """``x W' + b + s (x A') B'`` for each layer. Saves only ``x A'`` and ``x``, or the input of the activation."""
 
@@ -127,12 +151,20 @@ class _FusedProduct(torch.autograd.Function):
         y = torch.nn.functional.linear(x, linears.weight(), linears.bias)
         a = torch.cat(matrices[0::2]).to(x.dtype) if matrices else x.new_empty((0, x.shape[1]))
         scaled = [(branch.b * branch.scale).to(x.dtype) for branch in branches]
-        inner = x @ a.t()
-        for branch, ranks, b in zip(branches, _rank_slices(matrices), scaled, strict=True):
+        slices, seeds = _rank_slices(matrices), [draw_seed(branch.dropout) for branch in branches]
+        if any(seed is not None for seed in seeds):
+            masks = (
+                dropout_mask(x, rate=branch.dropout, seed=seed) for branch, seed in zip(branches, seeds, strict=True)
+            )
+            parts = [_masked(x, mask) @ a[ranks].t() for ranks, mask in zip(slices, masks, strict=True)]
+            inner = torch.cat(parts, -1)
+        else:
+            inner = x @ a.t()
+        for branch, ranks, b in zip(branches, slices, scaled, strict=True):
             y[:, branch.columns].addmm_(inner[:, ranks], b.t())
         ctx.save_for_backward(raw, inner, a, *scaled)
         ctx.activation, ctx.linears, ctx.branches = activation, linears, branches
-        ctx.ranks, ctx.dtypes = _rank_slices(matrices), [matrix.dtype for matrix in matrices]
+        ctx.ranks, ctx.seeds, ctx.dtypes = slices, seeds, [matrix.dtype for matrix in matrices]
         return y
 
     @staticmethod
@@ -144,11 +176,17 @@ class _FusedProduct(torch.autograd.Function):
             dy_branch = dy[:, branch.columns]
             d_inner[:, ranks] = dy_branch @ b
             d_bs.append((inner[:, ranks].t() @ dy_branch).t().float() * branch.scale)
-        d_a = d_inner.t() @ x
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = dy @ ctx.linears.weight()
-            dx.addmm_(d_inner, a)
+        drops = any(seed is not None for seed in ctx.seeds)
+        d_a = torch.empty_like(a) if drops else d_inner.t() @ x
+        dx = dy @ ctx.linears.weight() if ctx.needs_input_grad[0] else None
+        for branch, ranks, seed in zip(ctx.branches, ctx.ranks, ctx.seeds, strict=True) if drops else ():
+            mask = dropout_mask(x, rate=branch.dropout, seed=seed)
+            d_a[ranks] = d_inner[:, ranks].t() @ _masked(x, mask)
+            if dx is not None:
+                dx += _masked(d_inner[:, ranks] @ a[ranks], mask)
+        if dx is not None:
+            if not drops:
+                dx.addmm_(d_inner, a)
             dx = ctx.activation.backward(dx, raw) if ctx.activation else dx
         grads = [grad for ranks, d_b in zip(ctx.ranks, d_bs, strict=True) for grad in (d_a[ranks], d_b)]
         return dx, None, None, *(grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True))

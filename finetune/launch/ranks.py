@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 CONNECT_TIMEOUT = timedelta(minutes=5)
 POLL_SECONDS = 0.2
+GROUP_BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+"""What sums tensors on each device: NCCL has nothing for a CPU, where counts and flags are."""
+
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """How a launcher passes a process its place in the launch."""
 
@@ -145,13 +148,13 @@ class Ranks:
         from torch import distributed
 
         if device == "cuda":
-            torch.cuda.set_device(self.local)
+            torch.cuda.set_device(0)  # the only one that this process sees
         if self.count > self.local_count and "GLOO_SOCKET_IFNAME" not in os.environ:
             interface = interface_to(os.environ["MASTER_ADDR"])
             if interface:  # gloo's own choice is the one that this machine's name resolves to, often the loopback
                 os.environ["GLOO_SOCKET_IFNAME"] = interface
-        backend, store = "nccl" if device == "cuda" else "gloo", distributed.PrefixStore("group", self.store)
-        distributed.init_process_group(backend, store=store, rank=self.rank, world_size=self.count)
+        store = distributed.PrefixStore("group", self.store)
+        distributed.init_process_group(GROUP_BACKENDS[device], store=store, rank=self.rank, world_size=self.count)
 
     def shutdown(self) -> None:
         """Ends the launch for this process, which continues alone: no library may take it for one of several."""

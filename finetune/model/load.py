@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,8 +149,6 @@ def _open(folder: Path, spec: ModelSpec, **arguments: Any) -> PreTrainedModel:
 
     quiet_imports()
     check_remote_code(folder, spec.config.remote_code)
-    device = spec.placement.device
-    rank = os.environ.get("LOCAL_RANK") if device == "cuda" else None
     with quantized_experts():
         model: PreTrainedModel = from_pretrained(
             folder,
@@ -159,7 +156,7 @@ def _open(folder: Path, spec: ModelSpec, **arguments: Any) -> PreTrainedModel:
             attn_implementation=spec.placement.attention,
             trust_remote_code=spec.config.trust_remote_code,
             use_safetensors=True,
-            **({"device_map": {"": device if rank is None else f"cuda:{rank}"}} | arguments),
+            **({"device_map": {"": spec.placement.device}} | arguments),
         )
     return model
 

@@ -102,7 +102,7 @@ def count_step(model: Any, quantized: list[str], inputs: PlanInputs, *, dtype: A
 
     if not inputs.kernels.fused:
         replace_quantized_layers(model, quantized, dtype=dtype, keeps_input=inputs.method == "int8")
-    if inputs.device == "cuda":
+    if inputs.device == "cuda" or inputs.kernels.fused:  # fused layers keep neither a mask nor a copy
         use_gpu_dropout(model)
     with fused_layers(model, inputs, dtype=dtype) as kernels:
         for parameter in model.parameters():  # gradients of the previous micro-batch, to which the step adds

@@ -10,6 +10,7 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -68,8 +69,14 @@ class FakeBorders:
     def __init__(self, *, documents: int, tokens: int) -> None:
         self.borders = [tokens * number for number in range(documents + 1)]
 
+    def diff(self) -> FakeBorders:
+        """Returns the documents' lengths."""
+        lengths = FakeBorders(documents=0, tokens=0)
+        lengths.borders = [end - start for start, end in pairwise(self.borders)]
+        return lengths
+
     def tolist(self) -> list[int]:
-        """Returns the boundaries."""
+        """Returns the values."""
         return self.borders
 
     def to(self, _: Any) -> Tensor:

@@ -75,6 +75,7 @@ class KernelChoice:
         native: Element-wise operations are compiled, without float32 copies.
         tiles: Attention runs in AMX tiles, which keeps q, k and v as the product wrote them.
         cached: Quantized weights are kept in 16 bit too, dequantized once.
+        varlen: Attention is one call for all documents; planned as document by document, which keeps no less.
         flat: All documents of a micro-batch lie in one row, so plain attention has a mask of tokens by tokens.
         selective: Checkpointing recomputes only the gated layers.
     """
@@ -84,6 +85,7 @@ class KernelChoice:
     native: bool = False
     tiles: bool = False
     cached: bool = False
+    varlen: bool = False
     flat: bool = False
     selective: bool = False
 

@@ -136,16 +136,24 @@ def make_plan(inputs: PlanInputs, machine: Machine, *, checkpoints: int) -> Plan
     )
 
 
-def require_fit(plan: Plan, *, unless: bool = False) -> None:
+def require_fit(plan: Plan, *, unless: bool = False, free: int = 0) -> None:
     """Refuses a run before anything is downloaded where training cannot fit, even if the plan errs.
 
     Args:
         plan: The plan.
         unless: Whether the user wants to try anyway.
+        free: Memory of the device that other programs leave; 0 where it is not known.
 
     Raises:
-        HardwareError: The least that training needs is far more than the device has; ``preflight=off`` runs it anyway.
+        HardwareError: The least that training needs is far more than the device has, or than others leave of it;
+            ``preflight=off`` runs it anyway.
     """
+    if not unless and free and plan.fits and plan.least_bytes > free * (1 + LARGEST_ERROR):
+        raise HardwareError(
+            f"plan: training needs at least {human_bytes(plan.least_bytes)}, and other programs leave "
+            f"{human_bytes(free)} of the GPU's {human_bytes(plan.memory_bytes)} (`nvidia-smi` lists them); end them, "
+            "choose another GPU with CUDA_VISIBLE_DEVICES, or try anyway with preflight=off"
+        )
     if not unless and plan.fits is False and plan.least_bytes > plan.memory_bytes * (1 + LARGEST_ERROR):
         raise HardwareError(
             f"plan: {plan.verdict}; `finetune plan --fit` proposes settings that fit, and preflight=off tries it anyway"

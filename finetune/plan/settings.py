@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from finetune.architecture import ArchitectureConfig
-from finetune.hardware.place import choose_dtype
+from finetune.hardware.place import choose_dtype, used_gpus
 from finetune.kernels.choose import KernelFacts, choose
 from finetune.model.base import dimensions
 from finetune.parameters import linear_parameters
@@ -117,7 +117,6 @@ def predict_kernels(
     reasons = {
         "float16 needs loss scaling": dtype == "float16",
         f"layers of {family} cannot be fused": family not in FUSED_FAMILIES,
-        "lora.dropout is not 0": lora.dropout > 0,
         "only peft computes lora.variant=dora": lora.variant == "dora",
         f"{method} layers have their own kernels": method not in ("none", "nf4", "fp4"),
         f"model.upcast={upcast} keeps norms in float32": upcast != "none",
@@ -160,7 +159,8 @@ def _first_true(reasons: dict[str, bool]) -> str | None:
 
 def planned_dtype(config: RunConfig, machine: Machine) -> str:
     """Returns the dtype that the run will compute in."""
-    return choose_dtype(machine, planned_device(config, machine), config.model.dtype)[0]
+    device = planned_device(config, machine)
+    return choose_dtype(machine, device, config.model.dtype, gpus=used_gpus(machine, config))[0]
 
 
 def planned_device(config: RunConfig, machine: Machine) -> str:

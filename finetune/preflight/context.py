@@ -20,6 +20,7 @@ from finetune.inference.generation import end_tokens
 from finetune.inference.logits import unwrap
 from finetune.inference.rows import IGNORED
 from finetune.preflight.batch import CheckRows, Document, trained_tokens
+from finetune.preflight.trial import LOSS_SCALE, TrialTrainer, without_dropout
 from finetune.quantization.backends import all_tensors
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from finetune.model import ModelSpec
     from finetune.preflight.config import PreflightConfig
     from finetune.preflight.overfit import OverfitResult
-    from finetune.preflight.trial import TrialTrainer
     from finetune.products import PreparedData
     from finetune.trainable import TrainingJob
 
@@ -199,18 +199,17 @@ class CheckContext:
             return torch.cat([self._losses(self._collate(group, joined=layout == "one document")) for group in groups])
 
     def gradients(self) -> dict[str, Tensor]:
-        """Computes the gradient of the mean loss by name, in training mode; only of parameters that get one.
+        """Computes the gradient of the mean loss by name, in training mode without dropout, where there is one.
 
         It is returned in host memory, so that the device never holds more than one, as in training.
         """
         self.model.train()
         self.model.zero_grad(set_to_none=True)
-        started = time.monotonic()
-        with torch.random.fork_rng(devices=[]):
+        started, scale = time.monotonic(), LOSS_SCALE if self.dtype == torch.float16 else 1.0
+        with torch.random.fork_rng(devices=[]), without_dropout(self.model):
             torch.manual_seed(self.seed)
-            (self.loss() / self.trained_tokens()).backward()
-        named = self.model.named_parameters()
-        gradients = {name: p.grad.detach().to("cpu") for name, p in named if p.grad is not None}
+            (self.loss() * scale / self.trained_tokens()).backward()
+        gradients = {name: p.grad.to("cpu") / scale for name, p in self.model.named_parameters() if p.grad is not None}
         self.model.zero_grad(set_to_none=True)
         seconds = (time.monotonic() - started) / sum(len(document["input_ids"]) for document in self.rows.documents)
         self.token_seconds = min(seconds, self.token_seconds or seconds)

@@ -27,6 +27,10 @@ ACCUMULATED_BOUND, ACCUMULATED_LOSS_BOUND = 0.05, 0.01
 many tokens) were seen. A mean of the micro-batches' means differed by 37 to 51 % and 0.6 to 24 %, since every second
 row trains on a quarter of its tokens."""
 
+REGROUPED_BOUND = 0.1
+"""GPU only: cuBLAS, bitsandbytes and attention choose their kernels by the number of rows, so a row next to others is
+rounded as in another order of operations: FUSED_BOUND's 2 to 5 %, and not a CPU's 1 %."""
+
 REORDERED_BOUND = 0.01
 """GPU only: kernels that add in the order in which their blocks end round single sums differently. A repacked weight
 changed 90 % of the gradient."""
@@ -89,10 +93,11 @@ def check_accumulation(context: CheckContext) -> CheckResult:
         loss, gradients = context.trainer.gradients(rows, micro_batch=1)
         batch_loss, batch_gradients = context.trainer.gradients(rows, micro_batch=count)
     difference, loss_difference = relative_difference(gradients, batch_gradients), abs(loss / batch_loss - 1)
+    bound = REGROUPED_BOUND if context.device.startswith("cuda") else ACCUMULATED_BOUND
     return CheckResult(
-        passed=difference <= ACCUMULATED_BOUND and loss_difference <= ACCUMULATED_LOSS_BOUND,
+        passed=difference <= bound and loss_difference <= ACCUMULATED_LOSS_BOUND,
         figure=f"{count} rows: loss {loss:.4f} and {batch_loss:.4f}, gradients differ by {difference:.1%}",
-        bound=f"loss {ACCUMULATED_LOSS_BOUND:.0%}, gradients {ACCUMULATED_BOUND:.0%}",
+        bound=f"loss {ACCUMULATED_LOSS_BOUND:.0%}, gradients {bound:.0%}",
     )
 
 

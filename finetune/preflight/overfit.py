@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -113,8 +112,6 @@ def overfit_one_batch(context: CheckContext, rows: Dataset, heldout: Dataset | N
     )
     free_memory()
     on_gpu = context.device.startswith("cuda")
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
     with PeakMemory(context.folder / "memory.jsonl", stage="preflight") as peak, trained as work:
         checkpoint_bytes = sum(file.stat().st_size for file in (work / "checkpoints").rglob("*") if file.is_file())
         context.model.save_pretrained(context.folder / "adapter")
@@ -126,7 +123,7 @@ def overfit_one_batch(context: CheckContext, rows: Dataset, heldout: Dataset | N
         tokens=sum(sum(row["seq_lengths"]) for row in batch),
         rows=len(batch),
         checkpoint_bytes=checkpoint_bytes,
-        peak_bytes=torch.cuda.max_memory_reserved() if on_gpu else peak.rss_bytes,
+        peak_bytes=peak.device_bytes if on_gpu else peak.rss_bytes,
         logits=logits,
         adapter=context.folder / "adapter",
     )

@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from finetune.inference.logits import unwrap
 
 if TYPE_CHECKING:
-    from transformers import TrainerCallback
-
     from finetune.products import PreparedData
     from finetune.trainable import TrainingJob
 
@@ -42,6 +41,13 @@ QUIET: dict[str, Any] = {
 
 STEADY: dict[str, Any] = {"schedule": "constant", "warmup": None, "warmup_steps": 0, "warmup_tokens": None}
 """Settings of the optim group for the peak rate from the first step: a few steps leave no time to warm up."""
+
+
+LOSS_SCALE = 1024.0
+"""float16 only: a power of two that keeps gradients above 6e-8, the smallest that float16 has."""
+
+SCALE_SEARCH_STEPS = 17
+"""Steps of a trial in float16: torch's loss scaler starts at 2^16 and halves it after each step that overflows."""
 
 
 class GradientRecorder:
@@ -65,16 +71,29 @@ class GradientRecorder:
     def clip_gradients(self, trainer: Any, model: nn.Module, *, max_norm: float) -> Tensor:
         """Clips the gradients, or records and removes them; returns their norm before clipping."""
         trainer.accelerator.unscale_gradients()
-        self.losses.append(self._step_loss)
-        self._step_loss = 0.0
+        step_loss, self._step_loss = self._step_loss, 0.0
         named = trainer.accelerator.unwrap_model(model).named_parameters()
         trained = {name: p for name, p in named if p.grad is not None}
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), math.inf if self.keeps_gradients else max_norm)
+        scaler = trainer.accelerator.scaler
+        if scaler is not None and scaler.get_scale() > 1 and not norm.isfinite():
+            return norm  # the scaler skips the step and halves its scale
+        self.losses.append(step_loss)
         if self.keeps_gradients:
             self.gradients = {name: p.grad.to("cpu") for name, p in trained.items() if p.grad is not None}
             for p in trained.values():
                 p.grad = None  # an optimizer does not update a parameter without a gradient
         return norm
+
+
+class StopWhenRecorded(TrainerCallback):
+    """Ends a trial after the first step that did not overflow."""
+
+    def __init__(self, recorder: GradientRecorder) -> None:
+        self.recorder = recorder
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = control.should_training_stop or bool(self.recorder.losses)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +141,9 @@ class TrialTrainer:
             micro_batch: Rows of a micro-batch; the micro-batches are accumulated.
         """
         recorder = GradientRecorder(keeps_gradients=True)
-        trained = self.trained(rows, micro_batch=micro_batch, steps=1, recorder=recorder)
+        steps = SCALE_SEARCH_STEPS if self.job.trainable.spec.placement.dtype == "float16" else 1
+        stop = StopWhenRecorded(recorder)
+        trained = self.trained(rows, micro_batch=micro_batch, steps=steps, recorder=recorder, callbacks=[stop])
         with without_dropout(self.job.trainable.model), trained:
             return recorder.losses[0], recorder.gradients
 

@@ -2,8 +2,6 @@
 
 import dataclasses
 import re
-import types
-from typing import Any
 
 import pytest
 import yaml
@@ -13,17 +11,10 @@ from finetune.config import load
 from finetune.errors import ConfigError, HardwareError
 from finetune.hardware import Machine, place, probe
 from finetune.hardware.backends import BACKENDS, markdown
-from finetune.hardware.probe import Gpu
+from finetune.hardware.gpus import Gpu
 from finetune.paths import CONF
+from tests.fixtures.gpus import CPU, GIB, RTX4090, config
 
-GIB = 1024**3
-CPU = Machine(cores=2, ram_bytes=24 * GIB, disk_free_bytes=100 * GIB, features=("avx512_bf16",), processor="x86_64")
-RTX4090 = Machine(
-    cores=16,
-    ram_bytes=64 * GIB,
-    disk_free_bytes=100 * GIB,
-    gpus=(Gpu(name="RTX 4090", memory_bytes=24 * GIB, capability="8.9"),),
-)
 T4 = Machine(
     cores=4,
     ram_bytes=16 * GIB,
@@ -33,23 +24,6 @@ T4 = Machine(
 MAC = Machine(cores=8, ram_bytes=16 * GIB, disk_free_bytes=100 * GIB, metal=True, processor="arm64")
 AVX2 = dataclasses.replace(CPU, features=())
 GRAVITON = dataclasses.replace(AVX2, processor="aarch64")
-
-
-def config(
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    attention: str = "auto",
-    optimizer: str = "paged_adamw_8bit",
-    method: str = "nf4",
-) -> Any:
-    space = types.SimpleNamespace
-    return space(
-        hardware=space(device=device, threads=0),
-        model=space(dtype=dtype, attention=attention),
-        optim=space(name=optimizer),
-        quantization=space(method=method),
-    )
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from finetune.kernels import native
-from finetune.kernels.attention import AttentionShape, attend, rotate
+from finetune.kernels.attention import AttentionShape, Documents, attend, rotate
 from tests.kernels.helpers import share
 
 BOUND = 0.01
@@ -49,6 +49,7 @@ class Case:
         tokens = sum(documents)
         self.shape = AttentionShape(heads, key_heads, width, 1.3 * width**-0.5)
         self.starts = torch.tensor([0, *documents]).cumsum(0).to(torch.int32)
+        self.documents = Documents(self.starts, max(documents))
         self.qkv = (size * torch.randn(tokens, sum(self.shape.sizes), generator=generator)).bfloat16()
         self.d_out = torch.randn(tokens, heads * width, generator=generator).bfloat16()
         positions = torch.cat([torch.arange(length) for length in documents]).float()
@@ -58,7 +59,7 @@ class Case:
     def run(self, tiles: bool) -> tuple[Tensor, Tensor]:
         """The output and the gradient of q, k and v."""
         qkv = self.qkv.clone().requires_grad_(True)
-        out = attend(qkv, self.cosine, self.sine, starts=self.starts, shape=self.shape, tiles=tiles)
+        out = attend(qkv, self.cosine, self.sine, documents=self.documents, shape=self.shape, tiles=tiles)
         out.backward(self.d_out)
         assert qkv.grad is not None
         return out.detach(), qkv.grad

@@ -19,7 +19,14 @@ GOOD = KernelFacts(
     native_obstacle=None,
     tiles=True,
 )
-PLAIN = {"layers": "plain", "weights": "quantized", "loss": "all", "implementation": "plain", "memory": "plain"}
+PLAIN = {
+    "layers": "plain",
+    "weights": "quantized",
+    "loss": "all",
+    "implementation": "plain",
+    "attention": "masked",
+    "memory": "plain",
+}
 
 
 def made(*, device: str = "cpu", wishes: dict[str, str] | None = None, **facts: Any) -> KernelChoice:
@@ -41,7 +48,7 @@ def test_everything_is_taken_where_nothing_stands_in_the_way() -> None:
         choice.tiles,
         choice.tune_malloc,
     ) == (True,) * 6
-    assert len(choice.reasons) == 5
+    assert len(choice.reasons) == 6
     assert reason(choice, "implementation").endswith("attention in AMX tiles")
 
 

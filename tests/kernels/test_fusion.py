@@ -4,12 +4,27 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from finetune.errors import HardwareError
 from finetune.kernels import native, plain
 from finetune.kernels.autograd import LOSS_ROWS, FusedLinearCrossEntropy
+from finetune.kernels.linear import draw_seed, dropout_mask
 from tests.fixtures.models import load
-from tests.kernels.helpers import BOUNDS, GROUPED, SIZES, adapt, base, batch, fuse, fused_and_plain, share
+from tests.kernels.helpers import (
+    BOUNDS,
+    GROUPED,
+    SIZES,
+    adapt,
+    all_logits_loss,
+    base,
+    batch,
+    farthest,
+    fuse,
+    fused_and_plain,
+    gradients,
+    share,
+)
 
 GEMMA = ("Gemma", GROUPED)
 NEOX = ("GPTNeoX", SIZES)
@@ -36,10 +51,45 @@ def test_unknown_architecture_is_left_alone_and_its_loss_is_right(family: tuple[
     torch.testing.assert_close(mine, expected, rtol=1e-6, atol=0.0)
 
 
-def test_dropout_is_left_to_peft() -> None:
-    model = adapt(base("Llama", **GROUPED), dropout=0.1)
-    assert layers_reason(fuse(model).choice) == "layers plain: lora.dropout is not 0"
-    assert replaced(model) == []
+class SeededDropout(nn.Dropout):
+    """peft's dropout with the masks of the fused layers, drawn in the same order."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mask = dropout_mask(x, rate=self.p, seed=draw_seed(self.p if self.training else 0.0))
+        return x if mask is None else x * mask
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dropout_is_computed_as_peft_does(checkpointing: bool) -> None:
+    """Recomputed layers draw the same seeds again, since checkpointing restores torch's generator."""
+    model = adapt(base("Llama", dtype="float32", **GROUPED), dropout=0.25, checkpointing=checkpointing)
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    fusion = fuse(model, dtype="float32")
+    assert fusion.choice.fused
+    for layer in (layer for layer in model.modules() if hasattr(layer, "lora_dropout")):
+        layer.lora_dropout["default"] = SeededDropout(0.25)
+    torch.manual_seed(11)
+    mine = fusion.loss(model, batch())
+    found = gradients(model, mine)
+    with fusion.disabled():
+        torch.manual_seed(11)
+        plain_loss = all_logits_loss(model, batch())
+        expected = gradients(model, plain_loss)
+    torch.testing.assert_close(mine, plain_loss, rtol=1e-6, atol=0.0)
+    assert farthest(found, expected) <= BOUNDS["float32"]
+    torch.manual_seed(12)
+    assert not torch.allclose(fusion.loss(model, batch()), mine, rtol=1e-5)
+    without = [fusion.loss(model.eval(), batch()) for _ in range(2)]
+    assert torch.equal(*without)
+
+
+def test_a_dropout_mask_has_its_rate_and_the_mean_of_one() -> None:
+    mask = dropout_mask(torch.ones(400, 500), rate=0.1, seed=5)
+    assert mask is not None
+    assert float((mask == 0).float().mean()) == pytest.approx(0.1, abs=0.005)  # seven standard deviations
+    assert float(mask.mean()) == pytest.approx(1.0, abs=0.005)
 
 
 def test_variant_with_its_own_formula_is_left_to_peft() -> None:

@@ -240,8 +240,8 @@ def test_a_gpu_without_bfloat16_gets_plain_layers() -> None:
     ("overrides", "reason"),
     [
         (
-            ["kernels.layers=fused", "lora.dropout=0.1"],
-            "kernels.layers=fused is not possible here: lora.dropout is not 0",
+            ["kernels.layers=fused", "lora=dora"],
+            "kernels.layers=fused is not possible here: only peft computes lora.variant=dora",
         ),
         (["kernels.implementation=native", "model.dtype=float32"], "they compute in bfloat16 and this run in float32"),
     ],

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset, load_from_disk
 
 from finetune.kernels.autograd import SwiGlu
+from finetune.kernels.documents import attending_by
 from finetune.quantization import quantized_layers
 from tests.fixtures.preflight import Plant, Scene
 
@@ -94,9 +95,10 @@ def contaminate(scene: Scene, _: pytest.MonkeyPatch) -> None:
     arguments_of_documents = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
     def contaminated(*arguments: Any, **inputs: Any) -> Any:
-        return forward(
-            *arguments, **{name: value for name, value in inputs.items() if name not in arguments_of_documents}
-        )
+        with attending_by(None):
+            return forward(
+                *arguments, **{name: value for name, value in inputs.items() if name not in arguments_of_documents}
+            )
 
     decoder.forward = contaminated
 
