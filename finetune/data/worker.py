@@ -85,6 +85,7 @@ class Processed:
         reasons: Texts that ``rows["reason"]`` indexes, from 1.
         details: Row -> the value that made it unusable.
         references: Row -> text of its last turn, where required.
+        chats: Row -> the turns before that one and the tools, as JSON, where they are not raw text.
         tests: Row -> the tests that judge its answer, where it has some.
     """
 
@@ -96,6 +97,7 @@ class Processed:
     reasons: list[str]
     details: dict[int, str] = field(default_factory=dict)
     references: dict[int, str] = field(default_factory=dict)
+    chats: dict[int, str] = field(default_factory=dict)
     tests: dict[int, str] = field(default_factory=dict)
 
 
@@ -139,6 +141,7 @@ class Worker:
                 first = number not in batch.references
                 if role == CHOSEN and source in self.settings.references and first:
                     batch.references[number] = item.reference
+                    batch.chats.update(_chat(number, item.conversation, self.settings.renderer.system))
                     if item.conversation.tests is not None:
                         batch.tests[number] = read_tests(item.conversation.tests)
             except BadRow as error:
@@ -190,6 +193,17 @@ class Worker:
         if isinstance(result, BadRow):
             raise result
         return result
+
+
+def _chat(number: int, conversation: Conversation, system: str | None) -> dict[int, str]:
+    """Returns what a client would send for the last turn, by row number; empty for raw text."""
+    if conversation.parts is not None:
+        return {}
+    messages = conversation.messages[:-1]
+    if system is not None and (not messages or messages[0]["role"] != "system"):
+        messages = [{"role": "system", "content": system}, *messages]
+    chat = {"messages": messages, **({"tools": conversation.tools} if conversation.tools else {})}
+    return {number: json.dumps(chat, ensure_ascii=False)}
 
 
 def _of_rejected(error: BadRow) -> BadRow:
@@ -256,6 +270,7 @@ class _Batch:
         self.reasons: dict[str, int] = {}
         self.details: dict[int, str] = {}
         self.references: dict[int, str] = {}
+        self.chats: dict[int, str] = {}
         self.tests: dict[int, str] = {}
 
     def refuse(self, number: int, error: BadRow) -> None:
@@ -294,5 +309,6 @@ class _Batch:
             reasons=list(self.reasons),
             details=self.details,
             references={number: text for number, text in self.references.items() if not self.rows["reason"][number]},
+            chats=self.chats,
             tests=self.tests,
         )

@@ -1,0 +1,104 @@
+"""The checks that compare figures: the held-out loss and the metrics of the task, paired by row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from finetune.inference.bootstrap import RESAMPLES, Bootstrap, Ratio, mean_of
+from finetune.inference.rows import IGNORED
+from finetune.verify.checks import DIFFERS, PASS, UNASKED, Answered, Check
+from finetune.verify.endpoint import Endpoint, Refused
+from finetune.verify.reference import Reference
+
+PROBED_TOKENS = 256
+"""Tokens that are asked for one by one where a server does not score a prompt: one request each, so a choice."""
+
+
+def check_loss(endpoint: Endpoint, reference: Reference, *, bound: float) -> Check:
+    """Compares the held-out loss with the run's own, past the server's template: are these the weights?
+
+    Args:
+        endpoint: The server.
+        reference: The rows and their losses.
+        bound: Of the difference in nats per token, averaged over rows without its sign.
+    """
+    name, allowed = "held-out loss", bound + reference.rounding
+    try:
+        scored, how = _scored(endpoint, reference), "scored as prompts"
+    except Refused as refused:
+        if refused.status in (0, 500, 503):
+            return Check(name=name, verdict=DIFFERS, detail=f"the server fails: {refused}")
+        try:
+            scored, how = _probed(endpoint, reference), "asked token by token"
+        except Refused as error:
+            why = f"no log-probabilities of a prompt ({refused}), nor of its next token ({error})"
+            return Check(name=name, verdict=UNASKED, detail=why)
+    if not scored:
+        return Check(name=name, verdict=UNASKED, detail="in every row, a token is not among the named alternatives")
+    own = Ratio(*(np.array([reference.losses[number][side] for number in scored], dtype=float) for side in (0, 1)))
+    served = Ratio(totals=np.array(list(scored.values())), weights=own.weights)
+    distance = float(np.abs(served.totals - own.totals).sum() / own.weights.sum())
+    change = Bootstrap(len(scored), samples=RESAMPLES, seed=reference.seed).difference(own, served)
+    detail = (
+        f"{served.value:.4f} nats per token on {len(scored)} rows {how}, the run's own {own.value:.4f}: "
+        f"{change.text()}; rows differ by {distance:.4f} on average (bound {allowed:.4f})"
+    )
+    return Check(
+        name=name, verdict=PASS if distance <= allowed else DIFFERS, detail=detail, figure=distance, bound=allowed
+    )
+
+
+def check_metrics(answered: Sequence[Answered], reference: Reference) -> list[Check]:
+    """Compares the metrics of the task with the run's own on the same rows; DIFFERS where the interval excludes 0."""
+    from finetune.eval.metrics import METRICS
+
+    if not answered:
+        return []
+    checks = []
+    for metric in reference.metrics:
+        scores = [[METRICS[metric](text, item.wanted.row) for text in item.texts] for item in answered]
+        own, served = (mean_of([pair[side] for pair in scores]) for side in (0, 1))
+        change = Bootstrap(len(scores), samples=RESAMPLES, seed=reference.seed).difference(own, served)
+        detail = (
+            f"{served.value:.3f} on {len(scores)} held-out rows, the run's own {own.value:.3f}: {change.text(digits=3)}"
+        )
+        verdict = PASS if change.low <= 0 <= change.high else DIFFERS
+        checks.append(Check(name=metric, verdict=verdict, detail=detail, figure=change.difference, bound=0))
+    return checks
+
+
+def _scored(endpoint: Endpoint, reference: Reference) -> dict[int, float]:
+    """Returns nats by row number, from one request each."""
+    nats = {}
+    for number, row in enumerate(reference.scored):
+        targets = _targets(row)
+        if targets:
+            scores = endpoint.score(row["input_ids"])
+            nats[number] = -sum(scores[place - 1] for place in targets)
+    return nats
+
+
+def _probed(endpoint: Endpoint, reference: Reference) -> dict[int, float]:
+    """Returns nats by row number, from one request for each token; leaves out rows with an improbable token."""
+    nats, left = {}, PROBED_TOKENS
+    for number, row in enumerate(reference.scored):
+        targets = _targets(row)
+        left -= len(targets)
+        if not targets or (left < 0 and nats):
+            continue
+        logprobs = []
+        for place in targets:
+            logprob = endpoint.next_logprob(row["input_ids"][:place], row["input_ids"][place])
+            if logprob is None:
+                break
+            logprobs.append(logprob)
+        else:
+            nats[number] = -sum(logprobs)
+    return nats
+
+
+def _targets(row: dict[str, list[int]]) -> list[int]:
+    """Returns the places of the tokens with loss."""
+    return [place for place, label in enumerate(row["labels"]) if place and label != IGNORED]
