@@ -20,13 +20,14 @@ def _verify(invocation: Invocation) -> int:
     missing = [f"{name}=..." for name in ("run.name", "url") if not values.get(name)]
     if missing:
         raise ConfigError(f"verify needs {' and '.join(missing)}, e.g. {invocation.command.example}")
-    if not values["url"].startswith(("http://", "https://")):
-        raise ConfigError(f"verify: url must begin with http:// or https://; got {values['url']}")
+    url = values["url"] if "://" in values["url"] else f"http://{values['url']}"
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"verify: url must begin with http:// or https://; got {url}")
     from finetune.verify import Bounds, Target, verify
     from finetune.verify.run import show
 
     target = Target(
-        url=values["url"],
+        url=url,
         model=values.get("model", ""),
         key=options["api_key"] or os.environ.get("FINETUNE_API_KEY", ""),
         seconds=options["seconds"],

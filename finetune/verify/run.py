@@ -144,8 +144,9 @@ def _choose(names: list[str], wanted: str, run: str) -> str:
     Raises:
         ConfigError: There is no such model.
     """
-    if wanted in names:
-        return wanted
+    exact = next((name for name in (wanted, f"{wanted}:latest") if name in names), None)  # Ollama adds a tag
+    if exact:
+        return exact
     if not wanted and (run in names or len(names) == 1):
         return run if run in names else names[0]
     near = difflib.get_close_matches(wanted, names, n=1) if wanted else []

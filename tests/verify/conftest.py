@@ -1,6 +1,7 @@
 """A run with the figures that an evaluation leaves, and the model behind them, ready to be served with faults."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -73,7 +74,12 @@ def verified_run(models: Models, served_run: Path, heldout: Made, tmp_path_facto
     run = tmp_path_factory.mktemp("verified") / "tiny"
     (run / "eval").mkdir(parents=True)
     (run / "data").mkdir()
-    (run / "export").symlink_to(served_run / "export")
+    for name in ("export", "model"):
+        shutil.copytree(served_run / name, run / name)
+    for export in ("adapter", "safetensors"):
+        record = json.loads((run / "export" / export / "finetune.json").read_text())
+        record["tokenizer"]["eos"]["ends_an_answer"] = models.ends
+        write_json(run / "export" / export / "finetune.json", record)
     (run / "data" / "heldout").symlink_to(heldout.folder / "heldout")
     rows = read_rows(heldout.folder / "heldout")
     longest = max(len(row["input_ids"]) for row in rows)

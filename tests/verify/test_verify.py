@@ -136,9 +136,9 @@ def test_models_are_compared_with_the_artifact_of_their_name(
     ("words", "message"),
     [
         (["run.name=tiny"], "verify needs url=..."),
-        (["run.name=tiny", "url=localhost:1"], "url must begin with http:// or https://"),
+        (["run.name=tiny", "url=ftp://localhost"], "url must begin with http:// or https://"),
         (["run.name=missing", "url=URL"], "there is no run in"),
-        (["run.name=tiny", "url=http://127.0.0.1:9"], "nothing answers there"),
+        (["run.name=tiny", "url=127.0.0.1:9"], "nothing answers there"),
         (["run.name=tiny", "url=URL", "model=tine"], "did you mean model=tiny?"),
         (["run.name=tiny", "url=URL", "model=tiny", "--artifact", "best"], "measured adapter, base_quantized, merged"),
         (["run.name=tiny", "url=OTHER"], "is not an OpenAI-compatible server"),
