@@ -47,11 +47,10 @@ class TokenStore:
         batch.rows["reason"] = numbers[batch.rows["reason"]]
         batch.documents["row"] += self.count
         self.details.update({self.count + number: text for number, text in batch.details.items()})
-        self.references.update({self.count + number: text for number, text in batch.references.items()})
+        for number, (text, chat) in batch.references.items():
+            self.references[self.count + number] = text
+            self._keep_chat(self.count + number, chat)
         self.tests.update({self.count + number: text for number, text in batch.tests.items()})
-        for number, text in batch.chats.items():
-            self._chat_places[self.count + number] = self._chats.tell()
-            self._chats.write(f"{text}\n".encode())
         self._rows.append(batch.rows)
         self._documents.append(batch.documents)
         self._signatures.append(batch.signatures)
@@ -76,6 +75,11 @@ class TokenStore:
         self.starts = np.concatenate([[0], np.cumsum(self.documents["length"], dtype=np.int64)])
         self.ids = self._map("ids", TOKEN_DTYPE)
         self.mask = self._map("mask", MASK_DTYPE)
+
+    def _keep_chat(self, row: int, chat: str | None) -> None:
+        if chat is not None:
+            self._chat_places[row] = self._chats.tell()
+            self._chats.write(f"{chat}\n".encode())
 
     def chat(self, row: int) -> str | None:
         """Returns the turns before a row's last one and the tools, as JSON; None for raw text."""

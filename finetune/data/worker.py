@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from finetune.data.apart import encode_apart, must_be_apart
-from finetune.data.conversation import BadRow, Conversation, check
+from finetune.data.conversation import BadRow, Conversation, chat_before, check
 from finetune.data.encoder import Encoded, Encoder
 from finetune.data.files import Raw
 from finetune.data.formats import READERS
@@ -84,8 +84,7 @@ class Processed:
         signatures: MinHash signature of each document.
         reasons: Texts that ``rows["reason"]`` indexes, from 1.
         details: Row -> the value that made it unusable.
-        references: Row -> text of its last turn, where required.
-        chats: Row -> the turns before that one and the tools, as JSON, where they are not raw text.
+        references: Row -> text of its last turn, and the chat before it (see `chat_before`), where required.
         tests: Row -> the tests that judge its answer, where it has some.
     """
 
@@ -96,8 +95,7 @@ class Processed:
     signatures: np.ndarray
     reasons: list[str]
     details: dict[int, str] = field(default_factory=dict)
-    references: dict[int, str] = field(default_factory=dict)
-    chats: dict[int, str] = field(default_factory=dict)
+    references: dict[int, tuple[str, str | None]] = field(default_factory=dict)
     tests: dict[int, str] = field(default_factory=dict)
 
 
@@ -140,8 +138,8 @@ class Worker:
                     batch.add(number, role, self._pieces(text, result, batch.rows[number], role))
                 first = number not in batch.references
                 if role == CHOSEN and source in self.settings.references and first:
-                    batch.references[number] = item.reference
-                    batch.chats.update(_chat(number, item.conversation, self.settings.renderer.system))
+                    chat = chat_before(item.conversation, system=self.settings.renderer.system)
+                    batch.references[number] = item.reference, chat
                     if item.conversation.tests is not None:
                         batch.tests[number] = read_tests(item.conversation.tests)
             except BadRow as error:
@@ -193,17 +191,6 @@ class Worker:
         if isinstance(result, BadRow):
             raise result
         return result
-
-
-def _chat(number: int, conversation: Conversation, system: str | None) -> dict[int, str]:
-    """Returns what a client would send for the last turn, by row number; empty for raw text."""
-    if conversation.parts is not None:
-        return {}
-    messages = conversation.messages[:-1]
-    if system is not None and (not messages or messages[0]["role"] != "system"):
-        messages = [{"role": "system", "content": system}, *messages]
-    chat = {"messages": messages, **({"tools": conversation.tools} if conversation.tools else {})}
-    return {number: json.dumps(chat, ensure_ascii=False)}
 
 
 def _of_rejected(error: BadRow) -> BadRow:
@@ -269,8 +256,7 @@ class _Batch:
         self.pieces: list[list[Encoded]] = [[] for _ in raws]
         self.reasons: dict[str, int] = {}
         self.details: dict[int, str] = {}
-        self.references: dict[int, str] = {}
-        self.chats: dict[int, str] = {}
+        self.references: dict[int, tuple[str, str | None]] = {}
         self.tests: dict[int, str] = {}
 
     def refuse(self, number: int, error: BadRow) -> None:
@@ -309,6 +295,5 @@ class _Batch:
             reasons=list(self.reasons),
             details=self.details,
             references={number: text for number, text in self.references.items() if not self.rows["reason"][number]},
-            chats=self.chats,
             tests=self.tests,
         )

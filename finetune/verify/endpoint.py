@@ -13,7 +13,7 @@ from typing import Any
 
 from finetune.errors import ConfigError
 
-MOST_ALTERNATIVES = 100
+MOST_ALTERNATIVES = 1000
 """Alternatives that llama.cpp is asked for, to find the probability of one token among them: a choice."""
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

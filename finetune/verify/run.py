@@ -94,7 +94,7 @@ def verify(
         bounds: What may differ.
 
     Raises:
-        ConfigError: There is no such run or artifact, nothing listens, it is no such server, or has no such model.
+        ConfigError: The run or artifact is missing, nothing listens, or the server is another kind or lacks the model.
     """
     bounds = bounds or Bounds()
     read_config(run)  # before the server is asked
