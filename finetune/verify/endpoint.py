@@ -63,7 +63,9 @@ class Endpoint:
         self.root = url.rstrip("/").removesuffix("/v1").rstrip("/")
         self.model, self._key, self._seconds = model, key, seconds
         host = urllib.parse.urlsplit(self.root).hostname
-        proxies = {} if host in LOOPBACK else None  # a proxy cannot reach this machine's own address
+        proxies: dict[str, str] | None = (
+            {} if host in LOOPBACK else None
+        )  # a proxy cannot reach this machine's own address
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
 
     def models(self) -> list[str]:

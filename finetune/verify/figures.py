@@ -71,7 +71,7 @@ def check_metrics(answered: Sequence[Answered], reference: Reference) -> list[Ch
 
 def _scored(endpoint: Endpoint, reference: Reference) -> dict[int, float]:
     """Returns nats by row number, from one request each."""
-    nats = {}
+    nats: dict[int, float] = {}
     for number, row in enumerate(reference.scored):
         targets = _targets(row)
         if targets:
@@ -82,7 +82,8 @@ def _scored(endpoint: Endpoint, reference: Reference) -> dict[int, float]:
 
 def _probed(endpoint: Endpoint, reference: Reference) -> dict[int, float]:
     """Returns nats by row number, from one request for each token; leaves out rows with an improbable token."""
-    nats, left = {}, PROBED_TOKENS
+    nats: dict[int, float] = {}
+    left = PROBED_TOKENS
     for number, row in enumerate(reference.scored):
         targets = _targets(row)
         left -= len(targets)
