@@ -13,9 +13,6 @@ from typing import Any
 
 from finetune.errors import ConfigError
 
-MOST_ALTERNATIVES = 1000
-"""Alternatives that llama.cpp is asked for, to find the probability of one token among them: a choice."""
-
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -136,20 +133,6 @@ class Endpoint:
         if len(scores) != len(tokens) - 1 or None in scores:
             raise Refused(200, "it ignores echo with logprobs")
         return [float(score) for score in scores]
-
-    def next_logprob(self, prompt: Sequence[int], token: int) -> float | None:
-        """Returns the log-probability of one token after a prompt; None where it is not among the most probable ones.
-
-        Raises:
-            Refused: The server does not name alternatives by token id, as llama.cpp does.
-        """
-        body = {"model": self.model, "prompt": list(prompt), "max_tokens": 1, "logprobs": MOST_ALTERNATIVES}
-        reply = self._ask("/v1/completions", {**body, "temperature": 0})
-        content = (reply["choices"][0].get("logprobs") or {}).get("content") or []
-        alternatives = content[0].get("top_logprobs", []) if content else []
-        if not alternatives or "id" not in alternatives[0]:
-            raise Refused(200, "it names no alternatives by token id")
-        return next((float(entry["logprob"]) for entry in alternatives if entry["id"] == token), None)
 
     def _with_token_ids(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """Asks for token ids too, as vLLM takes it; a server that refuses the parameter is asked without it."""

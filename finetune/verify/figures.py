@@ -12,9 +12,6 @@ from finetune.verify.checks import DIFFERS, PASS, UNASKED, Answered, Check
 from finetune.verify.endpoint import Endpoint, Refused
 from finetune.verify.reference import Reference
 
-PROBED_TOKENS = 256
-"""Tokens that are asked for one by one where a server does not score a prompt: one request each, so a choice."""
-
 
 def check_loss(endpoint: Endpoint, reference: Reference, *, bound: float) -> Check:
     """Compares the held-out loss with the run's own, past the server's template: are these the weights?
@@ -26,23 +23,19 @@ def check_loss(endpoint: Endpoint, reference: Reference, *, bound: float) -> Che
     """
     name, allowed = "held-out loss", bound + reference.rounding
     try:
-        scored, how = _scored(endpoint, reference), "scored as prompts"
+        scored = _scored(endpoint, reference)
     except Refused as refused:
         if refused.status in (0, 500, 503):
             return Check(name=name, verdict=DIFFERS, detail=f"the server fails: {refused}")
-        try:
-            scored, how = _probed(endpoint, reference), "asked token by token"
-        except Refused as error:
-            why = f"no log-probabilities of a prompt ({refused}), nor of its next token ({error})"
-            return Check(name=name, verdict=UNASKED, detail=why)
+        return Check(name=name, verdict=UNASKED, detail=f"it gives no log-probabilities of a prompt ({refused})")
     if not scored:
-        return Check(name=name, verdict=UNASKED, detail="in every row, a token is not among the named alternatives")
+        return Check(name=name, verdict=UNASKED, detail="the run measured the loss of no row")
     own = Ratio(*(np.array([reference.losses[number][side] for number in scored], dtype=float) for side in (0, 1)))
     served = Ratio(totals=np.array(list(scored.values())), weights=own.weights)
     distance = float(np.abs(served.totals - own.totals).sum() / own.weights.sum())
     change = Bootstrap(len(scored), samples=RESAMPLES, seed=reference.seed).difference(own, served)
     detail = (
-        f"{served.value:.4f} nats per token on {len(scored)} rows {how}, the run's own {own.value:.4f}: "
+        f"{served.value:.4f} nats per token on {len(scored)} rows, the run's own {own.value:.4f}: "
         f"{change.text()}; rows differ by {distance:.4f} on average (bound {allowed:.4f})"
     )
     return Check(
@@ -77,26 +70,6 @@ def _scored(endpoint: Endpoint, reference: Reference) -> dict[int, float]:
         if targets:
             scores = endpoint.score(row["input_ids"])
             nats[number] = -sum(scores[place - 1] for place in targets)
-    return nats
-
-
-def _probed(endpoint: Endpoint, reference: Reference) -> dict[int, float]:
-    """Returns nats by row number, from one request for each token; leaves out rows with an improbable token."""
-    nats: dict[int, float] = {}
-    left = PROBED_TOKENS
-    for number, row in enumerate(reference.scored):
-        targets = _targets(row)
-        left -= len(targets)
-        if not targets or (left < 0 and nats):
-            continue
-        logprobs = []
-        for place in targets:
-            logprob = endpoint.next_logprob(row["input_ids"][:place], row["input_ids"][place])
-            if logprob is None:
-                break
-            logprobs.append(logprob)
-        else:
-            nats[number] = -sum(logprobs)
     return nats
 
 

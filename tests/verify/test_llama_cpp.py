@@ -36,16 +36,15 @@ def llama_cpp(source: Path, file: Path, models: Models) -> Iterator[str]:
 def test_merged_model_as_gguf_passes(verified_run: Path, models: Models, tmp_path: Path) -> None:
     with llama_cpp(verified_run / "export" / "safetensors", tmp_path / "tiny.gguf", models) as url:
         verified = verify(verified_run, Target(url=url), artifact="merged", rows=6)
-    assert {check.name: check.verdict for check in verified.checks} == dict.fromkeys(
-        ["chat template", "context", "answers", "end of turn", "greedy", "held-out loss", METRIC], "PASS"
-    )
+    verdicts = {check.name: check.verdict for check in verified.checks}
+    passed = dict.fromkeys(["chat template", "context", "answers", "end of turn", "greedy", METRIC], "PASS")
+    assert verdicts == {**passed, "held-out loss": "CANNOT BE ASKED"}
     details = {check.name: check.detail for check in verified.checks}
     assert "have the token ids of training" in details["chat template"]
-    assert "asked token by token" in details["held-out loss"]
 
 
 def test_base_as_gguf_is_caught(verified_run: Path, models: Models, loud_base: Path, tmp_path: Path) -> None:
     with llama_cpp(loud_base, tmp_path / "base.gguf", models) as url:
         verified = verify(verified_run, Target(url=url), artifact="merged", rows=3)
     caught = {check.name for check in verified.checks if check.verdict == "DIFFERS"}
-    assert {"answers", "held-out loss"} <= caught
+    assert "answers" in caught
