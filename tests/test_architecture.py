@@ -26,7 +26,7 @@ FRAMEWORKS = {
     "hydra": {"config", "cli", "provenance", "sweep"},
     "optuna": {"sweep"},
     "rich": {"console", "cli", "serve"},
-    "jinja2": {"html", "data", "eval", "export", "serve"},
+    "jinja2": {"html", "data", "eval", "export", "serve", "verify"},
     "fastapi": {"serve"},
     "uvicorn": {"serve"},
 }

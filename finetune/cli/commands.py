@@ -6,6 +6,7 @@ from finetune.cli import look, proof, run
 from finetune.cli.bench import BENCHMARKS, choose_benchmark
 from finetune.cli.command import Command, Option
 from finetune.cli.serve import CHAT, SERVE
+from finetune.cli.verify import VERIFY
 
 EXISTING = ("run.name", "run.root")
 """The settings of commands that only read a run folder."""
@@ -80,6 +81,7 @@ COMMANDS = (
     ),
     CHAT,
     SERVE,
+    VERIFY,
     Command(
         "bench", "measurements that can be repeated", choose_benchmark, arguments=("WHAT",), settings=(),
         subcommands=BENCHMARKS, example="finetune bench speed ROWS.jsonl --against trl",

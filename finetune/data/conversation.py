@@ -1,5 +1,6 @@
 """Conversation: the one form that every format is read into and that the renderer takes."""
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,22 @@ class Conversation:
         if self.parts is not None:
             return self.parts[-1][0]
         return self.messages[-1]["content"] or ""
+
+
+def chat_before(conversation: Conversation, *, system: str | None) -> str | None:
+    """Returns what a client would send for the last turn: messages and tools, as JSON; None for raw text.
+
+    Args:
+        conversation: With the last turn.
+        system: Precedes a conversation without a system message.
+    """
+    if conversation.parts is not None:
+        return None
+    messages = conversation.messages[:-1]
+    if system is not None and (not messages or messages[0]["role"] != "system"):
+        messages = [{"role": "system", "content": system}, *messages]
+    chat = {"messages": messages, **({"tools": conversation.tools} if conversation.tools else {})}
+    return json.dumps(chat)
 
 
 def check(conversation: Conversation, train_roles: frozenset[str]) -> None:

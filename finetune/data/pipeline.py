@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -98,14 +97,13 @@ def prepare(config: DataConfig, *, folder: Path, tokenizer: PreTrainedTokenizerB
 
 
 def _prepare(preparation: _Preparation, settings: WorkerSettings) -> PreparedData:
-    scratch = preparation.folder / ".work"
-    store = TokenStore(scratch)
+    store = TokenStore(preparation.folder / ".work")
     try:
         fill_store(preparation.config, preparation.sources, settings, store)
         store.close()
         return _write(preparation, store)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        store.delete()
 
 
 def _write(preparation: _Preparation, store: TokenStore) -> PreparedData:

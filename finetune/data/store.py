@@ -1,5 +1,6 @@
 """Stores the tokens of all rows in flat files, so that memory does not grow with them."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ class TokenStore:
     """Tokens, masks and facts of all rows: first appended to batch by batch, then read as memory maps.
 
     Args:
-        folder: Scratch folder; the caller deletes it.
+        folder: Scratch folder; `delete` removes it.
 
     Attributes:
         reasons: Why rows were rejected; ``rows["reason"]`` indexes it from 1.
@@ -31,12 +32,14 @@ class TokenStore:
         self.details: dict[int, str] = {}
         self.references: dict[int, str] = {}
         self.tests: dict[int, str] = {}
+        self._chat_places: dict[int, int] = {}
         self.count = 0
         self._rows: list[np.ndarray] = []
         self._documents: list[np.ndarray] = []
         self._signatures: list[np.ndarray] = []
         self._ids = open(folder / "ids", "wb")  # noqa: SIM115 - open for as long as rows come in
         self._mask = open(folder / "mask", "wb")  # noqa: SIM115
+        self._chats = open(folder / "chats", "wb+")  # noqa: SIM115 - prompts may be long, so they are not kept in memory
 
     def add(self, batch: Processed) -> None:
         """Appends one batch."""
@@ -44,7 +47,9 @@ class TokenStore:
         batch.rows["reason"] = numbers[batch.rows["reason"]]
         batch.documents["row"] += self.count
         self.details.update({self.count + number: text for number, text in batch.details.items()})
-        self.references.update({self.count + number: text for number, text in batch.references.items()})
+        for number, (text, chat) in batch.references.items():
+            self.references[self.count + number] = text
+            self._keep_chat(self.count + number, chat)
         self.tests.update({self.count + number: text for number, text in batch.tests.items()})
         self._rows.append(batch.rows)
         self._documents.append(batch.documents)
@@ -70,6 +75,24 @@ class TokenStore:
         self.starts = np.concatenate([[0], np.cumsum(self.documents["length"], dtype=np.int64)])
         self.ids = self._map("ids", TOKEN_DTYPE)
         self.mask = self._map("mask", MASK_DTYPE)
+
+    def _keep_chat(self, row: int, chat: str | None) -> None:
+        if chat is not None:
+            self._chat_places[row] = self._chats.tell()
+            self._chats.write(f"{chat}\n".encode())
+
+    def chat(self, row: int) -> str | None:
+        """Returns the turns before a row's last one and the tools, as JSON; None for raw text."""
+        if row not in self._chat_places:
+            return None
+        self._chats.seek(self._chat_places[row])
+        return self._chats.readline().decode().rstrip("\n")
+
+    def delete(self) -> None:
+        """Deletes the files, the folder included."""
+        for file in (self._ids, self._mask, self._chats):
+            file.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _map(self, name: str, dtype: np.dtype) -> np.ndarray:
         file = self.folder / name

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from finetune.data.apart import encode_apart, must_be_apart
-from finetune.data.conversation import BadRow, Conversation, check
+from finetune.data.conversation import BadRow, Conversation, chat_before, check
 from finetune.data.encoder import Encoded, Encoder
 from finetune.data.files import Raw
 from finetune.data.formats import READERS
@@ -84,7 +84,7 @@ class Processed:
         signatures: MinHash signature of each document.
         reasons: Texts that ``rows["reason"]`` indexes, from 1.
         details: Row -> the value that made it unusable.
-        references: Row -> text of its last turn, where required.
+        references: Row -> text of its last turn, and the chat before it (see `chat_before`), where required.
         tests: Row -> the tests that judge its answer, where it has some.
     """
 
@@ -95,7 +95,7 @@ class Processed:
     signatures: np.ndarray
     reasons: list[str]
     details: dict[int, str] = field(default_factory=dict)
-    references: dict[int, str] = field(default_factory=dict)
+    references: dict[int, tuple[str, str | None]] = field(default_factory=dict)
     tests: dict[int, str] = field(default_factory=dict)
 
 
@@ -138,7 +138,8 @@ class Worker:
                     batch.add(number, role, self._pieces(text, result, batch.rows[number], role))
                 first = number not in batch.references
                 if role == CHOSEN and source in self.settings.references and first:
-                    batch.references[number] = item.reference
+                    chat = chat_before(item.conversation, system=self.settings.renderer.system)
+                    batch.references[number] = item.reference, chat
                     if item.conversation.tests is not None:
                         batch.tests[number] = read_tests(item.conversation.tests)
             except BadRow as error:
@@ -255,7 +256,7 @@ class _Batch:
         self.pieces: list[list[Encoded]] = [[] for _ in raws]
         self.reasons: dict[str, int] = {}
         self.details: dict[int, str] = {}
-        self.references: dict[int, str] = {}
+        self.references: dict[int, tuple[str, str | None]] = {}
         self.tests: dict[int, str] = {}
 
     def refuse(self, number: int, error: BadRow) -> None:

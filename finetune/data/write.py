@@ -69,8 +69,8 @@ def _rejected(store: TokenStore) -> dict[int, int]:
 def write_heldout(
     folder: Path, store: TokenStore, documents: np.ndarray, *, preference: bool, fingerprint: str
 ) -> None:
-    """Writes held-out rows: never packed, with the prompt that serving would send and the expected answer."""
-    fields = FIELDS | {"prompt_ids": LIST, "reference": "string", "row": "int32"}
+    """Writes held-out rows: never packed, with the prompt as tokens and as a chat, and the expected answer."""
+    fields = FIELDS | {"prompt_ids": LIST, "reference": "string", "row": "int32", "chat": "string"}
     if store.tests:
         fields["tests"] = "string"
     if preference:
@@ -97,6 +97,7 @@ def _heldout_batches(store: TokenStore, documents: np.ndarray, *, preference: bo
             "prompt_ids": _lists(np.concatenate(prompts), np.concatenate([[0], np.cumsum(answers, dtype=np.int64)])),
             "reference": pyarrow.array([store.references[int(row)] for row in rows], pyarrow.string()),
             "row": pyarrow.array(rows.astype(np.int32)),
+            "chat": pyarrow.array([store.chat(int(row)) for row in rows], pyarrow.string()),
         }
         if store.tests:
             columns["tests"] = pyarrow.array([store.tests.get(int(row)) for row in rows], pyarrow.string())

@@ -26,6 +26,7 @@ from finetune.model import Base
 from finetune.products import ExportResult, MergedModel, PreparedData, Scores, TrainedAdapter
 from finetune.quantization import QuantizationConfig, spec
 from finetune.scores import Parity
+from finetune.usage import Use, export_commands
 
 CARD = "README.md"
 
@@ -51,6 +52,7 @@ class CardFacts:
     scores: Scores
     exports: Sequence[ExportResult]
     snippets: Mapping[str, str]
+    uses: Sequence[Use]
 
 
 def write(context: ExportContext, name: str, settings: ExportConfig) -> ExportResult:
@@ -64,6 +66,7 @@ def write(context: ExportContext, name: str, settings: ExportConfig) -> ExportRe
         scores=context.scores,
         exports=context.exports,
         snippets=context.snippets,
+        uses=export_commands(context.folder, [(export.format, Path(export.path).name) for export in context.exports]),
     )
     text = write_card(facts)
     target = context.folder / CARD
@@ -85,7 +88,7 @@ def write_card(facts: CardFacts) -> str:
         "\n".join(_quality(facts)),
         "\n".join(_merge(facts.merged)),
         "\n".join(_files(facts.exports)),
-        "\n".join(_loading(facts.snippets)),
+        "\n".join(_loading(facts.uses, facts.snippets)),
         "\n".join(_licence(facts.base)),
     ]
     return "\n\n".join(sections) + "\n"
@@ -176,9 +179,12 @@ def _check_text(parity: Parity | None) -> str:
     return f"logits within {parity.max_logit_difference:.4g}, KL {parity.kl:.2g}, in {parity.runtime}"
 
 
-def _loading(snippets: Mapping[str, str]) -> Iterator[str]:
+def _loading(uses: Sequence[Use], snippets: Mapping[str, str]) -> Iterator[str]:
     yield "## How to load\n"
     yield "Paths are relative to the folder that holds the files above."
+    if uses:
+        commands = "\n".join(f"{use.command}  # {use.title}" for use in uses)
+        yield f"\n```sh\n{commands}\n```"
     for title, code in snippets.items():
         yield f"\n### {title}\n\n```python\n{code}\n```"
 

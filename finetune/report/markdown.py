@@ -18,7 +18,7 @@ from finetune.report.titles import ARTIFACTS, metric_title, stage_title
 
 def markdown(report: Fields) -> str:
     """Returns the content of report.json as a page of Markdown."""
-    sections = (_status, _headline, _summary, _artifacts, _merge, _checks, _exports, _costs, _decisions)
+    sections = (_status, _headline, _use, _summary, _artifacts, _merge, _checks, _exports, _costs, _decisions)
     parts = [f"# {report['run']}", *(section(report) for section in sections)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -103,6 +103,11 @@ def _checks(report: Fields) -> str:
 def _exports(report: Fields) -> str:
     rows = [[export["format"], f"`{export['path']}`", size(export.get("bytes"))] for export in report["export"]]
     return _section("Exports", _table(["Format", "Path", "Size"], rows)) if rows else ""
+
+
+def _use(report: Fields) -> str:
+    commands = "\n".join(f"{use['command']}  # {use['title']}" for use in report["use"])
+    return _section("Use it", f"```sh\n{commands}\n```") if commands else ""
 
 
 def _costs(report: Fields) -> str:

@@ -1,5 +1,6 @@
 """Reads what the stages left in the run folder and writes three files at its top."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,4 +55,6 @@ def report(run: Path, *, status: str = "complete") -> ReportFiles:
     if content["missing"]:
         log("report", f"partial: {', '.join(content['missing'])} did not finish in this run")
     log("report", f"the whole run on one page: {html}")
+    for use in content["use"]:  # not wrapped, so that a command can be copied
+        sys.stdout.write(f"{'use':<11}{use['title']:<14} {use['command']}\n")
     return ReportFiles(folder=run, json=json, markdown=markdown_file, html=html, status=content["status"])

@@ -1,7 +1,9 @@
 """report.json: the run as one object. Its fields are a contract; see docs/report.md before changing one."""
 
 from finetune.inference.artifacts import collect_artifacts
+from finetune.jsonable import to_jsonable
 from finetune.report.run_data import Fields, RunData
+from finetune.usage import run_commands
 
 SCHEMA = 1
 EXPECTED = ("data", "preflight", "train", "merge", "eval", "export")
@@ -43,6 +45,7 @@ def summarize(data: RunData, *, status: str) -> Fields:
         "eval": _section(data, "eval"),
         "merge": _section(data, "merge"),
         "export": exports,
+        "use": to_jsonable(run_commands(data.run, [(entry["format"], entry["path"]) for entry in exports])),
         "artifacts": collect_artifacts(scores, data.product("merge"), exports),
         "stages": {stage: {key: manifest.get(key) for key in COST_KEYS} for stage, manifest in data.manifests.items()},
         "plan": data.product("plan"),

@@ -17,8 +17,8 @@ from finetune.serve.errors import ApiError
 
 Result = TypeVar("Result")
 
-PUBLIC = ("/health",)
-"""Paths that need no key, so that a load balancer can ask."""
+PUBLIC = ("/health", "/", "/page.css", "/page.js")
+"""Paths that need no key: a load balancer asks for health, and the page has a field for the key."""
 
 
 class Guard:

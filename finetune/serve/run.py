@@ -50,10 +50,13 @@ def serve(target: Path, config: ServeConfig, *, models: Sequence[str] = (), base
         opened = open_models(artifacts, kinds, config)
         try:
             from finetune.serve.app import build_app
+            from finetune.serve.page import add_page, read_samples
             from finetune.serve.service import Service
 
             service = Service(opened.engines, config)
-            asyncio.run(_run(make_server(build_app(service, opened.adapters)), service, listener))
+            app = build_app(service, opened.adapters)
+            add_page(app, read_samples(target))
+            asyncio.run(_run(make_server(app), service, listener))
         finally:
             opened.close()
     log("serve", "ended")
@@ -115,6 +118,7 @@ async def _run(server: uvicorn.Server, service: Service, listener: socket.socket
         while not (server.started or serving.done()):
             await asyncio.sleep(POLL_SECONDS)
         log("serve", f"{', '.join(service.names())} at {_address(listener)}/v1; {_protection(service.config)}")
+        log("serve", f"a page to compare them: {_address(listener)}/")
         await asyncio.wait({serving, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if not serving.done():
             await drain(service)

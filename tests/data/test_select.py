@@ -1,5 +1,6 @@
 """Splits by content and seed; duplicates and leaks; the ledger's books balance."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,7 @@ def test_held_out_rows_carry_prompt_reference_and_ledger_row(run: Callable[..., 
         )
         assert row["prompt_ids"] == tokenizer(prompt, add_special_tokens=False).input_ids
         assert row["reference"] == source["completion"]
+        assert json.loads(row["chat"]) == {"messages": [{"role": "user", "content": source["prompt"]}]}
         assert row["input_ids"][: len(row["prompt_ids"])] == row["prompt_ids"]
 
 

@@ -26,7 +26,7 @@ def test_folder_opens_in_datasets(run: Callable[..., PreparedData]) -> None:
     product = run(ROWS, heldout_rows=3)
     train, out = (datasets.load_from_disk(str(product.folder / name)) for name in ("train", "heldout"))
     assert train.column_names == ["input_ids", "labels", "seq_lengths", "rows"]
-    assert out.column_names == ["input_ids", "labels", "seq_lengths", "rows", "prompt_ids", "reference", "row"]
+    assert out.column_names == ["input_ids", "labels", "seq_lengths", "rows", "prompt_ids", "reference", "row", "chat"]
     assert (len(train), len(out)) == (9, 3)
     assert train._fingerprint != out._fingerprint
 

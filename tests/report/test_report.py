@@ -38,6 +38,7 @@ CONTRACT: dict[str, Any] = {
     },
     "artifacts": [{"title": str, "kept": bool, "loss_rows": int, "loss": NUMBER, "answer_rows": int, "metrics": dict}],
     "export": [{"format": str, "path": str, "bytes": int, "sha256": str, "parity": dict}],
+    "use": [{"title": str, "command": str}],
     "stages": {
         stage: {"seconds": NUMBER, "peak_rss_bytes": int, "peak_device_bytes": int}
         for stage in ("data", "train", "merge", "eval")
@@ -148,6 +149,7 @@ def test_text_of_a_run_cannot_become_markup(run: Path) -> None:
         "Memory and time",
         "Merge",
         "Exports",
+        "Use it",
         "Checked before training",
         "Decided automatically",
         "How to reproduce it",
@@ -161,6 +163,19 @@ def test_markdown_states_the_headline_and_the_merge(run: Path) -> None:
     text = report(run).markdown.read_text()
     assert "**Whole answer right: 0.0 % → 63.8 %** (95 % interval 56.8 to 70.8 %)" in text
     assert "| **dequantized** | 0.00008 |" in text
+
+
+def test_last_lines_of_a_run_and_its_report_are_the_commands_that_use_it(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = report(run)
+    commands = [use["command"] for use in _read(run)["use"]]
+    assert f"finetune chat run.name={run.name} run.root={run.parent}" in commands
+    last = capsys.readouterr().out.splitlines()[-len(commands) :]
+    assert [line.split(maxsplit=1)[0] for line in last] == ["use"] * len(commands)
+    for line, command in zip(last, commands, strict=True):
+        assert line.endswith(f" {command}")
+        assert command in files.markdown.read_text()
 
 
 def test_one_table_has_every_artifact_on_the_same_rows(run: Path) -> None:
