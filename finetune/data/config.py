@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finetune.jsonable import to_jsonable
+from finetune.objectives import PREFERENCE, SUPERVISED, format_problem
 
 FORMATS = (
     "auto",
@@ -26,7 +27,7 @@ ROLES = ("system", "user", "assistant", "tool")
 TEXT_UNITS = ("line", "paragraph", "file")
 CONTROL_TOKENS = ("text", "control")
 TOOLS = ("template", "text")
-OBJECTIVES = ("supervised", "preference")
+OBJECTIVES = (SUPERVISED, PREFERENCE)
 THINKING = ("auto", "train", "drop", "off")
 TEMPLATE_DATE = "2024-07-26"
 """The date that the template of Llama 3.1 writes where it is given none."""
@@ -254,11 +255,22 @@ def _choice_problems(config: DataConfig) -> Iterator[str]:
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             yield f"data.{name} must be one of {', '.join(allowed)}; got {getattr(config, name)!r}"
+    for where, name in _formats(config):
+        if problem := format_problem(config.objective, name, where=where):
+            yield problem
     unknown = [role for role in config.train_roles if role not in ROLES]
     if unknown:
         yield f"data.train_roles may contain {', '.join(ROLES)}; got {unknown}"
     if not config.train_roles:
         yield "data.train_roles is empty, so no token would be trained on; use [assistant]"
+
+
+def _formats(config: DataConfig) -> Iterator[tuple[str, str]]:
+    """Yields the formats that are named, not found from the rows, each with the setting."""
+    named = {f"data.sources.{name}": source.format for name, source in config.sources.items()}
+    for where, name in {"data": config.format if not named else None, **named}.items():
+        if name in FORMATS and name != "auto":
+            yield where, name
 
 
 def _number_problems(config: DataConfig) -> Iterator[str]:

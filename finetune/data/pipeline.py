@@ -29,6 +29,7 @@ from finetune.data.store import TokenStore
 from finetune.data.worker import CHOSEN, WorkerSettings
 from finetune.data.write import write_heldout, write_train
 from finetune.errors import DataError
+from finetune.objectives import format_problem
 from finetune.products import PreparedData
 from finetune.run import write_json
 
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RAW_FORMATS = ("text", "completion")
-PREFERENCE_FORMATS = ("preference", "unpaired")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +57,7 @@ def prepare(config: DataConfig, *, folder: Path, tokenizer: PreTrainedTokenizerB
     folder.mkdir(parents=True, exist_ok=True)
     sources = resolve_sources(config)
     formats = resolve_formats(sources)
-    if config.objective == "preference":
-        _require_preference(sources, formats)
+    _require_formats(config, sources, formats)
     raw = all(name in RAW_FORMATS for name, _ in formats.values())
     renderer = make_renderer(config, tokenizer, raw=raw, has_thoughts=lambda: find_thoughts(sources, formats))
     text, template = serialize(tokenizer), renderer.template
@@ -148,13 +147,10 @@ def _write(preparation: _Preparation, store: TokenStore) -> PreparedData:
     return product
 
 
-def _require_preference(sources: list[Source], formats: dict[int, tuple[str, ColumnMapping]]) -> None:
+def _require_formats(config: DataConfig, sources: list[Source], formats: dict[int, tuple[str, ColumnMapping]]) -> None:
     for number, (name, _) in formats.items():
-        if name not in PREFERENCE_FORMATS:
-            raise DataError(
-                f"data.objective=preference: {sources[number].name} has the format {name} without rejected answers; "
-                "use rows with chosen and rejected, or with a label, or set data.objective=supervised"
-            )
+        if problem := format_problem(config.objective, name, where=sources[number].name):
+            raise DataError(problem)
 
 
 def _first_pieces(store: TokenStore, documents: np.ndarray) -> np.ndarray:

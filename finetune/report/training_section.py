@@ -5,6 +5,7 @@ from __future__ import annotations
 from finetune.html import Figure, Table
 from finetune.html.format import MISSING, count, duration, number, percent, size
 from finetune.html.lengths import length_picture
+from finetune.objectives import OBJECTIVES
 from finetune.report.curves import loss_picture, memory_picture, series, small_picture
 from finetune.report.planned import planned_figure, planned_text
 from finetune.report.run_data import Fields, RunData
@@ -22,8 +23,8 @@ SMALL = {"train/learning_rate": "learning rate", "train/grad_norm": "gradient no
 
 def training_section(report: Fields, data: RunData) -> Fields:
     """Collects the curves of training."""
-    pairs = (data.config.get("train") or {}).get("objective") == "dpo"
-    unit = "nats per pair" if pairs else "nats per token"
+    objective = OBJECTIVES[(data.config.get("train") or {}).get("objective", "sft")]
+    unit = f"nats per {objective.unit}"
     picture = loss_picture(data.metrics, unit=unit)
     heldout = [("2", "held-out rows")] if series(data.metrics, "eval/loss") else []
     loss = Figure(picture=picture, caption=LOSS_CAPTION, legend=[("1", "training rows"), *heldout]) if picture else None

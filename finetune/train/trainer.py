@@ -14,6 +14,7 @@ from finetune.console import log
 from finetune.inference.collate import Collator
 from finetune.inference.rows import read_rows
 from finetune.lora import cast_adapter
+from finetune.objectives import OBJECTIVES
 from finetune.train.arguments import refuse_idle_processes, rows_per_step, sft_config, step_count
 from finetune.train.distributed import prepare_distributed
 from finetune.train.guard import CollatorWithRowIds
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Objective:
-    """What an objective changes in training.
+class Method:
+    """How rows of one unit are trained on.
 
     Attributes:
         trainer: Computes the loss.
@@ -50,10 +51,11 @@ class Objective:
     held_out: Callable[[Any], Any] | None = None
 
 
-OBJECTIVES = {
-    "sft": Objective(Trainer, Collator),
-    "dpo": Objective(PreferenceTrainer, PairCollator, training_pairs, held_out_pairs),
+METHODS = {
+    "token": Method(Trainer, Collator),
+    "pair": Method(PreferenceTrainer, PairCollator, training_pairs, held_out_pairs),
 }
+"""By the ``unit`` of `finetune.objectives.OBJECTIVES`."""
 
 
 def make_trainer(
@@ -77,12 +79,13 @@ def make_trainer(
     """
     config, data, trainable = job.config, job.data, job.trainable
     objective = OBJECTIVES[config.objective]
+    method = METHODS[objective.unit]
     rows, row_tokens = load_from_disk(str(data.folder / "train")), data.tokens / data.packed_rows
-    if objective.training:
-        rows, row_tokens = objective.training(rows)
+    if method.training:
+        rows, row_tokens = method.training(rows)
     per_step = rows_per_step(config, row_tokens=row_tokens)
     steps = step_count(config, rows=len(rows), per_step=per_step)
-    unit = "pairs" if objective.training else "packs" if trainable.packing else "rows"
+    unit = f"{objective.unit}s" if objective.compares else "packs" if trainable.packing else "rows"
     refuse_idle_processes(per_step, unit=unit, processes=ranks.count)
     accumulate = micro_batches(per_step, micro_batch=config.micro_batch_rows, processes=ranks.count)
     shared = f" on each of {ranks.count} processes" if ranks.count > 1 else ""
@@ -95,8 +98,8 @@ def make_trainer(
     if data.heldout_rows and config.evaluations:
         held_out = read_rows(data.folder / "heldout", limit=config.evaluation_rows)
     checkpoints, step_tokens = folder / "checkpoints", row_tokens * per_step
-    collator = objective.collator(flat=trainable.packing, pad_token_id=trainable.tokenizer.pad_token_id)
-    trainer = objective.trainer(
+    collator = method.collator(flat=trainable.packing, pad_token_id=trainable.tokenizer.pad_token_id)
+    trainer = method.trainer(
         job,
         progress=progress,
         guard=guard,
@@ -109,7 +112,7 @@ def make_trainer(
             processes=ranks.count,
             lengths=[sum(documents) for documents in rows["seq_lengths"]] if config.group_by_length else None,
         ),
-        held_out=objective.held_out(held_out) if objective.held_out else held_out,
+        held_out=method.held_out(held_out) if method.held_out else held_out,
         ranks=ranks,
         args=sft_config(job, folder=checkpoints, steps=steps, step_tokens=step_tokens, accumulate=accumulate),
         train_dataset=rows,
