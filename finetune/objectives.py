@@ -70,6 +70,15 @@ OBJECTIVES = {
     "orpo": Objective(per_token=True, settings=("beta", "likelihood")),
     "simpo": Objective(per_token=True, settings=("beta", "margin", "label_smoothing", "likelihood")),
     "cpo": Objective(losses=("sigmoid", "hinge"), settings=("beta", "loss", "label_smoothing", "likelihood")),
+    "kto": Objective(
+        rows=UNPAIRED,
+        unit="answer",
+        reference=True,
+        extra_passes=3,
+        shardable=False,
+        losses=("kto", "apo_zero"),
+        settings=("beta", "loss", "desirable_weight", "undesirable_weight"),
+    ),
 }
 
 

@@ -32,6 +32,7 @@ NEEDS = {
         ("train", name): ["data.objective=preference", "data.format=preference"]
         for name in ("dpo", "orpo", "simpo", "cpo")
     },
+    ("train", "kto"): ["data.objective=unpaired", "data.format=unpaired"],
 }
 NAMED = ("quickstart", "guanaco", "alpaca_cleaned", "ultrafeedback")
 """Data options that bring their rows; the others are formats, and the user names the rows."""

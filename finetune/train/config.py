@@ -80,7 +80,7 @@ class TrainConfig:
 
     objective: str = "sft"
     """``sft``: likelihood of each trained token. Chosen over rejected answers: ``dpo`` compared with a reference;
-    ``orpo``, ``simpo`` and ``cpo`` without one."""
+    ``orpo``, ``simpo`` and ``cpo`` without one. ``kto``: single answers, labelled desirable or undesirable."""
 
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     """Settings of the objectives that compare answers; not used by ``sft``."""
@@ -144,15 +144,17 @@ class TrainConfig:
                     )
         yield from self.preference.problems(self.objective)
 
-    def conflicts(self, *, rows: str, variant: str, dropout: float) -> Iterator[str]:
+    def conflicts(self, *, rows: str, variant: str, dropout: float, launch: str) -> Iterator[str]:
         """Yields problems with settings of other groups.
 
         Args:
             rows: ``data.objective``.
             variant: ``lora.variant``.
             dropout: ``lora.dropout``.
+            launch: ``launch.strategy``.
         """
         if self.objective in OBJECTIVES:
             yield from rows_mismatch(self.objective, rows)
-            noise = self.neftune_alpha
-            yield from preference_conflicts(self.objective, variant=variant, dropout=dropout, neftune_alpha=noise)
+            yield from preference_conflicts(
+                self.objective, variant=variant, dropout=dropout, neftune_alpha=self.neftune_alpha, launch=launch
+            )

@@ -57,15 +57,16 @@ class PairCollator:
 
 def chosen(row: dict[str, Any]) -> dict[str, Any]:
     """Returns the chosen answer of a pair as a document with its prompt."""
-    return _document(row["input_ids"], row["labels"])
+    return as_document(row["input_ids"], row["labels"])
 
 
 def rejected(row: dict[str, Any]) -> dict[str, Any]:
     """Returns the rejected answer of a pair as a document with its prompt."""
-    return _document(row["rejected_input_ids"], row["rejected_labels"])
+    return as_document(row["rejected_input_ids"], row["rejected_labels"])
 
 
-def _document(ids: list[int], labels: list[int]) -> dict[str, Any]:
+def as_document(ids: list[int], labels: list[int]) -> dict[str, Any]:
+    """Returns an answer with its prompt as a document that trains on its last turn alone."""
     start = answer_start(labels)
     return {"input_ids": ids, "labels": [IGNORED] * start + labels[start:], "seq_lengths": [len(ids)]}
 

@@ -19,7 +19,8 @@ class PreferenceConfig:
 
     loss: str = "sigmoid"
     """``sigmoid`` (DPO), ``hinge`` (SLiC: no gradient once the margin is 1) or ``ipo`` (squared distance from a margin
-    per token; overfits less where every pair is easy to separate). ``cpo`` has sigmoid and hinge."""
+    per token; overfits less where every pair is easy to separate). ``cpo`` has sigmoid and hinge. ``kto``: ``kto``, or
+    ``apo_zero``, which compares with the reference alone: for answers better than the model's own."""
 
     label_smoothing: float = 0.0
     """``sigmoid`` only: assumed share of pairs whose answers are swapped, at least 0 and below 0.5."""
@@ -31,6 +32,13 @@ class PreferenceConfig:
     """``orpo``, ``cpo``, ``simpo``: weight of the chosen answers' loss per token, which keeps their likelihood from
     falling; 0 or more."""
 
+    desirable_weight: float = 1.0
+    """``kto``: weight of the desirable answers. Times their number, it should be 1 to 4/3 times the same of the
+    undesirable ones. Source: arXiv 2402.01306, equation 8."""
+
+    undesirable_weight: float = 1.0
+    """``kto``: weight of the undesirable answers."""
+
     def problems(self, name: str) -> Iterator[str]:
         """Yields what is wrong for ``train.objective=name``."""
         where, objective = "train.preference", OBJECTIVES.get(name)
@@ -41,6 +49,9 @@ class PreferenceConfig:
         for key in ("margin", "likelihood"):
             if getattr(self, key) < 0:
                 yield f"{where}.{key} must be 0 or more; got {getattr(self, key)}"
+        for key in ("desirable_weight", "undesirable_weight"):
+            if getattr(self, key) <= 0:
+                yield f"{where}.{key} must be positive, or its answers would train nothing; got {getattr(self, key)}"
         if objective is None or not objective.compares:
             return
         if self.loss not in objective.losses:
@@ -74,8 +85,13 @@ class PreferenceConfig:
                 yield "preference.label_smoothing", "only train.preference.loss=sigmoid smooths labels"
 
 
-def conflicts(name: str, *, variant: str, dropout: float, neftune_alpha: float | None) -> Iterator[str]:
-    """Yields problems of an objective with a reference: with the lora group and with noise on the embeddings."""
+def conflicts(name: str, *, variant: str, dropout: float, neftune_alpha: float | None, launch: str) -> Iterator[str]:
+    """Yields problems of an objective with other groups: shards, and where it has a reference, noise on the policy."""
+    if launch in ("fsdp", "deepspeed") and not OBJECTIVES[name].shardable:
+        yield (
+            f"launch.strategy={launch} shards the weights, and train.objective={name} computes its reference point "
+            "outside the steps that processes with shards take together: choose launch=ddp or launch=single"
+        )
     if not OBJECTIVES[name].reference:
         return
     if variant == "loftq":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,13 @@ from finetune.console import log
 from finetune.inference.collate import Collator
 from finetune.inference.rows import read_rows
 from finetune.lora import cast_adapter
-from finetune.objectives import OBJECTIVES
+from finetune.objectives import OBJECTIVES, UNPAIRED
+from finetune.products import UNDESIRABLE_HELDOUT
 from finetune.train.arguments import refuse_idle_processes, rows_per_step, sft_config, step_count
 from finetune.train.distributed import prepare_distributed
 from finetune.train.guard import CollatorWithRowIds
+from finetune.train.kto import APO_ZERO, AnswerCollator, answers_with_tokens, log_weights, training_answers
+from finetune.train.kto_trainer import KTOTrainer
 from finetune.train.preference import PairCollator, held_out_pairs, training_pairs
 from finetune.train.preference_trainer import PreferenceTrainer
 from finetune.train.sampler import StepBatchSampler, micro_batches
@@ -53,6 +56,7 @@ class Method:
 
 METHODS = {
     "token": Method(Trainer, Collator),
+    "answer": Method(KTOTrainer, AnswerCollator, training_answers, answers_with_tokens),
     "pair": Method(PreferenceTrainer, PairCollator, training_pairs, held_out_pairs),
 }
 """By the ``unit`` of `finetune.objectives.OBJECTIVES`."""
@@ -81,6 +85,7 @@ def make_trainer(
     objective = OBJECTIVES[config.objective]
     method = METHODS[objective.unit]
     rows, row_tokens = load_from_disk(str(data.folder / "train")), data.tokens / data.packed_rows
+    prepared = rows
     if method.training:
         rows, row_tokens = method.training(rows)
     per_step = rows_per_step(config, row_tokens=row_tokens)
@@ -97,8 +102,15 @@ def make_trainer(
     held_out = []
     if data.heldout_rows and config.evaluations:
         held_out = read_rows(data.folder / "heldout", limit=config.evaluation_rows)
+        others = data.folder / UNDESIRABLE_HELDOUT
+        if objective.rows == UNPAIRED and others.is_dir() and len(load_from_disk(str(others))):
+            held_out += read_rows(others, limit=config.evaluation_rows)
     checkpoints, step_tokens = folder / "checkpoints", row_tokens * per_step
     collator = method.collator(flat=trainable.packing, pad_token_id=trainable.tokenizer.pad_token_id)
+    if isinstance(collator, AnswerCollator):
+        log_weights(rows["desirable"], config.preference)
+        if config.preference.loss != APO_ZERO:
+            collator = replace(collator, rows=prepared)
     trainer = method.trainer(
         job,
         progress=progress,

@@ -56,21 +56,28 @@ class Collected:
 
 
 def train(
-    folder: Path, *, tiny_base: Path, tokenizer: Any, trackers: Any, packing: bool = True, overrides: Any = ()
+    folder: Path,
+    *,
+    tiny_base: Path,
+    tokenizer: Any,
+    trackers: Any,
+    packing: bool = True,
+    overrides: Any = (),
+    composed: Any = COMPOSED,
 ) -> TrainedAdapter:
     """A few steps of four pairs, from a fresh 4-bit base; a second call with the same folder continues."""
     torch.set_num_threads(1)
     data_file = folder / "data.json"
     folder.mkdir(exist_ok=True)
     if not data_file.exists():
-        data = pairs_of(folder, tokenizer)
+        data = pairs_of(folder, tokenizer, composed=composed)
         data_file.write_text(
             json.dumps({name: getattr(data, name) for name in data.__dataclass_fields__ if name != "folder"})
         )
     data = PreparedData(folder=folder / "data", **json.loads(data_file.read_text()))
     config = load_config(
         [
-            *COMPOSED,
+            *composed,
             "train.steps=8",
             "train.tokens_per_step=null",
             "train.rows_per_step=4",
@@ -323,7 +330,7 @@ def test_batch_has_all_chosen_answers_before_the_rejected_ones() -> None:
         (["lora.dropout=0.1"], "lora.dropout adds noise to the log-probabilities"),
         (["train.neftune_alpha=5"], "train.neftune_alpha would put other noise on the policy"),
         (["lora=loftq"], "lora.variant=loftq starts with an adapter that changes the base"),
-        (["train.objective=ppo"], "train.objective must be one of sft, dpo, orpo, simpo, cpo; got 'ppo'"),
+        (["train.objective=ppo"], "train.objective must be one of sft, dpo, orpo, simpo, cpo, kto; got 'ppo'"),
         (["train.preference.beta=0"], "train.preference.beta must be positive"),
         (
             ["train.preference.loss=kto"],
