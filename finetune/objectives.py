@@ -58,6 +58,10 @@ class Objective:
         """Returns whether it weighs complete answers: these are never packed, and only the last turn is trained on."""
         return self.unit != "token"
 
+    def passes_without_gradient(self, loss: str) -> int:
+        """Returns the forward passes over each row that need no gradient; ``apo_zero`` has no mismatched answers."""
+        return 1 if loss == "apo_zero" else self.extra_passes
+
 
 OBJECTIVES = {
     "sft": Objective(rows=SUPERVISED, unit="token"),

@@ -81,7 +81,7 @@ def from_config(config: RunConfig, machine: Machine) -> PlanInputs:
         upcast=config.model.upcast,
         rows=1 if "micro_batch" in train.automatic else train.micro_batch_rows,
         documents=2 if objective.pairs else 1,
-        extra_passes=objective.extra_passes,
+        extra_passes=objective.passes_without_gradient(config.train.preference.loss),
         tokens=tokens,
         step_rows=train.rows_per_step or max(1, (train.tokens_per_step or tokens) // tokens),
         checkpointing=train.checkpointing == "full" or "checkpointing" in train.automatic,

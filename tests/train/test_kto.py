@@ -88,7 +88,7 @@ def test_loss_gradient_and_reference_point_are_those_of_trl(
         assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
         assert difference(their_gradients, torch.autograd.grad(ours, adapter)) < 1e-5
     shown = named(figures(policy, policy - reference, desirable, tokens, point=point, beta=0.3), prefix="train")
-    rewards = config.beta * (policy - reference)
+    rewards = config.beta * (policy - reference).detach()
     assert shown["train/desirable_reward"] == pytest.approx(float(rewards[desirable].mean()), rel=1e-5)
     assert shown["train/undesirable_reward"] == pytest.approx(float(rewards[~desirable].mean()), rel=1e-5)
     assert shown["train/kl"] == pytest.approx(point)
@@ -115,22 +115,21 @@ def test_training_separates_desirable_from_undesirable_answers(tmp_path: Path, t
 
 
 def test_a_step_is_the_same_however_its_answers_are_laid_out(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
-    """z0 is that of the whole step: with one of each micro-batch, the third step would differ."""
+    """z0 is that of the whole step. Desirable answers weigh most here, so that it is above 0 after the first step."""
     found = []
     for micro, packing in ((4, True), (4, False), (1, True)):
         trackers = Collected()
-        overrides = ["train.steps=3", f"train.micro_batch={micro}", "train.evaluations=0", "kernels=plain"]
-        overrides += ["model.dtype=float32", "train.preference.beta=1"]
+        overrides = ["train.steps=2", f"train.micro_batch={micro}", "train.evaluations=0", "kernels=plain"]
         train(
             tmp_path / f"{micro}{packing}",
             tiny_base=tiny_base,
             tokenizer=tokenizer,
             trackers=trackers,
             packing=packing,
-            overrides=overrides,
+            overrides=[*overrides, "train.preference.undesirable_weight=0.05"],
             composed=KTO,
         )
-        found.append([*trackers.series("train/grad_norm"), *trackers.series("train/kl")])
+        found.append([*trackers.series("train/grad_norm"), trackers.series("train/kl")[-1]])
     assert found[0][-1] > 0
     assert found[1:] == [pytest.approx(found[0], rel=0.05)] * 2  # bfloat16
 
