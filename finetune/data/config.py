@@ -256,8 +256,8 @@ def _choice_problems(config: DataConfig) -> Iterator[str]:
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             yield f"data.{name} must be one of {', '.join(allowed)}; got {getattr(config, name)!r}"
-    for name in [source.format for source in config.sources.values()] or [config.format]:
-        if name in FORMATS[1:] and (problem := format_problem(config.objective, name, where="data")):
+    for form in [source.format for source in config.sources.values()] or [config.format]:
+        if form in FORMATS[1:] and (problem := format_problem(config.objective, str(form), where="data")):
             yield problem
     unknown = [role for role in config.train_roles if role not in ROLES]
     if unknown:

@@ -105,7 +105,7 @@ class TrainConfig:
         """Yields the settings that have no effect given the others, each with the reason."""
         if self.steps is not None:
             yield "epochs", f"train.steps={self.steps} is set"
-        yield from self.preference.unused(self.objective)
+        yield from self.preference.unused_by(self.objective)
 
     def problems(self) -> Iterator[str]:
         if self.steps is None and self.epochs <= 0:

@@ -72,7 +72,7 @@ class PreferenceConfig:
         if name == "orpo" and not self.likelihood:
             yield f"{where}.likelihood=0 leaves ORPO without its main term: choose train=orpo, or set it to 1"
 
-    def unused(self, name: str) -> Iterator[tuple[str, str]]:
+    def unused_by(self, name: str) -> Iterator[tuple[str, str]]:
         """Yields the fields that ``train.objective=name`` does not use, each with the reason."""
         objective = OBJECTIVES[name]
         if not objective.compares:
