@@ -9,6 +9,9 @@ from typing import Any
 from finetune.jsonable import EMPTY_NONE, OMIT_NONE
 from finetune.scores import ArtifactScores, CandidateScores, ComparedScores, Difference, LossScores, Parity
 
+UNDESIRABLE_HELDOUT = "heldout_undesirable"
+"""Folder of the data stage with the held-out answers that are not references; only with data.objective=unpaired."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedData:

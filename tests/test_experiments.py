@@ -28,7 +28,11 @@ OPTIONS = sorted(
 NEEDS = {
     ("launch", "multinode"): ["launch.host=10.0.0.1"],
     ("model", "custom"): ["model.name=x"],
-    ("train", "dpo"): ["data.objective=preference"],
+    **{
+        ("train", name): ["data.objective=preference", "data.format=preference"]
+        for name in ("dpo", "orpo", "simpo", "cpo")
+    },
+    ("train", "kto"): ["data.objective=unpaired", "data.format=unpaired"],
 }
 NAMED = ("quickstart", "guanaco", "alpaca_cleaned", "ultrafeedback")
 """Data options that bring their rows; the others are formats, and the user names the rows."""

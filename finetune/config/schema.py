@@ -76,7 +76,12 @@ class RunConfig:
             )
         yield from export_conflicts(self.export, lora=self.lora, rows=self.eval.rows, loss_rows=self.eval.loss_rows)
         yield from self.lora.conflicts(quantization=self.quantization.method, weight_decay=self.optim.weight_decay)
-        yield from self.train.conflicts(rows=self.data.objective, variant=self.lora.variant, dropout=self.lora.dropout)
+        yield from self.train.conflicts(
+            rows=self.data.objective,
+            variant=self.lora.variant,
+            dropout=self.lora.dropout,
+            launch=self.launch.strategy,
+        )
         method = self.quantization.method
         if method in ("torchao_int8", "hqq") and self.model.upcast != "none":
             yield (

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finetune.jsonable import to_jsonable
+from finetune.objectives import PREFERENCE, SUPERVISED, UNPAIRED, format_problem
 
 FORMATS = (
     "auto",
@@ -26,7 +27,7 @@ ROLES = ("system", "user", "assistant", "tool")
 TEXT_UNITS = ("line", "paragraph", "file")
 CONTROL_TOKENS = ("text", "control")
 TOOLS = ("template", "text")
-OBJECTIVES = ("supervised", "preference")
+OBJECTIVES = (SUPERVISED, PREFERENCE, UNPAIRED)
 THINKING = ("auto", "train", "drop", "off")
 TEMPLATE_DATE = "2024-07-26"
 """The date that the template of Llama 3.1 writes where it is given none."""
@@ -178,7 +179,8 @@ class DataConfig:
     """Treatment of training rows that are also held-out rows: ``drop`` or ``keep``."""
 
     objective: str = "supervised"
-    """``supervised`` trains on the chosen and desirable answers; ``preference`` also writes the others."""
+    """``supervised`` trains on the chosen and desirable answers; ``preference`` writes pairs; ``unpaired`` writes
+    single answers with a label, and takes pairs apart into a desirable and an undesirable one."""
 
     limit: int | None = None
     """Largest number of rows to read from each split."""
@@ -254,6 +256,9 @@ def _choice_problems(config: DataConfig) -> Iterator[str]:
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             yield f"data.{name} must be one of {', '.join(allowed)}; got {getattr(config, name)!r}"
+    for form in [source.format for source in config.sources.values()] or [config.format]:
+        if form in FORMATS[1:] and (problem := format_problem(config.objective, str(form), where="data")):
+            yield problem
     unknown = [role for role in config.train_roles if role not in ROLES]
     if unknown:
         yield f"data.train_roles may contain {', '.join(ROLES)}; got {unknown}"
@@ -277,9 +282,9 @@ def _number_problems(config: DataConfig) -> Iterator[str]:
         value = getattr(config, name)
         if value is not None and value < 1:
             yield f"data.{name} must be at least 1; got {value}; null turns it off"
-    if config.objective == "preference" and config.too_long == "split":
+    if config.objective != SUPERVISED and config.too_long == "split":
         yield (
-            "data.too_long=split would separate the two answers of a preference row; "
+            f"data.too_long=split would cut the answers that data.objective={config.objective} compares; "
             "use drop, truncate_prompt or truncate"
         )
     if config.heldout_path and config.heldout_rows is not None:

@@ -25,17 +25,17 @@ from finetune.data.select import HELDOUT, TRAIN, hash_order, select
 from finetune.data.show import log_summary, write_preview
 from finetune.data.sources import Source, resolve_sources
 from finetune.data.store import TokenStore
-from finetune.data.worker import CHOSEN, WorkerSettings
+from finetune.data.worker import CHOSEN, REJECTED, WorkerSettings
 from finetune.data.write import write_heldout, write_train
 from finetune.errors import DataError
-from finetune.products import PreparedData
+from finetune.objectives import SUPERVISED, UNPAIRED, format_problem
+from finetune.products import UNDESIRABLE_HELDOUT, PreparedData
 from finetune.run import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RAW_FORMATS = ("text", "completion")
-PREFERENCE_FORMATS = ("preference", "unpaired")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +56,7 @@ def prepare(config: DataConfig, *, folder: Path, tokenizer: PreTrainedTokenizerB
     folder.mkdir(parents=True, exist_ok=True)
     sources = resolve_sources(config)
     formats = resolve_formats(sources)
-    if config.objective == "preference":
-        _require_preference(sources, formats)
+    _require_formats(config, sources, formats)
     raw = all(name in RAW_FORMATS for name, _ in formats.values())
     renderer = make_renderer(config, tokenizer, raw=raw, has_thoughts=lambda: find_thoughts(sources, formats))
     text, template = serialize(tokenizer), renderer.template
@@ -75,7 +74,7 @@ def prepare(config: DataConfig, *, folder: Path, tokenizer: PreTrainedTokenizerB
         tokenizer=text,
         max_tokens=config.max_tokens,
         too_long=config.too_long,
-        preference=config.objective == "preference",
+        compares=config.objective != SUPERVISED,
     )
     root = cache_folder("data") if config.cache is None else Path(config.cache).expanduser() if config.cache else None
     if root is None:
@@ -111,15 +110,19 @@ def _write(preparation: _Preparation, store: TokenStore) -> PreparedData:
     config, folder, key = preparation.config, preparation.folder, preparation.key
     selection = select(config, preparation.sources, store, seed=preparation.seed)
     split = selection.split[store.documents["row"]]
-    chosen = store.documents["role"] == CHOSEN
-    train = np.flatnonzero((split == TRAIN) & chosen)
-    heldout = hash_order(store, _first_pieces(store, np.flatnonzero((split == HELDOUT) & chosen)))
+    good, bad = _answers(config, store)
+    written = good | bad
+    train = np.flatnonzero((split == TRAIN) & written)
+    _require_both_kinds(config, good=int(good[train].sum()), bad=int(bad[train].sum()))
+    heldout = hash_order(store, _first_pieces(store, np.flatnonzero((split == HELDOUT) & good)))
     packs = _packs(config, store, train, seed=preparation.seed)
     readable = store.rows[store.rows["full_tokens"] > 0]
     lengths = length_statistics(readable["full_tokens"], readable["full_trained"], max_tokens=config.max_tokens)
-    preference = config.objective == "preference"
-    write_train(folder / "train", store, packs, preference=preference, fingerprint=key)
-    write_heldout(folder / "heldout", store, heldout, preference=preference, fingerprint=key)
+    write_train(folder / "train", store, packs, objective=config.objective, fingerprint=key)
+    write_heldout(folder / "heldout", store, heldout, objective=config.objective, fingerprint=key)
+    if config.objective == UNPAIRED:
+        others = hash_order(store, _first_pieces(store, np.flatnonzero((split == HELDOUT) & bad)))
+        write_heldout(folder / UNDESIRABLE_HELDOUT, store, others, objective=config.objective, fingerprint=f"{key}-bad")
     write_ledger(folder, store, selection, preparation.sources, train=packs, heldout=heldout)
     sizes = store.documents["length"][packs.documents]
     product = PreparedData(
@@ -129,7 +132,7 @@ def _write(preparation: _Preparation, store: TokenStore) -> PreparedData:
         trained_tokens=int(store.documents["trained"][train].sum()),
         packed_rows=len(packs),
         train_rows=int((selection.split == TRAIN).sum()),
-        heldout_rows=int((selection.split == HELDOUT).sum()),
+        heldout_rows=len(heldout) if config.objective == UNPAIRED else int((selection.split == HELDOUT).sum()),
         longest=int(np.add.reduceat(sizes, packs.starts[:-1]).max()),
         fingerprint=key,
         warnings=collect_warnings(
@@ -146,13 +149,31 @@ def _write(preparation: _Preparation, store: TokenStore) -> PreparedData:
     return product
 
 
-def _require_preference(sources: list[Source], formats: dict[int, tuple[str, ColumnMapping]]) -> None:
+def _require_formats(config: DataConfig, sources: list[Source], formats: dict[int, tuple[str, ColumnMapping]]) -> None:
     for number, (name, _) in formats.items():
-        if name not in PREFERENCE_FORMATS:
-            raise DataError(
-                f"data.objective=preference: {sources[number].name} has the format {name} without rejected answers; "
-                "use rows with chosen and rejected, or with a label, or set data.objective=supervised"
-            )
+        if problem := format_problem(config.objective, name, where=sources[number].name):
+            raise DataError(problem)
+
+
+def _answers(config: DataConfig, store: TokenStore) -> tuple[np.ndarray, np.ndarray]:
+    """Returns which documents are rows of their own: the good answers, and those that only ``unpaired`` has."""
+    chosen, rejected = (store.documents["role"] == role for role in (CHOSEN, REJECTED))
+    if config.objective != UNPAIRED:
+        return chosen, np.zeros(len(chosen), dtype=bool)
+    labelled_bad = store.rows["desirable"][store.documents["row"]] == 0
+    return chosen & ~labelled_bad, rejected | (chosen & labelled_bad)
+
+
+def _require_both_kinds(config: DataConfig, *, good: int, bad: int) -> None:
+    if config.objective != UNPAIRED:
+        return
+    if not good or not bad:
+        kind = "desirable" if good else "undesirable"
+        raise DataError(
+            f"data.objective=unpaired: all {good + bad:,} training answers are {kind}, so there is nothing to compare; "
+            "add rows with the other label, or train on the desirable ones with train=default data.objective=supervised"
+        )
+    log("data", f"{good:,} desirable and {bad:,} undesirable answers to train on")
 
 
 def _first_pieces(store: TokenStore, documents: np.ndarray) -> np.ndarray:
@@ -164,8 +185,8 @@ def _first_pieces(store: TokenStore, documents: np.ndarray) -> np.ndarray:
 
 
 def _packs(config: DataConfig, store: TokenStore, documents: np.ndarray, *, seed: int) -> Packs:
-    if config.packing and config.objective == "preference":
-        log("data", "not packed, because preference objectives compare complete rows")
+    if config.packing and config.objective != SUPERVISED:
+        log("data", f"not packed, because data.objective={config.objective} is for comparing complete answers")
     elif config.packing:
         capacity = config.pack_tokens or config.max_tokens
         generator = np.random.default_rng(seed)

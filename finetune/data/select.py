@@ -8,6 +8,7 @@ from finetune.data.config import DataConfig
 from finetune.data.sources import Source
 from finetune.data.store import TokenStore
 from finetune.errors import DataError
+from finetune.objectives import SUPERVISED
 
 DROPPED, TRAIN, HELDOUT = 0, 1, 2
 SPLITS = ("", "train", "heldout")
@@ -46,7 +47,7 @@ def select(config: DataConfig, sources: list[Source], store: TokenStore, *, seed
     rows = store.rows
     _refuse_bad(config, sources, store)
     heldout_source = np.array([source.heldout for source in sources])[rows["source"]]
-    if config.objective == "supervised":
+    if config.objective == SUPERVISED:
         _drop(store, np.flatnonzero((rows["reason"] == 0) & (rows["desirable"] == 0)), UNDESIRABLE)
     usable = rows["reason"] == 0
     duplicate_of = np.full(len(rows), -1, dtype=np.int64)

@@ -60,7 +60,7 @@ class WorkerSettings:
         formats: Source number -> name of the format, and the columns to map.
         references: Numbers of the sources whose answers are kept as text, for the evaluation.
         tokenizer: Its serialized content.
-        preference: Whether rejected answers are also tokenized.
+        compares: Whether answers are compared: rejected ones are also tokenized, and a row is its last turn.
     """
 
     formats: dict[int, tuple[str, dict[str, str]]]
@@ -69,7 +69,7 @@ class WorkerSettings:
     tokenizer: str
     max_tokens: int
     too_long: str
-    preference: bool
+    compares: bool
 
 
 @dataclass(slots=True)
@@ -118,7 +118,7 @@ class Worker:
                 check(conversation, self.settings.renderer.train_roles)
                 texts = self._render(conversation)
                 of_row += [(number, CHOSEN, text) for text in texts]
-                if conversation.rejected is not None and self.settings.preference:
+                if conversation.rejected is not None and self.settings.compares:
                     other = Conversation([*conversation.messages[:-1], conversation.rejected], tools=conversation.tools)
                     of_row.append((number, REJECTED, self._render(other)[0]))
                 batch.describe(number, conversation, characters=len(texts[0].text))
@@ -150,7 +150,7 @@ class Worker:
     def _render(self, conversation: Conversation) -> list[Rendered]:
         """Renders a conversation; for preference objectives only the row of its last turn, which the answers share."""
         texts = self.settings.renderer.render(conversation)
-        if self.settings.preference:
+        if self.settings.compares:
             del texts[1:]
         for rendered in texts:
             try:
@@ -166,7 +166,7 @@ class Worker:
 
     def _apart(self, rendered: Rendered, encoded: Encoded | BadRow) -> list[tuple[Rendered, Encoded | BadRow]]:
         """Returns the text, or one text for each of its turns where one row cannot hold them."""
-        if self.settings.preference or isinstance(encoded, BadRow) or not must_be_apart(rendered, encoded):
+        if self.settings.compares or isinstance(encoded, BadRow) or not must_be_apart(rendered, encoded):
             return [(rendered, encoded)]
         return encode_apart(rendered, self.settings.renderer, self.encoder)
 

@@ -11,22 +11,30 @@ import pyarrow
 from finetune.data.pack import Packs
 from finetune.data.store import TokenStore
 from finetune.data.worker import REJECTED
+from finetune.objectives import PREFERENCE, SUPERVISED, UNPAIRED
 
 BATCH_ROWS = 256
 LIST = "list"
 FIELDS = {"input_ids": LIST, "labels": LIST, "seq_lengths": LIST, "rows": LIST}
 PREFERENCE_FIELDS = {"rejected_input_ids": LIST, "rejected_labels": LIST, "desirable": "int32"}
-"""Additional fields for preference objectives; the lists are empty where a row has no rejected answer."""
+"""Additional fields of pairs; the lists are empty where a row has no rejected answer."""
+
+MORE_FIELDS: dict[str, dict[str, str]] = {
+    SUPERVISED: {},
+    PREFERENCE: PREFERENCE_FIELDS,
+    UNPAIRED: {"desirable": "int32"},
+}
+"""Additional fields of each ``data.objective``."""
 
 
-def write_train(folder: Path, store: TokenStore, packs: Packs, *, preference: bool, fingerprint: str) -> None:
-    """Writes packed rows: ``FIELDS``, and for preference objectives the rejected answers."""
-    fields = FIELDS | (PREFERENCE_FIELDS if preference else {})
-    _write(folder, fields, _train_batches(store, packs, preference=preference), fingerprint=f"{fingerprint}-train")
+def write_train(folder: Path, store: TokenStore, packs: Packs, *, objective: str, fingerprint: str) -> None:
+    """Writes packed rows: ``FIELDS``, and those of ``data.objective``."""
+    fields = FIELDS | MORE_FIELDS[objective]
+    _write(folder, fields, _train_batches(store, packs, objective=objective), fingerprint=f"{fingerprint}-train")
 
 
-def _train_batches(store: TokenStore, packs: Packs, *, preference: bool) -> Iterator[dict[str, Any]]:
-    rejected = _rejected(store) if preference else {}
+def _train_batches(store: TokenStore, packs: Packs, *, objective: str) -> Iterator[dict[str, Any]]:
+    rejected = _rejected(store) if objective == PREFERENCE else {}
     for start in range(0, len(packs), BATCH_ROWS):
         borders = packs.starts[start : start + BATCH_ROWS + 1]
         documents = packs.documents[borders[0] : borders[-1]]
@@ -40,8 +48,10 @@ def _train_batches(store: TokenStore, packs: Packs, *, preference: bool) -> Iter
             "seq_lengths": _lists(lengths, borders - borders[0]),
             "rows": _lists(rows, borders - borders[0]),
         }
-        if preference:
+        if objective == PREFERENCE:
             columns |= _preference_columns(store, rejected, rows)
+        if objective == UNPAIRED:
+            columns["desirable"] = _desirable(store, documents)
         yield columns
 
 
@@ -61,26 +71,30 @@ def _preference_columns(store: TokenStore, rejected: dict[int, int], rows: np.nd
     }
 
 
+def _desirable(store: TokenStore, documents: np.ndarray) -> pyarrow.Array:
+    """Returns 1 for desirable answers and 0 for others; of a pair, the rejected answer is not desirable."""
+    rejected = store.documents["role"][documents] == REJECTED
+    labelled_bad = store.rows["desirable"][store.documents["row"][documents]] == 0
+    return pyarrow.array((~rejected & ~labelled_bad).astype(np.int32))
+
+
 def _rejected(store: TokenStore) -> dict[int, int]:
     numbers = np.flatnonzero(store.documents["role"] == REJECTED)
     return dict(zip(store.documents["row"][numbers].tolist(), numbers.tolist(), strict=True))
 
 
-def write_heldout(
-    folder: Path, store: TokenStore, documents: np.ndarray, *, preference: bool, fingerprint: str
-) -> None:
+def write_heldout(folder: Path, store: TokenStore, documents: np.ndarray, *, objective: str, fingerprint: str) -> None:
     """Writes held-out rows: never packed, with the prompt as tokens and as a chat, and the expected answer."""
     fields = FIELDS | {"prompt_ids": LIST, "reference": "string", "row": "int32", "chat": "string"}
     if store.tests:
         fields["tests"] = "string"
-    if preference:
-        fields |= PREFERENCE_FIELDS
-    batches = _heldout_batches(store, documents, preference=preference)
+    fields |= MORE_FIELDS[objective]
+    batches = _heldout_batches(store, documents, objective=objective)
     _write(folder, fields, batches, fingerprint=f"{fingerprint}-heldout")
 
 
-def _heldout_batches(store: TokenStore, documents: np.ndarray, *, preference: bool) -> Iterator[dict[str, Any]]:
-    rejected = _rejected(store) if preference else {}
+def _heldout_batches(store: TokenStore, documents: np.ndarray, *, objective: str) -> Iterator[dict[str, Any]]:
+    rejected = _rejected(store) if objective == PREFERENCE else {}
     for start in range(0, len(documents), BATCH_ROWS):
         batch = documents[start : start + BATCH_ROWS]
         ids, labels = store.tokens_and_labels(batch)
@@ -101,8 +115,10 @@ def _heldout_batches(store: TokenStore, documents: np.ndarray, *, preference: bo
         }
         if store.tests:
             columns["tests"] = pyarrow.array([store.tests.get(int(row)) for row in rows], pyarrow.string())
-        if preference:
+        if objective == PREFERENCE:
             columns |= _preference_columns(store, rejected, rows)
+        if objective == UNPAIRED:
+            columns["desirable"] = _desirable(store, batch)
         yield columns
 
 

@@ -86,6 +86,6 @@ def _train_seconds(config: RunConfig, inputs: PlanInputs, speed: float) -> dict[
     tokens = training_tokens(config, inputs)
     if tokens is None:
         return {}
-    rows = config.train.evaluations * config.train.evaluation_rows * inputs.documents
+    rows = config.train.evaluations * config.train.evaluation_rows * inputs.documents * (1 + inputs.extra_passes)
     held_out = rows * min(inputs.tokens, config.data.max_tokens) / passes(inputs)
     return {"train": (tokens + held_out) / speed}

@@ -113,6 +113,7 @@ class PlanInputs:
         upcast: Frozen parts stored in float32: ``none``, ``norms`` or ``all``.
         rows: Micro-batch per process, in rows or packs.
         documents: Sequences in a row: 2 where a row is a pair of answers.
+        extra_passes: Forward passes over each row without a gradient, such as those of a reference.
         tokens: Tokens per sequence, padding included.
         step_rows: Rows that one optimizer step reads over all processes; no micro-batch is larger.
         checkpointing: Whether activations are recomputed in the backward pass.
@@ -153,6 +154,7 @@ class PlanInputs:
     upcast: str = "none"
     rows: int
     documents: int = 1
+    extra_passes: int = 0
     tokens: int
     step_rows: int = 64
     checkpointing: bool

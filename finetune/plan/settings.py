@@ -10,6 +10,7 @@ from finetune.architecture import ArchitectureConfig
 from finetune.hardware.place import choose_dtype, used_gpus
 from finetune.kernels.choose import KernelFacts, choose
 from finetune.model.base import dimensions
+from finetune.objectives import OBJECTIVES
 from finetune.parameters import linear_parameters
 from finetune.plan.fit import fit_step
 from finetune.plan.inputs import KernelChoice, PlanInputs, TrainerMemoryModel
@@ -55,8 +56,8 @@ def from_config(config: RunConfig, machine: Machine) -> PlanInputs:
     device = planned_device(config, machine)
     dtype = planned_dtype(config, machine)
     kernels = predict_kernels(config, machine, architecture=architecture, device=device, dtype=dtype)
-    pairs = config.train.objective != "sft"
-    packed_tokens = config.data.pack_tokens if config.data.packing and not pairs else None
+    objective = OBJECTIVES[config.train.objective]
+    packed_tokens = config.data.pack_tokens if config.data.packing and not objective.compares else None
     tokens = packed_tokens or config.data.max_tokens
     element = 4 if dtype == "float32" else 2
     autocast = not (kernels.fused and kernels.loss_on_trained_tokens) and (
@@ -80,7 +81,8 @@ def from_config(config: RunConfig, machine: Machine) -> PlanInputs:
         stored_bytes=element,
         upcast=config.model.upcast,
         rows=1 if "micro_batch" in train.automatic else train.micro_batch_rows,
-        documents=2 if pairs else 1,
+        documents=2 if objective.pairs else 1,
+        extra_passes=objective.passes_without_gradient(config.train.preference.loss),
         tokens=tokens,
         step_rows=train.rows_per_step or max(1, (train.tokens_per_step or tokens) // tokens),
         checkpointing=train.checkpointing == "full" or "checkpointing" in train.automatic,

@@ -111,7 +111,7 @@ def passes(inputs: PlanInputs) -> float:
     if inputs.kernels.selective:
         gated = [linear.weights for linear in linear_layers(inputs.architecture) if linear.name in GATED_LAYERS]
         recomputed = sum(gated) / linear_parameters(inputs.architecture)
-    return 2 + recomputed + (not inputs.rank)
+    return 2 + recomputed + inputs.extra_passes + (not inputs.rank)
 
 
 def busy_share(inputs: PlanInputs) -> float:

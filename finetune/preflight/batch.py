@@ -45,14 +45,14 @@ class CheckRows:
     accumulated: list[dict[str, Any]]
 
 
-def choose_rows(config: PreflightConfig, rows: Dataset, *, micro_batch: int, pairs: bool) -> CheckRows:
+def choose_rows(config: PreflightConfig, rows: Dataset, *, micro_batch: int, compares: bool) -> CheckRows:
     """Chooses what the checks of a level run on.
 
     Args:
         config: The preflight group.
         rows: data/train.
         micro_batch: Rows of a micro-batch.
-        pairs: Whether the rows are preference pairs.
+        compares: Whether the objective compares complete answers, so that they are not cut.
     """
     first = first_rows(rows, count=CANDIDATE_ROWS)
     small, batch = documents(first)[: config.rows], first[:micro_batch]
@@ -64,7 +64,7 @@ def choose_rows(config: PreflightConfig, rows: Dataset, *, micro_batch: int, pai
         packed, added = chosen if len(chosen) > 1 else small, small
         tokens = max(ACCUMULATED_TOKENS, sum(len(document["input_ids"]) for document in chosen) // len(added))
     accumulated = as_rows(list(uneven([shortened(document, tokens=tokens) for document in added])))
-    if pairs:
+    if compares:
         accumulated = sorted(first, key=lambda row: sum(row["seq_lengths"]))[: len(added)]
     return CheckRows(documents=chosen, packed=packed, micro_batch=batch, accumulated=accumulated)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import pyarrow.parquet
 
 from finetune.inference.rows import IGNORED
+from finetune.objectives import OBJECTIVES
 from finetune.preflight.batch import Document, documents, rejected, trained_tokens, trained_tokens_of_batch
 from finetune.preflight.context import CheckContext, CheckResult
 
@@ -23,9 +24,9 @@ Ledger = dict[int, dict[str, int]]
 def check_trained_text(context: CheckContext) -> CheckResult:
     """Compares the trained tokens in the model's own inputs with the ledger and the prepared rows."""
     rows, decode = context.rows.micro_batch, context.tokenizer.decode
-    is_pair = context.job.config.objective != "sft"
-    prepared = documents(rows) + (rejected(rows) if is_pair else [])
-    owners = [number for row in rows for number in row["rows"]] * (2 if is_pair else 1)
+    objective = OBJECTIVES[context.job.config.objective]
+    prepared = documents(rows) + (rejected(rows) if objective.pairs else [])
+    owners = [number for row in rows for number in row["rows"]] * (2 if objective.pairs else 1)
     batch = trained_tokens_of_batch(context.trainer.upcoming.collator(rows))
     trained, extra = batch[: len(prepared)], batch[len(prepared) :]
     texts = [decode(tokens) for tokens in trained]
@@ -33,13 +34,13 @@ def check_trained_text(context: CheckContext) -> CheckResult:
     differences = [f"{len(extra)} documents too many are trained on"] if any(extra) else []
     for owner, tokens, text, document in zip(owners, trained, texts, prepared, strict=False):
         expected = trained_tokens(document)
-        if (tokens != expected and not is_pair) or not tokens or tokens != expected[-len(tokens) :]:
+        if (tokens != expected and not objective.compares) or not tokens or tokens != expected[-len(tokens) :]:
             differences.append(
                 f"row {owner} trains on {text[:60]!r} ({len(tokens)} tokens) instead of {decode(expected)[:60]!r} "
                 f"({len(expected)} tokens)"
             )
     ledger = _ledger(context, owners)
-    if not is_pair:
+    if not objective.compares:
         differences += _other_counts(trained, prepared, owners, ledger)
     differences += [
         f"row {owners[number]} does not train on an end of turn"

@@ -14,6 +14,7 @@ from finetune.inference.adapted import free_memory
 from finetune.inference.generation import generate
 from finetune.inference.rows import IGNORED
 from finetune.memory import PeakMemory
+from finetune.objectives import OBJECTIVES
 from finetune.preflight.batch import documents, largest_rows
 from finetune.preflight.context import CheckContext
 from finetune.preflight.trial import GradientRecorder
@@ -100,7 +101,8 @@ def overfit_one_batch(context: CheckContext, rows: Dataset, heldout: Dataset | N
     batch = largest_rows(rows, count=train.micro_batch_rows)
     evaluated = largest_rows(heldout, count=EVALUATED_ROWS) if heldout is not None and train.evaluations else []
     recorder = GradientRecorder(keeps_gradients=False)
-    stop = StopWhenLearned(context, prompts_of(context, batch) if train.objective == "sft" else [], recorder)
+    prompts = [] if OBJECTIVES[train.objective].compares else prompts_of(context, batch)
+    stop = StopWhenLearned(context, prompts, recorder)
     trained = context.trainer.trained(
         batch,
         micro_batch=len(batch),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from finetune.console import log
 from finetune.errors import TrainError
+from finetune.objectives import OBJECTIVES
 from finetune.preflight.config import PreflightConfig
 from finetune.products import CheckRecord, PreflightResult, SkippedCheck
 
@@ -114,7 +115,8 @@ def make_context(
     if not len(prepared):
         raise TrainError("data: none of the rows is left to train on; `finetune data` shows why each was dropped")
     micro_batch = job.config.micro_batch_rows if make_trainer else 1
-    rows = choose_rows(config, prepared, micro_batch=micro_batch, pairs=job.config.objective != "sft")
+    compares = OBJECTIVES[job.config.objective].compares
+    rows = choose_rows(config, prepared, micro_batch=micro_batch, compares=compares)
     trial = TrialTrainer(job=job, make_trainer=make_trainer, folder=folder) if make_trainer else None
     return CheckContext(config=config, job=job, rows=rows, run=run, folder=folder, until=until, trial=trial)
 

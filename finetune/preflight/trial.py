@@ -54,7 +54,7 @@ class GradientRecorder:
     """Records losses and gradients in place of training's guard, between the backward pass and the optimizer.
 
     Attributes:
-        losses: Of each optimizer step, in nats per trained token (sft) or per pair (dpo).
+        losses: Of each optimizer step, in nats per trained token (sft), per pair (dpo) or per answer (kto).
         gradients: Of the last step, before clipping; only with ``keeps_gradients``, and then the step is not taken.
     """
 

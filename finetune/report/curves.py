@@ -55,13 +55,13 @@ def loss_picture(metrics: Sequence[Fields], *, unit: str) -> Markup:
 
 
 def small_picture(metrics: Sequence[Fields], key: str, *, name: str) -> Markup:
-    """Draws one figure of training over the steps, half as wide: the learning rate, the norm of the gradient."""
+    """Draws one figure of training over the steps, half as wide; empty for one that is always 0."""
     points = series(metrics, key)
-    if len(points) < 2:
+    lowest, highest = (edge((0.0, *(value for _, value in points))) for edge in (min, max))
+    if len(points) < 2 or lowest == highest:
         return Markup("")
-    highest = max(value for _, value in points)
     steps = _steps(points[-1][0], wanted=4)
-    upward = Axis(ticks=ticks(0, highest, wanted=2), name=name, label="{:.3g}".format)
+    upward = Axis(ticks=ticks(lowest, highest, wanted=2), name=name, label="{:.3g}".format)
     axes = frame((64.0, 34.0, 456.0, 140.0), x=steps, y=upward)
     parts = [*axes.parts, path(_pixels(axes, points), kind="line-1")]
     return picture(466, 182, parts, title=name.capitalize())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from finetune.html import Figure, Table
 from finetune.html.format import MISSING, count, duration, number, percent, size
 from finetune.html.lengths import length_picture
+from finetune.objectives import OBJECTIVES
 from finetune.report.curves import loss_picture, memory_picture, series, small_picture
 from finetune.report.planned import planned_figure, planned_text
 from finetune.report.run_data import Fields, RunData
@@ -17,21 +18,48 @@ LOSS_CAPTION = (
 MEMORY_CAPTION = (
     "Memory of the run, sampled four times a second; the bands are the stages. Pauses before a resumption are left out."
 )
+COMPARED_CAPTION = (
+    "The loss falls as good answers are preferred to bad ones, even while both become less likely. Read it with the "
+    "margin and the likelihood of the good answers below: where that keeps falling, answers turn into repetitions."
+)
 SMALL = {"train/learning_rate": "learning rate", "train/grad_norm": "gradient norm before clipping"}
+COMPARED = {
+    "train/reward_margin": "reward of good answers less that of bad ones",
+    "train/reward_accuracy": "share of answers on the right side",
+    "train/chosen_logprob_per_token": "log-probability of good answers, per token",
+    "train/kl": "reference point (z0), nats per answer",
+}
+"""Figures of the objectives that compare answers; each is drawn where it was logged."""
 
 
 def training_section(report: Fields, data: RunData) -> Fields:
     """Collects the curves of training."""
-    pairs = (data.config.get("train") or {}).get("objective") == "dpo"
-    unit = "nats per pair" if pairs else "nats per token"
+    objective = OBJECTIVES[(data.config.get("train") or {}).get("objective", "sft")]
+    unit = f"per {objective.unit}" if objective.unit == "answer" else f"nats per {objective.unit}"
     picture = loss_picture(data.metrics, unit=unit)
     heldout = [("2", "held-out rows")] if series(data.metrics, "eval/loss") else []
-    loss = Figure(picture=picture, caption=LOSS_CAPTION, legend=[("1", "training rows"), *heldout]) if picture else None
+    caption = COMPARED_CAPTION if objective.compares else LOSS_CAPTION
+    small = SMALL | (COMPARED if objective.compares else {})
+    loss = Figure(picture=picture, caption=caption, legend=[("1", "training rows"), *heldout]) if picture else None
     return {
-        "text": _training_text(report["train"] or {}, unit=unit),
+        "text": " ".join([_training_text(report["train"] or {}, unit=unit), *_compared_text(data)]),
         "loss": loss,
-        "small": [Figure(picture=small_picture(data.metrics, key, name=name)) for key, name in SMALL.items()],
+        "small": [Figure(picture=small_picture(data.metrics, key, name=name)) for key, name in small.items()],
     }
+
+
+def _compared_text(data: RunData) -> list[str]:
+    """Returns what the last held-out evaluation of an objective that compares answers measured."""
+    names = ("reward_accuracy", "reward_margin", "chosen_logprob_per_token")
+    accuracy, margin, likelihood = (series(data.metrics, f"eval/{name}") for name in names)
+    if not accuracy:
+        return []
+    sentences = [f"At the last held-out evaluation {percent(accuracy[-1][1])} of the comparisons were right"]
+    sentences += [f"the reward margin was {number(margin[-1][1])}"] if margin else []
+    if likelihood:
+        before, after = number(likelihood[0][1]), number(likelihood[-1][1])
+        sentences.append(f"the log-probability of good answers went from {before} to {after} per token")
+    return ["; ".join(sentences) + "."]
 
 
 def _training_text(train: Fields, *, unit: str) -> str:

@@ -5,15 +5,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finetune.jsonable import to_jsonable
-from finetune.train.preference import PreferenceConfig
-from finetune.train.preference import conflicts as preference_conflicts
+from finetune.objectives import OBJECTIVES, rows_mismatch
+from finetune.train.preference_config import PreferenceConfig
+from finetune.train.preference_config import conflicts as preference_conflicts
 
 AUTO = "auto"
 CHECKPOINTING = (AUTO, "none", "selective", "full")
 SELECT = ("last", "best")
-OBJECTIVES = {"sft": "supervised", "dpo": "preference"}
-"""Training objectives, each with the ``data.objective`` whose rows it reads."""
-
 NOT_IN_KEY = ("checkpoints", "keep_checkpoints", "log_steps", "non_finite_steps", "checkpointing", "offload")
 """Settings that leave the adapter as it is."""
 
@@ -81,7 +79,8 @@ class TrainConfig:
     """Requires deterministic kernels; slower on some GPUs."""
 
     objective: str = "sft"
-    """``sft``: likelihood of each trained token; ``dpo``: likelihood of a chosen answer over that of a rejected one."""
+    """``sft``: likelihood of each trained token. Chosen over rejected answers: ``dpo`` compared with a reference;
+    ``orpo``, ``simpo`` and ``cpo`` without one. ``kto``: single answers, labelled desirable or undesirable."""
 
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     """Settings of the objectives that compare answers; not used by ``sft``."""
@@ -106,10 +105,7 @@ class TrainConfig:
         """Yields the settings that have no effect given the others, each with the reason."""
         if self.steps is not None:
             yield "epochs", f"train.steps={self.steps} is set"
-        if self.objective == "sft":
-            yield "preference", "train.objective=sft compares no answers"
-        elif self.preference.loss != "sigmoid":
-            yield "preference.label_smoothing", "only train.preference.loss=sigmoid smooths labels"
+        yield from self.preference.unused_by(self.objective)
 
     def problems(self) -> Iterator[str]:
         if self.steps is None and self.epochs <= 0:
@@ -146,21 +142,19 @@ class TrainConfig:
                         f"train.{key}={getattr(self, key)} needs the held-out loss, which train.evaluations=0 never "
                         "computes; set train.evaluations=4"
                     )
-        yield from self.preference.problems()
+        yield from self.preference.problems(self.objective)
 
-    def conflicts(self, *, rows: str, variant: str, dropout: float) -> Iterator[str]:
+    def conflicts(self, *, rows: str, variant: str, dropout: float, launch: str) -> Iterator[str]:
         """Yields problems with settings of other groups.
 
         Args:
             rows: ``data.objective``.
             variant: ``lora.variant``.
             dropout: ``lora.dropout``.
+            launch: ``launch.strategy``.
         """
-        needed = OBJECTIVES.get(self.objective, rows)
-        if rows != needed:
-            yield (
-                f"train.objective={self.objective} trains on data.objective={needed}; got {rows}: "
-                f"set data.objective={needed}"
+        if self.objective in OBJECTIVES:
+            yield from rows_mismatch(self.objective, rows)
+            yield from preference_conflicts(
+                self.objective, variant=variant, dropout=dropout, neftune_alpha=self.neftune_alpha, launch=launch
             )
-        if self.objective != "sft":
-            yield from preference_conflicts(variant=variant, dropout=dropout, neftune_alpha=self.neftune_alpha)

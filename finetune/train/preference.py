@@ -1,14 +1,15 @@
-"""Direct preference optimization: its loss, its figures, and the rows that it can use.
+"""Pairs of answers: the rows that are usable, their micro-batches, and the log-probabilities of their answers.
 
-The policy is the adapted model, and the reference is the same model with its adapter switched off, so both share one
-copy of the base. TRL's DPOTrainer cannot use prepared rows: it tokenizes its input, supports only masks at the end of a
-row, and copies an adapter that it did not attach itself. The tests compare the loss with TRL's.
+The policy is the adapted model, and the reference of DPO is the same model with its adapter switched off, so both share
+one copy of the base; ORPO, SimPO and CPO need no reference. TRL's trainers cannot use prepared rows: they tokenize
+their input, support only masks at the end of a row, and copy an adapter that they did not attach themselves. The tests
+compare the losses with TRL's.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,57 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from finetune.kernels import Fusion
-
-LOSSES = ("sigmoid", "ipo", "hinge")
-FIGURES = ("reward_margin", "reward_accuracy", "chosen_logprob", "rejected_logprob")
-
-
-@dataclass(kw_only=True, slots=True)
-class PreferenceConfig:
-    """Form and strength of the preference loss."""
-
-    beta: float = 0.1
-    """Cost of leaving the reference; with a small one the model moves far from it. With ``ipo``, 1 / (2 beta) is the
-    target margin. Source of the 0.1: arXiv 2305.18290, appendix B."""
-
-    loss: str = "sigmoid"
-    """``sigmoid`` (DPO), ``hinge`` (SLiC: no gradient once the margin is 1) or ``ipo`` (squared distance from a margin
-    per token; overfits less where every pair is easy to separate)."""
-
-    label_smoothing: float = 0.0
-    """``sigmoid`` only: assumed share of pairs whose answers are swapped, at least 0 and below 0.5."""
-
-    def problems(self) -> Iterator[str]:
-        if self.beta <= 0:
-            yield f"train.preference.beta must be positive, otherwise no answer is preferred; got {self.beta}"
-        if self.loss not in LOSSES:
-            yield f"train.preference.loss must be one of {', '.join(LOSSES)}; got {self.loss!r}"
-        if not 0 <= self.label_smoothing < 0.5:
-            yield f"train.preference.label_smoothing must be at least 0 and below 0.5; got {self.label_smoothing}"
-        if self.label_smoothing and self.loss in ("ipo", "hinge"):
-            yield (
-                f"train.preference.label_smoothing has an effect with loss=sigmoid only, not with loss={self.loss}; "
-                f"got {self.label_smoothing}: set it to 0"
-            )
-
-
-def conflicts(*, variant: str, dropout: float, neftune_alpha: float | None) -> Iterator[str]:
-    """Yields problems of a preference objective with the lora group and with noise on the embeddings."""
-    if variant == "loftq":
-        yield (
-            "lora.variant=loftq starts with an adapter that changes the base, and the base is the reference of a "
-            "preference objective: the first step would already differ from it; choose lora=default"
-        )
-    if dropout:
-        yield (
-            "lora.dropout adds noise to the log-probabilities that a preference objective compares with those of the "
-            f"reference; got {dropout}: set lora.dropout=0"
-        )
-    if neftune_alpha is not None:
-        yield (
-            "train.neftune_alpha would put other noise on the policy than on the reference that a preference objective "
-            f"compares it with; got {neftune_alpha}: set it to null"
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,15 +57,16 @@ class PairCollator:
 
 def chosen(row: dict[str, Any]) -> dict[str, Any]:
     """Returns the chosen answer of a pair as a document with its prompt."""
-    return _document(row["input_ids"], row["labels"])
+    return as_document(row["input_ids"], row["labels"])
 
 
 def rejected(row: dict[str, Any]) -> dict[str, Any]:
     """Returns the rejected answer of a pair as a document with its prompt."""
-    return _document(row["rejected_input_ids"], row["rejected_labels"])
+    return as_document(row["rejected_input_ids"], row["rejected_labels"])
 
 
-def _document(ids: list[int], labels: list[int]) -> dict[str, Any]:
+def as_document(ids: list[int], labels: list[int]) -> dict[str, Any]:
+    """Returns an answer with its prompt as a document that trains on its last turn alone."""
     start = answer_start(labels)
     return {"input_ids": ids, "labels": [IGNORED] * start + labels[start:], "seq_lengths": [len(ids)]}
 
@@ -159,7 +110,7 @@ def training_pairs(rows: Dataset) -> tuple[Dataset, float]:
     reasons = "; ".join(f"{reason}: {count:,}" for reason, count in left_out.items())
     if not sizes:
         raise TrainError(
-            f"train.objective=dpo: none of the {len(rows):,} training rows is a pair ({reasons}); "
+            f"train: none of the {len(rows):,} training rows is a pair ({reasons}); "
             'give rows like {"prompt", "chosen", "rejected"}, e.g. data=preference data.path=<file>'
         )
     if left_out:
@@ -179,7 +130,7 @@ def held_out_pairs(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     pairs = [row for row in rows if obstacle(row) is None]
     if rows and not pairs:
         raise TrainError(
-            f"train.objective=dpo: none of the first {len(rows):,} held-out rows is a pair ({obstacle(rows[0])}); "
+            f"train: none of the first {len(rows):,} held-out rows is a pair ({obstacle(rows[0])}); "
             "give held-out rows with a chosen and a rejected answer, or set train.evaluations=0"
         )
     if len(pairs) < len(rows):
@@ -231,70 +182,3 @@ def token_losses(model: Any, adapted: Any, inputs: dict[str, Any], fusion: Fusio
     logprobs = model(**inputs, fused_lm_head=True).log_probs
     losses: Tensor = -logprobs[inputs["labels"][:, 1:] != IGNORED]
     return losses
-
-
-def pair_losses(ratios: Tensor, answer_tokens: Tensor, config: PreferenceConfig) -> Tensor:
-    """Computes the loss of each pair, shape (pairs,).
-
-    Args:
-        ratios: Log-probability under the policy minus that under the reference, shape (2, pairs): chosen, rejected.
-        answer_tokens: Trained tokens of each answer, shape (2 pairs,); ``ipo`` divides by them, as its authors do.
-        config: Form and strength.
-
-    Source: arXiv 2305.18290 (sigmoid, smoothed as in its authors' note on noisy labels), 2310.12036 (ipo), 2305.10425
-    (hinge).
-    """
-    from torch.nn.functional import logsigmoid
-
-    if config.loss == "ipo":
-        per_token = ratios / answer_tokens.view(2, -1)
-        return (per_token[0] - per_token[1] - 1 / (2 * config.beta)) ** 2
-    logits = config.beta * (ratios[0] - ratios[1])
-    if config.loss == "hinge":
-        return (1 - logits).relu()
-    smoothing = config.label_smoothing
-    return -logsigmoid(logits) * (1 - smoothing) - logsigmoid(-logits) * smoothing
-
-
-def figures(policy: Tensor, reference: Tensor, *, beta: float) -> Tensor:
-    """Sums the logged figures over pairs; returns the number of pairs and then `FIGURES`, shape (5,).
-
-    Args:
-        policy: Log-probabilities under the policy, shape (2, pairs).
-        reference: Likewise under the reference.
-    """
-    import torch
-
-    rewards = beta * (policy - reference).detach()
-    margins = rewards[0] - rewards[1]
-    sums = [torch.ones_like(margins).sum(), margins.sum(), (margins > 0).float().sum(), *policy.detach().sum(1)]
-    return torch.stack(sums).double().cpu()
-
-
-def named(sums: Tensor, *, prefix: str) -> dict[str, float]:
-    """Returns the means over pairs by name, e.g. ``train/reward_margin``."""
-    pairs, *rest = sums.tolist()
-    return {f"{prefix}/{name}": value / pairs for name, value in zip(FIGURES, rest, strict=True)}
-
-
-def held_out_figures(
-    model: Any, pairs: Sequence[dict[str, Any]], config: PreferenceConfig, *, batch_tokens: int
-) -> dict[str, float]:
-    """Computes the mean loss of held-out pairs, as ``eval_loss``, and the logged figures.
-
-    Args:
-        model: The peft model.
-        pairs: From `held_out_pairs`, at least one.
-        batch_tokens: Padded tokens per forward pass.
-    """
-    import torch
-
-    from finetune.inference.losses import row_losses
-
-    answers = [*map(chosen, pairs), *map(rejected, pairs)]
-    adapted = row_losses(model, answers, batch_tokens=batch_tokens)
-    with model.disable_adapter():
-        base = row_losses(model, answers, batch_tokens=batch_tokens)
-    policy, reference = (torch.tensor([-row.loss for row in rows]).view(2, -1) for rows in (adapted, base))
-    losses = pair_losses(policy - reference, torch.tensor([row.tokens for row in adapted]), config)
-    return {"eval_loss": float(losses.mean()), **named(figures(policy, reference, beta=config.beta), prefix="eval")}

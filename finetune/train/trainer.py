@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,13 @@ from finetune.console import log
 from finetune.inference.collate import Collator
 from finetune.inference.rows import read_rows
 from finetune.lora import cast_adapter
+from finetune.objectives import OBJECTIVES, UNPAIRED
+from finetune.products import UNDESIRABLE_HELDOUT
 from finetune.train.arguments import refuse_idle_processes, rows_per_step, sft_config, step_count
 from finetune.train.distributed import prepare_distributed
 from finetune.train.guard import CollatorWithRowIds
+from finetune.train.kto import APO_ZERO, AnswerCollator, answers_with_tokens, log_weights, training_answers
+from finetune.train.kto_trainer import KTOTrainer
 from finetune.train.preference import PairCollator, held_out_pairs, training_pairs
 from finetune.train.preference_trainer import PreferenceTrainer
 from finetune.train.sampler import StepBatchSampler, micro_batches
@@ -33,8 +37,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Objective:
-    """What an objective changes in training.
+class Method:
+    """How rows of one unit are trained on.
 
     Attributes:
         trainer: Computes the loss.
@@ -50,10 +54,12 @@ class Objective:
     held_out: Callable[[Any], Any] | None = None
 
 
-OBJECTIVES = {
-    "sft": Objective(Trainer, Collator),
-    "dpo": Objective(PreferenceTrainer, PairCollator, training_pairs, held_out_pairs),
+METHODS = {
+    "token": Method(Trainer, Collator),
+    "answer": Method(KTOTrainer, AnswerCollator, training_answers, answers_with_tokens),
+    "pair": Method(PreferenceTrainer, PairCollator, training_pairs, held_out_pairs),
 }
+"""By the ``unit`` of `finetune.objectives.OBJECTIVES`."""
 
 
 def make_trainer(
@@ -77,12 +83,14 @@ def make_trainer(
     """
     config, data, trainable = job.config, job.data, job.trainable
     objective = OBJECTIVES[config.objective]
+    method = METHODS[objective.unit]
     rows, row_tokens = load_from_disk(str(data.folder / "train")), data.tokens / data.packed_rows
-    if objective.training:
-        rows, row_tokens = objective.training(rows)
+    prepared = rows
+    if method.training:
+        rows, row_tokens = method.training(rows)
     per_step = rows_per_step(config, row_tokens=row_tokens)
     steps = step_count(config, rows=len(rows), per_step=per_step)
-    unit = "pairs" if objective.training else "packs" if trainable.packing else "rows"
+    unit = f"{objective.unit}s" if objective.compares else "packs" if trainable.packing else "rows"
     refuse_idle_processes(per_step, unit=unit, processes=ranks.count)
     accumulate = micro_batches(per_step, micro_batch=config.micro_batch_rows, processes=ranks.count)
     shared = f" on each of {ranks.count} processes" if ranks.count > 1 else ""
@@ -94,9 +102,16 @@ def make_trainer(
     held_out = []
     if data.heldout_rows and config.evaluations:
         held_out = read_rows(data.folder / "heldout", limit=config.evaluation_rows)
+        others = data.folder / UNDESIRABLE_HELDOUT
+        if objective.rows == UNPAIRED and others.is_dir() and len(load_from_disk(str(others))):
+            held_out += read_rows(others, limit=config.evaluation_rows)
     checkpoints, step_tokens = folder / "checkpoints", row_tokens * per_step
-    collator = objective.collator(flat=trainable.packing, pad_token_id=trainable.tokenizer.pad_token_id)
-    trainer = objective.trainer(
+    collator = method.collator(flat=trainable.packing, pad_token_id=trainable.tokenizer.pad_token_id)
+    if isinstance(collator, AnswerCollator):
+        log_weights(rows["desirable"], config.preference)
+        if config.preference.loss != APO_ZERO:
+            collator = replace(collator, rows=prepared)
+    trainer = method.trainer(
         job,
         progress=progress,
         guard=guard,
@@ -109,7 +124,7 @@ def make_trainer(
             processes=ranks.count,
             lengths=[sum(documents) for documents in rows["seq_lengths"]] if config.group_by_length else None,
         ),
-        held_out=objective.held_out(held_out) if objective.held_out else held_out,
+        held_out=method.held_out(held_out) if method.held_out else held_out,
         ranks=ranks,
         args=sft_config(job, folder=checkpoints, steps=steps, step_tokens=step_tokens, accumulate=accumulate),
         train_dataset=rows,

@@ -182,7 +182,7 @@ def test_work_can_be_sent_to_another_process(tokenizer: Any) -> None:
         tokenizer=serialize(tokenizer),
         max_tokens=99,
         too_long="drop",
-        preference=False,
+        compares=False,
     )
     done = Worker(pickle.loads(pickle.dumps(settings))).process(0, [(1, ROWS[0])])
     assert done.ids.tolist() == Worker(settings).process(0, [(1, ROWS[0])]).ids.tolist()

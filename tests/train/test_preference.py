@@ -18,21 +18,19 @@ from finetune.kernels import apply_fusion
 from finetune.launch import Ranks
 from finetune.products import PreparedData, TrainedAdapter
 from finetune.train import train_adapter
+from finetune.train.pair_losses import answer_scores, figures, named, pair_losses, rewards
 from finetune.train.preference import (
     PairCollator,
-    PreferenceConfig,
     answer_logprobs,
     answer_start,
     chosen,
-    figures,
     held_out_pairs,
-    named,
     obstacle,
-    pair_losses,
     rejected,
     token_losses,
     training_pairs,
 )
+from finetune.train.preference_config import PreferenceConfig
 from finetune.trainable import TrainableModel, TrainingJob
 from tests.fixtures.models import PLACEMENT, load, model_spec, quantization_config
 from tests.fixtures.pairs import COMPOSED, pairs_of
@@ -58,21 +56,28 @@ class Collected:
 
 
 def train(
-    folder: Path, *, tiny_base: Path, tokenizer: Any, trackers: Any, packing: bool = True, overrides: Any = ()
+    folder: Path,
+    *,
+    tiny_base: Path,
+    tokenizer: Any,
+    trackers: Any,
+    packing: bool = True,
+    overrides: Any = (),
+    composed: Any = COMPOSED,
 ) -> TrainedAdapter:
     """A few steps of four pairs, from a fresh 4-bit base; a second call with the same folder continues."""
     torch.set_num_threads(1)
     data_file = folder / "data.json"
     folder.mkdir(exist_ok=True)
     if not data_file.exists():
-        data = pairs_of(folder, tokenizer)
+        data = pairs_of(folder, tokenizer, composed=composed)
         data_file.write_text(
             json.dumps({name: getattr(data, name) for name in data.__dataclass_fields__ if name != "folder"})
         )
     data = PreparedData(folder=folder / "data", **json.loads(data_file.read_text()))
     config = load_config(
         [
-            *COMPOSED,
+            *composed,
             "train.steps=8",
             "train.tokens_per_step=null",
             "train.rows_per_step=4",
@@ -149,12 +154,12 @@ def test_loss_gradient_and_figures_are_those_of_trl(
     with torch.no_grad(), trainer.model.disable_adapter():
         reference = answer_logprobs(token_losses(trainer.model, None, inputs, plain), tokens)
     policy = answer_logprobs(token_losses(trainer.model, None, inputs, plain), tokens)
-    ours = pair_losses(policy - reference, tokens, config).mean()
+    ours = pair_losses(answer_scores("dpo", policy, reference, tokens), tokens, config).mean()
 
     assert theirs.item() == pytest.approx(ours.item(), rel=1e-5)
     for expected, gradient in zip(their_gradients, torch.autograd.grad(ours, adapter), strict=True):
         assert torch.allclose(gradient, expected, rtol=1e-3, atol=1e-6 * float(expected.abs().max()) + 1e-9)
-    shown = named(figures(policy, reference, beta=BETA), prefix="train")
+    shown = named(figures(policy, rewards("dpo", policy, reference, tokens, config), tokens), prefix="train")
     names = {
         "rewards/margins": "reward_margin",
         "rewards/accuracies": "reward_accuracy",
@@ -325,9 +330,12 @@ def test_batch_has_all_chosen_answers_before_the_rejected_ones() -> None:
         (["lora.dropout=0.1"], "lora.dropout adds noise to the log-probabilities"),
         (["train.neftune_alpha=5"], "train.neftune_alpha would put other noise on the policy"),
         (["lora=loftq"], "lora.variant=loftq starts with an adapter that changes the base"),
-        (["train.objective=ppo"], "train.objective must be one of sft, dpo; got 'ppo'"),
+        (["train.objective=ppo"], "train.objective must be one of sft, dpo, orpo, simpo, cpo, kto; got 'ppo'"),
         (["train.preference.beta=0"], "train.preference.beta must be positive"),
-        (["train.preference.loss=kto"], "train.preference.loss must be one of sigmoid, ipo, hinge; got 'kto'"),
+        (
+            ["train.preference.loss=kto"],
+            "train.preference.loss must be one of sigmoid, ipo, hinge for train.objective=dpo; got 'kto'",
+        ),
         (
             ["train.preference.loss=ipo", "train.preference.label_smoothing=0.1"],
             "has an effect with loss=sigmoid only, not with loss=ipo",
