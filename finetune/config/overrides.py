@@ -23,6 +23,7 @@ from finetune.config.fields import (
     unknown_key,
     value_problems,
 )
+from finetune.config.other_names import ABSENT
 from finetune.paths import CONF
 
 OVERLAYS = ("experiment", "debug")
@@ -171,7 +172,8 @@ def _choice_problems(override: Override, schema: type, folders: Sequence[Path]) 
 
 def _setting_problems(override: Override, schema: type) -> list[str]:
     key = override.key_or_group
-    if problem := unknown_key(key, schema):
+    is_value = not override.is_delete() and not override.is_sweep_override()
+    if problem := unknown_key(key, schema, override.value() if is_value else ABSENT):
         return [problem]
     if override.is_delete():
         is_entry = key.rpartition(".")[2] != resolve_field(key, schema)[1]
