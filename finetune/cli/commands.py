@@ -5,12 +5,16 @@ from __future__ import annotations
 from finetune.cli import look, proof, run
 from finetune.cli.bench import BENCHMARKS, choose_benchmark
 from finetune.cli.command import Command, Option
+from finetune.cli.convert import CONVERT
+from finetune.cli.init import INIT
 from finetune.cli.serve import CHAT, SERVE
 
 EXISTING = ("run.name", "run.root")
 """The settings of commands that only read a run folder."""
 
 COMMANDS = (
+    INIT,
+    CONVERT,
     Command(
         "run", "every stage, from plan to report; the command where none is named", run.run_stages, distributed=True,
         example="finetune run +experiment=llama7b_qlora lora.rank=8",

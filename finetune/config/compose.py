@@ -25,6 +25,7 @@ from finetune.config.overrides import (
     override_problems,
     translate_error,
     unknown_additions,
+    with_own_folder,
 )
 from finetune.config.schema import RunConfig
 from finetune.console import log
@@ -73,7 +74,7 @@ def with_model_option(overrides: Sequence[str]) -> list[str]:
 
 def _compose(overrides: Sequence[str]) -> tuple[DictConfig, list[str], str | None]:
     register()
-    overrides = allow_free_keys(overrides, RunConfig)
+    overrides = with_own_folder(allow_free_keys(overrides, RunConfig))
     folders = config_folders(overrides)
     problems = misplaced_overlays(overrides) or override_problems(overrides, RunConfig, folders)
     if problems:

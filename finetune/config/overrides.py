@@ -67,6 +67,19 @@ def _allow(override: str, free: list[str]) -> str:
     return override
 
 
+def with_own_folder(overrides: Sequence[str]) -> list[str]:
+    """Adds ``conf/`` of the working directory to the search path where it has experiments, so that
+    ``+experiment=mine`` finds ``conf/experiment/mine.yaml``. An experiment that is shipped comes first."""
+    own = Path.cwd() / "conf"
+    if not (own / "experiment").is_dir() or own.resolve() == CONF.resolve():
+        return list(overrides)
+    places = [str(place).removeprefix("file://") for place in config_folders(overrides)[1:]]
+    if str(own) in places:
+        return list(overrides)
+    paths = ",".join(f"'file://{place}'" for place in [*places, str(own)])
+    return [*(word for word in overrides if word.partition("=")[0] != SEARCH_PATH), f"{SEARCH_PATH}=[{paths}]"]
+
+
 def config_folders(overrides: Sequence[str]) -> list[Path]:
     """Returns the folders with groups: the shipped one, and those of ``hydra.searchpath``."""
     parser = OverridesParser.create()
