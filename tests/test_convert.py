@@ -100,7 +100,7 @@ def test_an_axolotl_file_is_the_same_job_here(desk: Path, capsys: pytest.Capture
     assert "sequence_len: 2048" in text
     assert "loss_watchdog_threshold: 5.0" in text.partition("# Not translated")[2]
     assert "tf32" not in text
-    assert "not translated: loss_watchdog_threshold" in capsys.readouterr().err
+    assert "not translated: loss_watchdog_threshold" in capsys.readouterr().out
 
 
 def test_the_defaults_of_the_tool_are_kept_and_named(desk: Path) -> None:

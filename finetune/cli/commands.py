@@ -6,6 +6,7 @@ from finetune.cli import look, proof, run
 from finetune.cli.bench import BENCHMARKS, choose_benchmark
 from finetune.cli.command import Command, Option
 from finetune.cli.convert import CONVERT
+from finetune.cli.env import ENV
 from finetune.cli.init import INIT
 from finetune.cli.serve import CHAT, SERVE
 
@@ -84,6 +85,7 @@ COMMANDS = (
     ),
     CHAT,
     SERVE,
+    ENV,
     Command(
         "bench", "measurements that can be repeated", choose_benchmark, arguments=("WHAT",), settings=(),
         subcommands=BENCHMARKS, example="finetune bench speed ROWS.jsonl --against trl",

@@ -9,6 +9,8 @@ import yaml
 from finetune.convert.translate import Setting, Translation
 
 WIDEST = 118
+SHORTEST = 20
+"""Columns below which a comment is left out."""
 
 
 def experiment_text(translation: Translation, *, name: str) -> str:
@@ -66,7 +68,8 @@ def _entry(item: Setting, indent: int) -> list[str]:
     if isinstance(item.value, dict):
         block = yaml.safe_dump(item.value, sort_keys=False, allow_unicode=True).splitlines()
         return [f"{pad}{item.key}: # {item.source}", *(f"{pad}  {line}" for line in block)]
-    return [_cut(f"{pad}{item.key}: {_yaml(item.value)} # {item.source.rstrip(':')}")]
+    setting, comment = f"{pad}{item.key}: {_yaml(item.value)}", f" # {item.source.rstrip(':')}"
+    return [setting + _cut(comment, WIDEST - len(setting))]
 
 
 def _yaml(value: Any) -> str:
@@ -80,5 +83,5 @@ def _one_line(value: Any) -> str:
     return " ".join(str(value).split())[:70]
 
 
-def _cut(line: str) -> str:
-    return line if len(line) <= WIDEST else f"{line[: WIDEST - 3]}..."
+def _cut(line: str, width: int = WIDEST) -> str:
+    return line if len(line) <= width else f"{line[: max(width - 3, 0)]}..." if width > SHORTEST else ""

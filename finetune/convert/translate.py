@@ -36,6 +36,10 @@ ALIASES = (
 """Names of one setting: where a file has one of them, the tool's default of the others is not its own."""
 
 
+ON_COMMAND_LINE = ("launch", "export.", "run.if_exists")
+"""Settings of one machine or one start; they are typed, and not part of an experiment."""
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
     """A setting of the experiment: its key, its value, and the words of the other tool that it comes from."""
@@ -161,7 +165,7 @@ def _batch(result: Translation, settings: dict[str, Any]) -> Iterator[str]:
     source = _source(result, micro, *filter(None, [accumulation]), settings=settings)
     result.settings += [
         Setting("train.micro_batch", rows, _source(result, micro, settings=settings)),
-        Setting("train.rows_per_step", rows * times, f"{source}; on one GPU: multiply by yours"),
+        Setting("train.rows_per_step", rows * times, f"{source}; times your GPUs"),
         Setting("train.tokens_per_step", None, "train.rows_per_step is set"),
     ]
     yield from filter(None, (micro, accumulation))
@@ -223,7 +227,7 @@ def _one(result: Translation, name: str, value: Any, *, is_default: bool) -> Non
     source = _source(result, name, settings={name: value})
     if name in UNNEEDED and (key is None or here is None or name == "overwrite_output_dir"):
         result.unneeded.append((name, UNNEEDED[name]))
-    elif key is None or here is None:
+    elif key is None or here is None or key.startswith(ON_COMMAND_LINE):
         if not is_default:
             rule = other.rule if other else "no counterpart here"
             result.missing.append((name, value, REASONS.get(name, "") or rule or f"{key} has no such value"))
