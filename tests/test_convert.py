@@ -106,7 +106,7 @@ def test_an_axolotl_file_is_the_same_job_here(desk: Path, capsys: pytest.Capture
 def test_the_defaults_of_the_tool_are_kept_and_named(desk: Path) -> None:
     config, text = converted(desk, AXOLOTL, "qlora.yml")
     assert config.optim.max_grad_norm == 1.0
-    assert "max_grad_norm: 1.0 # axolotl's default" in text
+    assert "max_grad_norm: 1 # axolotl's default, max_grad_norm: 1.0" in text
 
 
 def test_a_llama_factory_file_is_the_same_job_here(desk: Path) -> None:
@@ -136,6 +136,20 @@ def test_preferences_and_what_has_no_counterpart(desk: Path) -> None:
     assert (config.train.preference.beta, config.lora.dropout, config.quantization.method) == (0.3, 0, "none")
     assert "lora_target_modules" in text.partition("# Not translated")[2]
     assert "datasets.type: chatml.intel" in text.partition("# Not translated")[2]
+
+
+def test_values_of_another_type_are_not_translated(desk: Path) -> None:
+    text = f"{TRL.rstrip()} --warmup_steps 0.1 --max_steps 12.5\n"
+    config, experiment = converted(desk, text, "sft.sh")
+    assert (config.optim.warmup, config.optim.warmup_steps, config.train.steps) == (0.1, None, None)
+    assert "max_steps: 12.5" in experiment.partition("# Not translated")[2]
+
+
+def test_a_mistake_in_an_own_experiment_is_named(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (desk / "conf" / "experiment").mkdir(parents=True)
+    (desk / "conf" / "experiment" / "mine.yaml").write_text("# @package _global_\nlora: {rnak: 3}\n")
+    assert main(["plan", "+experiment=mine"]) == 2
+    assert "lora.rnak" in capsys.readouterr().err
 
 
 def test_a_converted_experiment_plans(desk: Path) -> None:

@@ -19,6 +19,7 @@ from yaml import YAMLError
 from finetune.config.fields import number_problems
 from finetune.config.model_option import compose_for_model
 from finetune.config.overrides import (
+    SEARCH_PATH,
     allow_free_keys,
     config_folders,
     misplaced_overlays,
@@ -141,11 +142,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def _collect_override_errors(overrides: Sequence[str], first: Exception, folders: Sequence[Path]) -> list[str]:
     """Hydra stops at the first problem, so each override is tried alone on top of the group choices that work."""
+    working = [override for override in overrides if override.startswith(f"{SEARCH_PATH}=")]
     choices = [override for override in overrides if "." not in override.split("=")[0]]
-    settings = [override for override in overrides if override not in choices]
-    working: list[str] = []
+    settings = [override for override in overrides if override not in (*choices, *working)]
     try:
-        config: DictConfig | None = hydra_compose("config")
+        config: DictConfig | None = hydra_compose("config", overrides=working)
     except (HydraException, OmegaConfBaseException):  # a file of the configuration is at fault, and no override
         config = None
     problems: list[str] = []

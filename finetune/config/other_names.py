@@ -57,7 +57,7 @@ def choose(**values: Any) -> Callable[[Any], Any]:
 
 
 def targets(value: Any) -> list[str] | None:
-    """Returns the last segments of layers' names; None for regular expressions and what is no list of names."""
+    """Returns the last segments of layers' names; None for regular expressions and what names nothing."""
     if not isinstance(value, str | list):
         return None
     names = [name.strip() for name in value.split(",")] if isinstance(value, str) else list(map(str, value))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from finetune.config.fields import all_keys
+from finetune.config.fields import all_keys, resolve_type, value_problems
 from finetune.config.model_option import option_of
 from finetune.config.other_names import OTHER_NAMES
 from finetune.config.schema import RunConfig
@@ -221,10 +221,14 @@ def _data(result: Translation, given: dict[str, Any]) -> Iterator[str]:
 
 def _one(result: Translation, name: str, value: Any, *, is_default: bool) -> None:
     """Translates a setting that has one counterpart, or says why it has none."""
+    if name == "warmup_steps" and isinstance(value, float) and value < 1:
+        name = "warmup_ratio"  # transformers takes a share in either
     other = OTHER_NAMES.get(name)
     key = other.setting if other else _same_leaf(name)
     here = other.here(value) if other else value
     source = _source(result, name, settings={name: value})
+    if key and here is not None and not _fits(key, here):
+        here = None
     if name in UNNEEDED and (key is None or here is None or name == "overwrite_output_dir"):
         result.unneeded.append((name, UNNEEDED[name]))
     elif key is None or here is None or key.startswith(ON_COMMAND_LINE):
@@ -236,6 +240,13 @@ def _one(result: Translation, name: str, value: Any, *, is_default: bool) -> Non
         target.append(Setting(key, here, source))
     elif not is_default:
         result.unneeded.append((name, f"{key} is set already"))
+
+
+def _fits(key: str, value: Any) -> bool:
+    """Whether a value has the type of a setting; options of groups fit."""
+    if (CONF / key).is_dir() or key.startswith(("tracking.", "export.")):
+        return True
+    return not list(value_problems(key, resolve_type(key, RunConfig), value))
 
 
 @cache
