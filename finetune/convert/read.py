@@ -83,10 +83,10 @@ def _flat(content: dict[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in content.items():
         if name in NESTED and isinstance(value, dict):
-            flat |= {RENAMED.get(key, key): entry for key, entry in value.items() if key != "name"}
+            flat |= {RENAMED.get(str(key), str(key)): entry for key, entry in value.items() if key != "name"}
             flat |= {"finetuning_type": value["name"]} if name == "peft_config" and "name" in value else {}
         else:
-            flat[RENAMED.get(name, name)] = value
+            flat[RENAMED.get(str(name), str(name))] = value
     return flat
 
 

@@ -221,9 +221,8 @@ def _data(result: Translation, given: dict[str, Any]) -> Iterator[str]:
 
 def _one(result: Translation, name: str, value: Any, *, is_default: bool) -> None:
     """Translates a setting that has one counterpart, or says why it has none."""
-    if name == "warmup_steps" and isinstance(value, float) and value < 1:
-        name = "warmup_ratio"  # transformers takes a share in either
-    other = OTHER_NAMES.get(name)
+    is_share = name == "warmup_steps" and isinstance(value, float) and value < 1  # transformers takes a share, too
+    other = OTHER_NAMES.get("warmup_ratio" if is_share else name)
     key = other.setting if other else _same_leaf(name)
     here = other.here(value) if other else value
     source = _source(result, name, settings={name: value})
