@@ -79,7 +79,8 @@ def _init(invocation: Invocation) -> int:
     written = load([f"+experiment={name}"])
     cards = {card: cell(written, machine) for card, machine in card_machines().items()} if limit else {}
     atomic_write_text(target, text + "".join(f"{line}\n" for line in _card_lines(cards)))
-    log("init", f"{path}: {rows.format}, {rows.count} rows read, wrote {target}", *_card_lines(cards))
+    log("init", f"{path}: {rows.format}, {rows.count} rows read, wrote {target}")
+    log("init", *(line.removeprefix("# ") for line in _card_lines(cards)))
     log("init", f"next: finetune plan +experiment={name}", f"then: finetune +experiment={name}")
     return EXIT_OK
 
