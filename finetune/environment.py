@@ -43,7 +43,7 @@ def describe(machine: Machine, placement: Placement) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "executable": sys.executable,
-        "versions": {package: _version(package) for package in PACKAGES},
+        "versions": {package: package_version(package) for package in PACKAGES},
         "machine": to_jsonable(machine),
         "placement": to_jsonable(placement),
     }
@@ -84,7 +84,8 @@ def code() -> dict[str, str]:
     return {package: digest.hexdigest()[:16] for package, digest in packages.items()}
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Returns the installed version of a package; None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -58,7 +58,7 @@ def kubernetes(config: LaunchConfig) -> list[dict[str, Any]]:
     container = {
         "name": "finetune",
         "image": IMAGE,
-        "command": ["bash", "-c", f"pip install --quiet finetune && exec {run}"],
+        "command": ["bash", "-c", f"pip install --quiet finetune-qlora && exec {run}"],
         "env": [
             {"name": "ARGUMENTS", "value": "+experiment=llama7b_qlora run.name=first"},
             {"name": "HF_HOME", "value": "/shared/hf"},
@@ -106,7 +106,7 @@ def skypilot(config: LaunchConfig) -> dict[str, Any]:
         "resources": {"accelerators": f"A100-80GB:{config.processes // config.nodes}", "ports": config.port},
         "envs": {"ARGUMENTS": "+experiment=llama7b_qlora run.name=first run.root=/shared/outputs"},
         "file_mounts": {"/shared": {"name": "finetune-outputs", "mode": "MOUNT"}},
-        "setup": "pip install finetune\n",
+        "setup": "pip install finetune-qlora\n",
         "run": run + "\n",
     }
 

@@ -189,7 +189,7 @@ def test_the_wheel_brings_configuration_and_data(tmp_path: Path) -> None:
         [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(root)],
         check=True,
     )
-    wheel = next(tmp_path.glob("finetune-*.whl"))
+    wheel = next(tmp_path.glob("finetune_qlora-*.whl"))
     target = tmp_path / "site"
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)],

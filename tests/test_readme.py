@@ -19,7 +19,7 @@ COMMANDS = [
     for block in re.findall(r"```\n(.*?)```", SECTION, re.S)
     for line in block.splitlines()
 ]
-LOOKS = [words for words in COMMANDS if words[0] in ("plan", "data")]
+LOOKS = [words for words in COMMANDS if words[0] in ("init", "plan", "data")]
 RUNS = [words for words in COMMANDS if words not in LOOKS]
 BASES = ("Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-7B")
 
@@ -41,9 +41,10 @@ def at_the_users_desk(tiny_base: Path, tmp_path: Path, fake_hub: FakeHub, monkey
 
 
 def test_the_section_has_what_a_user_types_first() -> None:
-    assert len(LOOKS) == 5
+    assert [words[0] for words in COMMANDS[:2]] == ["init", "plan"]
+    assert COMMANDS[2] == RUNS[0] == ["+experiment=mine"]
+    assert len(LOOKS) == 7
     assert len(RUNS) == 2
-    assert not any("experiment" in word for word in RUNS[0])
 
 
 def test_what_only_looks_runs_as_written_and_fetches_no_weights(
@@ -56,6 +57,7 @@ def test_what_only_looks_runs_as_written_and_fetches_no_weights(
 
 @pytest.mark.slow
 def test_the_whole_run_works_as_written(at_the_users_desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(LOOKS[0]) == 0
     assert main(RUNS[0]) == 0, capsys.readouterr().err
     report = json.loads((at_the_users_desk / "outputs" / "mine" / "report.json").read_text())
     assert report["status"] == "complete"

@@ -5,6 +5,9 @@ from __future__ import annotations
 from finetune.cli import look, proof, run
 from finetune.cli.bench import BENCHMARKS, choose_benchmark
 from finetune.cli.command import Command, Option
+from finetune.cli.convert import CONVERT
+from finetune.cli.env import ENV
+from finetune.cli.init import INIT
 from finetune.cli.serve import CHAT, SERVE
 from finetune.cli.verify import VERIFY
 
@@ -12,6 +15,8 @@ EXISTING = ("run.name", "run.root")
 """The settings of commands that only read a run folder."""
 
 COMMANDS = (
+    INIT,
+    CONVERT,
     Command(
         "run", "every stage, from plan to report; the command where none is named", run.run_stages, distributed=True,
         example="finetune run +experiment=llama7b_qlora lora.rank=8",
@@ -81,7 +86,11 @@ COMMANDS = (
     ),
     CHAT,
     SERVE,
+<<<<<<< HEAD
     VERIFY,
+=======
+    ENV,
+>>>>>>> door
     Command(
         "bench", "measurements that can be repeated", choose_benchmark, arguments=("WHAT",), settings=(),
         subcommands=BENCHMARKS, example="finetune bench speed ROWS.jsonl --against trl",

@@ -19,12 +19,14 @@ from yaml import YAMLError
 from finetune.config.fields import number_problems
 from finetune.config.model_option import compose_for_model
 from finetune.config.overrides import (
+    SEARCH_PATH,
     allow_free_keys,
     config_folders,
     misplaced_overlays,
     override_problems,
     translate_error,
     unknown_additions,
+    with_own_folder,
 )
 from finetune.config.schema import RunConfig
 from finetune.console import log
@@ -73,7 +75,7 @@ def with_model_option(overrides: Sequence[str]) -> list[str]:
 
 def _compose(overrides: Sequence[str]) -> tuple[DictConfig, list[str], str | None]:
     register()
-    overrides = allow_free_keys(overrides, RunConfig)
+    overrides = with_own_folder(allow_free_keys(overrides, RunConfig))
     folders = config_folders(overrides)
     problems = misplaced_overlays(overrides) or override_problems(overrides, RunConfig, folders)
     if problems:
@@ -140,11 +142,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def _collect_override_errors(overrides: Sequence[str], first: Exception, folders: Sequence[Path]) -> list[str]:
     """Hydra stops at the first problem, so each override is tried alone on top of the group choices that work."""
+    working = [override for override in overrides if override.startswith(f"{SEARCH_PATH}=")]
     choices = [override for override in overrides if "." not in override.split("=")[0]]
-    settings = [override for override in overrides if override not in choices]
-    working: list[str] = []
+    settings = [override for override in overrides if override not in (*choices, *working)]
     try:
-        config: DictConfig | None = hydra_compose("config")
+        config: DictConfig | None = hydra_compose("config", overrides=working)
     except (HydraException, OmegaConfBaseException):  # a file of the configuration is at fault, and no override
         config = None
     problems: list[str] = []

@@ -14,6 +14,8 @@ from typing import Any
 from omegaconf import BooleanNode, FloatNode, IntegerNode, StringNode
 from omegaconf.errors import OmegaConfBaseException
 
+from finetune.config.other_names import ABSENT, hint_for
+
 KINDS = {
     int: (IntegerNode, "a whole number"),
     float: (FloatNode, "a number"),
@@ -24,25 +26,8 @@ KINDS = {
 
 LARGEST_INTEGER = 2**63 - 1
 
-OTHER_NAMES = {
-    "batch_size": "train.micro_batch",
-    "per_device_train_batch_size": "train.micro_batch",
-    "gradient_accumulation_steps": "train.tokens_per_step",
-    "gradient_checkpointing": "train.checkpointing",
-    "max_steps": "train.steps",
-    "num_train_epochs": "train.epochs",
-    "lr": "optim.learning_rate",
-    "optimizer": "optim.name",
-    "lr_scheduler_type": "optim.schedule",
-    "r": "lora.rank",
-    "lora_r": "lora.rank",
-    "target_modules": "lora.targets",
-    "max_length": "data.max_tokens",
-    "max_seq_length": "data.max_tokens",
-    "output_dir": "run.name",
-    "trust_remote_code": "model.remote_code",
-}
-"""The last segment of what transformers, TRL and peft call a setting, and its name here."""
+MOST_HINTS = 3
+"""A longer list of settings is not a hint."""
 
 
 def all_keys(schema: Any, prefix: str = "") -> Iterator[str]:
@@ -98,16 +83,36 @@ def resolve_type(key: str, schema: Any) -> Any:
     return hint
 
 
-def unknown_key(key: str, schema: Any) -> str | None:
-    """Returns why a key is not a setting, with the nearest one; None where it is one."""
+def unknown_key(key: str, schema: Any, value: Any = ABSENT) -> str | None:
+    """Returns why a key is not a setting, with what to write instead; None where it is one.
+
+    Args:
+        key: Dotted.
+        schema: The dataclass of the whole configuration.
+        value: What was typed, if anything; a hint about another tool's setting converts it.
+    """
     try:
         resolve_field(key, schema)
     except KeyError:
-        usual = OTHER_NAMES.get(key.rpartition(".")[2])
-        near = [usual] if usual else difflib.get_close_matches(key, set(all_keys(schema)), n=1, cutoff=0.6)
-        hint = f"did you mean {near[0]}?" if near else "`finetune --cfg job` prints every setting"
-        return f"{key}: there is no such setting; {hint}"
+        name = key.rpartition(".")[2]
+        text = hint_for(name, value) or _nearest(key, schema) or "`finetune --cfg job` prints every setting"
+        return f"{key}: there is no such setting; {text}"
     return None
+
+
+def _nearest(key: str, schema: Any) -> str | None:
+    """A setting of this very name in another group; else one that is spelled alike."""
+    keys = sorted(set(all_keys(schema)))
+    group, _, name = key.rpartition(".")
+    same = [other for other in keys if other.rpartition(".")[2] == name and "." in other]
+    if same:
+        return f"did you mean {' or '.join(same)}?" if len(same) <= MOST_HINTS else None
+    if group:
+        near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    else:
+        names = difflib.get_close_matches(name, {other.rpartition(".")[2] for other in keys}, n=1, cutoff=0.85)
+        near = [other for other in keys if other.rpartition(".")[2] in names][:MOST_HINTS]
+    return f"did you mean {' or '.join(near)}?" if near else None
 
 
 def value_problems(key: str, hint: Any, value: Any) -> Iterator[str]:

@@ -23,6 +23,7 @@ from finetune.config.fields import (
     unknown_key,
     value_problems,
 )
+from finetune.config.other_names import ABSENT
 from finetune.paths import CONF
 
 OVERLAYS = ("experiment", "debug")
@@ -64,6 +65,19 @@ def _allow(override: str, free: list[str]) -> str:
                 value = f"{{{part}: {value}}}"
             return f"++{name}={value}"
     return override
+
+
+def with_own_folder(overrides: Sequence[str]) -> list[str]:
+    """Adds ``conf/`` of the working directory to the search path where it has experiments, so that
+    ``+experiment=mine`` finds ``conf/experiment/mine.yaml``. An experiment that is shipped comes first."""
+    own = Path.cwd() / "conf"
+    if not (own / "experiment").is_dir() or own.resolve() == CONF.resolve():
+        return list(overrides)
+    places = [str(place).removeprefix("file://") for place in config_folders(overrides)[1:]]
+    if str(own) in places:
+        return list(overrides)
+    paths = ",".join(f"'file://{place}'" for place in [*places, str(own)])
+    return [*(word for word in overrides if word.partition("=")[0] != SEARCH_PATH), f"{SEARCH_PATH}=[{paths}]"]
 
 
 def config_folders(overrides: Sequence[str]) -> list[Path]:
@@ -171,7 +185,8 @@ def _choice_problems(override: Override, schema: type, folders: Sequence[Path]) 
 
 def _setting_problems(override: Override, schema: type) -> list[str]:
     key = override.key_or_group
-    if problem := unknown_key(key, schema):
+    is_value = not override.is_delete() and not override.is_sweep_override()
+    if problem := unknown_key(key, schema, override.value() if is_value else ABSENT):
         return [problem]
     if override.is_delete():
         is_entry = key.rpartition(".")[2] != resolve_field(key, schema)[1]

@@ -35,7 +35,7 @@ def check_packages(config: Mapping[str, ExportConfig]) -> None:
         extra = EXTRAS.get(settings.format, "")
         missing = [package for package in PACKAGES.get(extra, ()) if importlib.util.find_spec(package) is None]
         if missing:
-            problems.append(f"export.{name} needs {' and '.join(missing)}: pip install 'finetune[{extra}]'")
+            problems.append(f"export.{name} needs {' and '.join(missing)}: pip install 'finetune-qlora[{extra}]'")
     if problems:
         raise ExportError("; ".join(problems))
 

@@ -218,7 +218,7 @@ def _converted(file: Path) -> Path:
 def _unpack(file: Path, target: Path) -> Path:
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(
-            "model.name is a GGUF file and the package gguf is not installed; run: pip install 'finetune[gguf]'"
+            "model.name is a GGUF file and the package gguf is not installed; run: pip install 'finetune-qlora[gguf]'"
         )
     log(
         "model",

@@ -30,7 +30,8 @@ def check_installed(config: QuantizationConfig) -> None:
     library = BACKENDS[config.method].library
     if library and importlib.util.find_spec(library) is None:
         raise ModelError(
-            f"quantization.method={config.method} needs the package {library}; run: pip install 'finetune[{library}]'"
+            f"quantization.method={config.method} needs the package {library}; run: "
+            f"pip install 'finetune-qlora[{library}]'"
         )
 
 

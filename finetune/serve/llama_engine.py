@@ -44,7 +44,7 @@ class LlamaEngine:
         self, file: Path, *, name: str, system: str | None, concurrent: int, context_tokens: int, threads: int
     ) -> None:
         if importlib.util.find_spec(PACKAGE) is None:
-            raise ModelError(f"{file}: llama.cpp's binding is not installed; run: pip install 'finetune[gguf]'")
+            raise ModelError(f"{file}: llama.cpp's binding is not installed; run: pip install 'finetune-qlora[gguf]'")
         if not file.is_file():
             raise ModelError(f"{file} does not exist; give the path of a .gguf file")
         # llama.cpp's threads wait by spinning, which slows down other processes on the same cores.

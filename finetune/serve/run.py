@@ -65,7 +65,7 @@ def serve(target: Path, config: ServeConfig, *, models: Sequence[str] = (), base
 def missing_packages() -> list[str]:
     """Returns a sentence where packages of the server are not installed."""
     missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
-    return [f"serve needs {' and '.join(missing)}; run: pip install 'finetune[serve]'"] if missing else []
+    return [f"serve needs {' and '.join(missing)}; run: pip install 'finetune-qlora[serve]'"] if missing else []
 
 
 def make_server(app: Any) -> uvicorn.Server:

@@ -20,7 +20,7 @@ def require_optuna() -> None:
     try:
         import optuna  # noqa: F401
     except ImportError as error:
-        raise ConfigError("sweep.prune=true needs Optuna; run: pip install 'finetune[optuna]'") from error
+        raise ConfigError("sweep.prune=true needs Optuna; run: pip install 'finetune-qlora[optuna]'") from error
 
 
 def should_prune(losses: Losses, others: Sequence[Losses], *, after_jobs: int, after_steps: int) -> str:

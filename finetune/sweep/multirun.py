@@ -120,7 +120,7 @@ def _missing_plugins(words: Sequence[str]) -> Iterator[str]:
         extra = PLUGINS.get(option.partition("_")[0])
         options = ", ".join(["basic", *group_options(group, [CONF])])
         if extra:
-            install = f"pip install 'finetune[{extra}]'"
+            install = f"pip install 'finetune-qlora[{extra}]'"
             yield f"{group}={option} needs a plugin of Hydra's that is not installed; run: {install}"
         elif option != "basic":
             yield f"{group}={option}: there is no such option; choose one of {options}, or one of a plugin of Hydra's"

@@ -16,8 +16,8 @@ from finetune.products import Exports
 from tests.fixtures.artifacts import Made
 from tests.fixtures.exports import Facts
 
-pytest.importorskip("gguf", reason="needs pip install 'finetune[gguf]'")
-pytest.importorskip("xllamacpp", reason="needs pip install 'finetune[gguf]'")
+pytest.importorskip("gguf", reason="needs pip install 'finetune-qlora[gguf]'")
+pytest.importorskip("xllamacpp", reason="needs pip install 'finetune-qlora[gguf]'")
 
 from gguf import GGUFReader
 
@@ -124,7 +124,7 @@ def test_missing_package_and_full_disk_are_reported_before_anything_is_written(
     with pytest.raises(ExportError, match=r"model.gguf needs .* and 1000 B are free; free some space"):
         run(tmp_path / "export", "gguf", dtype="bf16")
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
-    with pytest.raises(ExportError, match=r"needs xllamacpp: pip install 'finetune\[gguf\]'"):
+    with pytest.raises(ExportError, match=r"needs xllamacpp: pip install 'finetune-qlora\[gguf\]'"):
         run(tmp_path / "export", "gguf", dtype="bf16")
     assert not (tmp_path / "export" / "gguf").exists()
 

@@ -13,8 +13,8 @@ from benchmarks.walk_tokenizer import LLAMA, SMALLEST_VOCABULARY, make_tokenizer
 from finetune.errors import ExportError
 from finetune.inference.chat import Chat
 
-pytest.importorskip("gguf", reason="needs pip install 'finetune[gguf]'")
-pytest.importorskip("xllamacpp", reason="needs pip install 'finetune[gguf]'")
+pytest.importorskip("gguf", reason="needs pip install 'finetune-qlora[gguf]'")
+pytest.importorskip("xllamacpp", reason="needs pip install 'finetune-qlora[gguf]'")
 
 from finetune.export.gguf import vocabulary
 from finetune.export.gguf.file import write_model

@@ -20,7 +20,7 @@ from tests.fixtures.exports import Facts
 
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(package) is None for package in PACKAGES["onnx"]),
-    reason="needs pip install 'finetune[onnx]'",
+    reason="needs pip install 'finetune-qlora[onnx]'",
 )
 
 
@@ -119,7 +119,7 @@ def test_missing_package_is_named_with_the_line_that_installs_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(PACKAGES, "onnx", ("onnx", "onnx_not_there"))
-    with pytest.raises(ExportError, match=r"export.onnx needs onnx_not_there: pip install 'finetune\[onnx\]'"):
+    with pytest.raises(ExportError, match=r"export.onnx needs onnx_not_there: pip install 'finetune-qlora\[onnx\]'"):
         run(tmp_path / "export", "onnx")
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-pytest.importorskip("fastapi", reason="needs pip install 'finetune[serve]'")
+pytest.importorskip("fastapi", reason="needs pip install 'finetune-qlora[serve]'")
 
 from tests.fixtures.served import served_line, served_run, server
 

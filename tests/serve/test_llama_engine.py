@@ -7,8 +7,8 @@ from typing import Any
 import openai
 import pytest
 
-pytest.importorskip("gguf", reason="needs pip install 'finetune[gguf]'")
-pytest.importorskip("xllamacpp", reason="needs pip install 'finetune[gguf]'")
+pytest.importorskip("gguf", reason="needs pip install 'finetune-qlora[gguf]'")
+pytest.importorskip("xllamacpp", reason="needs pip install 'finetune-qlora[gguf]'")
 
 import httpx
 

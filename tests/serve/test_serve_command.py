@@ -68,7 +68,7 @@ def test_missing_package_is_named(
 ) -> None:
     monkeypatch.setattr("finetune.serve.run.PACKAGES", ("fastapi", "not_installed"))
     assert main(["serve", str(served_run)]) == 2
-    assert "serve needs not_installed; run: pip install 'finetune[serve]'" in capsys.readouterr().err
+    assert "serve needs not_installed; run: pip install 'finetune-qlora[serve]'" in capsys.readouterr().err
 
 
 def test_changed_weights_are_refused(served_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

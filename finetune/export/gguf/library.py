@@ -108,7 +108,7 @@ def _failed(action: str) -> ExportError:
 def _unknown_interface(version: str, difference: str) -> str:
     return (
         f"xllamacpp {version} {difference}: its llama.cpp has another interface; "
-        "pip install 'finetune[gguf]' installs the supported version"
+        "pip install 'finetune-qlora[gguf]' installs the supported version"
     )
 
 
