@@ -86,11 +86,8 @@ COMMANDS = (
     ),
     CHAT,
     SERVE,
-<<<<<<< HEAD
     VERIFY,
-=======
     ENV,
->>>>>>> door
     Command(
         "bench", "measurements that can be repeated", choose_benchmark, arguments=("WHAT",), settings=(),
         subcommands=BENCHMARKS, example="finetune bench speed ROWS.jsonl --against trl",
