@@ -62,7 +62,7 @@ def test_a_mixture_with_adapted_experts_is_walked_to_its_report(
     more = ("model=mixtral_8x7b", "lora.experts=true", "lora.targets=[q_proj,v_proj]")
     recipe = load(["+experiment=qwen3_30b_a3b_qlora", *more])
     parameters = make_base(recipe, tmp_path / "base", tiny=True)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="bfloat16")
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="bfloat16")
     model._weight_conversions = None  # saves with the names of the hub, whatever the names on the disk were
     model.save_pretrained(tmp_path / "base")
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))

@@ -153,7 +153,7 @@ def backward_temporaries(inputs: PlanInputs) -> float:
     if inputs.split_experts():
         width = max(a.intermediate_size, a.shared_size)
         residual += tokens * c * 2 * a.active_experts * a.hidden_size
-    wide = tokens * c * (3 if a.mlp == "gated" else 2) * width + residual
+    wide: float = tokens * c * (3 if a.mlp == "gated" else 2) * width + residual
     if dense and not inputs.split_experts():
         # it is counted besides, but down_proj's is freed before the widest point, and the others come after it
         before = tokens * c * width + (dense / 2 if a.fused_gate_up else dense)
