@@ -14,8 +14,8 @@ from finetune.train.kto import answer_losses, choose_mismatched, figures, log_we
 from finetune.train.preference import token_losses
 from finetune.train.preference_config import PreferenceConfig
 from tests.fixtures.pairs import pairs_of
-from tests.train.test_objectives import COMMON, PLAIN, difference, lora_config, moved_adapter, nf4_in_float32
-from tests.train.test_preference import Collected, train
+from tests.fixtures.preference_training import Collected, train
+from tests.fixtures.trl_oracle import COMMON, PLAIN, difference, lora_config, moved_adapter, nf4_in_float32
 
 KTO = ["+experiment=quickstart", "train=kto", "data.objective=unpaired", "data.format=preference", "data.cache=''"]
 ROWS = [
@@ -131,7 +131,7 @@ def test_a_step_is_the_same_however_its_answers_are_laid_out(tmp_path: Path, tin
         )
         found.append([*trackers.series("train/grad_norm"), trackers.series("train/kl")[-1]])
     assert found[0][-1] > 0
-    assert found[1:] == [pytest.approx(found[0], rel=0.05)] * 2  # bfloat16
+    assert found[1:] == [pytest.approx(found[0], rel=0.05, abs=0.01)] * 2  # bfloat16
 
 
 def test_interrupted_and_resumed_ends_as_if_it_had_not_been(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:

@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from finetune.train.pair_losses import answer_scores, figures, log1mexp, named, 
 from finetune.train.preference import PairCollator, answer_logprobs, token_losses
 from finetune.train.preference_config import PreferenceConfig
 from tests.fixtures.pairs import COMPOSED
+from tests.fixtures.trl_oracle import COMMON, PLAIN, difference, lora_config, moved_adapter, nf4_in_float32
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 PAIRS = [
@@ -23,44 +23,6 @@ PAIRS = [
     {"prompt": "Book a table.", "chosen": "for two people tomorrow", "rejected": "Paris"},
     {"prompt": "What is the capital of France?", "chosen": "Paris", "rejected": "Wake me at seven on Monday"},
 ]
-PLAIN: Any = SimpleNamespace(loss_on_trained_tokens=False)
-COMMON = {"report_to": "none", "use_cpu": True, "bf16": False, "gradient_checkpointing": False}
-
-
-def nf4_in_float32(base: Path) -> Any:
-    """A 4-bit base that computes in float32, so that only rounding differs between two ways to compute a loss."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    quantized = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, quantization_config=quantized)
-
-
-def lora_config() -> Any:
-    from peft import LoraConfig
-
-    return LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
-
-
-def moved_adapter(model: Any, *, seed: int = 3, scale: float = 0.05) -> list[Any]:
-    """Moves the adapter off zero, in float32, and returns its matrices."""
-    torch.manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-            if "lora_B" in name:
-                parameter.data.normal_(0, scale)
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def difference(first: Any, second: Any) -> float:
-    """The distance of two gradients over the length of the first."""
-    distance = sum(float((a - b).square().sum()) for a, b in zip(first, second, strict=True)) ** 0.5
-    return float(distance / sum(float(a.square().sum()) for a in first) ** 0.5)
 
 
 def trl_trainer(name: str, config: PreferenceConfig, *, base: Path, tokenizer: Any, folder: Path) -> Any:

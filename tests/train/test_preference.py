@@ -1,8 +1,5 @@
 """DPO on a tiny 4-bit model: the loss is TRL's, training starts at the reference, and resuming changes nothing."""
 
-import json
-import os
-import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,13 +8,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from finetune import lora
 from finetune.config import load as load_config
 from finetune.errors import ConfigError, Interrupted, TrainError
-from finetune.kernels import apply_fusion
-from finetune.launch import Ranks
-from finetune.products import PreparedData, TrainedAdapter
-from finetune.train import train_adapter
 from finetune.train.pair_losses import answer_scores, figures, named, pair_losses, rewards
 from finetune.train.preference import (
     PairCollator,
@@ -31,81 +23,10 @@ from finetune.train.preference import (
     training_pairs,
 )
 from finetune.train.preference_config import PreferenceConfig
-from finetune.trainable import TrainableModel, TrainingJob
-from tests.fixtures.models import PLACEMENT, load, model_spec, quantization_config
-from tests.fixtures.pairs import COMPOSED, pairs_of
+from tests.fixtures.pairs import COMPOSED
+from tests.fixtures.preference_training import BETA, Collected, train
 
-BETA = 0.3
 PAIR = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "rejected_input_ids": [5, 8], "rejected_labels": [-100, 8]}
-
-
-class Collected:
-    """A tracker that only remembers; the real ones have tests of their own."""
-
-    def __init__(self, *, stop_at: int | None = None) -> None:
-        self.lines: list[tuple[int, dict[str, float]]] = []
-        self.stop_at = stop_at
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        self.lines.append((step, metrics))
-        if step == self.stop_at and "train/loss" in metrics:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def series(self, name: str) -> list[float]:
-        return [metrics[name] for _, metrics in self.lines if name in metrics]
-
-
-def train(
-    folder: Path,
-    *,
-    tiny_base: Path,
-    tokenizer: Any,
-    trackers: Any,
-    packing: bool = True,
-    overrides: Any = (),
-    composed: Any = COMPOSED,
-) -> TrainedAdapter:
-    """A few steps of four pairs, from a fresh 4-bit base; a second call with the same folder continues."""
-    torch.set_num_threads(1)
-    data_file = folder / "data.json"
-    folder.mkdir(exist_ok=True)
-    if not data_file.exists():
-        data = pairs_of(folder, tokenizer, composed=composed)
-        data_file.write_text(
-            json.dumps({name: getattr(data, name) for name in data.__dataclass_fields__ if name != "folder"})
-        )
-    data = PreparedData(folder=folder / "data", **json.loads(data_file.read_text()))
-    config = load_config(
-        [
-            *composed,
-            "train.steps=8",
-            "train.tokens_per_step=null",
-            "train.rows_per_step=4",
-            "train.micro_batch=2",
-            "train.evaluations=2",
-            "train.checkpoints=2",
-            "optim.learning_rate=2e-3",
-            "optim.schedule=constant",
-            "optim.warmup=0",
-            f"train.preference.beta={BETA}",
-            "lora.rank=8",
-            *overrides,
-        ]
-    )
-    full = config.train.checkpointing == "full"
-    adapted = lora.attach(load(tiny_base, "nf4", double=True), config.lora, upcast="none", checkpointing=full, seed=1)
-    fusion = apply_fusion(adapted, config.kernels, placement=PLACEMENT, checkpointing=config.train.checkpointing)
-    (folder / "train").mkdir(exist_ok=True)
-    trainable = TrainableModel(
-        model=adapted,
-        tokenizer=tokenizer,
-        spec=model_spec(tiny_base, quantization_config("nf4", double=True)),
-        lora=config.lora,
-        fusion=fusion,
-        packing=packing,
-    )
-    job = TrainingJob(config=config.train, optim=config.optim, trainable=trainable, data=data, seed=1)
-    return train_adapter(job, folder=folder / "train", trackers=trackers, ranks=Ranks({}))
 
 
 @pytest.mark.parametrize("objective", ["sigmoid", "ipo", "hinge", "aot"])
