@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -106,7 +106,7 @@ def _varlen(
     from torch.nn.attention import varlen
 
     starts, longest = documents.starts, documents.longest
-    out: Tensor = varlen.varlen_attn(
+    out = varlen.varlen_attn(
         q.contiguous(),
         k.contiguous(),
         v.contiguous(),
@@ -118,7 +118,7 @@ def _varlen(
         window_size=window_size,
         enable_gqa=q.shape[1] != k.shape[1],
     )
-    return out
+    return cast(Tensor, out)
 
 
 def _document(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None) -> Tensor:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -196,7 +196,7 @@ def gather_facts(model: PreTrainedModel, placement: Placement) -> KernelFacts:
             device=placement.device,
             capability=torch.cuda.get_device_capability() if placement.device == "cuda" else None,
             dtype=placement.dtype,
-            widths={module.head_dim for module in model.modules() if hasattr(module, "head_dim")},
+            widths={int(cast(Any, module).head_dim) for module in model.modules() if hasattr(module, "head_dim")},
         ),
     )
 
