@@ -136,7 +136,7 @@ def test_exports_that_could_only_fail_after_training_are_refused_before_all_at_o
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["nonsense"], "nonsense: not a command, and not a setting (write key=value); the commands are init, convert, run, plan,"),
+        (["nonsense"], "and not a setting (write key=value); the commands are init, convert, run, plan,"),
         (["plna"], "plna: not a command, and not a setting (write key=value); did you mean finetune plan?"),
         (["replay", "run.name=a", "now"], "now: not a setting (write key=value)"),
         (["--cfg", "job", "nonsense"], "- nonsense: not a setting (write key=value)"),
