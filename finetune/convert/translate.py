@@ -177,11 +177,11 @@ def _length(result: Translation, settings: dict[str, Any]) -> Iterator[str]:
     steps = settings.get("max_steps")
     for name, key in COUNTS.items():
         value = settings.get(name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or result.has(key):
+        if isinstance(value, bool) or not isinstance(value, int | float) or result.has(key):
             continue
         if name.endswith("_per_epoch") and isinstance(epochs, int | float):
             count = max(1, round(value * epochs)) if value else 0
-        elif isinstance(steps, int) and not isinstance(steps, bool) and steps > 0:
+        elif isinstance(steps, int) and steps > 0 and value > 0:
             count = max(1, round(steps * value if value < 1 else steps / value))
         else:
             result.missing.append((name, value, f"{key} counts over the whole run, whose steps are not known here"))

@@ -100,7 +100,7 @@ def test_a_key_that_is_not_there_is_said_with_the_nearest(
 
 def test_what_other_trainers_call_a_setting_is_understood_on_the_command_line_too() -> None:
     with pytest.raises(
-        ConfigError, match=r"train\.batch_size: there is no such setting; did you mean train\.micro_batch\?"
+        ConfigError, match=r"train\.batch_size: there is no such setting; did you mean train\.micro_batch=4\?"
     ):
         compose([*QUICKSTART, "train.batch_size=4"])
 
