@@ -38,13 +38,14 @@ class KTOTrainer(Trainer):
 
     def _reference_point(self, batches: list[dict[str, Any]]) -> float:
         """Computes z0: the mean log-ratio of the mismatched answers, at least 0."""
+        model: Any = self.model
+        model.train()
         total, count, failed = 0.0, 0, ""
-        self.model.train()
         for batch in batches:
             inputs = {name: value for name, value in self._prepare_inputs(batch).items() if name != "padding"}
             try:
                 with torch.no_grad(), self.compute_loss_context_manager():
-                    policy, reference, _ = self._log_probabilities(self.model, inputs)
+                    policy, reference, _ = self._log_probabilities(model, inputs)
             except (RuntimeError, MemoryError) as error:
                 if self.ranks.count == 1 or not is_out_of_memory(error):
                     raise

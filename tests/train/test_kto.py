@@ -46,7 +46,7 @@ def test_loss_gradient_and_reference_point_are_those_of_trl(
 
     config = PreferenceConfig(beta=0.3, loss=loss, desirable_weight=1.2, undesirable_weight=0.8)
     assert not list(config.problems("kto"))
-    trainer = KTOTrainer(
+    trainer: Any = KTOTrainer(
         model=nf4_in_float32(tiny_base),
         args=KTOConfig(
             output_dir=str(tmp_path),
