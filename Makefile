@@ -3,20 +3,25 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart test check check-gpu install install-dev clean
+.PHONY: quickstart test test-all check check-gpu install install-dev clean
 
 quickstart: .venv/.run
 	$(BIN)/python -m finetune +experiment=quickstart run.if_exists=resume
 
-# Each test computes with one thread, so two processes take half the time.
+# Each test computes with one thread, so two processes take half the time. docs/tests.md says which tests are slow.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20
+
 test: .venv/.dev
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20
+	$(PYTEST) --slow today
+
+test-all: .venv/.dev
+	$(PYTEST)
 
 check: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest --slow none -m "not gpu"
 
 check-gpu: .venv/.dev
 	$(BIN)/python scripts/check_gpu.py

@@ -19,43 +19,6 @@ AUTO = ["train.micro_batch=auto", "train.checkpointing=auto"]
 
 
 @pytest.mark.slow
-def test_the_whole_line_leaves_what_the_contract_promises(
-    tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked = overrides(tmp_path, tiny_base)
-    assert main(asked) == 0, capsys.readouterr().err
-    run = tmp_path / "outputs" / "tiny"
-    report = json.loads((run / "report.json").read_text())
-    assert (report["schema"], report["status"], report["run"], report["seed"]) == (1, "complete", "tiny", 1)
-    rows = report["data"]["rows"]
-    assert rows["in"] == rows["kept"] + rows["duplicate"] + sum(rows["dropped"].values()) == 52
-    assert report["model"]["quantization"]["method"] == "nf4"
-    assert report["train"]["optimizer"]["asked"] == "paged_adamw_8bit"
-    assert set(report["eval"]["artifacts"]) == {"base", "base_quantized", "adapter", "merged"}
-    candidates = {candidate["name"]: candidate for candidate in report["merge"]["candidates"]}
-    assert set(candidates) == {"dequantized", "original"}
-    measured = report["eval"]["artifacts"]
-    assert report["merge"]["reference"]["loss"] == pytest.approx(measured["adapter"]["loss"], abs=1e-9)
-    assert candidates[report["merge"]["chosen"]]["loss"] == pytest.approx(measured["merged"]["loss"], abs=1e-9)
-    for export in report["export"][:3]:
-        assert export["parity"]["tokens"] == measured["merged"]["tokens"]
-    assert report["export"][2]["parity"]["answers"]["rows"] == 4
-    assert {export["format"] for export in report["export"]} == {"adapter", "safetensors", "gguf", "card"}
-    assert all(
-        report["stages"][stage]["peak_rss_bytes"] > 0 for stage in ("data", "model", "train", "merge", "eval", "export")
-    )
-    assert "<svg" in (run / "report.html").read_text()
-
-    assert main(asked) == 2
-    assert "nothing is written over it" in capsys.readouterr().err
-    assert main([*asked, "run.if_exists=resume"]) == 0
-    assert capsys.readouterr().out.count("done before") == 6
-    assert main([*asked, "run.if_exists=resume", "lora.rank=8"]) == 2
-    assert main(["merge", f"run.root={tmp_path / 'outputs'}", "run.name=tiny", "merge.choose=original"]) == 0
-    assert json.loads((run / "merge" / "manifest.json").read_text())["product"]["chosen"] == "original"
-
-
-@pytest.mark.slow
 def test_a_finished_run_resumes_with_other_threads_cache_directory_and_folder(
     tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

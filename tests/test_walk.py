@@ -1,13 +1,8 @@
 """Every shipped experiment is walked from data to report, with two layers of its base's class."""
 
-import contextlib
 import json
 import re
-import runpy
-import subprocess
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +13,6 @@ from benchmarks.walk_base import make_base
 from finetune.chat_templates import read_template, tokenizer_template
 from finetune.cli import main
 from finetune.config import RunConfig, load
-from finetune.inference import fresh_process
 from finetune.paths import CONF
 
 UNWALKED = {
@@ -32,26 +26,7 @@ SMALL = ("optim.learning_rate=1e-2", "merge.max_loss_increase=5", "eval.bootstra
 """Three steps at a recipe's own rate change less than bfloat16 rounds away. A random model's losses are no measure."""
 
 
-@pytest.fixture
-def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs in this process what a run starts in fresh ones, so that libraries are imported once; other tests start
-    them."""
-
-    def run(command: list[str], *, env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
-        module, *arguments = command[2:]
-        with contextlib.chdir(Path.cwd()), pytest.MonkeyPatch.context() as patched:
-            patched.setattr(sys, "argv", [module, *arguments])
-            patched.delitem(sys.modules, module, raising=False)  # it runs as __main__
-            for name, value in env.items():
-                patched.setenv(name, value)
-            runpy.run_module(module, run_name="__main__")
-        return subprocess.CompletedProcess(command, 0, stdout="", stderr="")
-
-    monkeypatch.setattr(fresh_process, "subprocess", SimpleNamespace(run=run))
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("same_process")
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_experiment_is_walked_to_its_report(
     experiment: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

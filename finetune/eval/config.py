@@ -107,7 +107,7 @@ class EvalConfig:
         for key in ("loss_rows", "max_new_tokens", "batch_tokens", "bootstrap_samples"):
             if (value := getattr(self, key)) < 1:
                 yield f"eval.{key} must be at least 1; got {value}"
-        if self.batch_rows != AUTO and (not isinstance(self.batch_rows, int) or self.batch_rows < 1):
+        if self.batch_rows != AUTO and (type(self.batch_rows) is not int or self.batch_rows < 1):
             yield f"eval.batch_rows must be auto or a whole number of at least 1; got {self.batch_rows!r}"
         yield from self._artifact_problems()
         if self.general_text is not None and not Path(self.general_text).is_file():
@@ -119,7 +119,8 @@ class EvalConfig:
     def _artifact_problems(self) -> Iterator[str]:
         if self.artifacts == AUTO:
             return
-        if isinstance(self.artifacts, str) or not {"adapter", "merged"} <= set(self.artifacts) <= set(ARTIFACTS):
+        names = self.artifacts if isinstance(self.artifacts, list | tuple) else []
+        if not {"adapter", "merged"} <= set(map(str, names)) <= set(ARTIFACTS):
             yield (
                 f"eval.artifacts must be auto, or a list of {', '.join(ARTIFACTS)} with adapter and merged, which "
                 f"exports are compared with; got {self.artifacts!r}"

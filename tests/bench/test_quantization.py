@@ -1,8 +1,6 @@
 """A base moved off the grid computes the same, and the command writes its page and one line of JSON."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +8,7 @@ import pytest
 import torch
 
 from finetune.bench.off_grid import moved_off_the_grid, rescale_layer
+from finetune.cli import main
 from finetune.errors import ModelError
 from finetune.model import Base
 from finetune.model.base import weights_sha256
@@ -81,13 +80,13 @@ def test_another_architecture_is_refused(tiny_base: Path, tmp_path: Path, monkey
 
 
 @pytest.mark.slow
-def test_the_command_writes_a_page_and_one_line_of_json(tiny_base: Path, tmp_path: Path) -> None:
+def test_the_command_writes_a_page_and_one_line_of_json(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "page.html"
     settings = [f"--model={tiny_base}", "--tokens=512", "--repeats=1", "--backends=nf4_double,int8,awq", f"--out={out}"]
-    command = [sys.executable, "-m", "finetune", "bench", "quantization", *settings]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    results: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    assert main(["bench", "quantization", *settings]) == 0
+    results: list[dict[str, Any]] = json.loads(capsys.readouterr().out.splitlines()[-1])
     by_name = {result["backend"]: result for result in results}
     assert 4.1 < by_name["nf4_double"]["bits_per_parameter"] < by_name["int8"]["bits_per_parameter"] < 9
     assert by_name["int8"]["kl"] < by_name["nf4_double"]["kl"]

@@ -1,8 +1,6 @@
 """The cost of tuning on a quantized base: figures from what each seed gave, and the verb itself on a tiny base."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import pytest
 from finetune.bench.quantization import unsupported_status
 from finetune.bench.task import split_rows
 from finetune.bench.tuning import summarize
+from finetune.cli import main
 from finetune.cli.dispatch import dispatch
 from finetune.errors import ConfigError
 from finetune.hardware.backends import BACKENDS
@@ -72,15 +71,14 @@ def test_a_method_that_does_not_run_is_a_row_with_its_reason() -> None:
 
 
 @pytest.mark.slow
-def test_the_command_trains_measures_and_ends_with_one_line_of_json(tiny_base: Path, tmp_path: Path) -> None:
+def test_the_command_trains_measures_and_ends_with_one_line_of_json(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text(
         "".join(json.dumps({"prompt": f"say {row}", "completion": f"it is {row % 3}"}) + "\n" for row in range(40))
     )
     command = [
-        sys.executable,
-        "-m",
-        "finetune",
         "bench",
         "tuning",
         f"--source={rows}",
@@ -94,9 +92,8 @@ def test_the_command_trains_measures_and_ends_with_one_line_of_json(tiny_base: P
         "--max-new-tokens=4",
         f"--out={tmp_path / 'tuning.json'}",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    by_name = {result["backend"]: result for result in json.loads(done.stdout.splitlines()[-1])}
+    assert main(command) == 0
+    by_name = {result["backend"]: result for result in json.loads(capsys.readouterr().out.splitlines()[-1])}
     assert [result["status"].partition(":")[0] for result in by_name.values()] == ["measured", "not run"]
     assert by_name["none"]["loss_change"]["difference"] == 0
     assert by_name["none"]["loss"] < by_name["none"]["untuned_loss"]

@@ -1,6 +1,5 @@
 """Figures about the inside of layers are checked against what is published about the methods."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from benchmarks import quantization_layers as layers
 from benchmarks.published_orderings import check_claims
 from finetune.bench.quantization import QuantizationResult
+from tests.fixtures import forks
 
 ROOT = Path(__file__).parents[2]
 
@@ -77,7 +77,7 @@ def test_the_command_writes_a_page(tiny_base: Path, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     settings = ["--model", str(tiny_base), "--out", str(out)]
     command = [sys.executable, "-m", "benchmarks.quantization_layers", "data/general.txt", *settings]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = forks.run(command, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     page = out.read_text()
     assert all(text in page for text in ("Inside the layers", "Outliers", "SmoothQuant"))

@@ -29,7 +29,6 @@ def exported(run: Callable[..., Exports], tmp_path_factory: pytest.TempPathFacto
     return run(tmp_path_factory.mktemp("run") / "export", "onnx", "card")
 
 
-@pytest.mark.slow
 @needs_onnx
 def test_graph_gives_the_models_logits_loss_and_end(exported: Exports) -> None:
     parity = exported.exports[0].parity
@@ -42,7 +41,6 @@ def test_graph_gives_the_models_logits_loss_and_end(exported: Exports) -> None:
     }
 
 
-@pytest.mark.slow
 @needs_onnx
 def test_snippet_of_the_card_writes_what_the_model_writes(
     exported: Exports,

@@ -8,8 +8,6 @@ import pytest
 
 from tests.fixtures.processes import BFLOAT16_TOLERANCE, TOLERANCE, curve, seal, train_together
 
-pytestmark = pytest.mark.slow  # each process imports torch for seconds
-
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, tokenizer: Any) -> Path:
@@ -30,7 +28,7 @@ def seen(folder: Path, count: int) -> list[str]:
     return sorted(str([token for token in json.loads(text) if token]) for text in texts)
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_several_processes_equal_one_loss_by_loss_and_read_each_row_once(
     tmp_path: Path, tiny_base: Path, tokenizer: Any, alone: Path, count: int
 ) -> None:
@@ -43,6 +41,7 @@ def test_several_processes_equal_one_loss_by_loss_and_read_each_row_once(
     assert ours["best_loss"] == pytest.approx(theirs["best_loss"], abs=TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "tolerance"),
     [

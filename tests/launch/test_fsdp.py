@@ -41,7 +41,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, tokenizer: A
     return folder
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("form", ["", "-plain"])
 @pytest.mark.parametrize("figure", ["train/loss", "train/grad_norm", "eval/loss"])
 def test_fsdp_equals_ddp_loss_by_loss(runs: Path, form: str, figure: str) -> None:
@@ -50,7 +49,6 @@ def test_fsdp_equals_ddp_loss_by_loss(runs: Path, form: str, figure: str) -> Non
     assert curve(runs / f"fsdp{form}", figure) == pytest.approx(whole, abs=TOLERANCE)
 
 
-@pytest.mark.slow
 def test_fsdp_leaves_ddps_adapter(runs: Path) -> None:
     ours, theirs = (
         load_file(runs / name / "train" / "adapter" / "adapter_model.safetensors") for name in ("fsdp", "ddp")
@@ -61,7 +59,6 @@ def test_fsdp_leaves_ddps_adapter(runs: Path) -> None:
     assert all(torch.allclose(ours[name], theirs[name], atol=TOLERANCE) for name in ours)
 
 
-@pytest.mark.slow
 def test_each_process_holds_half_of_the_base(runs: Path) -> None:
     held = {
         name: [json.loads((runs / name / f"kept-{rank}.json").read_text()) for rank in range(2)]

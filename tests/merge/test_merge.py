@@ -201,6 +201,7 @@ def test_full_disk_is_said_before_anything_is_built(
     assert not list((tmp_path / ".candidates").iterdir())
 
 
+@pytest.mark.usefixtures("real_processes")
 def test_model_that_no_fresh_process_opens_does_not_replace_the_earlier_one(
     line: Callable[..., Line], adapter: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,6 @@ from finetune.provenance.difference import compare, differences, named, read
 from finetune.provenance.replay import SUFFIX, judge
 from finetune.run import write_json
 from tests.fixtures.tiny_run import TinyRun
-from tests.provenance.read_tracking import UNREAD
 
 pytestmark = pytest.mark.slow
 
@@ -34,11 +33,6 @@ def change(file: Path, *path: str, to: object) -> None:
         inner = inner[name]
     inner[path[-1]] = to
     write_json(file, content)
-
-
-def test_a_whole_run_leaves_no_setting_unread(tiny_run: TinyRun) -> None:
-    assert tiny_run.code == 0, tiny_run.said
-    assert f"{UNREAD} []" in tiny_run.said
 
 
 def test_the_same_run_comes_out_equal_to_the_bit(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
