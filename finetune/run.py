@@ -27,6 +27,7 @@ SCHEMA = 3
 NOT_PRODUCT = ("checkpoints", "manifest.json")
 """Parts of a stage's folder that are not hashed with its product: checkpoints have hashes of their own."""
 
+LONGEST_NAME_BYTES = 255
 SMALLEST_FREE_DISK_BYTES = 64 * 1024**2
 
 Product = TypeVar("Product")
@@ -54,6 +55,8 @@ class RunSettings:
     def problems(self) -> Iterator[str]:
         if not self.name or "/" in self.name or self.name.startswith("."):
             yield f"run.name must be a plain folder name; got {self.name!r}"
+        if (length := len(self.name.encode(errors="replace"))) > LONGEST_NAME_BYTES:
+            yield f"run.name must have at most {LONGEST_NAME_BYTES} bytes, which file systems take; got {length}"
         if self.if_exists not in IF_EXISTS:
             yield f"run.if_exists must be one of {', '.join(IF_EXISTS)}; got {self.if_exists!r}"
         if self.until not in STAGES:

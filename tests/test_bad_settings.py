@@ -72,3 +72,16 @@ def test_interpolations_that_lead_nowhere_are_problems_of_the_configuration(key:
     with pytest.raises(ConfigError) as caught:
         load(["+experiment=quickstart", f"{key}={value}"])
     assert [key in problem for problem in caught.value.problems] == [True]
+
+
+@pytest.mark.parametrize("key", ["run.name", "run.root", "data.path", "model.name", "lora.targets"])
+def test_a_nul_is_refused_wherever_text_stands(key: str) -> None:
+    value = "['\0']" if key == "lora.targets" else "'a\0'"
+    with pytest.raises(ConfigError) as caught:
+        load(["+experiment=quickstart", f"{key}={value}"])
+    assert [problem.partition(" ")[0].partition("[")[0].rstrip(":") for problem in caught.value.problems] == [key]
+
+
+def test_a_name_longer_than_file_systems_take_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"run\.name must have at most 255 bytes, which file systems take; got 256"):
+        load(["+experiment=quickstart", f"run.name={'n' * 256}"])

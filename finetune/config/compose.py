@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from finetune.config.fields import number_problems
+from finetune.config.fields import impossible_values
 from finetune.config.model_option import compose_for_model
 from finetune.config.overrides import (
     SEARCH_PATH,
@@ -110,7 +110,7 @@ def to_run_config(config: DictConfig) -> RunConfig:
     except (HydraException, OmegaConfBaseException) as error:
         raise as_config_error(error) from error
     assert isinstance(run_config, RunConfig)
-    problems = list(number_problems(run_config)) or list(run_config.problems())
+    problems = list(impossible_values(run_config)) or list(run_config.problems())
     if problems:
         raise ConfigError(*problems)
     return run_config

@@ -143,8 +143,8 @@ def value_problems(key: str, hint: Any, value: Any) -> Iterator[str]:
         yield f"{key}: must be {_words(key, hint, value)}; got {'null' if value is None else repr(str(value))}"
 
 
-def number_problems(value: Any, key: str = "") -> Iterator[str]:
-    """Yields every number of a configuration that no setting can have: inf, nan, and integers beyond 64 bit."""
+def impossible_values(value: Any, key: str = "") -> Iterator[str]:
+    """Yields every value that no setting can have: inf, nan, integers beyond 64 bit, and text with a NUL."""
     items: list[tuple[Any, Any]]
     if dataclasses.is_dataclass(value):
         items = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
@@ -153,9 +153,11 @@ def number_problems(value: Any, key: str = "") -> Iterator[str]:
     else:
         items = list(enumerate(value)) if isinstance(value, list) else []
     for name, item in items:
-        yield from number_problems(item, f"{key}[{name}]" if isinstance(value, list) else f"{key}.{name}".lstrip("."))
+        yield from impossible_values(item, f"{key}[{name}]" if isinstance(value, list) else f"{key}.{name}".lstrip("."))
     if isinstance(value, float) and not math.isfinite(value):
         yield f"{key} must be a finite number; got {value}"
+    if isinstance(value, str) and "\0" in value:
+        yield f"{key} must not contain a NUL character, which no path or name may have; got {value!r}"
     if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
         yield f"{key} must be at most {LARGEST_INTEGER} (64 bit); got one of {value.bit_length()} bits"
 
