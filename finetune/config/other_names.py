@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from finetune.objectives import OBJECTIVES
+
 ABSENT = object()
 """Stands for a value that was not given: None is one."""
 
@@ -134,7 +136,7 @@ RSLORA = OtherName("lora.variant", value=choose(true="rslora"))
 WORKERS = OtherName("data.workers")
 TEMPLATE = OtherName("data.template", "null keeps the tokenizer's own; the names here are those of conf/data/template",
                      None)  # fmt: skip
-OBJECTIVE = OtherName("train.objective", value=choose(sft="sft", dpo="dpo"))
+OBJECTIVE = OtherName("train.objective", value=choose(**{name: name for name in OBJECTIVES}))
 PROCESSES = OtherName("launch.processes", "it counts the processes of all machines; choose launch=ddp with it")
 
 OTHER_NAMES = {

@@ -15,8 +15,8 @@ from finetune.config.schema import RunConfig
 from finetune.convert.data_sets import data_settings
 from finetune.convert.read import TRL, TrainingFile
 from finetune.convert.tools import DEFAULTS, FULL, REASONS, UNNEEDED
+from finetune.objectives import OBJECTIVES
 from finetune.paths import CONF
-from finetune.train.config import OBJECTIVES
 
 QUANTIZATION = ("load_in_4bit", "load_in_8bit", "quantization_bit", "bnb_4bit_quant_type",
                 "bnb_4bit_use_double_quant", "use_bnb_nested_quant", "double_quantization", "adapter",
@@ -206,10 +206,11 @@ def _objective(result: Translation, settings: dict[str, Any]) -> Iterator[str]:
         else:
             source = _source(result, name, settings=settings)
             result.settings.append(Setting("train.objective", value, source))
-            result.settings.append(Setting("data.objective", OBJECTIVES[value], source))
-            dropout = _source(result, "lora_dropout", settings=settings)
-            result.settings.append(Setting("lora.dropout", 0.0, f"{value} needs it; {dropout or 'not given'}"))
-            yield "lora_dropout"
+            result.settings.append(Setting("data.objective", OBJECTIVES[value].rows, source))
+            if OBJECTIVES[value].reference:
+                dropout = _source(result, "lora_dropout", settings=settings)
+                result.settings.append(Setting("lora.dropout", 0.0, f"{value} needs it; {dropout or 'not given'}"))
+                yield "lora_dropout"
 
 
 def _data(result: Translation, given: dict[str, Any]) -> Iterator[str]:
