@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("fastapi", reason="needs pip install 'finetune[serve]'")
+pytest.importorskip("fastapi", reason="needs pip install 'finetune-qlora[serve]'")
 
 import finetune
 from finetune.eval.metrics import METRICS

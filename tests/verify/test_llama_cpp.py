@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("gguf", reason="needs pip install 'finetune[gguf]'")
-pytest.importorskip("xllamacpp", reason="needs pip install 'finetune[gguf]'")
+pytest.importorskip("gguf", reason="needs pip install 'finetune-qlora[gguf]'")
+pytest.importorskip("xllamacpp", reason="needs pip install 'finetune-qlora[gguf]'")
 
 import xllamacpp
 
