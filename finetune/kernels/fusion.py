@@ -38,6 +38,9 @@ TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
 """Parameters of glibc's mallopt. Source: malloc.h."""
 
 KEEP_BYTES = 2**31 - 1
+LARGEST_KEPT_BYTES = 2**26
+"""Larger tensors go back to the system when they are freed: in the heap, the dense matrices of a 7B's layers leave holes
+between the gradients that stay."""
 FLOAT16_OBSTACLE = "float16 needs loss scaling, which is done around plain layers only"
 LOGIT_SCALES = (
     "final_logit_softcapping",
@@ -277,5 +280,5 @@ def tune_malloc() -> None:
         library = ctypes.CDLL("libc.so.6")
     except OSError:  # not glibc
         return
-    for name, value in ((MMAP_THRESHOLD, KEEP_BYTES), (TRIM_THRESHOLD, KEEP_BYTES), (TOP_PAD, 2**26)):
+    for name, value in ((MMAP_THRESHOLD, LARGEST_KEPT_BYTES), (TRIM_THRESHOLD, KEEP_BYTES), (TOP_PAD, 2**26)):
         library.mallopt(name, value)
