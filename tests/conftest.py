@@ -1,6 +1,7 @@
 """The environment of all tests, their order, the slow tests' turn, and the fixtures that several packages share."""
 
 import datetime
+import logging
 import os
 import sys
 import zlib
@@ -11,6 +12,7 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 from absl import logging as absl_logging
@@ -65,3 +67,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             f"slow tests: tenth {turn} of 0 to {TENTHS - 1} (by day of the year and each test's name); the same again "
             f"with --slow={turn}, all of them with make test-all"
         )
+
+
+@pytest.fixture(autouse=True)
+def root_logger() -> Iterator[None]:
+    """Takes away the handlers that Hydra adds to the root logger: they write to the closed output of one test."""
+    before = list(logging.root.handlers)
+    yield
+    for handler in [handler for handler in logging.root.handlers if handler not in before]:
+        logging.root.removeHandler(handler)

@@ -12,14 +12,14 @@ REFUSALS = ("test_main.py", "test_checks.py", "test_compatibility.py")
 """Tests of command lines that are refused."""
 
 NOT_YET = {
-    "data.sources.rows", "data.sources.weight", "merge.adapters", "train.preference.loss",
+    "data.sources.rows", "data.sources.weight", "merge.adapters", "train.preference.desirable_weight",
     "eval.harness.batch_rows", "eval.harness.chat", "eval.harness.include_path", "eval.harness.shots",
     "eval.harness.tasks", "export.repository", "export.shard_bytes", "launch.grace_seconds", "launch.host",
     "launch.port", "lora.calibration_tokens", "optim.decay", "optim.lora_plus_ratio", "optim.warmup_tokens",
     "plan.exact", "plan.fit", "quantization.skip_modules", "quantization.skip_modules_mib",
     "quantization.skip_modules_tokens", "sweep.prune", "sweep.prune_after_jobs", "sweep.prune_after_steps",
-    "tracking.artifacts", "tracking.entity", "tracking.tags", "train.preference.beta",
-    "train.preference.label_smoothing",
+    "tracking.artifacts", "tracking.entity", "tracking.tags", "train.preference.label_smoothing",
+    "train.preference.undesirable_weight",
 }  # fmt: skip
 """Settings that only tests of a function read, not one of the command line: to become fewer, never more."""
 

@@ -73,7 +73,7 @@ def test_preview_shows_the_rejected_answer_after_the_chosen_one(run: Callable[..
 
 def test_preview_marks_undesirable_answers(run: Callable[..., PreparedData]) -> None:
     rows = [{**pair("a", "Nice one."), "label": True}, {**pair("b", "Ugly one."), "label": False}]
-    page = (run(rows, objective="preference").folder / "preview.html").read_text()
+    page = (run(rows, objective="unpaired").folder / "preview.html").read_text()
     shown = {part.split("<mark>")[1][:4]: "undesirable" in part for part in page.split("<details open>")[1:]}
     assert shown == {"Nice": False, "Ugly": True}
 

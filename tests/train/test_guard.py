@@ -53,6 +53,7 @@ def test_non_finite_step_leaves_adapter_and_optimizer_unchanged(
         tokenizer=tokenizer,
         packing=packing,
         touch=breaking({5}, gradient=gradient),
+        layers="plain",
         steps=6,
         checkpoints=6,
         keep_checkpoints=9,
@@ -71,7 +72,13 @@ def test_skipped_step_is_counted_in_the_figures_and_shows_no_loss(
     tmp_path: Path, tiny_base: Path, tokenizer: Any
 ) -> None:
     train(
-        tmp_path, tiny_base=tiny_base, tokenizer=tokenizer, touch=breaking({5}, gradient=False), steps=4, evaluations=0
+        tmp_path,
+        tiny_base=tiny_base,
+        tokenizer=tokenizer,
+        touch=breaking({5}, gradient=False),
+        layers="plain",
+        steps=4,
+        evaluations=0,
     )
     text = (tmp_path / "train" / "metrics.jsonl").read_text()
     assert "NaN" not in text
@@ -98,14 +105,16 @@ def test_skipped_step_is_counted_in_the_figures_and_shows_no_loss(
 def test_many_in_a_row_stop_the_run_with_layer_and_rows(
     tmp_path: Path, tiny_base: Path, tokenizer: Any, gradient: bool, what: str
 ) -> None:
+    touch = breaking(set(range(5, 99)), gradient=gradient)
     with pytest.raises(TrainError, match=what) as stopped:
-        train(tmp_path, tiny_base=tiny_base, tokenizer=tokenizer, touch=breaking(set(range(5, 99)), gradient=gradient))
+        train(tmp_path, tiny_base=tiny_base, tokenizer=tokenizer, touch=touch, layers="plain")
     assert "3 steps in a row" in str(stopped.value)
     assert "At step 5 " in str(stopped.value)
 
 
 def test_steps_skipped_now_and_then_do_not_stop_the_run(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
-    trained = train(tmp_path, tiny_base=tiny_base, tokenizer=tokenizer, touch=breaking({3, 5, 9, 11}, gradient=True))
+    touch = breaking({3, 5, 9, 11}, gradient=True)
+    trained = train(tmp_path, tiny_base=tiny_base, tokenizer=tokenizer, touch=touch, layers="plain")
     assert trained.skipped_steps == 4
 
 
