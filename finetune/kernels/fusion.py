@@ -39,8 +39,8 @@ TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
 
 KEEP_BYTES = 2**31 - 1
 LARGEST_KEPT_BYTES = 2**26
-"""Larger tensors go back to the system when they are freed: in the heap, the dense matrices of a 7B's layers would leave
-holes between the gradients that stay."""
+"""Larger tensors go back to the system when they are freed: in the heap, the dense matrices of a 7B's layers would
+leave holes between the gradients that stay."""
 FLOAT16_OBSTACLE = "float16 needs loss scaling, which is done around plain layers only"
 LOGIT_SCALES = (
     "final_logit_softcapping",
