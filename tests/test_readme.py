@@ -56,6 +56,7 @@ def test_what_only_looks_runs_as_written_and_fetches_no_weights(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("real_processes")  # huggingface_hub reads the hub's address when it is imported
 def test_the_whole_run_works_as_written(at_the_users_desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(LOOKS[0]) == 0
     assert main(RUNS[0]) == 0, capsys.readouterr().err

@@ -52,7 +52,6 @@ def test_experiment_is_walked_to_its_report(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("same_process")
 def test_a_mixture_with_adapted_experts_is_walked_to_its_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
