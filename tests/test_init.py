@@ -1,7 +1,7 @@
 """``finetune init``: an experiment for the user's own model and rows, found from the working directory."""
 
 import json
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,25 +9,13 @@ import pytest
 from finetune.cli import main
 from finetune.config import load
 from tests.fixtures.hub import FakeHub
-from tests.fixtures.rows import write_rows
 
 BASE = "org/base"
 
 
 @pytest.fixture
-def desk(tiny_base: Path, tmp_path: Path, fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with ``rows.jsonl``, and a hub with a small random model."""
-    base = tmp_path / "base"
-    shutil.copytree(tiny_base, base)
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 2048}))
-    fake_hub.models[BASE] = base
-    folder = tmp_path / "desk"
-    folder.mkdir()
-    write_rows(folder / "rows.jsonl", count=50)
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
-    return folder
+def desk(make_desk: Callable[..., Path]) -> Path:
+    return make_desk(BASE, rows=50)
 
 
 def test_init_writes_an_experiment_that_plans(

@@ -3,14 +3,13 @@
 import json
 import re
 import shlex
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from finetune.cli import main
 from tests.fixtures.hub import FakeHub
-from tests.fixtures.rows import write_rows
 
 README = Path(__file__).parents[1] / "README.md"
 SECTION = README.read_text(encoding="utf-8").split("## Your own data\n")[1].split("\n### ")[0]
@@ -25,19 +24,9 @@ BASES = ("Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-7B")
 
 
 @pytest.fixture
-def at_the_users_desk(tiny_base: Path, tmp_path: Path, fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> Path:
+def at_the_users_desk(make_desk: Callable[..., Path]) -> Path:
     """A working directory with ``rows.jsonl``, and a hub with small random models under the names in README."""
-    base = tmp_path / "base"
-    shutil.copytree(tiny_base, base)
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 2048}))
-    fake_hub.models |= dict.fromkeys(BASES, base)
-    folder = tmp_path / "desk"
-    folder.mkdir()
-    write_rows(folder / "rows.jsonl", count=300)
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
-    return folder
+    return make_desk(*BASES, rows=300)
 
 
 def test_the_section_has_what_a_user_types_first() -> None:

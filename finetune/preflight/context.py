@@ -209,7 +209,7 @@ class CheckContext:
         with torch.random.fork_rng(devices=[]), without_dropout(self.model):
             torch.manual_seed(self.seed)
             (self.loss() * scale / self.trained_tokens()).backward()
-        gradients = {name: p.grad.to("cpu") / scale for name, p in self.model.named_parameters() if p.grad is not None}
+        gradients = {n: p.grad.to("cpu").div_(scale) for n, p in self.model.named_parameters() if p.grad is not None}
         self.model.zero_grad(set_to_none=True)
         seconds = (time.monotonic() - started) / sum(len(document["input_ids"]) for document in self.rows.documents)
         self.token_seconds = min(seconds, self.token_seconds or seconds)

@@ -1,11 +1,7 @@
 """``finetune serve``: what it refuses before a model is loaded, and how it ends."""
 
-import os
-import re
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import httpx
@@ -13,7 +9,7 @@ import pytest
 
 from finetune.cli import main
 from finetune.serve.config import ServeConfig
-from tests.fixtures.served import wait_until
+from tests.fixtures.served import server_process, wait_until
 
 ROOT = Path(__file__).parents[2]
 
@@ -88,36 +84,23 @@ def test_only_this_machines_own_addresses_need_no_key(host: str, problems: int) 
 
 def test_sigterm_finishes_the_running_answer_and_refuses_new_ones(served_run: Path) -> None:
     """A process of its own; no text of a request is in its log."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "finetune", "serve", str(served_run), "--port", "0"]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert process.stdout is not None
-    try:
-        lines = []
-        for line in process.stdout:
-            lines.append(line)
-            if match := re.search(r"(http://[\d.]+:\d+)/v1", line):
-                break
-        assert match, "".join(lines)
+    with server_process(["finetune", "serve", str(served_run)]) as served:
         body = {"model": "tiny", "messages": [{"role": "user", "content": "Book a secret table."}], "stream": True}
         long = body | {"max_tokens": 400, "n": 8, "temperature": 2, "seed": 1}  # one of them reaches its limit
         with (
-            httpx.Client(base_url=match.group(1), trust_env=False, timeout=60.0) as client,
+            httpx.Client(base_url=served.url, trust_env=False, timeout=60.0) as client,
             client.stream("POST", "/v1/chat/completions", json=long) as response,
         ):
             events = filter(None, response.iter_lines())
             next(events)
-            process.send_signal(signal.SIGTERM)
-            wait_until(lambda: httpx.get(f"{match.group(1)}/health", trust_env=False).status_code == 503)
-            refused = httpx.post(f"{match.group(1)}/v1/chat/completions", json=body, trust_env=False)
+            served.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: httpx.get(f"{served.url}/health", trust_env=False).status_code == 503)
+            refused = httpx.post(f"{served.url}/v1/chat/completions", json=body, trust_env=False)
             rest_of_answer = list(events)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
         assert rest_of_answer[-1] == "data: [DONE]"
-        rest = process.stdout.read()
-        assert process.wait(30) == 0
+        rest = served.process.communicate()[0]
+        assert served.process.wait(30) == 0
         assert "no new requests; 8 running answers are finished" in rest
-        assert "secret" not in "".join(lines) + rest
+        assert "secret" not in served.printed + rest
         assert "Traceback" not in rest
-    finally:
-        process.kill()
-        process.wait()

@@ -12,6 +12,7 @@ import pytest
 
 from finetune.cli import main
 from finetune.usage import run_commands
+from tests.fixtures.served import server_process
 
 ROOT = Path(__file__).parents[2]
 EXPORTS = [("adapter", "export/adapter"), ("safetensors", "export/safetensors")]
@@ -33,24 +34,13 @@ def test_chat(
 
 def test_serve_then_verify(verified_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     commands = printed(verified_run)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    words = [sys.executable, "-m", *commands["serve"], "--port", "0"]
-    process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert process.stdout is not None
-    try:
-        lines = []
-        for line in process.stdout:
-            lines.append(line)
-            if match := re.search(r"(http://[\d.]+:\d+)/v1", line):
-                break
-        assert match, "".join(lines)
-        verify = [re.sub("^url=.*", f"url={match.group(1)}", word) for word in commands["verify"]]
+    with server_process(commands["serve"]) as served:
+        verify = [re.sub("^url=.*", f"url={served.url}", word) for word in commands["verify"]]
         assert verify != commands["verify"]
         assert main([*verify[1:], "--rows", "4"]) == 0
         assert "tiny is what was trained" in capsys.readouterr().out
-    finally:
-        process.terminate()
-        process.communicate(timeout=60)
+        served.process.terminate()
+        served.process.communicate(timeout=60)
 
 
 def test_python(verified_run: Path) -> None:
