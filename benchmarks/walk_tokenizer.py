@@ -102,6 +102,27 @@ GEMMA = TokenizerKind(
     begins=True,
     sentencepiece=True,
 )
+GEMMA4 = TokenizerKind(
+    name="GemmaTokenizer",
+    control=(
+        "<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<|turn>", "<turn|>", "<|think|>", "<|channel>", "<channel|>",
+        "<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>',
+    ),
+    roles={"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"},
+    template="trl:gemma4_v5",
+    begins=True,
+    sentencepiece=True,
+)  # fmt: skip
+GPT_OSS = TokenizerKind(
+    name="PreTrainedTokenizerFast",
+    control=(),
+    added=(
+        "<|startoftext|>", "<|endoftext|>", "<|return|>", "<|constrain|>", "<|channel|>", "<|start|>", "<|end|>",
+        "<|message|>", "<|call|>",
+    ),
+    roles={"bos_token": "<|startoftext|>", "eos_token": "<|return|>", "pad_token": "<|endoftext|>"},
+    template="trl:gptoss",
+)  # fmt: skip
 KINDS = {
     "mistral": LLAMA,
     "mixtral": LLAMA,
@@ -114,6 +135,9 @@ KINDS = {
     "smollm3": SMOLLM2,
     "gemma": GEMMA,
     "gemma2": GEMMA,
+    "gemma4_text": GEMMA4,
+    "gemma4_unified_text": GEMMA4,
+    "gpt_oss": GPT_OSS,
     "gemma3_text": dataclasses.replace(GEMMA, template="gemma"),
 }
 """By family, besides llama. On the hub SmolLM3 has other control tokens and Ministral 3 another vocabulary; a walk

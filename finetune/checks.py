@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from finetune.chat_templates import find_template, named_templates, no_template, tokenizer_template
 from finetune.data.sources import Source, resolve_sources
 from finetune.errors import ConfigError, DataError, FinetuneError, HardwareError, ModelError
-from finetune.export.needs import check_packages
+from finetune.export.needs import check_gguf, check_packages
 from finetune.files import existing_parent, require_disk
 from finetune.hardware.cuda import check_cuda
 from finetune.inference.adapted import check_adapter
@@ -173,6 +173,8 @@ def _check_data_set(source: Source) -> list[str]:
 def _check_model(start: Start) -> list[str]:
     """Checks config, tokenizer, template and weights of the base. Before a run, fetches the first two from the hub."""
     config = start.config.model
+    if start.is_plan and config.architecture is not None:
+        check_gguf(start.config.export, family=config.architecture.family, folder=None)
     is_local = is_gguf(config.name) or looks_local(config.name)
     folder = files_here(config)
     if not is_local and not start.is_plan:
@@ -185,6 +187,8 @@ def _check_model(start: Start) -> list[str]:
     if looks_local(config.name) and not is_gguf(config.name):
         check_weights(folder)
     unchecked = _check_tokenizer(start, folder)
+    if start.runs("export") and not config.trust_remote_code:
+        check_gguf(start.config.export, family=None, folder=folder)
     return unchecked if start.is_plan else unchecked + _check_disk(start, folder, is_local=is_local)
 
 

@@ -1,5 +1,6 @@
 """What is refused before anything is downloaded, opened or made, and what a plan checks without the hub."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,13 @@ def served(tiny_base: Path, folder: Path, *without: str) -> Path:
     """Copies the tiny base for the hub, without some of its files."""
     shutil.copytree(tiny_base, folder, ignore=shutil.ignore_patterns(*without))
     return folder
+
+
+def set_rope(config: Path, kind: str) -> None:
+    content = json.loads(config.read_text())
+    content["rope_parameters"] = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
+    config.unlink()  # a link to the tests' common base
+    config.write_text(json.dumps(content))
 
 
 @pytest.fixture
@@ -44,6 +52,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         ("pickles", "model.name=org/tiny: the repository holds no *.safetensors file"),
         ("tokenizer", "holds no tokenizer; add tokenizer.json"),
         ("template name", "data.template: there is no template 'llama9'"),
+        ("rope", "export=gguf_q8_0: "),
     ],
 )
 def test_a_fault_is_refused_before_a_weight_is_asked_for_or_a_folder_is_made(
@@ -58,7 +67,10 @@ def test_a_fault_is_refused_before_a_weight_is_asked_for_or_a_folder_is_made(
         "heldout": ["data.heldout_path=nowhere.jsonl"],
         "unknown": ["model.name=org/other"],
         "template name": ["data.template=llama9"],
+        "rope": ["export=[gguf_q8_0]"],
     }
+    if fault == "rope":
+        set_rope(fake_hub.models["org/tiny"] / "config.json", "dynamic")
     settings = ["model.name=org/tiny", f"data.path={rows}", *faulty.get(fault, []), "tracking=[wandb]"]
     assert main(settings) == 2
     assert message in " ".join(capsys.readouterr().err.split())
@@ -142,6 +154,7 @@ def test_rows_without_chats_need_no_template(tiny_base: Path, work: Path, capsys
             "model.attention=flash_attention_3 needs compute capability 9.0",
         ),
         (["hardware=cpu_16gb", "hardware.device=cuda"], "hardware.device=cuda, but no NVIDIA GPU is visible"),
+        (["model=falcon_7b", "export=[gguf_q8_0]"], "the base is a falcon: ship it as safetensors"),
     ],
 )
 def test_a_plan_refuses_what_a_run_would_refuse(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,18 +88,21 @@ def write_adapter(folder: Path, base: Path, target: Path, *, name: str) -> None:
     from finetune.export.gguf.architecture import Layout
     from finetune.export.gguf.file import GGUFTensor, required_bytes, write_tensors
     from finetune.export.gguf.quant_types import QuantType
+    from finetune.export.gguf.tensors import Part
 
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     layout, saved = Layout(base), load_file(folder / "adapter_model.safetensors")
-    values = dict(_tensors(saved, config=config, layout=layout))
-    tensors = [GGUFTensor(key, key, tuple(value.shape), QuantType.F32, False) for key, value in values.items()]
+    tensors = [
+        GGUFTensor(Part(name, name, tuple(value.shape), partial(iter, (value,))), QuantType.F32, False)
+        for name, value in _tensors(saved, config=config, layout=layout)
+    ]
     require_disk(target.parent, required_bytes(tensors), target.name, error=ExportError)
     writer = GGUFWriter(target, MODEL_ARCH_NAMES[layout.architecture.arch])
     writer.add_type(GGUFType.ADAPTER)
     writer.add_name(f"LoRA for {name}")
     writer.add_string(Keys.Adapter.TYPE, "lora")
     writer.add_float32(Keys.Adapter.LORA_ALPHA, float(config["lora_alpha"]))
-    write_tensors(writer, tensors, lambda tensor: values[tensor.name], threads=1)
+    write_tensors(writer, tensors, threads=1)
 
 
 def _tensors(saved: dict[str, Tensor], *, config: dict[str, Any], layout: Layout) -> Iterator[tuple[str, Tensor]]:
@@ -111,7 +115,7 @@ def _tensors(saved: dict[str, Tensor], *, config: dict[str, Any], layout: Layout
             raise ExportError(f"the adapter holds {key.removeprefix(PREFIX)}, and {LOW_RANK_ONLY}")
         if suffix == ".lora_B.weight":
             factor = _scaling(config, module, rank=tensor.shape[1]) * tensor.shape[1] / config["lora_alpha"]
-            tensor = layout.permute_rows(f"{module}.weight", tensor.float() * factor)
+            tensor = layout.converted(f"{module}.weight", tensor.float() * factor)
         yield renamed + SUFFIXES[suffix], tensor.float().contiguous()
 
 

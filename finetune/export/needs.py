@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.errors import ExportError
@@ -38,6 +39,36 @@ def check_packages(config: Mapping[str, ExportConfig]) -> None:
             problems.append(f"export.{name} needs {' and '.join(missing)}: pip install 'finetune-qlora[{extra}]'")
     if problems:
         raise ExportError("; ".join(problems))
+
+
+def check_gguf(config: Mapping[str, ExportConfig], *, family: str | None, folder: Path | None) -> None:
+    """Checks that llama.cpp computes what the base computes, and knows its tokenizer.
+
+    Args:
+        config: The exports.
+        family: ``model_type`` of the base where that is all that is known.
+        folder: Of the base's config.json and tokenizer; None before they are fetched.
+
+    Raises:
+        ExportError: It does not.
+    """
+    name = next((name for name, settings in config.items() if EXTRAS.get(settings.format) == "gguf"), None)
+    if name is None or importlib.util.find_spec("gguf") is None:
+        return
+    from finetune.export.gguf.architecture import Layout, check_family
+
+    try:
+        if folder is None:
+            check_family(family, what="the base")
+            return
+        from transformers import AutoTokenizer
+
+        from finetune.export.gguf.vocabulary import check_tokenizer
+
+        Layout(folder)
+        check_tokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+    except ExportError as error:
+        raise ExportError(f"export={name}: {error}") from error
 
 
 def without_card(name: str, formats: Iterable[str]) -> Iterator[str]:

@@ -68,6 +68,7 @@ def _of_family(a: ArchitectureConfig) -> dict[str, Any]:
             "num_experts": a.experts,
             "num_experts_per_tok": a.active_experts,
             "moe_intermediate_size": a.intermediate_size,
+            "norm_topk_prob": True,
         }
     if a.family == "glm4_moe":
         settings |= {
@@ -104,5 +105,6 @@ def _of_family(a: ArchitectureConfig) -> dict[str, Any]:
             "num_local_experts": 0,
             "shared_intermediate_size": a.intermediate_size,
             "layer_types": ["full_attention"] * a.layers,
+            "position_embedding_type": "rope",
         }
     return settings

@@ -163,6 +163,18 @@ def test_quant_mixes_are_those_of_llama_cpp(dtype: str, layers: int, counts: dic
     assert not any(forced for _, forced in types)
 
 
+def test_attention_next_to_eight_experts_has_more_bits() -> None:
+    """As llama.cpp quantizes Mixtral 8x7B as Q4_K_M: keys and values in 8 bits, outputs in 5; the router stays."""
+    names = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_up_exps", "ffn_gate_inp")
+    mix = QUANT_MIXES["q4_k_m"]
+    types = [
+        tensor_type(f"blk.9.{name}.weight", (4096, 4096), mix=mix, layers=32, tied=False, grouped=True, experts=8)[0]
+        for name in names
+    ]
+    wanted = [QuantType.Q4_K, QuantType.Q8_0, QuantType.Q8_0, QuantType.Q5_K, QuantType.Q4_K, QuantType.F32]
+    assert types == wanted
+
+
 def test_ggml_writes_k_blocks_that_the_gguf_package_reads_back() -> None:
     import numpy as np
     from gguf import dequantize
@@ -186,7 +198,7 @@ def test_model_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
     from finetune.export.gguf.architecture import Layout
 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    with pytest.raises(ExportError, match=r"GGUF export knows llama, mistral, .* is a gpt2: ship it as safetensors"):
+    with pytest.raises(ExportError, match=r"GGUF export knows gemma, gemma2, .* is a gpt2: ship it as safetensors"):
         Layout(tmp_path)
 
 

@@ -1,6 +1,7 @@
 """Each architecture and each kind of tokenizer gives in llama.cpp what it gives in transformers."""
 
 import ctypes
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from benchmarks.walk_tokenizer import LLAMA, SMALLEST_VOCABULARY, make_tokenizer
 from finetune.errors import ExportError
@@ -40,6 +42,17 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 256,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}
+SCALED = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5, "logits_scaling": 2.0}
+PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 # fmt: off
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, own head, biases": ("llama", {"attention_bias": True, "mlp_bias": False}),
@@ -58,6 +71,34 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "full_attention": {"rope_type": "default", "rope_theta": 100000.0},
         }},
     ),
+    "qwen2, YaRN": ("qwen2", {"rope_parameters": YARN}),
+    "smollm3": ("smollm3", {"num_hidden_layers": 5}),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", {"sliding_window": 32, "num_hidden_layers": 5, "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}, "full_attention": YARN,
+    }}),
+    "granite": ("granite", SCALED),
+    "granite 4, attention alone": ("granitemoehybrid", {
+        **SCALED, "layer_types": ["full_attention"] * 3, "shared_intermediate_size": 96, "num_local_experts": 0,
+        "position_embedding_type": "rope", "num_experts_per_tok": 0,
+    }),
+    "phi": ("phi", {"num_key_value_heads": 4, "rope_parameters": PARTIAL}),
+    "glm4": ("glm4", {"head_dim": 16, "rope_parameters": PARTIAL}),
+    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention", "conv"], "intermediate_size": 192,
+                      "block_multiple_of": 64}),
+    "ministral3": ("ministral3", {"head_dim": 32, "rope_parameters": {
+        **YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}}),
+    "qwen3_moe": ("qwen3_moe", {**EXPERTS, "norm_topk_prob": True, "head_dim": 32, "num_experts": 4}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "glm4_moe": ("glm4_moe", {
+        **EXPERTS, "head_dim": 32, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1,
+        "use_qk_norm": True, "attention_bias": True, "rope_parameters": PARTIAL,
+    }),
+    "gpt_oss": ("gpt_oss", {
+        "head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 32,
+        "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": YARN,
+    }),
 }
 # fmt: on
 
@@ -81,12 +122,19 @@ def make_model(folder: Path, kind: str, **settings: Any) -> Any:
 def test_architecture_gives_the_same_logits(tokenizer: Any, tmp_path: Path, name: str) -> None:
     kind, settings = MODELS[name]
     model = make_model(tmp_path, kind, **settings)
+    assert write(tmp_path, tokenizer) == []
+    assert_same_logits(model, tmp_path / "model.gguf")
+
+
+def write(folder: Path, tokenizer: Any, dtype: str = "f16") -> list[str]:
     chat = Chat(tokenizer=tokenizer, ends=[2], system=None)
-    notes = write_model(tmp_path, tmp_path / "model.gguf", chat=chat, dtype="f16", name="tiny", threads=1)
-    assert notes == []
+    return write_model(folder, folder / "model.gguf", chat=chat, dtype=dtype, name="tiny", threads=1)
+
+
+def assert_same_logits(model: Any, file: Path) -> None:
     text = torch.randint(3, 480, (BATCH + 40,), generator=torch.Generator().manual_seed(1)).tolist()
     positions = [0, 5, 70, BATCH - 1, BATCH, BATCH + 39]
-    opened = LlamaModel(tmp_path / "model.gguf", adapter=None, context=len(text), threads=1)
+    opened = LlamaModel(file, adapter=None, context=len(text), threads=1)
     got = np.stack([logits.copy() for logits in opened.logits(text, positions)])
     assert (opened.ends_at(2), opened.ends_at(40)) == (True, False)
     opened.close()
@@ -95,24 +143,66 @@ def test_architecture_gives_the_same_logits(tokenizer: Any, tmp_path: Path, name
     assert np.sqrt(np.square(got - wanted).mean()) < 0.01 * wanted.std()
 
 
+def test_an_image_text_model_is_exported_without_its_towers(tokenizer: Any, tmp_path: Path) -> None:
+    kind, settings = MODELS["ministral3"]
+    model = make_model(tmp_path, kind, **settings)
+    file = tmp_path / "model.safetensors"
+    named = {
+        name if name == "lm_head.weight" else f"model.language_model.{name.removeprefix('model.')}": tensor
+        for name, tensor in load_file(file).items()
+    }
+    named["model.vision_tower.patch_conv.weight"] = named["lm_head.weight"].clone()
+    named["model.multi_modal_projector.norm.weight"] = named["model.language_model.norm.weight"].clone()
+    save_file(named, file, metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "mistral3", "tie_word_embeddings": False, "text_config": config})
+    )
+    (note,) = write(tmp_path, tokenizer)
+    assert "2 tensors of the checkpoint are left out (1 of multi_modal_projector, 1 of vision_tower)" in note
+    assert_same_logits(model, tmp_path / "model.gguf")
+
+
+def test_layers_that_predict_further_tokens_are_left_out_and_counted(tokenizer: Any, tmp_path: Path) -> None:
+    kind, settings = MODELS["glm4_moe"]
+    model = make_model(tmp_path, kind, **settings)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    save_file(
+        {**tensors, "model.layers.3.eh_proj.weight": tensors["lm_head.weight"].clone()}, file, metadata={"format": "pt"}
+    )
+    (note,) = write(tmp_path, tokenizer)
+    assert "1 tensors of the checkpoint are left out (1 of layers that predict further tokens)" in note
+    assert_same_logits(model, tmp_path / "model.gguf")
+
+
 def test_sliding_window_that_llama_cpp_lacks_cuts_the_context_and_is_reported(tokenizer: Any, tmp_path: Path) -> None:
     make_model(tmp_path, "mistral", sliding_window=128)
-    chat = Chat(tokenizer=tokenizer, ends=[2], system=None)
-    (note,) = write_model(tmp_path, tmp_path / "model.gguf", chat=chat, dtype="bf16", name="tiny", threads=1)
+    (note,) = write(tmp_path, tokenizer, "bf16")
     assert "cut from 1,024 to 128 tokens" in note
 
 
-def test_other_rotary_embedding_is_refused(tokenizer: Any, tmp_path: Path) -> None:
-    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 256}
-    make_model(tmp_path, "qwen2", rope_parameters=rope)
-    chat = Chat(tokenizer=tokenizer, ends=[2], system=None)
-    with pytest.raises(ExportError, match=r"types default, linear and llama3; .* has yarn"):
-        write_model(tmp_path, tmp_path / "model.gguf", chat=chat, dtype="bf16", name="tiny", threads=1)
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("qwen2", {"rope_parameters": {**YARN, "rope_type": "dynamic"}}, r"type dynamic \(known: default, linear"),
+        ("qwen2", {"rope_parameters": {**YARN, "attention_factor": 1.5}}, "YaRN with attention_factor 1.5"),
+        ("smollm3", {"no_rope_layers": [1, 0, 1, 1, 1]}, "other layers without rotary embedding than every fourth"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob=false"),
+        ("granite 4, attention alone", {"position_embedding_type": None}, "no rotary embedding"),
+    ],
+)
+def test_what_llama_cpp_computes_otherwise_is_refused(
+    tokenizer: Any, tmp_path: Path, name: str, change: dict[str, Any], reason: str
+) -> None:
+    kind, settings = MODELS[name]
+    make_model(tmp_path, kind, **{**settings, **change})
+    with pytest.raises(ExportError, match=rf"{reason}.*, which llama.cpp computes otherwise: ship it as"):
+        write(tmp_path, tokenizer)
+    assert not (tmp_path / "model.gguf").exists()
 
 
 def test_weights_beyond_float16_are_refused(tokenizer: Any, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     make_model(tmp_path, "llama")
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = 1e5

@@ -1,22 +1,24 @@
-"""Maps a model to llama.cpp: its settings to GGUF fields, its tensors to GGUF tensors.
+"""Maps a model to llama.cpp: its family, and the names, order and values of its tensors.
 
-Source: llama.cpp build 11549, conversion/{base,llama,qwen,gemma,phi}.py; tensor names come from the gguf package.
+Source: llama.cpp build 11549, conversion/*.py; tensor names come from the gguf package.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gguf import MODEL_ARCH, GGUFWriter, RopeScalingType, TensorNameMap, get_tensor_name_map
+from gguf import MODEL_ARCH, TensorNameMap, get_tensor_name_map
 
 from finetune.errors import ExportError
+from finetune.model.text_only import config_of_text, decoder_name
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
 
@@ -26,8 +28,8 @@ class Architecture:
 
     Attributes:
         arch: llama.cpp's own name.
-        interleaved_rope: Whether rotary embedding rotates neighbouring dimensions; transformers rotates halves of a
-            head.
+        interleaved_rope: Whether rotary embedding rotates neighbouring dimensions where transformers rotates halves of
+            a head.
         norm_shift: Added to norm weights, which transformers stores as a difference from one.
         sliding_window: Whether llama.cpp implements attention within a sliding window for this family.
     """
@@ -39,62 +41,111 @@ class Architecture:
 
 
 ARCHITECTURES = {
-    "llama": Architecture(MODEL_ARCH.LLAMA, interleaved_rope=True),
-    "mistral": Architecture(MODEL_ARCH.LLAMA, interleaved_rope=True),
-    "qwen2": Architecture(MODEL_ARCH.QWEN2),
-    "qwen3": Architecture(MODEL_ARCH.QWEN3),
-    "phi3": Architecture(MODEL_ARCH.PHI3),
     "gemma": Architecture(MODEL_ARCH.GEMMA, norm_shift=1.0),
     "gemma2": Architecture(MODEL_ARCH.GEMMA2, norm_shift=1.0, sliding_window=True),
     "gemma3_text": Architecture(MODEL_ARCH.GEMMA3, norm_shift=1.0, sliding_window=True),
+    "glm4": Architecture(MODEL_ARCH.GLM4),
+    "glm4_moe": Architecture(MODEL_ARCH.GLM4_MOE),
+    "gpt_oss": Architecture(MODEL_ARCH.GPT_OSS, sliding_window=True),
+    "granite": Architecture(MODEL_ARCH.GRANITE, interleaved_rope=True),
+    "granitemoehybrid": Architecture(MODEL_ARCH.GRANITE, interleaved_rope=True),
+    "lfm2": Architecture(MODEL_ARCH.LFM2),
+    "llama": Architecture(MODEL_ARCH.LLAMA, interleaved_rope=True),
+    "ministral3": Architecture(MODEL_ARCH.MISTRAL3, interleaved_rope=True),
+    "mistral": Architecture(MODEL_ARCH.LLAMA, interleaved_rope=True),
+    "mixtral": Architecture(MODEL_ARCH.LLAMA, interleaved_rope=True),
+    "olmo2": Architecture(MODEL_ARCH.OLMO2),
+    "olmo3": Architecture(MODEL_ARCH.OLMO2, sliding_window=True),
+    "phi": Architecture(MODEL_ARCH.PHI2),
+    "phi3": Architecture(MODEL_ARCH.PHI3),
+    "qwen2": Architecture(MODEL_ARCH.QWEN2),
+    "qwen3": Architecture(MODEL_ARCH.QWEN3),
+    "qwen3_moe": Architecture(MODEL_ARCH.QWEN3MOE),
+    "smollm3": Architecture(MODEL_ARCH.SMOLLM3, interleaved_rope=True),
 }
-"""By ``model_type`` of config.json."""
+"""By ``model_type`` of config.json, of an image-text model by that of its decoder."""
+
+
+def check_family(family: str | None, *, what: str) -> None:
+    """Checks that a ``model_type`` is known; None may be one.
+
+    Raises:
+        ExportError: It is not; the message calls the model ``what``.
+    """
+    if family and family not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise ExportError(f"GGUF export knows {known}; {what} is a {family}: ship it as safetensors")
+
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 class Layout:
-    """The GGUF fields and tensor names of one model.
+    """The family of one model, and its tensors' names and values in GGUF.
 
     Args:
         folder: Holds the model's config.json.
 
     Raises:
-        ExportError: The architecture or its rotary scaling is not supported.
+        ExportError: llama.cpp does not compute what this model computes.
     """
 
     def __init__(self, folder: Path) -> None:
         from transformers import AutoConfig
 
-        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-        if model_type not in ARCHITECTURES:
-            raise ExportError(
-                f"GGUF export knows {', '.join(ARCHITECTURES)}; {folder} is a {model_type}: ship it as safetensors"
-            )
-        settings: dict[str, Any] = AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
-        self.settings = settings
-        self.architecture = ARCHITECTURES[model_type]
+        decoder = config_of_text(folder)
+        config = decoder or AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        check_family(config.model_type, what=str(folder))
+        settings: dict[str, Any] = config.to_dict()
+        self.folder, self.settings, self.family = folder, settings, config.model_type
+        self.image_text = decoder is not None
+        self.architecture = ARCHITECTURES[config.model_type]
         self.layers = int(settings["num_hidden_layers"])
         self.heads = int(settings["num_attention_heads"])
         self.kv_heads = int(settings.get("num_key_value_heads") or self.heads)
         self.head_dim = int(settings.get("head_dim") or settings["hidden_size"] // self.heads)
+        counts = (settings.get(name) for name in ("n_routed_experts", "num_experts", "num_local_experts"))
+        self.experts = next((int(count) for count in counts if count), 0)
         self.tied = bool(settings.get("tie_word_embeddings"))
         ropes = settings["rope_parameters"]
         self.rope: dict[str, Any] = ropes.get("full_attention", ropes)
         self.local_rope: dict[str, Any] | None = ropes.get("sliding_attention")
-        if self.rope["rope_type"] not in ("default", "linear", "llama3"):
-            raise ExportError(
-                "GGUF export knows rotary embeddings of the types default, linear and llama3; "
-                f"{folder} has {self.rope['rope_type']}: ship it as safetensors"
-            )
+        self._check()
         self._names: TensorNameMap = get_tensor_name_map(self.architecture.arch, self.layers)
+
+    def _check(self) -> None:
+        for what, is_so in self._differences():
+            if is_so:
+                raise ExportError(
+                    f"{self.folder} has {what}, which llama.cpp computes otherwise: ship it as safetensors"
+                )
+
+    def _differences(self) -> Iterator[tuple[str, bool]]:
+        """Yields what this model may have and llama.cpp's code for its family does not compute."""
+        settings, kind = self.settings, self.rope["rope_type"]
+        yield f"rotary embeddings of the type {kind} (known: {', '.join(ROPE_TYPES)})", kind not in ROPE_TYPES
+        usual = 0.1 * math.log(self.rope.get("factor", 1.0)) + 1
+        scale = self.rope.get("attention_factor") or usual
+        yield f"YaRN with attention_factor {scale}", abs(scale - usual) > 1e-3
+        nope = settings.get("no_rope_layers")
+        every_fourth = [int((index + 1) % 4 != 0) for index in range(self.layers)]
+        yield "other layers without rotary embedding than every fourth", bool(nope) and nope != every_fourth
+        if self.family == "qwen3_moe":
+            yield "norm_topk_prob=false", not settings["norm_topk_prob"]
+        if self.family == "granitemoehybrid":
+            yield "Mamba layers", set(settings["layer_types"]) != {"full_attention"}
+            yield "experts in its hybrid class", self.experts > 0
+            yield "no rotary embedding", settings.get("position_embedding_type") != "rope"
 
     @property
     def context(self) -> int:
         """Returns the context in tokens: the model's, or its sliding window if llama.cpp would ignore that window."""
-        longest, window = int(self.settings["max_position_embeddings"]), self._window
-        return min(longest, window) if window and not self.architecture.sliding_window else longest
+        longest = int(self.settings["max_position_embeddings"])
+        return min(longest, self.window) if self.window and not self.architecture.sliding_window else longest
 
     @property
-    def _window(self) -> int | None:
+    def window(self) -> int | None:
+        """Returns the tokens of the sliding window; None for a model without one."""
         types = self.settings.get("layer_types")
         slides = "sliding_attention" in types if types else self.settings.get("use_sliding_window", True)
         window = self.settings.get("sliding_window")
@@ -110,35 +161,14 @@ class Layout:
             ]
         return []
 
-    def write_fields(self, writer: GGUFWriter) -> None:
-        """Writes the model's settings."""
-        settings = self.settings
-        writer.add_context_length(self.context)
-        writer.add_embedding_length(settings["hidden_size"])
-        writer.add_block_count(self.layers)
-        writer.add_feed_forward_length(settings["intermediate_size"])
-        writer.add_head_count(self.heads)
-        writer.add_head_count_kv(self.kv_heads)
-        writer.add_key_length(self.head_dim)
-        writer.add_value_length(self.head_dim)
-        writer.add_vocab_size(settings["vocab_size"])
-        writer.add_layer_norm_rms_eps(settings["rms_norm_eps"])
-        writer.add_rope_freq_base(self.rope["rope_theta"])
-        writer.add_rope_dimension_count(int(self.head_dim * self.rope.get("partial_rotary_factor", 1.0)))
-        if self.local_rope:
-            writer.add_rope_freq_base_swa(self.local_rope["rope_theta"])
-        if self.rope["rope_type"] == "linear":
-            writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-            writer.add_rope_scaling_factor(self.rope["factor"])
-        if self.architecture.arch == MODEL_ARCH.PHI3:
-            writer.add_rope_scaling_orig_ctx_len(settings["original_max_position_embeddings"])
-            writer.add_sliding_window(0)
-        if self.architecture.sliding_window and self._window:
-            writer.add_sliding_window(self._window)
-        if softcap := settings.get("attn_logit_softcapping"):
-            writer.add_attn_logit_softcapping(softcap)
-        if softcap := settings.get("final_logit_softcapping"):
-            writer.add_final_logit_softcapping(softcap)
+    def is_left_out(self, name: str) -> bool:
+        """Returns whether a tensor of the checkpoint belongs to a tower, or to layers that predict further tokens."""
+        layer = re.match(r"model\.layers\.(\d+)\.", decoder_name(name))
+        if layer:
+            return int(layer.group(1)) >= self.layers
+        return self.image_text and not re.match(
+            r"(model|lm_head)\.(?!vision|multi_modal|visual|mtp)", decoder_name(name)
+        )
 
     def gguf_name(self, name: str) -> str | None:
         """Returns a tensor's name in GGUF; None for a tensor that llama.cpp does not store.
@@ -146,9 +176,13 @@ class Layout:
         Raises:
             ExportError: llama.cpp has no such tensor.
         """
+        name = decoder_name(name)
         if name.endswith("rotary_emb.inv_freq") or (self.tied and name == "lm_head.weight"):
             return None
-        renamed = self._names.get_name(name, try_suffixes=(".weight", ".bias"))
+        known = re.sub(r"e_score_correction_bias$", "e_score_correction.bias", name)
+        known = re.sub(r"self_attn\.sinks$", "self_attn.sinks.weight", known)
+        known = re.sub(r"shared_mlp\.output_linear", "mlp.down_proj", known)
+        renamed = self._names.get_name(known, try_suffixes=(".weight", ".bias"))
         if renamed is None:
             raise ExportError(
                 f"llama.cpp's {self.architecture.arch.name.lower()} has no place for {name}: "
@@ -156,7 +190,7 @@ class Layout:
             )
         return renamed
 
-    def permute_rows(self, name: str, rows: Tensor) -> Tensor:
+    def converted(self, name: str, rows: Tensor) -> Tensor:
         """Returns a whole tensor in llama.cpp's row order, and norm weights with their shift added.
 
         Args:
@@ -165,6 +199,8 @@ class Layout:
         """
         if self.architecture.norm_shift and re.search(r"norm\.weight$", name):
             return rows.float() + self.architecture.norm_shift
+        if name.endswith("conv.conv.weight"):
+            return rows.squeeze(1)
         heads = {"q_proj": self.heads, "k_proj": self.kv_heads}.get(name.split(".")[-2])
         if self.architecture.interleaved_rope and heads:
             half = rows.shape[0] // heads // 2

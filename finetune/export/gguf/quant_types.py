@@ -41,12 +41,17 @@ QUANT_MIXES = {
     "q4_0": QuantMix(LlamaFileType.MOSTLY_Q4_0, QuantType.Q4_0, None, QuantType.Q6_K),
 }
 
+HALVES = (QuantType.F16, QuantType.BF16)
+
+UNQUANTIZED = ("_norm.", "ffn_gate_inp.", "shortconv.conv.")
+"""Norms, routers and short convolutions."""
+
 FALLBACKS = {QuantType.Q4_K: QuantType.Q5_0, QuantType.Q5_K: QuantType.Q5_1, QuantType.Q6_K: QuantType.Q8_0}
 """Types with blocks of 32 and more bits, for rows whose length is not a multiple of 256."""
 
 
 def tensor_type(
-    name: str, shape: tuple[int, ...], *, mix: QuantMix, layers: int, tied: bool, grouped: bool
+    name: str, shape: tuple[int, ...], *, mix: QuantMix, layers: int, tied: bool, grouped: bool, experts: int = 0
 ) -> tuple[QuantType, bool]:
     """Returns the type of one tensor, and whether its shape forced another type than the mix's.
 
@@ -57,24 +62,32 @@ def tensor_type(
         layers: Number of layers of the model.
         tied: Whether the embedding is the output matrix too.
         grouped: Whether several query heads share a key and a value head.
+        experts: Number of experts of a layer; 0 for a dense model.
     """
-    if len(shape) < 2 or not name.endswith("weight") or "_norm." in name:
+    if len(shape) < 2 or not name.endswith("weight") or any(part in name for part in UNQUANTIZED):
         return QuantType.F32, False
     if name == "output.weight" or (tied and name == "token_embd.weight"):
         wanted = mix.head
     else:
-        wanted = _inner_type(name, mix=mix, layers=layers, grouped=grouped)
+        wanted = _inner_type(name, mix=mix, layers=layers, grouped=grouped, experts=experts)
     candidates = (wanted, FALLBACKS.get(wanted, wanted), QuantType.F16)
     chosen = next(candidate for candidate in candidates if shape[-1] % GGML_QUANT_SIZES[candidate][0] == 0)
     return chosen, chosen != wanted
 
 
-def _inner_type(name: str, *, mix: QuantMix, layers: int, grouped: bool) -> QuantType:
-    """Gives more bits to the first and last eighth of the layers and to every third layer between (the K mixes)."""
+def _inner_type(name: str, *, mix: QuantMix, layers: int, grouped: bool, experts: int) -> QuantType:
+    """Gives more bits to the first and last eighth of the layers and to every third layer between (the K mixes).
+
+    With eight experts the attention is a small part of the model, and gets more bits.
+    """
+    if experts == 8 and mix.type not in HALVES and ("attn_v." in name or "attn_k." in name):
+        return QuantType.Q8_0
+    if experts == 8 and mix.type == QuantType.Q4_K and "attn_output." in name:
+        return QuantType.Q5_K
     layer = int(match.group(1)) if (match := re.match(r"blk\.(\d+)\.", name)) else 0
     important = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
     values = "attn_v." in name or "attn_qkv." in name
-    if mix.better and important and (values or "ffn_down." in name):
+    if mix.better and important and (values or "ffn_down" in name):
         return mix.better
     if values and layers == 80 and grouped and mix.type == QuantType.Q4_K:
         return QuantType.Q5_K  # the 70B models: eight query heads share each value head

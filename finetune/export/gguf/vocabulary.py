@@ -52,17 +52,7 @@ def write_vocabulary(writer: GGUFWriter, chat: Chat, *, rows: int) -> list[str]:
     Raises:
         ExportError: llama.cpp has no tokenizer that works like this one.
     """
-    tokenizer = chat.tokenizer
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise ExportError(
-            f"GGUF export reads tokenizer.json, and {type(tokenizer).__name__} has none: save it as a fast tokenizer"
-        )
-    parts = json.loads(backend.to_str())
-    if parts["model"]["type"] != "BPE":
-        raise ExportError(
-            f"GGUF export knows BPE tokenizers, byte-level or SentencePiece; this one is {parts['model']['type']}"
-        )
+    tokenizer, parts = chat.tokenizer, check_tokenizer(chat.tokenizer)
     merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in parts["model"]["merges"]]
     tokens, types = _tokens(parts, rows=rows)
     differences = []
@@ -81,6 +71,27 @@ def write_vocabulary(writer: GGUFWriter, chat: Chat, *, rows: int) -> list[str]:
     if forms:
         differences.append(f"the tokenizer normalizes text to Unicode form {forms[0]} and llama.cpp does not")
     return differences
+
+
+def check_tokenizer(tokenizer: Any) -> dict[str, Any]:
+    """Returns the parts of a tokenizer that llama.cpp has too.
+
+    Raises:
+        ExportError: llama.cpp has no tokenizer that works like this one.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ExportError(
+            f"GGUF export reads tokenizer.json, and {type(tokenizer).__name__} has none: save it as a fast tokenizer"
+        )
+    parts: dict[str, Any] = json.loads(backend.to_str())
+    if parts["model"]["type"] != "BPE":
+        raise ExportError(
+            f"GGUF export knows BPE tokenizers, byte-level or SentencePiece; this one is {parts['model']['type']}"
+        )
+    if not parts["model"].get("byte_fallback"):
+        _pretokenizer(parts)
+    return parts
 
 
 def _tokens(parts: dict[str, Any], *, rows: int) -> tuple[list[str], list[TokenType]]:
