@@ -6,7 +6,6 @@
     python -m benchmarks.measure_plan FILE           memory of real trainings on this machine's CPU
     python -m benchmarks.measure_skip_modules TEXT           layers in full precision against uniform NF4
     python -m benchmarks.quantization_layers TEXT    rounding errors, code books and outliers inside the layers
-    python -m benchmarks.serve_load URL              a server with many clients, each of which checks its answers
     python -m benchmarks.merge                       merging a large checkpoint against cp and peft
     python -m benchmarks.walk experiment=NAME        a recipe's whole line at full size under a memory cap
 """

@@ -34,6 +34,7 @@ from finetune.train.config import AUTO
 ROOT = Path(__file__).parents[1]
 GIB = 1024**3
 STEPS, TOKENS = 3, 256
+DIMENSIONS = "model.architecture."
 TRAINING_ROWS, HELDOUT_ROWS = 48, 4
 BYTES_PER_PARAMETER = 9
 """Disk at the worst moment: the base (2), its quantized copy (0.6), two merge candidates (4) or the merged model, its
@@ -51,6 +52,7 @@ class Walk:
         folder: Where to work; a folder is made in it.
         keep: Whether to leave base and run there.
         overrides: Further settings of finetune.
+        dimensions: Settings of the base's dimensions, e.g. ``model.architecture.layers=5``.
     """
 
     experiment: str
@@ -59,6 +61,7 @@ class Walk:
     folder: Path = Path(tempfile.gettempdir())
     keep: bool = False
     overrides: tuple[str, ...] = ()
+    dimensions: tuple[str, ...] = ()
 
 
 def read_walk(arguments: Sequence[str]) -> Walk:
@@ -74,7 +77,7 @@ def read_walk(arguments: Sequence[str]) -> Walk:
         "folder": Path,
         "keep": lambda text: {"true": True, "false": False}[text],
     }
-    own = {field.name for field in fields(Walk)} - {"overrides"}
+    own = {field.name for field in fields(Walk)} - {"overrides", "dimensions"}
     for argument in arguments:
         name, equals, value = argument.partition("=")
         if not equals:
@@ -92,7 +95,9 @@ def read_walk(arguments: Sequence[str]) -> Walk:
         raise ConfigError("benchmarks.walk: experiment=<name> is missing; the names are in conf/experiment")
     if settings.get("size", "full") not in ("full", "tiny"):
         raise ConfigError(f"benchmarks.walk: size must be full or tiny; got {settings['size']!r}")
-    return Walk(**settings, overrides=tuple(overrides))
+    dimensions = tuple(override for override in overrides if override.startswith(DIMENSIONS))
+    others = tuple(override for override in overrides if override not in dimensions)
+    return Walk(**settings, overrides=others, dimensions=dimensions)
 
 
 def walk(settings: Walk) -> dict[str, Any]:
@@ -103,9 +108,8 @@ def walk(settings: Walk) -> dict[str, Any]:
     """
     from benchmarks.walk_base import make_base
 
-    recipe = load([f"+experiment={settings.experiment}"])
-    if settings.folder:
-        Path(settings.folder).mkdir(parents=True, exist_ok=True)
+    recipe = load([f"+experiment={settings.experiment}", *settings.dimensions])
+    settings.folder.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f"walk-{settings.experiment}-", dir=settings.folder))
     try:
         if settings.size == "full" and recipe.model.architecture:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from finetune.cli.command import Command, Invocation, Option, count, names, one_of, positive_number, whole_number
+from finetune.cli.serve import RUN, find_target
 from finetune.errors import EXIT_OK, ConfigError
 
 QUICKSTART = "smollm2_135m"
@@ -43,6 +44,19 @@ def _start(invocation: Invocation) -> int:
     from finetune.bench.start import measure_start
 
     measure_start(repeats=invocation.options["repeats"])
+    return EXIT_OK
+
+
+def _serve(invocation: Invocation) -> int:
+    from finetune.bench.serve import compare_servers
+
+    options = invocation.options
+    compare_servers(
+        find_target(invocation),
+        clients=options["clients"],
+        seconds=options["seconds"],
+        max_tokens=options["max_tokens"],
+    )
     return EXIT_OK
 
 
@@ -160,6 +174,16 @@ BENCHMARKS = (
         "bench start", "time from the start of a process to its first step", _start, settings=(),
         options=(Option("repeats", "prepared starts; the fastest counts", "N", whole_number, 3),),
         example="finetune bench start",
+    ),
+    Command(
+        "bench serve", "a run's models under load, next to other servers", _serve, arguments=("[FOLDER|GGUF]",),
+        settings=RUN,
+        options=(
+            Option("clients", "clients at the same time", "N", whole_number, 50),
+            Option("seconds", "time under load for each server", "N", whole_number, 120),
+            Option("max-tokens", "length of an answer at most", "N", whole_number, 32),
+        ),
+        example="finetune bench serve run.name=first",
     ),
     Command(
         "bench quantization", "every way to store a base: error, size, loss, speed", _quantization, settings=(),

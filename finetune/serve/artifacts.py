@@ -180,12 +180,12 @@ def _open_transformers(
         facts = record_of["tokenizer"]
         chats.append(Chat(tokenizer=tokenizer, ends=facts["eos"]["ends_an_answer"], system=facts["system"]))
         if "merged" in wanted:
-            models.append(ServedModel(name=_name(artifacts, "merged", kinds), graph=loaded, adapter=None))
+            models.append(ServedModel(name=served_name(artifacts, "merged", kinds), graph=loaded, adapter=None))
             continue
         graph, record = loaded, record_of
         models += [
             ServedModel(
-                name=_name(artifacts, kind, kinds), graph=loaded, adapter="default" if kind == "adapter" else None
+                name=served_name(artifacts, kind, kinds), graph=loaded, adapter="default" if kind == "adapter" else None
             )
             for kind in ("adapter", "base")
             if kind in kinds
@@ -216,7 +216,7 @@ def _open_gguf(artifacts: Artifacts, *, alone: bool, config: ServeConfig) -> Eng
     )
 
 
-def _name(artifacts: Artifacts, kind: str, kinds: Sequence[str]) -> str:
+def served_name(artifacts: Artifacts, kind: str, kinds: Sequence[str]) -> str:
     """Returns what a request calls a model."""
     if kind == "adapter" or len(kinds) == 1:
         return artifacts.name if artifacts.name not in KINDS or kind == artifacts.name else kind
