@@ -1,4 +1,4 @@
-"""The report in a real browser: nothing is asked of the network, nothing overflows, and the contents lead to each part."""
+"""The report in a real browser: nothing is asked of the network or overflows, and the contents lead to each part."""
 
 import shutil
 from collections.abc import Iterator
