@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart test test-all check check-gpu install install-dev clean
+.PHONY: quickstart test test-all check check-gpu docs install install-dev clean
 
 quickstart: .venv/.run
 	$(BIN)/python -m finetune +experiment=quickstart run.if_exists=resume
@@ -26,6 +26,10 @@ check: .venv/.dev
 check-gpu: .venv/.dev
 	$(BIN)/python -m benchmarks.gpu
 
+# The manual, into site/. Pages that come from the code are written by scripts/docs_hooks.py while it is built.
+docs: .venv/.docs
+	$(BIN)/python -m mkdocs build --strict
+
 install: .venv/.run
 install-dev: .venv/.dev
 
@@ -40,5 +44,9 @@ install-dev: .venv/.dev
 	$(INSTALL) --no-compile --editable ".[dev]"
 	touch $@
 
+.venv/.docs: .venv/.run pyproject.toml
+	$(INSTALL) --no-compile --editable ".[docs]"
+	touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache

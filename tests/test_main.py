@@ -280,7 +280,13 @@ def test_existing_run_is_refused_with_2_and_left_alone(tmp_path: Path, capsys: p
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--cfg", "job", "+experiment=llama7b_qlora"], ["plan", "+experiment=llama7b_qlora"], ["--version"]]
+    "arguments",
+    [
+        ["--cfg", "job", "+experiment=llama7b_qlora"],
+        ["plan", "+experiment=llama7b_qlora"],
+        ["--version"],
+        ["config", "lora.rank"],
+    ],
 )
 def test_composing_and_planning_import_nothing_heavy(arguments: list[str]) -> None:
     code = (

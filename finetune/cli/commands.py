@@ -5,6 +5,7 @@ from __future__ import annotations
 from finetune.cli import look, proof, run
 from finetune.cli.bench import BENCHMARKS, choose_benchmark
 from finetune.cli.command import Command, Option
+from finetune.cli.config import CONFIG
 from finetune.cli.convert import CONVERT
 from finetune.cli.env import ENV
 from finetune.cli.init import INIT
@@ -84,6 +85,7 @@ COMMANDS = (
         options=(Option("json", "print JSON instead of tables"),),
         example="finetune diff first second --json",
     ),
+    CONFIG,
     CHAT,
     SERVE,
     VERIFY,

@@ -26,7 +26,7 @@ Examples
 Settings
   key=value is always a setting; +experiment=NAME sets many at once (--groups lists them).
   finetune --cfg job        every setting with its value, and --groups the options to choose from
-  finetune plan --explain KEY   who set it; docs/ and the docstrings in finetune/*/config.py say what each does
+  finetune config KEY       what a setting is and may be; finetune plan --explain KEY says who set it
 
 Flags of every command
   --help, --version, --groups, --config-dir FOLDER; Hydra's --cfg, --info, --multirun, --shell-completion, --hydra-help

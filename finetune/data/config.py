@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from finetune.data.check_config import CheckConfig
 from finetune.jsonable import to_jsonable
 from finetune.objectives import PREFERENCE, SUPERVISED, UNPAIRED, format_problem
 
@@ -46,48 +47,22 @@ class SourceConfig:
     """Name of a data set on the hub, e.g. ``timdettmers/openassistant-guanaco``."""
 
     revision: str | None = None
+    """Overrides ``data.revision`` for this source."""
+
     split: str | None = None
+    """Overrides ``data.split`` for this source."""
+
     format: str | None = None
     """Overrides ``data.format`` for this source."""
 
     columns: dict[str, str] = field(default_factory=dict)
+    """Overrides ``data.columns`` for this source."""
+
     weight: float | None = None
     """Share of the mix, relative to the other weights; rows are dropped until the shares are met."""
 
     rows: int | None = None
     """Exactly this many rows, drawn by the run's seed."""
-
-
-@dataclass(kw_only=True, slots=True)
-class CheckConfig:
-    """Thresholds above which a share of rows becomes a warning. 0 warns about any row, 1 never warns."""
-
-    near_duplicate_similarity: float
-    """Two rows are near duplicates when their token 5-grams have at least this Jaccard similarity."""
-
-    near_duplicate_share: float
-    """Warn above this share of near duplicates."""
-
-    overlap_share: float
-    """A training row leaks when this share of its token 13-grams occurs in held-out rows."""
-
-    overlap_rows_share: float
-    """Warn above this share of overlapping_documents training rows."""
-
-    smallest_trained_share: float
-    """Warn when the share of trained tokens is below this."""
-
-    largest_label_share: float
-    """Warn when one answer makes up more than this share of the rows and answers repeat as labels do."""
-
-    control_character_share: float
-    """Warn above this share of rows with control characters."""
-
-    secret_share: float
-    """Warn above this share of rows with likely keys or passwords."""
-
-    email_share: float
-    """Warn above this share of rows with e-mail addresses."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -101,7 +76,11 @@ class DataConfig:
     """Name of a data set on the hub, instead of ``path``."""
 
     revision: str | None = None
+    """Commit, branch or tag of a hub data set; None: the newest."""
+
     split: str = "train"
+    """Split of a hub data set to train on."""
+
     streaming: bool = False
     """Reads a hub data set while it downloads; with ``limit``, only its beginning is downloaded."""
 
@@ -186,6 +165,8 @@ class DataConfig:
     """Largest number of rows to read from each split."""
 
     checks: CheckConfig
+    """Thresholds of the warnings about the rows."""
+
     workers: int = 0
     """Number of processes; 0 uses one per core for large data sets and none for small ones."""
 

@@ -2,6 +2,7 @@
 
 from finetune.html import render
 from finetune.report.answers import answers
+from finetune.report.configuration import configuration_section
 from finetune.report.overview import overview
 from finetune.report.provenance_section import checks_section, environment_section
 from finetune.report.results import artifacts_section, merge_section, scores_section
@@ -31,4 +32,6 @@ def page(report: Fields, data: RunData) -> str:
         merge=merge_section(report),
         checks=checks_section(report),
         environment=environment_section(report, data),
+        configuration=configuration_section(data),
+        preview="data/preview.html" if (data.run / "data" / "preview.html").is_file() else "",
     )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import yaml
-
 from finetune.html import Table
 from finetune.html.format import MISSING, count, number, size
 from finetune.report.run_data import Fields, RunData
@@ -35,7 +33,7 @@ def _text(value: Any) -> str:
 
 
 def environment_section(report: Fields, data: RunData) -> Fields:
-    """Collects command, versions, machine and configuration."""
+    """Collects command, versions and machine."""
     environment = data.environment
     machine, python = environment.get("machine"), environment.get("python")
     hashes = {
@@ -56,7 +54,6 @@ def environment_section(report: Fields, data: RunData) -> Fields:
         "entries": [(name, value) for name, value in entries.items() if value],
         "code": frozenset({"Command", "Commit", *hashes}),
         "versions": Table(header=["Package", "Version"], rows=versions, text_columns=2),
-        "config": yaml.safe_dump(data.config, sort_keys=False, allow_unicode=True) if data.config else "",
     }
 
 

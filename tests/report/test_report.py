@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from finetune.errors import ConfigError, DataError
 from finetune.report import report
@@ -129,8 +130,36 @@ def test_status_of_the_caller_is_kept(run: Path) -> None:
 
 def test_html_asks_the_network_for_nothing(run: Path) -> None:
     html = report(run).html.read_text()
-    assert not re.search(r"""(src|href)\s*=|url\(|@import|<script|<link""", html)
+    assert not re.search(r"""src\s*=|url\(|@import|<script|<link""", html)
     assert "http" not in html
+
+
+def test_links_lead_to_parts_of_the_page_and_to_files_of_the_run(run: Path) -> None:
+    (run / "data" / "preview.html").touch()
+    html = report(run).html.read_text()
+    links = re.findall(r"""href="([^"]*)\"""", html)
+    parts = {link.removeprefix("#") for link in links if link.startswith("#")}
+    assert parts == set(re.findall(r'<section id="(\w+)"', html))
+    files = {link for link in links if not link.startswith("#")}
+    assert files == {"report.json", "data/preview.html", *(export["path"] for export in _read(run)["export"])}
+
+
+def test_contents_name_no_part_that_is_missing(run: Path) -> None:
+    shutil.rmtree(run / "merge")
+    html = report(run).html.read_text()
+    assert 'href="#merge"' not in html
+    assert 'href="#training"' in html
+
+
+def test_configuration_shows_what_differs_from_the_defaults(run: Path) -> None:
+    html = " ".join(report(run).html.read_text().split())
+    assert html.index('<section id="training">') < html.index('<section id="configuration">') < html.index('"scores"')
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["lora"] = {"rank": 17, "variant": "lora"}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    html = " ".join(report(run).html.read_text().split())
+    assert "<tr><td>lora.rank</td><td>17</td><td>16</td></tr>" in html
+    assert "<td>lora.variant</td>" not in html
 
 
 def test_text_of_a_run_cannot_become_markup(run: Path) -> None:
@@ -149,7 +178,8 @@ def test_text_of_a_run_cannot_become_markup(run: Path) -> None:
         "Memory and time",
         "Merge",
         "Exports",
-        "Use it",
+        "Use this model",
+        "Configuration",
         "Checked before training",
         "Decided automatically",
         "How to reproduce it",
