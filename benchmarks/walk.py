@@ -169,10 +169,14 @@ def overrides(recipe: RunConfig, settings: Walk, work: Path) -> list[str]:
 
 
 def exports(recipe: RunConfig) -> list[str]:
-    """Returns the exports of a walk: GGUF where its export knows the recipe's family."""
+    """Returns the exports of a walk: GGUF where its export knows the recipe's family.
+
+    llama.cpp's server reads the channels of gpt-oss out of its answers, and refuses those of random weights.
+    """
     from finetune.export.gguf.architecture import ARCHITECTURES
 
-    known = recipe.model.architecture is None or recipe.model.architecture.family in ARCHITECTURES
+    family = recipe.model.architecture.family if recipe.model.architecture else "llama"
+    known = family in ARCHITECTURES and family != "gpt_oss"
     return ["adapter", "safetensors", *(["gguf_q8_0"] if known else [])]
 
 

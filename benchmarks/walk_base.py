@@ -13,6 +13,7 @@ from finetune.errors import ModelError
 from finetune.parameters import parameters
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from finetune.config import RunConfig
@@ -96,21 +97,28 @@ def write_weights(model_config: Any, folder: Path, *, seed: int) -> int:
     files: dict[str, list[TensorHeader]] = {}
     for name, modules in zip(names, shards, strict=True):
         files[name] = [
-            TensorHeader(f"{prefix}.{key}", torch.bfloat16, tuple(parameter.shape))
+            TensorHeader(f"{prefix}.{key}", torch.bfloat16, tuple(tensor.shape))
             for prefix, module in modules
-            for key, parameter in module.named_parameters(recurse=False)
+            for key, tensor in stored_tensors(module)
         ]
         with ShardWriter(folder / name, files[name]) as writer:
             for _, module in modules:
                 module.to_empty(device="cpu", recurse=False)
                 model._init_weights(module)
-                for parameter in module.parameters(recurse=False):
-                    writer.write(parameter.detach())
+                for _, tensor in stored_tensors(module):
+                    writer.write(tensor.detach().to(torch.bfloat16))
                 module.to_empty(device="meta", recurse=False)
     write_index(folder, files)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
-    return sum(header.size // header.dtype.itemsize for headers in files.values() for header in headers)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def stored_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Returns a module's own parameters, and its buffers that a checkpoint has too."""
+    buffers = module.named_buffers(recurse=False)
+    stored = [(name, buffer) for name, buffer in buffers if name not in module._non_persistent_buffers_set]
+    return [*module.named_parameters(recurse=False), *stored]
 
 
 def _divide(model: Any) -> list[list[tuple[str, nn.Module]]]:
@@ -118,7 +126,7 @@ def _divide(model: Any) -> list[list[tuple[str, nn.Module]]]:
     shards: list[list[tuple[str, nn.Module]]] = [[]]
     size, seen = 0, set()
     for name, module in model.named_modules():
-        own = list(module.parameters(recurse=False))
+        own = [tensor for _, tensor in stored_tensors(module)]
         if not own or all(id(parameter) in seen for parameter in own):
             continue
         seen |= {id(parameter) for parameter in own}

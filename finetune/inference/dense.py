@@ -87,20 +87,20 @@ def describe(placed: WeightPlacement) -> str:
 
 def cost_of(config: Any, *, dtype: torch.dtype) -> InferenceCost:
     """Returns what inference with a model needs besides the weights, from transformers' config."""
-    text = config.get_text_config()
-    hidden, heads = text.hidden_size, text.num_attention_heads
+    text: dict[str, Any] = config.get_text_config().to_dict()  # where layers differ, a config has no attribute for all
+    hidden, heads = text["hidden_size"], text["num_attention_heads"]
     dimensions = ArchitectureConfig(
-        family=text.model_type,
+        family=text["model_type"],
         hidden_size=hidden,
-        intermediate_size=getattr(text, "intermediate_size", None) or 4 * hidden,
-        layers=text.num_hidden_layers,
+        intermediate_size=text.get("intermediate_size") or 4 * hidden,
+        layers=text["num_hidden_layers"],
         heads=heads,
-        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or hidden // heads,
-        vocab_size=text.vocab_size,
+        kv_heads=text.get("num_key_value_heads") or heads,
+        head_dim=text.get("head_dim") or hidden // heads,
+        vocab_size=text["vocab_size"],
         tied_embeddings=False,
-        max_positions=getattr(text, "max_position_embeddings", 1),
-        active_experts=getattr(text, "num_experts_per_tok", None) or 0,
+        max_positions=text.get("max_position_embeddings", 1),
+        active_experts=text.get("num_experts_per_tok") or 0,
     )
     return InferenceCost.of(dimensions, element_bytes=dtype.itemsize)
 
