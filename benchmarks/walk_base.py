@@ -90,6 +90,7 @@ def write_weights(model_config: Any, folder: Path, *, seed: int) -> int:
     torch.manual_seed(seed)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config, dtype=torch.bfloat16)
+    count = sum(parameter.numel() for parameter in model.parameters())
     shards = _divide(model)
     names = [SINGLE] if len(shards) == 1 else [
         f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)
@@ -111,7 +112,7 @@ def write_weights(model_config: Any, folder: Path, *, seed: int) -> int:
     write_index(folder, files)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
-    return sum(parameter.numel() for parameter in model.parameters())
+    return count
 
 
 def stored_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
