@@ -77,7 +77,9 @@ def assert_the_rows_have_the_template_of(recipe: RunConfig, run: Path, base: Pat
     """The one that the recipe names, or its model option for a base without one; else the tokenizer's own."""
     rendered = json.loads((run / "data" / "rendering.json").read_text(encoding="utf-8"))["template"]
     name = recipe.data.template or recipe.model.template
-    assert rendered == (read_template(name) if name else tokenizer_template(base))
+    settings = re.match(r"({%- set enable_thinking = \w+ %}\n)?", rendered)  # written in front by data.thinking
+    assert settings
+    assert rendered[settings.end() :] == (read_template(name) if name else tokenizer_template(base))
 
 
 def adapted_layers(adapter: Path) -> set[str]:
