@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,14 @@ def commands(page: Path) -> Iterator[list[str]]:
                 yield shlex.split(part, comments=True)[1:]
 
 
+@cache
+def compose_once(overrides: tuple[str, ...]) -> None:
+    """Composes and checks settings; a model takes the place of the one that a saved run or an experiment would give."""
+    if any(not word.startswith(("run.name=", "run.root=")) for word in overrides):
+        chosen = {"model", "model.name", "+experiment"} & {word.partition("=")[0] for word in overrides}
+        load([*overrides, *([] if chosen else ["model.name=org/model"])])
+
+
 COMMANDS = [(page, words) for page in PAGES for words in commands(page)]
 
 
@@ -114,9 +123,7 @@ def test_commands_of_a_page_exist_and_their_settings_compose(page: Path, monkeyp
             continue
         invocation = parse(command, rest)
         if command.settings is None and "--multirun" not in invocation.hydra_flags:
-            overrides = [word for word in invocation.overrides if word not in OWN_EXPERIMENTS]
-            chosen = {"model", "model.name", "+experiment"} & {word.partition("=")[0] for word in overrides}
-            load([*overrides, *([] if chosen else ["model.name=org/model"])])
+            compose_once(tuple(word for word in invocation.overrides if word not in OWN_EXPERIMENTS))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -38,5 +38,6 @@ def test_report_in_a_browser(run: Path, browser: Any, width: int, scheme: str) -
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.getAttribute('href')") == "#use"
     page.click("nav a[href='#exports']")
-    assert 0 <= page.evaluate("document.getElementById('exports').getBoundingClientRect().top") < 900
+    top = page.evaluate("document.getElementById('exports').getBoundingClientRect().top")
+    assert -1 < top < 900  # scrolling stops at whole pixels
     context.close()
