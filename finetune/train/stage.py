@@ -99,7 +99,8 @@ def _train(job: TrainingJob, *, folder: Path, trackers: Trackers, ranks: Ranks) 
     progress, patience = start.progress.copy() if start else TrainingProgress(), job.config.patience
     progress.stopped_early = progress.stopped_early and patience is not None and progress.waited >= patience
     if ranks.is_main:
-        rewind(folder / "metrics.jsonl", step=resumed_from)
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            rewind(folder / name, step=resumed_from)
     placement = job.trainable.spec.placement
     ranks.init_process_group(placement.device)
     if ranks.shards:
