@@ -97,7 +97,7 @@ def sample(
     return [samples[index] for index in range(len(prompts))]
 
 
-class SeededChoice(LogitsProcessor):  # type: ignore[misc]
+class SeededChoice(LogitsProcessor):
     """Chooses the next token of each row with the row's own noise, and records what it chose.
 
     Args:

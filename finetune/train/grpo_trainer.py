@@ -109,10 +109,11 @@ class GRPOTrainer(Trainer):
 
     def micro_batches(self, completions: Sequence[Completion], batches: Sequence[dict[str, Any]]) -> list[Any]:
         """Divides the answers as their prompts were; a batch without rows stays as it is."""
+        collator: Any = self.data_collator
         answers, made = iter(completions), []
         for batch in batches:
             part = list(islice(answers, len(batch.get("prompts", []))))
-            made.append(self.data_collator.collate.answers(part) if part else batch)
+            made.append(collator.collate.answers(part) if part else batch)
         return made
 
     def step_size(self, completions: Sequence[Completion]) -> int:
@@ -186,7 +187,8 @@ class GRPOTrainer(Trainer):
                 batch_rows=self.progress.sampling_rows or self.grpo.batch_rows,
                 ends=self.ends,
             )
-        texts = [self.job.trainable.tokenizer.decode(answer.tokens, skip_special_tokens=True) for answer in answers]
+        decode = self.job.trainable.tokenizer.decode
+        texts = [str(decode(answer.tokens, skip_special_tokens=True)) for answer in answers]
         scores = self.rewards.score(texts, share, tokens=[len(answer.tokens) + answer.stopped for answer in answers])
         facts = [
             {
