@@ -119,10 +119,12 @@ def _check_results(start: Start) -> list[str]:
     config = start.config
     for adapter in config.merge.adapters if start.is_plan or start.runs("merge") else ():
         check_adapter(Path(adapter).expanduser(), setting="merge.adapters")
-    if start.runs("eval") and config.eval.rows:
+    metrics = config.eval.metrics if start.runs("eval") and config.eval.rows else []
+    rewards = config.train.grpo.rewards if start.runs("train") else {}
+    if metrics or rewards:
         from finetune.eval.metrics import check_metrics  # reads data sets, which takes seconds to import
 
-        check_metrics(config.eval.metrics)
+        check_metrics([*metrics, *rewards])
     if start.runs("export"):
         check_packages(config.export)
     return []

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import DataError, FinetuneError, ModelError
 from finetune.files import first_error_line
+from finetune.prompt_problems import prompt_problems
 from finetune.run import STAGES
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def check_compatibility(
     problems = [
         *target_problems(model, config.lora.targets),
         *length_problems(data, positions=_positions(model)),
+        *prompt_problems(config, data, positions=_positions(model)),
         *token_problems(data, tokenizer, rows=model.get_input_embeddings().weight.shape[0]),
     ]
     if config.lora.tokens:

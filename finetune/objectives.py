@@ -12,14 +12,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-SUPERVISED, PREFERENCE, UNPAIRED = "supervised", "preference", "unpaired"
+SUPERVISED, PREFERENCE, UNPAIRED, PROMPT = "supervised", "preference", "unpaired", "prompt"
 
-FORMATS_OF_ROWS = {PREFERENCE: ("preference",), UNPAIRED: ("unpaired", "preference")}
-"""The row formats that each ``data.objective`` can use; ``supervised`` reads all. A pair is two labelled answers."""
+FORMATS_OF_ROWS = {
+    PREFERENCE: ("preference",),
+    UNPAIRED: ("unpaired", "preference"),
+    PROMPT: ("prompt", "prompt_completion", "alpaca", "messages", "sharegpt", "guanaco"),
+}
+"""The row formats that each ``data.objective`` can use; ``supervised`` reads all but ``prompt``. A pair is two labelled
+answers; the last answer of a conversation is the reference of its prompt."""
 
 EXAMPLES = {
     PREFERENCE: '{"prompt", "chosen", "rejected"}, data=preference',
     UNPAIRED: '{"prompt", "completion", "label": true or false}, data=unpaired',
+    PROMPT: '{"prompt", "reference"}, perhaps with "tests", data=prompts',
 }
 """A row of each, and the option that reads it."""
 
@@ -30,7 +36,8 @@ class Objective:
 
     Attributes:
         rows: ``data.objective``: the prepared rows that it trains on.
-        unit: What the loss of a step is averaged over: ``token``, ``pair`` or ``answer``.
+        unit: What the loss of a step is averaged over: ``token``, ``pair``, ``answer`` or ``completion``, an answer
+            that the model samples itself.
         reference: Whether it compares the model with itself without the adapter.
         per_token: Whether it compares means over an answer's tokens instead of their sums.
         extra_passes: Forward passes over each row without a gradient.
@@ -52,6 +59,11 @@ class Objective:
     def pairs(self) -> bool:
         """Returns whether a row is a chosen and a rejected answer."""
         return self.unit == "pair"
+
+    @property
+    def samples(self) -> bool:
+        """Returns whether it trains on answers that the model samples from prompts."""
+        return self.unit == "completion"
 
     @property
     def compares(self) -> bool:
@@ -83,6 +95,7 @@ OBJECTIVES = {
         losses=("kto", "apo_zero"),
         settings=("beta", "loss", "desirable_weight", "undesirable_weight"),
     ),
+    "grpo": Objective(rows=PROMPT, unit="completion", reference=True, extra_passes=1, shardable=False),
 }
 
 
@@ -112,8 +125,18 @@ def format_problem(rows: str, name: str, *, where: str) -> str | None:
         name: The format, not ``auto``.
         where: What has that format.
     """
+    if rows == SUPERVISED and name == PROMPT:
+        return (
+            f"data.objective={rows}: {where} has the format prompt, whose rows may be without an answer; set "
+            "data.objective=prompt train=grpo, or data.format=prompt_completion with a column of answers"
+        )
     if name in FORMATS_OF_ROWS.get(rows, (name,)):
         return None
+    if rows == PROMPT:
+        return (
+            f"data.objective={rows}: {where} has the format {name}, whose rows have no prompt with one reference; use "
+            f"rows like {EXAMPLES[rows]}, or set data.objective={SUPERVISED} train=default"
+        )
     remedy = f"use rows like {EXAMPLES[rows]}, or set data.objective={SUPERVISED} train=default"
     if name == UNPAIRED:
         fitting = " or ".join(f"train={other}" for other, item in OBJECTIVES.items() if item.rows == UNPAIRED)

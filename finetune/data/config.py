@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune.data.check_config import CheckConfig
 from finetune.jsonable import to_jsonable
-from finetune.objectives import PREFERENCE, SUPERVISED, UNPAIRED, format_problem
+from finetune.objectives import PREFERENCE, PROMPT, SUPERVISED, UNPAIRED, format_problem
 
 FORMATS = (
     "auto",
@@ -20,6 +20,7 @@ FORMATS = (
     "text",
     "preference",
     "unpaired",
+    "prompt",
 )
 TOO_LONG = ("drop", "truncate_prompt", "truncate", "split", "error")
 BAD_ROWS = ("error", "drop")
@@ -28,7 +29,7 @@ ROLES = ("system", "user", "assistant", "tool")
 TEXT_UNITS = ("line", "paragraph", "file")
 CONTROL_TOKENS = ("text", "control")
 TOOLS = ("template", "text")
-OBJECTIVES = (SUPERVISED, PREFERENCE, UNPAIRED)
+OBJECTIVES = (SUPERVISED, PREFERENCE, UNPAIRED, PROMPT)
 THINKING = ("auto", "train", "drop", "off")
 TEMPLATE_DATE = "2024-07-26"
 """The date that the template of Llama 3.1 writes where it is given none."""
@@ -159,7 +160,7 @@ class DataConfig:
 
     objective: str = "supervised"
     """``supervised`` trains on the chosen and desirable answers; ``preference`` writes pairs; ``unpaired`` writes
-    single answers with a label, and takes pairs apart into a desirable and an undesirable one."""
+    single answers with a label, and takes pairs apart; ``prompt`` writes prompts with their reference and tests."""
 
     limit: int | None = None
     """Largest number of rows to read from each split."""

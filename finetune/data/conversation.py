@@ -34,6 +34,7 @@ class Conversation:
         rejected: The worse answer, for preference objectives.
         desirable: For unpaired preference: whether the answer is a good one.
         tests: For code: the tests that judge the answer; for the evaluation only, the model never sees them.
+        needs_answer: Whether an empty last turn is an error; a prompt may be without a reference.
     """
 
     messages: list[Message]
@@ -43,6 +44,7 @@ class Conversation:
     rejected: Message | None = None
     desirable: bool | None = None
     tests: Any = None
+    needs_answer: bool = True
 
     @property
     def answer(self) -> str:
@@ -96,7 +98,7 @@ def check(conversation: Conversation, train_roles: frozenset[str]) -> None:
     if before != "assistant":
         raise BadRow("the last turn is not the assistant's, so there is no answer", f"it is the {before}'s")
     last = messages[-1]
-    if not last["content"].strip() and not last.get("tool_calls"):
+    if conversation.needs_answer and not last["content"].strip() and not last.get("tool_calls"):
         raise BadRow("the answer is empty")
     if not any(trained_turns(conversation, train_roles)):
         raise BadRow("no turn is trained on", f"roles {', '.join(m['role'] for m in messages)}")

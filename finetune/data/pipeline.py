@@ -28,7 +28,7 @@ from finetune.data.store import TokenStore
 from finetune.data.worker import CHOSEN, REJECTED, WorkerSettings
 from finetune.data.write import write_heldout, write_train
 from finetune.errors import DataError
-from finetune.objectives import SUPERVISED, UNPAIRED, format_problem
+from finetune.objectives import PROMPT, SUPERVISED, UNPAIRED, format_problem
 from finetune.products import UNDESIRABLE_HELDOUT, PreparedData
 from finetune.run import write_json
 
@@ -186,7 +186,8 @@ def _first_pieces(store: TokenStore, documents: np.ndarray) -> np.ndarray:
 
 def _packs(config: DataConfig, store: TokenStore, documents: np.ndarray, *, seed: int) -> Packs:
     if config.packing and config.objective != SUPERVISED:
-        log("data", f"not packed, because data.objective={config.objective} is for comparing complete answers")
+        reason = "is for comparing complete answers" if config.objective != PROMPT else "prepares one prompt a row"
+        log("data", f"not packed, because data.objective={config.objective} {reason}")
     elif config.packing:
         capacity = config.pack_tokens or config.max_tokens
         generator = np.random.default_rng(seed)
@@ -195,6 +196,7 @@ def _packs(config: DataConfig, store: TokenStore, documents: np.ndarray, *, seed
 
 
 def _references(config: DataConfig, sources: list[Source]) -> frozenset[int]:
-    """Returns the sources whose answers are kept as text, because some of their rows may be held out."""
+    """Returns the sources whose answers are kept as text: some rows may be held out, or rewards compare with them."""
     splits = not config.heldout_path and (config.heldout_share > 0 or config.heldout_rows is not None)
-    return frozenset(number for number, source in enumerate(sources) if source.heldout or splits)
+    every = splits or config.objective == PROMPT
+    return frozenset(number for number, source in enumerate(sources) if source.heldout or every)

@@ -11,7 +11,7 @@ import pyarrow
 from finetune.data.pack import Packs
 from finetune.data.store import TokenStore
 from finetune.data.worker import REJECTED
-from finetune.objectives import PREFERENCE, SUPERVISED, UNPAIRED
+from finetune.objectives import PREFERENCE, PROMPT, SUPERVISED, UNPAIRED
 
 BATCH_ROWS = 256
 LIST = "list"
@@ -23,12 +23,16 @@ MORE_FIELDS: dict[str, dict[str, str]] = {
     SUPERVISED: {},
     PREFERENCE: PREFERENCE_FIELDS,
     UNPAIRED: {"desirable": "int32"},
+    PROMPT: {},
 }
 """Additional fields of each ``data.objective``."""
 
 
 def write_train(folder: Path, store: TokenStore, packs: Packs, *, objective: str, fingerprint: str) -> None:
-    """Writes packed rows: ``FIELDS``, and those of ``data.objective``."""
+    """Writes packed rows: ``FIELDS``, and those of ``data.objective``. Prompts are written as held-out rows are."""
+    if objective == PROMPT:
+        _write_with_prompts(folder, store, packs.documents, objective=objective, fingerprint=f"{fingerprint}-train")
+        return
     fields = FIELDS | MORE_FIELDS[objective]
     _write(folder, fields, _train_batches(store, packs, objective=objective), fingerprint=f"{fingerprint}-train")
 
@@ -85,12 +89,18 @@ def _rejected(store: TokenStore) -> dict[int, int]:
 
 def write_heldout(folder: Path, store: TokenStore, documents: np.ndarray, *, objective: str, fingerprint: str) -> None:
     """Writes held-out rows: never packed, with the prompt as tokens and as a chat, and the expected answer."""
+    _write_with_prompts(folder, store, documents, objective=objective, fingerprint=f"{fingerprint}-heldout")
+
+
+def _write_with_prompts(
+    folder: Path, store: TokenStore, documents: np.ndarray, *, objective: str, fingerprint: str
+) -> None:
     fields = FIELDS | {"prompt_ids": LIST, "reference": "string", "row": "int32", "chat": "string"}
     if store.tests:
         fields["tests"] = "string"
     fields |= MORE_FIELDS[objective]
     batches = _heldout_batches(store, documents, objective=objective)
-    _write(folder, fields, batches, fingerprint=f"{fingerprint}-heldout")
+    _write(folder, fields, batches, fingerprint=fingerprint)
 
 
 def _heldout_batches(store: TokenStore, documents: np.ndarray, *, objective: str) -> Iterator[dict[str, Any]]:

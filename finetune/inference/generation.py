@@ -130,7 +130,23 @@ def _pad_token(tokenizer: Any, ends: list[int]) -> int:
 
 
 def _batch(model: Any, prompts: Sequence[Sequence[int]], *, ends: list[int], pad: int, limit: int) -> list[Answer]:
-    from transformers import GenerationConfig
+    return [_answer(row, ends) for row in generate_tokens(model, prompts, ends=ends, pad=pad, limit=limit)]
+
+
+def generate_tokens(
+    model: Any, prompts: Sequence[Sequence[int]], *, ends: list[int], pad: int, limit: int, choice: Any = None
+) -> list[list[int]]:
+    """Returns the new tokens of one batch, greedy, or chosen by a logits processor that leaves one token.
+
+    Args:
+        model: Without a peft wrapper.
+        prompts: Padded on the left.
+        ends: Tokens that end an answer; ``pad`` follows them.
+        pad: Token id for padding.
+        limit: Longest answer.
+        choice: A `transformers.LogitsProcessor`; None for greedy answers.
+    """
+    from transformers import GenerationConfig, LogitsProcessorList
 
     device = input_device(model)
     longest = max(len(prompt) for prompt in prompts)
@@ -155,8 +171,14 @@ def _batch(model: Any, prompts: Sequence[Sequence[int]], *, ends: list[int], pad
         pad_token_id=pad,
         use_cache=True,
     )
-    sequences = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=greedy)
-    return [_answer(row, ends) for row in sequences[:, longest:].tolist()]
+    sequences = model.generate(
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        generation_config=greedy,
+        logits_processor=LogitsProcessorList([choice] if choice else []),
+    )
+    new_tokens: list[list[int]] = sequences[:, longest:].tolist()
+    return new_tokens
 
 
 def _answer(tokens: list[int], ends: list[int]) -> Answer:

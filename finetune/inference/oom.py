@@ -23,6 +23,7 @@ class Halvings:
     """Counts how often the batches of a stage were halved."""
 
     stage: str
+    remedy: str
     count: int = 0
 
 
@@ -30,13 +31,14 @@ _active: ContextVar[Halvings | None] = ContextVar("halvings", default=None)
 
 
 @contextmanager
-def halve_batches(stage: str) -> Iterator[Halvings]:
+def halve_batches(stage: str, *, remedy: str = "lower data.max_tokens or eval.max_new_tokens") -> Iterator[Halvings]:
     """Lets `in_halves` halve batches, and counts it. Outside, errors pass: training has a retry of its own.
 
     Args:
         stage: Title of the log lines.
+        remedy: What to change where one row does not fit.
     """
-    halvings = Halvings(stage)
+    halvings = Halvings(stage, remedy)
     token = _active.set(halvings)
     try:
         yield halvings
@@ -69,8 +71,8 @@ def in_halves(batches: Iterable[list[int]], compute: Callable[[list[int]], Resul
             continue
         if len(batch) == 1:
             raise HardwareError(
-                f"{halvings.stage}: memory runs out with one row at a time ({problem}); lower data.max_tokens or "
-                "eval.max_new_tokens, or free some memory"
+                f"{halvings.stage}: memory runs out with one row at a time ({problem}); "
+                f"{halvings.remedy}, or free some memory"
             )
         free_memory()
         halvings.count += 1

@@ -19,6 +19,7 @@ TOKEN_BYTES = 4
 tokenizer page."""
 
 UNKNOWN = "unknown until the first step"
+UNKNOWN_SAMPLING = "unknown until the first step: answers are sampled, whose length decides the time"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,8 @@ def duration(config: RunConfig, inputs: PlanInputs, machine: Machine, *, runs: P
         machine: This machine, or a named one.
         runs: Folder of earlier runs on this machine; None where the machine is only named.
     """
+    if inputs.sampled_rows:
+        return Duration(source=UNKNOWN_SAMPLING)
     earlier = earlier_runs(inputs, machine, runs) if runs else []
     if earlier:
         operations = statistics.median(run.operations_per_second for run in earlier)

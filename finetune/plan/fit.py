@@ -117,7 +117,7 @@ def overrides(before: PlanInputs, after: PlanInputs) -> str:
     """Returns the overrides that change one configuration into the other."""
     words = [f"train.micro_batch={after.rows}", f"train.checkpointing={checkpointing(after)}"]
     if after.tokens != before.tokens:
-        words.append(f"data.max_tokens={after.tokens} data.pack_tokens=null")
+        words.append(f"data.max_tokens={after.tokens - after.sampled_tokens} data.pack_tokens=null")
     if (after.method, after.double) != (before.method, before.double):
         words.append("quantization=nf4_double")
     if after.optimizer != before.optimizer:
@@ -227,7 +227,7 @@ def _longest(best: Candidate, machine: Machine) -> str:
         tokens *= 2
     if tokens == best.inputs.tokens:
         return "longer rows do not fit"
-    return f"with train.micro_batch=1 data.max_tokens={tokens} would fit too"
+    return f"with train.micro_batch=1 data.max_tokens={tokens - best.inputs.sampled_tokens} would fit too"
 
 
 def _too_large(inputs: PlanInputs, tried: list[Candidate], best: Candidate) -> list[str]:

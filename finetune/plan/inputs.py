@@ -125,6 +125,8 @@ class PlanInputs:
         offload: Whether host memory holds the shards.
         accumulates: Whether gradients of earlier micro-batches are alive while a later one is computed.
         device: ``cuda`` or ``cpu``.
+        sampled_rows: Answers in one batch that training samples; 0 where it samples none.
+        sampled_tokens: Longest of these answers.
         answers: Rows that the eval stage generates answers for.
         answer_rows: Its batch size; 0 where the free memory decides.
         answer_tokens: Longest answer.
@@ -166,6 +168,8 @@ class PlanInputs:
     offload: bool = False
     accumulates: bool = True
     device: str = "cuda"
+    sampled_rows: int = 0
+    sampled_tokens: int = 0
     answers: int = 0
     answer_rows: int = 0
     answer_tokens: int = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from finetune.errors import HardwareError
 from finetune.inference.budget import (
+    FLOAT,
     LONGEST_READ_SECONDS,
     FreeMemory,
     InferenceCost,
@@ -17,6 +18,9 @@ from finetune.plan.inputs import PlanInputs
 AFTER_TRAINING = ("eval", "merge")
 """Stages that measure dense models. They adapt to the memory that there is, so they do not decide whether training
 fits."""
+
+SAMPLER_COPIES = 4
+"""Tensors of the logits' size in `finetune.inference.sampling.SeededChoice`."""
 
 UNKNOWN_BYTES = 2**50
 """Stands for the memory of a device that is not known."""
@@ -57,6 +61,20 @@ def terms(inputs: PlanInputs, stage: str, placed: WeightPlacement | None) -> dic
         "weights": float(min(dense_bytes(inputs), limit)),
         "cache": float(cache),
         "activations": float(placed.working_bytes - cache),
+    }
+
+
+def sampling_terms(inputs: PlanInputs) -> dict[str, float]:
+    """Returns what sampling one batch of answers adds in training: keys and values, and one token of all rows.
+
+    The sampler has a row's logits four times in float32: scaled, their noise, the sum, and the one that is left.
+    """
+    cost, rows = cost_of(inputs), inputs.sampled_rows
+    prompt = max(1, inputs.tokens - inputs.sampled_tokens)
+    logits = rows * (cost.row_bytes + SAMPLER_COPIES * FLOAT * inputs.architecture.vocab_size)
+    return {
+        "cache": float(rows * inputs.tokens * cost.cache_token_bytes),
+        "activations": float(rows * cost.pass_bytes(prompt) + logits),
     }
 
 

@@ -61,9 +61,12 @@ def device_phases(inputs: PlanInputs, *, memory: int = 0, host: int = 0) -> dict
         "load": _load(inputs, base),
         "first_step": {**trained, **step, "first weights": resident["adapter"] if inputs.device == "cpu" else 0},
         "step": {**trained, **states, **step},
+        "sample": {**trained, **states, **later.sampling_terms(inputs)},
         "save": {**trained, **states},
         **{phase: _later(inputs, phase, memory=memory, host=host) for phase in AFTER_TRAINING},
     }
+    if not inputs.sampled_rows:
+        del phases["sample"]
     return {phase: {name: size for name, size in terms.items() if size > 0} for phase, terms in phases.items()}
 
 

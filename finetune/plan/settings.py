@@ -58,7 +58,8 @@ def from_config(config: RunConfig, machine: Machine) -> PlanInputs:
     kernels = predict_kernels(config, machine, architecture=architecture, device=device, dtype=dtype)
     objective = OBJECTIVES[config.train.objective]
     packed_tokens = config.data.pack_tokens if config.data.packing and not objective.compares else None
-    tokens = packed_tokens or config.data.max_tokens
+    sampled = config.train.grpo if objective.samples else None
+    tokens = packed_tokens or config.data.max_tokens + (sampled.max_new_tokens if sampled else 0)
     element = 4 if dtype == "float32" else 2
     autocast = not (kernels.fused and kernels.loss_on_trained_tokens) and (
         config.lora.dtype != "bfloat16" or config.model.upcast != "none"
@@ -84,7 +85,8 @@ def from_config(config: RunConfig, machine: Machine) -> PlanInputs:
         documents=2 if objective.pairs else 1,
         extra_passes=objective.passes_without_gradient(config.train.preference.loss),
         tokens=tokens,
-        step_rows=train.rows_per_step or max(1, (train.tokens_per_step or tokens) // tokens),
+        step_rows=(train.rows_per_step or max(1, (train.tokens_per_step or tokens) // tokens))
+        * (sampled.group if sampled else 1),
         checkpointing=train.checkpointing == "full" or "checkpointing" in train.automatic,
         offload_activations=train.offload,
         attention="eager" if config.model.attention == "eager" else "fused",
@@ -93,6 +95,8 @@ def from_config(config: RunConfig, machine: Machine) -> PlanInputs:
         processes=config.launch.processes,
         offload=config.launch.offload,
         device=device,
+        sampled_rows=min(sampled.batch_rows, (train.rows_per_step or 1) * sampled.group) if sampled else 0,
+        sampled_tokens=sampled.max_new_tokens if sampled else 0,
         answers=config.eval.rows,
         answer_rows=config.eval.fixed_rows or 0,
         answer_tokens=config.eval.max_new_tokens,

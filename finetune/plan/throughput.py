@@ -143,7 +143,8 @@ def earlier_runs(inputs: PlanInputs, machine: Machine, runs: Path) -> list[Earli
         speed = trained.get("product", {}).get("tokens_per_second")
         effort = planned.get("token_operations")
         same_model = planned.get("parameters") == parameters(inputs.architecture)
-        if speed and effort and same_model and _same_machine(environment, machine, inputs):
+        sampled = "sample" in planned.get("phases", {})  # its speed is that of sampling, more than of training
+        if speed and effort and same_model and not sampled and _same_machine(environment, machine, inputs):
             operations = speed * effort / max(1, planned.get("devices", 1))
             done = {stage: took for stage, took in seconds.items() if took}
             earlier.append(EarlierRun(operations_per_second=operations, seconds=done))

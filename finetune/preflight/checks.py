@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from finetune.preflight import gradient_checks, label_check, memory_check, training_checks
+from finetune.objectives import OBJECTIVES
+from finetune.preflight import gradient_checks, label_check, memory_check, reward_checks, training_checks
 from finetune.preflight.context import CheckContext, CheckResult
 
 
@@ -113,3 +114,81 @@ CHECKS = (
         "(train.keep_checkpoints)",
     ),
 )
+
+OF_GIVEN_ANSWERS = ("trained_text", "accumulation", "learning", "ending", "reload")
+"""Checks that train on the answers of the rows."""
+
+REWARD_CHECKS = (
+    Check(
+        name="sampling",
+        sentence="the same seeds sample the same answers",
+        run=reward_checks.check_sampling,
+        cause="sampling uses the global random state, or all answers of a group have one seed; a resumed run would "
+        "sample other answers",
+    ),
+    Check(
+        name="sampler_gap",
+        sentence="sampler and trainer give a sampled token the same probability",
+        run=reward_checks.check_sampler_gap,
+        cause="they differ in temperature, dropout, adapter, padding or positions: the loss would be that of another "
+        "policy; kernels=plain rules the kernels out, and train.grpo.temperature=1 the temperature",
+    ),
+    Check(
+        name="reward_errors",
+        sentence="the rewards can judge the first answers",
+        run=reward_checks.check_reward_errors,
+        cause="the reward cannot read the answer or its row: fix it, or take it out of train.grpo.rewards",
+    ),
+    Check(
+        name="reward_repeats",
+        sentence="an answer gets the same rewards twice",
+        run=reward_checks.check_reward_repeats,
+        cause="the reward is random, or depends on time or on earlier answers: make it a function of answer and row",
+    ),
+    Check(
+        name="reward_variance",
+        sentence="answers of a group get different rewards",
+        run=reward_checks.check_reward_variance,
+        cause="the task is too hard or too easy for this model, so equal rewards teach nothing: add a reward with "
+        "partial credit (train.grpo.rewards), raise train.grpo.group or temperature, or train on examples first",
+    ),
+    Check(
+        name="divergence",
+        sentence="before the first step the policy is the reference",
+        run=reward_checks.check_divergence,
+        cause="the adapter does not start at zero, or switching it off leaves something on",
+    ),
+    Check(
+        name="cut",
+        sentence="answers end before the limit",
+        run=reward_checks.check_cut,
+        cause="train.grpo.max_new_tokens is too small for this task, or the model does not know when to end: raise it, "
+        "ask for short answers in the prompt, or train on examples first",
+    ),
+    Check(
+        name="prompts",
+        sentence="prompts are complete",
+        run=reward_checks.check_prompts,
+        cause="data.max_tokens is too small for the prompts with their references: raise it",
+    ),
+    Check(
+        name="gain",
+        sentence="a step makes a rewarded answer more likely",
+        run=reward_checks.check_gain,
+        cause="the sign of the loss or of the advantages is wrong, or the loss does not read the answer's tokens",
+    ),
+    Check(
+        name="division",
+        sentence="answers one by one make the step of one batch",
+        run=reward_checks.check_division,
+        cause="the loss of a micro-batch is divided by its own answers or tokens instead of those of the whole step",
+    ),
+)
+"""Checks of objectives that sample answers, in addition to those of the model."""
+
+
+def checks_of(objective: str) -> tuple[Check, ...]:
+    """Returns the checks of ``train.objective``."""
+    if not OBJECTIVES[objective].samples:
+        return CHECKS
+    return (*(check for check in CHECKS if check.name not in OF_GIVEN_ANSWERS), *REWARD_CHECKS)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from finetune.model import ModelSpec
     from finetune.preflight.config import PreflightConfig
     from finetune.preflight.overfit import OverfitResult
+    from finetune.preflight.rollout import RolloutProbe
     from finetune.products import PreparedData
     from finetune.trainable import TrainingJob
 
@@ -38,7 +39,7 @@ LOGIT_POSITIONS = 64
 """Last positions, whose logits are compared: those of a whole long document would take gigabytes."""
 
 LORA_B_NOISE_STD = 1e-3
-"""Standard deviation of the noise that stands in for B, whose zeros hide A's gradient."""
+"""Of the noise that stands in for B, whose zeros hide A's gradient."""
 
 
 class CheckSkipped(Exception):
@@ -73,6 +74,7 @@ class CheckContext:
         until: ``run.until``.
         trial: The run's own trainer; None where the caller has none.
         overfit_result: What overfitting one batch has shown; None before.
+        rollout: What sampling has shown, for objectives that sample answers; None before.
         token_seconds: Fastest gradient so far, in seconds per token.
     """
 
@@ -84,6 +86,7 @@ class CheckContext:
     until: str
     trial: TrialTrainer | None = None
     overfit_result: OverfitResult | None = None
+    rollout: RolloutProbe | None = None
     token_seconds: float | None = None
 
     @property
@@ -108,7 +111,7 @@ class CheckContext:
 
     @property
     def spec(self) -> ModelSpec:
-        """Returns the base and how it is loaded."""
+        """Returns the base."""
         return self.job.trainable.spec
 
     @property
@@ -140,11 +143,7 @@ class CheckContext:
 
     @property
     def overfit(self) -> OverfitResult:
-        """Returns what overfitting one batch has shown.
-
-        Raises:
-            CheckSkipped: It did not finish.
-        """
+        """Returns what overfitting one batch has shown; raises `CheckSkipped` where it did not finish."""
         if self.overfit_result is None:
             raise CheckSkipped("the steps on one repeated batch did not finish")
         return self.overfit_result

@@ -63,18 +63,18 @@ def run_preflight(
         log("preflight", *describe_earlier(earlier))
         result_cache.restore_text(name, folder)
         return dataclasses.replace(earlier, folder=folder)
-    from finetune.preflight.checks import CHECKS, FUSED_LAYERS, PACKING
+    from finetune.preflight.checks import FUSED_LAYERS, PACKING, checks_of
 
-    started = time.monotonic()
+    started, checks = time.monotonic(), checks_of(job.config.objective)
     with TemporaryDirectory(prefix=".work-", dir=folder) as work:
         context = make_context(
             config, folder=Path(work), run=folder.parent, job=job, make_trainer=make_trainer, until=until
         )
         full = config.level == "full"
-        records, skipped = run_checks(context, [check for check in CHECKS if full or not check.only_full])
+        records, skipped = run_checks(context, [check for check in checks if full or not check.only_full])
         training_seconds = context.training_seconds
     if not full:
-        skipped += [skipped_check(check, why="only preflight=full") for check in CHECKS if check.only_full]
+        skipped += [skipped_check(check, why="only preflight=full") for check in checks if check.only_full]
     passed = {record.name: record.passed for record in records}
     result = PreflightResult(
         folder=folder,
@@ -116,6 +116,8 @@ def make_context(
         raise TrainError("data: none of the rows is left to train on; `finetune data` shows why each was dropped")
     micro_batch = job.config.micro_batch_rows if make_trainer else 1
     compares = OBJECTIVES[job.config.objective].compares
+    if OBJECTIVES[job.config.objective].samples:
+        micro_batch = config.rows  # prompts
     rows = choose_rows(config, prepared, micro_batch=micro_batch, compares=compares)
     trial = TrialTrainer(job=job, make_trainer=make_trainer, folder=folder) if make_trainer else None
     return CheckContext(config=config, job=job, rows=rows, run=run, folder=folder, until=until, trial=trial)

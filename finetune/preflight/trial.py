@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -148,6 +149,18 @@ class TrialTrainer:
             return recorder.losses[0], recorder.gradients
 
     @contextlib.contextmanager
+    def made(self, rows: Sequence[dict[str, Any]]) -> Iterator[Any]:
+        """Makes the trainer of a training whose first step reads these rows; restores the model afterwards."""
+        changes = {**QUIET, "steps": 1, "rows_per_step": len(rows), "evaluations": 0}
+        with TemporaryDirectory(dir=self.folder) as name, restored(self.job.trainable.model):
+            job = dataclasses.replace(
+                self.job,
+                config=dataclasses.replace(self.job.config, **changes),
+                data=self._write_data(Path(name), rows, []),
+            )
+            yield self._make(Path(name), job, recorder=GradientRecorder(keeps_gradients=False))
+
+    @contextlib.contextmanager
     def trained(
         self,
         rows: Sequence[dict[str, Any]],
@@ -200,7 +213,7 @@ class TrialTrainer:
             return self.make_trainer(
                 job,
                 folder=work,
-                progress=SimpleNamespace(tokens=0, trained=0),
+                progress=SimpleNamespace(tokens=0, trained=0, sampling_rows=None),
                 guard=recorder,
                 callbacks=callbacks,
                 ranks=Ranks({}),
@@ -215,6 +228,9 @@ class TrialTrainer:
             if part:
                 with contextlib.redirect_stderr(io.StringIO()):  # a progress bar for a few rows
                     Dataset.from_list(list(part)).save_to_disk(str(work / name))
+        rendering = self.job.data.folder / "rendering.json"  # names the token that ends a turn
+        if rendering.is_file():
+            shutil.copyfile(rendering, work / "rendering.json")
         tokens = sum(sum(row["seq_lengths"]) for row in rows)
         return dataclasses.replace(
             self.job.data, folder=work, tokens=tokens, packed_rows=len(rows), heldout_rows=len(heldout)

@@ -36,22 +36,36 @@ def series(metrics: Sequence[Fields], name: str) -> list[Point]:
 
 def loss_picture(metrics: Sequence[Fields], *, unit: str) -> Markup:
     """Draws the loss on training and held-out rows over the steps, in ``unit``."""
-    train, heldout = series(metrics, "train/loss"), series(metrics, "eval/loss")
-    if not train:
+    return curve_picture(metrics, train="train/loss", heldout="eval/loss", name="loss", unit=unit)
+
+
+def curve_picture(metrics: Sequence[Fields], *, train: str, heldout: str, name: str, unit: str = "") -> Markup:
+    """Draws a figure of training and held-out rows over the steps.
+
+    Args:
+        metrics: Lines of train/metrics.jsonl.
+        train: Key of the training rows; nothing is drawn without values.
+        heldout: Key of the held-out rows.
+        name: Of the figure.
+        unit: Of its values.
+    """
+    training, held = series(metrics, train), series(metrics, heldout)
+    if not training:
         return Markup("")
-    values = [value for _, value in [*train, *heldout]]
-    low = 0.0 if min(values) < 0.5 * max(values) else min(values)
-    steps = _steps(max(step for step, _ in [*train, *heldout]), wanted=8)
-    axes = frame(CORNERS, x=steps, y=Axis(ticks=ticks(low, max(values)), name=f"loss, {unit}", label=number))
-    is_smoothed = len(train) > SMOOTH_FROM_POINTS
-    parts = [*axes.parts, path(_pixels(axes, train), kind="line-1 faint" if is_smoothed else "line-1")]
+    values = [value for _, value in [*training, *held]]
+    low = 0.0 if 0 <= min(values) < 0.5 * max(values) else min(values)
+    steps = _steps(max(step for step, _ in [*training, *held]), wanted=8)
+    title = f"{name}, {unit}" if unit else name
+    axes = frame(CORNERS, x=steps, y=Axis(ticks=ticks(low, max(values)), name=title, label=number))
+    is_smoothed = len(training) > SMOOTH_FROM_POINTS
+    parts = [*axes.parts, path(_pixels(axes, training), kind="line-1 faint" if is_smoothed else "line-1")]
     if is_smoothed:
-        parts.append(path(_pixels(axes, _averaged(train, len(train) // 40)), kind="line-1"))
-    parts.append(path(_pixels(axes, heldout), kind="line-2"))
-    for points, radius, kind, name in ((heldout, 4.5, "dot-2", "held-out"), (train, 7, "hit", "training")):
+        parts.append(path(_pixels(axes, _averaged(training, len(training) // 40)), kind="line-1"))
+    parts.append(path(_pixels(axes, held), kind="line-2"))
+    for points, radius, kind, rows in ((held, 4.5, "dot-2", "held-out"), (training, 7, "hit", "training")):
         for (step, value), (x, y) in zip(points, _pixels(axes, points), strict=True):
-            parts.append(dot(x, y, radius, kind=kind, title=f"step {step:,.0f}: {name} loss {number(value)}"))
-    return picture(WIDTH, HEIGHT, parts, title="Loss over the training steps", wide=True)
+            parts.append(dot(x, y, radius, kind=kind, title=f"step {step:,.0f}: {rows} {name} {number(value)}"))
+    return picture(WIDTH, HEIGHT, parts, title=f"{name.capitalize()} over the training steps", wide=True)
 
 
 def small_picture(metrics: Sequence[Fields], key: str, *, name: str) -> Markup:

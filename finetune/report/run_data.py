@@ -1,7 +1,7 @@
 """Reads a run folder once; what is missing is empty."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class RunData:
         metrics: Lines of train/metrics.jsonl.
         memory: Lines of memory.jsonl.
         samples: Lines of eval/samples.jsonl.
+        answers: Lines of train/samples.jsonl: answers that training sampled; the later one where a step is repeated.
     """
 
     run: Path
@@ -37,6 +38,7 @@ class RunData:
     metrics: list[Fields]
     memory: list[Fields]
     samples: list[Fields]
+    answers: list[Fields] = field(default_factory=list)
 
     def product(self, stage: str) -> Fields | None:
         """Returns what a stage made, or None where it has not finished."""
@@ -67,7 +69,13 @@ def read_run(run: Path) -> RunData:
         metrics=_read_json_lines(run / "train" / "metrics.jsonl"),
         memory=_read_json_lines(run / "memory.jsonl"),
         samples=_read_json_lines(run / "eval" / "samples.jsonl"),
+        answers=_latest(_read_json_lines(run / "train" / "samples.jsonl")),
     )
+
+
+def _latest(answers: list[Fields]) -> list[Fields]:
+    """Returns one line for each answer of a step: a resumed run may have sampled it again."""
+    return list({(answer["step"], answer["row"], answer["number"]): answer for answer in answers}.values())
 
 
 def _manifest(run: Path, stage: str) -> Fields | None:

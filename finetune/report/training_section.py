@@ -8,6 +8,7 @@ from finetune.html.lengths import length_picture
 from finetune.objectives import OBJECTIVES
 from finetune.report.curves import loss_picture, memory_picture, series, small_picture
 from finetune.report.planned import planned_figure, planned_text
+from finetune.report.rewards_section import rewards_section
 from finetune.report.run_data import Fields, RunData
 from finetune.report.titles import stage_title
 
@@ -35,6 +36,10 @@ COMPARED = {
 def training_section(report: Fields, data: RunData) -> Fields:
     """Collects the curves of training."""
     objective = OBJECTIVES[(data.config.get("train") or {}).get("objective", "sft")]
+    if objective.samples:
+        shown = rewards_section(data)
+        facts = {**(report["train"] or {}), "first_loss": None}
+        return shown | {"text": " ".join(filter(None, [shown["text"], _training_text(facts, unit="")]))}
     unit = f"per {objective.unit}" if objective.unit == "answer" else f"nats per {objective.unit}"
     picture = loss_picture(data.metrics, unit=unit)
     heldout = [("2", "held-out rows")] if series(data.metrics, "eval/loss") else []

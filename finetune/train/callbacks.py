@@ -174,8 +174,12 @@ class ProgressLine(TrainerCallback):
         self.bar = ProgressBar("train", total=state.max_steps, unit="steps", done=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if logs and "loss" in logs:
+        if logs and "train/reward" in logs:
+            self.notes["reward"] = f"{logs['train/reward']:.3f}"
+        elif logs and "loss" in logs:
             self.notes["loss"] = f"{logs['loss']:.3f}"
+        if logs and "eval/reward" in logs:
+            self.notes["held-out"] = f"{logs['eval/reward']:.3f}"
         if logs and "eval_loss" in logs:
             self.notes["held-out"] = f"{logs['eval_loss']:.3f}"
 

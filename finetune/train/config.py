@@ -6,6 +6,7 @@ from typing import Any
 
 from finetune.jsonable import to_jsonable
 from finetune.objectives import OBJECTIVES, rows_mismatch
+from finetune.train.grpo_config import GRPOConfig
 from finetune.train.preference_config import PreferenceConfig
 from finetune.train.preference_config import conflicts as preference_conflicts
 
@@ -80,10 +81,14 @@ class TrainConfig:
 
     objective: str = "sft"
     """``sft``: likelihood of each trained token. Chosen over rejected answers: ``dpo`` compared with a reference;
-    ``orpo``, ``simpo`` and ``cpo`` without one. ``kto``: single answers, labelled desirable or undesirable."""
+    ``orpo``, ``simpo`` and ``cpo`` without one. ``kto``: single answers, labelled desirable or undesirable.
+    ``grpo``: answers that the model samples and rewards judge."""
 
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
-    """Settings of the objectives that compare answers; not used by ``sft``."""
+    """Settings of the objectives that compare answers; not used by ``sft`` and ``grpo``."""
+
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    """Settings of ``grpo``: rewards, sampling and loss."""
 
     @property
     def micro_batch_rows(self) -> int:
@@ -106,6 +111,8 @@ class TrainConfig:
         if self.steps is not None:
             yield "epochs", f"train.steps={self.steps} is set"
         yield from self.preference.unused_by(self.objective)
+        if not OBJECTIVES[self.objective].samples:
+            yield "grpo", f"train.objective={self.objective} samples no answers"
 
     def problems(self) -> Iterator[str]:
         if self.steps is None and self.epochs <= 0:
@@ -143,6 +150,23 @@ class TrainConfig:
                         "computes; set train.evaluations=4"
                     )
         yield from self.preference.problems(self.objective)
+        yield from self._sampling_problems()
+
+    def _sampling_problems(self) -> Iterator[str]:
+        """Yields problems of an objective that samples its answers."""
+        objective = OBJECTIVES.get(self.objective)
+        sampled = objective is not None and objective.samples
+        yield from self.grpo.problems(sampled=sampled)
+        if sampled and self.rows_per_step is None:
+            yield (
+                "train.tokens_per_step cannot set the size of a step whose answers are sampled; set "
+                "train.tokens_per_step=null train.rows_per_step=8, which counts prompts"
+            )
+        if sampled and (self.select == "best" or self.patience is not None):
+            yield (
+                f"train.select={self.select} and train.patience={self.patience} use the held-out loss, which "
+                "train.objective=grpo has none of; set train.select=last train.patience=null"
+            )
 
     def conflicts(self, *, rows: str, variant: str, dropout: float, launch: str) -> Iterator[str]:
         """Yields problems with settings of other groups.

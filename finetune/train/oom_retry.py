@@ -15,7 +15,6 @@ from finetune.memory import is_out_of_memory
 from finetune.train.callbacks import SaveOnSignal
 from finetune.train.checkpoints import Checkpoint, choose, choose_on_all_ranks, commit, is_complete, path_of
 from finetune.train.progress import TrainingProgress
-from finetune.train.sampler import micro_batches
 from finetune.train.session import Attempt, TrainingSession, make_attempt
 
 if TYPE_CHECKING:
@@ -101,7 +100,7 @@ def _recover(session: TrainingSession, attempt: Attempt, *, problem: str, step: 
         if is_complete(path_of(session.checkpoints, step)):
             saved = f"step {step} is saved"
         raise TrainError(f"train: memory runs out with one row at a time ({problem}); {saved}. Use {REMEDIES}")
-    accumulate = micro_batches(rows, micro_batch=smaller, processes=session.ranks.count)
+    accumulate = trainer.sampler.micro_batches(rows, micro_batch=smaller)
     log(
         "train",
         f"out of memory after step {step} ({problem}): continues with micro-batches of {smaller} instead of {micro}, "

@@ -52,7 +52,7 @@ class PreferenceConfig:
         for key in ("desirable_weight", "undesirable_weight"):
             if getattr(self, key) <= 0:
                 yield f"{where}.{key} must be positive, or its answers would train nothing; got {getattr(self, key)}"
-        if objective is None or not objective.compares:
+        if objective is None or not objective.compares or objective.samples:
             return
         if self.loss not in objective.losses:
             allowed = ", ".join(objective.losses)
@@ -75,8 +75,8 @@ class PreferenceConfig:
     def unused_by(self, name: str) -> Iterator[tuple[str, str]]:
         """Yields the fields that ``train.objective=name`` does not use, each with the reason."""
         objective = OBJECTIVES[name]
-        if not objective.compares:
-            yield "preference", f"train.objective={name} compares no answers"
+        if not objective.compares or objective.samples:
+            yield "preference", f"train.objective={name} compares no given answers"
             return
         for field in fields(self):
             if field.name not in objective.settings:
@@ -89,8 +89,8 @@ def conflicts(name: str, *, variant: str, dropout: float, neftune_alpha: float |
     """Yields problems of an objective with other groups: shards, and where it has a reference, noise on the policy."""
     if launch in ("fsdp", "deepspeed") and not OBJECTIVES[name].shardable:
         yield (
-            f"launch.strategy={launch} shards the weights, and train.objective={name} computes its reference point "
-            "outside the steps that processes with shards take together: choose launch=ddp or launch=single"
+            f"launch.strategy={launch} shards the weights, and train.objective={name} computes outside the steps that "
+            "processes with shards take together: choose launch=ddp or launch=single"
         )
     if not OBJECTIVES[name].reference:
         return

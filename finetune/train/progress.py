@@ -22,6 +22,7 @@ class TrainingProgress:
         waited: Evaluations since ``best_step``.
         stopped_early: Whether ``train.patience`` has ended the training.
         narrowed: Fields of the train group that an out-of-memory retry has changed.
+        sampling_rows: Answers in a batch of sampling that memory sufficed for; None for those of the settings.
     """
 
     tokens: int = 0
@@ -35,6 +36,7 @@ class TrainingProgress:
     waited: int = 0
     stopped_early: bool = False
     narrowed: dict[str, int] = dataclasses.field(default_factory=dict)
+    sampling_rows: int | None = None
 
     def copy(self) -> TrainingProgress:
         """Returns an independent copy."""

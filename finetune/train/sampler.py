@@ -22,6 +22,8 @@ class StepBatchSampler(Sampler[list[int]]):
         rows_per_step: Rows that one optimizer step reads, over all processes.
         micro_batch: Rows of one forward pass.
         seed: Seeds the order.
+        group: Answers to each row; a micro-batch then holds answers, and ``index`` stands for answer ``index % group``
+            of row ``index // group``.
         lengths: Tokens of each row. If given, the rows of each step are sorted longest first, so that the rows of a
             micro-batch have similar lengths; no row moves to another step.
         process: Rank of this process.
@@ -38,7 +40,9 @@ class StepBatchSampler(Sampler[list[int]]):
         lengths: Sequence[int] | None = None,
         process: int = 0,
         processes: int = 1,
+        group: int = 1,
     ) -> None:
+        self.group = group
         self.rows, self.rows_per_step, self.micro_batch = rows, rows_per_step, micro_batch
         self.seed, self.lengths = seed, lengths
         self.process, self.processes, self.epoch = process, processes, 0
@@ -49,7 +53,7 @@ class StepBatchSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         steps, rest = divmod(self.rows, self.rows_per_step)
-        return steps * self._micro_batches(self.rows_per_step) + self._micro_batches(rest)
+        return steps * self.micro_batches(self.rows_per_step) + self.micro_batches(rest)
 
     def __iter__(self) -> Iterator[list[int]]:
         order = torch.randperm(self.rows, generator=torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
@@ -58,8 +62,9 @@ class StepBatchSampler(Sampler[list[int]]):
             if self.lengths is not None:
                 lengths = self.lengths
                 step.sort(key=lambda row: -lengths[row])
+            step = [row * self.group + number for row in step for number in range(self.group)]
             share = self._share(step)
-            for number in range(self._micro_batches(len(step))):
+            for number in range(micro_batches(len(step), micro_batch=self.micro_batch, processes=self.processes)):
                 yield share[number * self.micro_batch : (number + 1) * self.micro_batch]
 
     def _share(self, step: list[int]) -> list[int]:
@@ -72,8 +77,9 @@ class StepBatchSampler(Sampler[list[int]]):
         stride = width * self.processes
         return [row for start in range(self.process * width, len(step), stride) for row in step[start : start + width]]
 
-    def _micro_batches(self, rows: int) -> int:
-        return micro_batches(rows, micro_batch=self.micro_batch, processes=self.processes)
+    def micro_batches(self, rows: int, *, micro_batch: int | None = None) -> int:
+        """Returns each process's micro-batches in a step of ``rows`` rows; None keeps their size."""
+        return micro_batches(rows * self.group, micro_batch=micro_batch or self.micro_batch, processes=self.processes)
 
 
 def micro_batches(rows: int, *, micro_batch: int, processes: int) -> int:

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with every setting explicit. The only importer of trl, with arguments.py."""
+"""TRL's SFTTrainer with every setting explicit. Only this file, arguments.py and grpo_trainer.py import trl."""
 
 from __future__ import annotations
 

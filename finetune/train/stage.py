@@ -99,7 +99,8 @@ def _train(job: TrainingJob, *, folder: Path, trackers: Trackers, ranks: Ranks) 
     progress, patience = start.progress.copy() if start else TrainingProgress(), job.config.patience
     progress.stopped_early = progress.stopped_early and patience is not None and progress.waited >= patience
     if ranks.is_main:
-        rewind(folder / "metrics.jsonl", step=resumed_from)
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            rewind(folder / name, step=resumed_from)
     placement = job.trainable.spec.placement
     ranks.init_process_group(placement.device)
     if ranks.shards:
@@ -197,9 +198,13 @@ def speed_and_losses(progress: TrainingProgress, curve: list[dict[str, float]]) 
 
 
 def _log_result(product: TrainedAdapter) -> None:
+    rewards = [point["train/reward"] for point in product.curve if "train/reward" in point]
+    name, first, final = "loss", product.first_loss, product.final_loss
+    if rewards:  # the loss of sampled answers is near 0 whatever is learned
+        name, first, final = "reward", rewards[0], mean_of_last_tenth(rewards)
     log(
         "train",
-        f"{product.steps} steps in {product.seconds:.0f} s: loss {product.first_loss:.3f} -> {product.final_loss:.3f}, "
+        f"{product.steps} steps in {product.seconds:.0f} s: {name} {first:.3f} -> {final:.3f}, "
         f"{product.tokens_per_second:.0f} tokens/s of which {product.trained_tokens_per_second:.0f} carry loss, "
         f"optimizer state {human_bytes(product.optimizer['state_bytes'])}",
     )

@@ -18,11 +18,13 @@ from finetune.objectives import OBJECTIVES, UNPAIRED
 from finetune.products import UNDESIRABLE_HELDOUT
 from finetune.train.arguments import refuse_idle_processes, rows_per_step, sft_config, step_count
 from finetune.train.distributed import prepare_distributed
+from finetune.train.grpo_trainer import GRPOTrainer
 from finetune.train.guard import CollatorWithRowIds
 from finetune.train.kto import APO_ZERO, AnswerCollator, answers_with_tokens, log_weights, training_answers
 from finetune.train.kto_trainer import KTOTrainer
 from finetune.train.preference import PairCollator, held_out_pairs, training_pairs
 from finetune.train.preference_trainer import PreferenceTrainer
+from finetune.train.rollout import PromptCollator
 from finetune.train.sampler import StepBatchSampler, micro_batches
 from finetune.train.sft_trainer import Trainer
 
@@ -58,8 +60,12 @@ METHODS = {
     "token": Method(Trainer, Collator),
     "answer": Method(KTOTrainer, AnswerCollator, training_answers, answers_with_tokens),
     "pair": Method(PreferenceTrainer, PairCollator, training_pairs, held_out_pairs),
+    "completion": Method(GRPOTrainer, PromptCollator),
 }
 """By the ``unit`` of `finetune.objectives.OBJECTIVES`."""
+
+SAMPLES = "samples.jsonl"
+"""File of the train stage with the sampled answers."""
 
 
 def make_trainer(
@@ -91,13 +97,15 @@ def make_trainer(
     per_step = rows_per_step(config, row_tokens=row_tokens)
     steps = step_count(config, rows=len(rows), per_step=per_step)
     unit = f"{objective.unit}s" if objective.compares else "packs" if trainable.packing else "rows"
-    refuse_idle_processes(per_step, unit=unit, processes=ranks.count)
-    accumulate = micro_batches(per_step, micro_batch=config.micro_batch_rows, processes=ranks.count)
+    group = config.grpo.group if objective.samples else 1
+    refuse_idle_processes(per_step * group, unit=unit, processes=ranks.count)
+    accumulate = micro_batches(per_step * group, micro_batch=config.micro_batch_rows, processes=ranks.count)
     shared = f" on each of {ranks.count} processes" if ranks.count > 1 else ""
     log(
         "train",
-        f"{steps} steps of {per_step} {unit} (micro-batch {config.micro_batch}, {accumulate} accumulated{shared}), "
-        f"about {round(row_tokens * per_step):,} tokens each",
+        f"{steps} steps of {per_step * group} {unit} (micro-batch {config.micro_batch}, {accumulate} accumulated"
+        f"{shared}), "
+        + (f"{group} for each prompt" if group > 1 else f"about {round(row_tokens * per_step):,} tokens each"),
     )
     held_out = []
     if data.heldout_rows and config.evaluations:
@@ -122,6 +130,7 @@ def make_trainer(
             seed=job.seed,
             process=ranks.rank,
             processes=ranks.count,
+            group=group,
             lengths=[sum(documents) for documents in rows["seq_lengths"]] if config.group_by_length else None,
         ),
         held_out=method.held_out(held_out) if method.held_out else held_out,
@@ -131,6 +140,8 @@ def make_trainer(
         eval_dataset=rows.select([0]),  # only switches evaluation on; `Trainer.evaluate` reads held_out
         data_collator=CollatorWithRowIds(collator),
     )
+    if isinstance(trainer, GRPOTrainer) and ranks.is_main:
+        trainer.samples = folder / SAMPLES
     _finish(trainer, callbacks)
     return trainer
 

@@ -102,6 +102,8 @@ def _detect_row(row: Row) -> tuple[str, tuple[tuple[str, str], ...]]:
         return name, mapping or (("conversations", "conversation"),)
     if {"prompt", "completion"} <= columns:
         return "prompt_completion", ()
+    if "prompt" in columns and columns & {"reference", "tests"}:
+        return "prompt", ()
     if {"instruction", "output"} <= columns:
         return "alpaca", ()
     for prompt, completion in PROMPT_COLUMNS:

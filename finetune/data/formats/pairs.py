@@ -1,4 +1,7 @@
-"""Prompt and completion: ``{"prompt", "completion", "system"?}``, both text or both lists of messages."""
+"""Prompt and completion: ``{"prompt", "completion", "system"?}``, both text or both lists of messages.
+
+A prompt for sampled answers is ``{"prompt", "reference"?, "tests"?, "system"?}``.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,3 +23,19 @@ def read(row: Mapping[str, Any]) -> Conversation:
         raise BadRow("the prompt is empty")
     answer = {"role": "assistant", "content": require_text(row, "completion")}
     return Conversation([*system_message(row), {"role": "user", "content": prompt}, answer])
+
+
+def read_prompt(row: Mapping[str, Any]) -> Conversation:
+    """Reads a prompt, text or messages, with its reference as the answer; empty where it has none."""
+    prompt, reference = require(row, "prompt"), row.get("reference")
+    if reference is not None and not isinstance(reference, str):
+        raise BadRow("the reference is not text", f"it is a {type(reference).__name__}")
+    if isinstance(prompt, list):
+        before, _ = parse_messages(prompt, where="'prompt'")
+    elif not require_text(row, "prompt").strip():
+        raise BadRow("the prompt is empty")
+    else:
+        before = [{"role": "user", "content": prompt}]
+    messages = [*system_message(row), *before, {"role": "assistant", "content": reference or ""}]
+    marks: list[bool | None] = [False] * (len(messages) - 1) + [None]
+    return Conversation(messages, train=marks, needs_answer=False)

@@ -21,6 +21,7 @@ READERS: dict[str, Callable[[Row], Conversation]] = {
     "text": text.read,
     "preference": preference.read,
     "unpaired": preference.read_unpaired,
+    "prompt": pairs.read_prompt,
 }
 
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -33,5 +34,6 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
     "preference": ("prompt", "chosen", "rejected", "conversations", "system", "tools"),
     "unpaired": ("messages", "conversations", "prompt", "completion", "label", "system", "tools"),
+    "prompt": ("prompt", "reference", "system"),
 }
 """The columns of each format, which ``data.columns`` can map."""
