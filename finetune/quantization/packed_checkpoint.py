@@ -108,9 +108,10 @@ class PackedReader:
         dtype: torch.dtype,
     ) -> Tensor:
         """Returns the weight that the loaded layer multiplies by; see `bnb.dense_from`."""
-        from finetune.quantization.unpack import dense_weight
+        from finetune.quantization.unpack import dense_weight, without_plain_order
 
-        return dense_weight(parts, self.stored, shape=self.shape_from(parts), dtype=dtype)
+        plain = without_plain_order(parts, self.stored)
+        return dense_weight(plain, self.stored, shape=self.shape_from(parts), dtype=dtype)
 
     def shape_from(self, parts: dict[str, Tensor]) -> tuple[int, int]:
         """Returns the shape of the weight, (outputs, inputs)."""

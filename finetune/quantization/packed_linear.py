@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 
 from finetune.quantization.checkpoint_format import CheckpointFormat
-from finetune.quantization.unpack import CODES, dense_weight
-
-ORDERS = ("g_idx", "weight_g_idx")
-"""The group of each input, where the inputs of a group are not neighbours."""
+from finetune.quantization.unpack import CODES, dense_weight, without_plain_order
 
 
 class PackedLinear(torch.nn.Linear):
@@ -63,20 +60,10 @@ class PackedLinear(torch.nn.Linear):
         return dict(self.named_buffers(recurse=False))
 
     def drop_plain_order(self) -> None:
-        """Drops the list of groups where the inputs of each group are neighbours, so that no weight is gathered.
-
-        Raises:
-            ValueError: It names a group that does not exist.
-        """
-        for name in ORDERS:
-            order = self._buffers.get(name)
-            if order is None:
-                continue
-            size = self.stored.group_size or self.in_features
-            if int(order.min()) < 0 or int(order.max()) >= self.in_features // size:
-                raise ValueError(f"{name} names group {int(order.max())} of {self.in_features // size}")
-            if torch.equal(order.long(), torch.arange(self.in_features, device=order.device) // size):
-                del self._buffers[name]
+        """Drops the list of groups where it says nothing, so that no weight is gathered; see `without_plain_order`."""
+        parts = self.parts()
+        for name in parts.keys() - without_plain_order(parts, self.stored).keys():
+            del self._buffers[name]
 
 
 class _Product(torch.autograd.Function):

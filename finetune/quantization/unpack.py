@@ -27,6 +27,9 @@ STEP_ELEMENTS = 2**22
 CODES = {"gptq": "qweight", "awq": "qweight", "packed": "weight_packed", "int": "weight", "float": "weight"}
 """The tensor that holds the codes, by packing."""
 
+ORDERS = {"g_idx", "weight_g_idx"}
+"""The group of each input, where the inputs of a group are not neighbours."""
+
 SCALES = ("scales", "weight_scale", "weight_scale_inv")
 PARTS = (
     *("qweight", "qzeros", "g_idx"),
@@ -56,6 +59,26 @@ def dense_weight(
         rows = slice(start, min(start + step, outputs))
         weight[rows] = _rows(parts, stored, rows, inputs=inputs)
     return weight
+
+
+def without_plain_order(parts: Mapping[str, Tensor], stored: CheckpointFormat) -> dict[str, Tensor]:
+    """Returns a layer's tensors without the list of groups, where the inputs of each group are neighbours.
+
+    compressed-tensors writes -1 for a list that was never set.
+
+    Raises:
+        ValueError: It names a group that does not exist.
+    """
+    kept = dict(parts)
+    for name in ORDERS & parts.keys():
+        order = parts[name].long()
+        size = stored.group_size or len(order)
+        plain = torch.arange(len(order), device=order.device) // size
+        if bool((order == -1).all()) or torch.equal(order, plain):
+            del kept[name]
+        elif int(order.min()) < 0 or int(order.max()) > int(plain[-1]):
+            raise ValueError(f"{name} names group {int(order.max())} of {int(plain[-1]) + 1}")
+    return kept
 
 
 def _rows(parts: Mapping[str, Tensor], stored: CheckpointFormat, rows: slice, *, inputs: int) -> Tensor:

@@ -143,6 +143,18 @@ def test_what_is_held_is_what_the_file_holds(tmp_path: Path, tiny_base: Path) ->
     assert parameter_count(loaded) == sum(t.numel() for t in load_file(tiny_base / "model.safetensors").values())
 
 
+def test_an_order_that_was_never_set_says_nothing(tmp_path: Path, tiny_base: Path) -> None:
+    weights = write_quantized(tiny_base, tmp_path / "base", FORMS["int4"])
+    name = "model.layers.0.mlp.up_proj"
+    damaged(tmp_path / "base", **{f"{name}.weight_g_idx": torch.full((64,), -1, dtype=torch.int32)})
+    spec = prequantized(tmp_path / "base")
+    layers = packed_layers(spec)
+    assert layers is not None
+    wanted = weights[f"{name}.weight"].to(torch.bfloat16)
+    assert torch.equal(dense(quantized_layers(spec.load())[name]), wanted)
+    assert torch.equal(layers.dense(name), wanted)
+
+
 @pytest.mark.parametrize(("method", "double"), [("nf4", True), ("int8", False)])
 def test_a_bitsandbytes_checkpoint_is_read_as_it_was_saved(
     tmp_path: Path, tiny_base: Path, method: str, double: bool, monkeypatch: pytest.MonkeyPatch
