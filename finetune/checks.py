@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.chat_templates import find_template, named_templates, no_template, tokenizer_template
+from finetune.compatibility import check_stored_form
 from finetune.data.sources import Source, resolve_sources
 from finetune.errors import ConfigError, DataError, FinetuneError, HardwareError, ModelError
 from finetune.export.needs import check_gguf, check_packages
@@ -186,6 +187,7 @@ def _check_model(start: Start) -> list[str]:
     if folder is None:
         why = "it is read when the file is converted" if is_gguf(config.name) else "it is not in the hub's cache"
         return [f"the tokenizer of {config.name} and its chat template: {why}", *_check_names(start, own=None)]
+    check_stored_form(folder, method=start.config.quantization.method)
     if looks_local(config.name) and not is_gguf(config.name):
         check_weights(folder)
     unchecked = _check_tokenizer(start, folder)

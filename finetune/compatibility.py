@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.config_json import from_config_json
 from finetune.errors import DataError, FinetuneError, ModelError
 from finetune.files import first_error_line
+from finetune.parameters import linear_layers
 from finetune.prompt_problems import prompt_problems
+from finetune.quantization.checkpoint_format import CheckpointFormat, read_format
+from finetune.quantization.config import PREQUANTIZED
+from finetune.quantization.packed_checkpoint import required_format
 from finetune.run import STAGES
 
 if TYPE_CHECKING:
@@ -35,7 +39,7 @@ def check_compatibility(
     Raises:
         FinetuneError: With every problem, not only the first.
     """
-    check_stored_form(files.folder)
+    check_stored_form(files.folder, method=config.quantization.method)
     check_generation_settings(files.folder)
     check_heldout(config, data)
     model = build_without_weights(config.model, files.folder)
@@ -53,19 +57,38 @@ def check_compatibility(
         raise FinetuneError("\n".join(problems))
 
 
-def check_stored_form(folder: Path) -> None:
-    """Refuses a base whose weights are stored quantized: they would be rounded twice, and cannot be merged into.
+def check_stored_form(folder: Path, *, method: str) -> None:
+    """Checks that a base whose weights are stored quantized is used as such, and no other: reads its config.json alone.
+
+    Args:
+        folder: Of the base.
+        method: ``quantization.method``.
 
     Raises:
-        ModelError: Its config.json has a ``quantization_config``.
+        ModelError: It is stored quantized in a way that cannot be read, or is not used so; or it is dense, and
+            should not be.
     """
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
-    if settings:
-        method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
+    if method == PREQUANTIZED:
+        stored: CheckpointFormat | None = required_format(folder)
+    else:
+        stored = read_format(folder)
+    if stored is None:
+        return
+    if method != PREQUANTIZED:
         raise ModelError(
-            f"model.name: the weights in {folder} are stored quantized (quantization_config: {method}); training "
-            "quantizes a base itself, and merges need the original weights: give the unquantized base that they were "
-            "made from"
+            f"model.name: the weights in {folder} are stored quantized (quantization_config: {stored.title}), and "
+            f"quantization.method={method} would round them again; choose quantization=prequantized, which trains on "
+            "them as they are, or give the unquantized base that they were made from"
+        )
+    try:
+        layers = linear_layers(from_config_json(folder))
+    except ModelError:  # of a family whose dimensions are not known: its tensors are checked when they are loaded
+        return
+    uneven = {layer.name for layer in layers if stored.group_size and layer.in_features % stored.group_size}
+    if uneven:
+        raise ModelError(
+            f"model.name: group_size={stored.group_size} in {folder / 'config.json'} does not divide the inputs of "
+            f"{', '.join(sorted(uneven))}, which would need a shorter last group; give another checkpoint of the base"
         )
 
 

@@ -26,7 +26,7 @@ def base_with(base: Path, target: Path, file: str, *, changes: dict[str, Any], f
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [
-        ("config.json", {"quantization_config": STORED}, "stored quantized (quantization_config: bitsandbytes)"),
+        ("config.json", {"quantization_config": STORED}, "stored quantized (quantization_config: bitsandbytes, 4 bits"),
         ("config.json", {"max_position_embeddings": 16}, "are longer than the model's 16 positions (the longest has"),
         ("config.json", {"vocab_size": 90}, "and the model's embedding 90 rows; the data contain token"),
         ("config.json", {"hidden_act": "nothing"}, "describes no model that transformers can build: KeyError"),

@@ -17,7 +17,7 @@ import numpy as np
 from finetune.bench.task import Task, change_figures, check_metric, model_overrides, run_pipeline, split_rows
 from finetune.console import change_text, human_bytes, log, table
 from finetune.errors import ConfigError
-from finetune.hardware.backends import BACKENDS
+from finetune.hardware.backends import obstacle_on_dense_base
 from finetune.paths import CONF
 
 ROW_TOKENS, BATCH_TOKENS = 256, 1024
@@ -146,7 +146,7 @@ def quantization_options(backends: list[str], *, where: str) -> list[str]:
 
 def unsupported_status(name: str) -> str:
     """Explains why an option does not run here, as a row's status; empty for one that runs."""
-    return f"not run: {BACKENDS[name].reason}" if name in BACKENDS and BACKENDS[name].reason else ""
+    return f"not run: {reason}" if (reason := obstacle_on_dense_base(name)) else ""
 
 
 def text_rows(text: Path, tokenizer: Path, tokens: int) -> list[dict[str, list[int]]]:

@@ -22,6 +22,7 @@ from finetune.paths import SHIPPED
 from finetune.plan import PlanConfig
 from finetune.preflight import PreflightConfig
 from finetune.quantization import QuantizationConfig
+from finetune.quantization.config import PREQUANTIZED
 from finetune.run import RunSettings
 from finetune.sweep import SweepConfig
 from finetune.tracking import TrackerConfig
@@ -83,6 +84,8 @@ class RunConfig:
             launch=self.launch.strategy,
         )
         method = self.quantization.method
+        if method == PREQUANTIZED:
+            yield from self._without_dense_base()
         if method in ("torchao_int8", "hqq") and self.model.upcast != "none":
             yield (
                 f"model.upcast={self.model.upcast} gives float32 inputs, which layers of quantization.method={method} "
@@ -104,3 +107,14 @@ class RunConfig:
             and self.model.dtype == "float16"
         ):
             yield "model.dtype=float16 without quantization trains unstably; use bfloat16 or float32"
+
+    def _without_dense_base(self) -> Iterator[str]:
+        """Yields what needs the dense base, where only a quantized one is there."""
+        if self.merge.choose == "original":
+            yield "merge.choose=original needs the unquantized base; with quantization=prequantized, use fidelity"
+        for name, export in self.export.items():
+            if export.format == "gguf_lora" or (export.format == "bitsandbytes" and export.dtype != "int8"):
+                yield (
+                    f"export.{name}: format {export.format} starts from the unquantized base, and "
+                    "quantization=prequantized has none: export the merged model (safetensors, gguf), or dtype=int8"
+                )

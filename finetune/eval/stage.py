@@ -113,7 +113,7 @@ class _Models:
         """Returns how the artifact is loaded, without its adapter."""
         if name in ("adapter", "base_quantized"):
             return self.spec
-        return self.spec.dense(self.merged if name == "merged" else None)
+        return self.spec.dense(self.merged) if name == "merged" else self.spec.as_stored()
 
     def place(self, name: str, workload: Workload) -> WeightPlacement:
         """Decides where the artifact's weights lie, by the memory that is free now."""
@@ -160,8 +160,10 @@ class _Measurement:
         left_out = {name: "eval.artifacts does not name it" for name in ARTIFACTS if name not in measured}
         records: dict[str, Record] = {}
         for name in measured:
-            if name == "base_quantized" and not models.spec.is_quantized and "base" in records:
-                log("eval", "base_quantized is the base itself (quantization.method=none); it is not measured twice")
+            only_base = models.spec.is_prequantized or not models.spec.is_quantized
+            if name == "base_quantized" and only_base and "base" in records:
+                method = models.spec.quantization.method
+                log("eval", f"base_quantized is the base itself (quantization.method={method}); not measured twice")
                 records[name] = records["base"]
                 continue
             record, reason = self.measure(name, models)

@@ -3,8 +3,9 @@
 from textwrap import indent
 
 from finetune.hardware.backends import BACKENDS
-from finetune.model import ModelConfig, ModelSpec
+from finetune.model import Base, ModelConfig, ModelSpec
 from finetune.quantization import QuantizationConfig
+from finetune.quantization.config import PREQUANTIZED
 from finetune.quantization.skip_modules import HEADS, skip_patterns
 
 
@@ -28,10 +29,14 @@ def adapter_snippet(folder: str, spec: ModelSpec, *, ends: list[int], splits: bo
     ]
     library = BACKENDS[quantization.method].library
     imports, classes = IMPORTS.get(library, ([], []))
+    prequantized = quantization.method == PREQUANTIZED
+    context = "quantized_experts()" if splits else f"packed_layers({_folder(base)})" if prequantized else ""
     lines = [
         "import torch",
         *imports,
         *(["from finetune.quantization.expert_loading import quantized_experts"] if splits else []),
+        *(["from finetune.quantization.prequantized import packed_layers, set_compute_dtype"] if prequantized else []),
+        *(["from huggingface_hub import snapshot_download"] if prequantized and base.source == "hub" else []),
         "from peft import PeftModel",
         f"from transformers import {', '.join(['AutoModelForCausalLM', 'AutoTokenizer', *classes])}",
         "",
@@ -41,7 +46,8 @@ def adapter_snippet(folder: str, spec: ModelSpec, *, ends: list[int], splits: bo
             if base.source == "hub"
             else [f"# put here where you have {base.public_name}, weights SHA-256 {base.sha256}"]
         ),
-        *_loading(arguments, splits=splits),
+        *_loading(arguments, context=context),
+        *([f"set_compute_dtype(base, {dtype!r})"] if prequantized else []),
         *(_replaced(quantization, dtype=dtype) if library == "hqq" else []),
         f"model = PeftModel.from_pretrained(base, {folder!r}).eval()",
         "",
@@ -50,9 +56,15 @@ def adapter_snippet(folder: str, spec: ModelSpec, *, ends: list[int], splits: bo
     return "\n".join(lines)
 
 
-def _loading(arguments: list[str], *, splits: bool) -> list[str]:
+def _folder(base: Base) -> str:
+    """Returns code for the folder of a base, whose config.json says how it is stored."""
+    is_remote = base.source == "hub"
+    return f"snapshot_download({base.name!r}, revision={base.revision!r})" if is_remote else repr(base.folder.name)
+
+
+def _loading(arguments: list[str], *, context: str) -> list[str]:
     lines = ["base = AutoModelForCausalLM.from_pretrained(", *[f"    {argument}," for argument in arguments], ")"]
-    return ["with quantized_experts():", indent("\n".join(lines), "    ")] if splits else lines
+    return [f"with {context}:", indent("\n".join(lines), "    ")] if context else lines
 
 
 def merged_snippet(folder: str, *, model: ModelConfig, dtype: str) -> str:

@@ -52,6 +52,12 @@ BACKENDS = {
     "hqq": BackendSupport(
         title="HQQ", devices=CPU_AND_CUDA, library="hqq", tunable=True, source="hqq 0.2.8.post1, run here on CPU"
     ),
+    "prequantized": BackendSupport(
+        title="as the base is stored: GPTQ, AWQ, compressed-tensors, FP8, bitsandbytes",
+        devices=CPU_AND_CUDA,
+        tunable=True,
+        source="finetune/quantization/packed_linear.py, run here on CPU",
+    ),
     "torchao_int4": BackendSupport(
         title="4-bit torchao",
         library="torchao",
@@ -78,7 +84,8 @@ BACKENDS = {
         alternative="quantization=nf4_double",
         reason="gptqmodel 7.7 requires torch 2.14 and this version is tested with 2.13; it compiles its kernels with "
         "g++ at the "
-        "first load, three of its CPU layers stop gradients after an evaluation, and transformers saves them as noise",
+        "first load, three of its CPU layers stop gradients after an evaluation, and transformers saves them as noise; "
+        "a base that is stored so runs with quantization=prequantized",
         source=GPTQMODEL,
     ),
     "awq": BackendSupport(
@@ -87,7 +94,7 @@ BACKENDS = {
         alternative="quantization=nf4_double",
         reason="transformers 5 loads it through gptqmodel 7.7 alone, which requires torch 2.14 and this version is "
         "tested with "
-        "2.13, and peft cannot merge it",
+        "2.13, and peft cannot merge it; a base that is stored so runs with quantization=prequantized",
         source=GPTQMODEL,
     ),
     "gguf": BackendSupport(
@@ -120,6 +127,13 @@ def unsupported_reason(method: str) -> str:
     if not backend.reason:
         return ""
     return f"quantization.method={method} does not run: {backend.reason}; choose {backend.alternative}"
+
+
+def obstacle_on_dense_base(name: str) -> str:
+    """Explains why an option of the quantization group cannot be measured on a dense base; empty where it can."""
+    if name == "prequantized":
+        return "it is how a base is stored, and this one is dense (docs/quantized-bases.md)"
+    return BACKENDS[name].reason if name in BACKENDS else ""
 
 
 def markdown() -> tuple[str, str]:

@@ -47,7 +47,8 @@ def place(spec: ModelSpec, workload: Workload) -> WeightPlacement:
         size = stored_elements(spec.base.folder) * dtype.itemsize
         return place_weights(size, cost=cost, workload=workload, free=free)
     cache = cache_of(spec) if len(free.devices) > 1 else None
-    size = sum(file.stat().st_size for file in cache.folder.glob("*.safetensors")) if cache else 0
+    folder = cache.folder if cache else spec.base.folder if spec.is_prequantized else None
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder else 0
     placed = place_weights(size, cost=cost, workload=workload, free=free)
     gpus = {place: limit for place, limit in placed.max_memory.items() if place != "cpu"}
     return dataclasses.replace(placed, max_memory=gpus)

@@ -226,7 +226,7 @@ def fusion_obstacle(model: Any, dtype: str) -> str | None:
     linear = _linear_layers(model)
     if reason := _adapter_obstacle([layer for layer in linear if is_adapted(layer)]):
         return reason
-    unknown = sorted({_class_name(base_layer(layer)) for layer in linear} - {"Parameter", "Linear4bit"})
+    unknown = sorted({_class_name(base_layer(layer)) for layer in linear} - {"Parameter", "Linear4bit", "PackedLinear"})
     if unknown:
         return f"{', '.join(unknown)} layers have their own kernels"
     norms = blocks.modules_of(model, blocks.NORMS)

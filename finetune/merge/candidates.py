@@ -1,5 +1,7 @@
 """Writes one merge candidate to disk: base weights plus the changes of the adapter, tensor by tensor."""
 
+from __future__ import annotations
+
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -7,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,12 +24,15 @@ from finetune.merge.checkpoint import (
     ShardWriter,
     StoredTensor,
     TensorHeader,
-    read_checkpoint,
     write_index,
 )
 from finetune.merge.config_file import write_config
 from finetune.merge.experts import ExpertStack, ExpertUpdates, is_expert_change, rename_expert_changes
+from finetune.merge.prequantized import dense_checkpoint
 from finetune.model.text_only import config_of_text, decoder_name
+
+if TYPE_CHECKING:
+    from finetune.quantization.stored import StoredLayers
 
 Source = Callable[[str], Tensor | ExpertStack | None]
 """Returns the weight to start from for a tensor's name; None where it is the one on disk."""
@@ -37,7 +42,10 @@ TensorChange = Change | ExpertUpdates
 MAX_PARALLEL_FILES = 4
 """Each needs memory for some pieces of 4 MiB, and for a dense layer where weights are dequantized."""
 
-NOT_COPIED = {INDEX, "config.json", "adapter_config.json", "training_args.bin", "trainer_state.json"}
+NOT_COPIED = {
+    *(INDEX, "config.json", "quantize_config.json", "quant_config.json"),
+    *("adapter_config.json", "training_args.bin", "trainer_state.json"),
+}
 COPIED = (".json", ".jinja", ".model", ".txt", ".py", ".tiktoken")
 
 
@@ -78,26 +86,35 @@ def from_disk(name: str) -> None:
 
 
 def build(
-    base: Path, changes: dict[str, Change], target: Path, *, dtype: torch.dtype, source: Source = from_disk
+    base: Path,
+    changes: dict[str, Change],
+    target: Path,
+    *,
+    dtype: torch.dtype,
+    source: Source = from_disk,
+    packed: StoredLayers | None = None,
 ) -> MergeCandidate:
     """Writes base plus changes as a plain transformers folder, in about 200 MB of memory plus one dequantized layer.
 
     Args:
-        base: The dense base; its file names and tensor names are used again.
+        base: Its file names and tensor names are used again.
         changes: By tensor name, from `read_changes`.
         target: Folder to create; must not exist.
         dtype: Of the floating-point tensors.
         source: Returns the weights to start from.
+        packed: The layers that the base's own files hold quantized, all of which ``source`` gives.
 
     Raises:
-        MergeError: The base is quantized, lacks a tensor that the adapter changes, or has it in another shape.
+        MergeError: The base is quantized and ``packed`` was not given; or it lacks a tensor that the adapter
+            changes, or has it in another shape.
     """
     config = json.loads((base / "config.json").read_text())
-    if config.get("quantization_config"):
+    if config.get("quantization_config") and packed is None:
         raise MergeError(
             f"{base} is quantized on disk, so its weights cannot be changed; give the full-precision base as model.name"
         )
-    files, untied = _plan(read_checkpoint(base), changes, base=base, config=config)
+    checkpoint = dense_checkpoint(base, packed, dtype=dtype)
+    files, untied = _plan(checkpoint, changes, base=base, config=config)
     target.mkdir(parents=True)
     headers = {
         name: [TensorHeader(plan.name, _written_dtype(plan.stored, dtype), plan.shape) for plan in plans]

@@ -37,6 +37,7 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 

@@ -24,18 +24,22 @@ SHARD = "2GB"
 def dequantized(spec: ModelSpec, graph: Any, *, work: Path) -> Source:
     """Returns a source that gives each quantized layer's weight as the trained model multiplies by it.
 
-    The layers are read one at a time from the cached copy of the quantized base, or from one that is written to
-    ``work`` where there is no cache. So the source does not refer to the graph, and needs memory for one dense layer.
+    The layers are read one at a time from the base's own files where these are quantized, else from the cached copy of
+    the quantized base, or from one that is written to ``work`` where there is no cache. So the source does not refer to
+    the graph, and needs memory for one dense layer.
 
     Args:
         spec: The base as it was loaded for training.
         graph: The quantized base with the adapter; without its adapter afterwards where a copy had to be written.
         work: Folder for the copy.
     """
+    from finetune.merge.prequantized import packed_layers
     from finetune.model.load import cache_of
     from finetune.quantization.backends import save
     from finetune.quantization.stored import StoredLayers
 
+    if packed := packed_layers(spec):
+        return stored(packed, base=spec.base.folder)
     cache, folder = cache_of(spec), work / "quantized"
     if cache is not None and cache.is_complete:
         folder = cache.folder

@@ -17,7 +17,7 @@ from finetune.files import require_disk
 from finetune.jsonable import from_json
 from finetune.merge.config import MergeConfig
 from finetune.merge.select import select_candidate, table_rows
-from finetune.model import Base, ModelSpec
+from finetune.model import ModelSpec
 from finetune.products import MergedModel, PreparedData, TrainedAdapter
 from finetune.scores import CandidateScores, ComparedScores, LossScores
 
@@ -62,7 +62,7 @@ def merge(
     work = folder / ".candidates"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    _require_disk(spec.base, folder, candidates=len(names), tokens=config.measure_tokens)
+    _require_disk(spec, folder, candidates=len(names), tokens=config.measure_tokens)
     stage = _Stage(config=config, spec=spec, work=work, rows=rows, seed=seed)
     changes = read_changes(adapter.adapter)
     for further, weight in config.adapters.items():
@@ -99,6 +99,9 @@ def merge(
 
 
 def _candidate_names(config: MergeConfig, spec: ModelSpec) -> list[str]:
+    if spec.is_prequantized:
+        log("merge", "only the candidate dequantized: the base is stored quantized, so there is no original to add to")
+        return ["dequantized"]
     if spec.is_quantized:
         return list(config.candidates)
     if config.choose == "dequantized":
@@ -111,8 +114,15 @@ def _candidate_names(config: MergeConfig, spec: ModelSpec) -> list[str]:
     return ["original"]
 
 
-def _require_disk(base: Base, folder: Path, *, candidates: int, tokens: int) -> None:
+def _require_disk(spec: ModelSpec, folder: Path, *, candidates: int, tokens: int) -> None:
+    import torch
+
+    from finetune.merge.prequantized import dense_bytes, packed_layers
+
+    base, packed = spec.base, packed_layers(spec)
     weights = sum(file.stat().st_size for file in base.folder.glob("*.safetensors"))
+    if packed:
+        weights = dense_bytes(base.folder, packed, dtype=getattr(torch, spec.placement.dtype))
     vocabulary = json.loads((base.folder / "config.json").read_text()).get("vocab_size", 0)
     require_disk(
         folder,
@@ -152,6 +162,7 @@ class _Stage:
         from finetune.inference.rows import loss_workload
         from finetune.merge.candidates import Source, build, from_disk
         from finetune.merge.graph import add_adapters, dequantized
+        from finetune.merge.prequantized import packed_layers
 
         placed = place(self.spec, loss_workload(self.rows, batch_tokens=self.config.batch_tokens))
         graph = load_adapted_model(self.spec, adapter, max_memory=placed.max_memory)
@@ -178,8 +189,9 @@ class _Stage:
         del graph
         free_memory()
         built, base, dtype = [], self.spec.base.folder, getattr(torch, self.config.dtype)
+        packed = packed_layers(self.spec)
         for name in names:
-            built.append(build(base, changes, self.work / name, dtype=dtype, source=sources[name]))
+            built.append(build(base, changes, self.work / name, dtype=dtype, source=sources[name], packed=packed))
             self._require_change(built[-1])
         return reference, built
 

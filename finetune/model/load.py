@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,10 +116,11 @@ def load_model(
 
 
 def cache_of(spec: ModelSpec) -> QuantizedCache | None:
-    """Returns the cache entry of the quantized base; None for a dense one, and for a model that has its own code."""
+    """Returns the cache entry of the quantized base; None where the run quantizes nothing, or the model has its own
+    code."""
     from finetune.quantization.cache import quantized_cache
 
-    if not spec.is_quantized or spec.config.trust_remote_code:
+    if not spec.is_quantized or spec.is_prequantized or spec.config.trust_remote_code:
         return None
     base = spec.base.folder
     return quantized_cache(base, weights=weights_sha256(base), quantization=spec.quantization, placement=spec.placement)
@@ -146,10 +148,11 @@ def _open(folder: Path, spec: ModelSpec, **arguments: Any) -> PreTrainedModel:
     from finetune.model.text_only import from_pretrained
     from finetune.quantization.bnb import quiet_imports
     from finetune.quantization.expert_loading import quantized_experts
+    from finetune.quantization.prequantized import packed_layers, set_compute_dtype
 
     quiet_imports()
     check_remote_code(folder, spec.config.remote_code)
-    with quantized_experts():
+    with packed_layers(folder) if spec.is_prequantized else nullcontext(), quantized_experts():
         model: PreTrainedModel = from_pretrained(
             folder,
             dtype=getattr(torch, spec.placement.dtype),
@@ -158,6 +161,8 @@ def _open(folder: Path, spec: ModelSpec, **arguments: Any) -> PreTrainedModel:
             use_safetensors=True,
             **({"device_map": {"": spec.placement.device}} | arguments),
         )
+    if spec.is_prequantized:
+        set_compute_dtype(model, spec.placement.dtype)
     return model
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.hardware import Placement
 from finetune.model.base import Base, ModelFiles, fetch
 from finetune.model.config import ModelConfig
-from finetune.quantization.config import QuantizationConfig, spec
+from finetune.quantization.config import PREQUANTIZED, QuantizationConfig, spec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,6 +52,11 @@ class ModelSpec:
         """Whether the linear layers are quantized."""
         return self.quantization.method != "none"
 
+    @property
+    def is_prequantized(self) -> bool:
+        """Whether the base's own files hold them quantized, so that there is no dense base."""
+        return self.quantization.method == PREQUANTIZED
+
     def load(self, *, max_memory: dict[int | str, int] | None = None, scratch: Path | None = None) -> PreTrainedModel:
         """Loads the model; see `finetune.model.load.load_model`."""
         from finetune.model.load import load_model
@@ -80,6 +85,10 @@ class ModelSpec:
         placement = dataclasses.replace(self.placement, dtype=dtype)
         quantization = dataclasses.replace(self.quantization, method="none", double=False)
         return dataclasses.replace(self, base=base, quantization=quantization, placement=placement)
+
+    def as_stored(self) -> ModelSpec:
+        """Returns the base as its own files hold it: without quantization, or quantized where they are."""
+        return self if self.is_prequantized else self.dense()
 
     def on(self, device: str) -> ModelSpec:
         """Returns the same model on another device."""

@@ -53,6 +53,9 @@ def config_of_text(folder: Path | str, *, trust_remote_code: bool = False) -> An
     decoder = config.get_text_config()
     if decoder is config or type(decoder) not in AutoModelForCausalLM._model_mapping:
         return None
+    stored = getattr(config, "quantization_config", None)
+    if stored and not getattr(decoder, "quantization_config", None):
+        decoder.quantization_config = stored
     decoder.tie_word_embeddings = decoder.tie_word_embeddings or config.tie_word_embeddings  # either may name it
     return decoder
 

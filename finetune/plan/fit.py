@@ -13,6 +13,7 @@ from finetune.plan import phases
 from finetune.plan.inputs import PlanInputs
 from finetune.plan.product import LARGEST_ERROR, can_halve, device_memory, obstacle
 from finetune.plan.throughput import table_throughput
+from finetune.quantization.config import PREQUANTIZED
 
 if TYPE_CHECKING:
     from finetune.hardware import Machine
@@ -150,9 +151,10 @@ def _ranked(candidates: list[Candidate], inputs: PlanInputs) -> list[Candidate]:
 
 def _candidates(inputs: PlanInputs, machine: Machine) -> Iterator[Candidate]:
     """Yields every combination of launch, quantization, checkpointing, optimizer and micro-batch."""
+    is_stored = inputs.method == PREQUANTIZED
     combinations = itertools.product(
         _launches(inputs, machine),
-        dict.fromkeys([(inputs.method, inputs.double), ("nf4", True)]),
+        dict.fromkeys([(inputs.method, inputs.double), *([] if is_stored else [("nf4", True)])]),
         _checkpointings(inputs),
         dict.fromkeys([inputs.optimizer, "paged_adamw_8bit"]),
         MICRO_BATCHES,
@@ -161,7 +163,7 @@ def _candidates(inputs: PlanInputs, machine: Machine) -> Iterator[Candidate]:
         kernels = dataclasses.replace(
             inputs.kernels,
             fused=inputs.kernels.fused and strategy != "fsdp",
-            cached=inputs.kernels.fused and inputs.device == "cpu" and method == "nf4",
+            cached=inputs.kernels.fused and inputs.device == "cpu" and method in ("nf4", PREQUANTIZED),
         )
         candidate = dataclasses.replace(
             inputs,

@@ -96,11 +96,12 @@ class PlanInputs:
 
     Attributes:
         architecture: The model's dimensions.
-        method: ``none``, ``nf4``, ``fp4``, ``int8``, ``torchao_int8`` or ``hqq``.
+        method: ``none``, ``nf4``, ``fp4``, ``int8``, ``torchao_int8``, ``hqq`` or ``prequantized``.
         double: Whether the 4-bit constants are quantized too.
         keep: Linear layers that stay unquantized, as `finetune.quantization.is_skipped` reads them.
         keep_bytes: Bytes that further unquantized layers may take beyond their quantized form.
-        bits, group_size: hqq's.
+        bits, group_size: hqq's, and those of a prequantized base; no group size stands for whole rows.
+        group_bytes: Bytes of the constants of one group of a prequantized base.
         rank: LoRA rank; 0 trains every weight instead (full fine-tuning).
         targets: Last name segments of adapted layers, or ``all-linear``; ``head`` for the output head.
         experts_adapted: Whether every expert has an adapter.
@@ -145,6 +146,7 @@ class PlanInputs:
     keep_bytes: int = 0
     bits: int = 4
     group_size: int = 64
+    group_bytes: float = 0
     rank: int
     targets: tuple[str, ...] = (ALL_LINEAR,)
     experts_adapted: bool = False

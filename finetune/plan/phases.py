@@ -11,6 +11,7 @@ from finetune.plan.activations import activations, largest_block_bytes, offloade
 from finetune.plan.activations_saved import layer_bytes
 from finetune.plan.inputs import GIB, PlanInputs
 from finetune.plan.later import AFTER_TRAINING
+from finetune.quantization.config import PREQUANTIZED
 
 CUDA_CONTEXT_BYTES = GIB // 2
 """CUDA context and loaded kernels of one process: 0.4 to 0.6 GiB with lazy loading, which torch uses.
@@ -157,13 +158,16 @@ def allocator_bytes(inputs: PlanInputs) -> float:
 
 
 def largest_dense_bytes(inputs: PlanInputs) -> float:
-    """Returns the largest tensor during loading: it arrives dense and is quantized on the device."""
+    """Returns the largest tensor during loading: it arrives dense and is quantized on the device, if it is at all."""
     a = inputs.architecture
     linear = max(linear.in_features * linear.out_features for linear in linear_layers(a))
     if inputs.split_experts():
         together = 2 * a.experts if a.family in FUSED_CHECKPOINTS else 1
         linear = max(linear, together * a.hidden_size * a.intermediate_size)
-    return max(linear if inputs.method != "none" else 0, embedding_parameters(a)) * inputs.compute_bytes
+    return (
+        max(linear if inputs.method not in ("none", PREQUANTIZED) else 0, embedding_parameters(a))
+        * inputs.compute_bytes
+    )
 
 
 def later_placement(inputs: PlanInputs, phase: str, *, memory: int, host: int) -> WeightPlacement | None:

@@ -12,6 +12,7 @@ from finetune.parameters import expert_parameters, parameters
 from finetune.plan import later, phases, weights
 from finetune.plan.inputs import PlanInputs
 from finetune.plan.phases import Terms
+from finetune.quantization.config import PREQUANTIZED
 
 if TYPE_CHECKING:
     from finetune.hardware import Machine
@@ -186,9 +187,9 @@ def changes(inputs: PlanInputs) -> dict[str, PlanInputs]:
         variants["train.checkpointing=full"] = replace(inputs, checkpointing=True)
     if inputs.rows > 1:
         variants[f"train.micro_batch={inputs.rows // 2}"] = replace(inputs, rows=inputs.rows // 2)
-    if inputs.method not in ("nf4", "fp4"):
+    if inputs.method not in ("nf4", "fp4", PREQUANTIZED):
         variants["quantization=nf4_double"] = replace(inputs, method="nf4", double=True)
-    elif not inputs.double:
+    elif not inputs.double and inputs.method != PREQUANTIZED:
         variants["quantization=nf4_double"] = replace(inputs, double=True)
     if not inputs.optimizer.endswith("_8bit"):
         variants["optim=paged_adamw_8bit"] = replace(inputs, optimizer="paged_adamw_8bit")

@@ -7,13 +7,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from finetune.architecture import ArchitectureConfig
+from finetune.errors import ModelError
 from finetune.hardware.place import choose_dtype, used_gpus
 from finetune.kernels.choose import KernelFacts, choose
-from finetune.model.base import dimensions
+from finetune.model import hub
+from finetune.model.base import dimensions, files_here, is_gguf
 from finetune.objectives import OBJECTIVES
-from finetune.parameters import linear_parameters
+from finetune.parameters import linear_layers, linear_parameters
 from finetune.plan.fit import fit_step
 from finetune.plan.inputs import KernelChoice, PlanInputs, TrainerMemoryModel
+from finetune.quantization.config import PREQUANTIZED
+from finetune.quantization.packed_checkpoint import required_format
 
 if TYPE_CHECKING:
     from finetune.config import RunConfig
@@ -22,6 +26,9 @@ if TYPE_CHECKING:
 MIB = 1024**2
 FUSED_FAMILIES = ("llama", "mistral", "qwen2")
 """Families whose layers `finetune.kernels.blocks` can fuse; Qwen3's attention contains norms, so it cannot."""
+
+DEQUANTIZED_AT_USE = ("nf4", "fp4", PREQUANTIZED)
+"""Methods whose layers `finetune.kernels` fuses: they multiply by the dense weight."""
 
 MIXING_FAMILIES = ("granitemoehybrid",)
 """Families whose attention mask ignores where a document begins, in transformers 5.23."""
@@ -57,6 +64,7 @@ def from_config(config: RunConfig, machine: Machine) -> PlanInputs:
     dtype = planned_dtype(config, machine)
     kernels = predict_kernels(config, machine, architecture=architecture, device=device, dtype=dtype)
     objective = OBJECTIVES[config.train.objective]
+    quantization = planned_quantization(config, architecture)
     packed_tokens = config.data.pack_tokens if config.data.packing and not objective.compares else None
     sampled = config.train.grpo if objective.samples else None
     tokens = packed_tokens or config.data.max_tokens + (sampled.max_new_tokens if sampled else 0)
@@ -67,12 +75,13 @@ def from_config(config: RunConfig, machine: Machine) -> PlanInputs:
     train = config.train
     inputs = PlanInputs(
         architecture=architecture,
-        method=config.quantization.method,
+        method=quantization.method,
         double=config.quantization.double,
-        keep=tuple(config.quantization.skip_modules),
+        keep=quantization.keep,
         keep_bytes=int(config.quantization.skip_modules_mib * MIB),
-        bits=config.quantization.bits,
-        group_size=config.quantization.group_size,
+        bits=quantization.bits,
+        group_size=quantization.group_size,
+        group_bytes=quantization.group_bytes,
         rank=config.lora.width,
         targets=tuple(config.lora.targets),
         experts_adapted=config.lora.experts,
@@ -110,6 +119,50 @@ def from_config(config: RunConfig, machine: Machine) -> PlanInputs:
     return fit_step(inputs, machine, choose=train.automatic) if train.automatic else inputs
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlannedQuantization:
+    """How the linear layers are stored; the attributes are those of `PlanInputs`."""
+
+    method: str
+    bits: int
+    group_size: int
+    group_bytes: float = 0
+    keep: tuple[str, ...]
+
+
+def planned_quantization(config: RunConfig, architecture: ArchitectureConfig) -> PlannedQuantization:
+    """Returns how the base will be stored: as the configuration names it, or as a prequantized base's config.json does.
+
+    Raises:
+        ModelError: The base is not stored quantized, its config.json cannot be had, or its form cannot be read.
+    """
+    settings = config.quantization
+    if settings.method != PREQUANTIZED:
+        return PlannedQuantization(
+            method=settings.method,
+            bits=settings.bits,
+            group_size=settings.group_size,
+            keep=tuple(settings.skip_modules),
+        )
+    if is_gguf(config.model.name):
+        raise ModelError(
+            "quantization=prequantized: a GGUF file is converted to dense weights; choose quantization=nf4_double"
+        )
+    stored = required_format(files_here(config.model) or hub.fetch_config(config.model))
+    names = [
+        f"model.layers.{layer}.{linear.parent}.{linear.name}"
+        for linear in linear_layers(architecture)
+        for layer in linear.layers
+    ]
+    return PlannedQuantization(
+        method="int8" if stored.is_int8 else PREQUANTIZED,
+        bits=stored.bits,
+        group_size=stored.group_elements,
+        group_bytes=stored.group_bytes,
+        keep=tuple(name for name in names if stored.skips(name)),
+    )
+
+
 def predict_kernels(
     config: RunConfig, machine: Machine, *, architecture: ArchitectureConfig, device: str, dtype: str
 ) -> KernelChoice:
@@ -124,7 +177,7 @@ def predict_kernels(
         "float16 needs loss scaling": dtype == "float16",
         f"layers of {family} cannot be fused": family not in FUSED_FAMILIES,
         "only peft computes lora.variant=dora": lora.variant == "dora",
-        f"{method} layers have their own kernels": method not in ("none", "nf4", "fp4"),
+        f"{method} layers have their own kernels": method not in ("none", *DEQUANTIZED_AT_USE),
         f"model.upcast={upcast} keeps norms in float32": upcast != "none",
         f"launch.strategy={config.launch.strategy} shards the weights": config.launch.strategy not in ("single", "ddp"),
     }
@@ -139,7 +192,7 @@ def predict_kernels(
     }
     facts = KernelFacts(
         fusion_obstacle=_first_true(reasons),
-        quantized=method in ("nf4", "fp4"),
+        quantized=method in DEQUANTIZED_AT_USE,
         dense_bytes=linear_parameters(architecture) * (4 if dtype == "float32" else 2),
         free_bytes=machine.ram_bytes,  # how much will be free then is not known; only a CPU keeps copies
         head_split_obstacle=_first_true(head_reasons),

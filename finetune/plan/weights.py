@@ -16,6 +16,7 @@ from finetune.parameters import (
     parameters,
 )
 from finetune.plan.inputs import SEGMENT_BYTES, SMALL_BYTES, PlanInputs, block_bytes
+from finetune.quantization.config import PREQUANTIZED
 from finetune.quantization.skip_modules import is_skipped
 
 BLOCK = 64
@@ -106,6 +107,9 @@ def quantized_bytes(inputs: PlanInputs, elements: int, rows: int) -> tuple[float
         return elements, rows * FLOAT
     if inputs.method == "torchao_int8":
         return elements, rows * inputs.compute_bytes
+    if inputs.method == PREQUANTIZED:
+        groups = elements / inputs.group_size if inputs.group_size else rows
+        return elements * inputs.bits / 8, groups * inputs.group_bytes
     if inputs.method == "hqq":
         return elements * HQQ_BYTES[inputs.bits], 2 * elements / inputs.group_size * inputs.compute_bytes
     constants = elements / BLOCK

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import ModelError
 from finetune.hardware.backends import BACKENDS
-from finetune.quantization import bnb, hqq, torchao
+from finetune.quantization import bnb, hqq, prequantized, torchao
 from finetune.quantization.config import PackedWeight, QuantizationConfig
 
 if TYPE_CHECKING:
@@ -97,6 +97,8 @@ def backend_of(layer: Any) -> Any:
     kind = type(layer)
     if (kind.__module__, kind.__name__) == ("torch.nn.modules.linear", "Linear"):
         kind = type(layer.weight)  # torchao replaces the weight, not the layer
+    if kind.__module__ == "finetune.quantization.packed_linear":
+        return prequantized
     library = LIBRARIES.get(kind.__module__.partition(".")[0])
     if library is bnb and not (hasattr(layer.weight, "quant_state") or hasattr(layer.weight, "CB")):
         return None  # a layer of the library with a plain weight: only the plan makes these, to count bytes
@@ -143,5 +145,7 @@ def all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _packed_parameters(layers: Iterable[Any]) -> set[int]:
-    """Returns the ids of the parameters that hold quantized layers' codes."""
-    return {id(getattr(layer, name)) for layer in layers for name in ("weight", "W_q") if hasattr(layer, name)}
+    """Returns the ids of the parameters and buffers that hold quantized layers' codes, and constants where they do."""
+    layers = list(layers)
+    codes = {id(getattr(layer, name)) for layer in layers for name in ("weight", "W_q") if hasattr(layer, name)}
+    return codes | {id(part) for layer in layers if backend_of(layer) is prequantized for part in layer.buffers()}

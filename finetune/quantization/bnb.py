@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -139,6 +140,14 @@ def dense_from(
     state = functional.QuantState.from_dict(parts, device=codes.device)
     four_bit: Tensor = functional.dequantize_4bit(codes, state).reshape(state.shape)
     return four_bit.to(dtype)
+
+
+def shape_from(parts: dict[str, Tensor]) -> tuple[int, ...]:
+    """Returns the shape of the weight of the layer that these tensors were saved from."""
+    if "SCB" in parts:
+        return tuple(parts["weight"].shape)
+    (state,) = (tensor for name, tensor in parts.items() if ".quant_state." in name)
+    return tuple(json.loads(bytes(state.tolist()))["shape"])
 
 
 def quiet_imports() -> None:

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from torch import Size, Tensor
 
 METHODS = tuple(BACKENDS)
+PREQUANTIZED = "prequantized"
+"""The method of a base that its own checkpoint stores quantized."""
+
 BITS = (1, 2, 3, 4, 5, 6, 8)
 """What hqq can pack. Source: hqq 0.2.8, core/quantize.py, Quantizer.SUPPORTED_BITS."""
 
@@ -22,8 +25,9 @@ class QuantizationConfig:
     """Selects how the frozen base is stored."""
 
     method: str
-    """``none``, ``nf4``, ``fp4`` (bitsandbytes 4-bit), ``int8`` (LLM.int8), ``torchao_int8``, ``hqq``; the other
-    methods of finetune/hardware/backends.py are refused with the reason."""
+    """``none``, ``nf4``, ``fp4`` (bitsandbytes 4-bit), ``int8`` (LLM.int8), ``torchao_int8``, ``hqq``;
+    ``prequantized`` for a base that is stored quantized (GPTQ, AWQ, ...). The other methods of
+    finetune/hardware/backends.py are refused with the reason."""
 
     double: bool = False
     """Quantizes the constants of the 4-bit blocks too: saves 0.37 bit per parameter. Source: QLoRA paper, section 3."""
@@ -53,8 +57,8 @@ class QuantizationConfig:
         used_by = f"and quantization.method={self.method}"
         if self.method != "hqq":
             yield from ((name, f"it is hqq's, {used_by}") for name in ("bits", "group_size"))
-        if self.method == "none":
-            yield "skip_modules", "nothing is quantized"
+        if self.method in ("none", PREQUANTIZED):
+            yield "skip_modules", "the run quantizes nothing"
         if not self.skip_modules_mib:
             yield "skip_modules_tokens", "quantization.skip_modules_mib=0 measures nothing"
 
@@ -75,10 +79,10 @@ class QuantizationConfig:
             yield f"quantization.skip_modules_mib must not be negative; got {self.skip_modules_mib}"
         if self.skip_modules_tokens < 1:
             yield f"quantization.skip_modules_tokens must be at least 1; got {self.skip_modules_tokens}"
-        if self.method == "none" and (self.skip_modules or self.skip_modules_mib):
+        if self.method in ("none", PREQUANTIZED) and (self.skip_modules or self.skip_modules_mib):
             yield (
-                "quantization.skip_modules and skip_modules_mib exempt layers from quantization, and quantization=none "
-                "quantizes nothing: leave them out"
+                "quantization.skip_modules and skip_modules_mib exempt layers from quantization, and "
+                f"quantization={self.method} quantizes nothing: leave them out"
             )
 
 

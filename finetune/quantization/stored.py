@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from finetune.hardware.backends import BACKENDS
 from finetune.quantization.backends import LIBRARIES
-from finetune.quantization.config import QuantizationConfig
+from finetune.quantization.config import PREQUANTIZED, QuantizationConfig
+from finetune.quantization.packed_checkpoint import reader
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 class StoredLayers:
-    """The quantized layers in a folder that `finetune.quantization.backends.save` wrote.
+    """The quantized layers in a folder that `finetune.quantization.backends.save` wrote, or of a prequantized base.
 
     Args:
-        folder: Holds the safetensors.
+        folder: Holds the safetensors; of a prequantized base, config.json too.
         config: The quantization group that the layers were made with.
         dtype: Of the products, e.g. ``bfloat16``.
         device: Where each layer is dequantized; the result is on it too.
@@ -28,7 +29,8 @@ class StoredLayers:
         from safetensors import safe_open
 
         self.config, self.dtype, self.device = config, dtype, device
-        self.library = LIBRARIES[BACKENDS[config.method].library]
+        is_base = config.method == PREQUANTIZED
+        self.library = reader(folder) if is_base else LIBRARIES[BACKENDS[config.method].library]
         self.metadata: dict[str, str] = {}
         self.files: dict[str, Path] = {}
         for path in sorted(folder.glob("*.safetensors")):
@@ -52,17 +54,24 @@ class StoredLayers:
             name: Of the layer, one of ``names``; one that is not in ``keys`` is not quantized.
         """
         import torch
-        from safetensors import safe_open
 
         if name not in self.keys:
-            key = f"{name}.weight"
-            with safe_open(self.files[key], "pt") as file:
-                plain: Tensor = file.get_tensor(key)
-            return plain.to(self.device)
-        parts: dict[str, Any] = {}
-        for key in self.keys[name]:
-            with safe_open(self.files[key], "pt") as file:
-                parts[key.removeprefix(f"{name}.")] = file.get_tensor(key).to(self.device)
+            return self._tensor(f"{name}.weight").to(self.device)
+        parts = {part: tensor.to(self.device) for part, tensor in self._parts(name).items()}
         dtype = getattr(torch, self.dtype)
         weight: Tensor = self.library.dense_from(parts, name, metadata=self.metadata, config=self.config, dtype=dtype)
         return weight
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of the dense weight of a quantized layer of a prequantized base."""
+        return tuple(self.library.shape_from(self._parts(name)))
+
+    def _parts(self, name: str) -> dict[str, Tensor]:
+        return {key.removeprefix(f"{name}."): self._tensor(key) for key in self.keys[name]}
+
+    def _tensor(self, key: str) -> Tensor:
+        from safetensors import safe_open
+
+        with safe_open(self.files[key], "pt") as file:
+            tensor: Tensor = file.get_tensor(key)
+        return tensor

@@ -255,8 +255,8 @@ def test_layers_are_kept_by_segment_and_by_full_name(tiny_base: Path, config: Qu
     assert backend_of(loaded.model.layers[1].self_attn.q_proj) is None
 
 
-def test_each_runnable_method_that_is_called_tunable_is_tried_here_or_in_test_bnb() -> None:
-    tried = {"none", "nf4", "fp4", "int8", *[config.method for config in SETTINGS]}
+def test_each_runnable_method_that_is_called_tunable_is_tried_in_this_package() -> None:
+    tried = {"none", "nf4", "fp4", "int8", "prequantized", *[config.method for config in SETTINGS]}
     assert (
         {name for name, backend in BACKENDS.items() if backend.tunable}
         == {name for name, backend in BACKENDS.items() if backend.devices}
