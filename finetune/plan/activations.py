@@ -139,7 +139,7 @@ def backward_temporaries(inputs: PlanInputs) -> float:
     inputs exist meanwhile.
 
     The fused gated activation in plain torch works in float32 with gate and up, the gradient, the sigmoid, both
-    results, and these concatenated. Source: finetune/kernels/plain.py, ``swiglu_backward``; compiled, one result.
+    results, and these concatenated. Source: finetune/kernels/plain.py, ``gated_backward``; compiled, one result.
     """
     a, c, tokens = inputs.architecture, inputs.wide_bytes, inputs.step_tokens
     width = feed_forward_width(a)
