@@ -105,8 +105,29 @@ FUSED_FAMILIES = (
 )
 """``model_type`` of the models whose layers these are."""
 
+DOCUMENT_FAMILIES = (
+    "cohere",
+    "gemma",
+    "gemma3_text",
+    "glm4",
+    "granite",
+    "llama",
+    "ministral",
+    "ministral3",
+    "mistral",
+    "mixtral",
+    "olmo2",
+    "olmo3",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "smollm3",
+)
+"""``model_type`` of the models whose own attention can be computed document by document: of `documents.ATTENTIONS`."""
+
 LOGIT_CHANGES: dict[str, tuple[str, ...]] = {
-    "final_logit_softcapping": ("gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text"),
+    "final_logit_softcapping": ("gemma2", "gemma3_text"),
     "logit_scale": ("cohere", "cohere2"),
     "logits_scaling": ("granite", "granitemoe", "granitemoehybrid", "granitemoeshared"),
     "logits_soft_cap": (),
@@ -115,14 +136,15 @@ LOGIT_CHANGES: dict[str, tuple[str, ...]] = {
     "logits_mup_width_multiplier": (),
 }
 """Configuration keys of transformers 5.23 for what models do to their logits, or to the head's input, besides the head,
-each with the families in which `head_form` knows what it means. HyperCLOVA X multiplies by ``logits_scaling``."""
+each with the families in which `head_form` knows what it means. HyperCLOVA X multiplies by ``logits_scaling``. Gemma 4
+caps too, but its layers stay plain, where TRL's loss needs less memory for its 262,144 words."""
 
 
 def head_form(config: Any) -> HeadForm | None:
     """Reads what a model does to its logits from its text configuration; None where it is not known.
 
     Source: transformers 5.23, the models' ``forward``: Granite divides by ``logits_scaling``, Cohere multiplies by
-    ``logit_scale``, Gemma caps.
+    ``logit_scale``, Gemma 2 caps.
     """
     found = {key: getattr(config, key, None) for key in LOGIT_CHANGES}
     changes = {key: value for key, value in found.items() if value not in (None, 1.0)}

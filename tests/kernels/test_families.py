@@ -195,3 +195,9 @@ def test_a_head_is_read_only_where_its_family_is_known(
     from types import SimpleNamespace
 
     assert forms.head_form(SimpleNamespace(model_type=model_type, **settings)) == expected
+
+
+def test_the_documented_table_has_the_fused_families() -> None:
+    lines = (Path(__file__).parents[2] / "docs" / "speed.md").read_text(encoding="utf-8").splitlines()
+    fused = [line.split("`")[1] for line in lines if line.split("|")[2:3] == [" fused "]]
+    assert fused == list(forms.FUSED_FAMILIES)

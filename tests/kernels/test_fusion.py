@@ -28,6 +28,7 @@ from tests.kernels.helpers import (
 
 GLM = ("Glm4", GROUPED)
 NEOX = ("GPTNeoX", SIZES)
+COHERE = ("Cohere", {**SIZES, "num_key_value_heads": 2, "logit_scale": 0.5})
 
 
 def layers_reason(choice: Any) -> str:
@@ -39,7 +40,7 @@ def replaced(model: Any) -> list[str]:
     return [name for name, module in model.named_modules() if "forward" in vars(module)]
 
 
-@pytest.mark.parametrize("family", [GLM, NEOX], ids=lambda family: family[0])
+@pytest.mark.parametrize("family", [GLM, NEOX, COHERE], ids=lambda family: family[0])
 def test_unknown_architecture_is_left_alone_and_its_loss_is_right(family: tuple[str, dict[str, Any]]) -> None:
     model = adapt(base(family[0], dtype="float32", **family[1]))
     fusion = fuse(model, dtype="float32")
