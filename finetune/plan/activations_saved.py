@@ -264,13 +264,13 @@ def fused_tensors(inputs: PlanInputs) -> Iterator[SavedTensor]:
     if a.qk_norm:
         yield SavedTensor("norms", c * (query + key) * tokens)
         yield SavedTensor("norms", FLOAT * (2 if a.wide_qk_norm else a.heads + a.kv_heads) * tokens)
-    yield SavedTensor("attention", c * (query + 2 * key) * tokens)
-    if a.softcap:  # what eager attention keeps, but of one document at a time
+    if a.softcap:  # what eager attention keeps, but of one document at a time; its keys and values are copies
         pairs = a.heads * inputs.tokens * tokens
         yield SavedTensor("scores", pairs * FLOAT)
         yield SavedTensor("scores", pairs * c, 2 if c != FLOAT else 1)
         yield SavedTensor("attention", c * query * tokens, 3)
     else:
+        yield SavedTensor("attention", c * (query + 2 * key) * tokens)
         yield SavedTensor("attention", FLOAT * a.heads * tokens)
         if not kernels.tiles:
             yield SavedTensor("attention", c * query * tokens, 2)
