@@ -12,10 +12,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from finetune.architecture import ArchitectureConfig
 from finetune.export.gguf.architecture import ARCHITECTURES
+from finetune.kernels.forms import FUSED_FAMILIES
 from finetune.parameters import linear_layers, parameters
 from finetune.paths import CONF
 from finetune.plan.model_config import UNCOUNTED
-from finetune.plan.settings import FUSED_FAMILIES
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 INTRO = """# Models
@@ -42,6 +42,24 @@ compares parameters and linear layers by name and shape, except where `plan --ex
 """
 TESTED_EXPERTS = ("glm4_moe", "gpt_oss", "mixtral", "qwen3_5_moe_text", "qwen3_moe")
 """Families whose experts `tests/quantization/test_experts.py` compares with transformers' own class."""
+
+PLAIN = {
+    "falcon": "q, k and v interleaved in one layer, LayerNorm, no gate",
+    "gemma4_text": "queries, keys and values shared between layers or made from one projection",
+    "gemma4_unified_text": "queries, keys and values shared between layers or made from one projection",
+    "glm4": "rotary positions of neighbouring columns",
+    "glm4_moe": "experts",
+    "gpt_neox": "q, k and v interleaved in one layer, LayerNorm, no gate",
+    "gpt_oss": "experts, sinks",
+    "granitemoehybrid": "one layer for both gates of another form, Mamba-2 layers",
+    "lfm2": "short convolutions",
+    "mixtral": "experts",
+    "phi": "LayerNorm, no gate",
+    "qwen3_5_moe_text": "gated delta nets, experts",
+    "qwen3_5_text": "gated delta nets",
+    "qwen3_moe": "experts",
+}
+"""Families with an option whose layers are not fused, with the reason."""
 
 MISSING = {
     "Qwen/Qwen3.8-27B": "no source gives its vocabulary, and whether embedding and head are tied",
@@ -97,7 +115,7 @@ def _family(family: str, found: dict[str, Any]) -> tuple[str, ...]:
         family,
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family],
         ", ".join(adapted),
-        _yes(family in FUSED_FAMILIES),
+        "yes" if family in FUSED_FAMILIES else f"no: {PLAIN[family]}",
         _yes(family in TESTED_EXPERTS) if any(member.experts for member in members) else "has none",
         _yes(family in ARCHITECTURES),
         _yes(family not in UNCOUNTED),

@@ -57,7 +57,7 @@ KINDS = {
 NATIVE = {
     "attention": ("attention_forward", "attention_backward"),
     "loss": ("cross_entropy",),
-    "elementwise": ("rms_forward", "rms_backward", "swiglu_forward", "swiglu_backward"),
+    "elementwise": ("rms_forward", "rms_backward", "gated_forward", "gated_backward"),
 }
 
 

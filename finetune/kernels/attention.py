@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -13,12 +14,20 @@ from finetune.kernels import native
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """Query heads, key/value heads (a divisor of them), head width, and the factor of the scores."""
+    """Query heads, key/value heads (a divisor of them), head width, and what becomes of the scores.
+
+    Attributes:
+        scale: Factor of the scores.
+        softcap: Scores become ``softcap * tanh(scores / softcap)``; None leaves them.
+        window: Tokens that a token sees, itself included; None for all before it.
+    """
 
     heads: int
     key_heads: int
     width: int
     scale: float
+    softcap: float | None = None
+    window: int | None = None
 
     @property
     def sizes(self) -> list[int]:
@@ -48,7 +57,16 @@ class Documents:
             self._lengths = self.starts.diff().tolist()
         return self._lengths
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None = None) -> Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
         """Computes causal attention within each document.
 
         Args:
@@ -56,47 +74,84 @@ class Documents:
             k: Shape (tokens, key heads, width); the heads are a multiple of the key heads. ``v`` likewise.
             scale: Factor of the scores.
             window: Tokens that a token sees, itself included; None for all before it.
+            softcap: See `AttentionShape`.
 
         Returns:
             Shape (tokens, heads, width).
         """
         if window is not None and window >= self.longest:
             window = None
-        if self.varlen:
+        if self.varlen and softcap is None:
             left = -1 if window is None else window - 1
             return _varlen(q, k, v, self, scale=scale, window_size=(left, 0))
         # The backward pass of a split writes each gradient once; that of a slice fills a tensor of the whole size.
         parts = zip(q.split(self.lengths), k.split(self.lengths), v.split(self.lengths), strict=True)
-        return torch.cat([_document(*part, scale=scale, window=window) for part in parts])
+        if softcap is not None:
+            mine = [_capped_document(*part, scale=scale, window=window, softcap=softcap) for part in parts]
+        else:
+            mine = [_document(*part, scale=scale, window=window) for part in parts]
+        return torch.cat(mine)
 
 
 def attend(
-    qkv: Tensor, cosine: Tensor, sine: Tensor, *, documents: Documents, shape: AttentionShape, tiles: bool
+    qkv: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+    *,
+    documents: Documents,
+    shape: AttentionShape,
+    tiles: bool,
+    change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
 ) -> Tensor:
     """Applies rotary positions and attention.
 
     Args:
         qkv: q, k and v concatenated, shape (tokens, (heads + 2 key_heads) width).
-        cosine: Of the positions, shape (tokens, width); ``sine`` likewise.
+        rotary: Cosine and sine of the positions, shape (tokens, rotary width); None for a layer without.
         documents: Where each one lies.
         shape: Heads and their width.
-        tiles: Whether to use the AMX kernels, which need bfloat16.
+        tiles: Whether to use the AMX kernels where they can compute this.
+        change: Of q and k, shape (tokens, heads, width), before they are rotated.
 
     Returns:
         Shape (tokens, heads width).
     """
-    if tiles:
-        result: Tensor = _AmxAttention.apply(qkv, cosine, sine, documents.starts.to(torch.int64), shape)
+    if tiles and rotary is not None and _fits_tiles(qkv, rotary[0], documents, shape):
+        if change is not None:
+            q, k, v = _heads(qkv, shape)
+            qkv = torch.cat([part.flatten(1) for part in (*change(q, k), v)], -1)
+        result: Tensor = _AmxAttention.apply(qkv, *rotary, documents.starts.to(torch.int64), shape)
         return result
-    q, k, v = (part.view(len(qkv), -1, shape.width) for part in qkv.split(shape.sizes, -1))
-    q, k = rotate(q, cosine, sine), rotate(k, cosine, sine)
-    return documents.attend(q, k, v, scale=shape.scale).reshape(len(qkv), -1)
+    q, k, v = _heads(qkv, shape)
+    if change is not None:
+        q, k = change(q, k)
+    if rotary is not None:
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+    out = documents.attend(q, k, v, scale=shape.scale, window=shape.window, softcap=shape.softcap)
+    return out.reshape(len(qkv), -1)
+
+
+def _heads(qkv: Tensor, shape: AttentionShape) -> list[Tensor]:
+    return [part.view(len(qkv), -1, shape.width) for part in qkv.split(shape.sizes, -1)]
+
+
+def _fits_tiles(qkv: Tensor, cosine: Tensor, documents: Documents, shape: AttentionShape) -> bool:
+    """Tells whether the AMX kernels compute this: bfloat16, whole heads rotated, neither window nor cap."""
+    whole = cosine.shape[-1] == shape.width and cosine.dtype == qkv.dtype == torch.bfloat16
+    return whole and shape.softcap is None and (shape.window is None or shape.window >= documents.longest)
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Applies rotary positions as transformers computes them; ``x`` has the shape (tokens, heads, width)."""
+    """Applies rotary positions as transformers computes them.
+
+    Args:
+        x: Shape (tokens, heads, width).
+        cosine: Shape (tokens, rotary width); ``sine`` likewise. The other columns stay.
+    """
+    width = cosine.shape[-1]
+    if width < x.shape[-1]:
+        return torch.cat([rotate(x[..., :width], cosine, sine), x[..., width:]], -1)
     low, high = x.chunk(2, -1)
-    return x * cosine[:, None] + torch.cat([-high, low], -1) * sine[:, None]
+    return (x * cosine[:, None] + torch.cat([-high, low], -1) * sine[:, None]).to(x.dtype)
 
 
 def _varlen(
@@ -123,16 +178,29 @@ def _varlen(
 
 def _document(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None) -> Tensor:
     """Computes one document with torch's own kernels, shape (length, heads, width)."""
+    mask = _mask(q, window) if window is not None and len(q) > window else None
     q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
-    mask = None
-    if window is not None and q.shape[2] > window:
-        place = torch.arange(q.shape[2], device=q.device)
-        distance = place[:, None] - place
-        mask = (distance >= 0) & (distance < window)
     out = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
     return out[0].transpose(0, 1)
+
+
+def _capped_document(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, softcap: float) -> Tensor:
+    """Computes one document with capped scores, as transformers' eager attention does."""
+    groups, hidden = q.shape[1] // k.shape[1], ~_mask(q, window)
+    q, k, v = q.transpose(0, 1), *(part.transpose(0, 1).repeat_interleave(groups, 0) for part in (k, v))
+    scores = torch.tanh(q @ k.transpose(1, 2) * (scale / softcap)) * softcap
+    shares = torch.softmax(scores.masked_fill(hidden, -torch.inf), -1, dtype=torch.float32).to(q.dtype)
+    return (shares @ v).transpose(0, 1)
+
+
+def _mask(q: Tensor, window: int | None) -> Tensor:
+    """Returns which tokens of its document each token sees, shape (length, length)."""
+    place = torch.arange(len(q), device=q.device)
+    distance = place[:, None] - place
+    seen = distance >= 0
+    return seen if window is None else seen & (distance < window)
 
 
 class _AmxAttention(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Autograd functions for what lies between matrix products: norm, SwiGLU, head with cross entropy."""
+"""Autograd functions for what lies between matrix products: norm, gated activation, head with cross entropy."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finetune.kernels.forms import GateForm, NormForm
+
 LOSS_ROWS = 256
 """Trained positions whose logits exist at one time: enough for a fast product, 25 MB at a vocabulary of 49,152."""
 
@@ -17,30 +19,31 @@ class RmsNorm(torch.autograd.Function):
     """RMSNorm that saves its input and one float per row."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, kernels: ModuleType) -> Tensor:
-        y, rstd = kernels.rms_forward(x, weight, eps)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, kernels: ModuleType, form: NormForm) -> Tensor:
+        y, rstd = kernels.rms_forward(x, weight, eps, form)
         ctx.save_for_backward(x, weight, rstd)
-        ctx.kernels = kernels
+        ctx.kernels, ctx.form = kernels, form
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
-        return ctx.kernels.rms_backward(dy.contiguous(), x, weight, rstd), None, None, None
+        return ctx.kernels.rms_backward(dy.contiguous(), x, weight, rstd, ctx.form), None, None, None, None
 
 
 @dataclass(frozen=True, slots=True)
-class SwiGlu:
-    """``silu(gate) * up`` in front of the down projection; gate and up are one tensor."""
+class GatedActivation:
+    """``activation(gate) * up`` in front of the down projection; gate and up are one tensor."""
 
     kernels: ModuleType
+    form: GateForm
 
     def forward(self, gate_up: Tensor) -> Tensor:
-        result: Tensor = self.kernels.swiglu_forward(gate_up)
+        result: Tensor = self.kernels.gated_forward(gate_up, self.form)
         return result
 
     def backward(self, grad: Tensor, gate_up: Tensor) -> Tensor:
-        result: Tensor = self.kernels.swiglu_backward(grad, gate_up)
+        result: Tensor = self.kernels.gated_backward(grad, gate_up, self.form)
         return result
 
 
@@ -51,7 +54,9 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, kernels: ModuleType) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, kernels: ModuleType, softcap: float | None = None
+    ) -> Tensor:
         """Returns the summed loss in nats, float32.
 
         Args:
@@ -59,29 +64,34 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
             weight: Of the frozen head, shape (vocabulary, width).
             targets: Shape (positions,).
             kernels: The module that computes the cross entropy.
+            softcap: Logits become ``softcap * tanh(logits / softcap)``; None leaves them.
         """
-        return _token_losses(ctx, hidden, weight, targets, kernels).sum()
+        return _token_losses(ctx, hidden, weight, targets, kernels, softcap).sum()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (gradient.float() * upstream).to(gradient.dtype), None, None, None
+        return (gradient.float() * upstream).to(gradient.dtype), None, None, None, None
 
 
 class TokenLosses(FusedLinearCrossEntropy):
     """The loss of each position, shape (positions,), for objectives that weigh tokens differently."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, kernels: ModuleType) -> Tensor:
-        return _token_losses(ctx, hidden, weight, targets, kernels)
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, kernels: ModuleType, softcap: float | None = None
+    ) -> Tensor:
+        return _token_losses(ctx, hidden, weight, targets, kernels, softcap)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (gradient.float() * upstream[:, None]).to(gradient.dtype), None, None, None
+        return (gradient.float() * upstream[:, None]).to(gradient.dtype), None, None, None, None
 
 
-def _token_losses(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, kernels: ModuleType) -> Tensor:
+def _token_losses(
+    ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, kernels: ModuleType, softcap: float | None
+) -> Tensor:
     """Returns the loss of each position and saves the gradient in ``ctx``."""
     positions, padded = len(hidden), -(-len(hidden) // LOSS_ROWS) * LOSS_ROWS  # all products have the same shape
     hidden = torch.nn.functional.pad(hidden, (0, 0, 0, padded - positions))
@@ -90,7 +100,12 @@ def _token_losses(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ker
     for start in range(0, padded, LOSS_ROWS):
         chunk = slice(start, start + LOSS_ROWS)
         logits = hidden[chunk] @ weight.t()
+        if softcap is not None:
+            bent = logits.div_(softcap).tanh_()
+            logits = bent * softcap
         losses[chunk] = kernels.cross_entropy(logits, targets[chunk])
+        if softcap is not None:
+            logits.mul_(bent.square_().neg_().add_(1))
         torch.mm(logits, weight, out=gradient[chunk])
     ctx.save_for_backward(gradient[:positions])
     return losses[:positions]

@@ -20,6 +20,7 @@ NAME = "finetune_documents"
 ATTENTIONS = (
     "CohereAttention",
     "Gemma3Attention",
+    "GemmaAttention",
     "Glm4Attention",
     "GraniteAttention",
     "LlamaAttention",

@@ -23,6 +23,7 @@ from finetune.kernels.attention import Documents
 from finetune.kernels.autograd import FusedLinearCrossEntropy, TokenLosses
 from finetune.kernels.choose import KernelChoice, KernelFacts, choose
 from finetune.kernels.documents import attending_by, documents_obstacle, use_documents, varlen_obstacle
+from finetune.kernels.forms import ACTIVATIONS, ATTENTIONS, GATED_MLPS, NORMS, head_form
 from finetune.kernels.linear import FusedLinears, base_layer, is_adapted
 from finetune.memory import free_bytes
 from finetune.quantization.backends import backend_of
@@ -42,17 +43,6 @@ LARGEST_KEPT_BYTES = 2**26
 """Larger tensors go back to the system when they are freed: in the heap, the dense matrices of a 7B's layers would
 leave holes between the gradients that stay."""
 FLOAT16_OBSTACLE = "float16 needs loss scaling, which is done around plain layers only"
-LOGIT_SCALES = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "logits_scaling",
-    "logits_soft_cap",
-    "lm_head_multiplier",
-    "output_multiplier",
-    "logits_mup_width_multiplier",
-)
-"""Configuration keys of transformers 5.23 for what models do to their logits, or to the head's input, besides the
-head."""
 
 
 @dataclass(slots=True)
@@ -61,7 +51,7 @@ class Fusion:
 
     Attributes:
         choice: What was chosen, with reasons.
-        kernels: The module that computes norm, SwiGLU and cross entropy: `native` or `plain`.
+        kernels: The module that computes norm, gated activation and cross entropy: `native` or `plain`.
         enabled: Whether fused layers are used; the original forward passes otherwise.
     """
 
@@ -110,16 +100,23 @@ class Fusion:
             return None
         return Documents(starts, inputs["max_length_q"], varlen=self.choice.varlen)
 
-    def _loss_inputs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, ModuleType]:
-        """Returns the hidden states that predict trained tokens, the head's weight, those tokens, and the kernels."""
+    def _loss_inputs(
+        self, model: Any, inputs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor, ModuleType, float | None]:
+        """Returns the hidden states that predict trained tokens, the head's weight, those tokens, the kernels, and the
+        cap of the logits."""
         causal = model.get_base_model()
         labels = inputs["labels"]
         rest = {name: value for name, value in inputs.items() if name != "labels"}
         with attending_by(self.documents(inputs)):
             hidden = causal.get_decoder()(**rest, use_cache=False).last_hidden_state[:, :-1]
         trained = labels[:, 1:] != IGNORED
-        head = causal.get_output_embeddings()
-        return hidden[trained].to(head.weight.dtype), head.weight, labels[:, 1:][trained], self.kernels
+        head, form = causal.get_output_embeddings(), head_form(causal.config.get_text_config())
+        assert form is not None, "choose() splits no head whose form is unknown"
+        predicting = hidden[trained].to(head.weight.dtype)
+        if form.factor != 1.0:
+            predicting = predicting * form.factor
+        return predicting, head.weight, labels[:, 1:][trained], self.kernels, form.softcap
 
 
 def apply_fusion(
@@ -157,12 +154,12 @@ def apply_fusion(
 
 def fuse(model: Any, fusion: Fusion, *, fuse_linears: blocks.FuseLinears) -> None:
     """Replaces the forward passes of attention, MLPs and norms."""
-    for attention in blocks.modules_of(model, blocks.ATTENTIONS):
+    for attention in blocks.modules_of(model, ATTENTIONS):
         tiles = fusion.choice.tiles and attention.head_dim % native.TILE_WIDTH == 0
         blocks.fuse_attention(attention, fusion, fuse_linears=fuse_linears, tiles=tiles)
-    for mlp in blocks.modules_of(model, blocks.GATED_MLPS):
-        blocks.fuse_swiglu_mlp(mlp, fusion, fuse_linears=fuse_linears)
-    for norm in blocks.modules_of(model, blocks.NORMS):
+    for mlp in blocks.modules_of(model, GATED_MLPS):
+        blocks.fuse_gated_mlp(mlp, fusion, fuse_linears=fuse_linears)
+    for norm in blocks.modules_of(model, NORMS):
         blocks.fuse_norm(norm, fusion)
 
 
@@ -172,7 +169,7 @@ def checkpoint_mlps(model: Any) -> None:
     Raises:
         HardwareError: The model has no MLP of a known class.
     """
-    mlps = blocks.modules_of(model, blocks.GATED_MLPS)
+    mlps = blocks.modules_of(model, GATED_MLPS)
     if not mlps:
         raise HardwareError(
             f"train.checkpointing=selective knows no gated MLP in {type(model).__name__}; use full or none"
@@ -216,11 +213,13 @@ def fusion_obstacle(model: Any, dtype: str) -> str | None:
     """Returns why this model's layers cannot be fused; None where they can."""
     if dtype == "float16":
         return FLOAT16_OBSTACLE
-    attentions, mlps = blocks.modules_of(model, blocks.ATTENTIONS), blocks.modules_of(model, blocks.GATED_MLPS)
+    attentions, mlps = blocks.modules_of(model, ATTENTIONS), blocks.modules_of(model, GATED_MLPS)
     if not attentions or not mlps:
-        return f"{type(model).__name__} has none of {', '.join(blocks.ATTENTIONS)}"
-    if any(type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation") for mlp in mlps):
-        return "its activation is not SiLU"
+        return f"{type(model).__name__} has no attention or gated MLP of a known class"
+    if any(type(blocks.activation_of(mlp)).__name__ not in ACTIVATIONS for mlp in mlps):
+        return "its activation is neither SiLU nor the tanh form of GELU"
+    if not all(attention.is_causal for attention in attentions):
+        return "its tokens see those after them"
     if any(attention.attention_dropout for attention in attentions):
         return "it has attention dropout"
     linear = _linear_layers(model)
@@ -229,7 +228,7 @@ def fusion_obstacle(model: Any, dtype: str) -> str | None:
     unknown = sorted({_class_name(base_layer(layer)) for layer in linear} - {"Parameter", "Linear4bit", "PackedLinear"})
     if unknown:
         return f"{', '.join(unknown)} layers have their own kernels"
-    norms = blocks.modules_of(model, blocks.NORMS)
+    norms = blocks.modules_of(model, NORMS)
     if any(parameter.dtype != _dtype(dtype) for norm in norms for parameter in norm.parameters()):
         return f"model.upcast keeps norms in another dtype than {dtype}"
     return None
@@ -248,7 +247,7 @@ def _class_name(layer: Any) -> str:
 
 def _linear_layers(model: Any) -> list[Any]:
     """Returns the linear layers of attention and MLPs, adapted or not."""
-    fused = blocks.modules_of(model, (*blocks.ATTENTIONS, *blocks.GATED_MLPS))
+    fused = blocks.modules_of(model, (*ATTENTIONS, *GATED_MLPS))
     return [layer for module in fused for layer in module.children() if hasattr(layer, "in_features")]
 
 
@@ -261,7 +260,7 @@ def _head_split_obstacle(model: Any, dtype: str) -> str | None:
         return "its head is not a frozen linear layer without bias"
     if head.weight.dtype != _dtype(dtype):
         return f"its head is not in {dtype}"
-    if any(getattr(text, name, None) not in (None, 1.0) for name in LOGIT_SCALES):
+    if head_form(text) is None:
         return "it changes its logits after the head"
     if getattr(text, "output_router_logits", False):
         return "its experts add to the loss"

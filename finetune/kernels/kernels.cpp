@@ -6,8 +6,9 @@
 
 extern "C" {
 
-// y = weight * bf16(x * rstd), rstd = 1 / sqrt(mean(x^2) + eps), as transformers' RMSNorm rounds it.
-void rms_forward(const bf16* x, const bf16* weight, bf16* y, float* rstd, int64_t rows, int64_t width, float eps) {
+// y = weight * bf16(x * rstd), or bf16((weight + offset) * x * rstd); rstd = 1 / sqrt(mean(x^2) + eps).
+void rms_forward(const bf16* x, const bf16* weight, bf16* y, float* rstd, int64_t rows, int64_t width, float eps, float offset,
+                 int64_t rounds_first) {
 #pragma omp parallel for
     for (int64_t row = 0; row < rows; row++) {
         const bf16* in = x + row * width;
@@ -17,47 +18,66 @@ void rms_forward(const bf16* x, const bf16* weight, bf16* y, float* rstd, int64_
         for (int64_t i = 0; i < width; i++) sum += wide(in[i]) * wide(in[i]);
         float scale = 1.0f / std::sqrt(sum / width + eps);
         rstd[row] = scale;
+        if (rounds_first) {
 #pragma omp simd
-        for (int64_t i = 0; i < width; i++) out[i] = narrow(wide(weight[i]) * wide(narrow(wide(in[i]) * scale)));
+            for (int64_t i = 0; i < width; i++) out[i] = narrow(wide(weight[i]) * wide(narrow(wide(in[i]) * scale)));
+        } else {
+#pragma omp simd
+            for (int64_t i = 0; i < width; i++) out[i] = narrow((wide(weight[i]) + offset) * (wide(in[i]) * scale));
+        }
     }
 }
 
 // dx of the above; the weight is frozen.
-void rms_backward(const bf16* dy, const bf16* x, const bf16* weight, const float* rstd, bf16* dx, int64_t rows, int64_t width) {
+void rms_backward(const bf16* dy, const bf16* x, const bf16* weight, const float* rstd, bf16* dx, int64_t rows, int64_t width,
+                  float offset) {
 #pragma omp parallel for
     for (int64_t row = 0; row < rows; row++) {
         const bf16 *grad = dy + row * width, *in = x + row * width;
         bf16* out = dx + row * width;
         float scale = rstd[row], dot = 0;
 #pragma omp simd reduction(+ : dot)
-        for (int64_t i = 0; i < width; i++) dot += wide(grad[i]) * wide(weight[i]) * wide(in[i]);
+        for (int64_t i = 0; i < width; i++) dot += wide(grad[i]) * (wide(weight[i]) + offset) * wide(in[i]);
         float share = dot * scale * scale / width;
 #pragma omp simd
-        for (int64_t i = 0; i < width; i++) out[i] = narrow(scale * (wide(grad[i]) * wide(weight[i]) - wide(in[i]) * share));
+        for (int64_t i = 0; i < width; i++)
+            out[i] = narrow(scale * (wide(grad[i]) * (wide(weight[i]) + offset) - wide(in[i]) * share));
     }
 }
 
-// out = silu(gate) * up; gate and up are the two halves of each row of ``both``.
-void swiglu_forward(const bf16* both, bf16* out, int64_t rows, int64_t width) {
+// Beyond 100, a gate is 0 or 1; NaN stays NaN.
+static inline float near_zero(float x) { return x > 100.0f ? 100.0f : x < -100.0f ? -100.0f : x; }
+
+// The sigmoid's argument, linear x + cubic x^3.
+static inline float exponent(float x, float linear, float cubic) {
+    float near = near_zero(x);
+    return near * (linear + cubic * near * near);
+}
+
+// out = gate * sigmoid(linear gate + cubic gate^3) * up; gate and up are the two halves of each row of ``both``.
+void gated_forward(const bf16* both, bf16* out, int64_t rows, int64_t width, float linear, float cubic) {
 #pragma omp parallel for
     for (int64_t row = 0; row < rows; row++) {
         const bf16 *gate = both + row * 2 * width, *up = gate + width;
         bf16* target = out + row * width;
 #pragma omp simd
-        for (int64_t i = 0; i < width; i++) target[i] = narrow(wide(gate[i]) * sigmoid(wide(gate[i])) * wide(up[i]));
+        for (int64_t i = 0; i < width; i++) {
+            float g = wide(gate[i]);
+            target[i] = narrow(g * sigmoid(exponent(g, linear, cubic)) * wide(up[i]));
+        }
     }
 }
 
-void swiglu_backward(const bf16* dy, const bf16* both, bf16* d_both, int64_t rows, int64_t width) {
+void gated_backward(const bf16* dy, const bf16* both, bf16* d_both, int64_t rows, int64_t width, float linear, float cubic) {
 #pragma omp parallel for
     for (int64_t row = 0; row < rows; row++) {
         const bf16 *grad = dy + row * width, *gate = both + row * 2 * width, *up = gate + width;
         bf16 *d_gate = d_both + row * 2 * width, *d_up = d_gate + width;
 #pragma omp simd
         for (int64_t i = 0; i < width; i++) {
-            float g = wide(gate[i]), d = wide(grad[i]), s = sigmoid(g);
+            float g = wide(gate[i]), d = wide(grad[i]), near = near_zero(g), s = sigmoid(exponent(g, linear, cubic));
             d_up[i] = narrow(d * g * s);
-            d_gate[i] = narrow(d * wide(up[i]) * s * (1.0f + g * (1.0f - s)));
+            d_gate[i] = narrow(d * wide(up[i]) * s * (1.0f + near * (1.0f - s) * (linear + 3.0f * cubic * near * near)));
         }
     }
 }

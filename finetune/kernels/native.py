@@ -27,6 +27,7 @@ from finetune.files import first_error_line
 
 if TYPE_CHECKING:
     from finetune.kernels.attention import AttentionShape
+    from finetune.kernels.forms import GateForm, NormForm
 
 SOURCES = [Path(__file__).with_name(name) for name in ("bfloat16.h", "kernels.cpp", "attention.cpp")]
 FLAGS = (
@@ -44,7 +45,7 @@ FLAGS = (
 SMALLEST_FREE_BYTES = 16 * 1024**2
 """Free disk below which a failed compilation is blamed on the disk; the kernels and g++'s own files take a tenth."""
 
-FUNCTIONS = ("rms_forward", "rms_backward", "swiglu_forward", "swiglu_backward", "cross_entropy")
+FUNCTIONS = ("rms_forward", "rms_backward", "gated_forward", "gated_backward", "cross_entropy")
 TILE_WIDTH = 32
 """The width of a head must be a multiple of it."""
 
@@ -148,32 +149,33 @@ def _to_c(value: Tensor | int | float) -> ctypes.c_void_p | ctypes.c_int64 | cty
     return ctypes.c_int64(value) if isinstance(value, int) else ctypes.c_float(value)
 
 
-def rms_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def rms_forward(x: Tensor, weight: Tensor, eps: float, form: NormForm) -> tuple[Tensor, Tensor]:
     """Computes `plain.rms_forward`."""
     y, rstd = torch.empty_like(x), torch.empty(x.shape[:-1], dtype=torch.float32)
-    _call("rms_forward", x, weight, y, rstd, rstd.numel(), x.shape[-1], float(eps))
+    settings = float(eps), float(form.offset), int(form.rounds_first)
+    _call("rms_forward", x, weight, y, rstd, rstd.numel(), x.shape[-1], *settings)
     return y, rstd
 
 
-def rms_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+def rms_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, form: NormForm) -> Tensor:
     """Computes `plain.rms_backward`."""
     dx = torch.empty_like(x)
-    _call("rms_backward", dy, x, weight, rstd, dx, rstd.numel(), x.shape[-1])
+    _call("rms_backward", dy, x, weight, rstd, dx, rstd.numel(), x.shape[-1], float(form.offset))
     return dx
 
 
-def swiglu_forward(gate_up: Tensor) -> Tensor:
-    """Computes `plain.swiglu_forward`."""
+def gated_forward(gate_up: Tensor, form: GateForm) -> Tensor:
+    """Computes `plain.gated_forward`."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty((rows, width))
-    _call("swiglu_forward", gate_up, out, rows, width)
+    _call("gated_forward", gate_up, out, rows, width, float(form.linear), float(form.cubic))
     return out
 
 
-def swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
-    """Computes `plain.swiglu_backward`."""
-    d_gate_up = torch.empty_like(gate_up)
-    _call("swiglu_backward", dy, gate_up, d_gate_up, gate_up.shape[0], gate_up.shape[1] // 2)
+def gated_backward(dy: Tensor, gate_up: Tensor, form: GateForm) -> Tensor:
+    """Computes `plain.gated_backward`."""
+    d_gate_up, width = torch.empty_like(gate_up), gate_up.shape[1] // 2
+    _call("gated_backward", dy, gate_up, d_gate_up, gate_up.shape[0], width, float(form.linear), float(form.cubic))
     return d_gate_up
 
 

@@ -94,9 +94,9 @@ def whole_tiles(tokens: int) -> int:
 def mask_bytes(inputs: PlanInputs) -> float:
     """Returns the bytes of the attention mask, once for all layers; eager attention has a floating-point one.
 
-    Recomputed layers keep it, although fused attention never reads it.
+    Recomputed layers keep it, although fused attention never reads it. Attention by document has none.
     """
-    if not inputs.checkpointing or not inputs.kernels.flat:
+    if not inputs.checkpointing or not inputs.kernels.flat or inputs.kernels.documents:
         return 0
     masks = len(set(inputs.architecture.letters) & set("fs"))
     return masks * (inputs.compute_bytes if inputs.attention == "eager" else 1) * inputs.step_tokens**2
@@ -139,7 +139,7 @@ def backward_temporaries(inputs: PlanInputs) -> float:
     inputs exist meanwhile.
 
     The fused gated activation in plain torch works in float32 with gate and up, the gradient, the sigmoid, both
-    results, and these concatenated. Source: finetune/kernels/plain.py, ``swiglu_backward``; compiled, one result.
+    results, and these concatenated. Source: finetune/kernels/plain.py, ``gated_backward``; compiled, one result.
     """
     a, c, tokens = inputs.architecture, inputs.wide_bytes, inputs.step_tokens
     width = feed_forward_width(a)
@@ -147,7 +147,8 @@ def backward_temporaries(inputs: PlanInputs) -> float:
         casts = 0 if c == FLOAT else 3 * FLOAT  # gate, up and the gradient
         gated = tokens * width * (4 * c if inputs.kernels.native else casts + 5 * FLOAT + 2 * c)
         product = tokens * c * 2 * width + workspace_bytes(inputs)
-        return max(gated, product) - workspace_bytes(inputs) + tokens * c * 2 * a.hidden_size
+        scores = a.heads * inputs.tokens**2 * 2 * FLOAT if a.softcap else 0  # of one document at a time
+        return max(gated, product, scores) - workspace_bytes(inputs) + tokens * c * 2 * a.hidden_size
     freed = sum(tensor.bytes for tensor in layer_tensors(inputs) if tensor.name == "feed-forward")
     residual, dense = tokens * c * 2 * a.hidden_size, workspace_bytes(inputs)
     if inputs.split_experts():
@@ -178,7 +179,7 @@ def loss_bytes(inputs: PlanInputs) -> float:
     if inputs.kernels.loss_on_trained_tokens:
         tiles = 2 if tokens > TRAINED_ROWS else 1  # the next one is created before the last one is freed
         copies = 0 if inputs.kernels.native else FLOAT if c == FLOAT else 2 * FLOAT  # float32 logits need no cast
-        each = max(tiles * c, c + copies)
+        each = max(tiles * c, c + copies) + c * a.softcap  # a cap keeps its tanh
         return TRAINED_ROWS * a.vocab_size * each + 3 * c * a.hidden_size * tokens
     tile_tokens, tile_entries = inputs.trainer.loss_tile
     tile = min(tokens, tile_tokens) * min(a.vocab_size, tile_entries)

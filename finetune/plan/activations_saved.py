@@ -20,7 +20,7 @@ PARALLEL = ("phi", "falcon", "gpt_neox")
 VALUE_NORMS = ("gemma4_text", "gemma4_unified_text")
 """Families that normalise the values too, without a weight."""
 
-GATED_LAYERS = ("gate_proj", "up_proj", "down_proj")
+GATED_LAYERS = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
 """Layers that ``train.checkpointing=selective`` recomputes: only their input is kept."""
 
 
@@ -80,9 +80,10 @@ def attention(inputs: PlanInputs) -> Iterator[SavedTensor]:
     """Yields query, key, value, output and what the softmax keeps.
 
     Fused kernels keep the log of the softmax's sum, one float32 per head, and a floating-point mask where documents
-    share a row. Eager attention keeps the scores of every pair of tokens: in float32 from the softmax, and cast for the
-    product with the values where that has another dtype; a soft cap also keeps its tanh. With sinks, the softmax
-    computes in the dtype of the scores. A gate keeps its sigmoid and a copy of the output.
+    share a row and are not computed one by one. Eager attention keeps the scores of every pair of tokens: in float32
+    from the softmax, and cast for the product with the values where that has another dtype; a soft cap also keeps its
+    tanh. With sinks, the softmax computes in the dtype of the scores. A gate keeps its sigmoid and a copy of the
+    output.
     Source: transformers 5.23, ``eager_attention_forward`` and ``sdpa_attention_forward``; torch's
         ``convert_boolean_attn_mask``.
     """
@@ -92,7 +93,8 @@ def attention(inputs: PlanInputs) -> Iterator[SavedTensor]:
         return
     query, key = a.heads * a.head_dim, a.kv_heads * a.head_dim
     eager, flat = inputs.attention == "eager", inputs.kernels.flat
-    held_key = query if inputs.trainer.repeats_kv or eager or flat else key
+    masked = flat and not inputs.kernels.documents
+    held_key = query if inputs.trainer.repeats_kv or eager or masked else key
     held_value = query + 2 * key if (inputs.trainer.keeps_qkv or a.fused_qkv) and held_key == key else held_key
     for width in (query, held_key, held_value):
         yield SavedTensor("attention", c * width * tokens)
@@ -101,7 +103,7 @@ def attention(inputs: PlanInputs) -> Iterator[SavedTensor]:
     if not eager:
         yield SavedTensor("attention", c * query * tokens)
         yield SavedTensor("attention", FLOAT * a.heads * tokens)
-        yield SavedTensor("mask", c * together * tokens if flat else 0)
+        yield SavedTensor("mask", c * together * tokens if masked else 0)
         return
     pairs = a.heads * together * tokens
     yield SavedTensor("scores", pairs * FLOAT, 0 if a.sinks else 1)
@@ -203,7 +205,10 @@ def input_tensors(inputs: PlanInputs) -> list[InputTensor]:
         InputTensor(
             output.in_features,
             [output],
-            a.mixer == "attention" and inputs.attention != "eager" and not a.attention_gate,
+            a.mixer == "attention"
+            and inputs.attention != "eager"
+            and not a.attention_gate
+            and not inputs.kernels.documents,
         ),
         InputTensor(a.hidden_size, middle, False),
     ]
@@ -246,20 +251,30 @@ def adapter_copies(inputs: PlanInputs) -> Iterator[SavedTensor]:
 def fused_tensors(inputs: PlanInputs) -> Iterator[SavedTensor]:
     """Yields what `finetune.kernels` keeps.
 
-    A norm keeps its input and one value per token; a product keeps its input and ``x A'``; the gated activation keeps
-    nothing, since the products before and after it keep what it needs. Attention in tiles keeps q, k and v as the
-    product wrote them; torch's own also keeps q and k with their rotary embedding and each document's output. A and B
-    are kept in the compute dtype.
+    A norm keeps its input and one value per token, or per head; a product keeps its input and ``x A'``; the gated
+    activation keeps nothing, since the products before and after it keep what it needs. Attention in tiles keeps q, k
+    and v as the product wrote them; torch's own also keeps q and k with their rotary embedding and each document's
+    output; with a soft cap it keeps what eager attention does, of one document at a time. A and B are kept in the
+    compute dtype.
     """
     a, c, tokens, kernels = inputs.architecture, inputs.compute_bytes, inputs.step_tokens, inputs.kernels
     query, key = a.heads * a.head_dim, a.kv_heads * a.head_dim
-    yield SavedTensor("norms", c * a.hidden_size * tokens, 2)
-    yield SavedTensor("norms", FLOAT * tokens, 2)
-    yield SavedTensor("attention", c * (query + 2 * key) * tokens)
-    yield SavedTensor("attention", FLOAT * a.heads * tokens)
-    if not kernels.tiles:
-        yield SavedTensor("attention", c * query * tokens, 2)
-        yield SavedTensor("attention", c * key * tokens)
+    yield SavedTensor("norms", c * a.hidden_size * tokens, a.norms_per_layer)
+    yield SavedTensor("norms", FLOAT * tokens, a.norms_per_layer)
+    if a.qk_norm:
+        yield SavedTensor("norms", c * (query + key) * tokens)
+        yield SavedTensor("norms", FLOAT * (2 if a.wide_qk_norm else a.heads + a.kv_heads) * tokens)
+    if a.softcap:  # what eager attention keeps, but of one document at a time; its keys and values are copies
+        pairs = a.heads * inputs.tokens * tokens
+        yield SavedTensor("scores", pairs * FLOAT)
+        yield SavedTensor("scores", pairs * c, 2 if c != FLOAT else 1)
+        yield SavedTensor("attention", c * query * tokens, 3)
+    else:
+        yield SavedTensor("attention", c * (query + 2 * key) * tokens)
+        yield SavedTensor("attention", FLOAT * a.heads * tokens)
+        if not kernels.tiles:
+            yield SavedTensor("attention", c * query * tokens, 2)
+            yield SavedTensor("attention", c * key * tokens)
     yield SavedTensor("attention", c * query * tokens)
     yield SavedTensor("attention", c * a.hidden_size * tokens)
     yield SavedTensor("feed-forward", c * a.hidden_size * tokens)

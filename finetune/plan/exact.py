@@ -97,13 +97,18 @@ def count_step(model: Any, quantized: list[str], inputs: PlanInputs, *, dtype: A
     """Counts the bytes alive when the forward pass ends, and those that the backward pass adds at its worst moment."""
     import torch
 
+    from finetune.kernels.attention import Documents
     from finetune.kernels.autograd import FusedLinearCrossEntropy
+    from finetune.kernels.documents import attending_by, use_documents
+    from finetune.kernels.forms import head_form
     from finetune.plan.fake import LiveBytes, fused_layers, replace_quantized_layers, use_gpu_dropout
 
     if not inputs.kernels.fused:
         replace_quantized_layers(model, quantized, dtype=dtype, keeps_input=inputs.method == "int8")
     if inputs.device == "cuda" or inputs.kernels.fused:  # fused layers keep neither a mask nor a copy
         use_gpu_dropout(model)
+    if inputs.kernels.documents:
+        use_documents(model.get_base_model())
     with fused_layers(model, inputs, dtype=dtype) as kernels:
         for parameter in model.parameters():  # gradients of the previous micro-batch, to which the step adds
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
@@ -111,6 +116,7 @@ def count_step(model: Any, quantized: list[str], inputs: PlanInputs, *, dtype: A
         resident = [*model.parameters(), *model.buffers(), *gradients]
         alive = LiveBytes(resident, size=lambda size: block_bytes(size, inputs))
         batch = fake_batch(inputs)
+        documents = Documents(batch["cu_seq_lens_q"], inputs.tokens) if inputs.kernels.documents else None
         autocast = torch.autocast(
             "cpu",
             dtype,
@@ -119,14 +125,15 @@ def count_step(model: Any, quantized: list[str], inputs: PlanInputs, *, dtype: A
         with alive:
             with autocast:
                 causal = model.get_base_model()
-                hidden = causal.get_decoder()(**batch, use_cache=False).last_hidden_state
+                with attending_by(documents):
+                    hidden = causal.get_decoder()(**batch, use_cache=False).last_hidden_state
                 ended = alive.live
                 if inputs.kernels.loss_on_trained_tokens:
                     head = causal.get_output_embeddings().weight
                     trained = hidden.reshape(-1, hidden.shape[-1]).clone().to(head.dtype)
-                    loss = FusedLinearCrossEntropy.apply(
-                        trained, head, torch.empty(len(trained), dtype=torch.long), kernels
-                    )
+                    targets, form = torch.empty(len(trained), dtype=torch.long), head_form(causal.config)
+                    assert form is not None, "the plan splits no head whose form is unknown"
+                    loss = FusedLinearCrossEntropy.apply(trained, head, targets, kernels, form.softcap)
                     del hidden, trained
                 else:  # TRL's own loss is taken from the closed form: it keeps the hidden states
                     loss = hidden.float().sum()

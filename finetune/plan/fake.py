@@ -88,19 +88,19 @@ class FakeNativeKernels:
     """Stands in for the compiled kernels of finetune/kernels: writes their shapes, without float32 copies."""
 
     @staticmethod
-    def rms_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def rms_forward(x: Tensor, weight: Tensor, eps: float, form: Any) -> tuple[Tensor, Tensor]:
         return torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
     @staticmethod
-    def rms_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+    def rms_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, form: Any) -> Tensor:
         return torch.empty_like(x)
 
     @staticmethod
-    def swiglu_forward(both: Tensor) -> Tensor:
+    def gated_forward(both: Tensor, form: Any) -> Tensor:
         return both.new_empty((len(both), both.shape[1] // 2))
 
     @staticmethod
-    def swiglu_backward(dy: Tensor, both: Tensor) -> Tensor:
+    def gated_backward(dy: Tensor, both: Tensor, form: Any) -> Tensor:
         return torch.empty_like(both)
 
     @staticmethod

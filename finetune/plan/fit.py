@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from finetune.console import human_bytes
+from finetune.kernels.forms import FUSED_FAMILIES
 from finetune.plan import phases
 from finetune.plan.inputs import PlanInputs
 from finetune.plan.product import LARGEST_ERROR, can_halve, device_memory, obstacle
@@ -20,10 +21,6 @@ if TYPE_CHECKING:
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 SMALLEST_TOKENS = 256
-SELECTIVE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""Families whose gated layers ``train.checkpointing=selective`` supports. Source: finetune/kernels/blocks.py,
-GATED_MLPS."""
-
 MARGIN = 0.93
 """Share of the memory that settings may use, because the closed form errs: by up to 7 % for nine in ten of litgpt's
 published figures. Source: benchmarks/check_plan.py."""
@@ -196,7 +193,7 @@ def _is_used(rows: int, inputs: PlanInputs) -> bool:
 
 def _checkpointings(inputs: PlanInputs) -> list[tuple[bool, bool]]:
     """Full and selective."""
-    selective = [(False, True)] if inputs.architecture.family in SELECTIVE_FAMILIES else []
+    selective = [(False, True)] if inputs.architecture.family in FUSED_FAMILIES else []
     return [(False, False), *selective, (True, False)]
 
 

@@ -76,7 +76,8 @@ class KernelChoice:
         tiles: Attention runs in AMX tiles, which keeps q, k and v as the product wrote them.
         cached: Quantized weights are kept in 16 bit too, dequantized once.
         varlen: Attention is one call for all documents; planned as document by document, which keeps no less.
-        flat: All documents of a micro-batch lie in one row, so plain attention has a mask of tokens by tokens.
+        flat: All documents of a micro-batch lie in one row.
+        documents: Attention runs on each document of that row; otherwise it has a mask of tokens by tokens.
         selective: Checkpointing recomputes only the gated layers.
     """
 
@@ -87,6 +88,7 @@ class KernelChoice:
     cached: bool = False
     varlen: bool = False
     flat: bool = False
+    documents: bool = False
     selective: bool = False
 
 

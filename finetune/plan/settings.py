@@ -10,6 +10,7 @@ from finetune.architecture import ArchitectureConfig
 from finetune.errors import ModelError
 from finetune.hardware.place import choose_dtype, used_gpus
 from finetune.kernels.choose import KernelFacts, choose
+from finetune.kernels.forms import DOCUMENT_FAMILIES, FUSED_FAMILIES
 from finetune.model import hub
 from finetune.model.base import dimensions, files_here, is_gguf
 from finetune.objectives import OBJECTIVES
@@ -24,17 +25,14 @@ if TYPE_CHECKING:
     from finetune.hardware import Machine
 
 MIB = 1024**2
-FUSED_FAMILIES = ("llama", "mistral", "qwen2")
-"""Families whose layers `finetune.kernels.blocks` can fuse; Qwen3's attention contains norms, so it cannot."""
-
 DEQUANTIZED_AT_USE = ("nf4", "fp4", PREQUANTIZED)
 """Methods whose layers `finetune.kernels` fuses: they multiply by the dense weight."""
 
 MIXING_FAMILIES = ("granitemoehybrid",)
 """Families whose attention mask ignores where a document begins, in transformers 5.23."""
 
-CAPPED_FAMILIES = ("gemma2", "gemma4_text", "gemma4_unified_text", "granite", "granitemoehybrid")
-"""Families that change their logits after the head, so TRL computes head and loss."""
+CAPPED_FAMILIES = ("gemma4_text", "gemma4_unified_text")
+"""Families that change their logits in a way that `finetune.kernels` does not compute; TRL computes head and loss."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -190,6 +188,12 @@ def predict_kernels(
         f"they are for a CPU and this run is on {device}": device != "cpu",
         f"they compute in bfloat16 and this run in {dtype}": dtype != "bfloat16",
     }
+    document_reasons = {
+        f"model.attention={config.model.attention} has its own way": config.model.attention not in ("auto", "sdpa"),
+        f"{family} may need more than a window and a scale": family not in DOCUMENT_FAMILIES,
+    }
+    # All documents lie in one row, packed or not, unless preflight finds that the layers mix them.
+    flat = not set(architecture.letters) & set("lc") and family not in MIXING_FAMILIES
     facts = KernelFacts(
         fusion_obstacle=_first_true(reasons),
         quantized=method in DEQUANTIZED_AT_USE,
@@ -198,6 +202,7 @@ def predict_kernels(
         head_split_obstacle=_first_true(head_reasons),
         native_obstacle=_first_true(native_reasons),
         tiles="amx_bf16" in machine.features and architecture.head_dim % 32 == 0,
+        documents_obstacle=_first_true(document_reasons),
     )
     choice = choose(config.kernels, facts, device=device)
     return KernelChoice(
@@ -206,8 +211,8 @@ def predict_kernels(
         native=choice.native,
         tiles=choice.tiles,
         cached=choice.cached and facts.quantized,
-        # All documents lie in one row, packed or not, unless preflight finds that the layers mix them.
-        flat=not set(architecture.letters) & set("lc") and family not in MIXING_FAMILIES,
+        documents=choice.documents and flat,
+        flat=flat,
         selective=config.train.checkpointing == "selective",
     )
 

@@ -49,8 +49,9 @@ def base(family: str, *, dtype: str = "bfloat16", **settings: Any) -> Any:
 
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**settings)
+    attention = "eager" if family == "Gemma2" else "sdpa"  # torch's attention cannot cap scores
     model = transformers.AutoModelForCausalLM.from_config(
-        config, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+        config, dtype=getattr(torch, dtype), attn_implementation=attention
     )
     model.requires_grad_(False)
     for name, parameter in model.named_parameters():

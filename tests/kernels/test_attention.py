@@ -59,7 +59,7 @@ class Case:
     def run(self, tiles: bool) -> tuple[Tensor, Tensor]:
         """The output and the gradient of q, k and v."""
         qkv = self.qkv.clone().requires_grad_(True)
-        out = attend(qkv, self.cosine, self.sine, documents=self.documents, shape=self.shape, tiles=tiles)
+        out = attend(qkv, (self.cosine, self.sine), documents=self.documents, shape=self.shape, tiles=tiles)
         out.backward(self.d_out)
         assert qkv.grad is not None
         return out.detach(), qkv.grad

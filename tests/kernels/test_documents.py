@@ -13,6 +13,7 @@ from torch.nn.attention import varlen
 from finetune.kernels import documents
 from finetune.kernels.attention import Documents
 from finetune.kernels.documents import ATTENTIONS, attending_by, documents_obstacle, use_documents, varlen_obstacle
+from finetune.kernels.forms import DOCUMENT_FAMILIES
 from tests.kernels.helpers import BOUNDS, GROUPED, SIZES, adapt, base, batch, fuse, fused_and_plain
 from tests.kernels.varlen import fake_varlen_attn
 
@@ -22,6 +23,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Cohere": {},
     "Gemma3Text": {**ALTERNATING, "query_pre_attn_scalar": 20},
     "Glm4": {},
+    "Gemma": {},
     "Granite": {"attention_multiplier": 0.3},
     "Llama": {},
     "Ministral": ALTERNATING,
@@ -80,6 +82,10 @@ def test_documents_are_computed_as_with_a_mask(family: str, form: bool, monkeypa
 
 
 def test_every_class_of_the_list_has_a_family_here() -> None:
+    import transformers
+
+    found = {getattr(transformers, f"{family}Config").model_type for family in FAMILIES}
+    assert found == set(DOCUMENT_FAMILIES)
     tested = {f"{family.removesuffix('Text')}Attention" for family in FAMILIES}
     assert tested == set(ATTENTIONS)
 

@@ -12,9 +12,11 @@ from torch import Tensor
 from finetune.errors import HardwareError
 from finetune.kernels import native, plain
 from finetune.kernels.autograd import FusedLinearCrossEntropy
+from finetune.kernels.forms import ACTIVATIONS, OFFSET, ROUNDED, WIDE, GateForm, NormForm
 from tests.kernels.helpers import GROUPED, adapt, base, fuse
 
 UNIT = 2.0**-7
+SILU, GELU = ACTIVATIONS["SiLU"], ACTIVATIONS["GELUTanh"]
 SHAPES = [(1, 1), (1, 576), (7, 31), (3, 50), (5, 48), (2, 1536)]
 """Rows and width; few of the widths fill vectors of 16 or 32."""
 
@@ -41,35 +43,51 @@ def assert_close(found: Tensor, expected: Tensor, *, units: float = 1.0, absolut
 
 
 @pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("form", [ROUNDED, WIDE, OFFSET], ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 3, 64)], ids=str)
-def test_norm_equals_the_plain_one(shape: tuple[int, ...]) -> None:
+def test_norm_equals_the_plain_one(shape: tuple[int, ...], form: NormForm) -> None:
     x, weight, dy = random_bf16(*shape, size=3.0), random_bf16(shape[-1], seed=1), random_bf16(*shape, seed=2)
-    (y, rstd), (expected, expected_rstd) = native.rms_forward(x, weight, 1e-5), plain.rms_forward(x, weight, 1e-5)
+    (y, rstd), (expected, expected_rstd) = (kernels.rms_forward(x, weight, 1e-5, form) for kernels in (native, plain))
     torch.testing.assert_close(rstd, expected_rstd, rtol=1e-6, atol=0.0)
     assert_close(y, expected, units=2.0)
-    assert_close(native.rms_backward(dy, x, weight, rstd), plain.rms_backward(dy, x, weight, rstd))
+    assert_close(native.rms_backward(dy, x, weight, rstd, form), plain.rms_backward(dy, x, weight, rstd, form))
 
 
 @pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("form", [SILU, GELU], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_gated_activation_equals_the_plain_one(shape: tuple[int, int]) -> None:
+def test_gated_activation_equals_the_plain_one(shape: tuple[int, int], form: GateForm) -> None:
     rows, width = shape
     both, dy = random_bf16(rows, 2 * width, size=3.0), random_bf16(rows, width, seed=1)
-    assert_close(native.swiglu_forward(both), plain.swiglu_forward(both))
-    assert_close(native.swiglu_backward(dy, both), plain.swiglu_backward(dy, both))
+    assert_close(native.gated_forward(both, form), plain.gated_forward(both, form))
+    assert_close(native.gated_backward(dy, both, form), plain.gated_backward(dy, both, form))
+
+
+@pytest.mark.parametrize("name", ["SiLU", "GELUTanh"])
+def test_plain_gate_is_the_activation_of_transformers_and_its_derivative(name: str) -> None:
+    from transformers.activations import ACT2FN
+
+    activation = ACT2FN[{"SiLU": "silu", "GELUTanh": "gelu_pytorch_tanh"}[name]]
+    both = torch.cat([torch.linspace(-9.0, 9.0, 64), torch.linspace(-2.0, 3.0, 64)])[None].requires_grad_(True)
+    gate, up = both.chunk(2, -1)
+    expected, dy = activation(gate) * up, torch.linspace(0.5, 1.5, 64)[None]
+    expected.backward(dy)
+    assert both.grad is not None
+    form = ACTIVATIONS[name]
+    torch.testing.assert_close(plain.gated_forward(both.detach(), form), expected.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(plain.gated_backward(dy, both.detach(), form), both.grad, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("form", [SILU, GELU], ids=str)
 @pytest.mark.parametrize("gate", [-3e38, -1000.0, -88.0, -87.0, 0.0, 87.0, 88.0, 1000.0])
-def test_gate_far_from_zero_is_open_or_shut(gate: float) -> None:
+def test_gate_far_from_zero_is_open_or_shut(gate: float, form: GateForm) -> None:
     """float32's exp ends at 88; beyond it the gate is 0 or 1 to the last bit that matters."""
     both, dy = torch.tensor([[gate, 2.0]]).bfloat16(), torch.ones(1, 1).bfloat16()
-    assert_close(native.swiglu_forward(both), plain.swiglu_forward(both), absolute=1e-30 if gate > -3e38 else 1e3)
-    assert_close(
-        native.swiglu_backward(dy, both)[:, :1],
-        plain.swiglu_backward(dy, both)[:, :1],
-        absolute=1e-30 if gate > -3e38 else 1e3,
-    )
+    atol = 1e-30 if gate > -3e38 else 1e3
+    assert_close(native.gated_forward(both, form), plain.gated_forward(both, form), absolute=atol)
+    mine, expected = (kernels.gated_backward(dy, both, form)[:, :1] for kernels in (native, plain))
+    assert_close(mine, expected, absolute=atol)
 
 
 @pytest.mark.usefixtures("compiled")
@@ -110,8 +128,8 @@ def test_non_finite_logit_makes_the_loss_non_finite(broken: float, place: int) -
 def test_non_finite_values_pass_through_norm_and_gate(broken: float) -> None:
     x = random_bf16(3, 50)
     x[1, 20] = broken
-    y, _ = native.rms_forward(x, torch.ones(50).bfloat16(), 1e-5)
-    gated = native.swiglu_forward(x)
+    y, _ = native.rms_forward(x, torch.ones(50).bfloat16(), 1e-5, ROUNDED)
+    gated = native.gated_forward(x, SILU)
     assert y.isfinite().all(-1).tolist() == [True, False, True]
     assert gated.isfinite().all(-1).tolist() == [True, False, True]
 
@@ -123,7 +141,7 @@ def test_rounding_goes_to_the_nearest_and_ties_to_even() -> None:
     mantissas = 1 + torch.arange(128) / 128
     gate, up = (part.flatten() for part in torch.meshgrid(32 * mantissas, mantissas, indexing="ij"))
     exact = gate.double() * up.double()
-    found = native.swiglu_forward(torch.cat([gate, up])[None].bfloat16())[0]
+    found = native.gated_forward(torch.cat([gate, up])[None].bfloat16(), SILU)[0]
     assert torch.equal(found, exact.float().bfloat16())
     ties = exact.float().view(torch.int32) & 0xFFFF == 0x8000
     assert ties.sum() > 100, "hardly a tie among the products: the test shows nothing"
@@ -137,8 +155,8 @@ def test_threads_leave_every_bit_as_it_was() -> None:
     def everything() -> list[Tensor]:
         mine = logits.clone()
         return [
-            *native.rms_forward(x, x[0], 1e-5),
-            native.swiglu_forward(both),
+            *native.rms_forward(x, x[0], 1e-5, OFFSET),
+            native.gated_forward(both, GELU),
             native.cross_entropy(mine, targets),
             mine,
         ]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset, load_from_disk
 
-from finetune.kernels.autograd import SwiGlu
+from finetune.kernels.autograd import GatedActivation
 from finetune.kernels.documents import attending_by
 from finetune.quantization import quantized_layers
 from tests.fixtures.preflight import Plant, Scene
@@ -251,8 +251,8 @@ def disk_full(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def double_a_gradient(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    sound = SwiGlu.backward
-    monkeypatch.setattr(SwiGlu, "backward", lambda self, grad, raw: 2 * sound(self, grad, raw))
+    sound = GatedActivation.backward
+    monkeypatch.setattr(GatedActivation, "backward", lambda self, grad, raw: 2 * sound(self, grad, raw))
 
 
 BUGS = (
