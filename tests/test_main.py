@@ -196,7 +196,7 @@ def test_what_would_be_dropped_or_could_only_fail_ends_with_2_and_one_sentence(
 
 NO_NF5 = (
     "quantization=nf5: there is no such option; choose one of awq, fp4, gguf, gptq, hqq, int8, nf4, nf4_double, none, "
-    "qat, torchao_int4, torchao_int8; did you mean nf4?"
+    "prequantized, qat, torchao_int4, torchao_int8; did you mean nf4?"
 )
 
 
