@@ -39,7 +39,7 @@ def test_base_that_does_not_fit_is_refused(
     tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str], file: str, changes: Any, message: str
 ) -> None:
     base = base_with(tiny_base, tmp_path / "base", file, changes=changes, fresh=changes is GPT2)
-    assert main([*overrides(tmp_path, base), "tracking=[]"]) == 2
+    assert main([*overrides(tmp_path, base), "tracking=[]", "export=[adapter]"]) == 2
     error = " ".join(capsys.readouterr().err.split())
     assert message in error
     assert not (tmp_path / "outputs" / "tiny" / "model").exists(), "weights were loaded"

@@ -34,7 +34,12 @@ NEEDS = {
     },
     ("train", "kto"): ["data.objective=unpaired", "data.format=unpaired"],
 }
-NAMED = ("quickstart", "guanaco", "alpaca_cleaned", "ultrafeedback")
+NEEDS |= {
+    ("train", "grpo"): ["data=people", "train.tokens_per_step=null", "train.grpo.rewards={json_valid: 1.0}"],
+    ("data", "people"): ["train=grpo", "train.tokens_per_step=null", "train.grpo.rewards={json_valid: 1.0}"],
+    ("data", "prompts"): ["train=grpo", "train.tokens_per_step=null", "train.grpo.rewards={json_valid: 1.0}"],
+}
+NAMED = ("quickstart", "guanaco", "alpaca_cleaned", "ultrafeedback", "people")
 """Data options that bring their rows; the others are formats, and the user names the rows."""
 LISTS = ("export", "tracking")
 BESIDE = {("export", "hub"): "card,"}

@@ -71,7 +71,7 @@ class LoadResult:
 
 @dataclass(slots=True)
 class Totals:
-    """What is counted on the way; the fields are those of `LoadResult`."""
+    """What is counted during the load; the fields are those of `LoadResult`."""
 
     tokens: int = 0
     equal: int = 0

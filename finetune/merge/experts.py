@@ -5,77 +5,27 @@ A quantized base and an adapter have them as the linear layers of `finetune.quan
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from finetune.errors import MergeError
 from finetune.merge.adapter_deltas import Change, LowRank
-from finetune.quantization.expert_loading import NAMES
-from finetune.quantization.experts import DOWN, EXPERT_LAYERS, FUSED, GATE, UP, fused_experts, halves, joined
+from finetune.quantization.expert_tensors import ExpertForm, ExpertTensor, expert_form, expert_tensor
+from finetune.quantization.experts import DOWN, FUSED, GATE, UP, halves, joined
 
 if TYPE_CHECKING:
     from finetune.quantization.stored import StoredLayers
-
-PATTERN = re.compile(r"layers\.(\d+)\..*\bexperts\.(?:(\d+)\.)?(\w+)(?:\.weight)?$")
-
-
-class ExpertTensor(NamedTuple):
-    """Where a weight of experts belongs.
-
-    Attributes:
-        block: Number of the decoder layer.
-        number: Of the expert; None for all experts of the layer in one 3-D parameter.
-        layer: One of `EXPERT_LAYERS`, or of `FUSED`.
-    """
-
-    block: int
-    number: int | None
-    layer: str
-
-
-class ExpertForm(NamedTuple):
-    """How a 3-D parameter holds its experts: with the outputs last, and with gate and up in turns."""
-
-    transposed: bool
-    interleaved: bool
-
-
-def expert_tensor(name: str) -> ExpertTensor | None:
-    """Returns where the weight of that name belongs; None for one that is not an expert's."""
-    match = PATTERN.search(name)
-    if match is None:
-        return None
-    block, number, last = match.groups()
-    layer = NAMES.get(last, last) if number else last
-    if layer not in (EXPERT_LAYERS if number else FUSED):
-        return None
-    return ExpertTensor(int(block), int(number) if number else None, layer)
 
 
 def is_expert_change(name: str) -> bool:
     """Returns whether an adapter's change of that name is one of experts."""
     place = expert_tensor(name)
     return place is not None and place.number is not None
-
-
-@cache
-def expert_form(base: Path) -> ExpertForm:
-    """Returns how the base's class holds its experts, found on the meta device."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from finetune.model.text_only import config_of_text
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config_of_text(base) or AutoConfig.from_pretrained(base))
-    experts = next(experts for _, experts in fused_experts(model))
-    return ExpertForm(transposed=experts.is_transposed, interleaved=not experts.is_concatenated)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import MergeError
 from finetune.merge.candidates import Source
-from finetune.merge.experts import ExpertStack, expert_tensor, stacks
+from finetune.merge.experts import ExpertStack, stacks
 from finetune.model.text_only import decoder_name
+from finetune.quantization.expert_tensors import expert_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor

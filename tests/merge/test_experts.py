@@ -10,8 +10,8 @@ from finetune import lora
 from finetune.inference.adapted import load_adapter
 from finetune.merge.adapter_deltas import read_changes
 from finetune.merge.candidates import build, from_disk
-from finetune.merge.experts import ExpertTensor, expert_tensor
 from finetune.merge.graph import dequantized
+from finetune.quantization.expert_tensors import ExpertTensor, expert_tensor
 from tests.fixtures.mixtures import load_mixture, mixture_spec, write_mixture
 
 IDS = torch.arange(48).reshape(2, 24) * 7 % 160

@@ -80,7 +80,7 @@ def opened(browser: Any, page_url: str) -> Iterator[Any]:
     page.get_by_label("API key of this server").fill("secret")
     page.get_by_role("button", name="Use key").click()
     page.get_by_role("button", name="Use key").wait_for(state="hidden")
-    page.wait_for_function("document.querySelector('.model').options.length > 0")
+    page.wait_for_selector(".model option", state="attached")
     yield page
     assert page.broken == []
     assert {url.removeprefix(page_url).split("/")[0] for url in page.asked if not url.startswith("data:")} == {""}

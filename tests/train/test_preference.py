@@ -251,7 +251,7 @@ def test_batch_has_all_chosen_answers_before_the_rejected_ones() -> None:
         (["lora.dropout=0.1"], "lora.dropout adds noise to the log-probabilities"),
         (["train.neftune_alpha=5"], "train.neftune_alpha would put other noise on the policy"),
         (["lora=loftq"], "lora.variant=loftq starts with an adapter that changes the base"),
-        (["train.objective=ppo"], "train.objective must be one of sft, dpo, orpo, simpo, cpo, kto; got 'ppo'"),
+        (["train.objective=ppo"], "train.objective must be one of sft, dpo, orpo, simpo, cpo, kto, grpo; got 'ppo'"),
         (["train.preference.beta=0"], "train.preference.beta must be positive"),
         (
             ["train.preference.loss=kto"],

@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from finetune.merge.experts import expert_form, expert_tensor
 from finetune.model.text_only import decoder_name
+from finetune.quantization.expert_tensors import expert_form, expert_tensor
 from finetune.quantization.experts import DOWN, FUSED, GATE, UP, halves
 
 if TYPE_CHECKING:
