@@ -51,6 +51,7 @@ class Walk:
         size: ``full``, or ``tiny``: two narrow layers of the same class.
         folder: Where to work; a folder is made in it.
         keep: Whether to leave base and run there.
+        resume: The kept folder of a walk that was stopped; its base and its finished stages are used.
         overrides: Further settings of finetune.
         dimensions: Settings of the base's dimensions, e.g. ``model.architecture.layers=5``.
     """
@@ -60,6 +61,7 @@ class Walk:
     size: str = "full"
     folder: Path = Path(tempfile.gettempdir())
     keep: bool = False
+    resume: Path | None = None
     overrides: tuple[str, ...] = ()
     dimensions: tuple[str, ...] = ()
 
@@ -75,6 +77,7 @@ def read_walk(arguments: Sequence[str]) -> Walk:
     types: dict[str, Callable[[str], Any]] = {
         "memory_gib": float,
         "folder": Path,
+        "resume": Path,
         "keep": lambda text: {"true": True, "false": False}[text],
     }
     own = {field.name for field in fields(Walk)} - {"overrides", "dimensions"}
@@ -106,19 +109,12 @@ def walk(settings: Walk) -> dict[str, Any]:
     Raises:
         FinetuneError: The recipe cannot be composed, or the disk is too small.
     """
-    from benchmarks.walk_base import make_base
-
     recipe = load([f"+experiment={settings.experiment}", *settings.dimensions])
     settings.folder.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f"walk-{settings.experiment}-", dir=settings.folder))
+    work = settings.resume or Path(tempfile.mkdtemp(prefix=f"walk-{settings.experiment}-", dir=settings.folder))
     try:
-        if settings.size == "full" and recipe.model.architecture:
-            need = BYTES_PER_PARAMETER * parameters(recipe.model.architecture)
-            require_disk(
-                work, need, "benchmarks.walk", remedy="free some, or choose another folder=", error=ConfigError
-            )
-        count = make_base(recipe, work / "base", tiny=settings.size == "tiny")
-        command = [sys.executable, "-m", "finetune", *overrides(recipe, settings, work)]
+        count = made_base(recipe, settings, work)
+        command = [sys.executable, "-m", "finetune", *overrides(recipe, settings, work), "run.if_exists=resume"]
         log("walk", f"capped at {settings.memory_gib:g} GiB: {' '.join(command[1:])}")
         environment = os.environ | {
             "PYTHONPATH": str(ROOT),
@@ -131,6 +127,23 @@ def walk(settings: Walk) -> dict[str, Any]:
         if not settings.keep:
             shutil.rmtree(work, ignore_errors=True)
     return result
+
+
+def made_base(recipe: RunConfig, settings: Walk, work: Path) -> int:
+    """Makes the base in ``work``, where it is not there yet; returns the number of its parameters.
+
+    Raises:
+        ConfigError: The disk is too small.
+    """
+    from benchmarks.walk_base import make_base, shrunk
+
+    if settings.resume and recipe.model.architecture:
+        made = recipe.model.architecture
+        return parameters(shrunk(made) if settings.size == "tiny" else made)
+    if settings.size == "full" and recipe.model.architecture:
+        need = BYTES_PER_PARAMETER * parameters(recipe.model.architecture)
+        require_disk(work, need, "benchmarks.walk", remedy="free some, or choose another folder=", error=ConfigError)
+    return make_base(recipe, work / "base", tiny=settings.size == "tiny")
 
 
 def overrides(recipe: RunConfig, settings: Walk, work: Path) -> list[str]:
@@ -185,6 +198,7 @@ def describe(settings: Walk, ended: CappedResult, *, run: Path, parameters: int)
     return {
         "experiment": settings.experiment,
         "size": settings.size,
+        "resumed": settings.resume is not None,
         "parameters": parameters,
         "cap_bytes": int(settings.memory_gib * GIB),
         "capped_by": ended.capped_by,

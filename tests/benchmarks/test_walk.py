@@ -20,6 +20,7 @@ ALLOCATE = "import time; held = bytearray({size}); held[::4096] = b'x' * len(hel
 def test_arguments_of_the_walk_and_overrides_of_finetune_come_in_any_order() -> None:
     settings = read_walk(["lora.rank=8", "experiment=llama7b_qlora", "memory_gib=8.5", "keep=true", "run.until=train"])
     assert read_walk(["experiment=x", "model.architecture.layers=5"]).dimensions == ("model.architecture.layers=5",)
+    assert read_walk(["experiment=x", "resume=kept"]).resume == Path("kept")
     assert (settings.experiment, settings.memory_gib, settings.keep) == ("llama7b_qlora", 8.5, True)
     assert settings.overrides == ("lora.rank=8", "run.until=train")
 
