@@ -11,7 +11,6 @@ Arguments of `Soak`, each ``name=number``. Each trial prints a line; the last li
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -26,8 +25,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from benchmarks.walk import ROOT, Walk, overrides
+from benchmarks.walk import Walk, environment, overrides
 from benchmarks.walk_base import make_base
+from finetune.cache import file_sha256
 from finetune.config import load
 from finetune.console import log, print_error
 from finetune.errors import EXIT_USAGE, ConfigError
@@ -122,10 +122,9 @@ class Ground:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "FINETUNE_CACHE": str(self.folder / "cache")}
         return subprocess.Popen(
             [sys.executable, "-m", "finetune", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env=environment | {"HF_HUB_OFFLINE": "1"}, start_new_session=True, preexec_fn=limit,
+            env=environment(self.folder), start_new_session=True, preexec_fn=limit,
         )  # fmt: skip
 
     def fault_of(self, name: str, ended: Ended) -> str:
@@ -143,7 +142,7 @@ class Ground:
 def hashes(run: Path) -> dict[str, str]:
     """Returns the SHA-256 of each product of a run."""
     files = (file for pattern in PRODUCTS for file in sorted(run.glob(pattern)))
-    return {str(file.relative_to(run)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return {str(file.relative_to(run)): file_sha256(file, reuse=False) for file in files}
 
 
 def leftovers(run: Path) -> Iterator[Path]:

@@ -116,17 +116,19 @@ def walk(settings: Walk) -> dict[str, Any]:
         count = made_base(recipe, settings, work)
         command = [sys.executable, "-m", "finetune", *overrides(recipe, settings, work), "run.if_exists=resume"]
         log("walk", f"capped at {settings.memory_gib:g} GiB: {' '.join(command[1:])}")
-        environment = os.environ | {
-            "PYTHONPATH": str(ROOT),
-            "FINETUNE_CACHE": str(work / "cache"),
-            "HF_HUB_OFFLINE": "1",
-        }
-        ended = run_capped(command, cap_bytes=int(settings.memory_gib * GIB), environment=environment, folder=work)
+        cap = int(settings.memory_gib * GIB)
+        ended = run_capped(command, cap_bytes=cap, environment=environment(work), folder=work)
         result = describe(settings, ended, run=work / "outputs" / "walk", parameters=count)
     finally:
         if not settings.keep:
             shutil.rmtree(work, ignore_errors=True)
     return result
+
+
+def environment(work: Path) -> dict[str, str]:
+    """Returns the environment of a run of this source tree, with a cache of its own and without the hub."""
+    own = {"PYTHONPATH": str(ROOT), "FINETUNE_CACHE": str(work / "cache"), "HF_HUB_OFFLINE": "1"}
+    return os.environ | own
 
 
 def made_base(recipe: RunConfig, settings: Walk, work: Path) -> int:

@@ -23,6 +23,7 @@ absl_logging.get_absl_handler().python_handler.setStream(sys.__stderr__)
 pytest_plugins = [
     "tests.fixtures.models",
     "tests.fixtures.artifacts",
+    "tests.fixtures.browser",
     "tests.fixtures.hub",
     "tests.fixtures.one_import",
     "tests.fixtures.tiny_run",

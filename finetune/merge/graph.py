@@ -34,12 +34,12 @@ def dequantized(spec: ModelSpec, graph: Any, *, work: Path) -> Source:
         graph: The quantized base with the adapter; without its adapter afterwards where a copy had to be written.
         work: Folder for the copy.
     """
-    from finetune.merge.prequantized import packed_layers
+    from finetune.merge.prequantized import packed_base
     from finetune.model.load import cache_of
     from finetune.quantization.backends import save
     from finetune.quantization.stored import StoredLayers
 
-    if packed := packed_layers(spec):
+    if packed := packed_base(spec):
         return stored(packed, base=spec.base.folder)
     cache, folder = cache_of(spec), work / "quantized"
     if cache is not None and cache.is_complete:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from finetune.quantization.stored import StoredLayers
 
 
-def packed_layers(spec: ModelSpec) -> StoredLayers | None:
+def packed_base(spec: ModelSpec) -> StoredLayers | None:
     """Returns the layers that the base's own files hold quantized; None for a dense base."""
     from finetune.quantization.stored import StoredLayers
 

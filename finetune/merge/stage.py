@@ -117,9 +117,9 @@ def _candidate_names(config: MergeConfig, spec: ModelSpec) -> list[str]:
 def _require_disk(spec: ModelSpec, folder: Path, *, candidates: int, tokens: int) -> None:
     import torch
 
-    from finetune.merge.prequantized import dense_bytes, packed_layers
+    from finetune.merge.prequantized import dense_bytes, packed_base
 
-    base, packed = spec.base, packed_layers(spec)
+    base, packed = spec.base, packed_base(spec)
     weights = sum(file.stat().st_size for file in base.folder.glob("*.safetensors"))
     if packed:
         weights = dense_bytes(base.folder, packed, dtype=getattr(torch, spec.placement.dtype))
@@ -162,7 +162,7 @@ class _Stage:
         from finetune.inference.rows import loss_workload
         from finetune.merge.candidates import Source, build, from_disk
         from finetune.merge.graph import add_adapters, dequantized
-        from finetune.merge.prequantized import packed_layers
+        from finetune.merge.prequantized import packed_base
 
         placed = place(self.spec, loss_workload(self.rows, batch_tokens=self.config.batch_tokens))
         graph = load_adapted_model(self.spec, adapter, max_memory=placed.max_memory)
@@ -189,7 +189,7 @@ class _Stage:
         del graph
         free_memory()
         built, base, dtype = [], self.spec.base.folder, getattr(torch, self.config.dtype)
-        packed = packed_layers(self.spec)
+        packed = packed_base(self.spec)
         for name in names:
             built.append(build(base, changes, self.work / name, dtype=dtype, source=sources[name], packed=packed))
             self._require_change(built[-1])

@@ -20,6 +20,7 @@ class Check:
         run: Compares a figure with its bound; raises `CheckSkipped` where that is not possible.
         cause: The likely cause of a failure.
         only_full: Whether ``preflight=quick`` leaves the check out.
+        needs_answers: Whether it trains on the answers of the rows.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Check:
     run: Callable[[CheckContext], CheckResult]
     cause: str
     only_full: bool = False
+    needs_answers: bool = False
 
 
 FUSED_LAYERS = Check(
@@ -54,6 +56,7 @@ CHECKS = (
         run=label_check.check_trained_text,
         cause="the mask is dropped or the answers are masked out, the pad token is also the end of turn, or data/train "
         "does not belong to the ledger",
+        needs_answers=True,
     ),
     Check(
         name="accumulation",
@@ -61,6 +64,7 @@ CHECKS = (
         run=gradient_checks.check_accumulation,
         cause="the loss of a micro-batch is divided by its own tokens, or by nothing, instead of the tokens of the "
         "whole step",
+        needs_answers=True,
     ),
     Check(
         name="gradients",
@@ -88,6 +92,7 @@ CHECKS = (
         cause="optim.learning_rate is far too low, or so high that the loss jumps, or the loss does not reach the "
         "adapter",
         only_full=True,
+        needs_answers=True,
     ),
     Check(
         name="ending",
@@ -96,6 +101,7 @@ CHECKS = (
         cause="the end of turn is not trained on (masked, or taken for the pad token), generation stops at another "
         "token than the template's, or preflight.steps is too small at this learning rate",
         only_full=True,
+        needs_answers=True,
     ),
     Check(
         name="reload",
@@ -104,6 +110,7 @@ CHECKS = (
         cause="saving rounds or drops part of the adapter, or the base in memory differs from what its files and "
         "quantization give",
         only_full=True,
+        needs_answers=True,
     ),
     Check(
         name="memory_and_disk",
@@ -114,9 +121,6 @@ CHECKS = (
         "(train.keep_checkpoints)",
     ),
 )
-
-OF_GIVEN_ANSWERS = ("trained_text", "accumulation", "learning", "ending", "reload")
-"""Checks that train on the answers of the rows."""
 
 REWARD_CHECKS = (
     Check(
@@ -191,4 +195,4 @@ def checks_of(objective: str) -> tuple[Check, ...]:
     """Returns the checks of ``train.objective``."""
     if not OBJECTIVES[objective].samples:
         return CHECKS
-    return (*(check for check in CHECKS if check.name not in OF_GIVEN_ANSWERS), *REWARD_CHECKS)
+    return (*(check for check in CHECKS if not check.needs_answers), *REWARD_CHECKS)

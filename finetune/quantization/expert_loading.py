@@ -20,6 +20,7 @@ from finetune.quantization.experts import (
     split_experts,
     split_modules,
 )
+from finetune.quantization.replaced import replaced
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -33,14 +34,9 @@ def quantized_experts() -> Iterator[None]:
     """Makes transformers split the experts of 4-bit models that it loads while the context is open."""
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-    quantizers: dict[str, Any] = AUTO_QUANTIZER_MAPPING
     key = "bitsandbytes_4bit"
-    before = quantizers[key]
-    quantizers[key] = _splitting(before)
-    try:
+    with replaced(AUTO_QUANTIZER_MAPPING, key, _splitting(AUTO_QUANTIZER_MAPPING[key])):
         yield
-    finally:
-        quantizers[key] = before
 
 
 def _splitting(quantizer: Any) -> Any:

@@ -16,6 +16,7 @@ from finetune.errors import ModelError
 from finetune.quantization.checkpoint_format import CheckpointFormat
 from finetune.quantization.config import PackedWeight
 from finetune.quantization.packed_checkpoint import DTYPES, PackedTensor, packed_names, read_headers, required_format
+from finetune.quantization.replaced import replaced
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -36,15 +37,12 @@ def packed_layers(folder: Path | str) -> Iterator[None]:
     if stored.packing == "bitsandbytes":
         yield
         return
-    tables: list[Any] = [auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING]
-    before = [table[stored.method] for table in tables]
-    try:
-        for table, value in zip(tables, _classes(stored, Path(folder)), strict=True):
-            table[stored.method] = value
+    config, quantizer = _classes(stored, Path(folder))
+    with (
+        replaced(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, stored.method, config),
+        replaced(auto.AUTO_QUANTIZER_MAPPING, stored.method, quantizer),
+    ):
         yield
-    finally:
-        for table, value in zip(tables, before, strict=True):
-            table[stored.method] = value
 
 
 def _classes(stored: CheckpointFormat, folder: Path) -> tuple[Any, Any]:

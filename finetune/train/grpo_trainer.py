@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -156,7 +156,12 @@ class GRPOTrainer(Trainer):
             if self.ranks.count > 1:
                 sums = all_reduce_gradients([], sums, device=str(self.args.device))
             logs |= {f"train/{name}": value / sums[-1] for name, value in zip(FIGURES, sums, strict=False)}
-            parts = [item for part in self.ranks.all_gather(_facts(self.rolled_out.completions)) for item in part]
+            facts = [
+                _facts(item.reward, item.scores, ended=item.sample.ended, tokens=len(item.sample.tokens))
+                | {"entropy": item.sample.entropy}
+                for item in self.rolled_out.completions
+            ]
+            parts = [item for part in self.ranks.all_gather(facts) for item in part]
             logs |= {f"train/{name}": value for name, value in figures(parts).items()}
             logs |= {
                 "train/dead_groups": self.rolled_out.dead / max(1, self.rolled_out.groups),
@@ -189,31 +194,20 @@ class GRPOTrainer(Trainer):
             )
         decode = self.job.trainable.tokenizer.decode
         texts = [str(decode(answer.tokens, skip_special_tokens=True)) for answer in answers]
-        scores = self.rewards.score(texts, share, tokens=[len(answer.tokens) + answer.stopped for answer in answers])
+        tokens = [len(answer.tokens) + answer.stopped for answer in answers]
+        scores = self.rewards.score(texts, share, tokens=tokens)
         facts = [
-            {
-                "reward": self.rewards.total(one),
-                **{f"reward_{name}": value for name, value in one.items()},
-                "cut": float(not answer.stopped),
-                "answer_tokens": float(len(answer.tokens) + answer.stopped),
-            }
-            for one, answer in zip(scores, answers, strict=True)
+            _facts(self.rewards.total(one), one, ended=answer.stopped, tokens=count)
+            for one, answer, count in zip(scores, answers, tokens, strict=True)
         ]
         parts = [item for part in self.ranks.all_gather(facts) for item in part]
         return {f"eval/{name}": value for name, value in figures(parts).items()}
 
 
-def _facts(completions: Sequence[Completion]) -> list[dict[str, float]]:
-    return [
-        {
-            "reward": item.reward,
-            **{f"reward_{name}": value for name, value in item.scores.items()},
-            "cut": float(not item.sample.ended),
-            "answer_tokens": float(len(item.sample.tokens)),
-            "entropy": item.sample.entropy,
-        }
-        for item in completions
-    ]
+def _facts(reward: float, scores: Mapping[str, float], *, ended: bool, tokens: int) -> dict[str, float]:
+    """Returns the figures of one answer."""
+    each = {f"reward_{name}": value for name, value in scores.items()}
+    return {"reward": reward, **each, "cut": float(not ended), "answer_tokens": float(tokens)}
 
 
 def figures(facts: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from finetune.lora import LoraConfig
 from finetune.merge.adapter_deltas import Change, LowRank
 from finetune.merge.candidates import build
 from finetune.merge.graph import stored
-from finetune.merge.prequantized import packed_layers
+from finetune.merge.prequantized import packed_base
 from finetune.model import ModelSpec
 from finetune.model.load import parameter_count, resident_bytes
 from finetune.quantization import quantized_layers
@@ -55,7 +55,7 @@ def gradients(adapted: Any, *, dtype: str) -> dict[str, torch.Tensor]:
 def test_weights_are_those_that_were_packed(tmp_path: Path, tiny_base: Path, name: str) -> None:
     weights = write_quantized(tiny_base, tmp_path / "base", FORMS[name])
     spec = prequantized(tmp_path / "base")
-    layers = packed_layers(spec)
+    layers = packed_base(spec)
     assert layers is not None
     assert {f"{layer}.weight" for layer in layers.keys} == set(weights)
     loaded = spec.load()
@@ -116,7 +116,7 @@ def test_a_merge_adds_to_the_weights_that_were_packed(tmp_path: Path, tiny_base:
     key = "model.layers.1.mlp.down_proj.weight"
     a, b = torch.randn(2, 128), torch.randn(64, 2)
     changes: dict[str, Change] = {key: LowRank(a=a, b=b, scaling=0.5)}
-    layers = packed_layers(spec)
+    layers = packed_base(spec)
     assert layers is not None
     source = stored(layers, base=spec.base.folder)
     built = build(spec.base.folder, changes, tmp_path / "merged", dtype=torch.float32, source=source, packed=layers)
@@ -148,7 +148,7 @@ def test_an_order_that_was_never_set_says_nothing(tmp_path: Path, tiny_base: Pat
     name = "model.layers.0.mlp.up_proj"
     damaged(tmp_path / "base", **{f"{name}.weight_g_idx": torch.full((64,), -1, dtype=torch.int32)})
     spec = prequantized(tmp_path / "base")
-    layers = packed_layers(spec)
+    layers = packed_base(spec)
     assert layers is not None
     wanted = weights[f"{name}.weight"].to(torch.bfloat16)
     assert torch.equal(dense(quantized_layers(spec.load())[name]), wanted)
@@ -163,7 +163,7 @@ def test_a_bitsandbytes_checkpoint_is_read_as_it_was_saved(
     made = model_spec(tiny_base, quantization_config(method, double=double)).load()
     made.save_pretrained(tmp_path / "base")
     spec = prequantized(tmp_path / "base")
-    loaded, layers = spec.load(), packed_layers(spec)
+    loaded, layers = spec.load(), packed_base(spec)
     assert layers is not None
     for name, layer in quantized_layers(made).items():
         wanted = dense(layer, torch.bfloat16)

@@ -1,7 +1,6 @@
 """The page at ``/`` in a real browser: two answers stream, stop works, errors show, nothing leaves the machine."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,16 +55,6 @@ def test_samples_are_the_held_out_chats_of_the_run(heldout: Made, tmp_path: Path
     assert 0 < len(samples) <= MOST_SAMPLES
     assert samples[0]["messages"][0]["content"].startswith("Wake me at 0 on Monday")
     assert read_samples(tmp_path / "data") == []
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Chromium of this machine, or playwright's own."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -163,12 +163,11 @@ class Layout:
 
     def is_left_out(self, name: str) -> bool:
         """Returns whether a tensor of the checkpoint belongs to a tower, or to layers that predict further tokens."""
-        layer = re.match(r"model\.layers\.(\d+)\.", decoder_name(name))
+        name = decoder_name(name)
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
         if layer:
             return int(layer.group(1)) >= self.layers
-        return self.image_text and not re.match(
-            r"(model|lm_head)\.(?!vision|multi_modal|visual|mtp)", decoder_name(name)
-        )
+        return self.image_text and not re.match(r"(model|lm_head)\.(?!vision|multi_modal|visual|mtp)", name)
 
     def gguf_name(self, name: str) -> str | None:
         """Returns a tensor's name in GGUF; None for a tensor that llama.cpp does not store.

@@ -77,7 +77,8 @@ def write_model(folder: Path, target: Path, *, chat: Chat, dtype: str, name: str
         ExportError: llama.cpp does not support the model, the disk is too small, or a weight is too large for float16.
     """
     layout, checkpoint = Layout(folder), Checkpoint(folder)
-    tensors = [_typed(part, layout, checkpoint, dtype=dtype) for part in parts(layout, checkpoint)]
+    tied = layout.tied or not any(decoder_name(name) == "lm_head.weight" for name in checkpoint.files)
+    tensors = [_typed(part, layout, dtype=dtype, tied=tied) for part in parts(layout, checkpoint)]
     require_disk(target.parent, required_bytes(tensors), target.name, error=ExportError)
     writer = GGUFWriter(target, MODEL_ARCH_NAMES[layout.architecture.arch])
     writer.add_name(name)
@@ -134,13 +135,13 @@ def _convert(tensor: GGUFTensor, rows: Tensor) -> np.ndarray:
     return quantize(values, tensor.type, row_bytes=row_bytes(tensor.type, values.shape[1]))
 
 
-def _typed(part: Part, layout: Layout, checkpoint: Checkpoint, *, dtype: str) -> GGUFTensor:
+def _typed(part: Part, layout: Layout, *, dtype: str, tied: bool) -> GGUFTensor:
     chosen, forced = tensor_type(
         part.name,
         part.shape,
         mix=QUANT_MIXES[dtype],
         layers=layout.layers,
-        tied=layout.tied or not any(decoder_name(name) == "lm_head.weight" for name in checkpoint.files),
+        tied=tied,
         grouped=layout.kv_heads < layout.heads,
         experts=layout.experts,
     )

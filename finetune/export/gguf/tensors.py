@@ -81,7 +81,7 @@ def _squeezed(source: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _one(layout: Layout, checkpoint: Checkpoint, source: str) -> Iterator[Tensor]:
-    yield layout.converted(decoder_name(source), checkpoint.read(source))
+    yield layout.converted(source, checkpoint.read(source))
 
 
 def _stack(checkpoint: Checkpoint, sources: dict[int, str]) -> Iterator[Tensor]:
