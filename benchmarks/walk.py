@@ -186,13 +186,16 @@ def overrides(recipe: RunConfig, settings: Walk, work: Path) -> list[str]:
 def exports(recipe: RunConfig) -> list[str]:
     """Returns the exports of a walk: GGUF where its export knows the recipe's family.
 
-    llama.cpp's server reads the channels of gpt-oss out of its answers, and refuses those of random weights.
+    llama.cpp's server reads the channels of gpt-oss out of its answers, and refuses those of random weights. Routers of
+    random weights nearly tie, and choose other experts under 8-bit rounding: a mixture is exported in 16 bits.
     """
     from finetune.export.gguf.architecture import ARCHITECTURES
 
-    family = recipe.model.architecture.family if recipe.model.architecture else "llama"
+    architecture = recipe.model.architecture
+    family = architecture.family if architecture else "llama"
     known = family in ARCHITECTURES and family != "gpt_oss"
-    return ["adapter", "safetensors", *(["gguf_q8_0"] if known else [])]
+    gguf = "gguf_f16" if architecture and architecture.experts else "gguf_q8_0"
+    return ["adapter", "safetensors", *([gguf] if known else [])]
 
 
 def describe(settings: Walk, ended: CappedResult, *, run: Path, parameters: int) -> dict[str, Any]:
