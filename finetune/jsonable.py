@@ -28,6 +28,17 @@ def to_jsonable(value: Any) -> Any:
     return value
 
 
+def flatten(settings: Any) -> dict[str, Any]:
+    """Returns a dict or dataclass as JSON values by dotted names: of ``{"lora": LoraConfig(...)}``, ``lora.rank``."""
+    flat: dict[str, Any] = {}
+    for name, value in to_jsonable(settings).items():
+        if isinstance(value, dict) and value:
+            flat.update({f"{name}.{rest}": entry for rest, entry in flatten(value).items()})
+        else:
+            flat[name] = value
+    return flat
+
+
 def _json_fields(value: Any) -> Iterator[tuple[str, Any]]:
     for entry in dataclasses.fields(value):
         item, none = getattr(value, entry.name), entry.metadata.get("none")

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from finetune.console import log
 from finetune.errors import ConfigError, DamagedProduct
 from finetune.files import atomic_write_text, file_hashes, find_damage, require_disk
-from finetune.jsonable import from_json, to_jsonable
+from finetune.jsonable import flatten, from_json, to_jsonable
 from finetune.memory import PeakMemory
 
 IF_EXISTS = ("fail", "resume", "overwrite")
@@ -240,17 +240,6 @@ class RunFolder:
         """Reads the product of a finished stage."""
         manifest = json.loads((self.path / name / "manifest.json").read_text())
         return from_json(product_type, {"folder": self.path / name, **manifest["product"]})
-
-
-def flatten(key: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a key as JSON values by dotted names: ``{"lora": LoraConfig(...)}`` becomes ``{"lora.rank": 8, ...}``."""
-    flat: dict[str, Any] = {}
-    for name, value in to_jsonable(key).items():
-        if isinstance(value, dict) and value:
-            flat.update({f"{name}.{rest}": entry for rest, entry in flatten(value).items()})
-        else:
-            flat[name] = value
-    return flat
 
 
 def fingerprint(content: Any) -> str:

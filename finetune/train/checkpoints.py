@@ -33,19 +33,8 @@ if TYPE_CHECKING:
 
 SEAL = "seal.json"
 SCHEMA = 2
-NOT_IN_FINGERPRINT = (
-    "evaluations",
-    "evaluation_rows",
-    "checkpoints",
-    "keep_checkpoints",
-    "log_steps",
-    "patience",
-    "select",
-    "non_finite_steps",
-    "checkpointing",
-    "offload",
-)
-"""Fields of the train group that may change when a run is resumed: none of them changes a step."""
+NOT_IN_FINGERPRINT = ("evaluations", "evaluation_rows", "patience", "select")
+"""Settings that change the resulting adapter, but no step: they may change when a run is resumed."""
 
 TrainingFingerprint = dict[str, Any]
 
@@ -72,9 +61,7 @@ def fingerprint_training(job: TrainingJob) -> TrainingFingerprint:
     """
     trainable, spec = job.trainable, job.trainable.spec
     fusion, placement = trainable.fusion, spec.placement
-    train = to_jsonable(job.config)
-    for name in NOT_IN_FINGERPRINT:
-        train.pop(name)
+    train = {name: value for name, value in job.config.key().items() if name not in NOT_IN_FINGERPRINT}
     entries = {
         "data.fingerprint": job.data.fingerprint,
         "model.sha256": spec.base.sha256,

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.jsonable import to_jsonable
+from finetune.jsonable import flatten
 from finetune.objectives import OBJECTIVES, rows_mismatch
 from finetune.train.grpo_config import GRPOConfig
 from finetune.train.preference_config import PreferenceConfig
@@ -102,9 +102,13 @@ class TrainConfig:
         return frozenset(name for name in ("micro_batch", "checkpointing") if getattr(self, name) == AUTO)
 
     def key(self) -> dict[str, Any]:
-        """Returns the settings that change the resulting adapter."""
-        settings: dict[str, Any] = to_jsonable(self)
-        return {name: value for name, value in settings.items() if name not in NOT_IN_KEY}
+        """Returns the settings that change the resulting adapter, by dotted names."""
+        without = {*NOT_IN_KEY, *(name for name, _ in self.unused())}
+        return {
+            name: value
+            for name, value in flatten(self).items()
+            if name not in without and name.split(".")[0] not in without
+        }
 
     def unused(self) -> Iterator[tuple[str, str]]:
         """Yields the settings that have no effect given the others, each with the reason."""

@@ -53,3 +53,28 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
 
     assert rows(1, 2) == rows(1, 2)
     assert rows(1, 2) != rows(1, 3)
+
+
+@pytest.mark.parametrize(
+    ("objective", "changed", "counts"),
+    [
+        ("sft", "train.preference.beta=0.7", False),
+        ("sft", "train.checkpoints=9", False),
+        ("sft", "train.evaluations=3", True),
+        ("dpo", "train.preference.beta=0.7", True),
+        ("dpo", "train.preference.loss=ipo", True),
+        ("dpo", "train.preference.desirable_weight=2", False),
+    ],
+)
+def test_key_holds_the_settings_that_the_objective_reads(objective: str, changed: str, counts: bool) -> None:
+    settings = ["model=smollm2_135m", "data.path=rows.jsonl"]
+    settings += ["train=dpo", "data=preference"] if objective == "dpo" else []
+    before, after = (load([*settings, *extra]).train.key() for extra in ([], [changed]))
+    assert (before != after) is counts
+    assert not any(name.startswith("grpo") for name in before)
+
+
+def test_epochs_are_not_in_the_key_of_a_run_that_counts_steps() -> None:
+    settings = ["model=smollm2_135m", "data.path=rows.jsonl", "train.steps=3"]
+    one, two = (load([*settings, f"train.epochs={epochs}"]) for epochs in (1, 2))
+    assert one.train.key() == two.train.key()
