@@ -63,12 +63,11 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
         ("sft", "train.evaluations=3", True),
         ("dpo", "train.preference.beta=0.7", True),
         ("dpo", "train.preference.loss=ipo", True),
-        ("dpo", "train.preference.desirable_weight=2", False),
     ],
 )
 def test_key_holds_the_settings_that_the_objective_reads(objective: str, changed: str, counts: bool) -> None:
     settings = ["model=smollm2_135m", "data.path=rows.jsonl"]
-    settings += ["train=dpo", "data=preference"] if objective == "dpo" else []
+    settings += ["train=dpo", "data.objective=preference"] if objective == "dpo" else []
     before, after = (load([*settings, *extra]).train.key() for extra in ([], [changed]))
     assert (before != after) is counts
     assert not any(name.startswith("grpo") for name in before)
