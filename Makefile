@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart test test-all check check-gpu docs install install-dev clean
+.PHONY: quickstart test test-all check check-gpu soak docs install install-dev clean
 
 quickstart: .venv/.run
 	$(BIN)/python -m finetune +experiment=quickstart run.if_exists=resume
@@ -25,6 +25,10 @@ check: .venv/.dev
 
 check-gpu: .venv/.dev
 	$(BIN)/python -m benchmarks.gpu
+
+# Kills, full disks, damaged files and double starts, against an undisturbed run; hours with the default numbers.
+soak: .venv/.dev
+	$(BIN)/python -m benchmarks.soak
 
 # The manual, into site/. Pages that come from the code are written by scripts/docs_hooks.py while it is built.
 docs: .venv/.docs

@@ -56,7 +56,11 @@ def problems(overrides: list[str]) -> list[str]:
             "lora.tokens=[<tool>]: cannot be read as an override; write key=value, and quote values that hold spaces "
             "or signs",
         ),
-        ("tracking=[slate]", "tracking=slate: there is no such option; choose one of tensorboard, wandb"),
+        (
+            "tracking=[slate]",
+            "tracking=slate: there is no such option; choose one of aim, clearml, comet_ml, dvclive, mlflow, swanlab, "
+            "tensorboard, trackio, wandb",
+        ),
     ],
 )
 def test_each_bad_setting_gets_one_sentence(override: str, expected: str | None) -> None:

@@ -1,5 +1,6 @@
 """Models whose weights do not fit are measured with weights on disk, and give the same results to the bit."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from finetune.inference.generation import generate
 from finetune.inference.kl_divergence import compare_with_reference, record_reference
 from finetune.inference.losses import row_losses
 from finetune.inference.rows import read_rows
+from finetune.jsonable import to_jsonable
 from finetune.model import ModelSpec
 from tests.fixtures.artifacts import Line
 
@@ -23,13 +25,18 @@ def dense_spec(line: Callable[..., Line]) -> ModelSpec:
     return line("none", dtype="float32").spec.dense()
 
 
+def leave_free(spec: ModelSpec, monkeypatch: pytest.MonkeyPatch, *, share: float) -> None:
+    """Leaves memory for the batches and a share of the weights."""
+    plain = place(spec, WORK)
+    free = int((plain.working_bytes + share * 4 * stored_elements(spec.base.folder)) / 0.9)
+    monkeypatch.setattr("finetune.inference.dense.free_bytes", lambda device: free)
+
+
 def offloaded(spec: ModelSpec, monkeypatch: pytest.MonkeyPatch, *, share: float, scratch: Path) -> Any:
     """Loads a model where only a share of its weights fits in memory next to the batches."""
-    plain = place(spec, WORK)
-    weights = 4 * stored_elements(spec.base.folder)
-    free = int((plain.working_bytes + share * weights) / 0.9)
-    monkeypatch.setattr("finetune.inference.dense.free_bytes", lambda device: free)
+    leave_free(spec, monkeypatch, share=share)
     placed = place(spec, WORK)
+    weights = 4 * stored_elements(spec.base.folder)
     assert placed.disk_bytes == pytest.approx((1 - share) * weights, rel=0.01)
     return load_placed(spec, placed, title="eval", name="base", scratch=scratch)
 
@@ -56,6 +63,25 @@ def test_offloaded_models_measure_and_answer_as_those_in_memory(
     assert compare_with_reference(model, rows, reference, batch_tokens=64).max_difference == 0
     answers = [generate(each, tokenizer, prompts, max_new_tokens=6, batch_rows=2) for each in (model, plain)]
     assert answers[0] == answers[1]
+
+
+def test_an_export_is_opened_with_weights_on_disk_where_they_do_not_fit(
+    line: Callable[..., Line], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from finetune.export.runtime import loading_in, placement
+
+    spec = dense_spec(line)
+    rows = read_rows(line().data.folder / "heldout")
+    request = json.loads(json.dumps(to_jsonable({"spec": spec, "workload": WORK, "scratch": tmp_path})))
+    assert placement(request) == {}
+    assert placement(request | {"spec": None}) == {}
+    leave_free(spec, monkeypatch, share=0.3)
+    with loading_in("float32", where=placement(request)):  # as an export's snippet says it
+        model = AutoModelForCausalLM.from_pretrained(spec.base.folder, dtype=torch.bfloat16, device_map="auto")
+    assert any(parameter.is_meta for parameter in model.parameters())
+    assert row_losses(model, rows, batch_tokens=64) == row_losses(spec.load(), rows, batch_tokens=64)
 
 
 def test_the_cost_of_a_model_is_that_of_its_dimensions(tiny_base: Path) -> None:

@@ -56,6 +56,7 @@ TYPED = {
     "seed=42": "run.seed?",
     "report_to=wandb": "tracking=[wandb]?",
     "report_to=none": "tracking=[]?",
+    "report_to=mlflow": "tracking=[mlflow]?",
     "output_dir=out": "run.name?",
     "flash_attention=true": "model.attention=flash_attention_2?",
     "hub_model_id=me/x": "export.hub.repository=me/x?",

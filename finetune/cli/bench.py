@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from finetune.cli.command import Command, Invocation, Option, count, names, one_of, positive_number, whole_number
 from finetune.cli.serve import RUN, find_target
-from finetune.errors import EXIT_OK, ConfigError
+from finetune.errors import EXIT_FAILURE, EXIT_OK, ConfigError
 
 QUICKSTART = "smollm2_135m"
 """The quickstart's option of the model group."""
@@ -45,6 +46,13 @@ def _start(invocation: Invocation) -> int:
 
     measure_start(repeats=invocation.options["repeats"])
     return EXIT_OK
+
+
+def _conformance(invocation: Invocation) -> int:
+    from finetune.bench.conformance import compare_forms
+
+    passed = compare_forms(invocation.overrides, reference=shlex.split(invocation.options["reference"]))
+    return EXIT_OK if passed else EXIT_FAILURE
 
 
 def _serve(invocation: Invocation) -> int:
@@ -174,6 +182,16 @@ BENCHMARKS = (
         "bench start", "time from the start of a process to its first step", _start, settings=(),
         options=(Option("repeats", "prepared starts; the fastest counts", "N", whole_number, 3),),
         example="finetune bench start",
+    ),
+    Command(
+        "bench conformance", "step 0 of a run as it computes here, next to plain float32 on the CPU", _conformance,
+        options=(
+            Option(
+                "reference", "settings of the other side, between spaces", "SETTINGS",
+                default="hardware.device=cpu model.dtype=float32 kernels=plain",
+            ),
+        ),
+        example="finetune bench conformance +experiment=mine",
     ),
     Command(
         "bench serve", "a run's models under load, next to other servers", _serve, arguments=("[FOLDER|GGUF]",),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.objectives import OBJECTIVES
+from finetune.tracking.config import KINDS
 
 ABSENT = object()
 """Stands for a value that was not given: None is one."""
@@ -87,7 +88,7 @@ def _reports(value: Any) -> list[str] | None:
     names = [value] if isinstance(value, str) else list(map(str, value))
     if names in ([], ["none"]):
         return []
-    return names if set(names) <= {"wandb", "tensorboard"} else None
+    return names if set(names) <= set(KINDS) else None
 
 
 def _ratio(value: Any) -> Any:

@@ -20,6 +20,7 @@ from finetune.products import ExportResult, MergedModel, PreparedData, Scores, T
 
 if TYPE_CHECKING:
     from finetune.export.parity import Expected
+    from finetune.inference.budget import Workload
     from finetune.inference.chat import Chat
     from finetune.inference.generation import Answer
     from finetune.inference.losses import RowLoss
@@ -133,20 +134,8 @@ class ExportContext:
         """
         from finetune.inference.adapted import load_adapted_model
         from finetune.inference.dense import load_placed, place
-        from finetune.inference.rows import loss_workload, read_rows
 
-        rows = read_rows(self.data.folder / "heldout", limit=max(1, settings.logit_rows, settings.loss_rows))
-        losses = loss_workload(rows[: settings.loss_rows], batch_tokens=self.scorer.config.batch_tokens)
-        longest = max(len(row["prompt_ids"]) for row in rows)
-        workload = dataclasses.replace(
-            losses,
-            pass_tokens=max(losses.pass_tokens, longest),
-            passes=losses.passes + settings.logit_rows,
-            rows=1,
-            prompt_tokens=longest,
-            new_tokens=settings.max_new_tokens,
-            batch_rows=1,
-        )
+        workload = self.workload(settings)
         placed = place(spec, workload)
         if adapter and placed.offloaded_bytes:
             spec = spec.on("cpu")
@@ -160,6 +149,23 @@ class ExportContext:
         if adapter:
             return load_adapted_model(spec, adapter, max_memory=placed.max_memory)
         return load_placed(spec, placed, title="export", name=spec.base.folder.name, scratch=scratch)
+
+    def workload(self, settings: ExportConfig) -> Workload:
+        """Returns what a model is asked in a comparison: its losses, its logits and one answer."""
+        from finetune.inference.rows import loss_workload, read_rows
+
+        rows = read_rows(self.data.folder / "heldout", limit=max(1, settings.logit_rows, settings.loss_rows))
+        losses = loss_workload(rows[: settings.loss_rows], batch_tokens=self.scorer.config.batch_tokens)
+        longest = max(len(row["prompt_ids"]) for row in rows)
+        return dataclasses.replace(
+            losses,
+            pass_tokens=max(losses.pass_tokens, longest),
+            passes=losses.passes + settings.logit_rows,
+            rows=1,
+            prompt_tokens=longest,
+            new_tokens=settings.max_new_tokens,
+            batch_rows=1,
+        )
 
     def expected_merged_output(self, settings: ExportConfig) -> Expected:
         """Runs the merged model in the run's dtype, once for all exports with the same settings."""
@@ -206,6 +212,7 @@ class ExportContext:
         heldout, limits, rows = self.data.folder / "heldout", self.scorer.config, min(settings.rows, self.scores.rows)
         prompts = [row["prompt_ids"] for row in read_rows(heldout, limit=rows)]
         code, logits = self.scratch / "snippet.py", self.scratch / "logits.npz"
+        is_dense = settings.format == "safetensors"  # the others are as small as in training, or no transformers' model
         code.write_text(snippet + "\n", encoding="utf-8")
         request = {
             "folder": self.scratch.resolve(),
@@ -222,6 +229,9 @@ class ExportContext:
             "packages": packages,
             "batch_tokens": limits.batch_tokens,
             "answers": {"prompts": prompts, "max_new_tokens": limits.max_new_tokens, "batch_rows": limits.fixed_rows},
+            "spec": self.spec.dense((self.scratch / name).resolve(), dtype=wanted.dtype) if is_dense else None,
+            "workload": self.workload(settings),
+            "scratch": (self.scratch / "offloaded").resolve(),
         }
         hidden = {"CUDA_VISIBLE_DEVICES": ""} if self.spec.placement.device == "cpu" else {}
         link = self.scratch / self.spec.base.folder.name  # the snippet names no folder of this machine

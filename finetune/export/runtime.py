@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from finetune.export.parity import chat_tokens, last_logits, loss_pairs, package_versions, save_logits
+from finetune.inference.budget import Workload
+from finetune.inference.dense import place, weights_at
 from finetune.inference.fresh_process import serve_request
 from finetune.inference.generation import generate
 from finetune.inference.logits import input_device
 from finetune.inference.losses import row_losses
 from finetune.inference.oom import halve_batches
+from finetune.jsonable import from_json
+from finetune.model.spec import read_spec
 
 
 def run_snippet(request: dict[str, Any]) -> dict[str, Any]:
@@ -30,7 +34,7 @@ def run_snippet(request: dict[str, Any]) -> dict[str, Any]:
     quiet_imports()
     torch.set_num_threads(request["threads"])
     os.chdir(request["folder"])
-    with loading_in(request["dtype"]):
+    with loading_in(request["dtype"], where=placement(request)):
         names = runpy.run_path(request["snippet"])
     model, tokenizer = names["model"], names["tokenizer"]
     save_logits(Path(request["logits"]), [last_logits(model, prompt) for prompt in request["prompts"]])
@@ -59,9 +63,17 @@ def run_snippet(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def placement(request: dict[str, Any]) -> dict[str, Any]:
+    """Returns where transformers puts a dense model that does not fit in memory; nothing where it does."""
+    if request["spec"] is None:
+        return {}
+    placed = place(read_spec(request["spec"]), from_json(Workload, request["workload"]))
+    return weights_at(placed, scratch=Path(request["scratch"]))
+
+
 @contextmanager
-def loading_in(dtype: str) -> Iterator[None]:
-    """Makes transformers load models in the dtype of the model that they are compared with.
+def loading_in(dtype: str, *, where: dict[str, Any]) -> Iterator[None]:
+    """Makes transformers load models in the dtype of the model that they are compared with, and within free memory.
 
     A CPU without bfloat16 instructions computes the merged model in float32, which holds its weights exactly.
     """
@@ -71,7 +83,7 @@ def loading_in(dtype: str) -> Iterator[None]:
     original = AutoModelForCausalLM.from_pretrained
 
     def from_pretrained(_: Any, *arguments: Any, **settings: Any) -> Any:
-        return original(*arguments, **(settings | {"dtype": getattr(torch, dtype)}))
+        return original(*arguments, **(settings | {"dtype": getattr(torch, dtype)} | where))
 
     AutoModelForCausalLM.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment]
     try:

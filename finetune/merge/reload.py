@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from finetune.inference.dense import place
+from finetune.inference.dense import place, weights_at
 from finetune.inference.fresh_process import serve_request
 from finetune.inference.kl_divergence import ReferenceLogits, compare_with_reference
 from finetune.inference.oom import halve_batches
@@ -35,9 +35,7 @@ def remeasure(request: dict[str, Any]) -> dict[str, Any]:
     AutoTokenizer.from_pretrained(folder)
     rows = read_rows(Path(request["heldout"]), limit=request["rows"])
     placed = place(spec, loss_workload(rows, batch_tokens=request["batch_tokens"]))
-    where: dict[str, Any] = {"device_map": {"": placement.device}}
-    if placed.max_memory:
-        where = {"device_map": "sequential", "max_memory": placed.max_memory, "offload_folder": request["scratch"]}
+    where = weights_at(placed, scratch=request["scratch"]) or {"device_map": {"": placement.device}}
     model = from_pretrained(
         folder,
         dtype=getattr(torch, placement.dtype),

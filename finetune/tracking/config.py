@@ -2,8 +2,22 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 
-KINDS = ("wandb", "tensorboard")
+SERVICES = {
+    "mlflow": "mlflow",
+    "trackio": "trackio",
+    "comet_ml": "comet-ml",
+    "clearml": "clearml",
+    "swanlab": "swanlab",
+    "aim": "aim",
+    "dvclive": "dvclive",
+}
+"""Trackers that accelerate knows, each a module, with the package that has it."""
+
+SENDS_FILES = ("mlflow",)
+
+KINDS = ("wandb", "tensorboard", *SERVICES)
 MODES = ("auto", "online", "offline")
 
 
@@ -12,13 +26,15 @@ class TrackerConfig:
     """Configures one service that receives config, metrics, report and adapter."""
 
     kind: str
-    """``wandb`` or ``tensorboard``."""
+    """``wandb``, ``tensorboard``, or a tracker of accelerate: ``mlflow``, ``trackio``, ``comet_ml``, ``clearml``,
+    ``swanlab``, ``aim``, ``dvclive``. The latter read their keys and addresses from their own variables."""
 
     project: str
     """Project of the service that the run belongs to."""
 
     mode: str
-    """``auto`` goes online if there is a key; ``offline`` writes to the run folder; ``online`` needs the key."""
+    """Of W&B. ``auto``: online if there is a key, else off; ``offline`` writes to the run folder; ``online`` needs the
+    key."""
 
     entity: str | None = None
     """User or team that owns the project; None: the owner of the key."""
@@ -37,10 +53,19 @@ class TrackerConfig:
         if self.kind == "tensorboard":
             names = (field.name for field in fields(self) if field.name != "kind")
             yield from ((name, "files in the run folder: no service, no project, nothing to send") for name in names)
+        if self.kind in SERVICES:
+            yield from ((name, f"{self.kind} reads its own variables") for name in ("mode", "entity", "group", "tags"))
+            if self.kind not in SENDS_FILES:
+                yield "artifacts", f"accelerate's tracker of {self.kind} sends figures only"
 
     def problems(self) -> Iterator[str]:
         if self.kind not in KINDS:
             yield f"tracking.{self.kind}.kind must be one of {', '.join(KINDS)}; got {self.kind!r}"
+        if self.kind in SERVICES and not find_spec(self.kind):
+            yield (
+                f"tracking.{self.kind} needs the package {SERVICES[self.kind]}, which is not installed: pip install "
+                f"{SERVICES[self.kind]}, or leave {self.kind} out of tracking="
+            )
         if self.mode not in MODES:
             yield f"tracking.{self.kind}.mode must be one of {', '.join(MODES)}; got {self.mode!r}"
         if not self.project.strip():

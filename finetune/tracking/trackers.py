@@ -182,16 +182,25 @@ def open_trackers(
         return Trackers([])
     tracking_folder = folder / "tracking"
     tracking_folder.mkdir(parents=True, exist_ok=True)
-    trackers = Trackers([JsonLines(), *map(_make, config.values())])
+    trackers = Trackers([JsonLines(), *filter(None, map(_make, config.values()))])
     trackers.start(run_name=run_name, run_config=run_config, folder=tracking_folder)
     return trackers
 
 
-def _make(config: TrackerConfig) -> Tracker:
+def _make(config: TrackerConfig) -> Tracker | None:
+    """Returns the tracker; None for W&B where nobody is logged in and nobody asked for its files."""
     if config.kind == "tensorboard":
         from finetune.tracking.tensorboard import TensorBoard
 
         return TensorBoard(config)
-    from finetune.tracking.wandb import WeightsAndBiases
+    if config.kind != "wandb":
+        from finetune.tracking.services import Service
 
-    return WeightsAndBiases(config)
+        return Service(config)
+    from finetune.tracking.wandb import WeightsAndBiases, choose_mode
+
+    mode, reason = choose_mode(config.mode)
+    if mode != "off":
+        return WeightsAndBiases(config)
+    log("tracking", f"wandb: off, because {reason}; tracking.wandb.mode=offline writes its files for a later sync")
+    return None

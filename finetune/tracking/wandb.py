@@ -1,4 +1,4 @@
-"""Weights & Biases, offline or online. It gets the figures, config and files of the run and collects nothing itself."""
+"""Weights & Biases, online or offline. It gets the figures, config and files of the run and collects nothing itself."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ START_SECONDS = 30.0
 FINISH_SECONDS = 120.0
 """How long a service may delay the start of the tracking and the end of a run."""
 
-Mode = Literal["online", "offline"]
+Mode = Literal["online", "offline", "off"]
 DEFAULT_URL = "https://api.wandb.ai"
 
 
@@ -58,7 +58,7 @@ class WeightsAndBiases:
         else:
             log("tracking", f"wandb: online, because {reason}: {self.run.url}")
 
-    def _init(self, run_config: dict[str, Any], *, folder: Path, mode: Mode) -> wandb.Run:
+    def _init(self, run_config: dict[str, Any], *, folder: Path, mode: Literal["online", "offline"]) -> wandb.Run:
         import wandb
 
         config = self.config
@@ -111,19 +111,22 @@ class WeightsAndBiases:
 
 
 def choose_mode(setting: str) -> tuple[Mode, str]:
-    """Returns ``online`` or ``offline``, and why. WANDB_MODE, W&B's own switch, takes precedence over ``auto``.
+    """Returns ``online``, ``offline`` or ``off``, and why. W&B's own WANDB_MODE takes precedence over ``auto``.
 
     Without a key nothing goes online, even if requested: W&B would stop the run and ask for one.
     """
     requests = [(setting, "tracking.wandb.mode"), (os.environ.get("WANDB_MODE"), "WANDB_MODE")]
-    mode, source = next((request for request in requests if request[0] in ("online", "offline")), ("auto", ""))
+    known = ("online", "offline", "disabled")
+    mode, source = next((request for request in requests if request[0] in known), ("auto", ""))
+    if mode == "disabled":
+        return "off", f"{source}=disabled"
     if mode == "offline":
         return "offline", f"{source}=offline"
     reason = _key_source()
     if reason:
         return "online", f"{source}=online" if mode == "online" else reason
     missing = "there is no WANDB_API_KEY and nobody is logged in"
-    return "offline", f"{source}=online, but {missing}" if mode == "online" else missing
+    return ("offline", f"{source}=online, but {missing}") if mode == "online" else ("off", missing)
 
 
 def _key_source() -> str:

@@ -150,9 +150,9 @@ def test_merge_candidates_are_filed_by_name() -> None:
 
 
 def test_every_problem_of_a_tracker_is_named() -> None:
-    problems = list(TrackerConfig(kind="mlflow", project=" ", mode="sometimes").problems())
+    problems = list(TrackerConfig(kind="slate", project=" ", mode="sometimes").problems())
     assert [problem.split()[0] for problem in problems] == [
-        "tracking.mlflow.kind",
-        "tracking.mlflow.mode",
-        "tracking.mlflow.project",
+        "tracking.slate.kind",
+        "tracking.slate.mode",
+        "tracking.slate.project",
     ]

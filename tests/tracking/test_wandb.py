@@ -99,7 +99,8 @@ def test_run_file_names_neither_host_nor_program_nor_git_remote(written: list[An
 @pytest.mark.parametrize(
     ("wish", "surroundings", "mode"),
     [
-        ("auto", {}, "offline"),
+        ("auto", {}, "off"),
+        ("auto", {"WANDB_MODE": "disabled"}, "off"),
         ("auto", {"WANDB_API_KEY": "0" * 40}, "online"),
         ("auto", {"WANDB_API_KEY": "0" * 40, "WANDB_MODE": "offline"}, "offline"),
         ("offline", {"WANDB_API_KEY": "0" * 40}, "offline"),
