@@ -86,11 +86,11 @@ def template_sha256(tokenizer: Any) -> str | None:
     return hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest() if template else None
 
 
-def folder_sha256(folder: Path) -> str:
-    """Returns a hash over names and contents of all weight files in the folder, of any format."""
+def folder_sha256(folder: Path, *, reuse: bool = True) -> str:
+    """Returns a hash over names and contents of all weight files of any format; ``reuse`` as in `file_sha256`."""
     digest = hashlib.sha256()
     for file in sorted(file for file in folder.rglob("*") if file.suffix in WEIGHTS):
-        digest.update(f"{file.relative_to(folder)}:{file_sha256(file)}\n".encode())
+        digest.update(f"{file.relative_to(folder)}:{file_sha256(file, reuse=reuse)}\n".encode())
     return digest.hexdigest()
 
 

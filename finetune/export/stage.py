@@ -8,7 +8,7 @@ from pathlib import Path
 
 from finetune.console import human_bytes, log
 from finetune.export import adapter as adapters
-from finetune.export import bitsandbytes, card, gguf, gguf_lora, hub, onnx, safetensors
+from finetune.export import bitsandbytes, card, finished, gguf, gguf_lora, hub, onnx, safetensors
 from finetune.export.config import ExportConfig
 from finetune.export.context import ExportContext, Scorer
 from finetune.model import ModelSpec
@@ -69,13 +69,20 @@ def export(
     )
     order = list(WRITERS)
     for name, settings in sorted(config.items(), key=lambda item: order.index(item[1].format)):
+        earlier, snippets = finished.find(context, name, settings), len(context.snippets)
+        if earlier is not None:
+            log("export", f"{name}: done before: {folder / name} is used as it is")
+            context.exports.append(earlier)
+            continue
         with halve_batches("export") as halvings:
             written = WRITERS[settings.format](context, name, settings)
         context.halvings += halvings.count
         context.exports.append(written)
+        finished.remember(context, name, settings, written, since=snippets)
         path, size = folder / Path(written.path).name, human_bytes(written.bytes)
         log("export", f"{name}: {path}, {size}{_parity_text(written.parity)}")
     shutil.rmtree(scratch)
+    finished.forget(folder)
     return Exports(folder=folder, exports=context.exports, halvings=context.halvings)
 
 

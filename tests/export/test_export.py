@@ -18,6 +18,7 @@ from finetune.errors import ExportError, ModelError
 from finetune.eval import AnswerScorer
 from finetune.export import ExportConfig, load
 from finetune.export.parity import Expected, compare, last_logits
+from finetune.export.stage import WRITERS
 from finetune.inference.adapted import load_adapted_model
 from finetune.jsonable import from_json, to_jsonable
 from finetune.products import ExportResult, Exports
@@ -309,6 +310,52 @@ def test_export_beyond_its_bound_is_refused(tmp_path: Path) -> None:
     found = compare("gguf", wanted, got, file, config=wide, seed=1)
     p = np.exp([0, 0, 0, 1.0]) / np.exp([0, 0, 0, 1.0]).sum()
     assert found.kl == pytest.approx(float((0.25 * np.log(0.25 / p)).sum()), abs=1e-6)
+
+
+@pytest.fixture
+def interrupted(run: Callable[..., Exports], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a stage that ended after its first export."""
+
+    def fail(*_: Any) -> None:
+        raise ExportError("no disk")
+
+    with monkeypatch.context() as patch:
+        patch.setitem(WRITERS, "safetensors", fail)
+        with pytest.raises(ExportError, match="no disk"):
+            run(tmp_path / "export", "adapter", "safetensors", "card")
+    return tmp_path / "export"
+
+
+def refuse(*_: Any) -> None:
+    raise AssertionError("the adapter is exported again")
+
+
+def test_a_finished_export_of_an_interrupted_stage_is_not_made_again(
+    run: Callable[..., Exports], interrupted: Path, exports: Exports, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(WRITERS, "adapter", refuse)
+    again = run(interrupted, "adapter", "safetensors", "card")
+    assert [one.format for one in again.exports] == ["adapter", "safetensors", "card"]
+    assert again.exports[0].sha256 == exports.exports[0].sha256
+    assert again.exports[0].parity is not None
+    assert "PeftModel.from_pretrained" in (interrupted / "README.md").read_text()
+    assert not (interrupted / ".finished").exists()
+
+
+@pytest.mark.parametrize("change", ["settings", "bytes", "missing"])
+def test_a_finished_export_that_would_be_another_is_made_again(
+    run: Callable[..., Exports], interrupted: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    weights = interrupted / "adapter" / "adapter_model.safetensors"
+    if change == "bytes":
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+    if change == "missing":
+        shutil.rmtree(interrupted / "adapter")
+    monkeypatch.setitem(WRITERS, "adapter", refuse)
+    with pytest.raises(AssertionError, match="exported again"):
+        run(interrupted, "adapter", "safetensors", **({"max_new_tokens": 7} if change == "settings" else {}))
 
 
 def test_all_invalid_settings_are_named_at_once() -> None:
