@@ -12,6 +12,7 @@ from finetune.inference.budget import answer_batches, usable
 from finetune.inference.dense import cost_of, free_on
 from finetune.inference.logits import evaluating, input_device, unwrap
 from finetune.inference.oom import in_halves
+from finetune.inference.prefill import shared_prefill
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +139,8 @@ def generate_tokens(
 ) -> list[list[int]]:
     """Returns the new tokens of one batch, greedy, or chosen by a logits processor that leaves one token.
 
+    With a processor, as for a group of sampled answers, equal prompts are read once.
+
     Args:
         model: Without a peft wrapper.
         prompts: Padded on the left.
@@ -156,8 +159,7 @@ def generate_tokens(
         ids[index, longest - len(prompt) :] = torch.tensor(prompt)
         mask[index, longest - len(prompt) :] = 1
     # Every neutral value is explicit: transformers takes unset ones from the model's own generation_config, and a
-    # penalty
-    # that some bases have there would make decoding other than greedy.
+    # penalty that some bases have there would make decoding other than greedy.
     greedy = GenerationConfig(
         max_new_tokens=limit,
         do_sample=False,
@@ -171,9 +173,11 @@ def generate_tokens(
         pad_token_id=pad,
         use_cache=True,
     )
+    ids, mask = ids.to(device), mask.to(device)
     sequences = model.generate(
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
+        input_ids=ids,
+        attention_mask=mask,
+        past_key_values=shared_prefill(model, ids, mask) if choice else None,
         generation_config=greedy,
         logits_processor=LogitsProcessorList([choice] if choice else []),
     )

@@ -63,6 +63,12 @@ def _text(data: RunData, first: Sequence[Fields], last: Sequence[Fields]) -> str
         f"The mean reward was {_interval(first, 'reward')} in {before} and {_interval(last, 'reward')} in {after}; the "
         "brackets are 95 % intervals over groups."
     )
+    divergence, steps = (series(data.metrics, f"train/{name}") for name in ("kl", "reward"))
+    if divergence and len(divergence) < len(steps):
+        sentence += (
+            f" The KL divergence to the base ended at {number(divergence[-1][1])} nats per token; as it has no weight "
+            f"in the loss, {len(divergence)} of {len(steps)} steps measured it."
+        )
     errors = series(data.metrics, "train/reward_errors")
     if errors and errors[-1][1]:
         sentence += f" {errors[-1][1]:.0f} rewards failed and counted as the stated value."

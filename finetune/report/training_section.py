@@ -11,6 +11,7 @@ from finetune.report.planned import planned_figure, planned_text
 from finetune.report.rewards_section import rewards_section
 from finetune.report.run_data import Fields, RunData
 from finetune.report.titles import stage_title
+from finetune.scores import Interval
 
 LOSS_CAPTION = (
     "Loss measures how much the right answer surprises the model. Both lines should fall; "
@@ -55,16 +56,24 @@ def training_section(report: Fields, data: RunData) -> Fields:
 
 def _compared_text(data: RunData) -> list[str]:
     """Returns what the last held-out evaluation of an objective that compares answers measured."""
-    names = ("reward_accuracy", "reward_margin", "chosen_logprob_per_token")
-    accuracy, margin, likelihood = (series(data.metrics, f"eval/{name}") for name in names)
+    accuracy, margin = (_last_with_interval(data, f"eval/{name}") for name in ("reward_accuracy", "reward_margin"))
+    likelihood = series(data.metrics, "eval/chosen_logprob_per_token")
     if not accuracy:
         return []
-    sentences = [f"At the last held-out evaluation {percent(accuracy[-1][1])} of the comparisons were right"]
-    sentences += [f"the reward margin was {number(margin[-1][1])}"] if margin else []
+    sentences = [f"At the last held-out evaluation the share of right comparisons was {accuracy}"]
+    sentences += [f"the reward margin was {margin}"] if margin else []
     if likelihood:
         before, after = number(likelihood[0][1]), number(likelihood[-1][1])
         sentences.append(f"the log-probability of good answers went from {before} to {after} per token")
     return ["; ".join(sentences) + "."]
+
+
+def _last_with_interval(data: RunData, name: str) -> str:
+    """Returns the last value of a held-out figure with its interval, empty where there is none."""
+    value, low, high = (series(data.metrics, key)[-1:] for key in (name, f"{name}_low", f"{name}_high"))
+    if not (value and low and high):
+        return number(value[0][1]) if value else ""
+    return Interval(value=value[0][1], low=low[0][1], high=high[0][1]).text()
 
 
 def _training_text(train: Fields, *, unit: str) -> str:

@@ -46,7 +46,8 @@ class GRPOConfig:
     the free memory. Where memory runs out, it is halved and logged."""
 
     beta: float = 0.0
-    """Weight of the KL divergence to the model without its adapter, which is logged in any case."""
+    """Weight of the KL divergence to the model without its adapter. At 0 the divergence is only measured: in the
+    first step and in those that end with a held-out evaluation."""
 
     pattern: str | None = None
     """Regular expression that ``format`` compares with the whole answer; ``.`` matches line breaks."""

@@ -28,8 +28,8 @@ from finetune.train.rollout import NUMBER, Completion, Rollout
 from finetune.train.sft_trainer import Loader, Trainer
 
 REMEDY = "lower train.grpo.max_new_tokens or data.max_tokens"
-FIGURES = ("kl", "sampler_gap", "sampler_gap_signed")
-"""Sums over tokens that the loss adds up."""
+GAPS = ("sampler_gap", "sampler_gap_signed")
+"""Means over the tokens that are trained on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +54,14 @@ class Groups:
 class GRPOTrainer(Trainer):
     """Samples the answers of each step from the model as it is, and trains on them once."""
 
-    sums: Any = None
-    """`FIGURES` and the number of tokens since the loss was last logged."""
+    gaps: Any = None
+    """Sums of `GAPS` and their tokens since the loss was last logged."""
+
+    divergence: Any = None
+    """Likewise, of the KL divergence to the reference."""
+
+    measures_divergence = False
+    """Whether this step computes the reference although the loss does not need it."""
 
     samples: Path | None = None
     """Receives every sampled answer; None writes none."""
@@ -82,10 +88,10 @@ class GRPOTrainer(Trainer):
         batches = list(islice(epoch_iterator, num_batches))
         rows = [row for batch in batches for row in batch.get("prompts", [])]
         done = self.roll_out(rows)
-        self.rolled_out = done
-        if self.samples is not None and self.ranks.is_main:
-            rollout.write_samples(self.samples, self.state.global_step + 1, done.completions)
-        return self.micro_batches(done.completions, batches), self.step_size(done.completions)
+        self.rolled_out, step = done, self.state.global_step + 1
+        self.measures_divergence = step == 1 or step % self.args.eval_steps == 0
+        rollout.write_samples(self.samples, step, done.completions, ranks=self.ranks)
+        return self.micro_batches(done.completions, count=len(batches)), self.step_size(done.completions)
 
     def roll_out(self, rows: Sequence[dict[str, Any]]) -> Rollout:
         """Samples, scores and compares the answers to this process's rows of the current step."""
@@ -107,14 +113,18 @@ class GRPOTrainer(Trainer):
         done.dead, done.groups = rollout.compare(done.completions, loss=self.grpo.loss, ranks=self.ranks)
         return done
 
-    def micro_batches(self, completions: Sequence[Completion], batches: Sequence[dict[str, Any]]) -> list[Any]:
-        """Divides the answers as their prompts were; a batch without rows stays as it is."""
+    def micro_batches(self, completions: Sequence[Completion], *, count: int) -> list[Any]:
+        """Divides the answers that are trained on; the last micro-batches may be empty, and are not computed.
+
+        Without a KL term, an answer as good as its group has a gradient of exactly 0. It is left out, except in steps
+        that measure the divergence; where no answer is left, the first micro-batch is computed.
+        """
         collator: Any = self.data_collator
-        answers, made = iter(completions), []
-        for batch in batches:
-            part = list(islice(answers, len(batch.get("prompts", []))))
-            made.append(collator.collate.answers(part) if part else batch)
-        return made
+        size, chosen = self.args.per_device_train_batch_size, list(completions)
+        if not self.grpo.beta and not self.measures_divergence:
+            chosen = [item for item in completions if item.advantage] or chosen[:size]
+        parts = [chosen[start * size : (start + 1) * size] for start in range(count)]
+        return [collator.collate.answers(part) if part else self.collate([]) for part in parts]
 
     def step_size(self, completions: Sequence[Completion]) -> int:
         """Returns what the losses of this step are divided by, over all processes."""
@@ -136,14 +146,15 @@ class GRPOTrainer(Trainer):
         """Computes the loss, divided by ``num_items_in_batch``, the size of the whole accumulated step."""
         batch = dict(inputs)
         tokens, advantages, sampled = (batch.pop(name) for name in ("answer_tokens", "advantages", "sampled"))
-        with torch.no_grad(), self.accelerator.unwrap_model(model).disable_adapter():
-            reference = self.log_probabilities(model, batch)
+        reference = None
+        if self.grpo.beta or self.measures_divergence:
+            with torch.no_grad(), self.accelerator.unwrap_model(model).disable_adapter():
+                reference = self.log_probabilities(model, batch)
         policy = self.log_probabilities(model, batch)
-        gap, kl = policy.detach() - sampled, k3(policy.detach(), reference)
-        parts = torch.stack(
-            [kl.double().sum(), gap.double().abs().sum(), gap.double().sum(), tokens.sum().double()]
-        ).cpu()
-        self.sums = parts if self.sums is None else self.sums + parts
+        gap = policy.detach() - sampled
+        self.gaps = _add(self.gaps, gap.abs(), gap)
+        if reference is not None:
+            self.divergence = _add(self.divergence, k3(policy.detach(), reference))
         losses = policy_losses(
             policy, advantages, tokens, loss=self.grpo.loss, reference=reference, beta=self.grpo.beta
         )
@@ -151,11 +162,8 @@ class GRPOTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the figures since the last logged loss, and those of the last step's answers."""
-        if "loss" in logs and self.sums is not None and self.rolled_out is not None:
-            sums = self.sums.tolist()
-            if self.ranks.count > 1:
-                sums = all_reduce_gradients([], sums, device=str(self.args.device))
-            logs |= {f"train/{name}": value / sums[-1] for name, value in zip(FIGURES, sums, strict=False)}
+        if "loss" in logs and self.rolled_out is not None:
+            logs |= self._means(self.gaps, GAPS) | self._means(self.divergence, ("kl",))
             facts = [
                 _facts(item.reward, item.scores, ended=item.sample.ended, tokens=len(item.sample.tokens))
                 | {"entropy": item.sample.entropy}
@@ -170,8 +178,16 @@ class GRPOTrainer(Trainer):
                 "train/reward_errors": float(self.rewards.errors.total()),
             }
             self._log_errors()
-            self.sums = None
+            self.gaps = self.divergence = None
         super().log(logs, start_time)
+
+    def _means(self, sums: Any, names: Sequence[str]) -> dict[str, float]:
+        """Returns the means over the tokens of all processes; nothing where there are none."""
+        values = [0.0] * (len(names) + 1) if sums is None else sums.tolist()
+        if self.ranks.count > 1:
+            values = all_reduce_gradients([], values, device=str(self.args.device))
+        *totals, count = values
+        return {f"train/{name}": total / count for name, total in zip(names, totals, strict=True)} if count else {}
 
     def _log_errors(self) -> None:
         """Logs the first error of each reward once."""
@@ -202,6 +218,13 @@ class GRPOTrainer(Trainer):
         ]
         parts = [item for part in self.ranks.all_gather(facts) for item in part]
         return {f"eval/{name}": value for name, value in figures(parts).items()}
+
+
+def _add(sums: Any, *parts: Any) -> Any:
+    """Adds the sums of some figures over tokens, and the number of tokens, shape (figures + 1,)."""
+    size = torch.tensor(parts[0].numel())
+    more = torch.stack([*(part.double().sum().cpu() for part in parts), size.double()])
+    return more if sums is None else sums + more
 
 
 def _facts(reward: float, scores: Mapping[str, float], *, ended: bool, tokens: int) -> dict[str, float]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.console import log
 from finetune.errors import TrainError
 from finetune.inference.rows import IGNORED
+from finetune.train.pair_losses import bounds
 from finetune.train.preference import answer_start, as_document
 from finetune.train.preference_config import PreferenceConfig
 
@@ -208,7 +209,7 @@ def named(sums: Tensor, *, prefix: str) -> dict[str, float]:
 def held_out_figures(
     model: Any, rows: Sequence[dict[str, Any]], config: PreferenceConfig, *, batch_tokens: int
 ) -> dict[str, float]:
-    """Computes the mean loss of held-out answers, as ``eval_loss``, and the logged figures.
+    """Computes the mean loss of held-out answers, as ``eval_loss``, and the logged figures, two of them with intervals.
 
     Args:
         model: The peft model.
@@ -218,6 +219,7 @@ def held_out_figures(
     """
     import torch
 
+    from finetune.inference.bootstrap import RESAMPLES, Bootstrap, Ratio, mean_of
     from finetune.inference.losses import row_losses
 
     documents = [as_document(row["input_ids"], row["labels"]) for row in rows]
@@ -233,4 +235,11 @@ def held_out_figures(
     loss = answer_losses(ratios[:count], desirable, point, config).mean()
     tokens = torch.tensor([row.tokens for row in adapted[:count]])
     shown = figures(policy[:count], ratios[:count], desirable, tokens, point=point, beta=config.beta)
-    return {"eval_loss": float(loss), **named(shown, prefix="eval")}
+    resampled, given = Bootstrap(count, samples=RESAMPLES, seed=1), config.beta * ratios[:count].double()
+    right = ((ratios[:count] > point) == desirable).double()
+    found = {"eval_loss": float(loss), **named(shown, prefix="eval")}
+    found |= bounds("eval/reward_accuracy", resampled.level(mean_of(right.tolist())))
+    if "eval/reward_margin" in found:
+        good, bad = (Ratio((given * kind).numpy(), kind.double().numpy()) for kind in (desirable, ~desirable))
+        found |= bounds("eval/reward_margin", resampled.difference(bad, good))
+    return found

@@ -13,6 +13,8 @@ from finetune.train.preference_config import PreferenceConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from finetune.scores import Difference, Interval
+
 FIGURES = ("reward_margin", "reward_accuracy", "chosen_logprob", "rejected_logprob", "chosen_logprob_per_token")
 
 
@@ -114,7 +116,7 @@ def named(sums: Tensor, *, prefix: str) -> dict[str, float]:
 def held_out_figures(
     model: Any, pairs: Sequence[dict[str, Any]], config: PreferenceConfig, *, name: str, batch_tokens: int
 ) -> dict[str, float]:
-    """Computes the mean loss of held-out pairs, as ``eval_loss``, and the logged figures.
+    """Computes the mean loss of held-out pairs, as ``eval_loss``, and the logged figures, two of them with intervals.
 
     Args:
         model: The peft model.
@@ -125,6 +127,7 @@ def held_out_figures(
     """
     import torch
 
+    from finetune.inference.bootstrap import RESAMPLES, Bootstrap, mean_of
     from finetune.inference.losses import row_losses
 
     answers, reference = [*map(chosen, pairs), *map(rejected, pairs)], None
@@ -138,5 +141,16 @@ def held_out_figures(
     loss = pair_losses(answer_scores(name, policy, reference, tokens), tokens, config, name=name).mean()
     if config.likelihood:
         loss = loss - config.likelihood * policy[0].sum() / tokens[: len(pairs)].sum()
-    shown = figures(policy, rewards(name, policy, reference, tokens, config), tokens)
-    return {"eval_loss": float(loss), **named(shown, prefix="eval")}
+    given = rewards(name, policy, reference, tokens, config)
+    margins, resampled = given[0] - given[1], Bootstrap(len(pairs), samples=RESAMPLES, seed=1)
+    return {
+        "eval_loss": float(loss),
+        **named(figures(policy, given, tokens), prefix="eval"),
+        **bounds("eval/reward_margin", resampled.level(mean_of(margins.tolist()))),
+        **bounds("eval/reward_accuracy", resampled.level(mean_of((margins > 0).double().tolist()))),
+    }
+
+
+def bounds(name: str, interval: Interval | Difference) -> dict[str, float]:
+    """Returns the ends of a figure's 95 % interval as figures of their own."""
+    return {f"{name}_low": interval.low, f"{name}_high": interval.high}

@@ -166,15 +166,15 @@ def compare(completions: Sequence[Completion], *, loss: str, ranks: Ranks) -> tu
     for part in ranks.all_gather([(item.row, item.number, item.reward) for item in completions]):
         for row, number, reward in part:
             groups[row][number] = reward
-    found = {
-        row: dict(
-            zip(group, advantages(torch.tensor([list(group.values())]).double(), loss=loss)[0].tolist(), strict=True)
-        )
-        for row, group in groups.items()
-    }
+    dead = {row for row, group in groups.items() if len(set(group.values())) == 1}
+    found = {}
+    for row, group in groups.items():
+        rewards = torch.tensor([list(group.values())]).double()
+        values = [0.0] * len(group) if row in dead else advantages(rewards, loss=loss)[0].tolist()
+        found[row] = dict(zip(group, values, strict=True))
     for item in completions:
         item.advantage = found[item.row][item.number]
-    return sum(len(set(group.values())) == 1 for group in groups.values()), len(groups)
+    return len(dead), len(groups)
 
 
 def run_step(
@@ -195,19 +195,25 @@ def run_step(
     return Rollout(completions, sampling_seconds=sampled - started, reward_seconds=time.monotonic() - sampled)
 
 
-def write_samples(file: Path, step: int, completions: Sequence[Completion]) -> None:
-    """Appends the answers of a step, one line of JSON each."""
+def write_samples(file: Path | None, step: int, completions: Sequence[Completion], *, ranks: Ranks) -> None:
+    """Appends the answers of a step over all processes, one line of JSON each; only the main process has a file."""
+    lines = [
+        {
+            "step": step,
+            "row": item.row,
+            "number": item.number,
+            "answer": item.text,
+            "tokens": len(item.sample.tokens),
+            "ended": item.sample.ended,
+            "scores": item.scores,
+            "reward": item.reward,
+            "advantage": item.advantage,
+        }
+        for item in completions
+    ]
+    gathered = [line for part in ranks.all_gather(lines) for line in part]
+    if file is None:
+        return
     with open(file, "a", encoding="utf-8") as handle:
-        for item in completions:
-            line = {
-                "step": step,
-                "row": item.row,
-                "number": item.number,
-                "answer": item.text,
-                "tokens": len(item.sample.tokens),
-                "ended": item.sample.ended,
-                "scores": item.scores,
-                "reward": item.reward,
-                "advantage": item.advantage,
-            }
+        for line in sorted(gathered, key=lambda line: (line["row"], line["number"])):
             handle.write(json.dumps(line, ensure_ascii=False) + "\n")

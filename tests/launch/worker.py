@@ -17,6 +17,7 @@ from finetune.errors import FinetuneError, Interrupted, RankFailed
 from finetune.launch import Ranks
 from finetune.launch.ranks import VARIABLES
 from finetune.launch.start import exit_process
+from tests.fixtures.prompts import train_on_rewards
 from tests.fixtures.trainings import Stopping, train
 
 
@@ -66,6 +67,16 @@ def main(folder: Path, base: Path, settings: dict[str, Any]) -> int:
     if settings.pop("stranger", None) == rank:
         settings["rank"] = 4
 
+    if settings.pop("rewards", False):
+        train_on_rewards(
+            folder,
+            tiny_base=base,
+            tokenizer=AutoTokenizer.from_pretrained(base),
+            ranks=ranks,
+            dtype=settings["dtype"],
+            overrides=settings["overrides"],
+        )
+        return 0
     models = []
 
     def touch(model: Any) -> None:

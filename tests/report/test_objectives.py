@@ -12,7 +12,9 @@ from finetune.report.training_section import training_section
 def section(objective: str) -> dict[str, Any]:
     lines: list[dict[str, Any]] = [
         {"step": step, f"{part}/loss": 0.5 - 0.1 * step, f"{part}/reward_margin": 0.2 * step, f"{part}/kl": 0.0,
-         f"{part}/reward_accuracy": 0.5 + 0.1 * step, f"{part}/chosen_logprob_per_token": -2.0 - step}
+         f"{part}/reward_accuracy": 0.5 + 0.1 * step, f"{part}/reward_margin_low": 0.1 * step,
+         f"{part}/reward_margin_high": 0.3 * step, f"{part}/reward_accuracy_low": 0.6,
+         f"{part}/reward_accuracy_high": 0.8, f"{part}/chosen_logprob_per_token": -2.0 - step}
         for step in (1, 2)
         for part in ("train", "eval")
     ]  # fmt: skip
@@ -33,7 +35,7 @@ def section(objective: str) -> dict[str, Any]:
 def test_comparisons_are_in_the_text_and_drawn(objective: str, unit: str) -> None:
     shown = section(objective)
     assert unit in shown["text"]
-    assert "70.0 % of the comparisons were right; the reward margin was 0.4" in shown["text"]
+    assert "right comparisons was 0.700 [0.600, 0.800]; the reward margin was 0.400 [0.200, 0.600]" in shown["text"]
     assert "went from -3 to -4 per token" in shown["text"]
     drawn = "".join(str(figure.picture) for figure in shown["small"])
     assert "Log-probability of good answers" in drawn

@@ -29,7 +29,8 @@ def test_rewards_have_intervals_and_answers_stand_next_to_each_other() -> None:
         for number in range(4)
     ]
     metrics: list[dict[str, Any]] = [
-        {"step": step, "train/loss": 1e-9, "train/reward": step / 8, "train/kl": step / 100, "train/reward_errors": 3.0}
+        {"step": step, "train/loss": 1e-9, "train/reward": step / 8, "train/reward_errors": 3.0}
+        | ({"train/kl": step / 100} if step in (1, 4, 8) else {})
         for step in range(1, 9)
     ]
     data = RunData(
@@ -46,6 +47,8 @@ def test_rewards_have_intervals_and_answers_stand_next_to_each_other() -> None:
     shown = training_section({"train": {"first_loss": 1e-9, "final_loss": 1e-9}}, data)
     assert "loss went" not in shown["text"]
     assert "The mean reward was 0.125 [0.000, 0.250] in steps 1 to 2 and 0.875" in shown["text"]
+    assert "KL divergence to the base ended at 0.08 nats per token" in shown["text"]
+    assert "3 of 8 steps measured it" in shown["text"]
     assert "3 rewards failed" in shown["text"]
     assert "Reward over the training steps" in str(shown["loss"].picture)
     assert "held-out reward 0.75" in str(shown["loss"].picture)

@@ -15,7 +15,7 @@ from finetune.train.preference import token_losses
 from finetune.train.preference_config import PreferenceConfig
 from tests.fixtures.pairs import pairs_of
 from tests.fixtures.preference_training import Collected, train
-from tests.fixtures.trl_oracle import COMMON, PLAIN, difference, lora_config, moved_adapter, nf4_in_float32
+from tests.fixtures.trl_oracle import COMMON, PLAIN, compared, lora_config, moved_adapter, nf4_in_float32
 
 KTO = ["+experiment=quickstart", "train=kto", "data.objective=unpaired", "data.format=preference", "data.cache=''"]
 ROWS = [
@@ -86,7 +86,8 @@ def test_loss_gradient_and_reference_point_are_those_of_trl(
         ours = answer_losses(policy - reference, desirable, point, config).mean()
         assert point == pytest.approx(their_point, rel=1e-4, abs=1e-6)
         assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
-        assert difference(their_gradients, torch.autograd.grad(ours, adapter)) < 1e-5
+        gradients = torch.autograd.grad(ours, adapter)
+        assert compared(f"{loss} flat={flat}", theirs, ours, their_gradients, gradients) < 1e-5
     shown = named(figures(policy, policy - reference, desirable, tokens, point=point, beta=0.3), prefix="train")
     rewards = config.beta * (policy - reference).detach()
     assert shown["train/desirable_reward"] == pytest.approx(float(rewards[desirable].mean()), rel=1e-5)
@@ -107,7 +108,10 @@ def test_training_separates_desirable_from_undesirable_answers(tmp_path: Path, t
     first, *_, last = [line for _, line in trackers.lines if "train/loss" in line]
     assert first["train/loss"] == pytest.approx(0.5, abs=1e-6)  # the policy is the reference
     assert first["train/kl"] == 0.0
-    assert trackers.series("eval/reward_margin")[-1] > 0.1
+    margin, low, high = (trackers.series(f"eval/reward_margin{end}")[-1] for end in ("", "_low", "_high"))
+    assert 0.1 < low < margin < high
+    accuracy, low, high = (trackers.series(f"eval/reward_accuracy{end}")[-1] for end in ("", "_low", "_high"))
+    assert 0 <= low <= accuracy <= high <= 1
     assert {"eval/desirable_reward", "eval/kl", "eval/chosen_logprob_per_token"} <= set(
         next(line for _, line in reversed(trackers.lines) if "eval/loss" in line)
     )

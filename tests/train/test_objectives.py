@@ -15,7 +15,7 @@ from finetune.train.pair_losses import answer_scores, figures, log1mexp, named, 
 from finetune.train.preference import PairCollator, answer_logprobs, token_losses
 from finetune.train.preference_config import PreferenceConfig
 from tests.fixtures.pairs import COMPOSED
-from tests.fixtures.trl_oracle import COMMON, PLAIN, difference, lora_config, moved_adapter, nf4_in_float32
+from tests.fixtures.trl_oracle import COMMON, PLAIN, compared, lora_config, moved_adapter, nf4_in_float32
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 PAIRS = [
@@ -103,7 +103,8 @@ def test_loss_gradient_and_figures_are_those_of_trl(
     ours = ours + config.likelihood * likelihood
 
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
-    assert difference(their_gradients, torch.autograd.grad(ours, adapter)) < 1e-5
+    gradients = torch.autograd.grad(ours, adapter)
+    assert compared(f"{name} {settings} flat={flat}", theirs, ours, their_gradients, gradients) < 1e-5
     found = named(figures(policy, rewards(name, policy, None, tokens, config), tokens), prefix="train")
     assert found["train/reward_margin"] == pytest.approx(float(shown["rewards/margins"]), rel=1e-4)
     assert found["train/reward_accuracy"] == pytest.approx(float(shown["rewards/accuracies"]))

@@ -25,6 +25,7 @@ from finetune.train.preference import (
 from finetune.train.preference_config import PreferenceConfig
 from tests.fixtures.pairs import COMPOSED
 from tests.fixtures.preference_training import BETA, Collected, train
+from tests.fixtures.trl_oracle import compared
 
 PAIR = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "rejected_input_ids": [5, 8], "rejected_labels": [-100, 8]}
 
@@ -78,7 +79,9 @@ def test_loss_gradient_and_figures_are_those_of_trl(
     ours = pair_losses(answer_scores("dpo", policy, reference, tokens), tokens, config).mean()
 
     assert theirs.item() == pytest.approx(ours.item(), rel=1e-5)
-    for expected, gradient in zip(their_gradients, torch.autograd.grad(ours, adapter), strict=True):
+    gradients = torch.autograd.grad(ours, adapter)
+    compared(f"dpo {objective}", theirs, ours, their_gradients, gradients)
+    for expected, gradient in zip(their_gradients, gradients, strict=True):
         assert torch.allclose(gradient, expected, rtol=1e-3, atol=1e-6 * float(expected.abs().max()) + 1e-9)
     shown = named(figures(policy, rewards("dpo", policy, reference, tokens, config), tokens), prefix="train")
     names = {
@@ -123,7 +126,9 @@ def test_training_prefers_the_chosen_answers(kernels: str, tmp_path: Path, tiny_
     margins = trackers.series("train/reward_margin")
     assert margins[-1] > 1.0 > abs(margins[0])
     assert trackers.series("train/reward_accuracy")[-1] == 1.0
-    assert trackers.series("eval/reward_accuracy")[-1] == 1.0
+    assert [trackers.series(f"eval/reward_accuracy{end}")[-1] for end in ("", "_low", "_high")] == [1.0] * 3
+    margin, low, high = (trackers.series(f"eval/reward_margin{end}")[-1] for end in ("", "_low", "_high"))
+    assert 1.0 < low < margin < high
     assert trackers.series("eval/loss")[-1] < 0.5 < trackers.series("train/loss")[0]
     assert trained.final_loss < trained.first_loss
     assert {path.name for path in trained.adapter.iterdir()} == {
