@@ -6,6 +6,8 @@ python -m tests.launch.worker <base> <[[port, folder, settings], ...]>
 import json
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,9 @@ from finetune.errors import FinetuneError, Interrupted, RankFailed
 from finetune.launch import Ranks
 from finetune.launch.ranks import VARIABLES
 from finetune.launch.start import exit_process
+from tests.fixtures.pairs import KTO
+from tests.fixtures.preference_training import Collected
+from tests.fixtures.preference_training import train as train_on_answers
 from tests.fixtures.prompts import train_on_rewards
 from tests.fixtures.trainings import Stopping, train
 
@@ -67,15 +72,12 @@ def main(folder: Path, base: Path, settings: dict[str, Any]) -> int:
     if settings.pop("stranger", None) == rank:
         settings["rank"] = 4
 
-    if settings.pop("rewards", False):
-        train_on_rewards(
-            folder,
-            tiny_base=base,
-            tokenizer=AutoTokenizer.from_pretrained(base),
-            ranks=ranks,
-            dtype=settings["dtype"],
-            overrides=settings["overrides"],
-        )
+    if objective := settings.pop("objective", ""):
+        of: dict[str, Callable[..., Any]] = {
+            "grpo": train_on_rewards,
+            "kto": partial(train_on_answers, trackers=Collected(), composed=KTO),
+        }
+        of[objective](folder, tiny_base=base, tokenizer=AutoTokenizer.from_pretrained(base), ranks=ranks, **settings)
         return 0
     models = []
 

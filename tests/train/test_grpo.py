@@ -11,6 +11,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from finetune.errors import Interrupted
 from finetune.inference import generation
+from finetune.inference import sampling as sampling_module
 from finetune.inference.collate import Collator
 from finetune.inference.sampling import Sampling, sample, seed_of
 from finetune.train.grpo_trainer import GRPOTrainer
@@ -230,6 +231,29 @@ def test_a_step_is_the_same_however_its_answers_are_divided(tmp_path: Path, tiny
     assert len(found[0][0]) == 18
     assert found[0][1] > 0
     assert [norm for _, norm in found] == [pytest.approx(found[0][1], rel=0.05)] * 3  # bfloat16
+
+
+def test_sampling_that_runs_out_of_memory_continues_with_half_of_a_batch(
+    tmp_path: Path, tiny_base: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ["train.steps=2", "train.micro_batch=24", "train.evaluations=0"]
+    inputs: dict[str, Any] = {"tiny_base": tiny_base, "tokenizer": tokenizer, "overrides": overrides}
+    train_on_rewards(tmp_path / "ample", **inputs, dtype="float32")
+    batches: list[int] = []
+    generate = sampling_module.generate_tokens
+
+    def scarce(model: Any, prompts: Any, **settings: Any) -> Any:
+        batches.append(len(prompts))
+        if len(prompts) > 8:
+            raise MemoryError("no room")
+        return generate(model, prompts, **settings)
+
+    monkeypatch.setattr(sampling_module, "generate_tokens", scarce)
+    train_on_rewards(tmp_path / "scarce", **inputs, dtype="float32")
+    assert batches == [24, 12, 6, 6, 6, 6, 8, 8, 8], "the second step starts with what fits"
+    assert "out of memory with 24 rows (no room): continues with half" in " ".join(capsys.readouterr().err.split())
+    drawn = [[(line["row"], line["answer"]) for line in samples_of(tmp_path / name)] for name in ("ample", "scarce")]
+    assert drawn[0] == drawn[1]
 
 
 def test_interrupted_and_resumed_ends_as_if_it_had_not_been(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:

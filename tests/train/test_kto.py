@@ -13,11 +13,10 @@ from finetune.inference.collate import Collator
 from finetune.train.kto import answer_losses, choose_mismatched, figures, log_weights, mismatched, named, sums
 from finetune.train.preference import token_losses
 from finetune.train.preference_config import PreferenceConfig
-from tests.fixtures.pairs import pairs_of
+from tests.fixtures.pairs import KTO, pairs_of
 from tests.fixtures.preference_training import Collected, train
 from tests.fixtures.trl_oracle import COMMON, PLAIN, compared, lora_config, moved_adapter, nf4_in_float32
 
-KTO = ["+experiment=quickstart", "train=kto", "data.objective=unpaired", "data.format=preference", "data.cache=''"]
 ROWS = [
     {"prompt": "Wake me at seven.", "completion": '{"time":7}', "label": True},
     {"prompt": "Wake me at eight.", "completion": "no table for two people", "label": False},
