@@ -78,7 +78,8 @@ def _normed(norm: Any, heads: Tensor) -> Tensor:
 
 
 def fuse_attention(attention: Any, fusion: Fusion, *, fuse_linears: FuseLinears, tiles: bool) -> None:
-    """Computes packed documents one by one. A batch without document boundaries takes the original forward pass."""
+    """Computes packed documents one by one. A batch without document boundaries, as in generation, takes the original
+    forward pass, with the cached weights where there are some."""
     original: Forward = attention.forward
     inputs_of = (
         [attention.qkv_proj]
@@ -86,6 +87,9 @@ def fuse_attention(attention: Any, fusion: Fusion, *, fuse_linears: FuseLinears,
         else [attention.q_proj, attention.k_proj, attention.v_proj]
     )
     qkv, output = fuse_linears(inputs_of), fuse_linears([attention.o_proj])
+    if qkv.cached is not None:
+        for layer, alone in zip([*inputs_of, attention.o_proj], [*qkv.alone(), output], strict=True):
+            use_cached_weight(layer, fusion, alone)
     shape, queries_and_keys = attention_shape(attention), QueriesAndKeys.of(attention)
     rotates = bool(getattr(attention, "use_rope", True))
 
@@ -109,6 +113,19 @@ def fuse_attention(attention: Any, fusion: Fusion, *, fuse_linears: FuseLinears,
         return output(out)[None], None
 
     attention.forward = forward
+
+
+def use_cached_weight(layer: Any, fusion: Fusion, alone: FusedLinears) -> None:
+    """Computes a layer from its cached dense weight instead of dequantizing it at each use."""
+    original: Forward = layer.forward
+
+    def forward(x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+        if not fusion.enabled or alone.needs_peft or x.dtype != alone.dtype:
+            result: Tensor = original(x, *arguments, **keywords)
+            return result
+        return alone(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+
+    layer.forward = forward
 
 
 def attention_shape(attention: Any) -> AttentionShape:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, Protocol
@@ -58,6 +59,14 @@ class FusedLinears:
             fused.cached = fused.weight()
             fused._share_cached_weights()
         return fused
+
+    def alone(self) -> list[FusedLinears]:
+        """Returns each layer alone, with its part of the cached weights."""
+        sizes = [layer.out_features for layer in self.layers]
+        weights: Sequence[Tensor | None] = [None] * len(sizes) if self.cached is None else self.cached.split(sizes)
+        biases: Sequence[Tensor | None] = [None] * len(sizes) if self.bias is None else self.bias.split(sizes)
+        parts = zip(self.layers, weights, biases, strict=True)
+        return [FusedLinears([layer], self.dtype, weight, bias) for layer, weight, bias in parts]
 
     def weight(self) -> Tensor:
         """Returns the frozen weights, shape (outputs, inputs)."""

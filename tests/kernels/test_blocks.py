@@ -48,8 +48,8 @@ def made(name: str, dtype: str, **wishes: str) -> tuple[Any, Fusion]:
 def test_loss_and_gradients_equal_the_plain_ones(name: str, dtype: str, flat: bool, steps: Counter[str]) -> None:
     model, fusion = made(name, dtype)
     mine, expected, distance = fused_and_plain(model, fusion, batch(flat=flat))
-    attentions = 2 if flat else 0
-    assert +steps == +Counter({"attention": attentions, "product": 4 + 2 * attentions, "norm": 5})
+    attentions, linears = (2, 2 * 2) if flat else (0, 2 * 4)  # padded: q, k, v and o alone, with their cached weights
+    assert +steps == +Counter({"attention": attentions, "product": 4 + linears, "norm": 5})
     assert distance <= BOUNDS[dtype]
     torch.testing.assert_close(mine, expected, rtol=1e-6 if dtype == "float32" else 2e-3, atol=0.0)
 
@@ -143,6 +143,35 @@ def test_generation_with_a_cache_goes_the_plain_way(steps: Counter[str]) -> None
     with torch.no_grad():
         again = model(input_ids=found[:, :-1], use_cache=False).logits[:, 11:].argmax(-1)
     assert found[0, 12:].tolist() == again[0].tolist()
+
+
+def test_generation_reads_the_cached_weights_of_a_quantized_model(
+    tiny_base: Any, steps: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token of a few rows costs less than to dequantize the layers that compute it."""
+    from bitsandbytes.nn import Linear4bit
+
+    from tests.fixtures.models import load
+
+    model = adapt(load(tiny_base, "nf4", double=True, dtype="float32")).eval()
+    fusion = fuse(model, dtype="float32", weights="cached")
+    ids, layers = batch((12,))["input_ids"][:, :12], model.config.num_hidden_layers
+    with torch.no_grad(), fusion.disabled():
+        expected = model(input_ids=ids).logits
+    dequantized = Counter[str]()
+    forward = Linear4bit.forward
+    monkeypatch.setattr(Linear4bit, "forward", lambda self, x: dequantized.update(["layer"]) or forward(self, x))
+    with torch.no_grad():
+        found = model(input_ids=ids).logits
+        assert not dequantized
+        assert steps["product"] == 6 * layers
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+        with model.disable_adapter():
+            assert (model(input_ids=ids).logits - found).abs().max() > 0.01
+        assert not dequantized
+        with fusion.disabled():
+            model(input_ids=ids)
+    assert dequantized["layer"] == 7 * layers
 
 
 def checkpointed(kind: str, **wishes: str) -> tuple[dict[str, Tensor], int]:
