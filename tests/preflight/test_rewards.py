@@ -206,6 +206,7 @@ def prompts_are_dropped(scene: Scene, _: Patch) -> None:
 class Fault:
     plant: Callable[[Scene, Patch], None]
     caught_by: str
+    said: str = ""
 
 
 FAULTS = [
@@ -216,8 +217,8 @@ FAULTS = [
     Fault(sampler_without_the_adapter, "sampler_gap"),
     Fault(adapter_counts_twice_in_sampling, "sampler_gap"),
     Fault(random_reward, "reward_repeats"),
-    Fault(constant_reward, "reward_variance"),
-    Fault(reward_that_raises, "reward_errors"),
+    Fault(constant_reward, "reward_variance", said="rewards are 0.5"),
+    Fault(reward_that_raises, "reward_errors", said="KeyError: 'solution'"),
     Fault(reward_that_is_not_finite, "reward_errors"),
     Fault(end_is_never_sampled, "cut"),
     Fault(limit_of_one_token, "cut"),
@@ -249,6 +250,7 @@ def test_a_planted_fault_is_caught(fault: Fault, rewarded: Scene, monkeypatch: P
     )
     assert not skipped
     assert [(record.name, record.passed) for record in records] == [(fault.caught_by, False)], records
+    assert fault.said in records[0].figure
     assert "Error" not in records[0].figure or fault.caught_by == "reward_errors", records[0].figure
 
 
