@@ -251,7 +251,7 @@ def test_sampling_that_runs_out_of_memory_continues_with_half_of_a_batch(
     monkeypatch.setattr(sampling_module, "generate_tokens", scarce)
     train_on_rewards(tmp_path / "scarce", **inputs, dtype="float32")
     assert batches == [24, 12, 6, 6, 6, 6, 8, 8, 8], "the second step starts with what fits"
-    assert "out of memory with 24 rows (no room): continues with half" in " ".join(capsys.readouterr().err.split())
+    assert "out of memory with 24 rows (no room): continues with half" in " ".join(capsys.readouterr().out.split())
     drawn = [[(line["row"], line["answer"]) for line in samples_of(tmp_path / name)] for name in ("ample", "scarce")]
     assert drawn[0] == drawn[1]
 
