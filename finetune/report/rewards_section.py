@@ -12,6 +12,7 @@ from finetune.report.answers import answer_text
 from finetune.report.curves import curve_picture, series, small_picture
 from finetune.report.run_data import Fields, RunData
 from finetune.report.titles import metric_title
+from finetune.scores import Interval
 
 CAPTION = (
     "Mean reward of the sampled answers, and of greedy answers to held-out prompts. The loss of this objective is near "
@@ -63,6 +64,8 @@ def _text(data: RunData, first: Sequence[Fields], last: Sequence[Fields]) -> str
         f"The mean reward was {_interval(first, 'reward')} in {before} and {_interval(last, 'reward')} in {after}; the "
         "brackets are 95 % intervals over groups."
     )
+    heldout = last_with_interval(data, "eval/reward")
+    sentence += f" Greedy answers to held-out prompts ended at {heldout}." if heldout else ""
     divergence, steps = (series(data.metrics, f"train/{name}") for name in ("kl", "reward"))
     if divergence and len(divergence) < len(steps):
         sentence += (
@@ -73,6 +76,14 @@ def _text(data: RunData, first: Sequence[Fields], last: Sequence[Fields]) -> str
     if errors and errors[-1][1]:
         sentence += f" {errors[-1][1]:.0f} rewards failed and counted as the stated value."
     return sentence
+
+
+def last_with_interval(data: RunData, name: str) -> str:
+    """Returns the last value of a held-out figure with its interval, empty where there is none."""
+    value, low, high = (series(data.metrics, key)[-1:] for key in (name, f"{name}_low", f"{name}_high"))
+    if not (value and low and high):
+        return number(value[0][1]) if value else ""
+    return Interval(value=value[0][1], low=low[0][1], high=high[0][1]).text()
 
 
 def _steps(answers: Sequence[Fields]) -> str:

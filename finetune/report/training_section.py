@@ -5,13 +5,12 @@ from __future__ import annotations
 from finetune.html import Figure, Table
 from finetune.html.format import MISSING, count, duration, number, percent, size
 from finetune.html.lengths import length_picture
-from finetune.objectives import OBJECTIVES
+from finetune.objectives import OBJECTIVES, Objective
 from finetune.report.curves import loss_picture, memory_picture, series, small_picture
 from finetune.report.planned import planned_figure, planned_text
-from finetune.report.rewards_section import rewards_section
+from finetune.report.rewards_section import last_with_interval, rewards_section
 from finetune.report.run_data import Fields, RunData
 from finetune.report.titles import stage_title
-from finetune.scores import Interval
 
 LOSS_CAPTION = (
     "Loss measures how much the right answer surprises the model. Both lines should fall; "
@@ -36,7 +35,7 @@ COMPARED = {
 
 def training_section(report: Fields, data: RunData) -> Fields:
     """Collects the curves of training."""
-    objective = OBJECTIVES[(data.config.get("train") or {}).get("objective", "sft")]
+    objective = _objective(data)
     if objective.samples:
         shown = rewards_section(data)
         facts = {**(report["train"] or {}), "first_loss": None}
@@ -54,9 +53,13 @@ def training_section(report: Fields, data: RunData) -> Fields:
     }
 
 
+def _objective(data: RunData) -> Objective:
+    return OBJECTIVES[(data.config.get("train") or {}).get("objective", "sft")]
+
+
 def _compared_text(data: RunData) -> list[str]:
     """Returns what the last held-out evaluation of an objective that compares answers measured."""
-    accuracy, margin = (_last_with_interval(data, f"eval/{name}") for name in ("reward_accuracy", "reward_margin"))
+    accuracy, margin = (last_with_interval(data, f"eval/{name}") for name in ("reward_accuracy", "reward_margin"))
     likelihood = series(data.metrics, "eval/chosen_logprob_per_token")
     if not accuracy:
         return []
@@ -66,14 +69,6 @@ def _compared_text(data: RunData) -> list[str]:
         before, after = number(likelihood[0][1]), number(likelihood[-1][1])
         sentences.append(f"the log-probability of good answers went from {before} to {after} per token")
     return ["; ".join(sentences) + "."]
-
-
-def _last_with_interval(data: RunData, name: str) -> str:
-    """Returns the last value of a held-out figure with its interval, empty where there is none."""
-    value, low, high = (series(data.metrics, key)[-1:] for key in (name, f"{name}_low", f"{name}_high"))
-    if not (value and low and high):
-        return number(value[0][1]) if value else ""
-    return Interval(value=value[0][1], low=low[0][1], high=high[0][1]).text()
 
 
 def _training_text(train: Fields, *, unit: str) -> str:
@@ -108,8 +103,10 @@ def data_section(report: Fields, data: RunData) -> Fields | None:
         if name in ("p50", "p95"):
             caption.append(f"{percent(int(name[1:]) / 100, digits=0)} have at most {count(value)} tokens.")
     caption.append("Longer rows cost more memory and time.")
+    samples = _objective(data).samples
     return {
-        "text": _data_text(prepared),
+        "text": _data_text(prepared, samples=samples),
+        "note": "prompts to sample from" if samples else f"loss on {count(prepared['trained_tokens'])} tokens",
         "ledger": Table(header=["Rows", "Count", "Share"], rows=_ledger(prepared["rows"] or {}), strong=frozenset({1})),
         "lengths": Figure(
             picture=length_picture(lengths.get("histogram") or {}, limit=limit),
@@ -119,10 +116,12 @@ def data_section(report: Fields, data: RunData) -> Fields | None:
     }
 
 
-def _data_text(prepared: Fields) -> str:
+def _data_text(prepared: Fields, *, samples: bool) -> str:
     tokens, trained, train_rows = prepared["tokens"], prepared["trained_tokens"], prepared.get("train_rows")
     text = f"{count(train_rows)} rows to train on, {count(prepared.get('heldout_rows'))} held out for the evaluation."
-    if tokens and trained:
+    if samples:
+        text += " The loss is computed on sampled answers; references are for the rewards and the held-out loss."
+    elif tokens and trained:
         answers = f"{count(trained)} of the {count(tokens)} training tokens ({percent(trained / tokens)}) are answers"
         text += f" {answers}; the loss is computed on these only."
     if prepared["packed_rows"] and prepared["packed_rows"] < (train_rows or 0):

@@ -14,6 +14,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from finetune.console import log
 from finetune.errors import TrainError
+from finetune.inference.bootstrap import RESAMPLES, Bootstrap, mean_of
 from finetune.inference.generation import end_tokens, generate
 from finetune.inference.logits import unwrap
 from finetune.inference.oom import halve_batches
@@ -22,6 +23,7 @@ from finetune.inference.sampling import Sampling
 from finetune.launch.gradients import all_reduce_gradients
 from finetune.rewards import Rewards
 from finetune.train import rollout
+from finetune.train.pair_losses import bounds
 from finetune.train.policy_loss import k3, normalizer, policy_losses
 from finetune.train.preference import token_losses
 from finetune.train.rollout import NUMBER, Completion, Rollout
@@ -197,7 +199,8 @@ class GRPOTrainer(Trainer):
                 self.rewards.first_error[name] = ""
 
     def held_out_figures(self, model: Any) -> dict[str, float]:
-        """Computes the rewards of greedy answers to held-out prompts; each process answers its share."""
+        """Computes the rewards of greedy answers to held-out prompts, their sum with its interval; each process answers
+        its share."""
         share = self.held_out[self.ranks.rank :: self.ranks.count]
         with halve_batches("train", remedy=REMEDY):
             answers = generate(
@@ -217,7 +220,8 @@ class GRPOTrainer(Trainer):
             for one, answer, count in zip(scores, answers, tokens, strict=True)
         ]
         parts = [item for part in self.ranks.all_gather(facts) for item in part]
-        return {f"eval/{name}": value for name, value in figures(parts).items()}
+        level = Bootstrap(len(parts), samples=RESAMPLES, seed=1).level(mean_of([part["reward"] for part in parts]))
+        return {f"eval/{name}": value for name, value in figures(parts).items()} | bounds("eval/reward", level)
 
 
 def _add(sums: Any, *parts: Any) -> Any:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.report.run_data import RunData
-from finetune.report.training_section import training_section
+from finetune.report.training_section import data_section, training_section
 
 
 def answer(step: int, row: int, number: int, reward: float) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def test_rewards_have_intervals_and_answers_stand_next_to_each_other() -> None:
         command="",
         environment={},
         manifests={},
-        metrics=[*metrics, {"step": 8, "eval/reward": 0.75}],
+        metrics=[*metrics, {"step": 8, "eval/reward": 0.75, "eval/reward_low": 0.5, "eval/reward_high": 1.0}],
         memory=[],
         samples=[],
         answers=answers,
@@ -48,6 +48,7 @@ def test_rewards_have_intervals_and_answers_stand_next_to_each_other() -> None:
     assert "loss went" not in shown["text"]
     assert "The mean reward was 0.125 [0.000, 0.250] in steps 1 to 2 and 0.875" in shown["text"]
     assert "KL divergence to the base ended at 0.08 nats per token" in shown["text"]
+    assert "held-out prompts ended at 0.750 [0.500, 1.000]" in shown["text"]
     assert "3 of 8 steps measured it" in shown["text"]
     assert "3 rewards failed" in shown["text"]
     assert "Reward over the training steps" in str(shown["loss"].picture)
@@ -61,3 +62,15 @@ def test_rewards_have_intervals_and_answers_stand_next_to_each_other() -> None:
     assert len(groups.rows) == 4
     assert len(last) == 2
     assert [row[3] for row in groups.rows if row[0] == "1"] == ["0 and 0"] * 2
+    prepared = {
+        "tokens": 900,
+        "trained_tokens": 300,
+        "train_rows": 20,
+        "heldout_rows": 4,
+        "rows": {},
+        "packed_rows": 20,
+    }
+    rows = data_section({"data": {**counts, "rows": {}}}, data)
+    assert rows is not None
+    assert rows["note"] == "prompts to sample from"
+    assert "computed on sampled answers" in rows["text"]

@@ -4,6 +4,7 @@ import json
 
 from finetune.console import log
 from finetune.data.config import DataConfig
+from finetune.objectives import PROMPT
 from finetune.products import PreparedData
 
 
@@ -12,7 +13,11 @@ def log_summary(product: PreparedData, config: DataConfig) -> None:
     rows = product.rows
     dropped = [f"{reason} ({count:,})" for reason, count in rows["dropped"].items()]
     dropped += [f"duplicate ({rows['duplicate']:,})"] if rows["duplicate"] else []
-    trained = f"{product.trained_tokens:,} of them ({product.trained_tokens / product.tokens:.1%}) with loss"
+    trained = (
+        f"to train on, {product.trained_tokens:,} of them ({product.trained_tokens / product.tokens:.1%}) with loss"
+    )
+    if config.objective == PROMPT:
+        trained = f"of prompts and references, {product.trained_tokens:,} of them references; answers will be sampled"
     log(
         "data",
         f"{format_rows(rows['in'])} read, "
@@ -21,7 +26,7 @@ def log_summary(product: PreparedData, config: DataConfig) -> None:
         + (f"; {rows['truncated']:,} truncated" if rows["truncated"] else ""),
         f"lengths: {_quantiles(product)}; longest {product.lengths['longest']:,} tokens, limit {config.max_tokens:,}"
         + (f" ({_longer_rows(product, config)})" if product.lengths["longest"] > config.max_tokens else ""),
-        f"{product.tokens:,} tokens to train on, {trained}",
+        f"{product.tokens:,} tokens {trained}",
     )
     if rows["rewritten"]:
         log(
