@@ -62,14 +62,7 @@ def test_rewards_have_intervals_and_answers_stand_next_to_each_other() -> None:
     assert len(groups.rows) == 4
     assert len(last) == 2
     assert [row[3] for row in groups.rows if row[0] == "1"] == ["0 and 0"] * 2
-    prepared = {
-        "tokens": 900,
-        "trained_tokens": 300,
-        "train_rows": 20,
-        "heldout_rows": 4,
-        "rows": {},
-        "packed_rows": 20,
-    }
+    counts = {"tokens": 900, "trained_tokens": 300, "train_rows": 20, "heldout_rows": 4, "packed_rows": 20}
     rows = data_section({"data": {**counts, "rows": {}}}, data)
     assert rows is not None
     assert rows["note"] == "prompts to sample from"
