@@ -91,7 +91,7 @@ class GRPOTrainer(Trainer):
         rows = [row for batch in batches for row in batch.get("prompts", [])]
         done = self.roll_out(rows)
         self.rolled_out, step = done, self.state.global_step + 1
-        self.measures_divergence = step == 1 or step % self.args.eval_steps == 0
+        self.measures_divergence = step == 1 or step % (self.args.eval_steps or self.args.max_steps) == 0
         rollout.write_samples(self.samples, step, done.completions, ranks=self.ranks)
         return self.micro_batches(done.completions, count=len(batches)), self.step_size(done.completions)
 
