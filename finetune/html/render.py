@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -65,7 +67,7 @@ class Section:
 
 
 def render(template: str, **values: Any) -> str:
-    """Returns a page that loads nothing from the network and runs no script.
+    """Returns a page that loads nothing and runs no script but its own, which makes charts interactive.
 
     Args:
         template: A file name in ``finetune/html/templates``.
@@ -86,6 +88,9 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    script = (TEMPLATES / "charts.js").read_text(encoding="utf-8")
+    digest = hashlib.sha256(script.encode("utf-8")).digest()
+    environment.globals |= {"script": Markup(script), "script_hash": base64.b64encode(digest).decode()}
     for function in (*FILTERS, breakable, stacked):
         environment.filters[function.__name__] = function
     return environment

@@ -78,11 +78,23 @@ def path(points: Sequence[Point], *, kind: str, down_to: float | None = None) ->
     return f'<path d="{moves}" class="{kind}"/>'
 
 
-def picture(width: int, height: int, parts: Sequence[str], *, title: str, wide: bool = False) -> Markup:
-    """Returns the whole picture, named for a screen reader. A wide one scrolls sideways on a phone."""
+def picture(
+    width: int, height: int, parts: Sequence[str], *, title: str, wide: bool = False, rows: bool = False
+) -> Markup:
+    """Returns the whole picture, named for a screen reader.
+
+    Args:
+        width: In pixels.
+        height: In pixels.
+        parts: What is drawn.
+        title: For a screen reader.
+        wide: Scrolls sideways on a phone.
+        rows: Its values stand one above the other, so that the arrow keys go from row to row.
+    """
     head = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}" style="max-width:{width}px"'
     drawn = f'<svg {head} role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
-    return Markup(f'<div class="scroll{" wide" if wide else ""}">{drawn}</div>')
+    kinds = " ".join(["scroll", *(["wide"] if wide else []), *(["rows"] if rows else [])])
+    return Markup(f'<div class="{kinds}">{drawn}</div>')
 
 
 @dataclass(frozen=True, kw_only=True)

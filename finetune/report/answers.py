@@ -10,8 +10,9 @@ from finetune.report.run_data import Fields
 from finetune.report.summary import headline_metric
 from finetune.report.titles import ARTIFACTS, metric_title
 
-FIRST_ROWS = 8
-WORST_ROWS = 6
+MOST_ROWS = 500
+"""Rows on the page; the file behind it has all of them."""
+
 LONGEST_TEXT = 400
 SPECIAL = re.compile(r"<\|[^|<>]*\|>|</?s>")
 TURN_STARTS = re.compile(r"<\|im_start\|>|<\|start_header_id\|>|\[INST\]|<start_of_turn>|<\|(?=user\|>)")
@@ -19,25 +20,22 @@ TURN_ENDS = re.compile(r"<\|im_end\|>|<\|eot_id\|>|\[/INST\]|<end_of_turn>|<\|en
 
 
 def answers(report: Fields, samples: Sequence[Fields]) -> Fields | None:
-    """Selects the rows to show; None where no answers were written."""
+    """Collects the rows to show, in the order of the held-out rows; None where no answers were written."""
     if not samples:
         return None
     metric = headline_metric(report["eval"]) if report["eval"] else ""
     tuned = "merged" if samples[0].get("merged") is not None else "adapter"
     untuned = "base" if samples[0].get("base") is not None else "base_quantized"
-    first, others = samples[:FIRST_ROWS], samples[FIRST_ROWS:]
-    scored = [(value, row) for row in others if (value := _score(row, tuned, metric)) is not None and value < 1]
-    scored.sort(key=lambda pair: pair[0])
+    rows = [_row(row, untuned, tuned, metric) for row in samples[:MOST_ROWS]]
     gained = (row for row in samples if _score(row, tuned, metric) == 1 and _score(row, untuned, metric) == 0)
     example = next(gained, None)
     return {
         "metric": metric_title(metric),
         "tuned_title": ARTIFACTS[tuned],
         "example": None if example is None else _row(example, untuned, tuned, metric),
-        "first": [_row(row, untuned, tuned, metric) for row in first],
-        "worst": [_row(row, untuned, tuned, metric) for _, row in scored[:WORST_ROWS]],
-        "wrong": len(scored),
-        "others": len(others),
+        "rows": rows,
+        "of": len(samples),
+        "scored": {kind: sum(row["kind"] == kind for row in rows) for kind in ("right", "wrong")},
     }
 
 
@@ -46,7 +44,9 @@ def _score(row: Fields, artifact: str, metric: str) -> float | None:
 
 
 def _row(row: Fields, untuned: str, tuned: str, metric: str) -> Fields:
+    score = _score(row, tuned, metric)
     return {
+        "kind": "" if score is None else "right" if score >= 1 else "wrong",
         "request": last_request(row["prompt"]),
         "reference": answer_text(row.get("reference")),
         "base": _answer(row, untuned, metric),

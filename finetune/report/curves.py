@@ -7,7 +7,7 @@ from itertools import groupby, pairwise
 from markupsafe import Markup
 
 from finetune.console import human_bytes
-from finetune.html.format import duration, number
+from finetune.html.format import duration, number, size
 from finetune.html.svg import Axis, Frame, Point, box, dot, frame, line, path, picture, text, ticks
 from finetune.report.run_data import Fields
 from finetune.report.titles import stage_title
@@ -17,6 +17,8 @@ WIDTH, HEIGHT = 960, 330
 LEFT, TOP, RIGHT, BOTTOM = CORNERS = (56.0, 34.0, 940.0, 284.0)
 SMOOTH_FROM_POINTS = 60
 MOST_POINTS = 400
+"""Points of a curve that name their value."""
+
 LONGEST_PAUSE_SECONDS = 300.0
 BAND_LABEL_PIXELS = 7.0
 """Width of one letter of a stage's name."""
@@ -62,9 +64,8 @@ def curve_picture(metrics: Sequence[Fields], *, train: str, heldout: str, name: 
     if is_smoothed:
         parts.append(path(_pixels(axes, _averaged(training, len(training) // 40)), kind="line-1"))
     parts.append(path(_pixels(axes, held), kind="line-2"))
-    for points, radius, kind, rows in ((held, 4.5, "dot-2", "held-out"), (training, 7, "hit", "training")):
-        for (step, value), (x, y) in zip(points, _pixels(axes, points), strict=True):
-            parts.append(dot(x, y, radius, kind=kind, title=f"step {step:,.0f}: {rows} {name} {number(value)}"))
+    parts += _named(axes, training, f"training {name}", kind="hit")
+    parts += _named(axes, held, f"held-out {name}", kind="dot-2")
     return picture(WIDTH, HEIGHT, parts, title=f"{name.capitalize()} over the training steps", wide=True)
 
 
@@ -77,12 +78,20 @@ def small_picture(metrics: Sequence[Fields], key: str, *, name: str) -> Markup:
     steps = _steps(points[-1][0], wanted=4)
     upward = Axis(ticks=ticks(lowest, highest, wanted=2), name=name, label="{:.3g}".format)
     axes = frame((64.0, 34.0, 456.0, 140.0), x=steps, y=upward)
-    parts = [*axes.parts, path(_pixels(axes, points), kind="line-1")]
+    parts = [*axes.parts, path(_pixels(axes, points), kind="line-1"), *_named(axes, points, name, kind="hit")]
     return picture(466, 182, parts, title=name.capitalize())
 
 
 def _steps(last: float, *, wanted: int) -> Axis:
     return Axis(ticks=ticks(0, last, wanted=wanted), name="optimizer steps", label="{:,.0f}".format, end=last)
+
+
+def _named(axes: Frame, points: Sequence[Point], name: str, *, kind: str) -> Iterator[str]:
+    """Draws dots that name their step and value; of many points every few, and always the last."""
+    apart = max(1, len(points) // MOST_POINTS)
+    shown = [*points[:-1:apart], *points[-1:]]
+    for (step, value), (x, y) in zip(shown, _pixels(axes, shown), strict=True):
+        yield dot(x, y, 4.5, kind=kind, title=f"step {step:,.0f}: {name} {number(value)}")
 
 
 def _pixels(axes: Frame, points: Sequence[Point]) -> list[Point]:
@@ -110,13 +119,18 @@ def memory_picture(memory: Sequence[Fields]) -> Markup:
     across = Axis(ticks=ticks(0, end, wanted=8), name=time_name, end=end)
     axes = frame(CORNERS, x=across, y=Axis(ticks=ticks(0, HEADROOM * peak / unit), name=unit_name))
     pixels = [axes.x(time / scale) for time in seconds]
-    parts = [*_bands(memory, seconds, pixels), *axes.parts]
+    parts = [*_bands(memory, pixels), *axes.parts]
     for key, kind in (("rss_bytes", "1"), ("device_bytes", "2")):
         if any(row.get(key, 0) for row in memory):
             heights = [axes.y(row.get(key, 0) / unit) for row in memory]
             points = list(zip(pixels, heights, strict=True))
-            parts += [path(_thinned(points), kind=f"area-{kind}", down_to=BOTTOM)]
-            parts += [path(_thinned(points), kind=f"line-{kind}"), *_peak(memory, points, key=key, kind=kind)]
+            kept = _thinned(heights)
+            shown = [points[at] for at in kept]
+            parts += [path(shown, kind=f"area-{kind}", down_to=BOTTOM), path(shown, kind=f"line-{kind}")]
+            parts += _peak(memory, points, key=key, kind=kind)
+            for at in kept:
+                title = f"{stage_title(memory[at]['stage'])}, {duration(seconds[at])}: {size(memory[at].get(key, 0))}"
+                parts.append(dot(*points[at], 4.5, kind="hit", title=title))
     return picture(WIDTH, HEIGHT, parts, title="Memory over time", wide=True)
 
 
@@ -129,14 +143,13 @@ def _working_seconds(memory: Sequence[Fields]) -> list[float]:
     return seconds
 
 
-def _bands(memory: Sequence[Fields], seconds: Sequence[float], pixels: Sequence[float]) -> Iterator[str]:
+def _bands(memory: Sequence[Fields], pixels: Sequence[float]) -> Iterator[str]:
     start = 0
     for stage, samples in groupby(memory, key=lambda row: row["stage"]):
         after = start + len(list(samples))
         end = min(after, len(memory) - 1)
         left, right, name = pixels[start], pixels[end], stage_title(stage)
-        title = f"{name}: {duration(seconds[end] - seconds[start])}"
-        yield box(left, TOP, right - left, BOTTOM - TOP, kind="band", title=title)
+        yield box(left, TOP, right - left, BOTTOM - TOP, kind="band")
         yield line(left, TOP, left, BOTTOM, kind="edge")
         if right - left > BAND_LABEL_PIXELS * len(name):
             yield text((left + right) / 2, TOP + 16, name, kind="band-name", anchor="middle")
@@ -152,7 +165,8 @@ def _peak(memory: Sequence[Fields], points: Sequence[Point], *, key: str, kind: 
     return [dot(x, y, 4.5, kind=f"dot-{kind}"), text(x + shift, y - 6, label, kind="value", anchor=anchor)]
 
 
-def _thinned(points: Sequence[Point]) -> list[Point]:
-    """Returns at most a few hundred points; of each group the highest is kept, so no peak is lost."""
-    size = max(1, len(points) // MOST_POINTS)
-    return [min(points[start : start + size], key=lambda point: point[1]) for start in range(0, len(points), size)]
+def _thinned(heights: Sequence[float]) -> list[int]:
+    """Returns the positions of a few hundred points; of each group the highest is kept, so no peak is lost."""
+    length = max(1, len(heights) // MOST_POINTS)
+    groups = (range(start, min(start + length, len(heights))) for start in range(0, len(heights), length))
+    return [min(group, key=heights.__getitem__) for group in groups]  # pixels are counted from the top

@@ -100,7 +100,7 @@ def _bottom(rows: int) -> int:
 
 
 def _finished(parts: Sequence[str], *, rows: int, title: str) -> Markup:
-    return picture(WIDTH, _bottom(rows) + 26, parts, title=title)
+    return picture(WIDTH, _bottom(rows) + 26, parts, title=title, rows=True)
 
 
 def _change_mark(mark: float, *, share: bool) -> str:

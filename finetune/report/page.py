@@ -3,6 +3,7 @@
 from finetune.html import render
 from finetune.report.answers import answers
 from finetune.report.configuration import configuration_section
+from finetune.report.files_section import files_section
 from finetune.report.overview import overview
 from finetune.report.provenance_section import checks_section, environment_section
 from finetune.report.results import artifacts_section, merge_section, scores_section
@@ -27,7 +28,9 @@ def page(report: Fields, data: RunData) -> str:
         artifacts=artifacts_section(report),
         answers=answers(report, data.samples),
         training=training_section(report, data),
+        files=files_section(report, data),
         rows=data_section(report, data),
+        examples=data.examples,
         costs=costs_section(report, data),
         merge=merge_section(report),
         checks=checks_section(report),

@@ -74,7 +74,7 @@ def bars(phases: Phases, *, memory: int) -> str:
         parts += _bar(phase.replace("_", " "), terms, x=x, top=ROW * row + 8)
     if shown:
         parts.append(line(x(shown), 0, x(shown), bottom, kind="zero"))
-    return picture(WIDTH, bottom + 24, parts, title="planned memory of each phase", wide=True)
+    return picture(WIDTH, bottom + 24, parts, title="planned memory of each phase", wide=True, rows=True)
 
 
 def _is_shown(memory: int, phases: Phases) -> bool:

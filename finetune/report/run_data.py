@@ -28,6 +28,7 @@ class RunData:
         memory: Lines of memory.jsonl.
         samples: Lines of eval/samples.jsonl.
         answers: Lines of train/samples.jsonl: answers that training sampled; the later one where a step is repeated.
+        examples: data/examples.json: documents with the text that is trained on.
     """
 
     run: Path
@@ -39,6 +40,7 @@ class RunData:
     memory: list[Fields]
     samples: list[Fields]
     answers: list[Fields] = field(default_factory=list)
+    examples: list[Fields] = field(default_factory=list)
 
     def product(self, stage: str) -> Fields | None:
         """Returns what a stage made, or None where it has not finished."""
@@ -56,6 +58,7 @@ def read_run(run: Path) -> RunData:
         raise ConfigError(f"run.name: there is no run in {run}; give run.name (and run.root) of a run that was started")
     manifests = {stage: manifest for stage in STAGES if (manifest := _manifest(run, stage)) is not None}
     config, command, environment = run / "config.yaml", run / "command.txt", run / "environment.json"
+    examples = run / "data" / "examples.json"
     if not manifests and not config.is_file():
         raise ConfigError(
             f"run.name: {run} holds neither config.yaml nor a finished stage, so there is nothing to report"
@@ -70,6 +73,7 @@ def read_run(run: Path) -> RunData:
         memory=_read_json_lines(run / "memory.jsonl"),
         samples=_read_json_lines(run / "eval" / "samples.jsonl"),
         answers=_latest(_read_json_lines(run / "train" / "samples.jsonl")),
+        examples=_read_json(examples) if examples.is_file() else [],
     )
 
 
@@ -88,7 +92,7 @@ def _manifest(run: Path, stage: str) -> Fields | None:
     return None
 
 
-def _read_json(file: Path) -> Fields:
+def _read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

@@ -58,7 +58,18 @@ def test_preview_marks_the_trained_text_and_escapes_the_rest(run: Callable[..., 
     assert "ends a turn, and is trained on in 3 of these 3." in page
     assert "http://" not in page
     assert "https://" not in page
-    assert "<script" not in page
+    assert page.count("<script") == 1
+
+
+def test_examples_for_the_report_are_the_first_of_the_preview(run: Callable[..., PreparedData]) -> None:
+    folder = run(ROWS).folder
+    examples = json.loads((folder / "examples.json").read_text())
+    page = (folder / "preview.html").read_text()
+    assert len(examples) == 2
+    for example in examples:
+        assert f"<summary>{example['place']} " in page
+        trained = [part["text"] for part in example["stretches"] if part["is_trained"]]
+        assert trained[0].startswith("It is <b>")
 
 
 PREFERENCE = [

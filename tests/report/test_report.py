@@ -1,3 +1,5 @@
+import base64
+import hashlib
 import json
 import re
 import shutil
@@ -130,8 +132,16 @@ def test_status_of_the_caller_is_kept(run: Path) -> None:
 
 def test_html_asks_the_network_for_nothing(run: Path) -> None:
     html = report(run).html.read_text()
-    assert not re.search(r"""src\s*=|url\(|@import|<script|<link""", html)
-    assert "http" not in html
+    assert not re.search(r"""src\s*=|url\(|@import|<link|fetch\(|XMLHttpRequest""", html)
+    assert "http:" not in html
+    assert "https:" not in html
+
+
+def test_page_runs_its_own_script_and_no_other(run: Path) -> None:
+    html = report(run).html.read_text()
+    (script,) = re.findall("(?s)<script>(.*?)</script>", html)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'" in html
 
 
 def test_links_lead_to_parts_of_the_page_and_to_files_of_the_run(run: Path) -> None:
@@ -141,7 +151,32 @@ def test_links_lead_to_parts_of_the_page_and_to_files_of_the_run(run: Path) -> N
     parts = {link.removeprefix("#") for link in links if link.startswith("#")}
     assert parts == set(re.findall(r'<section id="(\w+)"', html))
     files = {link for link in links if not link.startswith("#")}
-    assert files == {"report.json", "data/preview.html", *(export["path"] for export in _read(run)["export"])}
+    written = {"report.json", "config.yaml", "data/preview.html", "train/metrics.jsonl", "eval/samples.jsonl"}
+    assert files == written | {export["path"] for export in _read(run)["export"]}
+
+
+def test_examples_of_the_data_are_shown_with_their_marks(run: Path) -> None:
+    assert "What is trained on" not in report(run).html.read_text()
+    texts = {"What? ": False, "It <b>": True}
+    stretches = [{"text": text, "is_trained": is_trained, "is_end": False} for text, is_trained in texts.items()]
+    example = {"place": "rows.jsonl:1", "facts": ["3 tokens"], "stretches": stretches, "more": 0, "rejected": None}
+    (run / "data" / "examples.json").write_text(json.dumps([{**example, "is_undesirable": False}]))
+    assert "<pre>What? <mark>It &lt;b&gt;</mark></pre>" in " ".join(report(run).html.read_text().split())
+
+
+def test_every_answer_is_on_the_page_and_can_be_filtered(run: Path) -> None:
+    html = report(run).html.read_text()
+    assert "All 20 held-out" in html
+    assert (html.count('<tr class="wrong">'), html.count('<tr class="right">')) == (6, 14)
+    assert "not fully right, 6" in html
+
+
+def test_a_page_of_many_answers_says_how_many_are_left_out(run: Path) -> None:
+    file = run / "eval" / "samples.jsonl"
+    file.write_text(file.read_text() * 30)
+    html = " ".join(report(run).html.read_text().split())
+    assert "The first 500 of the 600 held-out rows" in html
+    assert html.count('<tr class="wrong">') + html.count('<tr class="right">') == 500
 
 
 def test_contents_name_no_part_that_is_missing(run: Path) -> None:
@@ -182,6 +217,7 @@ def test_text_of_a_run_cannot_become_markup(run: Path) -> None:
         "Configuration",
         "Checked before training",
         "Decided automatically",
+        "Files",
         "How to reproduce it",
     ],
 )

@@ -1,4 +1,4 @@
-"""``preview.html``: one page without network access, to read before training."""
+"""``preview.html``: one page without network access, to read before training; ``examples.json`` for the report."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from finetune.data.row_flags import redact
 from finetune.data.show.documents import Document, SplitFile, decode_spans
 from finetune.data.show.ledger_digest import LedgerDigest, digest_ledger
 from finetune.html import Figure, Table, render
+from finetune.html.format import percent
 from finetune.html.lengths import length_picture
 from finetune.products import PreparedData
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HELDOUT_SHOWN = 3
+EXAMPLES = 2
+"""Documents that the report of the run shows."""
+
 LONGEST_SHOWN_CHARACTERS = 6000
 SOURCES_NAMED = 3
 Fields = dict[str, Any]
@@ -34,6 +38,8 @@ def write_preview(
     lines = digest_ledger(folder, {document.row for document in [*train, *heldout]})
     rendering = json.loads((folder / "rendering.json").read_text(encoding="utf-8"))
     writer = _DocumentWriter(lines, tokenizer, end=rendering["end_of_turn_id"])
+    shown = list(map(writer.write, train))
+    (folder / "examples.json").write_text(json.dumps(shown[:EXAMPLES]), encoding="utf-8")
     page = render(
         "preview.html",
         title=_title(lines),
@@ -43,7 +49,7 @@ def write_preview(
         lengths=Figure(picture=length_picture(product.lengths["histogram"], limit=config.max_tokens)),
         thresholds=_thresholds(product, config),
         legend=_legend(train, rendering),
-        train=list(map(writer.write, train)),
+        train=shown,
         heldout=list(map(writer.write, heldout)),
         dropped=_dropped(product),
         examples=_examples(lines),
@@ -75,7 +81,7 @@ def _tiles(product: PreparedData) -> list[tuple[str, str]]:
 
 
 def _share(part: int, whole: int) -> str:
-    return f"{part / max(whole, 1):.1%}"
+    return percent(part / max(whole, 1))
 
 
 def _sources(lines: LedgerDigest) -> Table:
@@ -94,8 +100,8 @@ def _thresholds(product: PreparedData, config: DataConfig) -> Table:
     rows = [
         [
             f"{item['max_tokens']:,}{' (now)' if item['max_tokens'] == config.max_tokens else ''}",
-            f"{item['rows_share']:.2%}",
-            f"{item['trained_tokens_share']:.2%}",
+            percent(item["rows_share"], digits=2),
+            percent(item["trained_tokens_share"], digits=2),
         ]
         for item in product.lengths["thresholds"]
     ]
