@@ -3,7 +3,6 @@
 import ast
 import importlib
 import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from finetune.config.fields import field_types
 from finetune.config.other_names import OTHER_NAMES
 from finetune.config.overrides import group_options, override_problems
 from finetune.paths import CONF
+from tests.fixtures.pages import blocks, commands, inline_code
 from tests.fixtures.scripts import script
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +30,6 @@ DOCS = ROOT / "docs"
 HOOKS = script("docs_hooks")
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 SITE: dict[str, Any] = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
-SHELLS = ("", "sh", "bash")
 PLACEHOLDERS = re.compile(r"\.\.\.|<[^>]*>|\[[a-z ]*\]|WHAT|COMMAND|KEY|FILE|FOLDER|-h|--help|--version|--groups|-v")
 OWN_EXPERIMENTS = ("+experiment=mine", "+experiment=x", "+experiment=<name>", "+experiment=NAME", "+debug=NAME")
 """Experiments that the reader has written."""
@@ -49,33 +48,6 @@ def name_of(page: Path) -> str:
 
 def group_of(setting: str) -> str:
     return setting.partition("=")[0].partition(".")[0]
-
-
-def blocks(page: Path) -> Iterator[tuple[str, str]]:
-    """Yields language and text of each code block, and the text of indented ones as a shell's."""
-    text = page.read_text(encoding="utf-8")
-    for match in re.finditer(r"(?ms)^```([a-z]*)\n(.*?)^```$", text):
-        yield match.group(1), match.group(2)
-    outside = re.sub(r"(?ms)^```.*?^```$", "", text)
-    for match in re.finditer(r"(?m)(?:^ {4}\S.*\n?)+", outside):
-        yield "", re.sub(r"(?m)^ {4}", "", match.group(0))
-
-
-def inline_code(page: Path) -> list[str]:
-    """Returns the text in single backticks, outside of blocks."""
-    return re.findall(r"`([^`\n]+)`", re.sub(r"(?ms)^```.*?^```$", "", page.read_text(encoding="utf-8")))
-
-
-def commands(page: Path) -> Iterator[list[str]]:
-    """Yields the words after ``finetune`` of each command on a page."""
-    lines = [
-        line for language, text in blocks(page) if language in SHELLS for line in text.replace("\\\n", " ").splitlines()
-    ]
-    named = {f"finetune {command.name}" for command in (*ALL, *BENCHMARKS)}
-    for line in [*lines, *(code for code in inline_code(page) if code not in named)]:
-        for part in re.split(r" \| | && ", re.sub(r"(?:python|torchrun.*?) -m finetune\b", "finetune", line)):
-            if re.match(r"finetune(?: |$)", part) and "→" not in part:
-                yield shlex.split(part, comments=True)[1:]
 
 
 @cache
