@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -61,3 +63,39 @@ def test_workflows_run_what_the_makefile_has_and_may_write_nothing_by_default(fi
 def test_release_looks_for_the_wheel_of_this_distribution() -> None:
     text = (ROOT / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8")
     assert f"dist/{NAME.replace('-', '_')}-$" in text
+
+
+def requirements(*extras: str) -> list[Requirement]:
+    """Returns what an installation with some extras asks for by name, extras of extras included."""
+    texts = [*PROJECT["dependencies"], *(text for extra in extras for text in PROJECT["optional-dependencies"][extra])]
+    found = list(map(Requirement, texts))
+    own = [extra for requirement in found if requirement.name == NAME for extra in requirement.extras]
+    return [one for one in found if one.name != NAME] + (requirements(*own) if own else [])
+
+
+def test_constraints_pin_every_requirement_inside_its_range() -> None:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    named = {canonicalize_name(one.name): one.specifier for one in requirements("dev")}
+    assert len(named) > 30
+    assert not [name for name, allowed in named.items() if pins.get(name, "none") not in allowed]
+
+
+def test_citation_has_the_fields_that_its_format_requires_and_the_licence_of_the_package() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation.keys() >= {"cff-version", "message", "title", "authors"}
+    assert (citation["license"], citation["type"]) == (PROJECT["license"], "software")
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")), ids=lambda file: file.stem
+)
+def test_issue_templates_have_what_the_form_needs(file: Path) -> None:
+    form = yaml.safe_load(file.read_text(encoding="utf-8"))
+    assert form.keys() >= {"name", "description", "body"}
+    assert all(field["type"] == "textarea" and field["attributes"]["label"] for field in form["body"])
+
+
+def test_what_a_bug_report_is_asked_for_is_a_command() -> None:
+    assert "`finetune env`" in (ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text(encoding="utf-8")
+    assert "`finetune env`" in (ROOT / "SECURITY.md").read_text(encoding="utf-8")
