@@ -117,7 +117,7 @@ def test_a_llama_factory_file_is_the_same_job_here(desk: Path) -> None:
     assert config.model.architecture is not None
     assert (config.data.path, config.data.format) == (str(desk / "data" / "mine.json"), "alpaca")
     assert (config.lora.rank, config.lora.alpha) == (8, 16)
-    assert (config.train.steps, config.train.checkpoints, config.train.rows_per_step) == (100, 2, 8)
+    assert (config.train.steps, config.train.save_steps, config.train.rows_per_step) == (100, 50, 8)
     assert (config.optim.warmup, config.optim.warmup_steps) == (None, 10)
     assert (config.data.too_long, config.tracking) == ("truncate", {})
 

@@ -105,7 +105,6 @@ ROWS_PER_STEP = (
     "it is the rows of one optimizer step: rows of a micro-batch x GPUs x accumulation. Set train.tokens_per_step=null "
     "with it"
 )
-COUNT = "it is a count for the whole run, evenly spread, not an interval: all steps divided by the interval"
 ADDRESS = "it names a data set of the Hub; a file is data.path"
 OPTIMIZER = choose(
     adamw_torch="adamw_torch", adamw_torch_fused="adamw_torch", adamw_hf="adamw_torch", adamw="adamw_torch",
@@ -195,9 +194,9 @@ OTHER_NAMES = {
     "activation_offloading": OtherName("train.offload", value=ON),
     "neftune_noise_alpha": OtherName("train.neftune_alpha"),
     "logging_steps": OtherName("train.log_steps", value=_steps),
-    "save_steps": OtherName("train.checkpoints", COUNT, None),
+    "save_steps": OtherName("train.save_steps", value=_steps),
     "saves_per_epoch": OtherName("train.checkpoints", "it is a count for the whole run", None),
-    "eval_steps": OtherName("train.evaluations", COUNT, None),
+    "eval_steps": OtherName("train.eval_steps", value=_steps),
     "evals_per_epoch": OtherName("train.evaluations", "it is a count for the whole run", None),
     "save_strategy": OtherName("train.checkpoints", "it is a count for the whole run", choose(no=0, false=0)),
     "eval_strategy": OtherName("train.evaluations", "it is a count for the whole run", choose(no=0, false=0)),

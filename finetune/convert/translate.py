@@ -23,10 +23,10 @@ QUANTIZATION = ("load_in_4bit", "load_in_8bit", "quantization_bit", "bnb_4bit_qu
                 "finetuning_type", "bnb_config_kwargs")  # fmt: skip
 BATCH = (("per_device_train_batch_size", "micro_batch_size"), ("gradient_accumulation_steps",))
 LENGTH = (("num_train_epochs", "num_epochs"), ("max_steps",))
-COUNTS = {
-    "save_steps": "train.checkpoints", "saves_per_epoch": "train.checkpoints",
-    "eval_steps": "train.evaluations", "evals_per_epoch": "train.evaluations",
-}  # fmt: skip
+COUNTS = {"saves_per_epoch": "train.checkpoints", "evals_per_epoch": "train.evaluations"}
+INTERVALS = {"save_strategy": "save_steps", "eval_strategy": "eval_steps", "evaluation_strategy": "eval_steps"}
+"""Intervals that are read where their strategy is ``steps``."""
+
 ALIASES = (
     ("num_train_epochs", "num_epochs", "max_steps"), ("warmup_ratio", "warmup_steps"), ("packing", "sample_packing",
     "neat_packing"), ("lora_target", "lora_target_modules", "lora_target_linear"), ("lora_rank", "lora_r", "r"),
@@ -174,15 +174,16 @@ def _batch(result: Translation, settings: dict[str, Any]) -> Iterator[str]:
 def _length(result: Translation, settings: dict[str, Any]) -> Iterator[str]:
     """Epochs or steps, and how often is saved and evaluated: counts for the whole run."""
     epochs = next((settings[name] for name in LENGTH[0] if name in settings), None)
-    steps = settings.get("max_steps")
+    for strategy, name in INTERVALS.items():
+        if name in settings and settings.get(strategy, "steps") != "steps":
+            result.unneeded.append((name, f"{strategy} is {_short(settings[strategy])}"))
+            yield name
     for name, key in COUNTS.items():
         value = settings.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float) or result.has(key):
             continue
-        if name.endswith("_per_epoch") and isinstance(epochs, int | float):
+        if isinstance(epochs, int | float):
             count = max(1, round(value * epochs)) if value else 0
-        elif isinstance(steps, int) and steps > 0 and value > 0:
-            count = max(1, round(steps * value if value < 1 else steps / value))
         else:
             result.missing.append((name, value, f"{key} counts over the whole run, whose steps are not known here"))
             yield name

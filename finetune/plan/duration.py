@@ -73,15 +73,25 @@ def duration(config: RunConfig, inputs: PlanInputs, machine: Machine, *, runs: P
 def training_tokens(config: RunConfig, inputs: PlanInputs) -> float | None:
     """Returns the tokens that training reads; None where neither the steps nor the data's size are known."""
     if config.train.steps is not None:
-        rows = config.train.rows_per_step
-        step_tokens = config.train.tokens_per_step or inputs.tokens
-        if rows is not None:
-            step_tokens = rows * inputs.documents * inputs.tokens
-        return float(config.train.steps * step_tokens)
+        return float(config.train.steps * _step_tokens(config, inputs))
     file = Path(config.data.path).expanduser() if config.data.path else None
     if file is None or not file.is_file():
         return None
     return config.train.epochs * file.stat().st_size / TOKEN_BYTES
+
+
+def _step_tokens(config: RunConfig, inputs: PlanInputs) -> int:
+    """Returns the tokens that one optimizer step reads."""
+    if config.train.rows_per_step is not None:
+        return config.train.rows_per_step * inputs.documents * inputs.tokens
+    return config.train.tokens_per_step or inputs.tokens
+
+
+def _evaluations(config: RunConfig, inputs: PlanInputs, *, tokens: float) -> float:
+    """Returns how often held-out rows are evaluated while training reads its tokens."""
+    if config.train.eval_steps is None:
+        return config.train.evaluations
+    return tokens / _step_tokens(config, inputs) // config.train.eval_steps
 
 
 def _train_seconds(config: RunConfig, inputs: PlanInputs, speed: float) -> dict[str, float]:
@@ -89,6 +99,7 @@ def _train_seconds(config: RunConfig, inputs: PlanInputs, speed: float) -> dict[
     tokens = training_tokens(config, inputs)
     if tokens is None:
         return {}
-    rows = config.train.evaluations * config.train.evaluation_rows * inputs.documents * (1 + inputs.extra_passes)
+    times = _evaluations(config, inputs, tokens=tokens)
+    rows = times * config.train.evaluation_rows * inputs.documents * (1 + inputs.extra_passes)
     held_out = rows * min(inputs.tokens, config.data.max_tokens) / passes(inputs)
     return {"train": (tokens + held_out) / speed}

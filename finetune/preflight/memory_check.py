@@ -105,7 +105,7 @@ def planned_needs(plan: dict[str, Any], *, until: str) -> Needs:
 def measured_needs(needs: Needs, overfit: OverfitResult, train: TrainConfig) -> Needs:
     """Replaces what the plan says by what steps on the largest batch took."""
     disk = needs.disk
-    if train.checkpoints:
+    if train.saves:
         count = train.keep_checkpoints + 1  # the next one is written before the oldest is deleted
         disk = {**disk, "checkpoints": overfit.checkpoint_bytes * count}
     rows = f"{overfit.rows} x {overfit.tokens // overfit.rows:,} tokens"

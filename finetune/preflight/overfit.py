@@ -99,7 +99,7 @@ def overfit_one_batch(context: CheckContext, rows: Dataset, heldout: Dataset | N
     """
     train = context.job.config
     batch = largest_rows(rows, count=train.micro_batch_rows)
-    evaluated = largest_rows(heldout, count=EVALUATED_ROWS) if heldout is not None and train.evaluations else []
+    evaluated = largest_rows(heldout, count=EVALUATED_ROWS) if heldout is not None and train.evaluates else []
     recorder = GradientRecorder(keeps_gradients=False)
     prompts = [] if OBJECTIVES[train.objective].compares else prompts_of(context, batch)
     stop = StopWhenLearned(context, prompts, recorder)

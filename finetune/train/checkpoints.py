@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 SEAL = "seal.json"
 SCHEMA = 2
-NOT_IN_FINGERPRINT = ("evaluations", "evaluation_rows", "patience", "select")
+NOT_IN_FINGERPRINT = ("evaluations", "eval_steps", "evaluation_rows", "patience", "select")
 """Settings that change the resulting adapter, but no step: they may change when a run is resumed."""
 
 TrainingFingerprint = dict[str, Any]

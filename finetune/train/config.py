@@ -13,7 +13,10 @@ from finetune.train.preference_config import conflicts as preference_conflicts
 AUTO = "auto"
 CHECKPOINTING = (AUTO, "none", "selective", "full")
 SELECT = ("last", "best")
-NOT_IN_KEY = ("checkpoints", "keep_checkpoints", "log_steps", "non_finite_steps", "checkpointing", "offload")
+NOT_IN_KEY = (
+    *("checkpoints", "save_steps", "keep_checkpoints", "log_steps", "non_finite_steps"),
+    *("checkpointing", "offload"),
+)
 """Settings that leave the adapter as it is."""
 
 
@@ -55,11 +58,17 @@ class TrainConfig:
     evaluations: int
     """Number of held-out evaluations during training, evenly spread; 0 for none."""
 
+    eval_steps: int | None
+    """Optimizer steps between two held-out evaluations, instead of ``evaluations``; None: ``evaluations`` counts."""
+
     evaluation_rows: int
     """Number of held-out rows per evaluation."""
 
     checkpoints: int
     """Number of checkpoints during training, evenly spread; 0 for none."""
+
+    save_steps: int | None
+    """Optimizer steps between two checkpoints, instead of ``checkpoints``; None: ``checkpoints`` counts."""
 
     keep_checkpoints: int
     """Number of newest checkpoints to keep on disk, besides the best one where ``select`` is ``best``."""
@@ -101,9 +110,19 @@ class TrainConfig:
         """Returns the names of the settings that the plan chooses."""
         return frozenset(name for name in ("micro_batch", "checkpointing") if getattr(self, name) == AUTO)
 
+    @property
+    def evaluates(self) -> bool:
+        """Returns whether held-out rows are evaluated during training."""
+        return bool(self.evaluations or self.eval_steps)
+
+    @property
+    def saves(self) -> bool:
+        """Returns whether there are checkpoints."""
+        return bool(self.checkpoints or self.save_steps)
+
     def key(self) -> dict[str, Any]:
         """Returns the settings that change the resulting adapter, by dotted names."""
-        without = {*NOT_IN_KEY, *(name for name, _ in self.unused())}
+        without = {*NOT_IN_KEY, *(name for name, _ in self.unused()), *([] if self.eval_steps else ["eval_steps"])}
         return {
             name: value
             for name, value in flatten(self).items()
@@ -114,6 +133,9 @@ class TrainConfig:
         """Yields the settings that have no effect given the others, each with the reason."""
         if self.steps is not None:
             yield "epochs", f"train.steps={self.steps} is set"
+        for count, interval in (("evaluations", self.eval_steps), ("checkpoints", self.save_steps)):
+            if interval is not None:
+                yield count, f"train.{'eval' if count == 'evaluations' else 'save'}_steps={interval} is set"
         yield from self.preference.unused_by(self.objective)
         if not OBJECTIVES[self.objective].samples:
             yield "grpo", f"train.objective={self.objective} samples no answers"
@@ -133,7 +155,7 @@ class TrainConfig:
                 "train.tokens_per_step and train.rows_per_step both set how much one step reads: set one and leave the "
                 f"other null; got {self.tokens_per_step} and {self.rows_per_step}"
             )
-        for key in ("tokens_per_step", "rows_per_step"):
+        for key in ("tokens_per_step", "rows_per_step", "eval_steps", "save_steps"):
             if (value := getattr(self, key)) is not None and value < 1:
                 yield f"train.{key} must be at least 1; got {value}"
         for key in ("evaluations", "checkpoints"):
@@ -146,7 +168,7 @@ class TrainConfig:
             yield f"train.patience must be at least 1, or null for never; got {self.patience}"
         if self.neftune_alpha is not None and self.neftune_alpha <= 0:
             yield f"train.neftune_alpha must be positive, or null for no noise; got {self.neftune_alpha}"
-        if not self.evaluations:
+        if not self.evaluates:
             for key, needs in (("patience", self.patience is not None), ("select", self.select == "best")):
                 if needs:
                     yield (

@@ -108,7 +108,7 @@ def make_trainer(
         + (f"{group} for each prompt" if group > 1 else f"about {round(row_tokens * per_step):,} tokens each"),
     )
     held_out = []
-    if data.heldout_rows and config.evaluations:
+    if data.heldout_rows and config.evaluates:
         held_out = read_rows(data.folder / "heldout", limit=config.evaluation_rows)
         others = data.folder / UNDESIRABLE_HELDOUT
         if objective.rows == UNPAIRED and others.is_dir() and len(load_from_disk(str(others))):

@@ -11,6 +11,7 @@ from finetune.train.sampler import StepBatchSampler
     ("override", "problem"),
     [
         ("train.patience=0", "train.patience must be at least 1, or null for never; got 0"),
+        ("train.save_steps=0", "train.save_steps must be at least 1; got 0"),
         ("train.select=first", "train.select must be one of last, best; got 'first'"),
         ("train.non_finite_steps=0", "train.non_finite_steps must be at least 1; got 0"),
         ("train.neftune_alpha=-1", "train.neftune_alpha must be positive, or null for no noise; got -1.0"),
@@ -30,6 +31,12 @@ def test_setting_outside_its_rule_is_named(override: str, problem: str) -> None:
 def test_settings_that_need_the_heldout_loss_need_evaluations(override: str) -> None:
     with pytest.raises(ConfigError, match=r"needs the held-out loss, which train\.evaluations=0 never computes"):
         load(["+experiment=quickstart", "train.evaluations=0", override])
+
+
+def test_an_interval_takes_the_place_of_its_number() -> None:
+    config = load(["+experiment=quickstart", "train.evaluations=0", "train.eval_steps=5", "train.patience=2"]).train
+    assert (config.evaluates, config.key()["eval_steps"], "evaluations" in config.key()) == (True, 5, False)
+    assert "eval_steps" not in load(["+experiment=quickstart"]).train.key()
 
 
 def test_grouping_by_length_moves_no_row_to_another_step() -> None:
@@ -60,7 +67,9 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
     [
         ("sft", "train.preference.beta=0.7", False),
         ("sft", "train.checkpoints=9", False),
+        ("sft", "train.save_steps=9", False),
         ("sft", "train.evaluations=3", True),
+        ("sft", "train.eval_steps=3", True),
         ("dpo", "train.preference.beta=0.7", True),
         ("dpo", "train.preference.loss=ipo", True),
     ],

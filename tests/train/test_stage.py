@@ -34,6 +34,24 @@ def test_training_lowers_the_loss_and_writes_a_plain_peft_adapter(
     }
 
 
+def test_intervals_say_when_to_save_and_to_evaluate(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
+    trackers = Collected()
+    train(
+        tmp_path,
+        tiny_base=tiny_base,
+        tokenizer=tokenizer,
+        trackers=trackers,
+        steps=6,
+        evaluations=0,
+        eval_steps=2,
+        save_steps=4,
+    )
+    assert [step for step, line in trackers.lines if "eval/loss" in line] == [2, 4, 6]
+    saved = {folder.name for folder in (tmp_path / "train" / "checkpoints").iterdir()}
+    assert "checkpoint-4" in saved
+    assert not saved & {"checkpoint-2", "checkpoint-3"}
+
+
 def test_adapter_is_saved_in_the_dtype_of_lora_dtype(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
     from safetensors.torch import load_file
 
