@@ -138,6 +138,12 @@ def test_preferences_and_what_has_no_counterpart(desk: Path) -> None:
     assert "datasets.type: chatml.intel" in text.partition("# Not translated")[2]
 
 
+@pytest.mark.parametrize(("objective", "setting", "value"), [("kto", "loss", "kto"), ("orpo", "likelihood", 1)])
+def test_an_objective_brings_the_numbers_of_its_option(desk: Path, objective: str, setting: str, value: object) -> None:
+    config, _ = converted(desk, DPO.replace("rl: dpo\nrl_beta: 0.3", f"rl: {objective}"), "x.yml")
+    assert (config.train.objective, getattr(config.train.preference, setting)) == (objective, value)
+
+
 def test_values_of_another_type_are_not_translated(desk: Path) -> None:
     text = f"{TRL.rstrip()} --warmup_steps 0.1 --max_steps 12.5\n"
     config, experiment = converted(desk, text, "sft.sh")

@@ -206,7 +206,7 @@ def _objective(result: Translation, settings: dict[str, Any]) -> Iterator[str]:
             result.missing.append((name, value, f"train.objective has {known}: this file's purpose is not supported"))
         else:
             source = _source(result, name, settings=settings)
-            result.settings.append(Setting("train.objective", value, source))
+            result.choices.append(Setting("train", value, source))
             result.settings.append(Setting("data.objective", OBJECTIVES[value].rows, source))
             if OBJECTIVES[value].reference:
                 dropout = _source(result, "lora_dropout", settings=settings)
