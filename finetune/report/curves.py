@@ -83,7 +83,8 @@ def small_picture(metrics: Sequence[Fields], key: str, *, name: str) -> Markup:
 
 
 def _steps(last: float, *, wanted: int) -> Axis:
-    return Axis(ticks=ticks(0, last, wanted=wanted), name="optimizer steps", label="{:,.0f}".format, end=last)
+    marks = ticks(0, last, wanted=max(1, min(wanted, int(last))))  # whole steps
+    return Axis(ticks=marks, name="optimizer steps", label="{:,.0f}".format, end=last)
 
 
 def _named(axes: Frame, points: Sequence[Point], name: str, *, kind: str) -> Iterator[str]:

@@ -1,3 +1,4 @@
+import re
 import xml.etree.ElementTree as ElementTree
 from typing import Any
 
@@ -37,6 +38,13 @@ def test_pictures_are_well_formed_and_stay_inside_their_box(picture: str) -> Non
         for key, bound in (("x", width), ("cx", width), ("x1", width), ("x2", width), ("y", height), ("cy", height)):
             if key in element.attrib:
                 assert -1 <= float(element.attrib[key]) <= bound + 1, ElementTree.tostring(element)
+
+
+@pytest.mark.parametrize("last", [1, 2, 3, 7])
+def test_the_axis_of_a_short_training_counts_whole_steps(last: int) -> None:
+    drawn = loss_picture([{"step": step, "train/loss": 5.0 - step} for step in range(1, last + 1)], unit="nats")
+    labels = re.findall(r'text-anchor="middle">([\d,]+)<', drawn)
+    assert labels == [str(step) for step in range(last + 1)]
 
 
 @pytest.mark.parametrize(
