@@ -90,7 +90,7 @@ def _environment() -> Environment:
     )
     script = (TEMPLATES / "charts.js").read_text(encoding="utf-8")
     digest = hashlib.sha256(script.encode("utf-8")).digest()
-    environment.globals |= {"script": Markup(script), "script_hash": base64.b64encode(digest).decode()}
+    environment.globals.update(script=Markup(script), script_hash=base64.b64encode(digest).decode())
     for function in (*FILTERS, breakable, stacked):
         environment.filters[function.__name__] = function
     return environment
