@@ -25,6 +25,10 @@ def key(word: str) -> str:
     return word.partition("=")[0]
 
 
+def is_name(word: str) -> bool:
+    return key(word) == "run.name"
+
+
 @pytest.fixture
 def desk(make_desk: Callable[..., Path]) -> Path:
     """A working directory with what the tutorials speak of: ``rows.jsonl``, ``pairs.jsonl`` and ``books/*.txt``."""
@@ -43,16 +47,17 @@ def desk(make_desk: Callable[..., Path]) -> Path:
     ("page", "runs"), [("json.md", ["own"]), ("preference.md", ["dpo"]), ("text.md", ["books", "chat"])]
 )
 def test_a_tutorial_names_its_runs(page: str, runs: list[str]) -> None:
-    named = [word for words in on_own_data(page) for word in words if key(word) == "run.name"]
+    named = [word for words in on_own_data(page) for word in words if is_name(word)]
     assert named == [f"run.name={name}" for name in runs]
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("real_processes")  # huggingface_hub reads the hub's address when it is imported
 @pytest.mark.parametrize("page", ["json.md", "preference.md", "text.md"])
-def test_a_tutorial_runs_as_written(page: str, desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for words in on_own_data(page):
-        assert main(words) == 0, (words, capsys.readouterr().err)
-    reports = [json.loads(file.read_text()) for file in (desk / "outputs").glob("*/report.json")]
-    assert reports
-    assert {report["status"] for report in reports} == {"complete"}
+def test_the_first_run_of_a_tutorial_works_as_written(
+    page: str, desk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words, name = next((words, word) for words in on_own_data(page) for word in words if is_name(word))
+    assert main(words) == 0, capsys.readouterr().err
+    report = json.loads((desk / "outputs" / name.partition("=")[2] / "report.json").read_text())
+    assert report["status"] == "complete"
