@@ -7,7 +7,7 @@ from pathlib import Path
 
 from finetune.cli.command import Command, Invocation, Option, count, names, positive_number, whole_number
 from finetune.errors import EXIT_OK, ConfigError
-from finetune.serve.config import KINDS, ServeConfig
+from finetune.serve.config import ENGINES, KINDS, ServeConfig
 
 RUN = ("run.name", "run.root")
 DEFAULTS = ServeConfig()
@@ -19,6 +19,7 @@ def _serve(invocation: Invocation) -> int:
 
     options = invocation.options
     config = ServeConfig(
+        engine=options["engine"],
         host=options["host"],
         port=options["port"],
         api_key=options["api_key"] or os.environ.get("FINETUNE_API_KEY", ""),
@@ -79,6 +80,12 @@ def _kinds(text: str) -> list[str]:
     return chosen
 
 
+def _engine(text: str) -> str:
+    if text not in ENGINES:
+        raise ValueError(f"must be one of {', '.join(ENGINES)}")
+    return text
+
+
 def _kind(text: str) -> str:
     if text not in KINDS:
         raise ValueError(f"must be one of {', '.join(KINDS)}")
@@ -116,6 +123,9 @@ SERVE = Command(
         Option("port", "0 lets the system choose", "N", count, DEFAULTS.port),
         Option("api-key", "what clients must send; better in FINETUNE_API_KEY", "KEY", str, DEFAULTS.api_key),
         Option("models", "of adapter, base, merged and gguf, between commas", "A,B", _kinds, []),
+        Option(
+            "engine", "of adapter, base and merged; gguf is llama.cpp's", "|".join(ENGINES), _engine, DEFAULTS.engine
+        ),
         BASE,
         Option("adapters", "folder below which clients may load adapters", "FOLDER", Path),
         Option("concurrent", "answers generated at the same time", "N", whole_number, DEFAULTS.concurrent),

@@ -11,6 +11,7 @@ from finetune.console import log
 from finetune.errors import ModelError
 from finetune.export.manifest import FILE, SCHEMA, settings_sha256, template_sha256, version
 from finetune.hardware import Placement
+from finetune.inference.chat import Chat
 from finetune.model import Base, ModelConfig, ModelSpec
 from finetune.quantization import QuantizationConfig
 
@@ -48,7 +49,7 @@ def rebuild(
     folder: Path, record: dict[str, Any], *, device: str | None = None, base: str | Path | None = None
 ) -> tuple[Model, PreTrainedTokenizerBase]:
     """Loads what `check` has checked; see `load`."""
-    tokenizer = _tokenizer(folder, record)
+    tokenizer = load_tokenizer(folder, record)
     placement = _placement(record, device=device)
     config = ModelConfig(**_known(ModelConfig, record["model"], folder), architecture=None)
     if record["kind"] == "merged":
@@ -57,9 +58,16 @@ def rebuild(
     from finetune.inference.adapted import load_adapted_model
 
     quantization = QuantizationConfig(**_known(QuantizationConfig, record["quantization"]["settings"], folder))
-    found = _base(config, record, where=base or _folder_of_the_run(folder, record))
-    spec = ModelSpec(base=found, config=config, quantization=quantization, placement=placement)
+    spec = ModelSpec(
+        base=find_base(folder, record, base=base), config=config, quantization=quantization, placement=placement
+    )
     return load_adapted_model(spec, folder), tokenizer
+
+
+def find_base(folder: Path, record: dict[str, Any], *, base: str | Path | None = None) -> Base:
+    """Returns the base of an adapter that `check` has checked, with the weights of the training; see `load`."""
+    config = ModelConfig(**_known(ModelConfig, record["model"], folder), architecture=None)
+    return _base(config, record, where=base or _folder_of_the_run(folder, record))
 
 
 def check(run_or_folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -140,7 +148,12 @@ def _check_files(folder: Path, record: dict[str, Any]) -> None:
         )
 
 
-def _tokenizer(folder: Path, record: dict[str, Any]) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, record: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer of an export that `check` has checked.
+
+    Raises:
+        ModelError: Its template or special tokens are not those of the training.
+    """
     from transformers import AutoTokenizer
 
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
@@ -158,6 +171,12 @@ def _tokenizer(folder: Path, record: dict[str, Any]) -> PreTrainedTokenizerBase:
             "restore the export"
         )
     return tokenizer
+
+
+def chat_of(tokenizer: PreTrainedTokenizerBase, record: dict[str, Any]) -> Chat:
+    """Returns how an export is asked: its tokenizer, and the end tokens and system message of its training."""
+    facts = record["tokenizer"]
+    return Chat(tokenizer=tokenizer, ends=facts["eos"]["ends_an_answer"], system=facts["system"])
 
 
 def _folder_of_the_run(folder: Path, record: dict[str, Any]) -> str | None:

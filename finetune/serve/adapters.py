@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from finetune.errors import ModelError
 from finetune.export.loader import check
@@ -17,20 +17,65 @@ SAME = ("base", "model", "quantization", "computation", "tokenizer")
 asked."""
 
 
-class AdapterLoader:
-    """Adds adapters that were trained on the same base, with the same settings, template and end tokens.
+class AdapterHost(Protocol):
+    """Adds adapters to the base that an engine serves. Its methods may be called from any thread."""
+
+    def add_adapter(self, name: str, folder: Path) -> None:
+        """Loads an adapter under a name.
+
+        Raises:
+            ModelError: It does not fit.
+        """
+
+    def drop_adapter(self, name: str) -> None:
+        """Ends an adapter's answers and drops it."""
+
+
+class GraphAdapters:
+    """Adapters in transformers.
 
     Args:
         engine: Serves the base.
         graph: The base with its first adapter.
+    """
+
+    def __init__(self, engine: TransformersEngine, graph: Any) -> None:
+        self._engine, self._graph = engine, graph
+        self._inner: dict[str, str] = {}
+        self._count = 0
+
+    def add_adapter(self, name: str, folder: Path) -> None:
+        """Loads an adapter between two tokens."""
+        self._engine.call(lambda: self._add(name, folder))
+
+    def drop_adapter(self, name: str) -> None:
+        """Ends an adapter's answers and drops it between two tokens."""
+        self._engine.call(lambda: self._drop(name))
+
+    def _add(self, name: str, folder: Path) -> None:
+        self._count += 1
+        inner = f"adapter_{self._count}"  # a torch module's name may have no dot
+        add_adapter(self._graph, folder, name=inner)
+        self._inner[name] = inner
+        self._engine.graphs.add(ServedModel(name=name, graph=self._graph, adapter=inner))
+
+    def _drop(self, name: str) -> None:
+        self._engine.remove(name)
+        self._graph.delete_adapter(self._inner.pop(name))
+
+
+class AdapterLoader:
+    """Adds adapters that were trained on the same base, with the same settings, template and end tokens.
+
+    Args:
+        host: Serves the base.
         record: Of the first adapter.
         root: Adapters come from below this folder.
     """
 
-    def __init__(self, engine: TransformersEngine, graph: Any, record: dict[str, Any], *, root: Path) -> None:
-        self._engine, self._graph, self._record, self._root = engine, graph, record, root.resolve()
-        self._loaded: dict[str, str] = {}
-        self._count = 0
+    def __init__(self, host: AdapterHost, record: dict[str, Any], *, root: Path) -> None:
+        self._host, self._record, self._root = host, record, root.resolve()
+        self._loaded: set[str] = set()
 
     def load(self, name: str, path: str) -> Path:
         """Loads an adapter under a name; returns its folder.
@@ -44,9 +89,10 @@ class AdapterLoader:
         try:
             folder, record = check(wanted)
             self._check_record(folder, record)
-            self._engine.call(lambda: self._add(name, folder))
+            self._host.add_adapter(name, folder)
         except ModelError as error:
             raise ApiError(400, f"lora_path: {error}", parameter="lora_path") from error
+        self._loaded.add(name)
         return folder
 
     def unload(self, name: str) -> None:
@@ -58,7 +104,8 @@ class AdapterLoader:
         if name not in self._loaded:
             loaded = ", ".join(sorted(self._loaded)) or "none"
             raise ApiError(404, f"lora_name: {name} was not loaded; loaded: {loaded}", parameter="lora_name")
-        self._engine.call(lambda: self._drop(name))
+        self._loaded.remove(name)
+        self._host.drop_adapter(name)
 
     def _check_record(self, folder: Path, record: dict[str, Any]) -> None:
         if record["kind"] != "adapter":
@@ -69,17 +116,6 @@ class AdapterLoader:
                 f"{folder} was trained with another {' and '.join(other)} than the adapter served here; "
                 "serve it on a server of its own"
             )
-
-    def _add(self, name: str, folder: Path) -> None:
-        self._count += 1
-        inner = f"adapter_{self._count}"  # a torch module's name may have no dot
-        add_adapter(self._graph, folder, name=inner)
-        self._loaded[name] = inner
-        self._engine.graphs.add(ServedModel(name=name, graph=self._graph, adapter=inner))
-
-    def _drop(self, name: str) -> None:
-        self._engine.remove(name)
-        self._graph.delete_adapter(self._loaded.pop(name))
 
 
 def _comparable(part: dict[str, Any]) -> dict[str, Any]:

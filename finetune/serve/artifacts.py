@@ -149,26 +149,32 @@ def open_models(artifacts: Artifacts, kinds: Sequence[str], config: ServeConfig)
     engines: list[Engine] = []
     loader = None
     if {"adapter", "base", "merged"} & set(kinds):
-        engine, loader = _open_transformers(artifacts, kinds, config)
+        open_engine = _open_vllm if config.engine == "vllm" else _open_transformers
+        engine, loader = open_engine(artifacts, kinds, config)
         engines.append(engine)
     if "gguf" in kinds:
         engines.append(_open_gguf(artifacts, alone=len(kinds) == 1, config=config))
     return Opened(engines=engines, adapters=loader)
 
 
+def _open_vllm(artifacts: Artifacts, kinds: Sequence[str], config: ServeConfig) -> tuple[Engine, AdapterLoader | None]:
+    from finetune.serve.vllm_models import open_vllm
+
+    return open_vllm(artifacts, kinds, config)
+
+
 def _open_transformers(
     artifacts: Artifacts, kinds: Sequence[str], config: ServeConfig
 ) -> tuple[Engine, AdapterLoader | None]:
     from finetune.console import quiet_libraries
-    from finetune.export.loader import check, rebuild
-    from finetune.inference.chat import Chat
-    from finetune.serve.adapters import AdapterLoader
+    from finetune.export.loader import chat_of, check, rebuild
+    from finetune.serve.adapters import AdapterLoader, GraphAdapters
     from finetune.serve.graphs import ServedModel
     from finetune.serve.transformers_engine import TransformersEngine
 
     quiet_libraries()
     models: list[ServedModel] = []
-    chats: list[Chat] = []
+    chats = []
     graph: Any = None
     record: dict[str, Any] = {}
     for folder, wanted in ((artifacts.adapter, {"adapter", "base"}), (artifacts.merged, {"merged"})):
@@ -177,8 +183,7 @@ def _open_transformers(
         folder, record_of = check(folder)
         log("serve", f"hashes of {folder} are those of the export")
         loaded, tokenizer = rebuild(folder, record_of, base=artifacts.base)
-        facts = record_of["tokenizer"]
-        chats.append(Chat(tokenizer=tokenizer, ends=facts["eos"]["ends_an_answer"], system=facts["system"]))
+        chats.append(chat_of(tokenizer, record_of))
         if "merged" in wanted:
             models.append(ServedModel(name=served_name(artifacts, "merged", kinds), graph=loaded, adapter=None))
             continue
@@ -193,7 +198,7 @@ def _open_transformers(
     engine = TransformersEngine(chats[0], models, concurrent=config.concurrent, cache_bytes=config.cache_mib * MIB)
     loader = None
     if graph is not None and config.adapters is not None:
-        loader = AdapterLoader(engine, graph, record, root=config.adapters)
+        loader = AdapterLoader(GraphAdapters(engine, graph), record, root=config.adapters)
     return engine, loader
 
 

@@ -11,6 +11,7 @@ from torch.nn.functional import pad as pad_tensor
 
 from finetune.errors import ModelError
 from finetune.serve.engine import Event, Generation, Sampling
+from finetune.serve.json_object import JsonAnswer
 from finetune.serve.text import TextDecoder
 
 PROBE = ([5, 6, 7, 8, 9, 10, 11], [7, 6, 5])
@@ -26,10 +27,12 @@ class Row:
     Args:
         generation: What was asked for.
         tokenizer: Decodes its tokens.
+        json_answer: Keeps it a JSON object; None for any text.
     """
 
-    def __init__(self, generation: Generation, tokenizer: Any) -> None:
+    def __init__(self, generation: Generation, tokenizer: Any, *, json_answer: JsonAnswer | None = None) -> None:
         self.generation = generation
+        self.json_answer = json_answer
         self.decoder = TextDecoder(tokenizer)
         self.generator = torch.Generator().manual_seed(generation.sampling.seed)
         self.last = 0

@@ -9,12 +9,18 @@ from pathlib import Path
 
 KINDS = ("adapter", "base", "merged", "gguf")
 
+ENGINES = ("transformers", "vllm")
+"""Of adapter, base and merged; a GGUF is answered by llama.cpp."""
+
 MIB = 1024**2
 
 
 @dataclass(kw_only=True, slots=True)
 class ServeConfig:
     """Configures the server."""
+
+    engine: str = "transformers"
+    """What computes adapter, base and merged: one of `ENGINES`."""
 
     host: str = "127.0.0.1"
     """Address to listen on. Any other than this machine's own needs a key."""

@@ -94,6 +94,7 @@ class Generation:
         prompt: Token ids, generation prompt included.
         sampling: How it is drawn.
         cancelled: Whether the engine shall stop.
+        on_cancel: What an engine wants to be called then, from the thread that cancels.
     """
 
     def __init__(
@@ -101,11 +102,14 @@ class Generation:
     ) -> None:
         self.model, self.prompt, self.sampling = model, list(prompt), sampling
         self.on_event = on_event
+        self.on_cancel: Callable[[], None] | None = None
         self.cancelled = False
 
     def cancel(self) -> None:
         """Stops the generation before its next token."""
         self.cancelled = True
+        if self.on_cancel is not None:
+            self.on_cancel()
 
     @property
     def most_tokens(self) -> int:

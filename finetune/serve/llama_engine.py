@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import secrets
 import threading
-import urllib.error
-import urllib.request
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +13,7 @@ from typing import Any
 
 from finetune.errors import ModelError
 from finetune.serve.engine import Event, Finish, Generation, Load, Message, RequestRefused, Sampling, Token
+from finetune.serve.upstream import Upstream, UpstreamError
 
 PACKAGE = "xllamacpp"
 
@@ -56,17 +54,17 @@ class LlamaEngine:
         params.n_parallel, params.n_ctx = concurrent, concurrent * context_tokens
         params.verbosity, params.warmup = -1, False
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-        self._key = secrets.token_hex()
-        params.api_keys = [self._key]  # llama.cpp's server listens too, on a port that other users could ask
+        key = secrets.token_hex()
+        params.api_keys = [key]  # llama.cpp's server listens too, on a port that other users could ask
         try:
             self._server = xllamacpp.Server(params)
         except RuntimeError as error:
             raise ModelError(f"llama.cpp cannot open {file}: {error}") from error
         self._name, self._system, self.context_tokens = name, system, context_tokens
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the server is on this machine
+        self._llama = Upstream(self._server.listening_address, key)
         self._running: set[Generation] = set()
         self._texts: dict[int, str] = {}
-        self.vocabulary = self._post("/v1/models")["data"][0]["meta"]["n_vocab"]
+        self.vocabulary = self._llama.ask("/v1/models")["data"][0]["meta"]["n_vocab"]
 
     def names(self) -> list[str]:
         """Returns the name of the file's model."""
@@ -79,23 +77,23 @@ class LlamaEngine:
         if self._system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self._system}, *messages]
         try:
-            prompt = self._post("/apply-template", {"messages": list(messages)})["prompt"]
-        except urllib.error.HTTPError as error:
+            prompt = self._llama.ask("/apply-template", {"messages": list(messages)})["prompt"]
+        except UpstreamError as error:
             raise RequestRefused(
-                f"this model's chat template cannot render these messages: {_reason(error)}", parameter="messages"
+                f"this model's chat template cannot render these messages: {error}", parameter="messages"
             ) from error
         return self.tokenize(prompt)
 
     def tokenize(self, text: str) -> list[int]:
         """Returns the token ids of plain text."""
         request = {"content": text, "add_special": True, "parse_special": True}
-        tokens: list[int] = self._post("/tokenize", request)["tokens"]
+        tokens: list[int] = self._llama.ask("/tokenize", request)["tokens"]
         return tokens
 
     def token_text(self, token: int) -> str:
         """Returns the text of one token."""
         if token not in self._texts:
-            self._texts[token] = self._post("/detokenize", {"tokens": [token]})["content"]
+            self._texts[token] = self._llama.ask("/detokenize", {"tokens": [token]})["content"]
         return self._texts[token]
 
     def parse_tools(self, tokens: Sequence[int], prompt: Sequence[int], text: str) -> tuple[str, list[dict[str, str]]]:
@@ -122,8 +120,8 @@ class LlamaEngine:
     def is_alive(self) -> bool:
         """Returns whether llama.cpp's server answers."""
         try:
-            return bool(self._post("/health")["status"] == "ok")
-        except urllib.error.URLError:
+            return bool(self._llama.ask("/health")["status"] == "ok")
+        except UpstreamError:
             return False
 
     def close(self) -> None:
@@ -141,34 +139,29 @@ class LlamaEngine:
                     finish = event
                 else:
                     generation.on_event(event)
-        except (urllib.error.URLError, ConnectionError, ValueError, KeyError) as error:
-            finish = Finish("error", 0, error=f"llama.cpp failed: {_reason(error)}")
+        except (UpstreamError, ValueError, KeyError) as error:
+            finish = Finish("error", 0, error=f"llama.cpp failed: {error}")
         finally:
             self._running.discard(generation)
-            generation.on_event(finish)
+            generation.on_event(Finish("cancelled", 0) if generation.cancelled else finish)
 
     def _streamed(self, generation: Generation) -> Iterator[Event]:
         """Yields tokens as they come. llama.cpp sends the tokens of one character as the last of them."""
-        with self._opener.open(self._request("/completion", _body(generation.sampling, generation.prompt))) as response:
-            for line in response:
-                if generation.cancelled:
-                    yield Finish("cancelled", 0)
-                    return
-                if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
-                    continue
-                event = json.loads(line[len(b"data: ") :])
-                if event.get("stop"):
-                    yield _finish(event)
-                    return
-                for index, token in enumerate(event["tokens"]):
-                    yield Token(token, event["content"] if index == len(event["tokens"]) - 1 else "")
+        body = _body(generation.sampling, generation.prompt)
+        for event in self._llama.stream("/completion", body, generation):
+            if event.get("stop"):
+                yield _finish(event)
+                return
+            for index, token in enumerate(event["tokens"]):
+                yield Token(token, event["content"] if index == len(event["tokens"]) - 1 else "")
 
     def _whole(self, generation: Generation) -> Iterator[Event]:
         """Yields every token when the answer is complete, the last one with the whole text.
 
         llama.cpp gives no log-probabilities of tokens after which a character is incomplete; theirs are None."""
         top = generation.sampling.top_logprobs
-        reply = self._post("/completion", {**_body(generation.sampling, generation.prompt), "stream": False})
+        body = _body(generation.sampling, generation.prompt) | {"stream": False}
+        reply = self._llama.ask("/completion", body, generation=generation)
         tokens = reply["tokens"][:-1] if reply["stop_type"] == "eos" else reply["tokens"]
         scores = deque(reply.get("completion_probabilities") or [])
         for index, token in enumerate(tokens):
@@ -181,17 +174,6 @@ class LlamaEngine:
             best = [(other["id"], other["logprob"]) for other in score["top_logprobs"][:top]]
             yield Token(token, text, score["logprob"], tuple(best))
         yield _finish({**reply, "content": "" if tokens else reply["content"]})
-
-    def _post(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        with self._opener.open(self._request(path, body)) as response:
-            reply: dict[str, Any] = json.load(response)
-        return reply
-
-    def _request(self, path: str, body: Mapping[str, Any] | None) -> urllib.request.Request:
-        """Returns a POST with a body, or a GET."""
-        data = None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
-        return urllib.request.Request(self._server.listening_address + path, data, headers)
 
 
 def _body(sampling: Sampling, prompt: Sequence[int]) -> dict[str, Any]:
@@ -211,13 +193,3 @@ def _body(sampling: Sampling, prompt: Sequence[int]) -> dict[str, Any]:
 def _finish(event: Mapping[str, Any]) -> Finish:
     reason = "stop" if event["stop_type"] == "eos" else "length"
     return Finish(reason, event["tokens_predicted"], event["content"])
-
-
-def _reason(error: Exception) -> str:
-    """Returns llama.cpp's message, or the error's own."""
-    if isinstance(error, urllib.error.HTTPError):
-        try:
-            return str(json.loads(error.read())["error"]["message"])
-        except (ValueError, KeyError):
-            return str(error)
-    return str(error)

@@ -16,6 +16,7 @@ from finetune.console import log
 from finetune.errors import ConfigError
 from finetune.serve.artifacts import choose_kinds, find_artifacts, open_models
 from finetune.serve.config import ServeConfig
+from finetune.serve.vllm_process import missing_vllm
 
 if TYPE_CHECKING:
     import uvicorn
@@ -41,7 +42,7 @@ def serve(target: Path, config: ServeConfig, *, models: Sequence[str] = (), base
         ConfigError: A setting, a missing package, a taken port, or nothing to serve.
         ModelError: A file has changed, or a model cannot be loaded or batched.
     """
-    problems = [*config.problems(), *missing_packages()]
+    problems = [*config.problems(), *missing_packages(), *(missing_vllm() if config.engine == "vllm" else [])]
     if problems:
         raise ConfigError(*problems)
     artifacts = find_artifacts(target, base=base)

@@ -134,8 +134,12 @@ class Scheduler:
         best = logits.argmax(-1).tolist()
         for index, row in enumerate(rows):
             sampling = row.generation.sampling
-            is_greedy = sampling.temperature == 0
-            row.last = best[index] if is_greedy else choose(logits[index], sampling, row.generator)
+            if row.json_answer is not None:
+                row.last = choose(row.json_answer.mask(logits[index]), sampling, row.generator)
+                row.json_answer.add(row.last)
+            else:
+                is_greedy = sampling.temperature == 0
+                row.last = best[index] if is_greedy else choose(logits[index], sampling, row.generator)
             row.count += 1
             if row.last in self._ends:
                 continue

@@ -145,8 +145,8 @@ class Service:
         if not engine.supports_json:
             raise ApiError(
                 400,
-                "response_format json_object cannot be kept by this model's engine; serve and ask the run's GGUF "
-                "(--models gguf), or ask for JSON in the messages",
+                "response_format json_object cannot be kept for this model: llguidance is not installed (pip install "
+                "'finetune-qlora[serve]') or cannot read its tokenizer; ask for JSON in the messages",
                 parameter="response_format",
                 code="unsupported_parameter",
             )

@@ -20,6 +20,7 @@ from finetune.serve.batch import Row, check_padding
 from finetune.serve.chat_template import parse_tools, render
 from finetune.serve.engine import Finish, Generation, Load, Message, Token
 from finetune.serve.graphs import Graphs, ServedModel
+from finetune.serve.json_object import open_grammar
 from finetune.serve.sampling import log_probabilities
 from finetune.serve.scheduler import Scheduler
 
@@ -39,11 +40,11 @@ class TransformersEngine:
         ModelError: A model gives other logits for a padded row.
     """
 
-    supports_json = False
-
     def __init__(self, chat: Chat, models: Sequence[ServedModel], *, concurrent: int, cache_bytes: int) -> None:
         self._chat, self.graphs, self._hooks = chat, Graphs(models), ExitStack()
         self._tokenizer = copy.deepcopy(chat.tokenizer)  # a fast tokenizer must not encode and decode in two threads
+        self._json = open_grammar(self._tokenizer, chat.ends)
+        self.supports_json = self._json is not None
         causal = self.graphs.causal()
         configs = [model.config.get_text_config() for model in causal]
         for model in causal:
@@ -82,7 +83,7 @@ class TransformersEngine:
         """Queues an answer."""
         if not self.is_alive():
             generation.on_event(Finish("error", 0, error="the engine has ended; restart the server"))
-        self._commands.put(lambda: self._scheduler.add(Row(generation, self._tokenizer)))
+        self._commands.put(lambda: self._scheduler.add(self._row(generation)))
 
     def score(self, model: str, tokens: Sequence[int], *, top: int) -> list[Token]:
         """Returns each token of a text with its log-probability, from a forward pass over the whole text."""
@@ -128,6 +129,10 @@ class TransformersEngine:
         self._commands.put(None)
         self._thread.join()
         self._hooks.close()
+
+    def _row(self, generation: Generation) -> Row:
+        answer = self._json.start() if self._json is not None and generation.sampling.json_object else None
+        return Row(generation, self._tokenizer, json_answer=answer)
 
     def _run(self) -> None:
         try:
