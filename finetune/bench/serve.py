@@ -29,6 +29,10 @@ START_SECONDS = 300
 PEERS = {"transformers serve": "merged", "llama.cpp's server": "gguf"}
 """Servers of others, each with the model that it is asked for; the same is served by this project."""
 
+PEER_MEMORY = 0.2
+"""Share of the free memory for the cache of `transformers serve`, whose own default on a CPU is 0.6: a choice. It computes
+in the dtype of the training, as this project's server does."""
+
 LLAMA_CPP = """
 import sys, time, xllamacpp
 params = xllamacpp.CommonParams()
@@ -90,7 +94,11 @@ def contenders(target: Path, artifacts: Artifacts) -> dict[str, Contender]:
     if artifacts.merged:
         folder = str(artifacts.merged)
         script = str(Path(sys.executable).with_name("transformers"))
-        command = [script, "serve", folder, "--continuous-batching", "--port", "{port}", "--device", "cpu"]
+        record = json.loads((artifacts.merged / "finetune.json").read_text(encoding="utf-8"))
+        command = [
+            script, "serve", folder, "--continuous-batching", "--port", "{port}", "--device", "cpu",
+            "--dtype", record["computation"]["dtype"], "--cb-max-memory-percent", str(PEER_MEMORY),
+        ]  # fmt: skip
         found["transformers serve"] = Contender(command=command, model=folder)
     if artifacts.gguf:
         command = [sys.executable, "-c", LLAMA_CPP, str(artifacts.gguf), "{port}", threads]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.console import log
 from finetune.errors import ModelError
-from finetune.export.manifest import FILE, SCHEMA, settings_sha256, template_sha256, version
+from finetune.export.manifest import FILE, SCHEMA, folder_sha256, settings_sha256, template_sha256, version
 from finetune.hardware import Placement
 from finetune.inference.chat import Chat
 from finetune.model import Base, ModelConfig, ModelSpec
@@ -80,6 +80,27 @@ def check(run_or_folder: Path) -> tuple[Path, dict[str, Any]]:
     record = _record(folder / FILE)
     _check_files(folder, record)
     return folder, record
+
+
+def check_gguf(file: Path) -> bool:
+    """Compares a GGUF export with the hash in its stage's manifest; returns whether there is one.
+
+    Raises:
+        ModelError: The file has changed.
+    """
+    manifest = file.resolve().parents[1] / "manifest.json"
+    if not manifest.is_file():
+        return False
+    exports = json.loads(manifest.read_text(encoding="utf-8")).get("product", {}).get("exports", [])
+    recorded = {Path(export["path"]).name: export["sha256"] for export in exports}.get(file.resolve().parent.name)
+    if recorded is None:
+        return False
+    digest = folder_sha256(file.resolve().parent)
+    if digest != recorded:
+        raise ModelError(
+            f"{file}: its weights are not those that were exported (hash {digest[:12]}, recorded {recorded[:12]})"
+        )
+    return True
 
 
 def find(folder: Path) -> Path:

@@ -203,18 +203,21 @@ def _open_transformers(
 
 
 def _open_gguf(artifacts: Artifacts, *, alone: bool, config: ServeConfig) -> Engine:
-    from finetune.export.loader import check
+    from finetune.export.loader import chat_of, check, check_gguf, load_tokenizer
     from finetune.hardware import probe
     from finetune.serve.llama_engine import LlamaEngine
 
     assert artifacts.gguf is not None
-    source, system = artifacts.adapter or artifacts.merged, None
+    known = check_gguf(artifacts.gguf)
+    log("serve", f"{artifacts.gguf} {'has the hash of the export' if known else 'has no recorded hash'}")
+    source, chat = artifacts.adapter or artifacts.merged, None
     if source is not None:
-        system = check(source)[1]["tokenizer"]["system"]
+        folder, record = check(source)
+        chat = chat_of(load_tokenizer(folder, record), record)
     return LlamaEngine(
         artifacts.gguf,
         name=artifacts.name if alone else "gguf",
-        system=system,
+        chat=chat,
         concurrent=min(SLOTS, config.concurrent),
         context_tokens=LLAMA_CONTEXT,
         threads=probe().cores,

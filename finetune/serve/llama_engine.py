@@ -8,10 +8,14 @@ import secrets
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from finetune.errors import ModelError
+from finetune.inference.chat import Chat
+from finetune.serve.chat_template import parse_tools
 from finetune.serve.engine import Event, Finish, Generation, Load, Message, RequestRefused, Sampling, Token
 from finetune.serve.upstream import Upstream, UpstreamError
 
@@ -21,13 +25,17 @@ NEUTRAL = {"min_p": 0.0, "repeat_penalty": 1.0, "cache_prompt": False, "return_t
 """llama.cpp's defaults are top_k=40, min_p=0.05 and a cache of prompts, which changes rounding."""
 
 
+FORCING_BIAS = 10_000.0
+"""Added to a token's logit so that it is written; log-probabilities are computed without it."""
+
+
 class LlamaEngine:
     """Sends token ids to llama.cpp's server and reads tokens back.
 
     Args:
         file: A GGUF file with a tokenizer and a chat template.
         name: What a request calls it.
-        system: The system message that the data stage added to conversations without one; None for none.
+        chat: Tokenizer and system message of the training; None for a file alone, which then takes no tools.
         concurrent: Answers at the same time.
         context_tokens: Longest prompt and answer together; memory is kept for ``concurrent`` times as many.
         threads: Of llama.cpp.
@@ -39,7 +47,7 @@ class LlamaEngine:
     supports_json = True
 
     def __init__(
-        self, file: Path, *, name: str, system: str | None, concurrent: int, context_tokens: int, threads: int
+        self, file: Path, *, name: str, chat: Chat | None, concurrent: int, context_tokens: int, threads: int
     ) -> None:
         if importlib.util.find_spec(PACKAGE) is None:
             raise ModelError(f"{file}: llama.cpp's binding is not installed; run: pip install 'finetune-qlora[gguf]'")
@@ -52,7 +60,7 @@ class LlamaEngine:
         params = xllamacpp.CommonParams()
         params.model.path = str(file)
         params.n_parallel, params.n_ctx = concurrent, concurrent * context_tokens
-        params.verbosity, params.warmup = -1, False
+        params.verbosity, params.warmup, params.use_jinja = -1, False, True
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
         key = secrets.token_hex()
         params.api_keys = [key]  # llama.cpp's server listens too, on a port that other users could ask
@@ -60,7 +68,7 @@ class LlamaEngine:
             self._server = xllamacpp.Server(params)
         except RuntimeError as error:
             raise ModelError(f"llama.cpp cannot open {file}: {error}") from error
-        self._name, self._system, self.context_tokens = name, system, context_tokens
+        self._file, self._name, self._chat, self.context_tokens = file, name, chat, context_tokens
         self._llama = Upstream(self._server.listening_address, key)
         self._running: set[Generation] = set()
         self._texts: dict[int, str] = {}
@@ -72,17 +80,26 @@ class LlamaEngine:
 
     def render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
         """Returns the token ids of a chat, by the file's template and tokenizer."""
-        if tools:
-            raise RequestRefused(f"tools are not supported for {self._name}; ask another model", parameter="tools")
-        if self._system is not None and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self._system}, *messages]
+        if tools and self._chat is None:
+            raise RequestRefused(
+                "tools need the tokenizer of the training, to read the calls; serve the run's folder, not the file",
+                parameter="tools",
+            )
+        if self._chat is not None and self._chat.system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self._chat.system}, *messages]
+        prompt = self._template(messages, tools)
+        if tools and prompt == self._template(messages, None):
+            raise RequestRefused("this model's chat template does not show tools to the model", parameter="tools")
+        return self.tokenize(prompt)
+
+    def _template(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> str:
+        body = {"messages": list(messages)} | ({"tools": list(tools)} if tools else {})
         try:
-            prompt = self._llama.ask("/apply-template", {"messages": list(messages)})["prompt"]
+            return str(self._llama.ask("/apply-template", body)["prompt"])
         except UpstreamError as error:
             raise RequestRefused(
                 f"this model's chat template cannot render these messages: {error}", parameter="messages"
             ) from error
-        return self.tokenize(prompt)
 
     def tokenize(self, text: str) -> list[int]:
         """Returns the token ids of plain text."""
@@ -97,8 +114,21 @@ class LlamaEngine:
         return self._texts[token]
 
     def parse_tools(self, tokens: Sequence[int], prompt: Sequence[int], text: str) -> tuple[str, list[dict[str, str]]]:
-        """Returns the text; tools are refused before."""
-        return text, []
+        """Returns an answer's text without its tool calls, and those, by the same rules as in transformers."""
+        if self._chat is None:
+            return text, []
+        return parse_tools(self._chat.tokenizer, self._family, tokens, prompt, text)
+
+    @cached_property
+    def _family(self) -> Any:
+        """Returns an object whose ``config.model_type`` is what transformers calls the file's architecture."""
+        from gguf import GGUFReader
+        from transformers import CONFIG_MAPPING
+
+        field = GGUFReader(self._file).get_field("general.architecture")
+        written = str(field.contents()) if field else ""
+        known = (name for name in CONFIG_MAPPING if name.replace("_", "") == written)
+        return SimpleNamespace(config=SimpleNamespace(model_type=next(known, written)))
 
     def start(self, generation: Generation) -> None:
         """Starts an answer, in a thread that reads llama.cpp's stream."""
@@ -106,12 +136,20 @@ class LlamaEngine:
         threading.Thread(target=self._generate, args=[generation], name="llama.cpp", daemon=True).start()
 
     def score(self, model: str, tokens: Sequence[int], *, top: int) -> list[Token]:
-        """Refuses: llama.cpp's server gives no log-probabilities of a prompt.
+        """Returns each token of a text with its log-probability after the ones before it; the first has None.
 
-        Raises:
-            RequestRefused: Always.
+        llama.cpp gives log-probabilities of what it writes only, so it is made to write the text, one token a request;
+        it keeps what it has read. Tokens after which a character is incomplete have None, as in an answer.
         """
-        raise RequestRefused(f"{self._name} runs in llama.cpp, which does not score a prompt", parameter="echo")
+        scored = [Token(tokens[0], self.token_text(tokens[0]))]
+        for place, token in enumerate(tokens[1:], 1):
+            body = _body(Sampling(max_tokens=1, top_logprobs=top), tokens[:place])
+            forced = {"logit_bias": [[token, FORCING_BIAS]], "cache_prompt": True, "stream": False}
+            written = self._llama.ask("/completion", body | forced).get("completion_probabilities") or []
+            found = next((score for score in written if score["id"] == token), None)
+            logprob, best = _scores(found, top) if found else (None, ())
+            scored.append(Token(token, self.token_text(token), logprob, best))
+        return scored
 
     def load(self) -> Load:
         """Returns how many answers run; llama.cpp does not report which of them wait, nor its cache."""
@@ -171,8 +209,7 @@ class LlamaEngine:
                 continue
             score = scores.popleft()
             self._texts |= {other["id"]: other["token"] for other in (score, *score["top_logprobs"])}
-            best = [(other["id"], other["logprob"]) for other in score["top_logprobs"][:top]]
-            yield Token(token, text, score["logprob"], tuple(best))
+            yield Token(token, text, *_scores(score, top))
         yield _finish({**reply, "content": "" if tokens else reply["content"]})
 
 
@@ -188,6 +225,12 @@ def _body(sampling: Sampling, prompt: Sequence[int]) -> dict[str, Any]:
         "n_probs": 0 if sampling.top_logprobs is None else max(sampling.top_logprobs, 1),
     }
     return {**body, "json_schema": {"type": "object"}} if sampling.json_object else body
+
+
+def _scores(score: Mapping[str, Any], top: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """Returns the log-probability of a token that llama.cpp wrote, and the best ones at its place."""
+    best = tuple((other["id"], other["logprob"]) for other in score["top_logprobs"][:top])
+    return score["logprob"], best
 
 
 def _finish(event: Mapping[str, Any]) -> Finish:

@@ -83,6 +83,7 @@ class Service:
             ApiError: A prompt or the answer is too long, or something cannot be kept by the model's engine.
         """
         limit = self._output_limit(request)
+        has_calls = isinstance(request, ChatRequest) and bool(request.tools)  # read out of the tokens
         seed = secrets.randbits(62) if request.seed is None else request.seed
         answers: list[Answer] = []
         for prompt in prompts:
@@ -95,7 +96,7 @@ class Service:
                     top_k=request.top_k or 0,
                     seed=(seed + len(answers)) % 2**63,
                     top_logprobs=_top_logprobs(request),
-                    every_token=request.return_token_ids or _top_logprobs(request) is not None,
+                    every_token=request.return_token_ids or has_calls or _top_logprobs(request) is not None,
                     json_object=self._is_json(engine, request),
                 )
                 answers.append(Answer(engine, model, prompt, sampling, stops=request.stops()))

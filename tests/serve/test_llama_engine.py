@@ -1,7 +1,9 @@
 """A run's GGUF behind the same server: llama.cpp answers as the merged model, with the same template."""
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -14,7 +16,10 @@ import httpx
 
 from finetune.inference.chat import Chat
 from finetune.serve.config import ServeConfig
+from finetune.serve.llama_engine import LlamaEngine
+from finetune.serve.requests import ChatRequest, parse
 from tests.fixtures.served import ENDS, Served, post, serving
+from tests.serve.test_chat_template import CALL, TOOLS
 
 QUESTION: Any = [{"role": "user", "content": "Wake me at seven on Monday, please."}]
 
@@ -86,6 +91,56 @@ def test_json_object_is_kept(client: openai.OpenAI) -> None:
     assert reply.choices[0].message.content.lstrip().startswith("{")
 
 
-def test_prompt_is_not_scored(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="which does not score a prompt"):
-        client.completions.create(model="tiny", prompt="Hello", max_tokens=0, echo=True, logprobs=1)
+def test_prompt_has_the_logprobs_of_the_merged_model(served: Served, server: Served) -> None:
+    body = {"prompt": "Wake me at seven on Monday.", "max_tokens": 0, "echo": True, "logprobs": 2}
+    given, expected = (
+        post(one, "/v1/completions", body | {"model": model}).json()["choices"][0]["logprobs"]
+        for one, model in ((served, "tiny"), (server, "merged"))
+    )
+    assert given["tokens"] == expected["tokens"]
+    assert given["token_logprobs"][0] is None
+    assert given["token_logprobs"][1:] == pytest.approx(expected["token_logprobs"][1:], abs=0.02)
+    assert [list(top) for top in given["top_logprobs"][1:]] == [list(top) for top in expected["top_logprobs"][1:]]
+
+
+def test_file_alone_takes_no_tools(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="tools need the tokenizer of the training"):
+        ask(client, tools=TOOLS)
+
+
+@pytest.fixture(scope="module")
+def engine(served_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaEngine]:
+    """llama.cpp with a template that shows tools, and the rules of Qwen to read calls."""
+    from transformers import AutoTokenizer
+    from transformers.cli.serving.utils import get_response_template
+
+    from finetune.export.gguf.file import write_model
+
+    source, file = served_run / "export" / "safetensors", tmp_path_factory.mktemp("tools") / "tiny.gguf"
+    tokenizer: Any = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = "{% if tools %}{{ tools | tojson }}\n{% endif %}" + tokenizer.chat_template
+    qwen: Any = SimpleNamespace(config=SimpleNamespace(model_type="qwen2"))
+    tokenizer.response_template = get_response_template(object(), qwen)
+    chat = Chat(tokenizer=tokenizer, ends=ENDS, system=None)
+    write_model(source, file, chat=chat, dtype="f16", name="tiny", threads=1)
+    engine = LlamaEngine(file, name="tiny", chat=chat, concurrent=1, context_tokens=512, threads=1)
+    yield engine
+    engine.close()
+
+
+def test_tools_are_shown_and_calls_are_read(engine: LlamaEngine) -> None:
+    prompt = engine.render(QUESTION, TOOLS)
+    assert '"name": "wake"' in "".join(map(engine.token_text, prompt)).replace('":"', '": "')
+    text, calls = engine.parse_tools(engine.tokenize(f"Gladly.\n{CALL}"), prompt, CALL)
+    assert (text.strip(), calls) == ("Gladly.", [{"name": "wake", "arguments": '{"at": 7}'}])
+    assert engine._family.config.model_type == "llama"
+
+
+def test_every_token_of_an_answer_with_tools_is_reported(served: Served) -> None:
+    request = parse(ChatRequest, {"model": "tiny", "messages": QUESTION, "tools": TOOLS, "max_tokens": 3})
+
+    async def sampling() -> list[bool]:
+        engine = served.opened.engines[0]
+        return [answer.generation.sampling.every_token for answer in served.service.answers(engine, "", [[1]], request)]
+
+    assert asyncio.run(sampling()) == [True]

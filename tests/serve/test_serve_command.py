@@ -1,5 +1,6 @@
 """``finetune serve``: what it refuses before a model is loaded, and how it ends."""
 
+import json
 import signal
 import socket
 from pathlib import Path
@@ -8,6 +9,7 @@ import httpx
 import pytest
 
 from finetune.cli import main
+from finetune.export.loader import check_gguf
 from finetune.serve.config import ServeConfig
 from tests.fixtures.served import server_process, wait_until
 
@@ -22,6 +24,7 @@ ROOT = Path(__file__).parents[2]
         (["--port", "70000", "run.name=x"], "serve --port must be between 0 and 65535; got 70000"),
         (["--api-key", "with space", "run.name=x"], "serve --api-key must be printable ASCII"),
         (["--models", "best", "run.name=x"], "serve --models must be some of adapter, base, merged, gguf"),
+        (["--engine", "ollama", "run.name=x"], "serve --engine must be one of transformers, vllm"),
         (["--adapters", "/nowhere", "run.name=x"], "serve --adapters /nowhere: there is no such folder"),
         (["lora.rank=8", "run.name=x"], "lora.rank=8 would have no effect"),
     ],
@@ -75,6 +78,22 @@ def test_changed_weights_are_refused(served_run: Path, tmp_path: Path, capsys: p
     weights.write_bytes(weights.read_bytes()[:-4] + b"\1\2\3\4")
     assert main(["serve", str(folder), "--port", "0"]) == 2
     assert "its weights are not those that were exported" in capsys.readouterr().err
+
+
+def test_changed_gguf_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from finetune.export.manifest import folder_sha256
+
+    file = tmp_path / "run" / "export" / "gguf_q8_0" / "model.gguf"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"GGUF")
+    exported = {"path": "export/gguf_q8_0", "sha256": folder_sha256(file.parent)}
+    manifest = {"product": {"exports": [exported]}}
+    (file.parents[1] / "manifest.json").write_text(json.dumps(manifest))
+    assert check_gguf(file)
+    file.write_bytes(b"GGUX")
+    for target in (file.parents[2], file):
+        assert main(["serve", str(target), "--port", "0"]) == 2
+        assert "model.gguf: its weights are not those that were exported" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("host", "problems"), [("127.0.0.1", 0), ("::1", 0), ("localhost", 0), ("10.0.0.1", 1)])
