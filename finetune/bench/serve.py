@@ -30,8 +30,8 @@ PEERS = {"transformers serve": "merged", "llama.cpp's server": "gguf"}
 """Servers of others, each with the model that it is asked for; the same is served by this project."""
 
 PEER_MEMORY = 0.2
-"""Share of the free memory for the cache of `transformers serve`, whose own default on a CPU is 0.6: a choice. It computes
-in the dtype of the training, as this project's server does."""
+"""Share of the free memory for the cache of `transformers serve`, whose own default on a CPU is 0.6: a choice. It
+computes in the dtype of the training, as this project's server does."""
 
 LLAMA_CPP = """
 import sys, time, xllamacpp
