@@ -28,6 +28,9 @@ class Row:
         generation: What was asked for.
         tokenizer: Decodes its tokens.
         json_answer: Keeps it a JSON object; None for any text.
+
+    Attributes:
+        error: Why it cannot be continued; empty while it can.
     """
 
     def __init__(self, generation: Generation, tokenizer: Any, *, json_answer: JsonAnswer | None = None) -> None:
@@ -36,6 +39,7 @@ class Row:
         self.decoder = TextDecoder(tokenizer)
         self.generator = torch.Generator().manual_seed(generation.sampling.seed)
         self.last = 0
+        self.error = ""
         self.count = 0
 
 

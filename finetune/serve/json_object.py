@@ -60,24 +60,20 @@ class JsonAnswer:
 
         Args:
             logits: float32, shape (vocabulary,), on the CPU.
-
-        Raises:
-            RuntimeError: The grammar has failed.
         """
         allowed = torch.zeros(len(logits), dtype=torch.bool)
-        if self._matcher.is_accepting():
-            allowed[self._ends] = True
-        else:
+        if not self._matcher.is_accepting():
             bias = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)[: len(logits)]
             allowed[: len(bias)] = bias > 0
-        if self._matcher.is_error():
-            raise RuntimeError(f"the grammar of JSON failed: {self._matcher.get_error()}")
+        if not allowed.any():  # it is complete, or the grammar has failed, which `add` tells
+            allowed[self._ends] = True
         return logits.masked_fill(~allowed, -torch.inf)
 
-    def add(self, token: int) -> None:
-        """Takes the token that was chosen."""
+    def add(self, token: int) -> str:
+        """Takes the token that was chosen; returns why the grammar failed, and an empty text where it did not."""
         if token not in self._ends:
             self._matcher.consume_token(token)
+        return "the grammar of JSON failed for this answer" if self._matcher.is_error() else ""
 
 
 def open_grammar(tokenizer: Any, ends: Sequence[int]) -> JsonGrammar | None:

@@ -68,7 +68,8 @@ class LlamaEngine:
             self._server = xllamacpp.Server(params)
         except RuntimeError as error:
             raise ModelError(f"llama.cpp cannot open {file}: {error}") from error
-        self._file, self._name, self._chat, self.context_tokens = file, name, chat, context_tokens
+        self._file, self._name, self._chat = file, name, chat
+        self._slots, self.context_tokens = concurrent, context_tokens
         self._llama = Upstream(self._server.listening_address, key)
         self._running: set[Generation] = set()
         self._texts: dict[int, str] = {}
@@ -152,8 +153,9 @@ class LlamaEngine:
         return scored
 
     def load(self) -> Load:
-        """Returns how many answers run; llama.cpp does not report which of them wait, nor its cache."""
-        return Load(running=len(self._running), waiting=0, cache_bytes=0)
+        """Returns how many answers run and wait for a slot; llama.cpp does not report its cache."""
+        running = min(len(self._running), self._slots)
+        return Load(running=running, waiting=len(self._running) - running, cache_bytes=0)
 
     def is_alive(self) -> bool:
         """Returns whether llama.cpp's server answers."""

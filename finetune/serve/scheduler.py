@@ -88,10 +88,11 @@ class Scheduler:
         cancelled = [row for row in self._waiting if row.generation.cancelled]
         self._waiting = [row for row in self._waiting if not row.generation.cancelled]
         for name, batch in list(self._batches.items()):
-            cancelled += [row for row in batch.rows if row.generation.cancelled]
-            self._keep(name, [row for row in batch.rows if not row.generation.cancelled])
+            dropped = [row for row in batch.rows if row.generation.cancelled or row.error]
+            self._keep(name, [row for row in batch.rows if row not in dropped])
+            cancelled += dropped
         for row in cancelled:
-            finish(row, "cancelled")
+            finish(row, "error" if row.error else "cancelled", error=row.error)
 
     def _admit(self) -> dict[str, list[Row]]:
         """Takes the first waiting rows that fit, in their order, by model."""
@@ -136,7 +137,7 @@ class Scheduler:
             sampling = row.generation.sampling
             if row.json_answer is not None:
                 row.last = choose(row.json_answer.mask(logits[index]), sampling, row.generator)
-                row.json_answer.add(row.last)
+                row.error = row.json_answer.add(row.last)
             else:
                 is_greedy = sampling.temperature == 0
                 row.last = best[index] if is_greedy else choose(logits[index], sampling, row.generator)
@@ -152,10 +153,10 @@ class Scheduler:
                 )
 
     def _drop_ended(self, name: str) -> None:
-        rows = self._batches[name].rows
+        rows = [row for row in self._batches[name].rows if not row.error]
         stopped = [row for row in rows if row.last in self._ends]
         full = [row for row in rows if row not in stopped and row.count >= row.generation.sampling.max_tokens]
-        self._keep(name, [row for row in rows if row not in stopped and row not in full])
+        self._keep(name, [row for row in self._batches[name].rows if row not in stopped and row not in full])
         for row in stopped:
             finish(row, "stop")
         for row in full:

@@ -11,10 +11,13 @@ import httpx
 import openai
 import pytest
 import torch
+from llguidance import LLMatcher
+from llguidance.hf import from_tokenizer
 
 import finetune
 from finetune.inference.generation import generate
 from finetune.serve.config import ServeConfig
+from finetune.serve.json_object import JsonGrammar
 from tests.fixtures.served import ENDS, Served, post, serving, wait_until
 
 QUESTION = [{"role": "user", "content": "Wake me at seven on Monday, please."}]
@@ -137,17 +140,29 @@ def test_a_tiny_nucleus_is_greedy(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_json_object_is_kept(client: openai.OpenAI, tokenizer: Any, seed: int) -> None:
-    """A random model never ends its object, so its answer is completed by a few characters and read."""
-    reply = ask(client, response_format={"type": "json_object"}, temperature=1.0, seed=seed, max_tokens=60)
-    text, finish = reply.choices[0].message.content, reply.choices[0].finish_reason
-    if finish == "stop":
-        assert isinstance(json.loads(text), dict)
+    """A whole answer is read as JSON; one that reaches its limit is the beginning of an object."""
+    settings: dict[str, Any] = {"response_format": {"type": "json_object"}, "temperature": 1.0, "seed": seed}
+    choice = ask(client, **settings, max_tokens=60, extra_body={"return_token_ids": True}).choices[0]
+    if choice.finish_reason == "stop":
+        assert isinstance(json.loads(choice.message.content), dict)
     else:
-        from llguidance import LLMatcher
-        from llguidance.hf import from_tokenizer
-
         matcher = LLMatcher(from_tokenizer(tokenizer), LLMatcher.grammar_from_json_schema({"type": "object"}))
-        assert matcher.consume_tokens(tokenizer(text).input_ids), matcher.get_error()
+        assert matcher.consume_tokens(choice.token_ids), matcher.get_error()
+    assert ask(client, **settings, max_tokens=60).choices[0].message.content == choice.message.content
+
+
+def test_object_that_its_grammar_ended_is_followed_by_an_end_token_only(tokenizer: Any) -> None:
+    answer = JsonGrammar(tokenizer, ENDS).start()
+    logits = torch.zeros(len(tokenizer))
+    for token in tokenizer('{"a": [1]}').input_ids:
+        assert answer.mask(logits)[token] == 0
+        assert answer.add(token) == ""
+    assert answer.mask(logits).isfinite().nonzero().flatten().tolist() == ENDS
+
+
+def test_token_that_breaks_the_object_is_an_error_of_its_answer_alone(tokenizer: Any) -> None:
+    answer = JsonGrammar(tokenizer, ENDS).start()
+    assert answer.add(tokenizer("]").input_ids[0]) == "the grammar of JSON failed for this answer"
 
 
 @pytest.mark.parametrize("stream", [False, True])
