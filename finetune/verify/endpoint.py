@@ -13,6 +13,9 @@ from typing import Any
 
 from finetune.errors import ConfigError
 
+FORCING_BIAS = 10_000.0
+"""Added to a token's logit so that llama.cpp writes it; its log-probabilities are computed without it."""
+
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -115,12 +118,26 @@ class Endpoint:
             reply = self._ask("/tokenize", {"content": prompt, "add_special": True, "parse_special": True})
         return [int(token) for token in reply["tokens"]]
 
-    def score(self, tokens: Sequence[int]) -> list[float]:
-        """Returns the log-probability of each token after the first, from one request.
+    def score(self, tokens: Sequence[int], places: Sequence[int]) -> dict[int, float]:
+        """Returns the log-probabilities of the tokens at these places, without those that the server gives none for.
+
+        Args:
+            tokens: Of a text.
+            places: Of tokens after the first.
 
         Raises:
             Refused: The server gives no log-probabilities of a prompt.
         """
+        try:
+            scores = self._score_prompt(tokens)
+        except Refused as error:
+            if error.status in (0, 500, 503):
+                raise
+            return self._score_by_writing(tokens, places, refused=error)
+        return {place: score for place in places if (score := scores[place]) is not None}
+
+    def _score_prompt(self, tokens: Sequence[int]) -> list[float | None]:
+        """Asks for the log-probabilities of a whole prompt at once."""
         body = {"model": self.model, "prompt": list(tokens), "echo": True, "logprobs": 1, "temperature": 0}
         try:
             reply = self._ask("/v1/completions", {**body, "max_tokens": 0})
@@ -128,11 +145,29 @@ class Endpoint:
             if error.status not in (400, 422):
                 raise
             reply = self._ask("/v1/completions", {**body, "max_tokens": 1})
-        logprobs = (reply["choices"][0].get("logprobs") or {}).get("token_logprobs") or []
-        scores = logprobs[1 : len(tokens)]
-        if len(scores) != len(tokens) - 1 or None in scores:
+        scores = (reply["choices"][0].get("logprobs") or {}).get("token_logprobs") or []
+        if len(scores) < len(tokens) or not any(isinstance(score, float) for score in scores[1 : len(tokens)]):
             raise Refused(200, "it ignores echo with logprobs")
-        return [float(score) for score in scores]
+        return list(scores[: len(tokens)])
+
+    def _score_by_writing(self, tokens: Sequence[int], places: Sequence[int], *, refused: Refused) -> dict[int, float]:
+        """Makes llama.cpp's server write each token, since it gives log-probabilities of what it writes only."""
+        scores: dict[int, float] = {}
+        for place in places:
+            body = {
+                "prompt": list(tokens[:place]), "n_predict": 1, "n_probs": 1, "temperature": 0, "cache_prompt": True,
+                "logit_bias": [[tokens[place], FORCING_BIAS]],
+            }  # fmt: skip
+            try:
+                written = self._ask("/completion", body)["completion_probabilities"]
+            except (Refused, KeyError) as error:
+                if isinstance(error, Refused) and error.status in (0, 500, 503):
+                    raise
+                raise refused from error
+            found = next((score for score in written if score["id"] == tokens[place]), None)
+            if found is not None:
+                scores[place] = float(found["logprob"])
+        return scores
 
     def _with_token_ids(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """Asks for token ids too, as vLLM takes it; a server that refuses the parameter is asked without it."""

@@ -23,13 +23,16 @@ def check_loss(endpoint: Endpoint, reference: Reference, *, bound: float) -> Che
     """
     name, allowed = "held-out loss", bound + reference.rounding
     try:
-        scored = _scored(endpoint, reference)
+        scored, missing = _scored(endpoint, reference)
     except Refused as refused:
         if refused.status in (0, 500, 503):
             return Check(name=name, verdict=DIFFERS, detail=f"the server fails: {refused}")
         return Check(name=name, verdict=UNASKED, detail=f"it gives no log-probabilities of a prompt ({refused})")
     if not scored:
-        return Check(name=name, verdict=UNASKED, detail="the run measured the loss of no row")
+        detail = (
+            "it gives no log-probability of some token of each row" if missing else "the run measured no row's loss"
+        )
+        return Check(name=name, verdict=UNASKED, detail=detail)
     own = Ratio(*(np.array([reference.losses[number][side] for number in scored], dtype=float) for side in (0, 1)))
     served = Ratio(totals=np.array(list(scored.values())), weights=own.weights)
     distance = float(np.abs(served.totals - own.totals).sum() / own.weights.sum())
@@ -38,6 +41,8 @@ def check_loss(endpoint: Endpoint, reference: Reference, *, bound: float) -> Che
         f"{served.value:.4f} nats per token on {len(scored)} rows, the run's own {own.value:.4f}: "
         f"{change.text()}; rows differ by {distance:.4f} on average (bound {allowed:.4f})"
     )
+    if missing:
+        detail += f"; {missing} rows are left out, since the server gives no log-probability of some of their tokens"
     return Check(
         name=name, verdict=PASS if distance <= allowed else DIFFERS, detail=detail, figure=distance, bound=allowed
     )
@@ -62,15 +67,18 @@ def check_metrics(answered: Sequence[Answered], reference: Reference) -> list[Ch
     return checks
 
 
-def _scored(endpoint: Endpoint, reference: Reference) -> dict[int, float]:
-    """Returns nats by row number, from one request each."""
+def _scored(endpoint: Endpoint, reference: Reference) -> tuple[dict[int, float], int]:
+    """Returns nats by row number, and how many rows the server could not score."""
     nats: dict[int, float] = {}
+    missing = 0
     for number, row in enumerate(reference.scored):
         targets = _targets(row)
-        if targets:
-            scores = endpoint.score(row["input_ids"])
-            nats[number] = -sum(scores[place - 1] for place in targets)
-    return nats
+        scores = endpoint.score(row["input_ids"], targets) if targets else {}
+        if targets and len(scores) == len(targets):
+            nats[number] = -sum(scores.values())
+        else:
+            missing += bool(targets)
+    return nats, missing
 
 
 def _targets(row: dict[str, list[int]]) -> list[int]:
