@@ -95,10 +95,8 @@ def contenders(target: Path, artifacts: Artifacts) -> dict[str, Contender]:
         folder = str(artifacts.merged)
         script = str(Path(sys.executable).with_name("transformers"))
         record = json.loads((artifacts.merged / "finetune.json").read_text(encoding="utf-8"))
-        command = [
-            script, "serve", folder, "--continuous-batching", "--port", "{port}", "--device", "cpu",
-            "--dtype", record["computation"]["dtype"], "--cb-max-memory-percent", str(PEER_MEMORY),
-        ]  # fmt: skip
+        command = [script, "serve", folder, "--continuous-batching", "--port", "{port}", "--device", "cpu"]
+        command += ["--dtype", record["computation"]["dtype"], "--cb-max-memory-percent", str(PEER_MEMORY)]
         found["transformers serve"] = Contender(command=command, model=folder)
     if artifacts.gguf:
         command = [sys.executable, "-c", LLAMA_CPP, str(artifacts.gguf), "{port}", threads]

@@ -61,10 +61,14 @@ class Upstream:
         Raises:
             UpstreamError: The server refuses, or cannot be reached.
         """
-        with self._response(path, body, generation) as response:
-            for line in response:
-                if line.startswith(DATA) and not line.startswith(DATA + b"[DONE]"):
-                    yield json.loads(line[len(DATA) :])
+        try:
+            with self._response(path, body, generation) as response:
+                for line in response:
+                    if line.startswith(DATA) and not line.startswith(DATA + b"[DONE]"):
+                        yield json.loads(line[len(DATA) :])
+        except UpstreamError:
+            if not generation.cancelled:
+                raise
 
     @contextmanager
     def _response(
@@ -81,8 +85,7 @@ class Upstream:
                 raise UpstreamError(response.status, _message(response))
             yield response
         except (OSError, http.client.HTTPException) as error:
-            if generation is None or not generation.cancelled:
-                raise UpstreamError(0, f"the connection failed: {error!r}") from error
+            raise UpstreamError(0, f"the connection failed: {error!r}") from error
         finally:
             connection.close()
 

@@ -130,7 +130,7 @@ class VllmEngine:
             generation.on_event(Finish("cancelled", 0) if generation.cancelled else finish)
 
     def _events(self, generation: Generation) -> Iterator[Event]:
-        """Yields tokens as they come, and how the answer ended. The end token is counted, and is no event."""
+        """Yields tokens as they come, and how the answer ended. The end token is counted only."""
         decoder, count, ends = TextDecoder(self._tokenizer), 0, frozenset(self._chat.ends)
         body = _body(generation, self._chat.ends)
         for event in self._process.server.stream("/v1/completions", body, generation):
@@ -183,6 +183,10 @@ def _scores(
     tops = [{int(name.removeprefix("token_id:")): score for name, score in (place or {}).items()}
             for place in logprobs["top_logprobs"]]  # fmt: skip
     return logprobs["token_logprobs"], [_best(scores, sampling.top_logprobs) for scores in tops]
+
+
+def _by_token(place: Mapping[str, float]) -> dict[int, float]:
+    return {int(name.removeprefix("token_id:")): score for name, score in place.items()}
 
 
 def _best(scores: Mapping[int, float], top: int) -> tuple[tuple[int, float], ...]:

@@ -72,14 +72,20 @@ def vllm_command(model: VllmModel, config: ServeConfig, *, port: int) -> list[st
     Raises:
         ModelError: The adapter's rank is larger than vLLM takes.
     """
-    command = [
-        PROGRAM, "serve", str(model.weights), "--host", "127.0.0.1", "--port", str(port),
-        "--served-model-name", model.name, "--tokenizer", str(model.tokenizer), "--dtype", model.dtype,
-        "--max-model-len", "auto", "--max-num-seqs", str(config.concurrent),
-        "--kv-cache-memory-bytes", str(config.cache_mib * MIB),
-        "--generation-config", "vllm",  # no sampling settings of the checkpoint: a request's own are sent
-        "--uvicorn-log-level", "warning", "--disable-uvicorn-access-log", "--disable-log-stats",
-    ]  # fmt: skip
+    flags = {
+        "--host": "127.0.0.1",
+        "--port": str(port),
+        "--served-model-name": model.name,
+        "--tokenizer": str(model.tokenizer),
+        "--dtype": model.dtype,
+        "--max-model-len": "auto",
+        "--max-num-seqs": str(config.concurrent),
+        "--kv-cache-memory-bytes": str(config.cache_mib * MIB),
+        "--generation-config": "vllm",  # no sampling settings of the checkpoint: a request's own are sent
+        "--uvicorn-log-level": "warning",
+    }
+    words = [word for flag in flags.items() for word in flag]
+    command = [PROGRAM, "serve", str(model.weights), *words, "--disable-uvicorn-access-log", "--disable-log-stats"]
     if model.adapter is None:
         return command
     rank = next((rank for rank in RANKS if rank >= model.rank), None)
@@ -89,11 +95,9 @@ def vllm_command(model: VllmModel, config: ServeConfig, *, port: int) -> list[st
             "Serve the merged model (--models merged), or leave out --engine vllm"
         )
     name, folder = model.adapter
-    loras = 1 if config.adapters is None else LOADED_ADAPTERS
-    return [
-        *command, "--enable-lora", "--max-loras", str(loras), "--max-lora-rank", str(rank),
-        "--lora-modules", f"{name}={folder}",
-    ]  # fmt: skip
+    loras = str(1 if config.adapters is None else LOADED_ADAPTERS)
+    limits = ["--enable-lora", "--max-loras", loras, "--max-lora-rank", str(rank)]
+    return [*command, *limits, "--lora-modules", f"{name}={folder}"]
 
 
 class VllmProcess:

@@ -155,9 +155,13 @@ class Endpoint:
         scores: dict[int, float] = {}
         for place in places:
             body = {
-                "prompt": list(tokens[:place]), "n_predict": 1, "n_probs": 1, "temperature": 0, "cache_prompt": True,
+                "prompt": list(tokens[:place]),
                 "logit_bias": [[tokens[place], FORCING_BIAS]],
-            }  # fmt: skip
+                "n_predict": 1,
+                "n_probs": 1,
+                "temperature": 0,
+                "cache_prompt": True,
+            }
             try:
                 written = self._ask("/completion", body)["completion_probabilities"]
             except (Refused, KeyError) as error:

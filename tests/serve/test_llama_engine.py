@@ -19,8 +19,9 @@ from finetune.serve.config import ServeConfig
 from finetune.serve.llama_engine import LlamaEngine
 from finetune.serve.requests import ChatRequest, parse
 from tests.fixtures.served import ENDS, Served, post, serving
-from tests.serve.test_chat_template import CALL, TOOLS
 
+TOOLS: Any = [{"type": "function", "function": {"name": "wake", "description": "x", "parameters": {}}}]
+CALL = '<tool_call>\n{"name": "wake", "arguments": {"at": 7}}\n</tool_call>'
 QUESTION: Any = [{"role": "user", "content": "Wake me at seven on Monday, please."}]
 
 

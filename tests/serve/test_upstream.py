@@ -25,7 +25,9 @@ def upstream() -> Iterator[Callable[[Reply], Upstream]]:
         def serve() -> None:
             connection, _ = listener.accept()
             with connection:
-                connection.recv(65536)
+                request = b""
+                while not request.endswith(b"\r\n\r\n{}"):
+                    request += connection.recv(65536)
                 reply(connection)
 
         threading.Thread(target=serve, daemon=True).start()
