@@ -180,8 +180,7 @@ def _scores(
     if sampling.top_logprobs is None or not count:
         return [None] * count, [()] * count
     logprobs = choice["logprobs"]
-    tops = [{int(name.removeprefix("token_id:")): score for name, score in (place or {}).items()}
-            for place in logprobs["top_logprobs"]]  # fmt: skip
+    tops = [_by_token(place or {}) for place in logprobs["top_logprobs"]]
     return logprobs["token_logprobs"], [_best(scores, sampling.top_logprobs) for scores in tops]
 
 
