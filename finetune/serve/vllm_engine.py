@@ -147,6 +147,8 @@ class VllmEngine:
                 with self._decoding:
                     text = decoder.add(token)
                 yield Token(token, text, logprob, top)
+            if choice["finish_reason"] not in (None, "stop", "length"):
+                raise ValueError(f"it ended the answer with {choice['finish_reason']}")
             if choice["finish_reason"]:
                 with self._decoding:
                     rest = decoder.flush()
