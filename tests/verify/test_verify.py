@@ -1,7 +1,8 @@
 """``finetune verify``: the right server passes, and each planted fault is caught by the check that names it."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from fastapi import FastAPI
 from finetune.cli import main
 from finetune.serve.app import build_app
 from finetune.serve.config import ServeConfig
+from finetune.serve.engine import Token
 from finetune.serve.service import Service
 from finetune.verify import Target, Verified, verify
 from tests.fixtures.served import listening
@@ -105,6 +107,20 @@ def test_4_bit_weights_are_caught_where_16_bit_ones_were_measured(
     assert right.passed
     wrong = check(verified_run, server(engine), artifact="merged")
     assert not wrong.passed
+
+
+def test_rows_that_the_server_cannot_score_are_left_out_and_counted(verified_run: Path, engine: Any) -> None:
+    class Unscored(Faulty):
+        def score(self, model: str, tokens: Sequence[int], *, top: int) -> list[Token]:
+            self._count += 1
+            scored = super().score(model, tokens, top=top)
+            return scored if self._count > 2 else [replace(token, logprob=None) for token in scored[:-1]] + scored[-1:]
+
+    verified = check(verified_run, full(Unscored(engine, Fault())))
+    loss = next(check for check in verified.checks if check.name == "held-out loss")
+    assert loss.verdict == PASS
+    assert "on 8 rows" in loss.detail
+    assert "; 2 rows are left out" in loss.detail
 
 
 def test_command_prints_the_table_and_fails_where_it_differs(
