@@ -148,8 +148,8 @@ class LlamaEngine:
             forced = {"logit_bias": [[token, FORCING_BIAS]], "cache_prompt": True, "stream": False}
             written = self._llama.ask("/completion", body | forced).get("completion_probabilities") or []
             found = next((score for score in written if score["id"] == token), None)
-            logprob, best = _scores(found, top) if found else (None, ())
-            scored.append(Token(token, self.token_text(token), logprob, best))
+            text = self.token_text(token)
+            scored.append(Token(token, text, *_scores(found, top)) if found else Token(token, text))
         return scored
 
     def load(self) -> Load:
