@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import secrets
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -23,6 +25,9 @@ from finetune.serve.upstream import Upstream, UpstreamError
 PROGRAM = "vllm"
 START_SECONDS, END_SECONDS, POLL_SECONDS = 1800, 30, 0.5
 """Time to load and compile a large model, and to end: choices."""
+
+PDEATHSIG = 1
+"""Source: linux/prctl.h."""
 
 LOG_CHARACTERS = 1500
 """Of vLLM's log, in the message where it does not start: a choice."""
@@ -131,7 +136,12 @@ class VllmProcess:
         # In a session of its own, so that Ctrl-C does not end it before running answers are finished.
         with self._log.open("w") as output:
             self._process = subprocess.Popen(
-                command, env=environment, stdout=output, stderr=output, start_new_session=True
+                command,
+                env=environment,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
         try:
             self._wait()
@@ -169,6 +179,12 @@ class VllmProcess:
     def _signal(self, number: int) -> None:
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
+
+
+def _end_with_parent() -> None:
+    """Lets Linux send SIGTERM to this process when the server ends in any way, so that vLLM does not keep the GPU."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PDEATHSIG, signal.SIGTERM)
 
 
 def free_port() -> int:

@@ -17,7 +17,7 @@ from finetune.serve.artifacts import find_artifacts, open_models
 from finetune.serve.config import ServeConfig
 from finetune.serve.vllm_process import VllmModel, vllm_command
 from tests.fixtures.artifacts import Line, Made, make_adapter
-from tests.fixtures.served import ENDS, Served, post, serving, wait_until, write_adapter_export
+from tests.fixtures.served import ENDS, Served, post, server_process, serving, wait_until, write_adapter_export
 
 FAKE = Path(__file__).parents[1] / "fixtures" / "fake_vllm.py"
 QUESTION: Any = [{"role": "user", "content": "Wake me at seven."}]
@@ -68,6 +68,14 @@ def client(served: Served) -> Iterator[openai.OpenAI]:
         base_url=f"{served.url}/v1", api_key="unused", max_retries=0, http_client=httpx.Client(trust_env=False)
     ) as client:
         yield client
+
+
+def is_gone(pid: int) -> bool:
+    """Returns whether a process has ended; init may not have taken notice yet."""
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def ask(client: openai.OpenAI, model: str = "tiny", **settings: Any) -> Any:
@@ -232,3 +240,14 @@ def test_killed_vllm_ends_its_answers_with_an_error(plain_run: Path, notes: Call
         reply = post(served, "/v1/chat/completions", body)
         assert (reply.status_code, reply.json()["error"]["code"]) == (500, "engine_error")
         assert httpx.get(f"{served.url}/health", trust_env=False).status_code == 503
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: prctl(PR_SET_PDEATHSIG)")
+def test_vllm_ends_where_its_server_is_killed(served_run: Path, notes: Callable[[], list[dict[str, Any]]]) -> None:
+    words = ["finetune", "serve", str(served_run), "--engine", "vllm", "--models", "merged"]
+    with server_process(words) as served:  # kills it at its end
+        started = next(entry for entry in reversed(notes()) if "pid" in entry)
+        assert psutil.pid_exists(started["pid"])
+        reply = httpx.get(f"{served.url}/v1/models", trust_env=False).json()
+        assert [model["id"] for model in reply["data"]] == ["tiny"]
+    wait_until(lambda: is_gone(started["pid"]))
