@@ -33,7 +33,7 @@ compares parameters and linear layers by name and shape, except where `plan --ex
   rest of the checkpoint unchanged.
 - **Experts in NF4**: transformers 5 holds experts in 3-D parameters, which bitsandbytes leaves in 16 bit. With `nf4`
   and `fp4` they are loaded as linear layers instead, one by one, equal to transformers' own class in logits and
-  gradients (`tests/quantization/test_experts.py`). `lora.experts: true` adapts each of them. Experts of a class that is
+  gradients (`tests/quantization/test_experts.py`). `lora.experts: each` adapts each of them. Experts of a class that is
   not covered stay in 16 bit; the log counts their weights.
 - **Gated delta nets and short convolutions** (Qwen3.5 and 3.6, LFM2) carry their state from one document of a row into
   the next in plain torch, and Granite 4's mask ignores where a document begins: preflight finds that, and documents of

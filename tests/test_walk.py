@@ -52,7 +52,7 @@ def test_a_mixture_with_adapted_experts_is_walked_to_its_report(
     """Its experts are on the disk one by one, as on the hub; the shipped mixture's are 3-D parameters here."""
     from transformers import AutoModelForCausalLM
 
-    more = ("model=mixtral_8x7b", "lora.experts=true", "lora.targets=[q_proj,v_proj]")
+    more = ("model=mixtral_8x7b", "lora.experts=each", "lora.targets=[q_proj,v_proj]")
     recipe = load(["+experiment=qwen3_30b_a3b_qlora", *more])
     parameters = make_base(recipe, tmp_path / "base", tiny=True)
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="bfloat16")

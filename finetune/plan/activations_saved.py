@@ -244,7 +244,8 @@ def adapter_copies(inputs: PlanInputs) -> Iterator[SavedTensor]:
         recomputed = GATED_LAYERS if inputs.kernels.selective else ()
         layers = [*linear_layers(inputs.architecture), *inputs.split_experts()]
         adapted = [linear for linear in layers if inputs.adapts(linear) and linear.name not in recomputed]
-        sides = sum((linear.in_features + linear.out_features) * linear.copies for linear in adapted)
+        shared = inputs.experts == "shared"
+        sides = sum((linear.in_features + linear.out_features) * (1 if shared else linear.copies) for linear in adapted)
         yield SavedTensor("adapter copies", c * inputs.rank * sides)
 
 
