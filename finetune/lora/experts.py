@@ -52,6 +52,13 @@ def add_common_layers(model: nn.Module) -> None:
         experts.add_common_layers()
 
 
+def has_common_layers(model: nn.Module) -> bool:
+    """Returns whether `add_common_layers` has changed the model."""
+    from finetune.quantization.experts import COMMON, GATE, split_modules
+
+    return any(COMMON[GATE] in dict(experts.named_children()) for experts in split_modules(model).values())
+
+
 def prepare_base_for(model: nn.Module, adapter: Path) -> None:
     """Gives a base the layers that a saved adapter needs and a plain base does not have.
 
