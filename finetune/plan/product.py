@@ -256,9 +256,9 @@ def _notes(inputs: PlanInputs, machine: Machine, *, disk: float) -> list[str]:
         notes.append(_experts(inputs))
     if inputs.experts != "none":
         notes.append(
-            f"the adapter of experts (lora.experts={inputs.experts}) fits the layers that this project's loader makes of "
-            "them: the files are peft's, and export=adapter gives code that loads them; plain peft does not. The merged "
-            "model is a plain one"
+            f"the adapter of experts (lora.experts={inputs.experts}) fits the layers that this project makes of "
+            "them: the files are peft's, and export=adapter gives code that loads them; plain peft alone does not. The "
+            "merged model is a plain one"
         )
     return notes
 
