@@ -88,7 +88,9 @@ def kinds() -> tuple[list[Kind], list[str]]:
     for file in sorted((CONF / "model").glob("[!_]*.yaml")):
         option: Any = OmegaConf.load(file)
         family = option.architecture.family if option.get("architecture") else None
-        families |= {family} - {None}
+        if family is None:
+            continue
+        families.add(family)
         if family not in {"llama", *KINDS}:
             continue
         tokenizer, template = kind_of(option.name, ArchitectureConfig(**option.architecture)), option.get("template")
