@@ -132,6 +132,7 @@ KINDS = {
     "qwen3": QWEN,
     "qwen3_moe": QWEN,
     "qwen3_5_text": QWEN,
+    "qwen3_5_moe_text": QWEN,
     "smollm3": SMOLLM2,
     "gemma": GEMMA,
     "gemma2": GEMMA,

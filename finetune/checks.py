@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from finetune.chat_templates import find_template, named_templates, no_template, tokenizer_template
 from finetune.compatibility import check_stored_form
+from finetune.config_json import from_config_json
 from finetune.data.sources import Source, resolve_sources
 from finetune.errors import ConfigError, DataError, FinetuneError, HardwareError, ModelError
 from finetune.export.needs import check_gguf, check_packages
@@ -188,12 +189,26 @@ def _check_model(start: Start) -> list[str]:
         why = "it is read when the file is converted" if is_gguf(config.name) else "it is not in the hub's cache"
         return [f"the tokenizer of {config.name} and its chat template: {why}", *_check_names(start, own=None)]
     check_stored_form(folder, method=start.config.quantization.method)
+    _check_mixture(start.config, folder)
     if looks_local(config.name) and not is_gguf(config.name):
         check_weights(folder)
     unchecked = _check_tokenizer(start, folder)
     if start.runs("export") and not config.trust_remote_code:
         check_gguf(start.config.export, family=None, folder=folder)
     return unchecked if start.is_plan else unchecked + _check_disk(start, folder, is_local=is_local)
+
+
+def _check_mixture(config: RunConfig, folder: Path) -> None:
+    """Checks by the base's config.json that it has the experts and routers that are to be trained."""
+    try:
+        architecture = from_config_json(folder)
+    except ModelError:  # of a family whose dimensions are not known: checked when it is built without weights
+        return
+    problems = config.lora.mixture_problems(
+        name=config.model.name, family=architecture.family, has_experts=architecture.experts > 0
+    )
+    for problem in problems:
+        raise ModelError(problem)
 
 
 def _check_tokenizer(start: Start, folder: Path) -> list[str]:

@@ -45,6 +45,7 @@ def check_compatibility(
     model = build_without_weights(config.model, files.folder)
     problems = [
         *target_problems(model, config.lora.targets),
+        *mixture_problems(model, config),
         *length_problems(data, positions=_positions(model)),
         *prompt_problems(config, data, positions=_positions(model)),
         *token_problems(data, tokenizer, rows=model.get_input_embeddings().weight.shape[0]),
@@ -173,6 +174,22 @@ def target_problems(model: Any, targets: list[str]) -> Iterator[str]:
         match_targets(model, targets)
     except ModelError as error:
         yield str(error)
+
+
+def mixture_problems(model: Any, config: RunConfig) -> Iterator[str]:
+    """Yields why experts cannot be adapted, or routers trained, in this architecture."""
+    from finetune.quantization.expert_loading import reads_checkpoints_of
+    from finetune.quantization.experts import fused_experts, is_covered
+
+    lora, family = config.lora, model.config.get_text_config().model_type
+    mixtures = [experts for _, experts in fused_experts(model)]
+    problems = list(lora.mixture_problems(name=config.model.name, family=family, has_experts=bool(mixtures)))
+    yield from problems
+    if lora.adapts_experts and mixtures and not (all(map(is_covered, mixtures)) and reads_checkpoints_of(model)):
+        yield (
+            f"lora.experts={lora.experts}: experts of class {type(mixtures[0]).__name__} are computed by transformers "
+            "alone and stay in 16 bit, so they cannot be adapted; set lora.experts=none"
+        )
 
 
 def length_problems(data: PreparedData, *, positions: int | None) -> Iterator[str]:

@@ -15,6 +15,7 @@ from finetune.errors import HardwareError
 from finetune.inference.adapted import free_memory
 from finetune.kernels import apply_fusion
 from finetune.launch.shards import FSDP_PREVENTS_FUSION
+from finetune.lora.experts import router_loss
 from finetune.model.load import parameter_count, resident_bytes
 from finetune.quantization.config import spec as quantization_spec
 
@@ -49,6 +50,7 @@ class TrainableModel:
         parameters: Weights of the base.
         base_bytes: Bytes of the base in memory.
         packing: Whether several documents may share a row without padding.
+        router_loss: Factor of the auxiliary loss of trained routers; 0 without them.
     """
 
     model: PeftModel
@@ -59,6 +61,7 @@ class TrainableModel:
     parameters: int = 0
     base_bytes: int = 0
     packing: bool = True
+    router_loss: float = 0.0
 
     def apply(self, result: PreflightResult) -> None:
         """Switches off packing and fused layers where the preflight found that they change the result."""
@@ -182,6 +185,7 @@ def load_trainable_model(
         parameters=parameters,
         base_bytes=base_bytes,
         packing=keeps_documents_apart(base.config),
+        router_loss=router_loss(base, config.lora),
     )
 
 

@@ -33,8 +33,14 @@ compares parameters and linear layers by name and shape, except where `plan --ex
   rest of the checkpoint unchanged.
 - **Experts in NF4**: transformers 5 holds experts in 3-D parameters, which bitsandbytes leaves in 16 bit. With `nf4`
   and `fp4` they are loaded as linear layers instead, one by one, equal to transformers' own class in logits and
-  gradients (`tests/quantization/test_experts.py`). `lora.experts: true` adapts each of them. Experts of a class that is
-  not covered stay in 16 bit; the log counts their weights.
+  gradients (`tests/quantization/test_experts.py`). Experts of a class that is not covered stay in 16 bit; the
+  log counts their weights. `lora.experts: each` adapts every expert with matrices of its own, `shared` all experts of a
+  layer with the same ones. Both are saved in peft's files under names that this project's loader gives the experts:
+  plain peft does not load them, and the merged model is a plain one.
+- **Routers** are frozen. `lora.routers: true` trains them whole and adds the auxiliary load-balancing loss of the
+  model's class, times the `router_aux_loss_coef` of its config.json (gpt_oss, mixtral, qwen3_5_moe_text, qwen3_moe;
+  glm4_moe has none and is refused). The training loss that is logged includes it; held-out losses do not. The adapter
+  holds them as peft's `modules_to_save`.
 - **Gated delta nets and short convolutions** (Qwen3.5 and 3.6, LFM2) carry their state from one document of a row into
   the next in plain torch, and Granite 4's mask ignores where a document begins: preflight finds that, and documents of
   these models are not packed. `plan` counts plain torch; the kernels of `fla` would keep less.

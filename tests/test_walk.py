@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 
 from benchmarks.walk import ROOT, Walk, exports, overrides
@@ -16,6 +17,7 @@ from finetune.config import RunConfig, load
 from finetune.paths import CONF
 
 EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
+ROUTER = "model.layers.1.block_sparse_moe.gate.weight"
 SMALL = ("optim.learning_rate=1e-2", "merge.max_loss_increase=5", "eval.bootstrap_samples=50", "hardware.threads=1")
 """Three steps at a recipe's own rate change less than bfloat16 rounds away. A random model's losses are no measure."""
 
@@ -46,13 +48,20 @@ def test_experiment_is_walked_to_its_report(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("experts", "prefix", "routers"), [("each", "expert", False), ("shared", "common", True)])
 def test_a_mixture_with_adapted_experts_is_walked_to_its_report(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    experts: str,
+    prefix: str,
+    routers: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its experts are on the disk one by one, as on the hub; the shipped mixture's are 3-D parameters here."""
     from transformers import AutoModelForCausalLM
 
-    more = ("model=mixtral_8x7b", "lora.experts=true", "lora.targets=[q_proj,v_proj]")
+    settings_of_lora = (f"lora.experts={experts}", f"lora.routers={routers}", "lora.targets=[q_proj,v_proj]")
+    more = ("model=mixtral_8x7b", *settings_of_lora)
     recipe = load(["+experiment=qwen3_30b_a3b_qlora", *more])
     parameters = make_base(recipe, tmp_path / "base", tiny=True)
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="bfloat16")
@@ -65,10 +74,13 @@ def test_a_mixture_with_adapted_experts_is_walked_to_its_report(
     run = tmp_path / "outputs" / "walk"
     report = json.loads((run / "report.json").read_text())
     assert (report["status"], report["model"]["parameters"]) == ("complete", parameters)
-    experts = {"expert_gate", "expert_up", "expert_down"}
-    assert adapted_layers(run / "train" / "adapter") == {"q_proj", "v_proj", *experts}
+    adapted = {f"{prefix}_{layer}" for layer in ("gate", "up", "down")}
+    assert adapted_layers(run / "train" / "adapter") == {"q_proj", "v_proj", *adapted}
     with safe_open(run / "merge" / "model" / "model.safetensors", framework="pt") as tensors:
         assert "model.layers.1.block_sparse_moe.experts.3.w1.weight" in tensors.keys()  # noqa: SIM118  # no mapping
+        merged = tensors.get_tensor(ROUTER)
+    with safe_open(tmp_path / "base" / "model.safetensors", framework="pt") as tensors:
+        assert torch.equal(merged, tensors.get_tensor(ROUTER)) != routers
     assert_the_merge_is_what_was_trained(report)
     assert all(export["parity"]["passed"] for export in report["export"] if export["format"] != "card")
 

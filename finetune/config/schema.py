@@ -91,11 +91,7 @@ class RunConfig:
                 f"model.upcast={self.model.upcast} gives float32 inputs, which layers of quantization.method={method} "
                 "do not take: set model.upcast=none"
             )
-        if self.lora.experts and self.launch.strategy != "single":
-            yield (
-                f"lora.experts=true leaves experts without a gradient that no token of a process reaches, which "
-                f"launch={self.launch.strategy} waits for: choose launch=single, or lora.experts=false"
-            )
+        yield from self._mixture_problems()
         if self.launch.strategy in ("fsdp", "deepspeed") and method not in SHARDABLE:
             yield (
                 f"quantization.method={method} cannot be cut into shards: launch={self.launch.strategy} needs "
@@ -107,6 +103,40 @@ class RunConfig:
             and self.model.dtype == "float16"
         ):
             yield "model.dtype=float16 without quantization trains unstably; use bfloat16 or float32"
+
+    def _mixture_problems(self) -> Iterator[str]:
+        """Yields what adapters of experts and trained routers do not go with."""
+        lora, launch, architecture = self.lora, self.launch.strategy, self.model.architecture
+        if architecture is not None:
+            has_experts = architecture.experts > 0
+            yield from lora.mixture_problems(name=self.model.name, family=architecture.family, has_experts=has_experts)
+        if lora.experts == "each" and launch != "single":
+            yield (
+                "lora.experts=each leaves experts without a gradient that no token of a process reaches, which "
+                f"launch={launch} waits for: choose launch=single, or lora.experts=none"
+            )
+        if lora.experts == "shared" and launch in ("fsdp", "deepspeed"):
+            yield (
+                f"lora.experts=shared adds layers that launch={launch} does not shard: choose launch=single or ddp, or "
+                "lora.experts=none"
+            )
+        if not lora.routers:
+            return
+        if launch != "single":
+            yield (
+                "lora.routers=true balances the tokens of one process's micro-batch, which those of the others may "
+                f"not be like; got launch={launch}: choose launch=single, or lora.routers=false"
+            )
+        if self.train.objective != "sft":
+            yield (
+                f"lora.routers=true adds its loss to that of train.objective=sft; got {self.train.objective}: set "
+                "lora.routers=false"
+            )
+        if self.merge.adapters:
+            yield (
+                "merge.adapters adds up low-rank changes, and lora.routers=true trains whole weights: leave "
+                "merge.adapters out, or set lora.routers=false"
+            )
 
     def _without_dense_base(self) -> Iterator[str]:
         """Yields what needs the dense base, where only a quantized one is there."""

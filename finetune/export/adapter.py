@@ -19,6 +19,7 @@ from finetune.products import ExportResult
 def write(context: ExportContext, name: str, settings: ExportConfig) -> ExportResult:
     """Copies the adapter with its tokenizer and its record, and checks it in plain peft."""
     from finetune.inference.adapted import check_adapter, free_memory
+    from finetune.lora.experts import has_common_layers
     from finetune.quantization.experts import split_modules
 
     source, target = context.adapter.adapter, context.scratch / name
@@ -32,10 +33,10 @@ def write(context: ExportContext, name: str, settings: ExportConfig) -> ExportRe
     write_record(target, "adapter", spec=context.spec, chat=context.chat)
     model = context.load(context.spec, settings, adapter=source)
     wanted = context.expected_output(model, settings, artifact="adapter")
-    splits = bool(split_modules(model))
+    splits, common = bool(split_modules(model)), has_common_layers(model)
     del model
     free_memory()
-    snippet = adapter_snippet(name, context.spec, ends=context.chat.ends, splits=splits)
+    snippet = adapter_snippet(name, context.spec, ends=context.chat.ends, splits=splits, common=common)
     packages = ["peft", "transformers", *filter(None, [BACKENDS[context.spec.quantization.method].library])]
     parity = context.check(name, settings, wanted, snippet=snippet, ends=context.chat.ends, packages=packages)
     context.snippets["The adapter, in plain peft"] = snippet

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 ADAPTER = "adapter.gguf"
 PREFIX = "base_model.model."
+COLUMNS = ".linear_attn.out_proj"
+"""Layers whose columns change places in llama.cpp, and so those of A; of other layers the rows do, and those of B."""
+
 SUFFIXES = {".lora_A.weight": ".lora_a", ".lora_B.weight": ".lora_b"}
 
 
@@ -115,7 +118,9 @@ def _tensors(saved: dict[str, Tensor], *, config: dict[str, Any], layout: Layout
             raise ExportError(f"the adapter holds {key.removeprefix(PREFIX)}, and {LOW_RANK_ONLY}")
         if suffix == ".lora_B.weight":
             factor = _scaling(config, module, rank=tensor.shape[1]) * tensor.shape[1] / config["lora_alpha"]
-            tensor = layout.converted(f"{module}.weight", tensor.float() * factor)
+            tensor = tensor.float() * factor
+        if (suffix == ".lora_A.weight") == module.endswith(COLUMNS):
+            tensor = layout.converted(f"{module}.weight", tensor)
         yield renamed + SUFFIXES[suffix], tensor.float().contiguous()
 
 

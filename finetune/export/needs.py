@@ -94,8 +94,13 @@ def conflicts(config: Mapping[str, ExportConfig], *, lora: LoraConfig, rows: int
         if settings.format == "gguf_lora" and (lora.variant == "dora" or lora.tokens):
             trained = "lora.variant=dora" if lora.variant == "dora" else f"lora.tokens={lora.tokens} trains embeddings"
             yield f"export.{name}: {trained}, and {LOW_RANK_ONLY}"
-        if lora.experts and settings.format in ("gguf_lora", "bitsandbytes"):
+        if lora.adapts_experts and settings.format in ("gguf_lora", "bitsandbytes"):
             yield (
                 f"export.{name} puts the adapter on the unquantized base, whose experts are not the linear layers that "
-                "lora.experts=true adapts; export the merged model, e.g. export=[safetensors]"
+                f"lora.experts={lora.experts} adapts; export the merged model, e.g. export=[safetensors]"
+            )
+        if lora.routers and settings.format in ("gguf_lora", "bitsandbytes"):
+            yield (
+                f"export.{name} puts the adapter on the unquantized base, low-rank changes only, and lora.routers=true "
+                "trains whole weights; export the merged model, e.g. export=[safetensors]"
             )

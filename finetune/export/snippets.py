@@ -9,7 +9,9 @@ from finetune.quantization.config import PREQUANTIZED
 from finetune.quantization.skip_modules import HEADS, skip_patterns
 
 
-def adapter_snippet(folder: str, spec: ModelSpec, *, ends: list[int], splits: bool = False) -> str:
+def adapter_snippet(
+    folder: str, spec: ModelSpec, *, ends: list[int], splits: bool = False, common: bool = False
+) -> str:
     """Returns code that loads the adapter by peft on the base as it was quantized for training.
 
     Args:
@@ -17,6 +19,7 @@ def adapter_snippet(folder: str, spec: ModelSpec, *, ends: list[int], splits: bo
         spec: The base as it was loaded for training.
         ends: Tokens that end an answer.
         splits: Whether the base has experts in 4 bits, which transformers alone leaves in 16 bit.
+        common: Whether the adapter is one of all experts of a layer.
     """
     base, quantization, dtype = spec.base, spec.quantization, spec.placement.dtype
     hub = [repr(base.name), f"revision={base.revision!r}"]
@@ -34,6 +37,7 @@ def adapter_snippet(folder: str, spec: ModelSpec, *, ends: list[int], splits: bo
     lines = [
         "import torch",
         *imports,
+        *(["from finetune.lora.experts import add_common_layers"] if common else []),
         *(["from finetune.quantization.expert_loading import quantized_experts"] if splits else []),
         *(["from finetune.quantization.prequantized import packed_layers, set_compute_dtype"] if prequantized else []),
         *(["from huggingface_hub import snapshot_download"] if prequantized and base.source == "hub" else []),
@@ -49,6 +53,7 @@ def adapter_snippet(folder: str, spec: ModelSpec, *, ends: list[int], splits: bo
         *_loading(arguments, context=context),
         *([f"set_compute_dtype(base, {dtype!r})"] if prequantized else []),
         *(_replaced(quantization, dtype=dtype) if library == "hqq" else []),
+        *(["add_common_layers(base)"] if common else []),
         f"model = PeftModel.from_pretrained(base, {folder!r}).eval()",
         "",
         *_answer(ends),

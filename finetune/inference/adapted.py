@@ -65,7 +65,9 @@ def load_adapter(model: Any, folder: Path, *, upcast: str) -> Any:
     from peft import PeftModel
 
     from finetune.lora import prepare_for_training
+    from finetune.lora.experts import prepare_base_for, round_routers
 
+    prepare_base_for(model, folder)
     prepare_for_training(model, upcast=upcast, checkpointing=False)
     try:
         adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
@@ -74,6 +76,7 @@ def load_adapter(model: Any, folder: Path, *, upcast: str) -> Any:
             f"{folder} does not fit this base: {str(error).splitlines()[0]}; give the base that it was trained on"
         ) from error
     _restore_saved_tensors(adapted, folder / ADAPTER_FILES[1])
+    round_routers(adapted)
     adapted.requires_grad_(False)
     return adapted.eval()
 
@@ -89,7 +92,10 @@ def add_adapter(model: Any, folder: Path, *, name: str) -> None:
     Raises:
         ModelError: Names or shapes of the adapter do not fit this base, which has none of it then.
     """
+    from finetune.lora.experts import prepare_base_for, round_routers
+
     check_adapter(folder)
+    prepare_base_for(model, folder)
     device = str(next(model.parameters()).device)
     try:
         model.load_adapter(str(folder), name, is_trainable=False, torch_device=device)
@@ -98,6 +104,7 @@ def add_adapter(model: Any, folder: Path, *, name: str) -> None:
             model.delete_adapter(name)
         raise ModelError(f"{folder} does not fit this base: {str(error).splitlines()[0]}") from error
     _restore_saved_tensors(model, folder / ADAPTER_FILES[1], name=name)
+    round_routers(model)
     model.requires_grad_(False)
 
 

@@ -264,6 +264,8 @@ def _head_split_obstacle(model: Any, dtype: str) -> str | None:
         return "it changes its logits after the head"
     if getattr(text, "output_router_logits", False):
         return "its experts add to the loss"
+    if any(".modules_to_save." in name for name, _ in model.named_parameters()):
+        return "its routers are trained, with a loss of their own"
     return None
 
 

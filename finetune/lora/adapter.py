@@ -52,15 +52,18 @@ def attach(
     from transformers import set_seed
 
     from finetune.lora import init
+    from finetune.lora.experts import expert_targets, round_routers, router_names
 
-    targets = match_targets(model, config.targets) | (expert_layers(model) if config.experts else {})
+    targets = match_targets(model, config.targets) | expert_targets(model, config.experts)
+    routers = router_names(model) if config.routers else {}
     token_ids = trained_token_ids(model, config.tokens, tokenizer)
     directions = {}
     if config.variant == "eva":
         directions = init.input_directions(model, targets, documents=calibration, rank=config.rank, seed=seed)
     prepare_for_training(model, upcast=upcast, checkpointing=checkpointing)
     set_seed(seed)
-    adapted = peft.get_peft_model(model, peft_config(config, targets, token_ids))
+    adapted = peft.get_peft_model(model, peft_config(config, targets, token_ids, routers))
+    round_routers(adapted)
     if config.variant == "eva":
         init.init_eva(adapted, directions)
     elif config.variant == "olora":
@@ -74,11 +77,13 @@ def attach(
     if token_ids:
         _expose_head_bias(adapted)
     cast_adapter(adapted, config.dtype)
-    _log_summary(adapted, config, targets)
+    _log_summary(adapted, config, targets | routers)
     return adapted
 
 
-def peft_config(config: LoraConfig, targets: Iterable[str], token_ids: dict[str, list[int]]) -> PeftConfig:
+def peft_config(
+    config: LoraConfig, targets: Iterable[str], token_ids: dict[str, list[int]], routers: Iterable[str] = ()
+) -> PeftConfig:
     """Returns peft's configuration, without the initialisation: loading the saved adapter must not repeat it."""
     import peft
 
@@ -90,15 +95,17 @@ def peft_config(config: LoraConfig, targets: Iterable[str], token_ids: dict[str,
         use_rslora=config.variant == "rslora",
         use_dora=config.variant == "dora",
         trainable_token_indices=token_ids or None,
+        modules_to_save=sorted(routers) or None,
         task_type="CAUSAL_LM",
     )
 
 
 def _log_summary(adapted: nn.Module, config: LoraConfig, targets: dict[str, int]) -> None:
     matched = ", ".join(f"{name} x{count}" for name, count in sorted(targets.items()))
-    parameters = [p for p in adapted.parameters() if p.requires_grad]
-    count = sum(p.numel() for p in parameters) * config.rank // config.width
-    size = human_bytes(sum(p.numel() * p.element_size() for p in parameters))
+    parameters = [(name, p) for name, p in adapted.named_parameters() if p.requires_grad]
+    doubled = config.width // config.rank
+    count = sum(p.numel() // (doubled if "lora_" in name else 1) for name, p in parameters)
+    size = human_bytes(sum(p.numel() * p.element_size() for _, p in parameters))
     kind = "" if config.variant == "lora" else f"{config.variant}, "
     tokens = f", and the embeddings of {', '.join(config.tokens)}" if config.tokens else ""
     saved = f", saved with rank {config.width} to subtract the initial update" if config.width != config.rank else ""
@@ -129,21 +136,6 @@ def match_targets(model: nn.Module, targets: list[str]) -> dict[str, int]:
         )
     _check_not_moved(model, set(targets))
     return {name: available[name] for name in targets}
-
-
-def expert_layers(model: nn.Module) -> dict[str, int]:
-    """Counts the layers of experts by the last segment of their names.
-
-    Raises:
-        ModelError: The model has no experts that can be adapted.
-    """
-    from finetune.quantization.experts import is_expert_layer
-
-    count = Counter(name.rpartition(".")[2] for name, layer in model.named_modules() if is_linear(layer))
-    layers = {name: number for name, number in count.items() if is_expert_layer(name)}
-    if not layers:
-        raise ModelError("lora.experts=true: this model has no experts in 4 bits; set lora.experts=false")
-    return layers
 
 
 def _check_not_moved(model: Any, targets: set[str]) -> None:

@@ -14,6 +14,10 @@ QUANTIZED_ONLY = ("nf4", "fp4")
 
 DORA_BASES = ("none", "nf4", "fp4")
 
+EXPERTS = ("none", "each", "shared")
+ROUTER_LOSSES = ("gpt_oss", "mixtral", "qwen3_5_moe_text", "qwen3_moe")
+"""Families whose routers have an auxiliary loss in transformers 5.23, of those that the tests train."""
+
 
 @dataclass(kw_only=True, slots=True)
 class LoraConfig:
@@ -46,10 +50,17 @@ class LoraConfig:
     """Tokens of the vocabulary whose embeddings are trained too, e.g. those of a chat template that the base does not
     know: one row each, also in the head where it is tied to the embedding."""
 
-    experts: bool = False
-    """Adapts gate, up and down of every expert of a mixture too, each with matrices of its own. Needs
-    ``quantization=nf4`` or ``fp4``, where experts are linear layers. The adapter then fits this project's loader only;
-    the merged model is a plain one. An expert that no token of a step reaches is not trained in that step."""
+    experts: str = "none"
+    """Adapts gate, up and down of a mixture's experts too: ``each`` with matrices of its own, or all experts of a layer
+    with the same matrices, ``shared``, which is as many times smaller as a layer has experts, and which every token
+    trains. Needs ``quantization=nf4`` or ``fp4``, where experts are linear layers. The adapter then fits this project's
+    loader only; the merged model is a plain one. With ``each``, an expert that no token of a step reaches is not
+    trained in that step."""
+
+    routers: bool = False
+    """Trains the routers of a mixture too, whole, and adds the model's auxiliary load-balancing loss times the
+    ``router_aux_loss_coef`` of its config.json to the training loss. Frozen by default: routers of a trained mixture
+    are balanced, and few rows can unlearn that. For ``train.objective=sft`` in one process."""
 
     calibration_tokens: int = 2048
     """``eva`` only: tokens of training documents that it is initialised from."""
@@ -69,6 +80,28 @@ class LoraConfig:
         base."""
         return {"loftq": None, "dora": 0.5, "olora": 1e-3, "pissa": 1e-3}.get(self.variant, 0.0)
 
+    @property
+    def adapts_experts(self) -> bool:
+        """Returns whether experts have adapters."""
+        return self.experts != "none"
+
+    def mixture_problems(self, *, name: str, family: str, has_experts: bool) -> Iterator[str]:
+        """Yields what a model cannot do with its experts and routers.
+
+        Args:
+            name: ``model.name``.
+            family: Its ``model_type``.
+            has_experts: Whether it is a mixture.
+        """
+        asked = [f"lora.experts={self.experts}"] * self.adapts_experts + ["lora.routers=true"] * self.routers
+        if asked and not has_experts:
+            yield f"{' and '.join(asked)}: {name} ({family}) has no experts; leave that out"
+        elif self.routers and family not in ROUTER_LOSSES:
+            yield (
+                f"lora.routers=true: routers of {family} have no auxiliary loss that keeps their experts balanced "
+                f"(those of {', '.join(ROUTER_LOSSES)} have one); set lora.routers=false"
+            )
+
     def unused(self) -> Iterator[tuple[str, str]]:
         """Yields the settings that have no effect given the others, each with the reason."""
         if self.variant != "eva":
@@ -87,6 +120,10 @@ class LoraConfig:
             yield "lora.targets is empty, so nothing would train; name a layer, e.g. [q_proj, v_proj], or [all-linear]"
         if ALL_LINEAR in self.targets and len(self.targets) > 1:
             yield f"lora.targets: {ALL_LINEAR} selects every linear layer; got {self.targets}: remove the others"
+        if self.experts not in EXPERTS:
+            remedy = {"True": ": set lora.experts=each, which is what true was", "False": ": set lora.experts=none"}
+            hint = remedy.get(self.experts, "")
+            yield f"lora.experts must be one of {', '.join(EXPERTS)}; got {self.experts!r}{hint}"
         if self.dtype not in ("float32", "bfloat16"):
             yield f"lora.dtype must be float32 or bfloat16; got {self.dtype!r}"
         if self.variant == "eva" and self.calibration_tokens < 2 * self.rank:
@@ -114,15 +151,20 @@ class LoraConfig:
                 f"lora.variant=dora reads each weight in every pass, and {reason}; "
                 f"got quantization.method={quantization}: choose quantization=nf4"
             )
-        if self.experts and quantization not in QUANTIZED_ONLY:
+        if self.adapts_experts and quantization not in QUANTIZED_ONLY:
             yield (
-                f"lora.experts=true needs experts in 4 bits; got quantization.method={quantization}: choose "
-                "quantization=nf4_double, or lora.experts=false"
+                f"lora.experts={self.experts} needs experts in 4 bits; got quantization.method={quantization}: choose "
+                "quantization=nf4_double, or lora.experts=none"
             )
-        if self.experts and self.variant not in ("lora", "rslora"):
+        if self.adapts_experts and self.variant not in ("lora", "rslora"):
             yield (
-                f"lora.experts=true is for lora.variant=lora and rslora; got {self.variant}, which reads every layer's "
-                "weight or input when it starts: choose lora.variant=lora, or lora.experts=false"
+                f"lora.experts={self.experts} is for lora.variant=lora and rslora; got {self.variant}, which reads "
+                "every layer's weight or input when it starts: choose lora.variant=lora, or lora.experts=none"
+            )
+        if self.routers and weight_decay != 0:
+            yield (
+                "lora.routers=true trains whole weights, which weight decay pulls to 0 and not to those of the base; "
+                f"got optim.weight_decay={weight_decay}: set optim.weight_decay=0"
             )
         if self.variant in DOUBLE_RANK and weight_decay != 0:
             yield (

@@ -27,7 +27,13 @@ from finetune.merge.checkpoint import (
     write_index,
 )
 from finetune.merge.config_file import write_config
-from finetune.merge.experts import ExpertStack, ExpertUpdates, is_expert_change, rename_expert_changes
+from finetune.merge.experts import (
+    ExpertStack,
+    ExpertUpdates,
+    is_expert_change,
+    rename_expert_changes,
+    router_name,
+)
 from finetune.merge.prequantized import dense_checkpoint
 from finetune.model.text_only import config_of_text, decoder_name
 
@@ -226,7 +232,7 @@ def _plan(
         if name == head and _resolve(head, stored) is None:
             head_change = change
             continue
-        stored_name = _resolve(name, stored)
+        stored_name = _resolve(name, stored) or router_name(name, stored)
         if stored_name is None:
             raise MergeError(
                 f"the adapter changes {name}, which {base} does not have; give the base that it was trained on"

@@ -5,7 +5,8 @@ A quantized base and an adapter have them as the linear layers of `finetune.quan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,16 +17,20 @@ from torch import Tensor
 from finetune.errors import MergeError
 from finetune.merge.adapter_deltas import Change, LowRank
 from finetune.quantization.expert_tensors import ExpertForm, ExpertTensor, expert_form, expert_tensor
-from finetune.quantization.experts import DOWN, FUSED, GATE, UP, halves, joined
+from finetune.quantization.experts import DOWN, EXPERT_LAYERS, FUSED, GATE, UP, halves, joined
 
 if TYPE_CHECKING:
     from finetune.quantization.stored import StoredLayers
 
 
+ROUTER = re.compile(r"layers\.(\d+)\.(?:.*\.)?(gate|router)\.(weight|bias)$")
+"""Names of routers in the classes of transformers 5.23: the number of the decoder layer, and the ending."""
+
+
 def is_expert_change(name: str) -> bool:
     """Returns whether an adapter's change of that name is one of experts."""
     place = expert_tensor(name)
-    return place is not None and place.number is not None
+    return place is not None and place.layer in EXPERT_LAYERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +132,7 @@ class ExpertUpdates:
 def rename_expert_changes(
     changes: Mapping[str, Change], shapes: dict[str, tuple[int, ...]], *, base: Path
 ) -> dict[str, Change | ExpertUpdates]:
-    """Returns the changes of experts' layers by the names of the checkpoint's tensors.
+    """Returns the changes of experts' layers by the names of the checkpoint's tensors; a common one is for each expert.
 
     Args:
         changes: By the names of `finetune.quantization.experts`.
@@ -140,19 +145,29 @@ def rename_expert_changes(
     places = {place: name for name in shapes if (place := expert_tensor(name))}
     renamed: dict[str, Change | ExpertUpdates] = {}
     for name, change in changes.items():
-        place = expert_tensor(name)
-        assert place is not None
-        assert place.number is not None
-        if place in places:
-            renamed[places[place]] = change
-            continue
-        fused = places.get(ExpertTensor(place.block, None, FUSED[1] if place.layer == DOWN else FUSED[0]))
-        if fused is None:
+        changed = expert_tensor(name)
+        assert changed is not None
+        fused = places.get(ExpertTensor(changed.block, None, FUSED[1] if changed.layer == DOWN else FUSED[0]))
+        count = shapes[fused][0] if fused else sum(place[::2] == changed[::2] for place in places)
+        numbers = range(count) if changed.number is None else [changed.number]
+        own = [places.get(changed._replace(number=number)) for number in numbers]
+        if not fused and not (own and all(own)):
             raise MergeError(
                 f"the adapter changes {name}, which {base} does not have; give the base that it was trained on"
             )
-        updates = renamed.setdefault(fused, ExpertUpdates({}, shapes[fused], expert_form(base)))
-        assert isinstance(updates, ExpertUpdates)
-        assert isinstance(change, LowRank)
-        updates.updates[place.number, place.layer] = change
+        renamed.update({key: change for key in own if key})
+        if fused:
+            updates = renamed.setdefault(fused, ExpertUpdates({}, shapes[fused], expert_form(base)))
+            assert isinstance(updates, ExpertUpdates)
+            assert isinstance(change, LowRank)
+            updates.updates.update({(number, changed.layer): change for number in numbers})
     return renamed
+
+
+def router_name(name: str, names: Iterable[str]) -> str | None:
+    """Returns the checkpoint's name of a trained router's tensor: in the same decoder layer, with the same ending."""
+    match = ROUTER.search(name)
+    if match is None:
+        return None
+    similar = [other for other in names if (found := ROUTER.search(other)) and found.groups() == match.groups()]
+    return similar[0] if len(similar) == 1 else None

@@ -84,6 +84,8 @@ def add_adapters(graph: Any, adapters: dict[str, float], *, base_sha256: str) ->
     from peft.tuners.lora import LoraLayer
     from safetensors.torch import load_file
 
+    from finetune.lora.experts import prepare_base_for
+
     names = ["default"]
     for folder, weight in adapters.items():
         path, name = Path(folder).expanduser(), f"further_{len(names)}"
@@ -92,6 +94,7 @@ def add_adapters(graph: Any, adapters: dict[str, float], *, base_sha256: str) ->
             raise MergeError(
                 f"merge.adapters: {folder} says that it was trained on another base (finetune.json); leave it out"
             )
+        prepare_base_for(graph, path)
         try:
             graph.load_adapter(str(path), adapter_name=name)
         except (ValueError, RuntimeError, KeyError) as error:

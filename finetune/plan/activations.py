@@ -55,7 +55,7 @@ def activations(inputs: PlanInputs) -> Activations:
     positions = 2 * a.head_dim * inputs.compute_bytes * tokens  # cosine and sine, once for all layers
     positions_of_loss = whole_tiles(tokens) if inputs.kernels.loss_on_trained_tokens else tokens
     gradient = inputs.compute_bytes * a.hidden_size * positions_of_loss
-    last = norm * a.hidden_size * tokens + gradient + positions + mask_bytes(inputs)
+    last = norm * a.hidden_size * tokens + gradient + positions + mask_bytes(inputs) + router_loss_bytes(inputs)
     return Activations(
         stored=sum(group.architecture.layers * stored_by_layer(group) for group in groups) + last,
         layer=max(needed_by_layer(group) for group in groups),
@@ -100,6 +100,15 @@ def mask_bytes(inputs: PlanInputs) -> float:
         return 0
     masks = len(set(inputs.architecture.letters) & set("fs"))
     return masks * (inputs.compute_bytes if inputs.attention == "eager" else 1) * inputs.step_tokens**2
+
+
+def router_loss_bytes(inputs: PlanInputs) -> float:
+    """Returns the bytes of the probabilities of all routers, which their auxiliary loss keeps, recomputed or not.
+
+    Source: transformers 5.23, ``load_balancing_loss_func``.
+    """
+    a = inputs.architecture
+    return FLOAT * a.experts * inputs.step_tokens * (a.layers - a.dense_layers) if inputs.routers else 0
 
 
 def autocast_bytes(inputs: PlanInputs) -> float:

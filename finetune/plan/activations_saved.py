@@ -172,6 +172,10 @@ def linear_inputs(inputs: PlanInputs) -> Iterator[SavedTensor]:
         if not kept_anyway and (not inputs.rank or keeps_input or (branches > 0 and not private)):
             yield SavedTensor(name, c * width * tokens)
         yield SavedTensor(name, c * inputs.rank * tokens, branches)
+    if inputs.routers:  # a trained router keeps its input, and its weights as rounded to the compute dtype
+        a = inputs.architecture
+        rounded = 0 if c == FLOAT else c * a.experts * a.hidden_size
+        yield SavedTensor("feed-forward", c * a.hidden_size * tokens + rounded if a.experts else 0)
 
 
 def int8_inputs(inputs: PlanInputs) -> float:
@@ -244,7 +248,8 @@ def adapter_copies(inputs: PlanInputs) -> Iterator[SavedTensor]:
         recomputed = GATED_LAYERS if inputs.kernels.selective else ()
         layers = [*linear_layers(inputs.architecture), *inputs.split_experts()]
         adapted = [linear for linear in layers if inputs.adapts(linear) and linear.name not in recomputed]
-        sides = sum((linear.in_features + linear.out_features) * linear.copies for linear in adapted)
+        shared = inputs.experts == "shared"
+        sides = sum((linear.in_features + linear.out_features) * (1 if shared else linear.copies) for linear in adapted)
         yield SavedTensor("adapter copies", c * inputs.rank * sides)
 
 

@@ -106,7 +106,8 @@ class PlanInputs:
         group_bytes: Bytes of the constants of one group of a prequantized base.
         rank: LoRA rank; 0 trains every weight instead (full fine-tuning).
         targets: Last name segments of adapted layers, or ``all-linear``; ``head`` for the output head.
-        experts_adapted: Whether every expert has an adapter.
+        experts: Whether experts have adapters, each its own or all of a layer the same: ``lora.experts``.
+        routers: Whether routers are trained whole.
         adapter_bytes: Bytes per element of the adapter.
         dropout: Whether LoRA has dropout, which keeps a mask and a copy for each branch.
         compute_bytes: Bytes per element of the computation.
@@ -151,7 +152,8 @@ class PlanInputs:
     group_bytes: float = 0
     rank: int
     targets: tuple[str, ...] = (ALL_LINEAR,)
-    experts_adapted: bool = False
+    experts: str = "none"
+    routers: bool = False
     adapter_bytes: int = 4
     dropout: bool = False
     compute_bytes: int = 2
@@ -227,7 +229,7 @@ class PlanInputs:
     def adapts(self, linear: Linear) -> bool:
         """Tells whether a linear layer has an adapter."""
         if linear.parent == EXPERTS:
-            return self.rank > 0 and self.experts_adapted
+            return self.rank > 0 and self.experts != "none"
         return self.rank > 0 and (linear.adapted if ALL_LINEAR in self.targets else linear.name in self.targets)
 
     def split_experts(self) -> list[Linear]:
@@ -235,9 +237,11 @@ class PlanInputs:
         return expert_layers(self.architecture) if self.packed_4bit else []
 
     def adapted_layers(self) -> list[Linear]:
-        """Returns the linear layers with an adapter, the head included where it has one."""
+        """Returns the linear layers with an adapter, the head included where it has one; shared ones once."""
         a = self.architecture
         layers = [linear for linear in (*linear_layers(a), *self.split_experts()) if self.adapts(linear)]
+        if self.experts == "shared":
+            layers = [dataclasses.replace(linear, copies=1) for linear in layers]
         if self.rank and self.head_adapted:
             layers.append(Linear(name="head", in_features=a.hidden_size, out_features=a.vocab_size, layers=(a.layers,)))
         return layers

@@ -254,6 +254,12 @@ def _notes(inputs: PlanInputs, machine: Machine, *, disk: float) -> list[str]:
         )
     if inputs.architecture.experts and inputs.method != "none" and not inputs.split_experts():
         notes.append(_experts(inputs))
+    if inputs.experts != "none":
+        notes.append(
+            f"the adapter of experts (lora.experts={inputs.experts}) fits the layers that this project makes of "
+            "them: the files are peft's, and export=adapter gives code that loads them; plain peft alone does not. The "
+            "merged model is a plain one"
+        )
     return notes
 
 

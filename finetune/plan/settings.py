@@ -82,7 +82,8 @@ def from_config(config: RunConfig, machine: Machine) -> PlanInputs:
         group_bytes=quantization.group_bytes,
         rank=config.lora.width,
         targets=tuple(config.lora.targets),
-        experts_adapted=config.lora.experts,
+        experts=config.lora.experts,
+        routers=config.lora.routers,
         adapter_bytes=4 if config.lora.dtype == "float32" else 2,
         dropout=config.lora.dropout > 0,
         compute_bytes=element,
@@ -183,6 +184,7 @@ def predict_kernels(
         "float16 needs loss scaling": dtype == "float16",
         f"{family} changes its logits after the head": family in CAPPED_FAMILIES,
         f"model.upcast={upcast} keeps the head in float32": upcast == "all",
+        "its routers are trained, with a loss of their own": lora.routers,
     }
     native_reasons = {
         f"they are for a CPU and this run is on {device}": device != "cpu",

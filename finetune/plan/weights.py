@@ -132,9 +132,19 @@ def trainable_parameters(inputs: PlanInputs) -> int:
     """Returns the elements of the adapter, or of the whole model without one."""
     if not inputs.rank:
         return parameters(inputs.architecture)
-    return sum(
-        inputs.rank * (linear.in_features + linear.out_features) * linear.count for linear in inputs.adapted_layers()
-    )
+    return sum(size * count for size, count in trained_tensors(inputs))
+
+
+def trained_tensors(inputs: PlanInputs) -> list[tuple[int, int]]:
+    """Returns the elements of each trained tensor, and how many are of that kind: A and B, and those of routers."""
+    a, adapted = inputs.architecture, inputs.adapted_layers()
+    tensors = [
+        (side * inputs.rank, layer.count) for layer in adapted for side in (layer.in_features, layer.out_features)
+    ]
+    if inputs.routers:
+        mixtures = a.layers - a.dense_layers
+        tensors += [(a.experts * a.hidden_size, mixtures), (a.experts, mixtures if a.expert_bias else 0)]
+    return tensors
 
 
 def element_bytes(inputs: PlanInputs) -> int:
@@ -185,12 +195,7 @@ def _small_elements(inputs: PlanInputs) -> int:
     """Counts the elements of adapter matrices that are too small for 8-bit states."""
     if not inputs.rank:
         return 0
-    sides = [
-        (side * inputs.rank, linear.count)
-        for linear in inputs.adapted_layers()
-        for side in (linear.in_features, linear.out_features)
-    ]
-    return sum(size * count for size, count in sides if size < SMALLEST_8BIT_ELEMENTS)
+    return sum(size * count for size, count in trained_tensors(inputs) if size < SMALLEST_8BIT_ELEMENTS)
 
 
 def stays_mapped(inputs: PlanInputs) -> bool:

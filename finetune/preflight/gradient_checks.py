@@ -42,7 +42,10 @@ PACKED_BOUND = 0.25
 ROWS = "trainable_tokens_delta"
 """Embedding rows of single tokens, as peft names them: their gradient is zero without documents that have the token."""
 
-ADAPTER = ("lora_A", "lora_B", "lora_embedding", "lora_magnitude", ROWS)
+ROUTERS = "modules_to_save"
+"""Routers that are trained whole, as peft names them."""
+
+ADAPTER = ("lora_A", "lora_B", "lora_embedding", "lora_magnitude", ROWS, ROUTERS)
 """Parts of the names of an adapter's parameters, as peft names them."""
 
 

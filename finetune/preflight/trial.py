@@ -23,7 +23,7 @@ from finetune.inference.logits import unwrap
 
 if TYPE_CHECKING:
     from finetune.products import PreparedData
-    from finetune.trainable import TrainingJob
+    from finetune.trainable import TrainableModel, TrainingJob
 
 MakeTrainer = Callable[..., Any]
 """``finetune.train.trainer.make_trainer``, passed in because stages do not import each other."""
@@ -135,7 +135,8 @@ class TrialTrainer:
             return UpcomingTraining(collator=trainer.data_collator, tokens=tokens)
 
     def gradients(self, rows: Sequence[dict[str, Any]], *, micro_batch: int) -> tuple[float, dict[str, Tensor]]:
-        """Computes loss and gradients of one optimizer step over all rows.
+        """Computes loss and gradients of one optimizer step over all rows, without the loss of trained routers: that
+        is one of a whole micro-batch.
 
         Args:
             rows: As they are in data/train.
@@ -145,7 +146,8 @@ class TrialTrainer:
         steps = SCALE_SEARCH_STEPS if self.job.trainable.spec.placement.dtype == "float16" else 1
         stop = StopWhenRecorded(recorder)
         trained = self.trained(rows, micro_batch=micro_batch, steps=steps, recorder=recorder, callbacks=[stop])
-        with without_dropout(self.job.trainable.model), trained:
+        trainable = self.job.trainable
+        with without_dropout(trainable.model), without_router_loss(trainable), trained:
             return recorder.losses[0], recorder.gradients
 
     @contextlib.contextmanager
@@ -255,6 +257,16 @@ def restored(model: Any) -> Iterator[None]:
             for module, saved in attributes:  # e.g. a forward pass wrapped in autocast, and marks of being prepared
                 vars(module).clear()
                 vars(module).update(saved)
+
+
+@contextlib.contextmanager
+def without_router_loss(trainable: TrainableModel) -> Iterator[None]:
+    """Leaves the auxiliary loss of trained routers out while the context is open."""
+    before, trainable.router_loss = trainable.router_loss, 0.0
+    try:
+        yield
+    finally:
+        trainable.router_loss = before
 
 
 @contextlib.contextmanager

@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from finetune.quantization.expert_loading import NAMES
-from finetune.quantization.experts import EXPERT_LAYERS, FUSED, fused_experts
+from finetune.quantization.experts import COMMON, EXPERT_LAYERS, FUSED, fused_experts
 
 PATTERN = re.compile(r"layers\.(\d+)\..*\bexperts\.(?:(\d+)\.)?(\w+)(?:\.weight)?$")
+
+OF_ONE = {**{layer: layer for layer in EXPERT_LAYERS}, **NAMES}
+OF_ALL = {**{name: name for name in FUSED}, **{name: layer for layer, name in COMMON.items()}}
+"""Layers by their names in the weights of one expert, and in those of all experts of a decoder layer."""
 
 
 class ExpertTensor(NamedTuple):
@@ -18,7 +22,7 @@ class ExpertTensor(NamedTuple):
 
     Attributes:
         block: Number of the decoder layer.
-        number: Of the expert; None for all experts of the layer in one 3-D parameter.
+        number: Of the expert; None for all experts of the decoder layer: in one 3-D parameter, or a common change.
         layer: One of `EXPERT_LAYERS`, or of `FUSED`.
     """
 
@@ -40,8 +44,8 @@ def expert_tensor(name: str) -> ExpertTensor | None:
     if match is None:
         return None
     block, number, last = match.groups()
-    layer = NAMES.get(last, last) if number else last
-    if layer not in (EXPERT_LAYERS if number else FUSED):
+    layer = (OF_ONE if number else OF_ALL).get(last)
+    if layer is None:
         return None
     return ExpertTensor(int(block), int(number) if number else None, layer)
 

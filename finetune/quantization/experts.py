@@ -19,6 +19,9 @@ GATE, UP, DOWN = EXPERT_LAYERS = ("expert_gate", "expert_up", "expert_down")
 """Last segments of the names of an expert's layers. No other layer has them, so that ``lora.targets`` cannot mean both
 experts and, say, a shared expert, and peft 0.21 does not take them for 3-D parameters, as it takes ``gate_proj``."""
 
+COMMON = {GATE: "common_gate", UP: "common_up", DOWN: "common_down"}
+"""Names of the layers whose output is added to that of every expert's gate, up and down."""
+
 FUSED = ("gate_up_proj", "down_proj")
 """Names of the 3-D parameters in transformers 5."""
 
@@ -52,10 +55,24 @@ class SplitExperts(nn.Module):
         tokens, k = top_k_index.shape
         order = top_k_index.reshape(-1).argsort(stable=True)
         inputs = hidden_states[order // k].split(self.counts(top_k_index))
-        outputs = [expert(x) for expert, x in zip(self.children(), inputs, strict=True) if len(x)]
+        common = {layer: self._modules[name] for layer, name in COMMON.items() if name in self._modules}
+        outputs = [expert(x, common) for expert, x in zip(self.each(), inputs, strict=True) if len(x)]
         by_token = torch.cat(outputs)[order.argsort()].view(tokens, k, -1)
         result: Tensor = (by_token * top_k_weights[..., None]).sum(dim=1)
         return result.to(hidden_states.dtype)
+
+    def each(self) -> list[Any]:
+        """Returns the experts in the order of their numbers."""
+        return [self._modules[str(number)] for number in range(self.experts)]
+
+    def add_common_layers(self) -> None:
+        """Adds layers of zeros that all experts share, for an adapter to change; not a second time."""
+        first = self.each()[0]
+        for layer, name in COMMON.items():
+            if name not in self._modules:
+                own = first._modules[layer]
+                device = next(own.parameters()).device
+                self.add_module(name, ZeroLinear(own.in_features, own.out_features, device=device))
 
     def counts(self, top_k_index: Tensor) -> list[int]:
         """Counts the tokens of each expert; on a GPU it waits for the router."""
@@ -82,12 +99,34 @@ class Expert(nn.Module):
         self.interleaved = interleaved
         self.gating = (experts,)  # in a tuple, so that it is not a child with parameters
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns the expert's output for tokens of shape (tokens, width)."""
-        gate, up = self._modules[GATE](x), self._modules[UP](x)  # type: ignore[misc]
+    def forward(self, x: Tensor, common: dict[str, Any]) -> Tensor:
+        """Returns the expert's output for tokens of shape (tokens, width).
+
+        Args:
+            x: The tokens.
+            common: Layers whose output is added to that of the expert's own, by the names of those.
+        """
+
+        def output(layer: str, x: Tensor) -> Tensor:
+            own: Tensor = self._modules[layer](x)  # type: ignore[misc]
+            return own + common[layer](x) if layer in common else own
+
+        gate, up = output(GATE, x), output(UP, x)
         both = torch.stack((gate, up), -1).flatten(-2) if self.interleaved else torch.cat((gate, up), -1)
-        result: Tensor = self._modules[DOWN](self.gating[0]._apply_gate(both))  # type: ignore[misc]
-        return result
+        return output(DOWN, self.gating[0]._apply_gate(both))
+
+
+class ZeroLinear(nn.Linear):
+    """A linear layer of zeros without a stored weight, which peft adapts as it adapts any linear layer."""
+
+    def __init__(self, in_features: int, out_features: int, *, device: torch.device) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.bias = in_features, out_features, None  # type: ignore[assignment]
+        self.register_buffer("weight", torch.empty(0, in_features, device=device), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns zeros, shape (..., out_features)."""
+        return x.new_zeros((*x.shape[:-1], self.out_features))
 
 
 def fused_experts(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -134,7 +173,7 @@ def join_codes(model: nn.Module) -> None:
     """
     for experts in split_modules(model).values():
         for layer in EXPERT_LAYERS:
-            weights = [getattr(expert, layer).weight for expert in experts.children()]
+            weights = [getattr(expert, layer).weight for expert in experts.each()]
             if all(hasattr(weight, "quant_state") for weight in weights):
                 for weight, codes in zip(weights, torch.stack([weight.data for weight in weights]), strict=True):
                     weight.data = codes

@@ -61,6 +61,7 @@ def sft_config(job: TrainingJob, *, folder: Path, steps: int, step_tokens: float
         full_determinism=config.deterministic,
         report_to="none",
         disable_tqdm=True,
+        router_aux_loss_coef=job.trainable.router_loss,  # TRL would add the model's own where routers are frozen
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
         dataloader_pin_memory=placement.device == "cuda",

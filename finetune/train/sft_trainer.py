@@ -67,6 +67,8 @@ class Trainer(SFTTrainer):
         self.step_tokens, self.step_trained = 0, 0
         self.out_of_memory: str | None = None
         super().__init__(model=job.trainable.model, processing_class=job.trainable.tokenizer, **arguments)
+        if self.aux_loss_enabled:  # TRL asks for it in each training step; when generating, the mask has another shape
+            job.trainable.model.config.get_text_config().output_router_logits = False
 
     def get_train_dataloader(self) -> Any:
         """Returns a plain data loader: accelerate's gives each process whole micro-batches, and repeats rows."""

@@ -53,6 +53,13 @@ YARN = {
 SCALED = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5, "logits_scaling": 2.0}
 PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+DELTA_NETS = {
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+}
 # fmt: off
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, own head, biases": ("llama", {"attention_bias": True, "mlp_bias": False}),
@@ -89,6 +96,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "ministral3": ("ministral3", {"head_dim": 32, "rope_parameters": {
         **YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}}),
     "qwen3_moe": ("qwen3_moe", {**EXPERTS, "norm_topk_prob": True, "head_dim": 32, "num_experts": 4}),
+    "qwen3_5": ("qwen3_5_text", {**DELTA_NETS, "num_hidden_layers": 4}),
+    "qwen3_5_moe": ("qwen3_5_moe_text", {
+        **DELTA_NETS, **EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 64, "num_hidden_layers": 4,
+    }),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
     "glm4_moe": ("glm4_moe", {
         **EXPERTS, "head_dim": 32, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1,
@@ -143,6 +154,22 @@ def assert_same_logits(model: Any, file: Path) -> None:
     assert np.sqrt(np.square(got - wanted).mean()) < 0.01 * wanted.std()
 
 
+@pytest.mark.parametrize("layer", ["in_proj_qkv", "in_proj_z", "in_proj_a", "out_proj"])
+def test_a_lora_of_a_delta_net_changes_places_as_its_weight_does(layer: str, tmp_path: Path) -> None:
+    from finetune.export.gguf.architecture import Layout
+    from finetune.export.gguf_lora import _tensors
+
+    kind, settings = MODELS["qwen3_5"]
+    model = make_model(tmp_path, kind, **settings)
+    layout, module = Layout(tmp_path), f"model.layers.0.linear_attn.{layer}"
+    weight = model.get_submodule(module).weight
+    a, b = torch.randn(2, weight.shape[1]), torch.randn(weight.shape[0], 2)
+    saved = {f"base_model.model.{module}.lora_{name}.weight": value for name, value in (("A", a), ("B", b))}
+    moved = dict(_tensors(saved, config={"lora_alpha": 2.0}, layout=layout))
+    new_a, new_b = (next(value for name, value in moved.items() if name.endswith(end)) for end in ("_a", "_b"))
+    assert torch.allclose(new_b @ new_a, layout.converted(f"{module}.weight", b @ a), atol=1e-5)
+
+
 def test_an_image_text_model_is_exported_without_its_towers(tokenizer: Any, tmp_path: Path) -> None:
     kind, settings = MODELS["ministral3"]
     model = make_model(tmp_path, kind, **settings)
@@ -189,6 +216,7 @@ def test_sliding_window_that_llama_cpp_lacks_cuts_the_context_and_is_reported(to
         ("qwen2", {"rope_parameters": {**YARN, "attention_factor": 1.5}}, "YaRN with attention_factor 1.5"),
         ("smollm3", {"no_rope_layers": [1, 0, 1, 1, 1]}, "other layers without rotary embedding than every fourth"),
         ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob=false"),
+        ("qwen3_5", {"layer_types": ["full_attention", *["linear_attention"] * 3]}, "full attention at other places"),
         ("granite 4, attention alone", {"position_embedding_type": None}, "no rotary embedding"),
     ],
 )

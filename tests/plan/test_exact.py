@@ -37,7 +37,8 @@ OTHERS = [
     ["+experiment=quickstart", "quantization=int8", "train.checkpointing=full"],
     ["+experiment=quickstart", "quantization=none", "kernels=plain"],
     ["+experiment=llama7b_qlora", "hardware=a100_80gb", "model=mixtral_8x7b"],
-    ["+experiment=qwen3_30b_a3b_qlora", "hardware=rtx4090", "lora.experts=true", "train.micro_batch=1"],
+    ["+experiment=qwen3_30b_a3b_qlora", "hardware=rtx4090", "lora.experts=each", "train.micro_batch=1"],
+    ["+experiment=qwen3_30b_a3b_qlora", "hardware=rtx4090", "lora.experts=shared", "lora.routers=true"],
 ]
 FEW_LAYERS = "model.architecture.layers=3"
 """Layers are alike, so three show what thirty do, in a tenth of the time."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from gguf import MODEL_ARCH, TensorNameMap, get_tensor_name_map
 
 from finetune.errors import ExportError
+from finetune.export.gguf import delta_net
 from finetune.model.text_only import config_of_text, decoder_name
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ ARCHITECTURES = {
     "phi3": Architecture(MODEL_ARCH.PHI3),
     "qwen2": Architecture(MODEL_ARCH.QWEN2),
     "qwen3": Architecture(MODEL_ARCH.QWEN3),
+    "qwen3_5_moe_text": Architecture(MODEL_ARCH.QWEN35MOE, norm_shift=1.0),
+    "qwen3_5_text": Architecture(MODEL_ARCH.QWEN35, norm_shift=1.0),
     "qwen3_moe": Architecture(MODEL_ARCH.QWEN3MOE),
     "smollm3": Architecture(MODEL_ARCH.SMOLLM3, interleaved_rope=True),
 }
@@ -132,10 +135,17 @@ class Layout:
         yield "other layers without rotary embedding than every fourth", bool(nope) and nope != every_fourth
         if self.family == "qwen3_moe":
             yield "norm_topk_prob=false", not settings["norm_topk_prob"]
+        if self.has_delta_nets:
+            yield "layers of full attention at other places than every so many", not delta_net.is_regular(settings)
         if self.family == "granitemoehybrid":
             yield "Mamba layers", set(settings["layer_types"]) != {"full_attention"}
             yield "experts in its hybrid class", self.experts > 0
             yield "no rotary embedding", settings.get("position_embedding_type") != "rope"
+
+    @property
+    def has_delta_nets(self) -> bool:
+        """Returns whether layers are gated delta nets."""
+        return "linear_attention" in (self.settings.get("layer_types") or ())
 
     @property
     def context(self) -> int:
@@ -179,6 +189,7 @@ class Layout:
         if name.endswith("rotary_emb.inv_freq") or (self.tied and name == "lm_head.weight"):
             return None
         known = re.sub(r"e_score_correction_bias$", "e_score_correction.bias", name)
+        known = re.sub(r"\.dt_bias$", ".dt_proj.bias", known)
         known = re.sub(r"self_attn\.sinks$", "self_attn.sinks.weight", known)
         known = re.sub(r"shared_mlp\.output_linear", "mlp.down_proj", known)
         renamed = self._names.get_name(known, try_suffixes=(".weight", ".bias"))
@@ -196,6 +207,8 @@ class Layout:
             name: In transformers, e.g. ``model.layers.0.self_attn.q_proj.weight``.
             rows: All rows of the tensor. Those of a query or key matrix, or of its LoRA B, change places.
         """
+        if ".linear_attn." in name:
+            return delta_net.converted(name, rows, settings=self.settings)
         if self.architecture.norm_shift and re.search(r"norm\.weight$", name):
             return rows.float() + self.architecture.norm_shift
         if name.endswith("conv.conv.weight"):

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from gguf import MODEL_ARCH, ExpertGatingFuncType, GGUFWriter, RopeScalingType
 
+from finetune.export.gguf import delta_net
+
 if TYPE_CHECKING:
     from finetune.export.gguf.architecture import Layout
 
@@ -44,6 +46,8 @@ def write_fields(writer: GGUFWriter, layout: Layout) -> None:
             add(writer, settings[name])
     _write_rope(writer, layout)
     _write_experts(writer, layout)
+    if layout.has_delta_nets:
+        delta_net.write_fields(writer, settings, sections=layout.rope.get("mrope_section"))
     if layout.architecture.arch == MODEL_ARCH.PHI3:
         writer.add_rope_scaling_orig_ctx_len(settings["original_max_position_embeddings"])
         writer.add_sliding_window(0)
@@ -57,7 +61,7 @@ def _feed_forward(layout: Layout) -> int:
     settings = layout.settings
     if layout.family == "granitemoehybrid":
         return int(settings["shared_intermediate_size"])
-    width = int(settings["intermediate_size"])
+    width = int(settings.get("intermediate_size") or settings["moe_intermediate_size"])
     if not settings.get("block_auto_adjust_ff_dim"):
         return width
     width, multiple = int(settings["block_ffn_dim_multiplier"] * int(2 * width / 3)), settings["block_multiple_of"]
@@ -98,6 +102,8 @@ def _write_experts(writer: GGUFWriter, layout: Layout) -> None:
     writer.add_expert_count(layout.experts)
     writer.add_expert_used_count(settings["num_experts_per_tok"])
     writer.add_expert_feed_forward_length(settings.get("moe_intermediate_size") or settings["intermediate_size"])
+    if settings.get("shared_expert_intermediate_size"):
+        writer.add_expert_shared_feed_forward_length(settings["shared_expert_intermediate_size"])
     if layout.architecture.arch == MODEL_ARCH.GLM4_MOE:
         writer.add_expert_shared_count(settings["n_shared_experts"])
         writer.add_leading_dense_block_count(settings["first_k_dense_replace"])

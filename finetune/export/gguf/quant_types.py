@@ -43,8 +43,8 @@ QUANT_MIXES = {
 
 HALVES = (QuantType.F16, QuantType.BF16)
 
-UNQUANTIZED = ("_norm.", "ffn_gate_inp.", "shortconv.conv.")
-"""Norms, routers and short convolutions."""
+UNQUANTIZED = ("_norm.", "ffn_gate_inp", "shortconv.conv.", "ssm_conv1d.")
+"""Norms, routers, the gate of the shared expert, and convolutions."""
 
 FALLBACKS = {QuantType.Q4_K: QuantType.Q5_0, QuantType.Q5_K: QuantType.Q5_1, QuantType.Q6_K: QuantType.Q8_0}
 """Types with blocks of 32 and more bits, for rows whose length is not a multiple of 256."""

@@ -77,7 +77,7 @@ def left_out(layout: Layout, checkpoint: Checkpoint) -> list[str]:
 
 
 def _squeezed(source: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (shape[0], shape[2]) if source.endswith("conv.conv.weight") else shape
+    return (shape[0], shape[2]) if source.endswith(("conv.conv.weight", "linear_attn.conv1d.weight")) else shape
 
 
 def _one(layout: Layout, checkpoint: Checkpoint, source: str) -> Iterator[Tensor]:
