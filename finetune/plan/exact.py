@@ -126,7 +126,9 @@ def count_step(model: Any, quantized: list[str], inputs: PlanInputs, *, dtype: A
             with autocast:
                 causal = model.get_base_model()
                 with attending_by(documents):
-                    hidden = causal.get_decoder()(**batch, use_cache=False).last_hidden_state
+                    recorded = {"output_router_logits": True} if inputs.routers else {}
+                    outputs = causal.get_decoder()(**batch, use_cache=False, **recorded)
+                    hidden = outputs.last_hidden_state
                 ended = alive.live
                 if inputs.kernels.loss_on_trained_tokens:
                     head = causal.get_output_embeddings().weight
@@ -137,6 +139,8 @@ def count_step(model: Any, quantized: list[str], inputs: PlanInputs, *, dtype: A
                     del hidden, trained
                 else:  # TRL's own loss is taken from the closed form: it keeps the hidden states
                     loss = hidden.float().sum()
+                    for logits in outputs.router_logits if inputs.routers else ():  # as their auxiliary loss keeps them
+                        loss = loss + logits.float().softmax(-1).sum()
                     alive.peak = max(alive.peak, ended + activations(inputs).logits)
             stored = alive.live  # autocast's copies of what is not kept are freed
             loss.backward()
