@@ -14,8 +14,13 @@ AUTO = "auto"
 CHECKPOINTING = (AUTO, "none", "selective", "full")
 SELECT = ("last", "best")
 NOT_IN_KEY = (
-    *("checkpoints", "save_steps", "keep_checkpoints", "log_steps", "non_finite_steps"),
-    *("checkpointing", "offload"),
+    "checkpoints",
+    "save_steps",
+    "keep_checkpoints",
+    "log_steps",
+    "non_finite_steps",
+    "checkpointing",
+    "offload",
 )
 """Settings that leave the adapter as it is."""
 
