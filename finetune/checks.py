@@ -30,6 +30,7 @@ from finetune.plan.phases import disk_bytes
 from finetune.plan.settings import from_config
 from finetune.quantization.backends import check_installed
 from finetune.run import STAGES
+from finetune.tracking.config import check_trackers
 from finetune.trust import check_weights
 
 if TYPE_CHECKING:
@@ -117,8 +118,9 @@ def _check_machine(start: Start) -> list[str]:
 
 
 def _check_results(start: Start) -> list[str]:
-    """Checks what the merge reads, and the packages of the exports."""
+    """Checks what the merge reads, and the packages of trackers and exports."""
     config = start.config
+    check_trackers(config.tracking)
     for adapter in config.merge.adapters if start.is_plan or start.runs("merge") else ():
         check_adapter(Path(adapter).expanduser(), setting="merge.adapters")
     metrics = config.eval.metrics if start.runs("eval") and config.eval.rows else []

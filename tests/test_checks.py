@@ -53,6 +53,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         ("tokenizer", "holds no tokenizer; add tokenizer.json"),
         ("template name", "data.template: there is no template 'llama9'"),
         ("rope", "export=gguf_q8_0: "),
+        ("tracker", "tracking.swanlab needs the package swanlab"),
     ],
 )
 def test_a_fault_is_refused_before_a_weight_is_asked_for_or_a_folder_is_made(
@@ -68,10 +69,11 @@ def test_a_fault_is_refused_before_a_weight_is_asked_for_or_a_folder_is_made(
         "unknown": ["model.name=org/other"],
         "template name": ["data.template=llama9"],
         "rope": ["export=[gguf_q8_0]"],
+        "tracker": ["tracking=[swanlab]"],
     }
     if fault == "rope":
         set_rope(fake_hub.models["org/tiny"] / "config.json", "dynamic")
-    settings = ["model.name=org/tiny", f"data.path={rows}", *faulty.get(fault, []), "tracking=[wandb]"]
+    settings = ["model.name=org/tiny", f"data.path={rows}", *faulty.get(fault, ["tracking=[wandb]"])]
     assert main(settings) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not fake_hub.weights

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import ModelError
+from finetune.inference.logits import unwrap
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -81,8 +82,7 @@ def router_names(model: Any) -> dict[str, int]:
     Raises:
         ModelError: The class has no such loss.
     """
-    recorded = (getattr(model.get_decoder(), "_can_record_outputs", None) or {}).get("router_logits")
-    kind = getattr(recorded, "target_class", None)
+    kind = _router_class(model)
     if kind is None or _auxiliary_factor(model) is None:
         raise ModelError(
             f"lora.routers=true: {type(model).__name__} has no auxiliary loss that keeps its experts balanced; set "
@@ -94,6 +94,13 @@ def router_names(model: Any) -> dict[str, int]:
 def router_loss(model: Any, config: LoraConfig) -> float:
     """Returns the factor of the auxiliary loss, from the model's own config.json; 0 where routers are frozen."""
     return (_auxiliary_factor(model) or 0.0) if config.routers else 0.0
+
+
+def _router_class(model: Any) -> type[nn.Module] | None:
+    """Returns the class of the routers that the auxiliary loss sees; None where the model's class has none."""
+    recorded = (getattr(model.get_decoder(), "_can_record_outputs", None) or {}).get("router_logits")
+    kind: type[nn.Module] | None = getattr(recorded, "target_class", None)
+    return kind
 
 
 def _auxiliary_factor(model: Any) -> float | None:
@@ -108,13 +115,15 @@ def round_routers(adapted: nn.Module) -> None:
     """
     from peft.utils.other import ModulesToSaveWrapper
 
-    for wrapper in adapted.modules():
-        if isinstance(wrapper, ModulesToSaveWrapper):
-            for router in wrapper.modules_to_save.values():
-                router.forward = partial(_rounded_forward, router)
+    kind = _router_class(unwrap(adapted))
+    wrappers = [module for module in adapted.modules() if isinstance(module, ModulesToSaveWrapper)]
+    for router in (trained for wrapper in wrappers for trained in wrapper.modules_to_save.values()):
+        if kind is not None and isinstance(router, kind):
+            router.forward = partial(_rounded_forward, router)
 
 
 def _rounded_forward(router: Any, hidden_states: Tensor) -> Any:
     rounded = copy.copy(router)
-    rounded._parameters = {name: p.to(hidden_states.dtype) for name, p in router._parameters.items() if p is not None}
+    dtype = hidden_states.dtype
+    rounded._parameters = {name: p if p is None else p.to(dtype) for name, p in router._parameters.items()}
     return type(router).forward(rounded, hidden_states)

@@ -128,7 +128,8 @@ def count_step(model: Any, quantized: list[str], inputs: PlanInputs, *, dtype: A
                 with attending_by(documents):
                     recorded = {"output_router_logits": True} if inputs.routers else {}
                     outputs = causal.get_decoder()(**batch, use_cache=False, **recorded)
-                    hidden = outputs.last_hidden_state
+                    hidden, routers = outputs.last_hidden_state, outputs.router_logits if inputs.routers else ()
+                    del outputs  # it keeps what it holds
                 ended = alive.live
                 if inputs.kernels.loss_on_trained_tokens:
                     head = causal.get_output_embeddings().weight
@@ -139,7 +140,7 @@ def count_step(model: Any, quantized: list[str], inputs: PlanInputs, *, dtype: A
                     del hidden, trained
                 else:  # TRL's own loss is taken from the closed form: it keeps the hidden states
                     loss = hidden.float().sum()
-                    for logits in outputs.router_logits if inputs.routers else ():  # as their auxiliary loss keeps them
+                    for logits in routers:  # as their auxiliary loss keeps them
                         loss = loss + logits.float().softmax(-1).sum()
                     alive.peak = max(alive.peak, ended + activations(inputs).logits)
             stored = alive.live  # autocast's copies of what is not kept are freed

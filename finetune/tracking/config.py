@@ -1,8 +1,10 @@
 """The tracking group: ``tracking=[wandb]``, ``tracking=[]``, ``tracking=[wandb,tensorboard]``."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
+
+from finetune.errors import ConfigError
 
 SERVICES = {
     "mlflow": "mlflow",
@@ -61,12 +63,21 @@ class TrackerConfig:
     def problems(self) -> Iterator[str]:
         if self.kind not in KINDS:
             yield f"tracking.{self.kind}.kind must be one of {', '.join(KINDS)}; got {self.kind!r}"
-        if self.kind in SERVICES and not find_spec(self.kind):
-            yield (
-                f"tracking.{self.kind} needs the package {SERVICES[self.kind]}, which is not installed: pip install "
-                f"{SERVICES[self.kind]}, or leave {self.kind} out of tracking="
-            )
         if self.mode not in MODES:
             yield f"tracking.{self.kind}.mode must be one of {', '.join(MODES)}; got {self.mode!r}"
         if not self.project.strip():
             yield f"tracking.{self.kind}.project is empty; name one, e.g. finetune"
+
+
+def check_trackers(config: Mapping[str, TrackerConfig]) -> None:
+    """Checks that the packages of the chosen services are installed.
+
+    Raises:
+        ConfigError: One is not.
+    """
+    for name in config:
+        if name in SERVICES and find_spec(name) is None:
+            raise ConfigError(
+                f"tracking.{name} needs the package {SERVICES[name]}, which is not installed: pip install "
+                f"{SERVICES[name]}, or leave {name} out of tracking="
+            )

@@ -169,12 +169,16 @@ def test_a_common_adapter_on_a_base_in_16_bit_is_refused(tmp_path: Path, monkeyp
 def test_a_trained_router_computes_with_weights_rounded_to_its_input() -> None:
     from peft.utils.other import ModulesToSaveWrapper
 
-    router = tiny_model(tiny_mixture("qwen3_moe")).model.layers[0].mlp.gate.to(torch.bfloat16)
+    model = tiny_model(tiny_mixture("qwen3_moe")).to(torch.bfloat16)
+    mixture, head = model.model.layers[0].mlp, model.lm_head
+    router = mixture.gate
     torch.nn.init.normal_(router.weight)
-    wrapper = ModulesToSaveWrapper(router, "default")
+    mixture.gate = wrapper = ModulesToSaveWrapper(router, "default")
+    model.lm_head = ModulesToSaveWrapper(head, "default")
     trained = wrapper.modules_to_save["default"]
     trained.weight.data = trained.weight.data.float() + 1e-6
-    round_routers(wrapper)
+    round_routers(model)
+    assert "forward" not in vars(model.lm_head.modules_to_save["default"]), "other trained modules stay as they are"
     x = torch.randn(4, 64, dtype=torch.bfloat16)
     logits, scores, chosen = wrapper(x)
     assert logits.dtype == scores.dtype == torch.bfloat16

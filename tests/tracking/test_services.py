@@ -10,7 +10,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from finetune.config import load
 from finetune.errors import ConfigError
 from finetune.tracking import TrackerConfig, open_trackers
-from finetune.tracking.config import KINDS, SERVICES
+from finetune.tracking.config import KINDS, SERVICES, check_trackers
 from finetune.tracking.services import tracker_arguments
 
 CONFIG = {"lora": {"rank": 8, "targets": ["all-linear"]}, "train": {"steps": None}}
@@ -36,7 +36,7 @@ def test_accelerates_tracker_takes_the_arguments_that_it_is_given(kind: str, tmp
     config = TrackerConfig(kind=kind, project="finetune", mode="auto")
     arguments = tracker_arguments(config, run_name="a", folder=tmp_path)
     inspect.signature(LOGGER_TYPE_TO_CLASS[kind].__init__).bind(None, **arguments)
-    assert not list(config.problems()) or "is not installed" in next(iter(config.problems()))
+    assert not list(config.problems())
 
 
 def test_trackio_has_config_and_figures_of_a_run(
@@ -82,7 +82,7 @@ def test_package_that_is_not_installed_is_refused_at_the_start(monkeypatch: pyte
     with pytest.raises(
         ConfigError, match=r"tracking\.mlflow needs the package mlflow, .* pip install mlflow, or leave"
     ):
-        load(["+experiment=quickstart", "tracking=[mlflow]"])
+        check_trackers(load(["+experiment=quickstart", "tracking=[mlflow]"]).tracking)
 
 
 def test_settings_that_a_service_does_not_read_are_named() -> None:
