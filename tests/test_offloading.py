@@ -74,9 +74,9 @@ def test_an_export_is_opened_with_weights_on_disk_where_they_do_not_fit(
 
     spec = dense_spec(line)
     rows = read_rows(line().data.folder / "heldout")
-    request = json.loads(json.dumps(to_jsonable({"spec": spec, "workload": WORK, "scratch": tmp_path})))
+    request = json.loads(json.dumps(to_jsonable({"dense": {"spec": spec, "workload": WORK, "scratch": tmp_path}})))
     assert placement(request) == {}
-    assert placement(request | {"spec": None}) == {}
+    assert placement({"dense": None}) == {}
     leave_free(spec, monkeypatch, share=0.3)
     with loading_in("float32", where=placement(request)):  # as an export's snippet says it
         model = AutoModelForCausalLM.from_pretrained(spec.base.folder, dtype=torch.bfloat16, device_map="auto")

@@ -52,8 +52,6 @@ def make_context(overrides: list[str], folder: Path) -> CheckContext:
     from finetune.data import prepare
     from finetune.hardware.place import bind_to_gpu, set_threads
     from finetune.model import ModelSpec
-    from finetune.model.base import find
-    from finetune.model.load import load_tokenizer
     from finetune.plan.step import resolve_auto
     from finetune.preflight import stage
     from finetune.products import PreparedData
@@ -67,15 +65,14 @@ def make_context(overrides: list[str], folder: Path) -> CheckContext:
     bind_to_gpu(machine, placement, local=0)
     set_threads(placement)
     config = resolve_auto(config, machine, run=folder)
-    files, seed = find(config.model), config.run.seed
-    tokenizer = load_tokenizer(files, trust_remote_code=config.model.trust_remote_code, template=config.model.template)
+    spec, seed = ModelSpec.resolve(config, placement), config.run.seed
+    tokenizer = spec.load_tokenizer()
     data = run.stage(
         "data",
         PreparedData,
         lambda out: prepare(config.data, folder=out, tokenizer=tokenizer, seed=seed),
         key={"data": config.data.key()},
     )
-    spec = ModelSpec.resolve(config, placement, files=files)
     trainable = load_trainable_model(config, spec, tokenizer, data)
     job = TrainingJob(config=config.train, optim=config.optim, trainable=trainable, data=data, seed=seed)
     return stage.make_context(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from finetune.bench.load import Load, LoadResult, measure_load
 from finetune.console import log
 from finetune.errors import ConfigError
 from finetune.serve.artifacts import Artifacts, find_artifacts, served_name
+from finetune.serve.upstream import free_port
 
 START_SECONDS = 300
 PEERS = {"transformers serve": "merged", "llama.cpp's server": "gguf"}
@@ -120,7 +120,7 @@ def started(name: str, contender: Contender) -> Iterator[tuple[str, int]]:
     Raises:
         ConfigError: It ended, or did not answer in time; the message has the end of its log.
     """
-    port = _free_port()
+    port = free_port()
     command = [word.replace("{port}", str(port)) for word in contender.command]
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
@@ -142,12 +142,6 @@ def _answers(port: int) -> bool:
         return httpx.get(f"http://127.0.0.1:{port}/health", timeout=5, trust_env=False).status_code == 200
     except httpx.HTTPError:
         return False
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _line(name: str, result: LoadResult) -> str:

@@ -212,7 +212,6 @@ class ExportContext:
         heldout, limits, rows = self.data.folder / "heldout", self.scorer.config, min(settings.rows, self.scores.rows)
         prompts = [row["prompt_ids"] for row in read_rows(heldout, limit=rows)]
         code, logits = self.scratch / "snippet.py", self.scratch / "logits.npz"
-        is_dense = settings.format == "safetensors"  # the others are as small as in training, or no transformers' model
         code.write_text(snippet + "\n", encoding="utf-8")
         request = {
             "folder": self.scratch.resolve(),
@@ -229,9 +228,7 @@ class ExportContext:
             "packages": packages,
             "batch_tokens": limits.batch_tokens,
             "answers": {"prompts": prompts, "max_new_tokens": limits.max_new_tokens, "batch_rows": limits.fixed_rows},
-            "spec": self.spec.dense((self.scratch / name).resolve(), dtype=wanted.dtype) if is_dense else None,
-            "workload": self.workload(settings),
-            "scratch": (self.scratch / "offloaded").resolve(),
+            "dense": self._dense(name, settings, dtype=wanted.dtype),
         }
         hidden = {"CUDA_VISIBLE_DEVICES": ""} if self.spec.placement.device == "cpu" else {}
         link = self.scratch / self.spec.base.folder.name  # the snippet names no folder of this machine
@@ -255,6 +252,15 @@ class ExportContext:
                 artifact, answers, heldout=heldout, tokenizer=tokenizer, file=file, seconds=seconds
             )
         return dataclasses.replace(parity, answers=scores)
+
+    def _dense(self, name: str, settings: ExportConfig, *, dtype: str) -> dict[str, Any] | None:
+        """Returns what decides where a dense model's weights lie; None for others: they are as small as in training,
+        or no model of transformers."""
+        if settings.format != "safetensors":
+            return None
+        spec = self.spec.dense((self.scratch / name).resolve(), dtype=dtype)
+        scratch = (self.scratch / "offloaded").resolve()
+        return {"spec": spec, "workload": self.workload(settings), "scratch": scratch}
 
     def publish(
         self, name: str, settings: ExportConfig, parity: Parity, *, notes: list[str] | None = None

@@ -10,13 +10,14 @@ from typing import Any
 
 from finetune.export.parity import chat_tokens, last_logits, loss_pairs, package_versions, save_logits
 from finetune.inference.budget import Workload
-from finetune.inference.dense import place, weights_at
+from finetune.inference.dense import place
 from finetune.inference.fresh_process import serve_request
 from finetune.inference.generation import generate
 from finetune.inference.logits import input_device
 from finetune.inference.losses import row_losses
 from finetune.inference.oom import halve_batches
 from finetune.jsonable import from_json
+from finetune.model.load import weights_at
 from finetune.model.spec import read_spec
 
 
@@ -65,10 +66,11 @@ def run_snippet(request: dict[str, Any]) -> dict[str, Any]:
 
 def placement(request: dict[str, Any]) -> dict[str, Any]:
     """Returns where transformers puts a dense model that does not fit in memory; nothing where it does."""
-    if request["spec"] is None:
+    dense = request["dense"]
+    if dense is None:
         return {}
-    placed = place(read_spec(request["spec"]), from_json(Workload, request["workload"]))
-    return weights_at(placed, scratch=Path(request["scratch"]))
+    placed = place(read_spec(dense["spec"]), from_json(Workload, dense["workload"]))
+    return weights_at(placed.max_memory, scratch=dense["scratch"])
 
 
 @contextmanager

@@ -70,13 +70,6 @@ def load_placed(spec: ModelSpec, placed: WeightPlacement, *, title: str, name: s
     return spec.load(max_memory=placed.max_memory, scratch=scratch)
 
 
-def weights_at(placed: WeightPlacement, *, scratch: Path | None) -> dict[str, Any]:
-    """Returns transformers' arguments that put weights where `place` has decided; none where all fit on one device."""
-    if not placed.max_memory:
-        return {}
-    return {"device_map": "sequential", "max_memory": placed.max_memory, "offload_folder": scratch}
-
-
 def describe(placed: WeightPlacement) -> str:
     """Returns one sentence on weights that do not fit on the run's own device."""
     if not placed.offloaded_bytes:

@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from finetune.inference.dense import place, weights_at
+from finetune.inference.dense import place
 from finetune.inference.fresh_process import serve_request
 from finetune.inference.kl_divergence import ReferenceLogits, compare_with_reference
 from finetune.inference.oom import halve_batches
 from finetune.inference.rows import loss_workload, read_rows
 from finetune.jsonable import from_json
+from finetune.model.load import weights_at
 from finetune.model.spec import read_spec
 from finetune.trust import check_remote_code
 
@@ -35,7 +36,7 @@ def remeasure(request: dict[str, Any]) -> dict[str, Any]:
     AutoTokenizer.from_pretrained(folder)
     rows = read_rows(Path(request["heldout"]), limit=request["rows"])
     placed = place(spec, loss_workload(rows, batch_tokens=request["batch_tokens"]))
-    where = weights_at(placed, scratch=request["scratch"]) or {"device_map": {"": placement.device}}
+    where = weights_at(placed.max_memory, scratch=request["scratch"]) or {"device_map": {"": placement.device}}
     model = from_pretrained(
         folder,
         dtype=getattr(torch, placement.dtype),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,6 +72,18 @@ def describe_padding(tokenizer: PreTrainedTokenizerBase) -> str:
     return f"pad token {tokenizer.pad_token}, end token {tokenizer.eos_token}"
 
 
+def weights_at(max_memory: Mapping[int | str, int] | None, *, scratch: Path | str | None) -> dict[str, Any]:
+    """Returns transformers' arguments for weights that are spread; none where all lie on one device.
+
+    Args:
+        max_memory: As `load_model` takes it.
+        scratch: Likewise.
+    """
+    if not max_memory:
+        return {}
+    return {"device_map": "sequential", "max_memory": max_memory, "offload_folder": scratch}
+
+
 def load_model(
     spec: ModelSpec, *, max_memory: dict[int | str, int] | None = None, scratch: Path | None = None
 ) -> PreTrainedModel:
@@ -95,9 +108,7 @@ def load_model(
 
     base, config, quantization = spec.base, spec.config, spec.quantization
     cache = cache_of(spec)
-    where: dict[str, Any] = {}
-    if max_memory:
-        where = {"device_map": "sequential", "max_memory": max_memory, "offload_folder": scratch}
+    where = weights_at(max_memory, scratch=scratch)
     cached = cache.read(lambda folder: _open(folder, spec, **where)) if cache else None
     model = cached if cached is not None else _load_and_quantize(spec, **where)
     prevent_repacking(model)

@@ -66,3 +66,31 @@ def parse_tools(
 
 def _json_text(arguments: Any) -> str:
     return arguments if isinstance(arguments, str) else json.dumps(arguments)
+
+
+class ChatTokens:
+    """Chats and texts as token ids and back, by tokenizer and template of the training.
+
+    Args:
+        chat: Tokenizer, end tokens and system message of the training.
+        model: Has the ``config.model_type`` by which transformers knows how the family writes tool calls.
+    """
+
+    def __init__(self, chat: Chat, model: Any) -> None:
+        self._chat, self._model = chat, model
+
+    def render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
+        """Returns the token ids of a chat with its generation prompt; adds the system message of the training."""
+        return render(self._chat, messages, tools)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Returns the token ids of plain text."""
+        return list(self._chat.tokenizer(text).input_ids)
+
+    def token_text(self, token: int) -> str:
+        """Returns the text of one token."""
+        return str(self._chat.tokenizer.decode([token]))
+
+    def parse_tools(self, tokens: Sequence[int], prompt: Sequence[int], text: str) -> tuple[str, list[dict[str, str]]]:
+        """Returns an answer's text without its tool calls, and those."""
+        return parse_tools(self._chat.tokenizer, self._model, tokens, prompt, text)

@@ -15,18 +15,15 @@ from typing import Any
 
 from finetune.errors import ModelError
 from finetune.inference.chat import Chat
+from finetune.openai_api import FORCING_BIAS
 from finetune.serve.chat_template import parse_tools
 from finetune.serve.engine import Event, Finish, Generation, Load, Message, RequestRefused, Sampling, Token
-from finetune.serve.upstream import Upstream, UpstreamError
+from finetune.serve.upstream import Upstream, UpstreamError, deliver
 
 PACKAGE = "xllamacpp"
 
 NEUTRAL = {"min_p": 0.0, "repeat_penalty": 1.0, "cache_prompt": False, "return_tokens": True, "stream": True}
 """llama.cpp's defaults are top_k=40, min_p=0.05 and a cache of prompts, which changes rounding."""
-
-
-FORCING_BIAS = 10_000.0
-"""Added to a token's logit so that it is written; log-probabilities are computed without it."""
 
 
 class LlamaEngine:
@@ -171,19 +168,8 @@ class LlamaEngine:
         del self._server
 
     def _generate(self, generation: Generation) -> None:
-        finish = Finish("error", 0, error="llama.cpp ended the answer without a reason")
-        try:
-            events = self._whole(generation) if generation.sampling.every_token else self._streamed(generation)
-            for event in events:
-                if isinstance(event, Finish):
-                    finish = event
-                else:
-                    generation.on_event(event)
-        except (UpstreamError, ValueError, KeyError) as error:
-            finish = Finish("error", 0, error=f"llama.cpp failed: {error}")
-        finally:
-            self._running.discard(generation)
-            generation.on_event(Finish("cancelled", 0) if generation.cancelled else finish)
+        events = self._whole(generation) if generation.sampling.every_token else self._streamed(generation)
+        deliver(events, generation, running=self._running, program="llama.cpp")
 
     def _streamed(self, generation: Generation) -> Iterator[Event]:
         """Yields tokens as they come. llama.cpp sends the tokens of one character as the last of them."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -17,8 +17,8 @@ from finetune.inference.chat import Chat
 from finetune.inference.generation import contiguous_head_input
 from finetune.inference.logits import trained_logits
 from finetune.serve.batch import Row, check_padding
-from finetune.serve.chat_template import parse_tools, render
-from finetune.serve.engine import Finish, Generation, Load, Message, Token
+from finetune.serve.chat_template import ChatTokens
+from finetune.serve.engine import Finish, Generation, Load, Token
 from finetune.serve.graphs import Graphs, ServedModel
 from finetune.serve.json_object import open_grammar
 from finetune.serve.sampling import log_probabilities
@@ -27,7 +27,7 @@ from finetune.serve.scheduler import Scheduler
 Result = TypeVar("Result")
 
 
-class TransformersEngine:
+class TransformersEngine(ChatTokens):
     """Answers by one or more models that share a tokenizer, e.g. adapters of one base.
 
     Args:
@@ -41,11 +41,12 @@ class TransformersEngine:
     """
 
     def __init__(self, chat: Chat, models: Sequence[ServedModel], *, concurrent: int, cache_bytes: int) -> None:
-        self._chat, self.graphs, self._hooks = chat, Graphs(models), ExitStack()
+        self.graphs, self._hooks = Graphs(models), ExitStack()
+        causal = self.graphs.causal()
+        super().__init__(chat, causal[0])
         self._tokenizer = copy.deepcopy(chat.tokenizer)  # a fast tokenizer must not encode and decode in two threads
         self._json = open_grammar(self._tokenizer, chat.ends)
         self.supports_json = self._json is not None
-        causal = self.graphs.causal()
         configs = [model.config.get_text_config() for model in causal]
         for model in causal:
             self._hooks.enter_context(contiguous_head_input(model))
@@ -62,22 +63,6 @@ class TransformersEngine:
     def names(self) -> list[str]:
         """Returns the models that can be asked now."""
         return self.graphs.names()
-
-    def render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
-        """Returns the token ids of a chat with its generation prompt; adds the system message of the training."""
-        return render(self._chat, messages, tools)
-
-    def tokenize(self, text: str) -> list[int]:
-        """Returns the token ids of plain text."""
-        return list(self._chat.tokenizer(text).input_ids)
-
-    def token_text(self, token: int) -> str:
-        """Returns the text of one token."""
-        return str(self._chat.tokenizer.decode([token]))
-
-    def parse_tools(self, tokens: Sequence[int], prompt: Sequence[int], text: str) -> tuple[str, list[dict[str, str]]]:
-        """Returns an answer's text without its tool calls, and those."""
-        return parse_tools(self._chat.tokenizer, self.graphs.causal()[0], tokens, prompt, text)
 
     def start(self, generation: Generation) -> None:
         """Queues an answer."""

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from finetune.serve.engine import Generation
+from finetune.openai_api import error_message
+from finetune.serve.engine import Event, Finish, Generation
 
 DATA = b"data: "
 
@@ -82,7 +83,7 @@ class Upstream:
                 _end_with(generation, connection.sock)
             response = connection.getresponse()
             if response.status >= 400:
-                raise UpstreamError(response.status, _message(response))
+                raise UpstreamError(response.status, error_message(response.read(), reason=response.reason))
             yield response
         except (OSError, http.client.HTTPException) as error:
             raise UpstreamError(0, f"the connection failed: {error!r}") from error
@@ -102,11 +103,31 @@ def _end_with(generation: Generation, connected: socket.socket) -> None:
         hang_up()
 
 
-def _message(response: http.client.HTTPResponse) -> str:
-    """Returns the message of an error in OpenAI's form, or the beginning of what else was sent."""
-    text = response.read().decode(errors="replace")
+def deliver(events: Iterator[Event], generation: Generation, *, running: set[Generation], program: str) -> None:
+    """Passes an answer's events on as they come, and at last how it ended, errors of the other server included.
+
+    Args:
+        events: Tokens, and one `Finish`.
+        generation: The answer; it leaves ``running``.
+        running: Answers of the engine.
+        program: Name of the other server, for errors.
+    """
+    finish = Finish("error", 0, error=f"{program} ended the answer without a reason")
     try:
-        error = json.loads(text)["error"]
-        return str(error["message"] if isinstance(error, dict) else error)
-    except (ValueError, KeyError, TypeError):
-        return text[:200] or response.reason
+        for event in events:
+            if isinstance(event, Finish):
+                finish = event
+            else:
+                generation.on_event(event)
+    except (UpstreamError, ValueError, KeyError) as error:
+        finish = Finish("error", 0, error=f"{program} failed: {error}")
+    finally:
+        running.discard(generation)
+        generation.on_event(Finish("cancelled", 0) if generation.cancelled else finish)
+
+
+def free_port() -> int:
+    """Returns a port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

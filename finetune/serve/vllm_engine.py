@@ -11,14 +11,14 @@ from typing import Any
 
 from finetune.errors import ModelError
 from finetune.inference.chat import Chat
-from finetune.serve.chat_template import parse_tools, render
-from finetune.serve.engine import Event, Finish, Generation, Load, Message, RequestRefused, Sampling, Token
+from finetune.serve.chat_template import ChatTokens
+from finetune.serve.engine import Event, Finish, Generation, Load, RequestRefused, Sampling, Token
 from finetune.serve.text import TextDecoder
-from finetune.serve.upstream import UpstreamError
+from finetune.serve.upstream import UpstreamError, deliver
 from finetune.serve.vllm_process import VllmProcess
 
 
-class VllmEngine:
+class VllmEngine(ChatTokens):
     """One set of weights in vLLM, with or without adapters.
 
     Args:
@@ -31,8 +31,8 @@ class VllmEngine:
     supports_json = True
 
     def __init__(self, chat: Chat, process: VllmProcess, *, names: Sequence[str], settings: Any) -> None:
-        self._chat, self._process, self._names = chat, process, list(names)
-        self._model = SimpleNamespace(config=settings)
+        super().__init__(chat, SimpleNamespace(config=settings))
+        self._process, self._names = process, list(names)
         self._tokenizer = copy.deepcopy(chat.tokenizer)  # a fast tokenizer must not encode and decode in two threads
         self._decoding = threading.Lock()
         self._running: set[Generation] = set()
@@ -43,22 +43,6 @@ class VllmEngine:
     def names(self) -> list[str]:
         """Returns the models that can be asked now."""
         return list(self._names)
-
-    def render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
-        """Returns the token ids of a chat with its generation prompt; adds the system message of the training."""
-        return render(self._chat, messages, tools)
-
-    def tokenize(self, text: str) -> list[int]:
-        """Returns the token ids of plain text."""
-        return list(self._chat.tokenizer(text).input_ids)
-
-    def token_text(self, token: int) -> str:
-        """Returns the text of one token."""
-        return str(self._chat.tokenizer.decode([token]))
-
-    def parse_tools(self, tokens: Sequence[int], prompt: Sequence[int], text: str) -> tuple[str, list[dict[str, str]]]:
-        """Returns an answer's text without its tool calls, and those."""
-        return parse_tools(self._chat.tokenizer, self._model, tokens, prompt, text)
 
     def start(self, generation: Generation) -> None:
         """Starts an answer, in a thread that reads vLLM's stream."""
@@ -116,18 +100,7 @@ class VllmEngine:
         self._process.server.ask("/v1/unload_lora_adapter", {"lora_name": name})
 
     def _generate(self, generation: Generation) -> None:
-        finish = Finish("error", 0, error="vLLM ended the answer without a reason")
-        try:
-            for event in self._events(generation):
-                if isinstance(event, Finish):
-                    finish = event
-                else:
-                    generation.on_event(event)
-        except (UpstreamError, ValueError, KeyError) as error:
-            finish = Finish("error", 0, error=f"vLLM failed: {error}")
-        finally:
-            self._running.discard(generation)
-            generation.on_event(Finish("cancelled", 0) if generation.cancelled else finish)
+        deliver(self._events(generation), generation, running=self._running, program="vLLM")
 
     def _events(self, generation: Generation) -> Iterator[Event]:
         """Yields tokens as they come, and how the answer ended. The end token is counted only."""

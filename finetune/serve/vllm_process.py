@@ -7,7 +7,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from pathlib import Path
 from finetune.console import log
 from finetune.errors import ConfigError, ModelError
 from finetune.serve.config import MIB, ServeConfig
-from finetune.serve.upstream import Upstream, UpstreamError
+from finetune.serve.upstream import Upstream, UpstreamError, free_port
 
 PROGRAM = "vllm"
 START_SECONDS, END_SECONDS, POLL_SECONDS = 1800, 30, 0.5
@@ -185,13 +184,6 @@ def _end_with_parent() -> None:
     """Lets Linux send SIGTERM to this process when the server ends in any way, so that vLLM does not keep the GPU."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PDEATHSIG, signal.SIGTERM)
-
-
-def free_port() -> int:
-    """Returns a port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def start_vllm(model: VllmModel, config: ServeConfig) -> VllmProcess:

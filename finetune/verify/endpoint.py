@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.errors import ConfigError
-
-FORCING_BIAS = 10_000.0
-"""Added to a token's logit so that llama.cpp writes it; its log-probabilities are computed without it."""
+from finetune.openai_api import FORCING_BIAS, error_message
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -192,7 +190,7 @@ class Endpoint:
             with self._opener.open(request, timeout=self._seconds) as response:
                 reply = json.load(response)
         except urllib.error.HTTPError as error:
-            raise Refused(error.code, _message(error)) from error
+            raise Refused(error.code, error_message(error.read(), reason=str(error.reason))) from error
         except TimeoutError as error:
             raise Refused(0, f"no answer to {path} within {self._seconds:g} s") from error
         except urllib.error.URLError as error:
@@ -219,13 +217,3 @@ def _reply(reply: Mapping[str, Any]) -> Reply:
         prompt_tokens=usage.get("prompt_tokens"),
         prompt_ids=[int(token) for token in ids] if ids else None,
     )
-
-
-def _message(error: urllib.error.HTTPError) -> str:
-    """Returns the message of an error in OpenAI's form, or the beginning of what else was sent."""
-    text = error.read().decode(errors="replace")
-    try:
-        content = json.loads(text)["error"]
-        return str(content["message"] if isinstance(content, dict) else content)
-    except (ValueError, KeyError, TypeError):
-        return text[:200] or str(error.reason)

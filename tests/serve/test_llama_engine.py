@@ -12,13 +12,12 @@ import pytest
 pytest.importorskip("gguf", reason="needs pip install 'finetune-qlora[gguf]'")
 pytest.importorskip("xllamacpp", reason="needs pip install 'finetune-qlora[gguf]'")
 
-import httpx
 
 from finetune.inference.chat import Chat
 from finetune.serve.config import ServeConfig
 from finetune.serve.llama_engine import LlamaEngine
 from finetune.serve.requests import ChatRequest, parse
-from tests.fixtures.served import ENDS, Served, post, serving
+from tests.fixtures.served import ENDS, Served, openai_client, post, serving
 
 TOOLS: Any = [{"type": "function", "function": {"name": "wake", "description": "x", "parameters": {}}}]
 CALL = '<tool_call>\n{"name": "wake", "arguments": {"at": 7}}\n</tool_call>'
@@ -45,9 +44,7 @@ def served(gguf: Path) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def client(served: Served) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(
-        base_url=f"{served.url}/v1", api_key="unused", max_retries=0, http_client=httpx.Client(trust_env=False)
-    ) as client:
+    with openai_client(served) as client:
         yield client
 
 

@@ -18,7 +18,7 @@ import finetune
 from finetune.inference.generation import generate
 from finetune.serve.config import ServeConfig
 from finetune.serve.json_object import JsonGrammar
-from tests.fixtures.served import ENDS, Served, post, serving, wait_until
+from tests.fixtures.served import ENDS, Served, openai_client, post, serving, wait_until
 
 QUESTION = [{"role": "user", "content": "Wake me at seven on Monday, please."}]
 TOKENS = 24
@@ -26,9 +26,7 @@ TOKENS = 24
 
 @pytest.fixture(scope="module")
 def client(server: Served) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(
-        base_url=f"{server.url}/v1", api_key="unused", max_retries=0, http_client=httpx.Client(trust_env=False)
-    ) as client:
+    with openai_client(server) as client:
         yield client
 
 

@@ -17,7 +17,16 @@ from finetune.serve.artifacts import find_artifacts, open_models
 from finetune.serve.config import ServeConfig
 from finetune.serve.vllm_process import VllmModel, vllm_command
 from tests.fixtures.artifacts import Line, Made, make_adapter
-from tests.fixtures.served import ENDS, Served, post, server_process, serving, wait_until, write_adapter_export
+from tests.fixtures.served import (
+    ENDS,
+    Served,
+    openai_client,
+    post,
+    server_process,
+    serving,
+    wait_until,
+    write_adapter_export,
+)
 
 FAKE = Path(__file__).parents[1] / "fixtures" / "fake_vllm.py"
 QUESTION: Any = [{"role": "user", "content": "Wake me at seven."}]
@@ -64,9 +73,7 @@ def served(plain_run: Path, notes: Callable[[], list[dict[str, Any]]]) -> Iterat
 
 @pytest.fixture(scope="module")
 def client(served: Served) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(
-        base_url=f"{served.url}/v1", api_key="unused", max_retries=0, http_client=httpx.Client(trust_env=False)
-    ) as client:
+    with openai_client(served) as client:
         yield client
 
 
