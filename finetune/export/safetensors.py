@@ -53,7 +53,7 @@ def write(context: ExportContext, name: str, settings: ExportConfig) -> ExportRe
     else:
         for file in (file for pattern in WEIGHTS for file in source.glob(pattern)):
             _link(file, target / file.name)
-    write_record(target, "merged", spec=context.spec.dense(dtype=dtype), chat=context.chat)
+    write_record(target, "merged", spec=context.spec.dense(dtype=wanted.dtype), chat=context.chat)
     snippet = merged_snippet(name, model=context.spec.config, dtype=dtype)
     parity = context.check(name, settings, wanted, snippet=snippet, ends=[], packages=["transformers"])
     if converted:

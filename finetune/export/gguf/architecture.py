@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from gguf import MODEL_ARCH, TensorNameMap, get_tensor_name_map
 
 from finetune.errors import ExportError
-from finetune.export.gguf import delta_net
+from finetune.export.gguf import delta_net, gemma4
 from finetune.model.text_only import config_of_text, decoder_name
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ ARCHITECTURES = {
     "gemma": Architecture(MODEL_ARCH.GEMMA, norm_shift=1.0),
     "gemma2": Architecture(MODEL_ARCH.GEMMA2, norm_shift=1.0, sliding_window=True),
     "gemma3_text": Architecture(MODEL_ARCH.GEMMA3, norm_shift=1.0, sliding_window=True),
+    "gemma4_text": Architecture(MODEL_ARCH.GEMMA4, sliding_window=True),
+    "gemma4_unified_text": Architecture(MODEL_ARCH.GEMMA4, sliding_window=True),
     "glm4": Architecture(MODEL_ARCH.GLM4),
     "glm4_moe": Architecture(MODEL_ARCH.GLM4_MOE),
     "gpt_oss": Architecture(MODEL_ARCH.GPT_OSS, sliding_window=True),
@@ -80,6 +82,10 @@ def check_family(family: str | None, *, what: str) -> None:
         raise ExportError(f"GGUF export knows {known}; {what} is a {family}: ship it as safetensors")
 
 
+TOWERS = "vision|audio|embed_vision|embed_audio|multi_modal|visual|mtp"
+"""Beginnings of the names of towers, of what joins them to the decoder, and of layers that predict further tokens."""
+
+PROPORTIONAL = "proportional"
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
@@ -106,7 +112,9 @@ class Layout:
         self.layers = int(settings["num_hidden_layers"])
         self.heads = int(settings["num_attention_heads"])
         self.kv_heads = int(settings.get("num_key_value_heads") or self.heads)
-        self.head_dim = int(settings.get("head_dim") or settings["hidden_size"] // self.heads)
+        self.is_gemma4 = self.architecture.arch == MODEL_ARCH.GEMMA4
+        widths = gemma4.full_layer(settings) if self.is_gemma4 else settings
+        self.head_dim = int(widths.get("head_dim") or settings["hidden_size"] // self.heads)
         counts = (settings.get(name) for name in ("n_routed_experts", "num_experts", "num_local_experts"))
         self.experts = next((int(count) for count in counts if count), 0)
         self.tied = bool(settings.get("tie_word_embeddings"))
@@ -123,10 +131,15 @@ class Layout:
                     f"{self.folder} has {what}, which llama.cpp computes otherwise: ship it as safetensors"
                 )
 
+        for what, is_so in gemma4.unwritten(self.settings) if self.is_gemma4 else ():
+            if is_so:
+                raise ExportError(f"{self.folder} has {what}, which GGUF export does not write: ship it as safetensors")
+
     def _differences(self) -> Iterator[tuple[str, bool]]:
         """Yields what this model may have and llama.cpp's code for its family does not compute."""
         settings, kind = self.settings, self.rope["rope_type"]
-        yield f"rotary embeddings of the type {kind} (known: {', '.join(ROPE_TYPES)})", kind not in ROPE_TYPES
+        known = kind in ROPE_TYPES or (kind == PROPORTIONAL and self.is_gemma4)
+        yield f"rotary embeddings of the type {kind} (known: {', '.join(ROPE_TYPES)})", not known
         usual = 0.1 * math.log(self.rope.get("factor", 1.0)) + 1
         scale = self.rope.get("attention_factor") or usual
         yield f"YaRN with attention_factor {scale}", abs(scale - usual) > 1e-3
@@ -177,7 +190,7 @@ class Layout:
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         if layer:
             return int(layer.group(1)) >= self.layers
-        return self.image_text and not re.match(r"(model|lm_head)\.(?!vision|multi_modal|visual|mtp)", name)
+        return self.image_text and not re.match(rf"(model|lm_head)\.(?!{TOWERS})", name)
 
     def gguf_name(self, name: str) -> str | None:
         """Returns a tensor's name in GGUF; None for a tensor that llama.cpp does not store.
@@ -189,6 +202,7 @@ class Layout:
         if name.endswith("rotary_emb.inv_freq") or (self.tied and name == "lm_head.weight"):
             return None
         known = re.sub(r"e_score_correction_bias$", "e_score_correction.bias", name)
+        known = re.sub(r"layer_scalar$", "layer_scalar.weight", known)
         known = re.sub(r"\.dt_bias$", ".dt_proj.bias", known)
         known = re.sub(r"self_attn\.sinks$", "self_attn.sinks.weight", known)
         known = re.sub(r"shared_mlp\.output_linear", "mlp.down_proj", known)
@@ -220,7 +234,9 @@ class Layout:
         return rows
 
     def rope_factors(self) -> list[float] | None:
-        """Returns Llama 3's divisors of the rotary frequencies, one per pair of dimensions; None for other models."""
+        """Returns the divisors of the rotary frequencies, one per pair of dimensions; None for models without them."""
+        if self.rope["rope_type"] == PROPORTIONAL:
+            return gemma4.rope_factors(self.head_dim, self.rope)
         if self.rope["rope_type"] != "llama3":
             return None
         rope = self.rope

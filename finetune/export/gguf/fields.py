@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from gguf import MODEL_ARCH, ExpertGatingFuncType, GGUFWriter, RopeScalingType
 
-from finetune.export.gguf import delta_net
+from finetune.export.gguf import delta_net, gemma4
 
 if TYPE_CHECKING:
     from finetune.export.gguf.architecture import Layout
@@ -46,6 +46,8 @@ def write_fields(writer: GGUFWriter, layout: Layout) -> None:
             add(writer, settings[name])
     _write_rope(writer, layout)
     _write_experts(writer, layout)
+    if layout.is_gemma4:
+        gemma4.write_fields(writer, settings)
     if layout.has_delta_nets:
         delta_net.write_fields(writer, settings, sections=layout.rope.get("mrope_section"))
     if layout.architecture.arch == MODEL_ARCH.PHI3:
@@ -69,7 +71,9 @@ def _feed_forward(layout: Layout) -> int:
 
 
 def _kv_heads(layout: Layout) -> int | list[int]:
-    """Returns the number of key and value heads, of each layer where some are convolutions."""
+    """Returns the number of key and value heads, of each layer where they differ or some are convolutions."""
+    if layout.is_gemma4:
+        return gemma4.kv_heads(layout.settings)
     types = layout.settings.get("layer_types") or []
     if "conv" not in types:
         return layout.kv_heads
@@ -79,7 +83,8 @@ def _kv_heads(layout: Layout) -> int | list[int]:
 def _write_rope(writer: GGUFWriter, layout: Layout) -> None:
     rope = layout.rope
     writer.add_rope_freq_base(rope["rope_theta"])
-    writer.add_rope_dimension_count(int(layout.head_dim * rope.get("partial_rotary_factor", 1.0)))
+    share = 1.0 if layout.is_gemma4 else rope.get("partial_rotary_factor", 1.0)  # its divisors say which are rotated
+    writer.add_rope_dimension_count(int(layout.head_dim * share))
     if layout.local_rope:
         writer.add_rope_freq_base_swa(layout.local_rope["rope_theta"])
     if rope["rope_type"] in ("linear", "yarn"):
