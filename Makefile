@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart test test-all check check-gpu soak docs install install-dev clean
+.PHONY: quickstart test test-all lint check check-gpu soak docs install install-dev clean
 
 quickstart: .venv/.run
 	$(BIN)/python -m finetune +experiment=quickstart run.if_exists=resume
@@ -17,10 +17,12 @@ test: .venv/.dev
 test-all: .venv/.dev
 	$(PYTEST)
 
-check: .venv/.dev
+lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+check: lint
 	$(BIN)/python -m pytest --slow none -m "not gpu"
 
 check-gpu: .venv/.dev

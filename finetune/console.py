@@ -24,6 +24,18 @@ PLAIN_SECONDS = 60.0
 """Where there is no terminal, progress is a line of text, at most this often."""
 
 
+END = "report"
+"""The package that prints the end of a run."""
+
+_is_quiet = False
+
+
+def be_quiet(is_quiet: bool = True) -> None:
+    """Leaves out what a run prints before its end; its folder and its report have it. Errors are printed."""
+    global _is_quiet
+    _is_quiet = is_quiet
+
+
 def log(package: str, *sentences: str, stream: TextIO | None = None, style: str = "") -> None:
     """Prints each sentence after its package's name, wrapped so that the names form a column of their own.
 
@@ -34,9 +46,11 @@ def log(package: str, *sentences: str, stream: TextIO | None = None, style: str 
         style: rich's style of the sentences on a terminal, e.g. ``bold green``.
     """
     stream = stream or sys.stdout
+    if _is_quiet and package != END:
+        return
     for sentence in sentences:
         lines = textwrap.wrap(sentence, _width(stream) - MARGIN, break_long_words=False, break_on_hyphens=False) or [""]
-        names = [_styled(f"{package:<{MARGIN}}", "cyan", stream), *[" " * MARGIN] * (len(lines) - 1)]
+        names = [_styled(f"{package:<{MARGIN - 1}} ", "cyan", stream), *[" " * MARGIN] * (len(lines) - 1)]
         for name, line in zip(names, lines, strict=True):
             print(f"{name}{_styled(line, style, stream) if style else line}", file=stream)
     stream.flush()
@@ -50,6 +64,8 @@ def print_error(message: object, exit_code: int) -> int:
 
 def table(package: str, header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
     """Prints aligned columns; all but the first are right-aligned, since they hold figures."""
+    if _is_quiet and package != END:
+        return
     cells = [list(header), *[list(row) for row in rows]]
     lines = _drawn(cells) if sys.stdout.isatty() else _aligned(cells)
     for line in lines:
@@ -72,10 +88,10 @@ class ProgressBar:
         self, label: str, *, total: int | None = None, unit: str = "", done: int = 0, is_shown: bool = True
     ) -> None:
         self.label, self.total, self.unit, self.done = label, total, unit, done
-        self.is_shown = is_shown
+        self.is_shown = is_shown and not _is_quiet
         self.printed = time.monotonic()
         self.task: TaskID | None = None
-        if is_shown and sys.stderr.isatty() and os.environ.get("WORLD_SIZE", "1") == "1":
+        if self.is_shown and sys.stderr.isatty() and os.environ.get("WORLD_SIZE", "1") == "1":
             self.task = _open_display().add_task(label, total=total, completed=done, unit=unit, note="")
 
     def __enter__(self) -> ProgressBar:

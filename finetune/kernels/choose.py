@@ -22,6 +22,7 @@ class KernelFacts:
         free_bytes: Free memory of the device.
         head_split_obstacle: Why head and loss cannot be computed apart from the model.
         native_obstacle: Why there are no native kernels.
+        compiled_obstacle: Why torch cannot compile its own.
         tiles: Whether the AMX attention kernels can be used.
         allocator_obstacle: Why freed memory cannot be kept.
         documents_obstacle: Why attention cannot be computed document by document in transformers' own layers.
@@ -35,6 +36,7 @@ class KernelFacts:
     head_split_obstacle: str | None
     native_obstacle: str | None
     tiles: bool
+    compiled_obstacle: str | None = None
     allocator_obstacle: str | None = None
     documents_obstacle: str | None = None
     varlen_obstacle: str | None = "torch's varlen attention is for CUDA"
@@ -47,19 +49,24 @@ class KernelChoice:
     fused: bool
     cached: bool
     loss_on_trained_tokens: bool
-    native: bool
+    implementation: str
     tiles: bool
     tune_malloc: bool
     documents: bool
     varlen: bool
     reasons: tuple[str, ...]
 
-    def rounding(self) -> dict[str, bool]:
+    @property
+    def native(self) -> bool:
+        """Returns whether the kernels are those in C++."""
+        return self.implementation == "native"
+
+    def rounding(self) -> dict[str, bool | str]:
         """Returns the choices that round differently from their alternatives: a run that continues keeps them."""
         return {
             "fused": self.fused,
             "loss_on_trained_tokens": self.loss_on_trained_tokens,
-            "native": self.native,
+            "implementation": self.implementation,
             "tiles": self.tiles,
             "documents": self.documents,
             "varlen": self.varlen,
@@ -79,21 +86,23 @@ def choose(config: KernelsConfig, facts: KernelFacts, *, device: str) -> KernelC
     cached, weights_reason = _decide(config, "weights", "cached", obstacle, _cache_gain(facts))
     obstacle = facts.head_split_obstacle
     split, loss_reason = _decide(config, "loss", "trained", obstacle, "logits of other tokens are not needed")
-    obstacle = facts.native_obstacle or (None if fused or split else "layers and loss are plain")
-    native, native_reason = _decide(config, "implementation", "native", obstacle, "one pass over memory each")
+    faster, obstacle = _implementation(config, facts, device)
+    obstacle = obstacle or (None if fused or split else "layers and loss are plain")
+    is_faster, kernels_reason = _decide(config, "implementation", faster, obstacle, "one pass over memory each")
+    implementation = faster if is_faster else "plain"
     obstacle = facts.allocator_obstacle if device == "cpu" else f"torch has its own allocator on {device}"
     tune_malloc, memory_reason = _decide(config, "memory", "kept", obstacle, "the system is asked for memory only once")
     obstacle = facts.documents_obstacle or (None if split else "the loss is computed by transformers or TRL")
     documents, attention_reason = _decide(config, "attention", "documents", obstacle, "no mask of tokens by tokens")
     varlen = (documents or fused) and facts.varlen_obstacle is None
-    tiles = native and fused and facts.tiles
+    tiles = implementation == "native" and fused and facts.tiles
     plain_weights = "quantized" if facts.quantized else "as loaded"
     amx = ", attention in AMX tiles" if tiles else ""
     reasons = (
         f"layers {'fused' if fused else 'plain'}: {layers_reason}",
         f"weights {'cached' if cached else plain_weights}: {weights_reason}",
         f"loss on {'trained' if split else 'all'} tokens: {loss_reason}",
-        f"implementation {'native' if native else 'plain'}: {native_reason}{amx}",
+        f"implementation {implementation}: {kernels_reason}{amx}",
         f"attention {'by document' if documents else 'masked'}: {attention_reason}"
         f"{', all documents in one varlen call' if varlen else ''}",
         f"memory {'kept' if tune_malloc else 'plain'}: {memory_reason}",
@@ -102,7 +111,7 @@ def choose(config: KernelsConfig, facts: KernelFacts, *, device: str) -> KernelC
         fused=fused,
         cached=cached,
         loss_on_trained_tokens=split,
-        native=native,
+        implementation=implementation,
         tiles=tiles,
         tune_malloc=tune_malloc,
         documents=documents,
@@ -120,6 +129,14 @@ def _cache_obstacle(config: KernelsConfig, facts: KernelFacts, fused: bool, devi
         if facts.dense_bytes > CACHE_SHARE * facts.free_bytes:
             return f"dense copies would take more than {CACHE_SHARE:.0%} of the free memory"
     return None
+
+
+def _implementation(config: KernelsConfig, facts: KernelFacts, device: str) -> tuple[str, str | None]:
+    """Returns the implementation to take where nothing stands in its way, and what does."""
+    obstacles = {"native": facts.native_obstacle, "compiled": facts.compiled_obstacle}
+    usual = "native" if device == "cpu" else "compiled"
+    wanted = config.implementation if config.implementation in obstacles else usual
+    return wanted, obstacles[wanted]
 
 
 def _cache_gain(facts: KernelFacts) -> str:

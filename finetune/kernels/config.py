@@ -7,7 +7,7 @@ CHOICES = {
     "layers": ("auto", "fused", "plain"),
     "weights": ("auto", "cached", "quantized"),
     "loss": ("auto", "trained", "all"),
-    "implementation": ("auto", "native", "plain"),
+    "implementation": ("auto", "native", "compiled", "plain"),
     "attention": ("auto", "documents", "masked"),
     "memory": ("auto", "kept", "plain"),
 }
@@ -29,7 +29,9 @@ class KernelsConfig:
     """``trained``: computes head and loss on trained tokens only, in chunks. ``all``: TRL's loss over all logits."""
 
     implementation: str
-    """``native``: norm, activation, loss and attention in C++, compiled for this CPU on first use. ``plain``: torch."""
+    """``native``: norm, activation, loss and attention in C++, compiled for this CPU on first use. ``compiled``: norm,
+    activation and loss in torch, compiled by torch for the device, which takes seconds to minutes once. ``plain``:
+    torch. ``auto`` takes ``native`` on CPUs and ``compiled`` on GPUs."""
 
     attention: str = "auto"
     """``documents``: packed documents one by one, or in one call of torch's varlen attention on GPUs from Ampere on.

@@ -18,7 +18,7 @@ from torch import Tensor
 from finetune.console import log
 from finetune.errors import HardwareError
 from finetune.inference.rows import IGNORED
-from finetune.kernels import blocks, native, plain
+from finetune.kernels import blocks, compiled, native, plain
 from finetune.kernels.attention import Documents
 from finetune.kernels.autograd import FusedLinearCrossEntropy, TokenLosses
 from finetune.kernels.choose import KernelChoice, KernelFacts, choose
@@ -42,6 +42,7 @@ KEEP_BYTES = 2**31 - 1
 LARGEST_KEPT_BYTES = 2**26
 """Larger tensors go back to the system when they are freed: in the heap, the dense matrices of a 7B's layers would
 leave holes between the gradients that stay."""
+IMPLEMENTATIONS = {"native": native, "compiled": compiled, "plain": plain}
 FLOAT16_OBSTACLE = "float16 needs loss scaling, which is done around plain layers only"
 
 
@@ -51,7 +52,7 @@ class Fusion:
 
     Attributes:
         choice: What was chosen, with reasons.
-        kernels: The module that computes norm, gated activation and cross entropy: `native` or `plain`.
+        kernels: The module that computes norm, gated activation and cross entropy, of `IMPLEMENTATIONS`.
         enabled: Whether fused layers are used; the original forward passes otherwise.
     """
 
@@ -135,12 +136,12 @@ def apply_fusion(
         HardwareError: A setting that this model or machine cannot satisfy.
     """
     model = adapted.get_base_model()
-    facts = gather_facts(model, placement)
+    facts = gather_facts(model, placement, config)
     if fusion_obstacle:
         facts = dataclasses.replace(facts, fusion_obstacle=fusion_obstacle)
     choice = choose(config, facts, device=placement.device)
     log("kernels", *choice.reasons)
-    fusion = Fusion(choice, native if choice.native else plain)
+    fusion = Fusion(choice, IMPLEMENTATIONS[choice.implementation])
     if choice.fused:
         fuse(model, fusion, fuse_linears=partial(FusedLinears.of, cache=choice.cached, dtype=_dtype(placement.dtype)))
     if choice.documents:
@@ -178,8 +179,9 @@ def checkpoint_mlps(model: Any) -> None:
         blocks.checkpoint_mlp(mlp)
 
 
-def gather_facts(model: PreTrainedModel, placement: Placement) -> KernelFacts:
-    """Collects what the choice depends on from the model and the machine."""
+def gather_facts(model: PreTrainedModel, placement: Placement, config: KernelsConfig) -> KernelFacts:
+    """Collects what the choice depends on from the model and the machine; compiles nothing that is not asked for."""
+    compiles = config.implementation == "compiled" or (config.implementation == "auto" and placement.device != "cpu")
     linear = _linear_layers(model)
     native_obstacle = _native_obstacle(placement)
     return KernelFacts(
@@ -190,6 +192,7 @@ def gather_facts(model: PreTrainedModel, placement: Placement) -> KernelFacts:
         head_split_obstacle=_head_split_obstacle(model, placement.dtype),
         native_obstacle=native_obstacle,
         tiles=native_obstacle is None and native.has_tiles(),
+        compiled_obstacle=compiled.obstacle(placement.device) if compiles else None,
         allocator_obstacle=None if sys.platform == "linux" else "only glibc on Linux can keep it",
         documents_obstacle=documents_obstacle(model),
         varlen_obstacle=varlen_obstacle(

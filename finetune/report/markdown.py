@@ -18,7 +18,7 @@ from finetune.report.titles import ARTIFACTS, metric_title, stage_title
 
 def markdown(report: Fields) -> str:
     """Returns the content of report.json as a page of Markdown."""
-    sections = (_status, _headline, _use, _summary, _artifacts, _merge, _checks, _exports, _costs, _decisions)
+    sections = (_status, headline, _use, _summary, _artifacts, _merge, _checks, _exports, _costs, _decisions)
     parts = [f"# {report['run']}", *(section(report) for section in sections)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -38,19 +38,20 @@ def _status(report: Fields) -> str:
     return f"Status: {report['status']}. Not done: {', '.join(map(stage_title, report['missing']))}."
 
 
-def _headline(report: Fields) -> str:
-    headline = report["headline"]
-    if headline is None:
+def headline(report: Fields) -> str:
+    """Writes the score before and after as one sentence; empty where nothing was evaluated."""
+    scores = report["headline"]
+    if scores is None:
         return ""
-    share = headline_is_share(headline)
-    before, after = (level(headline[side]["value"], share=share) for side in ("before", "after"))
-    between = interval(headline["after"], share=share)
+    share = headline_is_share(scores)
+    before, after = (level(scores[side]["value"], share=share) for side in ("before", "after"))
+    between = interval(scores["after"], share=share)
     between = f" (95 % interval {between})" if between else ""
     return (
-        f"**{metric_title(headline['metric'])}: {before} → {after}**{between}, "
-        f"{ARTIFACTS[headline['from']].lower()} to {ARTIFACTS[headline['artifact']].lower()}, "
-        f"{count(headline['rows'])} held-out rows. "
-        f"{VERDICTS[headline['verdict']]}"
+        f"**{metric_title(scores['metric'])}: {before} → {after}**{between}, "
+        f"{ARTIFACTS[scores['from']].lower()} to {ARTIFACTS[scores['artifact']].lower()}, "
+        f"{count(scores['rows'])} held-out rows. "
+        f"{VERDICTS[scores['verdict']]}"
     )
 
 

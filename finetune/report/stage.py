@@ -6,7 +6,7 @@ from pathlib import Path
 
 from finetune.console import log
 from finetune.files import atomic_write_text
-from finetune.report.markdown import markdown
+from finetune.report.markdown import headline, markdown
 from finetune.report.page import page
 from finetune.report.run_data import read_run
 from finetune.report.summary import summarize
@@ -54,7 +54,7 @@ def report(run: Path, *, status: str = "complete") -> ReportFiles:
     atomic_write_text(html, page(content, data))
     if content["missing"]:
         log("report", f"partial: {', '.join(content['missing'])} did not finish in this run")
-    log("report", f"the whole run on one page: {html}")
+    log("report", *filter(None, [headline(content).replace("**", "")]), f"the whole run on one page: {html}")
     for use in content["use"]:  # not wrapped, so that a command can be copied
         sys.stdout.write(f"{'use':<11}{use['title']:<14} {use['command']}\n")
     return ReportFiles(folder=run, json=json, markdown=markdown_file, html=html, status=content["status"])

@@ -108,6 +108,24 @@ def test_kernels_serve_layers_where_the_loss_is_not_split() -> None:
     assert choice.tiles
 
 
+@pytest.mark.parametrize(
+    ("device", "wish", "facts", "implementation", "sentence"),
+    [
+        ("cuda", "auto", {"native_obstacle": "for a CPU"}, "compiled", "one pass over memory each"),
+        ("cuda", "auto", {"compiled_obstacle": "no Triton"}, "plain", "no Triton"),
+        ("cuda", "plain", {}, "plain", "as set by kernels.implementation"),
+        ("cpu", "auto", {"native_obstacle": "no g++"}, "plain", "no g++"),
+        ("cpu", "compiled", {}, "compiled", "as set by kernels.implementation"),
+    ],
+)
+def test_torch_compiles_on_gpus_and_where_it_is_asked_to(
+    device: str, wish: str, facts: dict[str, Any], implementation: str, sentence: str
+) -> None:
+    choice = made(device=device, wishes={"implementation": wish}, **facts)
+    assert (choice.implementation, choice.tiles) == (implementation, False)
+    assert reason(choice, "implementation") == f"implementation {implementation}: {sentence}"
+
+
 def test_copies_are_kept_up_to_the_share_and_not_beyond() -> None:
     limit = int(CACHE_SHARE * GOOD.free_bytes)
     assert made(dense_bytes=limit).cached
@@ -159,6 +177,11 @@ def test_memory_is_kept_on_a_cpu_only() -> None:
             r"kernels\.implementation=native .*: layers and loss are plain",
         ),
         (
+            {"implementation": "compiled"},
+            {"compiled_obstacle": "torch cannot compile here"},
+            r"kernels\.implementation=compiled is not possible here: torch cannot compile here",
+        ),
+        (
             {"memory": "kept"},
             {"device": "cuda"},
             r"kernels\.memory=kept is not possible here: torch has its own allocator on cuda",
@@ -185,5 +208,5 @@ def test_run_that_would_continue_with_other_rounding_is_refused() -> None:
     begun = {"product": {"rounding": made().rounding()}}
     require_same_rounding(made(), begun)
     require_same_rounding(made(), None)
-    with pytest.raises(HardwareError, match=r"native was True and is False.*no C\+\+ compiler"):
+    with pytest.raises(HardwareError, match=r"implementation was native and is plain.*no C\+\+ compiler"):
         require_same_rounding(made(native_obstacle="there is no C++ compiler (g++)"), begun)

@@ -153,7 +153,7 @@ def test_the_plan_knows_how_steps_will_be_computed(overrides: list[str]) -> None
     placement = place(machine, config)
     inputs = from_config(config, machine)
     model, _ = build_model(config, inputs, dtype=placement.dtype)
-    choice = choose(config.kernels, gather_facts(model, placement), device="cpu")
+    choice = choose(config.kernels, gather_facts(model, placement, config.kernels), device="cpu")
     cached = choice.cached and config.quantization.method != "none"
     assert (inputs.kernels.fused, inputs.kernels.loss_on_trained_tokens, inputs.kernels.cached) == (
         choice.fused,
