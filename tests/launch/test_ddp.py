@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from tests.fixtures.mixtures import write_mixture
 from tests.fixtures.processes import BFLOAT16_TOLERANCE, TOLERANCE, curve, seal, train_together
 
 
@@ -60,6 +63,27 @@ def test_they_equal_one_in_every_form_of_step(
         )
         assert [code for code, _ in ended] == [0] * count, ended
     assert curve(tmp_path / "2") == pytest.approx(curve(tmp_path / "1"), abs=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experts", ["shared", "each"])
+def test_they_train_the_experts_of_a_mixture_as_one_does(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, experts: str
+) -> None:
+    """Each process's tokens reach other experts: those that get no gradient on one still take part in the sum."""
+    base = tmp_path / "base"
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+    write_mixture(base, "qwen3_moe", vocab_size=512)
+    tokenizer.save_pretrained(base)
+    settings = {**LONG, "steps": 4, "rank": 2, "evaluations": 0, "lora_settings": {"experts": experts}}
+    for count in (1, 2):
+        ended = train_together(tmp_path / str(count), base, tokenizer, count=count, **settings)
+        assert [code for code, _ in ended] == [0] * count, ended
+    assert curve(tmp_path / "2") == pytest.approx(curve(tmp_path / "1"), abs=TOLERANCE)
+    one, two = (load_file(tmp_path / count / "train/adapter/adapter_model.safetensors") for count in "12")
+    assert any("experts" in name for name in one)
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=0.0, atol=1e-3)
 
 
 def test_non_finite_step_on_one_process_is_skipped_on_all(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
