@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -202,20 +202,18 @@ def _ours(folder: Path, tokenizer: Any) -> dict[str, float]:
 
 def _bare(folder: Path, tokenizer: Any) -> dict[str, float]:
     """Tokenizes rendered text, in batches on all cores, and discards the result."""
+    start, spent = memory_of_tree(os.getpid()), {"seconds": 0.0, "processor": 0.0}
     with open(folder / "rows.jsonl", encoding="utf-8") as handle:
-        texts = [
-            tokenizer.apply_chat_template([*row["prompt"], *row["completion"]], tokenize=False)
-            for row in map(json.loads, handle)
-        ]
-    start, clock = memory_of_tree(os.getpid()), Clock()
-    for batch in _batches(texts):
-        tokenizer(batch, add_special_tokens=False)
-    return {**clock.read(), "start": start}
-
-
-def _batches(texts: list[str]) -> Iterator[list[str]]:
-    for first in range(0, len(texts), TOKENIZER_BATCH_ROWS):
-        yield texts[first : first + TOKENIZER_BATCH_ROWS]
+        while lines := list(islice(handle, TOKENIZER_BATCH_ROWS)):
+            rows = map(json.loads, lines)
+            texts = [
+                tokenizer.apply_chat_template([*row["prompt"], *row["completion"]], tokenize=False) for row in rows
+            ]
+            clock = Clock()
+            tokenizer(texts, add_special_tokens=False)
+            for name, seconds in clock.read().items():
+                spent[name] += seconds
+    return {**spent, "start": start}
 
 
 def _trl(folder: Path, tokenizer: Any, *, processes: int | None) -> dict[str, float]:

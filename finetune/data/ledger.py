@@ -49,40 +49,53 @@ def write_ledger(
         train: Position of each training document; a row in several pieces has the position of its first one.
         heldout: Documents of the held-out split, in order; their ``pack`` is the position in this order.
     """
-    columns = _columns(store, selection, train=train, heldout=heldout)
     names = [source.name for source in sources]
+    places = _places(store, train, heldout)
     with pyarrow.parquet.ParquetWriter(folder / FILE, SCHEMA, compression="zstd") as writer:
-        for start in range(0, max(len(store.rows), 1), BATCH_ROWS):
-            batch = slice(start, start + BATCH_ROWS)
-            writer.write_table(_table(store, names, {name: column[batch] for name, column in columns.items()}))
+        for part in store.slices(len(store.rows), BATCH_ROWS):
+            writer.write_table(_table(store, names, _columns(store, selection, places, part)))
 
 
-def _columns(store: TokenStore, selection: Selection, *, train: Packs, heldout: np.ndarray) -> dict[str, np.ndarray]:
-    rows, documents, count = store.rows, store.documents, len(store.rows)
-    pack, position = np.full(count, -1, dtype=np.int64), np.full(count, -1, dtype=np.int32)
-    sizes = documents["length"][train.documents]
-    before = np.cumsum(sizes) - sizes
-    pack_of = np.repeat(np.arange(len(train)), np.diff(train.starts))
-    offsets = before - before[train.starts[:-1]][pack_of] if len(sizes) else before
-    first = _is_first_piece(documents)[train.documents]
-    owners = documents["row"][train.documents][first]
-    pack[owners], position[owners] = pack_of[first], offsets[first]
-    pack[documents["row"][heldout]], position[documents["row"][heldout]] = np.arange(len(heldout)), 0
+def _places(store: TokenStore, train: Packs, heldout: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns each row's pack, and the position of its first document in it; -1 for rows that are in none."""
+    pack, position = (store.array(dtype, len(store.rows), fill=-1) for dtype in (np.int64, np.int32))
+    for part in store.slices(len(train)):
+        documents, starts = train.part(part)
+        rows, sizes = store.documents["row"][documents], store.documents["length"][documents]
+        before = np.cumsum(sizes) - sizes
+        pack_of = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+        first = store.first_documents[rows] == documents
+        pack[rows[first]] = part.start + pack_of[first]
+        position[rows[first]] = (before - before[starts[:-1]][pack_of])[first]
+    for part in store.slices(len(heldout)):
+        rows = store.documents["row"][heldout[part]]
+        pack[rows], position[rows] = np.arange(part.start, part.stop), 0
+    return pack, position
+
+
+def _columns(
+    store: TokenStore, selection: Selection, places: tuple[np.ndarray, np.ndarray], part: slice
+) -> dict[str, np.ndarray]:
+    rows, count = store.rows[part], part.stop - part.start
+    documents = store.documents[store.documents_of(part)]
     chosen = documents[documents["role"] == CHOSEN]
-    tokens = np.bincount(chosen["row"], weights=chosen["length"], minlength=count).astype(np.int64)
-    trained = np.bincount(chosen["row"], weights=chosen["trained"], minlength=count).astype(np.int64)
-    kept = selection.split > 0
+    tokens, trained = (
+        np.bincount(chosen["row"] - part.start, weights=chosen[name], minlength=count).astype(np.int64)
+        for name in ("length", "trained")
+    )
+    kept = selection.split[part] > 0
+    duplicate_of = selection.duplicate_of[part]
     return {
-        "row": np.arange(count),
+        "row": np.arange(part.start, part.stop),
         "source": rows["source"],
         "line": rows["line"],
-        "fate": np.where(kept, 0, np.where(selection.duplicate_of >= 0, 2, 1)).astype(np.int16),
+        "fate": np.where(kept, 0, np.where(duplicate_of >= 0, 2, 1)).astype(np.int16),
         "reason": rows["reason"],
-        "duplicate_of": selection.duplicate_of,
+        "duplicate_of": duplicate_of,
         "truncated_by": np.where(kept, rows["truncated_by"], 0),
-        "split": selection.split,
-        "pack": pack,
-        "position": position,
+        "split": selection.split[part],
+        "pack": places[0][part],
+        "position": places[1][part],
         "pieces": np.where(kept, rows["pieces"], 0),
         "tokens": np.where(kept, tokens, 0),
         "trained_tokens": np.where(kept, trained, 0),
@@ -90,19 +103,14 @@ def _columns(store: TokenStore, selection: Selection, *, train: Packs, heldout: 
     }
 
 
-def _is_first_piece(documents: np.ndarray) -> np.ndarray:
-    """Returns whether each document is the first of its row."""
-    rows = documents["row"]
-    return np.concatenate([[True], rows[1:] != rows[:-1]]) if len(rows) else np.zeros(0, bool)
-
-
 def _table(store: TokenStore, names: list[str], columns: dict[str, np.ndarray]) -> pyarrow.Table:
     labels = {"source": names, "fate": [KEPT, DROPPED, DUPLICATE], "reason": ["", *store.reasons], "split": SPLITS}
+    rows = columns["row"].tolist()
+    details = store.details(rows[0], rows[-1] + 1)
     arrays: list[Any] = []
     for field in SCHEMA:
         if field.name == "detail":
-            details = [store.details.get(int(row), "") for row in columns["row"]]
-            arrays.append(pyarrow.array(details, pyarrow.string()))
+            arrays.append(pyarrow.array([details.get(row, "") for row in rows], pyarrow.string()))
         elif field.name in labels:
             codes = pyarrow.array(columns[field.name].astype(np.int16))
             texts = pyarrow.array(list(labels[field.name]), pyarrow.string())
@@ -118,18 +126,18 @@ def count_rows(store: TokenStore, selection: Selection) -> dict[str, Any]:
     ``rewritten`` of the kept ones are conversations whose earlier turns the chat template rewrites; each of their
     ``rewritten_pieces`` is rendered as serving does at its turn.
     """
-    of_reason = np.bincount(store.rows["reason"], minlength=len(store.reasons) + 1)
-    kept = selection.split > 0
-    rewritten = kept & (store.rows["flags"] & FLAGS[REWRITTEN] > 0)
-    return {
-        "in": len(store.rows),
-        "kept": int(kept.sum()),
-        "dropped": {text: int(of_reason[number]) for number, text in enumerate(store.reasons, 1) if of_reason[number]},
-        "truncated": int((store.rows["truncated_by"][kept] > 0).sum()),
-        "duplicate": int((selection.duplicate_of >= 0).sum()),
-        "rewritten": int(rewritten.sum()),
-        "rewritten_pieces": int(store.rows["pieces"][rewritten].sum()),
-    }
+    of_reason = store.count_reasons()
+    counts = dict.fromkeys(("kept", "truncated", "duplicate", "rewritten", "rewritten_pieces"), 0)
+    for part in store.row_slices():
+        rows, kept = store.rows[part], selection.split[part] > 0
+        rewritten = kept & (rows["flags"] & FLAGS[REWRITTEN] > 0)
+        counts["kept"] += int(kept.sum())
+        counts["truncated"] += int((rows["truncated_by"][kept] > 0).sum())
+        counts["duplicate"] += int((selection.duplicate_of[part] >= 0).sum())
+        counts["rewritten"] += int(rewritten.sum())
+        counts["rewritten_pieces"] += int(rows["pieces"][rewritten].sum())
+    dropped = {text: int(of_reason[number]) for number, text in enumerate(store.reasons, 1) if of_reason[number]}
+    return {"in": len(store.rows), "kept": counts.pop("kept"), "dropped": dropped, **counts}
 
 
 def find_rows(folder: Path, where: str) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,11 +22,11 @@ from finetune.data.pack import Packs, one_per_row, pack
 from finetune.data.read import fill_store, find_thoughts, resolve_formats
 from finetune.data.render import Renderer
 from finetune.data.rendering import make_renderer, rendering_settings
-from finetune.data.select import HELDOUT, TRAIN, hash_order, select
+from finetune.data.select import HELDOUT, TRAIN, Selection, count_split, hash_order, select
 from finetune.data.show import log_summary, write_preview
 from finetune.data.sources import Source, resolve_sources
 from finetune.data.store import TokenStore
-from finetune.data.worker import CHOSEN, REJECTED, WorkerSettings
+from finetune.data.worker import CHOSEN, WorkerSettings
 from finetune.data.write import write_heldout, write_train
 from finetune.errors import DataError
 from finetune.objectives import PROMPT, SUPERVISED, UNPAIRED, format_problem
@@ -109,31 +110,28 @@ def _write(preparation: _Preparation, store: TokenStore) -> PreparedData:
     """Selects, packs, checks and writes the tokenized rows."""
     config, folder, key = preparation.config, preparation.folder, preparation.key
     selection = select(config, preparation.sources, store, seed=preparation.seed)
-    split = selection.split[store.documents["row"]]
-    good, bad = _answers(config, store)
-    written = good | bad
-    train = np.flatnonzero((split == TRAIN) & written)
-    _require_both_kinds(config, good=int(good[train].sum()), bad=int(bad[train].sum()))
-    heldout = hash_order(store, _first_pieces(store, np.flatnonzero((split == HELDOUT) & good)))
+    _require_both_kinds(config, store, selection)
+    train = store.collect(documents for documents, _ in _answers(config, store, selection, TRAIN))
+    heldout = _heldout(config, store, selection, desirable=True)
     packs = _packs(config, store, train, seed=preparation.seed)
-    readable = store.rows[store.rows["full_tokens"] > 0]
-    lengths = length_statistics(readable["full_tokens"], readable["full_trained"], max_tokens=config.max_tokens)
+    lengths = length_statistics(_readable_lengths(store), max_tokens=config.max_tokens)
     write_train(folder / "train", store, packs, objective=config.objective, fingerprint=key)
     write_heldout(folder / "heldout", store, heldout, objective=config.objective, fingerprint=key)
     if config.objective == UNPAIRED:
-        others = hash_order(store, _first_pieces(store, np.flatnonzero((split == HELDOUT) & bad)))
+        others = _heldout(config, store, selection, desirable=False)
         write_heldout(folder / UNDESIRABLE_HELDOUT, store, others, objective=config.objective, fingerprint=f"{key}-bad")
     write_ledger(folder, store, selection, preparation.sources, train=packs, heldout=heldout)
-    sizes = store.documents["length"][packs.documents]
+    tokens, trained_tokens, longest = _count_tokens(store, packs)
+    train_rows, heldout_rows = (count_split(store, selection.split, side) for side in (TRAIN, HELDOUT))
     product = PreparedData(
         folder=folder,
         rows=count_rows(store, selection),
-        tokens=int(sizes.sum()),
-        trained_tokens=int(store.documents["trained"][train].sum()),
+        tokens=tokens,
+        trained_tokens=trained_tokens,
         packed_rows=len(packs),
-        train_rows=int((selection.split == TRAIN).sum()),
-        heldout_rows=len(heldout) if config.objective == UNPAIRED else int((selection.split == HELDOUT).sum()),
-        longest=int(np.add.reduceat(sizes, packs.starts[:-1]).max()),
+        train_rows=train_rows,
+        heldout_rows=len(heldout) if config.objective == UNPAIRED else heldout_rows,
+        longest=longest,
         fingerprint=key,
         warnings=collect_warnings(
             config, store, selection, tokenizer=preparation.tokenizer, renderer=preparation.renderer
@@ -155,18 +153,31 @@ def _require_formats(config: DataConfig, sources: list[Source], formats: dict[in
             raise DataError(problem)
 
 
-def _answers(config: DataConfig, store: TokenStore) -> tuple[np.ndarray, np.ndarray]:
-    """Returns which documents are rows of their own: the good answers, and those that only ``unpaired`` has."""
-    chosen, rejected = (store.documents["role"] == role for role in (CHOSEN, REJECTED))
-    if config.objective != UNPAIRED:
-        return chosen, np.zeros(len(chosen), dtype=bool)
-    labelled_bad = store.rows["desirable"][store.documents["row"]] == 0
-    return chosen & ~labelled_bad, rejected | (chosen & labelled_bad)
+def _answers(
+    config: DataConfig, store: TokenStore, selection: Selection, split: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields the documents of a split that are rows of their own, and whether each is a good answer.
+
+    Only ``unpaired`` has other answers: the rejected ones and those of undesirable rows.
+    """
+    for part in store.document_slices():
+        documents = store.documents[part]
+        chosen = documents["role"] == CHOSEN
+        is_own, is_good = chosen, chosen
+        if config.objective == UNPAIRED:
+            is_own = np.ones_like(chosen)
+            is_good = chosen & (store.rows["desirable"][documents["row"]] != 0)
+        at = np.flatnonzero(is_own & (selection.split[documents["row"]] == split))
+        yield part.start + at, is_good[at]
 
 
-def _require_both_kinds(config: DataConfig, *, good: int, bad: int) -> None:
+def _require_both_kinds(config: DataConfig, store: TokenStore, selection: Selection) -> None:
     if config.objective != UNPAIRED:
         return
+    good = bad = 0
+    for _, is_good in _answers(config, store, selection, TRAIN):
+        good += int(is_good.sum())
+        bad += int((~is_good).sum())
     if not good or not bad:
         kind = "desirable" if good else "undesirable"
         raise DataError(
@@ -176,12 +187,41 @@ def _require_both_kinds(config: DataConfig, *, good: int, bad: int) -> None:
     log("data", f"{good:,} desirable and {bad:,} undesirable answers to train on")
 
 
-def _first_pieces(store: TokenStore, documents: np.ndarray) -> np.ndarray:
-    """Returns the first piece of every held-out row: an evaluated row must have one prompt and one answer."""
-    if not len(documents):
-        return documents
-    rows = store.documents["row"][documents]
-    return documents[np.concatenate([[True], rows[1:] != rows[:-1]])]
+def _heldout(config: DataConfig, store: TokenStore, selection: Selection, *, desirable: bool) -> np.ndarray:
+    """Returns the held-out documents in their order.
+
+    Only the first piece of every row: an evaluated row must have one prompt and one answer.
+    """
+
+    def first_pieces() -> Iterator[np.ndarray]:
+        last = -1
+        for documents, is_good in _answers(config, store, selection, HELDOUT):
+            wanted = documents[is_good == desirable]
+            rows = store.documents["row"][wanted]
+            yield wanted[np.diff(rows, prepend=last) != 0]
+            last = rows[-1] if len(rows) else last
+
+    return hash_order(store, first_pieces())
+
+
+def _readable_lengths(store: TokenStore) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields tokens and trained tokens of the rows that could be read, before any was cut."""
+    for part in store.row_slices():
+        rows = store.rows[part]
+        readable = rows[rows["full_tokens"] > 0]
+        yield readable["full_tokens"], readable["full_trained"]
+
+
+def _count_tokens(store: TokenStore, packs: Packs) -> tuple[int, int, int]:
+    """Returns all tokens, those with a loss, and the tokens of the longest row."""
+    tokens = trained = longest = 0
+    for part in store.slices(len(packs)):
+        documents, starts = packs.part(part)
+        lengths = store.documents["length"][documents]
+        tokens += int(lengths.sum())
+        trained += int(store.documents["trained"][documents].sum())
+        longest = max(longest, int(np.add.reduceat(lengths, starts[:-1]).max()))
+    return tokens, trained, longest
 
 
 def _packs(config: DataConfig, store: TokenStore, documents: np.ndarray, *, seed: int) -> Packs:
@@ -191,8 +231,9 @@ def _packs(config: DataConfig, store: TokenStore, documents: np.ndarray, *, seed
     elif config.packing:
         capacity = config.pack_tokens or config.max_tokens
         generator = np.random.default_rng(seed)
-        return pack(documents, store.documents["length"][documents], capacity=capacity, generator=generator)
-    return one_per_row(documents)
+        lengths = store.documents["length"]
+        return pack(documents, lengths, capacity=capacity, generator=generator, scratch=store)
+    return one_per_row(documents, store)
 
 
 def _references(config: DataConfig, sources: list[Source]) -> frozenset[int]:

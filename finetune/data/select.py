@@ -1,5 +1,6 @@
 """Selects training rows, held-out rows and dropped rows by content and seed, not by position."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,59 +45,60 @@ def select(config: DataConfig, sources: list[Source], store: TokenStore, *, seed
     Raises:
         DataError: There are bad rows and ``data.bad_rows`` is ``error``, or no row is left.
     """
-    rows = store.rows
     _refuse_bad(config, sources, store)
-    heldout_source = np.array([source.heldout for source in sources])[rows["source"]]
-    if config.objective == SUPERVISED:
-        _drop(store, np.flatnonzero((rows["reason"] == 0) & (rows["desirable"] == 0)), UNDESIRABLE)
-    usable = rows["reason"] == 0
-    duplicate_of = np.full(len(rows), -1, dtype=np.int64)
-    for side in (heldout_source, ~heldout_source):
-        _find_duplicates(rows["content"], np.flatnonzero(usable & side), duplicate_of)
-    duplicates = int((duplicate_of >= 0).sum())
-    if config.duplicates == "drop":
-        usable &= duplicate_of < 0
-    else:
-        duplicate_of[:] = -1
-    split = np.where(usable, np.where(heldout_source, HELDOUT, TRAIN), DROPPED).astype(np.int8)
+    split = store.array(np.int8, len(store.rows))
+    duplicate_of = store.array(np.int64, len(store.rows), fill=-1)
+    heldout_source = np.array([source.heldout for source in sources])
+    for part in store.row_slices():
+        rows = store.rows[part]
+        if config.objective == SUPERVISED:
+            _drop(store, part.start + np.flatnonzero((rows["reason"] == 0) & (rows["desirable"] == 0)), UNDESIRABLE)
+        split[part] = np.where(rows["reason"] > 0, DROPPED, np.where(heldout_source[rows["source"]], HELDOUT, TRAIN))
+    duplicates = 0
+    for originals, repeats in _find_duplicates(store, split):
+        duplicates += len(repeats)
+        if config.duplicates == "drop":
+            duplicate_of[repeats], split[repeats] = originals, DROPPED
     mix = _mix(config, sources, store, split, seed=seed)
-    if not config.heldout_path and (split == TRAIN).any():
-        _holdout_split(config, rows, split, seed=seed)
+    if not config.heldout_path and count_split(store, split, TRAIN):
+        _holdout_split(config, store, split, seed=seed)
     leaked = _drop_leaked(config, store, split)
-    if not (split == TRAIN).any():
+    if not count_split(store, split, TRAIN):
         raise DataError(f"no row is left to train on: {_reasons(store, duplicates)}; {_remedy(config, store)}")
     return Selection(split=split, duplicate_of=duplicate_of, duplicates=duplicates, leaked=leaked, mix=mix)
 
 
 def _refuse_bad(config: DataConfig, sources: list[Source], store: TokenStore) -> None:
-    rows = store.rows
     names = ["", *store.reasons]
     by_length = np.array([name.startswith(LENGTH_REASONS) for name in names])
-    bad = rows["reason"] > 0
+    is_bad = np.array(names) != ""
     if config.bad_rows == "drop":
-        bad &= by_length[rows["reason"]] & (config.too_long == "error")
+        is_bad &= by_length & (config.too_long == "error")
     elif config.too_long != "error":
-        bad &= ~by_length[rows["reason"]]
-    numbers = np.flatnonzero(bad)
-    if not len(numbers):
+        is_bad &= ~by_length
+    counts = np.zeros(len(names), np.int64)
+    lines: list[str] = []
+    for part in store.row_slices():
+        rows = store.rows[part]
+        bad = np.flatnonzero(is_bad[rows["reason"]])
+        counts += np.bincount(rows["reason"][bad], minlength=len(names))
+        for number in bad[: SHOWN_BAD_ROWS - len(lines)].tolist():
+            text = store.details(part.start + number, part.start + number + 1).get(part.start + number, "")
+            where = f"{sources[rows['source'][number]].name}:{rows['line'][number]}"
+            lines.append(f"  {where}: {names[rows['reason'][number]]}{f' ({text})' if text else ''}")
+    if not lines:
         return
-    lines = []
-    for number in numbers[:SHOWN_BAD_ROWS]:
-        detail = f" ({text})" if (text := store.details.get(int(number), "")) else ""
-        row = rows[number]
-        lines.append(f"  {sources[row['source']].name}:{row['line']}: {names[row['reason']]}{detail}")
-    counts = np.bincount(rows["reason"][numbers], minlength=len(names))
     more = "; ".join(
         f"{names[number]}: {counts[number]:,}" for number in np.argsort(-counts, kind="stable") if counts[number]
     )
-    total = f"\n  ... {len(numbers):,} in all: {more}" if len(numbers) > SHOWN_BAD_ROWS else ""
-    only_too_long = by_length[rows["reason"][numbers]].all()
+    total = int(counts.sum())
+    rest = f"\n  ... {total:,} in all: {more}" if total > SHOWN_BAD_ROWS else ""
     remedy = (
         "raise data.max_tokens or choose another data.too_long"
-        if only_too_long
+        if not counts[~by_length].any()
         else "fix them, or drop and count them with data.bad_rows=drop"
     )
-    raise DataError(f"{len(numbers):,} of {len(rows):,} rows cannot be used; {remedy}:\n" + "\n".join(lines) + total)
+    raise DataError(f"{total:,} of {len(store.rows):,} rows cannot be used; {remedy}:\n" + "\n".join(lines) + rest)
 
 
 def _drop(store: TokenStore, rows: np.ndarray, reason: str) -> None:
@@ -105,11 +107,23 @@ def _drop(store: TokenStore, rows: np.ndarray, reason: str) -> None:
         store.rows["reason"][rows] = store.reason(reason)
 
 
-def _find_duplicates(content: np.ndarray, numbers: np.ndarray, duplicate_of: np.ndarray) -> None:
-    _, first, inverse = np.unique(content[numbers], return_index=True, return_inverse=True)
-    originals = numbers[first][inverse]
-    repeated = originals != numbers
-    duplicate_of[numbers[repeated]] = originals[repeated]
+def count_split(store: TokenStore, split: np.ndarray, value: int) -> int:
+    """Counts the rows whose split is ``value``."""
+    return sum(int((split[part] == value).sum()) for part in store.row_slices())
+
+
+def _find_duplicates(store: TokenStore, split: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields the rows that repeat an earlier one of their side, and the first row of the same content."""
+    with store.keys() as keys:
+        for rows in _rows(store, split, TRAIN, HELDOUT):
+            keys.add(rows, store.rows["content"][rows], split[rows])
+        yield from keys.repeats()
+
+
+def _rows(store: TokenStore, split: np.ndarray, *values: int) -> Iterator[np.ndarray]:
+    """Yields the numbers of the rows whose split is one of ``values``."""
+    for part in store.row_slices():
+        yield part.start + np.flatnonzero(np.isin(split[part], values))
 
 
 def seeded_hashes(values: np.ndarray, *, seed: int) -> np.ndarray:
@@ -121,13 +135,15 @@ def seeded_hashes(values: np.ndarray, *, seed: int) -> np.ndarray:
         return x ^ (x >> np.uint64(31))
 
 
-def hash_order(store: TokenStore, documents: np.ndarray) -> np.ndarray:
+def hash_order(store: TokenStore, documents: Iterator[np.ndarray]) -> np.ndarray:
     """Orders held-out documents by a hash of their content, the same for every seed.
 
     The first documents are then a fair sample even where the file is sorted, by label for example.
     """
-    content = store.rows["content"][store.documents["row"][documents]]
-    return documents[np.argsort(seeded_hashes(content, seed=0), kind="stable")]
+    with store.keys() as keys:
+        for chunk in documents:
+            keys.add(chunk, seeded_hashes(store.rows["content"][store.documents["row"][chunk]], seed=0))
+        return store.collect(keys.in_order())
 
 
 def _mix(
@@ -138,8 +154,10 @@ def _mix(
         return {}
     names = list(config.sources)
     of_source = np.array([names.index(source.mix) if source.mix in names else -1 for source in sources])
-    group = np.where(split == TRAIN, of_source[store.rows["source"]], -1)
-    usable = {name: int((group == number).sum()) for number, name in enumerate(names)}
+    counts = np.zeros(len(names) + 1, np.int64)
+    for rows in _rows(store, split, TRAIN):
+        counts += np.bincount(of_source[store.rows["source"][rows]], minlength=len(counts))
+    usable = dict(zip(names, counts.tolist(), strict=False))
     target = dict(usable)
     weights = {name: entry.weight for name, entry in config.sources.items() if entry.weight is not None}
     if weights:
@@ -153,49 +171,63 @@ def _mix(
                 )
             target[name] = entry.rows
     for number, name in enumerate(names):
-        rows = np.flatnonzero(group == number)
-        order = np.argsort(seeded_hashes(store.rows["content"][rows], seed=seed), kind="stable")
-        surplus = rows[order[target[name] :]]
-        _drop(store, surplus, BY_MIX)
-        split[surplus] = DROPPED
+        with store.keys() as keys:
+            for rows in _rows(store, split, TRAIN):
+                group = rows[of_source[store.rows["source"][rows]] == number]
+                keys.add(group, seeded_hashes(store.rows["content"][group], seed=seed))
+            for surplus in keys.in_order(start=target[name]):
+                _drop(store, surplus, BY_MIX)
+                split[surplus] = DROPPED
     return target
 
 
-def _holdout_split(config: DataConfig, rows: np.ndarray, split: np.ndarray, *, seed: int) -> None:
+def _holdout_split(config: DataConfig, store: TokenStore, split: np.ndarray, *, seed: int) -> None:
     """Holds rows out. Equal prompts stay together, so that training answers no held-out question."""
-    numbers = np.flatnonzero(split == TRAIN)
-    count = config.heldout_rows if config.heldout_rows is not None else round(config.heldout_share * len(numbers))
+    usable = count_split(store, split, TRAIN)
+    count = config.heldout_rows if config.heldout_rows is not None else round(config.heldout_share * usable)
     if not count:
         return
-    if count >= len(numbers):
+    if count >= usable:
         raise DataError(
-            f"data.heldout_rows={count:,} would leave nothing to train on: {len(numbers):,} rows are usable; lower it"
+            f"data.heldout_rows={count:,} would leave nothing to train on: {usable:,} rows are usable; lower it"
         )
-    content, prompt = (seeded_hashes(rows[name][numbers], seed=seed) for name in ("content", "prompt"))
-    order = np.lexsort((content, prompt))
-    split[numbers[order[:count]]] = HELDOUT
+    with store.keys() as keys:
+        for rows in _rows(store, split, TRAIN):
+            keys.add(rows, *(seeded_hashes(store.rows[name][rows], seed=seed) for name in ("prompt", "content")))
+        for chosen in keys.in_order(size=count):
+            split[chosen] = HELDOUT
 
 
 def _drop_leaked(config: DataConfig, store: TokenStore, split: np.ndarray) -> int:
-    training = np.flatnonzero(split == TRAIN)
-    leaked = training[np.isin(store.rows["content"][training], store.rows["content"][split == HELDOUT])]
-    if config.leaked == "drop":
-        _drop(store, leaked, LEAKED)
-        split[leaked] = DROPPED
-    return len(leaked)
+    """Drops training rows that are also held-out rows, and counts them."""
+    if config.duplicates == "drop" and not config.heldout_path:
+        return 0  # all rows differ
+    count = 0
+    with store.keys() as keys:
+        for side in (HELDOUT, TRAIN):  # so that the first row of the same content is a held-out one where there is one
+            for rows in _rows(store, split, side):
+                keys.add(rows, store.rows["content"][rows])
+        for originals, repeats in keys.repeats():
+            leaked = repeats[(split[originals] == HELDOUT) & (split[repeats] == TRAIN)]
+            count += len(leaked)
+            if config.leaked == "drop":
+                _drop(store, leaked, LEAKED)
+                split[leaked] = DROPPED
+    return count
 
 
 def _remedy(config: DataConfig, store: TokenStore) -> str:
-    shortest = store.rows["full_tokens"][store.rows["full_tokens"] > 0]
-    if not len(shortest) or shortest.min() <= config.max_tokens:
+    known = (store.rows["full_tokens"][part] for part in store.row_slices())
+    shortest = min((int(tokens[tokens > 0].min()) for tokens in known if (tokens > 0).any()), default=0)
+    if shortest <= config.max_tokens:
         return "check data.format and data.columns"
     return (
-        f"the shortest has {shortest.min():,} tokens or more and data.max_tokens is {config.max_tokens:,}: raise it, "
+        f"the shortest has {shortest:,} tokens or more and data.max_tokens is {config.max_tokens:,}: raise it, "
         "or choose another data.too_long (data=text splits long texts)"
     )
 
 
 def _reasons(store: TokenStore, duplicates: int) -> str:
-    counts = np.bincount(store.rows["reason"], minlength=len(store.reasons) + 1)
+    counts = store.count_reasons()
     named = [f"{text}: {counts[number]:,}" for number, text in enumerate(store.reasons, 1) if counts[number]]
     return "; ".join([*named, *([f"duplicates: {duplicates:,}"] if duplicates else [])]) or "there were none"

@@ -1,62 +1,83 @@
-"""Stores the tokens of all rows in flat files, so that memory does not grow with them."""
+"""Stores tokens, masks, facts and texts of all rows in files, so that memory does not grow with them."""
 
-import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
+from finetune.data.scratch import Scratch, database
 from finetune.data.shingles import SIGNATURE
-from finetune.data.worker import DOCUMENT, ROW, Processed
+from finetune.data.worker import DOCUMENT, REJECTED, ROW, Processed
 from finetune.inference.rows import IGNORED
 
-TOKEN_DTYPE, MASK_DTYPE = np.dtype(np.int32), np.dtype(np.uint8)
+TABLES = (
+    "CREATE TABLE details (row INTEGER PRIMARY KEY, text TEXT)",
+    "CREATE TABLE answers (row INTEGER PRIMARY KEY, reference TEXT, chat TEXT, tests TEXT)",
+)
 
 
-class TokenStore:
-    """Tokens, masks and facts of all rows: first appended to batch by batch, then read as memory maps.
+class TokenStore(Scratch):
+    """Tokens, masks and facts of all rows: first appended to batch by batch, then read from files.
 
     Args:
         folder: Scratch folder; `delete` removes it.
 
     Attributes:
         reasons: Why rows were rejected; ``rows["reason"]`` indexes it from 1.
-        details: Row -> the value that made it unusable.
-        references: Row -> text of its last turn, where required.
-        tests: Row -> the tests that judge its answer, where it has some.
+        has_tests: Whether a row has tests that judge its answer.
+        rows: One ``ROW`` for each input row.
+        documents: One ``DOCUMENT`` for each tokenized document, in the order of the rows.
+        signatures: MinHash signature of each document.
+        starts: Where the tokens of each document begin in ``ids`` and ``mask``; one more entry than documents.
+        first_documents: Number of each row's first document; one more entry than rows.
     """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
+        super().__init__(folder)
         self.reasons: list[str] = []
-        self.details: dict[int, str] = {}
-        self.references: dict[int, str] = {}
-        self.tests: dict[int, str] = {}
-        self._chat_places: dict[int, int] = {}
-        self.count = 0
-        self._rows: list[np.ndarray] = []
-        self._documents: list[np.ndarray] = []
-        self._signatures: list[np.ndarray] = []
-        self._ids = open(folder / "ids", "wb")  # noqa: SIM115 - open for as long as rows come in
-        self._mask = open(folder / "mask", "wb")  # noqa: SIM115
-        self._chats = open(folder / "chats", "wb+")  # noqa: SIM115 - prompts may be long, so they are not kept in memory
+        self.has_tests = False
+        self.count = self._document_count = self._token_count = 0
+        self._opened = ExitStack()
+        names = ("ids", "mask", "rows", "documents", "signatures", "starts", "first_documents")
+        self._files = {name: self._opened.enter_context((folder / name).open("wb")) for name in names}
+        self._texts = self._opened.enter_context(database(folder / "texts"))
+        for table in TABLES:
+            self._texts.execute(table)
+        for name in ("starts", "first_documents"):
+            np.zeros(1, np.int64).tofile(self._files[name])
 
     def add(self, batch: Processed) -> None:
         """Appends one batch."""
         numbers = np.array([0, *[self.reason(text) for text in batch.reasons]], dtype="i2")
         batch.rows["reason"] = numbers[batch.rows["reason"]]
+        self._add_texts(batch)
+        of_row = np.bincount(batch.documents["row"], minlength=len(batch.rows))
         batch.documents["row"] += self.count
-        self.details.update({self.count + number: text for number, text in batch.details.items()})
-        for number, (text, chat) in batch.references.items():
-            self.references[self.count + number] = text
-            self._keep_chat(self.count + number, chat)
-        self.tests.update({self.count + number: text for number, text in batch.tests.items()})
-        self._rows.append(batch.rows)
-        self._documents.append(batch.documents)
-        self._signatures.append(batch.signatures)
-        batch.ids.tofile(self._ids)
-        batch.loss_mask.tofile(self._mask)
+        columns = {
+            "ids": np.asarray(batch.ids, np.int32),
+            "mask": np.asarray(batch.loss_mask, np.uint8),
+            "rows": batch.rows,
+            "documents": batch.documents,
+            "signatures": batch.signatures,
+            "starts": self._token_count + np.cumsum(batch.documents["length"], dtype=np.int64),
+            "first_documents": self._document_count + np.cumsum(of_row, dtype=np.int64),
+        }
+        for name, column in columns.items():
+            column.tofile(self._files[name])
         self.count += len(batch.rows)
+        self._document_count += len(batch.documents)
+        self._token_count += len(batch.ids)
+
+    def _add_texts(self, batch: Processed) -> None:
+        details = ((self.count + number, text) for number, text in batch.details.items())
+        self._texts.executemany("INSERT INTO details VALUES (?, ?)", details)
+        answers = (
+            (self.count + number, reference, chat, batch.tests.get(number))
+            for number, (reference, chat) in batch.references.items()
+        )
+        self._texts.executemany("INSERT INTO answers VALUES (?, ?, ?, ?)", answers)
+        self.has_tests = self.has_tests or bool(batch.tests)
 
     def reason(self, text: str) -> int:
         """Returns the number of a reason, which is added if it is new."""
@@ -65,42 +86,67 @@ class TokenStore:
         return self.reasons.index(text) + 1
 
     def close(self) -> None:
-        """Ends writing. After this, rows, documents, tokens and masks can be read."""
-        self._ids.close()
-        self._mask.close()
-        self.rows = np.concatenate(self._rows) if self._rows else np.zeros(0, ROW)
-        self.documents = np.concatenate(self._documents) if self._documents else np.zeros(0, DOCUMENT)
-        self.signatures = np.concatenate(self._signatures) if self._signatures else np.zeros((0, SIGNATURE), np.uint32)
-        self._rows, self._documents, self._signatures = [], [], []
-        self.starts = np.concatenate([[0], np.cumsum(self.documents["length"], dtype=np.int64)])
-        self.ids = self._map("ids", TOKEN_DTYPE)
-        self.mask = self._map("mask", MASK_DTYPE)
-
-    def _keep_chat(self, row: int, chat: str | None) -> None:
-        if chat is not None:
-            self._chat_places[row] = self._chats.tell()
-            self._chats.write(f"{chat}\n".encode())
-
-    def chat(self, row: int) -> str | None:
-        """Returns the turns before a row's last one and the tools, as JSON; None for raw text."""
-        if row not in self._chat_places:
-            return None
-        self._chats.seek(self._chat_places[row])
-        return self._chats.readline().decode().rstrip("\n")
+        """Ends writing. After this, all columns can be read."""
+        for file in self._files.values():
+            file.close()
+        self.ids = self.map(self.folder / "ids", np.int32)
+        self.mask = self.map(self.folder / "mask", np.uint8)
+        self.rows = self.map(self.folder / "rows", ROW)
+        self.documents = self.map(self.folder / "documents", DOCUMENT)
+        self.signatures = self.map(self.folder / "signatures", np.uint32, columns=SIGNATURE)
+        self.starts = self.map(self.folder / "starts", np.int64)
+        self.first_documents = self.map(self.folder / "first_documents", np.int64)
 
     def delete(self) -> None:
         """Deletes the files, the folder included."""
-        for file in (self._ids, self._mask, self._chats):
-            file.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._opened.close()
+        super().delete()
 
-    def _map(self, name: str, dtype: np.dtype) -> np.ndarray:
-        file = self.folder / name
-        return np.memmap(file, dtype=dtype, mode="r") if file.stat().st_size else np.zeros(0, dtype)
+    def answer(self, row: int) -> tuple[str, str | None, str | None]:
+        """Returns the text of a row's last turn, the chat before it as JSON, and the tests that judge its answer.
+
+        The chat is None for raw text; the tests are None where it has none.
+        """
+        query = "SELECT reference, chat, tests FROM answers WHERE row = ?"
+        reference, chat, tests = self._texts.execute(query, (row,)).fetchone()
+        return reference, chat, tests
+
+    def details(self, start: int, end: int) -> dict[int, str]:
+        """Returns the values that made rows from ``start`` to before ``end`` unusable, by row."""
+        query = "SELECT row, text FROM details WHERE row >= ? AND row < ?"
+        return dict(self._texts.execute(query, (start, end)))
+
+    def count_reasons(self) -> np.ndarray:
+        """Counts the rows of each reason; entry 0 counts those without one."""
+        size = len(self.reasons) + 1
+        counts = np.zeros(size, np.int64)
+        for part in self.row_slices():
+            counts += np.bincount(self.rows["reason"][part], minlength=size)
+        return counts
+
+    def row_slices(self) -> Iterator[slice]:
+        """Yields slices of the rows."""
+        return self.slices(len(self.rows))
+
+    def document_slices(self) -> Iterator[slice]:
+        """Yields slices of the documents."""
+        return self.slices(len(self.documents))
+
+    def documents_of(self, rows: slice) -> slice:
+        """Returns the slice of the documents of rows."""
+        return slice(int(self.first_documents[rows.start]), int(self.first_documents[rows.stop]))
+
+    def rejected(self, rows: np.ndarray) -> np.ndarray:
+        """Returns the document of each row's rejected answer, -1 where it has none. A row's rejected answer is last."""
+        last = self.first_documents[rows + 1] - 1
+        has = (last >= self.first_documents[rows]) & (self.documents["role"][last] == REJECTED)
+        return np.where(has, last, -1)
 
     def tokens(self, documents: np.ndarray) -> np.ndarray:
         """Returns the tokens of documents, one after the other."""
-        return np.asarray(self.ids[self._index(documents)], dtype=np.int32)
+        ids = np.asarray(self.ids[self._index(documents)], dtype=np.int32)
+        self.release()
+        return ids
 
     def _index(self, documents: np.ndarray) -> np.ndarray:
         lengths = self.documents["length"][documents].astype(np.int64)
@@ -111,4 +157,6 @@ class TokenStore:
         """Returns the tokens and the labels of documents, one after the other."""
         index = self._index(documents)
         ids = np.asarray(self.ids[index], dtype=np.int32)
-        return ids, np.where(self.mask[index] == 1, ids, np.int32(IGNORED)).astype(np.int32)
+        labels = np.where(self.mask[index] == 1, ids, np.int32(IGNORED)).astype(np.int32)
+        self.release()
+        return ids, labels

@@ -38,33 +38,31 @@ def write_train(folder: Path, store: TokenStore, packs: Packs, *, objective: str
 
 
 def _train_batches(store: TokenStore, packs: Packs, *, objective: str) -> Iterator[dict[str, Any]]:
-    rejected = _rejected(store) if objective == PREFERENCE else {}
-    for start in range(0, len(packs), BATCH_ROWS):
-        borders = packs.starts[start : start + BATCH_ROWS + 1]
-        documents = packs.documents[borders[0] : borders[-1]]
+    for part in store.slices(len(packs), BATCH_ROWS):
+        documents, borders = packs.part(part)
         ids, labels = store.tokens_and_labels(documents)
         lengths = store.documents["length"][documents]
-        tokens = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[borders - borders[0]]
+        tokens = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[borders]
         rows = store.documents["row"][documents]
         columns = {
             "input_ids": _lists(ids, tokens),
             "labels": _lists(labels, tokens),
-            "seq_lengths": _lists(lengths, borders - borders[0]),
-            "rows": _lists(rows, borders - borders[0]),
+            "seq_lengths": _lists(lengths, borders),
+            "rows": _lists(rows, borders),
         }
         if objective == PREFERENCE:
-            columns |= _preference_columns(store, rejected, rows)
+            columns |= _preference_columns(store, rows)
         if objective == UNPAIRED:
             columns["desirable"] = _desirable(store, documents)
         yield columns
 
 
-def _preference_columns(store: TokenStore, rejected: dict[int, int], rows: np.ndarray) -> dict[str, Any]:
+def _preference_columns(store: TokenStore, rows: np.ndarray) -> dict[str, Any]:
     """Returns the ``PREFERENCE_FIELDS`` of rows."""
-    has_rejected = np.array([int(row) in rejected for row in rows], dtype=bool)
-    documents = np.array([rejected[int(row)] for row in rows[has_rejected]], dtype=np.int64)
+    rejected = store.rejected(rows)
+    documents = rejected[rejected >= 0]
     lengths = np.zeros(len(rows), dtype=np.int64)
-    lengths[has_rejected] = store.documents["length"][documents]
+    lengths[rejected >= 0] = store.documents["length"][documents]
     ids, labels = store.tokens_and_labels(documents)
     borders = np.concatenate([[0], np.cumsum(lengths)])
     desirable = pyarrow.array(store.rows["desirable"][rows].astype(np.int32))
@@ -82,11 +80,6 @@ def _desirable(store: TokenStore, documents: np.ndarray) -> pyarrow.Array:
     return pyarrow.array((~rejected & ~labelled_bad).astype(np.int32))
 
 
-def _rejected(store: TokenStore) -> dict[int, int]:
-    numbers = np.flatnonzero(store.documents["role"] == REJECTED)
-    return dict(zip(store.documents["row"][numbers].tolist(), numbers.tolist(), strict=True))
-
-
 def write_heldout(folder: Path, store: TokenStore, documents: np.ndarray, *, objective: str, fingerprint: str) -> None:
     """Writes held-out rows: never packed, with the prompt as tokens and as a chat, and the expected answer."""
     _write_with_prompts(folder, store, documents, objective=objective, fingerprint=f"{fingerprint}-heldout")
@@ -96,7 +89,7 @@ def _write_with_prompts(
     folder: Path, store: TokenStore, documents: np.ndarray, *, objective: str, fingerprint: str
 ) -> None:
     fields = FIELDS | {"prompt_ids": LIST, "reference": "string", "row": "int32", "chat": "string"}
-    if store.tests:
+    if store.has_tests:
         fields["tests"] = "string"
     fields |= MORE_FIELDS[objective]
     batches = _heldout_batches(store, documents, objective=objective)
@@ -104,7 +97,6 @@ def _write_with_prompts(
 
 
 def _heldout_batches(store: TokenStore, documents: np.ndarray, *, objective: str) -> Iterator[dict[str, Any]]:
-    rejected = _rejected(store) if objective == PREFERENCE else {}
     for start in range(0, len(documents), BATCH_ROWS):
         batch = documents[start : start + BATCH_ROWS]
         ids, labels = store.tokens_and_labels(batch)
@@ -113,20 +105,21 @@ def _heldout_batches(store: TokenStore, documents: np.ndarray, *, objective: str
         single = np.arange(len(batch) + 1)
         prompts = [ids[first : first + answer] for first, answer in zip(tokens[:-1], answers, strict=True)]
         rows = store.documents["row"][batch]
+        references, chats, tests = zip(*(store.answer(row) for row in rows.tolist()), strict=True)
         columns = {
             "input_ids": _lists(ids, tokens),
             "labels": _lists(labels, tokens),
             "seq_lengths": _lists(lengths, single),
             "rows": _lists(rows, single),
             "prompt_ids": _lists(np.concatenate(prompts), np.concatenate([[0], np.cumsum(answers, dtype=np.int64)])),
-            "reference": pyarrow.array([store.references[int(row)] for row in rows], pyarrow.string()),
+            "reference": pyarrow.array(references, pyarrow.string()),
             "row": pyarrow.array(rows.astype(np.int32)),
-            "chat": pyarrow.array([store.chat(int(row)) for row in rows], pyarrow.string()),
+            "chat": pyarrow.array(chats, pyarrow.string()),
         }
-        if store.tests:
-            columns["tests"] = pyarrow.array([store.tests.get(int(row)) for row in rows], pyarrow.string())
+        if store.has_tests:
+            columns["tests"] = pyarrow.array(tests, pyarrow.string())
         if objective == PREFERENCE:
-            columns |= _preference_columns(store, rejected, rows)
+            columns |= _preference_columns(store, rows)
         if objective == UNPAIRED:
             columns["desirable"] = _desirable(store, batch)
         yield columns

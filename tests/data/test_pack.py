@@ -1,15 +1,18 @@
 """Packing loses nothing, fills well, and changes no document's loss."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.data.pack import pack
+from finetune.data.pack import Packs, pack
+from finetune.data.scratch import Scratch
 from finetune.inference.rows import IGNORED
 from finetune.products import PreparedData
 from tests.data.helpers import pair, split
@@ -25,28 +28,59 @@ ROWS = [
 ]
 
 
+def packed(lengths: list[int], *, capacity: int, seed: int = 0) -> Packs:
+    with TemporaryDirectory() as folder:
+        generator = np.random.default_rng(seed)
+        scratch = Scratch(Path(folder))
+        packs = pack(
+            np.arange(len(lengths)), np.array(lengths), capacity=capacity, generator=generator, scratch=scratch
+        )
+        return Packs(np.array(packs.documents), np.array(packs.starts))
+
+
+def rows_of(packs: Packs) -> list[list[int]]:
+    return [packs.documents[start:end].tolist() for start, end in pairwise(packs.starts)]
+
+
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=200))
 def test_every_document_is_packed_once_and_no_row_overflows(lengths: list[int]) -> None:
-    packs = pack(np.arange(len(lengths)), np.array(lengths), capacity=50, generator=np.random.default_rng(0))
+    packs = packed(lengths, capacity=50)
     assert sorted(packs.documents.tolist()) == list(range(len(lengths)))
     assert np.add.reduceat(np.array(lengths)[packs.documents], packs.starts[:-1]).max() <= 50
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=200))
 def test_best_fit_decreasing_stays_within_its_bound(lengths: list[int]) -> None:
-    packs = pack(np.arange(len(lengths)), np.array(lengths), capacity=50, generator=np.random.default_rng(0))
+    packs = packed(lengths, capacity=50)
     assert (
         len(packs) <= 11 / 9 * -(-sum(lengths) // 50) * 1.5 + 4
     )  # Johnson's bound is against the optimum, which is near the sum
 
 
 def test_the_tightest_row_is_chosen() -> None:
-    packs = pack(np.arange(4), np.array([6, 5, 4, 5]), capacity=10, generator=np.random.default_rng(0))
-    rows = {
-        frozenset(packs.documents[start:end].tolist())
-        for start, end in zip(packs.starts, packs.starts[1:], strict=False)
-    }
+    rows = {frozenset(row) for row in rows_of(packed([6, 5, 4, 5], capacity=10))}
     assert rows == {frozenset({0, 2}), frozenset({1, 3})}
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=200), st.integers(0, 3))
+def test_rows_are_those_of_a_search_in_memory_in_the_order_of_the_seed(lengths: list[int], seed: int) -> None:
+    rows: list[list[int]] = []
+    last_used: list[int] = []
+    for step, document in enumerate(sorted(range(len(lengths)), key=lambda number: -lengths[number])):
+        spaces = [50 - sum(lengths[member] for member in row) for row in rows]
+        fitting = [number for number, space in enumerate(spaces) if space >= lengths[document]]
+        if fitting:
+            row = min(fitting, key=lambda number: (spaces[number], -last_used[number]))
+            rows[row].append(document)
+            last_used[row] = step
+        else:
+            rows.append([document])
+            last_used.append(step)
+    order = np.random.default_rng(seed).permutation(len(rows))
+    assert rows_of(packed(lengths, capacity=50, seed=seed)) == [rows[row] for row in order]
 
 
 def test_packed_and_unpacked_rows_hold_the_same_documents(run: Callable[..., PreparedData]) -> None:

@@ -1,5 +1,6 @@
 """Finds near duplicates, and training documents that overlap with held-out ones."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -20,28 +21,30 @@ def near_duplicates(store: TokenStore, documents: np.ndarray, *, similarity: flo
 
     MinHash proposes pairs, which are then compared exactly. Of very many pairs, an even sample is compared.
     """
-    signatures = store.signatures[documents]
-    pairs = _candidate_pairs(signatures)
+    pairs = store.collect(_candidate_pairs(store, documents)).reshape(-1, 2)
     if not len(pairs):
         return 0.0
-    checked = pairs[:: max(1, -(-len(pairs) // LARGEST_CHECKED_PAIRS))]
+    checked = np.array(pairs[:: max(1, -(-len(pairs) // LARGEST_CHECKED_PAIRS))])
     skip = _shared_prefix_tokens(store, documents)
-    near = np.array([_jaccard(store, documents[a], documents[b], skip) >= similarity for a, b in checked])
+    near = np.array([_jaccard(store, pair, skip) >= similarity for pair in checked])
     rows = len(np.unique(checked[near, 1])) * len(pairs) / len(checked)
     return min(rows / len(documents), 1.0)
 
 
-def _candidate_pairs(signatures: np.ndarray) -> np.ndarray:
-    """Returns pairs with an equal band: the first document of each group with every other one."""
-    signed = np.flatnonzero(signatures.any(axis=1))
-    pairs = []
-    for band in np.split(np.arange(SIGNATURE), BANDS):
-        keys = np.ascontiguousarray(signatures[signed][:, band]).view(np.dtype((np.void, 4 * len(band)))).ravel()
-        _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-        originals = first[inverse]
-        repeated = originals != np.arange(len(signed))
-        pairs.append(np.stack([signed[originals[repeated]], signed[repeated]], axis=1))
-    return np.unique(np.concatenate(pairs), axis=0)
+def _candidate_pairs(store: TokenStore, documents: np.ndarray) -> Iterator[np.ndarray]:
+    """Yields pairs with an equal band, of shape (pairs, 2): the first document of each group with every other one."""
+    with store.keys() as pairs:
+        for band in np.split(np.arange(SIGNATURE), BANDS):
+            with store.keys() as bands:
+                for part in store.slices(len(documents)):
+                    signatures = store.signatures[documents[part]]
+                    signed = signatures.any(axis=1)
+                    halves = np.ascontiguousarray(signatures[signed][:, band]).view(np.uint64)
+                    bands.add(documents[part][signed], halves[:, 0], halves[:, 1])
+                for originals, repeats in bands.repeats():
+                    pairs.add(repeats, originals, repeats)
+        for originals, repeats, _ in pairs.groups():
+            yield np.stack([originals, repeats], axis=1)
 
 
 def _sample(documents: np.ndarray) -> np.ndarray:
@@ -54,26 +57,27 @@ def _shared_prefix_tokens(store: TokenStore, documents: np.ndarray) -> int:
     return shared_prefix_tokens(store.tokens(sample), store.documents["length"][sample].astype(np.int64))
 
 
-def _jaccard(store: TokenStore, first: int, second: int, skip: int) -> float:
+def _jaccard(store: TokenStore, pair: np.ndarray, skip: int) -> float:
     sets = []
-    for document in (first, second):
-        ids = np.asarray(store.ids[store.starts[document] + skip : store.starts[document + 1]])
+    for document in pair:
+        ids = store.tokens(np.array([document]))[skip:]
         sets.append(set(shingles(ids, np.array([len(ids)]), NEAR_TOKENS)[0].tolist()))
     return len(sets[0] & sets[1]) / max(len(sets[0] | sets[1]), 1)
 
 
-def overlapping_documents(store: TokenStore, train: np.ndarray, heldout: np.ndarray, *, share: float) -> np.ndarray:
-    """Returns the training documents with at least ``share`` of their 13-grams in held-out rows."""
+def overlapping_documents(
+    store: TokenStore, train: np.ndarray, heldout: np.ndarray, *, share: float
+) -> Iterator[np.ndarray]:
+    """Yields the training documents with at least ``share`` of their 13-grams in held-out rows."""
     table = _heldout_table(store, heldout, train=train)
-    overlapping = [np.zeros(0, dtype=np.int64)]
-    if table.any():
-        for documents, hashes, counts in _batches(store, train):
-            hashed = counts > 0
-            if hashed.any():
-                borders = (np.cumsum(counts) - counts)[hashed]
-                hits = np.add.reduceat(table[_prefix(hashes)], borders, dtype=np.int64)
-                overlapping.append(documents[hashed][hits >= share * counts[hashed]])
-    return np.concatenate(overlapping)
+    if not table.any():
+        return
+    for documents, hashes, counts in _batches(store, train):
+        hashed = counts > 0
+        if hashed.any():
+            borders = (np.cumsum(counts) - counts)[hashed]
+            hits = np.add.reduceat(table[_prefix(hashes)], borders, dtype=np.int64)
+            yield documents[hashed][hits >= share * counts[hashed]]
 
 
 def _heldout_table(store: TokenStore, heldout: np.ndarray, *, train: np.ndarray) -> np.ndarray:
@@ -82,13 +86,10 @@ def _heldout_table(store: TokenStore, heldout: np.ndarray, *, train: np.ndarray)
     Args:
         train: Training documents. A few held-out rows alone do not show which n-grams belong to the template.
     """
-    hashes, rows = _ngrams(store, heldout)
-    sample = _sample(train)
-    train_hashes, train_rows = _ngrams(store, sample)
-    common = train_hashes[train_rows > max(2, COMMON_SHARE * len(sample))]
-    specific = (rows <= max(2, COMMON_SHARE * len(heldout))) & ~np.isin(hashes, common)
+    common = np.concatenate([_common_ngrams(store, documents) for documents in (heldout, _sample(train))])
     table = np.zeros(1 << TABLE_BITS, dtype=bool)
-    table[_prefix(hashes[specific])] = True
+    for hashes in _ngrams(store, heldout):
+        table[_prefix(hashes[~np.isin(hashes, common)])] = True
     return table
 
 
@@ -96,18 +97,30 @@ def _prefix(hashes: np.ndarray) -> np.ndarray:
     return hashes >> np.uint64(64 - TABLE_BITS)
 
 
-def _ngrams(store: TokenStore, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the hashes of all n-grams, and the number of documents that contain each."""
-    per_document = [
-        np.unique(part)
-        for _, hashes, counts in _batches(store, documents)
-        for part in np.split(hashes, np.cumsum(counts)[:-1])
-    ]
-    return np.unique(np.concatenate(per_document or [np.zeros(0, np.uint64)]), return_counts=True)
+def _common_ngrams(store: TokenStore, documents: np.ndarray) -> np.ndarray:
+    """Returns the hashes of the n-grams that are in too many of the documents to belong to one.
+
+    Those whose prefix is rare are rare too, so only the few others are counted one by one.
+    """
+    most = max(2, COMMON_SHARE * len(documents))
+    of_prefix = np.zeros(1 << TABLE_BITS, dtype=np.int32)
+    for hashes in _ngrams(store, documents):
+        np.add.at(of_prefix, _prefix(hashes), 1)
+    counts = Counter[int]()
+    for hashes in _ngrams(store, documents):
+        counts.update(hashes[of_prefix[_prefix(hashes)] > most].tolist())
+    return np.array([hashed for hashed, count in counts.items() if count > most], dtype=np.uint64)
+
+
+def _ngrams(store: TokenStore, documents: np.ndarray) -> Iterator[np.ndarray]:
+    """Yields the hashes of all n-grams, each once for every document that contains it."""
+    for _, hashes, counts in _batches(store, documents):
+        parts = np.split(hashes, np.cumsum(counts)[:-1])
+        yield np.concatenate([np.unique(part) for part in parts])
 
 
 def _batches(store: TokenStore, documents: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    for start in range(0, len(documents), BATCH_DOCUMENTS):
-        batch = documents[start : start + BATCH_DOCUMENTS]
+    for part in store.slices(len(documents), BATCH_DOCUMENTS):
+        batch = documents[part]
         hashes, counts = shingles(store.tokens(batch), store.documents["length"][batch], OVERLAP_TOKENS)
         yield batch, hashes, counts

@@ -1,5 +1,6 @@
 """Compares shares of rows with the thresholds of ``data.checks``, and words the warnings."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,6 @@ from finetune.data.worker import CHOSEN
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NOTES = (TRIMMED, THOUGHTS_REMOVED, WITHOUT_THOUGHTS)
 LABEL_SHARE = 0.1
 """With fewer different answers than this share of the rows, the answers are labels."""
 
@@ -30,12 +30,19 @@ def collect_warnings(
     renderer: Renderer,
 ) -> list[str]:
     """Returns all warnings, the most serious first."""
+    flagged, heldout, kept = Counter[str](), Counter[str](), 0
+    for part in store.row_slices():
+        flags, split = store.rows["flags"][part], selection.split[part]
+        kept += int((split > 0).sum())
+        for name, flag in FLAGS.items():
+            flagged[name] += int((flags[split > 0] & flag > 0).sum())
+            heldout[name] += int((flags[split == HELDOUT] & flag > 0).sum())
     return [
         *_mask_warnings(config, store, selection, tokenizer, renderer),
         *_duplicate_warnings(config, store, selection),
         *_label_warnings(config, store, selection),
-        *_flag_warnings(config, store, selection),
-        *_template_warnings(store, selection, renderer),
+        *_flag_warnings(config, flagged, kept),
+        *_template_warnings(flagged, renderer, heldout=heldout[REWRITTEN]),
     ]
 
 
@@ -46,8 +53,11 @@ def _mask_warnings(
     tokenizer: "PreTrainedTokenizerBase",
     renderer: Renderer,
 ) -> Iterator[str]:
-    kept = selection.split[store.documents["row"]] > 0
-    tokens, trained = int(store.documents["length"][kept].sum()), int(store.documents["trained"][kept].sum())
+    tokens = trained = 0
+    for part in store.document_slices():
+        documents = store.documents[part]
+        kept = documents[selection.split[documents["row"]] > 0]
+        tokens, trained = tokens + int(kept["length"].sum()), trained + int(kept["trained"].sum())
     share = trained / max(tokens, 1)
     if share < config.checks.smallest_trained_share:
         yield (
@@ -80,9 +90,7 @@ def _duplicate_warnings(config: DataConfig, store: TokenStore, selection: Select
 
 def _overlap_warnings(config: DataConfig, store: TokenStore, selection: Selection) -> Iterator[str]:
     checks = config.checks
-    split = selection.split[store.documents["row"]]
-    chosen = (store.documents["role"] == CHOSEN) & ~_repeats_its_row(store)
-    train, heldout = np.flatnonzero((split == TRAIN) & chosen), np.flatnonzero((split == HELDOUT) & chosen)
+    train, heldout = (store.collect(_compared(store, selection, split)) for split in (TRAIN, HELDOUT))
     share = near_duplicates(store, train, similarity=checks.near_duplicate_similarity)
     if share > checks.near_duplicate_share:
         yield (
@@ -91,7 +99,8 @@ def _overlap_warnings(config: DataConfig, store: TokenStore, selection: Selectio
             f"data.checks.near_duplicate_share={checks.near_duplicate_share:g}): "
             "fewer epochs or fewer rows would teach as much"
         )
-    leaked = overlapping_documents(store, train, heldout, share=checks.overlap_share) if len(heldout) else heldout
+    overlapping = overlapping_documents(store, train, heldout, share=checks.overlap_share)
+    leaked = store.collect(overlapping if len(heldout) else iter(()))
     if len(leaked) > checks.overlap_rows_share * len(train):
         verb = "document shares" if len(leaked) == 1 else "documents share"
         lines = ", ".join(f"why={row}" for row in store.documents["row"][leaked[:3]])
@@ -101,44 +110,50 @@ def _overlap_warnings(config: DataConfig, store: TokenStore, selection: Selectio
         )
 
 
-def _repeats_its_row(store: TokenStore) -> np.ndarray:
-    """Returns whether each document is an earlier turn of a conversation whose turns are rows of their own."""
-    rows = store.documents["row"]
-    later = np.concatenate([[False], rows[1:] == rows[:-1]]) if len(rows) else np.zeros(0, bool)
-    rewritten: np.ndarray = later & (store.rows["flags"][rows] & FLAGS[REWRITTEN] > 0)
-    return rewritten
+def _compared(store: TokenStore, selection: Selection, split: int) -> Iterator[np.ndarray]:
+    """Yields the documents of a split without earlier turns of conversations whose turns are rows of their own."""
+    for part in store.document_slices():
+        documents, numbers = store.documents[part], np.arange(part.start, part.stop)
+        rows = documents["row"]
+        later = numbers > store.first_documents[rows]
+        repeats = later & (store.rows["flags"][rows] & FLAGS[REWRITTEN] > 0)
+        yield numbers[(selection.split[rows] == split) & (documents["role"] == CHOSEN) & ~repeats]
 
 
 def _label_warnings(config: DataConfig, store: TokenStore, selection: Selection) -> Iterator[str]:
-    answers = store.rows["answer"][selection.split > 0]
-    different, counts = np.unique(answers, return_counts=True)
-    if len(answers) < 20 or len(different) > LABEL_SHARE * len(answers):
+    different = most = answers = 0
+    with store.keys() as keys:
+        for part in store.row_slices():
+            rows = part.start + np.flatnonzero(selection.split[part] > 0)
+            keys.add(rows, store.rows["answer"][rows])
+            answers += len(rows)
+        for _, _, counts in keys.groups():
+            different, most = different + len(counts), max(most, int(counts.max()))
+    if answers < 20 or different > LABEL_SHARE * answers:
         return
-    share = counts.max() / len(answers)
+    share = most / answers
     if share > config.checks.largest_label_share:
         yield (
-            f"one of {len(different):,} different answers makes up {share:.0%} of the rows "
+            f"one of {different:,} different answers makes up {share:.0%} of the rows "
             f"(data.checks.largest_label_share={config.checks.largest_label_share:g}): "
             "a model can score well by always giving it"
         )
 
 
-def _flag_warnings(config: DataConfig, store: TokenStore, selection: Selection) -> Iterator[str]:
-    kept = selection.split > 0
-    flags = store.rows["flags"][kept]
+def _flag_warnings(config: DataConfig, flagged: Counter[str], rows: int) -> Iterator[str]:
     thresholds = {
         "control characters": config.checks.control_character_share,
         "likely secrets": config.checks.secret_share,
         "e-mail addresses": config.checks.email_share,
     }
     for name, threshold in thresholds.items():
-        count = int((flags & FLAGS[name] > 0).sum())
-        if count > threshold * len(flags):
-            rows, verb = ("row", "contains") if count == 1 else ("rows", "contain")
-            where = f"{count:,} {rows} ({_percent(count / len(flags))}) {verb}"
+        count = flagged[name]
+        if count > threshold * rows:
+            noun, verb = ("row", "contains") if count == 1 else ("rows", "contain")
+            where = f"{count:,} {noun} ({_percent(count / rows)}) {verb}"
             yield f"{where} {name}, which are not shown here; check them before you train on them"
-    literal = int((flags & FLAGS["control tokens as text"] > 0).sum())
-    in_pieces = int((flags & FLAGS["in pieces"] > 0).sum()) - literal
+    literal = flagged["control tokens as text"]
+    in_pieces = flagged["in pieces"] - literal
     if in_pieces > 0:
         yield (
             f"{in_pieces:,} rows have an answer whose beginning would form one token with the end of its prompt; "
@@ -151,22 +166,21 @@ def _flag_warnings(config: DataConfig, store: TokenStore, selection: Selection) 
         )
 
 
-def _template_warnings(store: TokenStore, selection: Selection, renderer: Renderer) -> Iterator[str]:
-    counts = {name: int((store.rows["flags"][selection.split > 0] & FLAGS[name] > 0).sum()) for name in NOTES}
-    if counts[TRIMMED]:
+def _template_warnings(flagged: Counter[str], renderer: Renderer, *, heldout: int) -> Iterator[str]:
+    if flagged[TRIMMED]:
         yield (
-            f"{counts[TRIMMED]:,} rows have an answer that begins or ends with white space, which the chat template "
+            f"{flagged[TRIMMED]:,} rows have an answer that begins or ends with white space, which the chat template "
             "removes, so that it is not trained on"
         )
-    if counts[THOUGHTS_REMOVED]:
-        yield f"{counts[THOUGHTS_REMOVED]:,} rows have thoughts, which are removed (data.thinking=train trains on them)"
-    if counts[WITHOUT_THOUGHTS]:
+    if flagged[THOUGHTS_REMOVED]:
+        count = flagged[THOUGHTS_REMOVED]
+        yield f"{count:,} rows have thoughts, which are removed (data.thinking=train trains on them)"
+    if flagged[WITHOUT_THOUGHTS]:
         other = "data.thinking=off asks for none" if renderer.template and renderer.template.switch else "add thoughts"
         yield (
-            f"{counts[WITHOUT_THOUGHTS]:,} rows have an answer without a thought, and the model is asked to think: an "
+            f"{flagged[WITHOUT_THOUGHTS]:,} rows have an answer without a thought, and the model is asked to think: an "
             f"empty thought is trained on there ({other})"
         )
-    heldout = int((store.rows["flags"][selection.split == HELDOUT] & FLAGS[REWRITTEN] > 0).sum())
     if heldout:
         yield (
             f"{heldout:,} held-out conversations are evaluated on their last turn only, since the chat template "
