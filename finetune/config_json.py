@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from finetune.architecture import ArchitectureConfig
 from finetune.errors import ModelError
+from finetune.readable import check_sizes, read_object
 
 _GATED_DELTA = {"qk_norm": True, "attention_gate": True}
 _GEMMA = {"norms_per_layer": 4, "qk_norm": True}
@@ -85,17 +85,10 @@ def from_config_json(path: Path) -> ArchitectureConfig:
         ModelError: There is no such file, it is not JSON, it lacks a dimension, or its family is unknown.
     """
     file = path / "config.json" if path.is_dir() else path
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(
-            f"model.name: {file} cannot be read: {error.strerror}; a local model folder must contain config.json; give "
-            "the dimensions of any other model under model.architecture"
-        ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:  # a GGUF is a binary file
-        raise ModelError(
-            f"model.name: {file} is not JSON: {error}; give the dimensions under model.architecture"
-        ) from error
+    content = read_object(
+        file, remedy="give the folder that save_pretrained wrote, or dimensions under model.architecture"
+    )
+    check_sizes(file, content)
     tied = {"tie_word_embeddings": True} if content.get("tie_word_embeddings") else {}  # of the whole or its decoder
     content = {**content.get("text_config", content), **tied}
     try:

@@ -149,8 +149,8 @@ class Keys:
         for (numbers,) in self._select(query, size, start):
             yield numbers
 
-    def repeats(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields numbers whose keys were added before, and the first number of the same keys."""
+    def repeats(self) -> Iterator[np.ndarray]:
+        """Yields numbers whose keys were added before, each after the first number of the same keys: shape (2, n)."""
         query = (
             "SELECT original, number FROM (SELECT number, rowid AS place, "
             "first_value(number) OVER same AS original, min(rowid) OVER same AS earliest FROM keys "

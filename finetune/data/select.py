@@ -112,8 +112,8 @@ def count_split(store: TokenStore, split: np.ndarray, value: int) -> int:
     return sum(int((split[part] == value).sum()) for part in store.row_slices())
 
 
-def _find_duplicates(store: TokenStore, split: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields the rows that repeat an earlier one of their side, and the first row of the same content."""
+def _find_duplicates(store: TokenStore, split: np.ndarray) -> Iterator[np.ndarray]:
+    """Yields the first rows of a content, and the rows of the same side that repeat them: shape (2, n)."""
     with store.keys() as keys:
         for rows in _rows(store, split, TRAIN, HELDOUT):
             keys.add(rows, store.rows["content"][rows], split[rows])

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 PROBE_QUESTION = "Which way is up"
 PROBE_ANSWER = "Away from the ground"
+TEMPLATE_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What the expressions of a template may raise, besides the errors of Jinja itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +85,15 @@ class Template:
                 **self.special,
                 **variables,
             )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
             raise BadRow("the chat template rejects the turns", str(error)) from error
         return text
 

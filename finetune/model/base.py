@@ -17,6 +17,7 @@ from finetune.console import human_bytes, log
 from finetune.errors import ModelError
 from finetune.model import hub
 from finetune.model.config import ModelConfig, looks_local
+from finetune.readable import DAMAGED, check_folder, refusing
 from finetune.trust import check_remote_code, check_weights
 
 TOKENIZER_FILES = (
@@ -98,6 +99,7 @@ def find(config: ModelConfig) -> ModelFiles:
     else:
         folder, source = hub.fetch_small_files(config), "hub"
         revision = folder.name
+    check_folder(folder)
     check_remote_code(folder, config.remote_code)
     return ModelFiles(folder=folder, name=name, revision=revision, source=source)
 
@@ -229,10 +231,12 @@ def _unpack(file: Path, target: Path) -> Path:
 
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     # Without dequantize=True transformers 5.23 keeps GGUF blocks, and can neither save nor train them.
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-    )
+    with refusing(f"{file} cannot be converted", DAMAGED):
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     model.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
     os.replace(partial, target)
     return target

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.chat_templates import read_template
 from finetune.errors import ModelError
 from finetune.model.base import Base, ModelFiles, weights_sha256
+from finetune.readable import refusing
 from finetune.trust import check_remote_code, offer
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ PAD_TOKENS = (
 )
 
 
+UNFIT = "weights and config.json do not fit together, or one is damaged: download both again"
+
+
 def load_tokenizer(
     base: Base | ModelFiles, *, trust_remote_code: bool = False, template: str | None = None
 ) -> PreTrainedTokenizerBase:
@@ -43,13 +47,11 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    try:
+    what = f"{base.folder} holds no tokenizer that transformers can read"
+    with refusing(what, f"add tokenizer.json{offer(base.folder)}"):
         tokenizer = AutoTokenizer.from_pretrained(base.folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"model.name: {base.folder} holds no tokenizer that transformers can read ({error}); "
-            f"add tokenizer.json{offer(base.folder)}"
-        ) from error
+    if not tokenizer.vocab_size:
+        raise ModelError(f"model.name: {what} (its vocabulary is empty); add tokenizer.json")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         vocabulary = tokenizer.get_vocab()
         pads = (
@@ -143,7 +145,8 @@ def _load_and_quantize(spec: ModelSpec, **where: Any) -> PreTrainedModel:
 
     folder, dtype = spec.base.folder, spec.placement.dtype
     try:
-        model = _open(folder, spec, **where, **loader_arguments(spec.quantization, dtype=dtype))
+        with refusing(f"transformers cannot load {folder}", f"{UNFIT}{offer(folder)}"):
+            model = _open(folder, spec, **where, **loader_arguments(spec.quantization, dtype=dtype))
         quantize(model, spec.quantization, dtype=dtype)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(

@@ -8,6 +8,7 @@ from typing import Any
 
 from finetune.console import log
 from finetune.errors import ModelError
+from finetune.readable import DAMAGED
 
 RENAMED = {
     r"^language_model\.model\.": "model.",
@@ -31,7 +32,9 @@ def from_pretrained(folder: Path | str, **arguments: Any) -> Any:
 
     config = config_of_text(folder, trust_remote_code=arguments.get("trust_remote_code", False))
     if config is None:
-        return AutoModelForCausalLM.from_pretrained(folder, **arguments)
+        model, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
+        _require_same_layers(folder, model, found)
+        return model
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, config=config, key_mapping=RENAMED, output_loading_info=True, **arguments
     )
@@ -43,6 +46,20 @@ def from_pretrained(folder: Path | str, **arguments: Any) -> Any:
     without = f", without {', '.join(unused)}" if unused else ""
     log("model", f"text only: {type(model).__name__} is loaded{without}")
     return model
+
+
+def _require_same_layers(folder: Path | str, model: Any, found: dict[str, Any]) -> None:
+    """Refuses a model that transformers would complete with random weights, or cut to fewer layers than its file has.
+
+    Of weights that are quantized while they are loaded, the quantizer refuses those that are missing.
+    """
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None) or 0
+    numbers = {name: re.search(r"\.layers\.(\d+)\.", name) for name in found["unexpected_keys"]}
+    cut = [name for name, number in numbers.items() if number and int(number[1]) >= layers]
+    missing = [] if getattr(model, "hf_quantizer", None) else found["missing_keys"]
+    for names, problem in ((missing, "has no"), (cut, f"has, beyond the {layers} layers of its config.json,")):
+        if names:
+            raise ModelError(f"model.name: {folder} {problem} {', '.join(sorted(names)[:3])}; {DAMAGED}")
 
 
 def config_of_text(folder: Path | str, *, trust_remote_code: bool = False) -> Any | None:
