@@ -45,7 +45,7 @@ def check_folder(folder: Path) -> None:
     """Checks the files that transformers opens, without weights.
 
     Raises:
-        ModelError: A file is none, is no JSON object, or config.json has sizes that no model has.
+        ModelError: A file is not a regular one or not a JSON object, or config.json has sizes that no model has.
     """
     for pattern in OPENED:
         for file in sorted(folder.glob(pattern)):
@@ -62,7 +62,7 @@ def read_object(file: Path, *, remedy: str = DAMAGED) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-        ModelError: The file cannot be read, is not JSON, or is no object.
+        ModelError: The file cannot be read, is not JSON, or is not an object.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -79,7 +79,7 @@ def check_sizes(file: Path, content: dict[str, Any]) -> None:
     """Checks the dimensions of a config.json, also those of its text decoder.
 
     Raises:
-        ModelError: One is not a positive number of a size that models have, or the family is no name.
+        ModelError: One is not a positive number of a size that models have, or the family is not a text.
     """
     decoder = content.get("text_config", {})
     if not isinstance(decoder, dict):

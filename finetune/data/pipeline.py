@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,13 +98,18 @@ def prepare(config: DataConfig, *, folder: Path, tokenizer: PreTrainedTokenizerB
 
 
 def _prepare(preparation: _Preparation, settings: WorkerSettings) -> PreparedData:
-    store = TokenStore(preparation.folder / ".work")
+    folder = preparation.folder
     try:
-        fill_store(preparation.config, preparation.sources, settings, store)
-        store.close()
-        return _write(preparation, store)
-    finally:
-        store.delete()
+        store = TokenStore(folder / ".work")
+        try:
+            fill_store(preparation.config, preparation.sources, settings, store)
+            store.close()
+            return _write(preparation, store)
+        finally:
+            store.delete()
+    except (OSError, sqlite3.OperationalError) as error:
+        remedy = "free some space there, or choose another run.root"
+        raise DataError(f"data: {folder} cannot be written: {error}; {remedy}") from error
 
 
 def _write(preparation: _Preparation, store: TokenStore) -> PreparedData:

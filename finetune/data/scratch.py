@@ -34,7 +34,9 @@ class Scratch:
     """A folder of arrays that are mapped into memory and of sorted keys, both deleted with it."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        if folder.exists():  # of a process that was killed
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
         self.folder = folder
         self._maps: list[np.memmap] = []
         self._names = count()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.chat_templates import read_template
 from finetune.errors import ModelError
 from finetune.model.base import Base, ModelFiles, weights_sha256
-from finetune.readable import refusing
+from finetune.readable import DAMAGED, refusing
 from finetune.trust import check_remote_code, offer
 
 if TYPE_CHECKING:
@@ -45,11 +45,16 @@ def load_tokenizer(
         ModelError: The folder has no tokenizer that transformers can read.
         DataError: There is no such template.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     what = f"{base.folder} holds no tokenizer that transformers can read"
     with refusing(what, f"add tokenizer.json{offer(base.folder)}"):
-        tokenizer = AutoTokenizer.from_pretrained(base.folder, trust_remote_code=trust_remote_code)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(base.folder, trust_remote_code=trust_remote_code)
+        except StrictDataclassError as error:
+            reason = " ".join(str(error).split())
+            raise ModelError(f"model.name: {base.folder / 'config.json'}: {reason}; {DAMAGED}") from error
     if not tokenizer.vocab_size:
         raise ModelError(f"model.name: {what} (its vocabulary is empty); add tokenizer.json")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:

@@ -1,6 +1,10 @@
 """Arrays and sorted keys on disk give what numpy gives in memory, and memory does not grow with the rows."""
 
+import io
+import multiprocessing
 import os
+import resource
+import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +19,8 @@ from finetune.data import ledger as ledger_module
 from finetune.data import read as read_module
 from finetune.data import scratch as scratch_module
 from finetune.data.checks import similar as similar_module
-from finetune.data.scratch import Keys, Scratch
+from finetune.data.scratch import Keys, Scratch, database
+from finetune.errors import DataError
 from finetune.products import PreparedData
 from tests.data.helpers import checks, ledger, pair, split, write_jsonl
 
@@ -83,6 +88,44 @@ def test_sorting_leaves_nothing_in_the_system_folder(
         next(order)
         opened = [Path(os.readlink(entry.path)) for entry in os.scandir("/proc/self/fd")]
         assert [file for file in opened if file.parent == tmp_path / "work" and file.name.startswith("etilqs")]
+
+
+def test_what_a_killed_process_left_is_removed(run: Callable[..., PreparedData], tmp_path: Path) -> None:
+    left = tmp_path / "out0" / ".work"
+    Scratch(left)
+    with database(left / "texts") as connection:
+        connection.execute("CREATE TABLE answers (row INTEGER)")
+        connection.execute("COMMIT")
+    assert run([pair()]).train_rows == 1
+    assert not left.exists()
+
+
+def message_with_little_disk(run: Callable[..., PreparedData], path: str, limit: int, sender: Any) -> None:
+    """Sends how a preparation ends where no file may be larger than ``limit`` bytes."""
+    sys.stdout = sys.stderr = io.StringIO()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        run(path=path, heldout_rows=5)
+    except DataError as error:
+        sender.send(str(error))
+    sender.close()
+
+
+@pytest.mark.parametrize("limit", [20_000, 60_000], ids=["tokens", "texts"])
+def test_a_full_disk_is_one_message(
+    limit: int, run: Callable[..., PreparedData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scratch_module, "CACHE_KIB", 1)
+    rows = [{**pair(f"What is {number}?", f"It is {number}."), "tests": "assert True\n" * 60} for number in range(400)]
+    path = str(write_jsonl(tmp_path / "many.jsonl", rows))
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=message_with_little_disk, args=(run, path, limit, sender))
+    process.start()
+    sender.close()
+    assert "cannot be written" in receiver.recv()
+    process.join()
+    assert process.exitcode == 0
 
 
 def varied_rows() -> list[dict[str, str]]:
