@@ -90,9 +90,14 @@ def named_templates(value: Any) -> dict[str, str]:
         return {}
     if isinstance(value, str):
         return {"default": value}
-    if isinstance(value, dict):
-        return dict(value)
-    return {str(entry["name"]): str(entry["template"]) for entry in value}
+    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        value = {entry.get("name"): entry.get("template") for entry in value}
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in [*value, *value.values()]):
+        raise DataError(
+            f"data.template: the tokenizer's chat_template must be a text, or texts by name; got {value!r:.60}; correct "
+            "tokenizer_config.json, or name another template"
+        )
+    return dict(value)
 
 
 def _trl_folder() -> Path:

@@ -150,7 +150,7 @@ def build_without_weights(config: ModelConfig, folder: Path) -> Any:
     except NOT_BUILT as error:
         raise ModelError(
             f"model.name={config.name}: {folder / 'config.json'} describes no model that transformers can build: "
-            f"{type(error).__name__}: {first_error_line(error)}{offer(folder)}"
+            f"{type(error).__name__}: {first_error_line(error)}; correct it, or download it again{offer(folder)}"
         ) from error
 
 

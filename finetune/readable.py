@@ -21,7 +21,7 @@ from finetune.errors import FinetuneError, ModelError
 
 OBJECTS = (
     *("config.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"),
-    *("processor_config.json", "preprocessor_config.json", "model.safetensors.index.json"),
+    *("processor_config.json", "preprocessor_config.json", "model.safetensors.index.json", "chat_template.json"),
 )
 """Files that must be a JSON object where a folder has them."""
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune.chat_templates import tokenizer_template
 from finetune.cli import main
 from finetune.compatibility import build_without_weights, check_stored_form
 from finetune.config_json import from_config_json
@@ -34,6 +35,7 @@ def open_as_a_run_does(folder: Path, *, method: str) -> None:
     config = model_config(folder)
     files = find(config)
     from_config_json(folder)
+    tokenizer_template(folder)
     template.inspect_template(load_tokenizer(files))
     check_stored_form(folder, method=method)
     build_without_weights(config, folder)

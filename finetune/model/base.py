@@ -99,7 +99,7 @@ def find(config: ModelConfig) -> ModelFiles:
     else:
         folder, source = hub.fetch_small_files(config), "hub"
         revision = folder.name
-    check_folder(folder)
+        check_folder(folder)
     check_remote_code(folder, config.remote_code)
     return ModelFiles(folder=folder, name=name, revision=revision, source=source)
 
@@ -179,6 +179,7 @@ def _local(folder: Path) -> Path:
         )
     if not (folder / "config.json").is_file():
         raise ModelError(f"model.name: {folder} has no config.json; give the folder that save_pretrained wrote")
+    check_folder(folder)
     return folder
 
 

@@ -51,12 +51,13 @@ def from_pretrained(folder: Path | str, **arguments: Any) -> Any:
 def _require_same_layers(folder: Path | str, model: Any, found: dict[str, Any]) -> None:
     """Refuses a model that transformers would complete with random weights, or cut to fewer layers than its file has.
 
-    Of weights that are quantized while they are loaded, the quantizer refuses those that are missing.
+    Weights that are stored quantized have other names than their layers: their quantizer looks for them.
     """
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", None) or 0
     numbers = {name: re.search(r"\.layers\.(\d+)\.", name) for name in found["unexpected_keys"]}
     cut = [name for name, number in numbers.items() if number and int(number[1]) >= layers]
-    missing = [] if getattr(model, "hf_quantizer", None) else found["missing_keys"]
+    quantizer = getattr(model, "hf_quantizer", None)
+    missing = [] if quantizer and quantizer.pre_quantized else found["missing_keys"]
     for names, problem in ((missing, "has no"), (cut, f"has, beyond the {layers} layers of its config.json,")):
         if names:
             raise ModelError(f"model.name: {folder} {problem} {', '.join(sorted(names)[:3])}; {DAMAGED}")
