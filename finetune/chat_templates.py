@@ -94,8 +94,8 @@ def named_templates(value: Any) -> dict[str, str]:
         value = {entry.get("name"): entry.get("template") for entry in value}
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in [*value, *value.values()]):
         raise DataError(
-            f"data.template: the tokenizer's chat_template must be a text, or texts by name; got {value!r:.60}; correct "
-            "tokenizer_config.json, or name another template"
+            f"data.template: the tokenizer's chat_template must be a text, or texts by name; got {value!r:.60}; "
+            "correct tokenizer_config.json, or name another template"
         )
     return dict(value)
 

@@ -54,7 +54,7 @@ class TokenStore(Scratch):
         self._add_texts(batch)
         of_row = np.bincount(batch.documents["row"], minlength=len(batch.rows))
         batch.documents["row"] += self.count
-        columns = {
+        columns: dict[str, np.ndarray] = {
             "ids": np.asarray(batch.ids, np.int32),
             "mask": np.asarray(batch.loss_mask, np.uint8),
             "rows": batch.rows,
