@@ -11,6 +11,9 @@ from finetune.data.shingles import SIGNATURE
 from finetune.data.worker import DOCUMENT, REJECTED, ROW, Processed
 from finetune.inference.rows import IGNORED
 
+GATHERED_DOCUMENTS = 500
+"""Documents that are far from each other may map 64 KiB each."""
+
 TABLES = (
     "CREATE TABLE details (row INTEGER PRIMARY KEY, text TEXT)",
     "CREATE TABLE answers (row INTEGER PRIMARY KEY, reference TEXT, chat TEXT, tests TEXT)",
@@ -144,19 +147,19 @@ class TokenStore(Scratch):
 
     def tokens(self, documents: np.ndarray) -> np.ndarray:
         """Returns the tokens of documents, one after the other."""
-        ids = np.asarray(self.ids[self._index(documents)], dtype=np.int32)
-        self.release()
-        return ids
-
-    def _index(self, documents: np.ndarray) -> np.ndarray:
-        lengths = self.documents["length"][documents].astype(np.int64)
-        ends = np.cumsum(lengths)
-        return np.arange(ends[-1] if len(ends) else 0) + np.repeat(self.starts[documents] - (ends - lengths), lengths)
+        return self._gather(self.ids, documents)
 
     def tokens_and_labels(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the tokens and the labels of documents, one after the other."""
-        index = self._index(documents)
-        ids = np.asarray(self.ids[index], dtype=np.int32)
-        labels = np.where(self.mask[index] == 1, ids, np.int32(IGNORED)).astype(np.int32)
-        self.release()
-        return ids, labels
+        ids = self.tokens(documents)
+        return ids, np.where(self._gather(self.mask, documents) == 1, ids, np.int32(IGNORED)).astype(np.int32)
+
+    def _gather(self, column: np.ndarray, documents: np.ndarray) -> np.ndarray:
+        """Returns the values of documents, one after the other."""
+        parts = [np.zeros(0, column.dtype)]
+        for part in self.slices(len(documents), GATHERED_DOCUMENTS):
+            lengths = self.documents["length"][documents[part]].astype(np.int64)
+            ends = np.cumsum(lengths)
+            index = np.arange(ends[-1]) + np.repeat(self.starts[documents[part]] - (ends - lengths), lengths)
+            parts.append(np.asarray(column[index]))
+        return np.concatenate(parts)
