@@ -32,9 +32,9 @@ def from_pretrained(folder: Path | str, **arguments: Any) -> Any:
 
     config = config_of_text(folder, trust_remote_code=arguments.get("trust_remote_code", False))
     if config is None:
-        model, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
-        _require_same_layers(folder, model, found)
-        return model
+        whole: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
+        _require_same_layers(folder, *whole)
+        return whole[0]
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, config=config, key_mapping=RENAMED, output_loading_info=True, **arguments
     )
