@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ def obstacle(device: str) -> str | None:
 
 
 @cache
-def _compiled(function: Callable[..., Tensor | tuple[Tensor, Tensor]]) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
     return torch.compile(function, fullgraph=True, dynamic=False)  # widths are fixed; `_any_rows` marks the rest
 
