@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.config_json import from_config_json
 from finetune.errors import DataError, FinetuneError, ModelError
+from finetune.export.needs import calibration_problems
 from finetune.files import first_error_line
 from finetune.parameters import linear_layers
 from finetune.prompt_problems import prompt_problems
@@ -48,6 +49,7 @@ def check_compatibility(
         *mixture_problems(model, config),
         *length_problems(data, positions=_positions(model)),
         *prompt_problems(config, data, positions=_positions(model)),
+        *_calibration_problems(config, data),
         *token_problems(data, tokenizer, rows=model.get_input_embeddings().weight.shape[0]),
     ]
     if config.lora.tokens:
@@ -220,6 +222,12 @@ def token_problems(data: PreparedData, tokenizer: PreTrainedTokenizerBase, *, ro
             f"data contain token {largest:,} ({tokenizer.convert_ids_to_tokens(largest)!r}): give the tokenizer that "
             "belongs to the model, or resize the embedding and save the model again"
         )
+
+
+def _calibration_problems(config: RunConfig, data: PreparedData) -> Iterator[str]:
+    """Yields why exports cannot be calibrated on the rows, where the run gets as far as that."""
+    if STAGES.index(config.run.until) >= STAGES.index("export"):
+        yield from calibration_problems(config.export, folder=data.folder / "train", seed=config.run.seed)
 
 
 def _positions(model: Any) -> int | None:
