@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from finetune.quantization.autoround import GROUPS
+from finetune.quantization.config import GROUPS
 
 FORMATS = ("adapter", "safetensors", "bitsandbytes", "gptq", "awq", "fp8", "gguf", "gguf_lora", "onnx", "card", "hub")
 CALIBRATED = ("gptq", "awq")

@@ -17,10 +17,10 @@ from finetune.quantization.calibration import calibration_sequences, calibration
 if TYPE_CHECKING:
     from finetune.lora import LoraConfig
 
-EXTRAS = {"gguf": "gguf", "gguf_lora": "gguf", "onnx": "onnx", "gptq": "autoround", "awq": "autoround"}
+EXTRAS = {"gguf": "gguf", "gguf_lora": "gguf", "onnx": "onnx", "gptq": "auto-round", "awq": "auto-round"}
 """The pip extra of a format."""
 
-PACKAGES = {"gguf": ("gguf", "xllamacpp"), "onnx": ("onnx", "onnxscript", "onnxruntime"), "autoround": ("auto_round",)}
+PACKAGES = {"gguf": ("gguf", "xllamacpp"), "onnx": ("onnx", "onnxscript", "onnxruntime"), "auto-round": ("auto_round",)}
 """The packages of an extra."""
 
 NO_EXPERTS = (

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import ModelError
+from finetune.quantization.config import GROUPS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
 PACKAGE = "auto_round"
 METHODS = ("gptq", "awq")
 BITS = 4
-GROUPS = (32, 64, 128)
-"""Group sizes that the kernels of servers compute. Source: vLLM, marlin_utils.py, MARLIN_SUPPORTED_GROUP_SIZES."""
-
 MULTIPLE = 32
 """Outputs of a layer must be a multiple: eight codes a word, and whole words of zero points for the kernels. auto-round
 leaves other layers in 16 bit, which the formats have no standard way to write."""
