@@ -1,7 +1,7 @@
 """``quantization=gptq`` and ``awq``: a base made from the run's own rows, kept in the run and found again."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,9 +23,9 @@ def dense(line: Callable[..., Line], **changes: int) -> ModelSpec:
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
-    yield tmp_path / "cache" / "rounded"
+    return tmp_path / "cache" / "rounded"
 
 
 def test_base_is_made_once_and_held_packed(line: Callable[..., Line], cache: Path, tmp_path: Path) -> None:
