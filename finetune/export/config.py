@@ -82,8 +82,8 @@ class ExportConfig:
         if self.format != "safetensors":
             yield "shard_bytes", "only safetensors files are split"
         if self.format not in CALIBRATED:
-            names = ("group_size", "calibration_rows", "calibration_tokens")
-            yield from ((name, "only gptq and awq calibrate") for name in names)
+            calibrated = ("group_size", "calibration_rows", "calibration_tokens")
+            yield from ((name, "only gptq and awq calibrate") for name in calibrated)
         if self.format != "gptq":
             yield "steps", "only gptq trains its rounding"
         if self.format in ("card", "hub"):
