@@ -96,4 +96,4 @@ def test_scales_of_awq_stay_in_the_norms_of_a_float32_base(float32_base: Path, t
             float((rounded * tensors[norm] - wanted).norm() / wanted.norm()) for tensors in (after, before)
         )
         assert error < 0.2
-        assert with_original_norm > 2 * error
+        assert with_original_norm > 1.2 * error
