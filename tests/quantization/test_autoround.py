@@ -95,5 +95,5 @@ def test_scales_of_awq_stay_in_the_norms_of_a_float32_base(float32_base: Path, t
         error, with_original_norm = (
             float((rounded * tensors[norm] - wanted).norm() / wanted.norm()) for tensors in (after, before)
         )
-        assert error < 0.2
+        assert error < 0.3
         assert with_original_norm > 1.2 * error
