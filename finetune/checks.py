@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.chat_templates import find_template, named_templates, no_template, tokenizer_template
-from finetune.compatibility import check_stored_form
+from finetune.compatibility import check_groups, check_stored_form
 from finetune.config_json import from_config_json
 from finetune.data.sources import Source, resolve_sources
 from finetune.errors import ConfigError, DataError, FinetuneError, HardwareError, ModelError
-from finetune.export.needs import check_gguf, check_packages
+from finetune.export.needs import check_gguf, check_packages, check_packed
 from finetune.files import existing_parent, require_disk
 from finetune.hardware.cuda import check_cuda
 from finetune.inference.adapted import check_adapter
@@ -192,6 +192,9 @@ def _check_model(start: Start) -> list[str]:
         return [f"the tokenizer of {config.name} and its chat template: {why}", *_check_names(start, own=None)]
     check_stored_form(folder, method=start.config.quantization.method)
     _check_mixture(start.config, folder)
+    check_groups(start.config.quantization, folder)
+    if start.is_plan or start.runs("export"):
+        check_packed(start.config.export, folder=folder)
     if looks_local(config.name) and not is_gguf(config.name):
         check_weights(folder)
     unchecked = _check_tokenizer(start, folder)

@@ -10,11 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.config_json import from_config_json
 from finetune.errors import DataError, FinetuneError, ModelError
+from finetune.export.needs import calibration_problems
 from finetune.files import first_error_line
+from finetune.hardware.backends import CALIBRATED
 from finetune.parameters import linear_layers
 from finetune.prompt_problems import prompt_problems
+from finetune.quantization.autoround import shape_problem
+from finetune.quantization.calibration import calibration_sequences, calibration_shortage
 from finetune.quantization.checkpoint_format import CheckpointFormat, read_format
-from finetune.quantization.config import PREQUANTIZED
+from finetune.quantization.config import PREQUANTIZED, QuantizationConfig
 from finetune.quantization.packed_checkpoint import required_format
 from finetune.run import STAGES
 
@@ -48,6 +52,7 @@ def check_compatibility(
         *mixture_problems(model, config),
         *length_problems(data, positions=_positions(model)),
         *prompt_problems(config, data, positions=_positions(model)),
+        *_calibration_problems(config, data),
         *token_problems(data, tokenizer, rows=model.get_input_embeddings().weight.shape[0]),
     ]
     if config.lora.tokens:
@@ -91,6 +96,26 @@ def check_stored_form(folder: Path, *, method: str) -> None:
             f"model.name: group_size={stored.group_size} in {folder / 'config.json'} does not divide the inputs of "
             f"{', '.join(sorted(uneven))}, which would need a shorter last group; give another checkpoint of the base"
         )
+
+
+def check_groups(config: QuantizationConfig, folder: Path) -> None:
+    """Checks by a base's config.json that its layers can be rounded in groups, for ``gptq`` and ``awq``.
+
+    Raises:
+        ModelError: Groups do not divide a layer, or the base has experts.
+    """
+    if config.method not in CALIBRATED:
+        return
+    try:
+        architecture = from_config_json(folder)
+    except ModelError:  # of a family whose dimensions are not known: checked when it is loaded
+        return
+    shapes = [(layer.name, layer.out_features, layer.in_features) for layer in linear_layers(architecture)]
+    problem = shape_problem(shapes, group_size=config.group_size)
+    if architecture.experts:
+        problem = "experts are stacked weights, which this method does not round; choose quantization=nf4_double"
+    if problem:
+        raise ModelError(f"quantization={config.method}: {problem}")
 
 
 def check_generation_settings(folder: Path) -> None:
@@ -220,6 +245,18 @@ def token_problems(data: PreparedData, tokenizer: PreTrainedTokenizerBase, *, ro
             f"data contain token {largest:,} ({tokenizer.convert_ids_to_tokens(largest)!r}): give the tokenizer that "
             "belongs to the model, or resize the embedding and save the model again"
         )
+
+
+def _calibration_problems(config: RunConfig, data: PreparedData) -> Iterator[str]:
+    """Yields why the base and exports cannot be calibrated on the rows, where the run gets as far as that."""
+    quantization, train = config.quantization, data.folder / "train"
+    if quantization.method in CALIBRATED:
+        rows, tokens = quantization.calibration_rows, quantization.calibration_tokens
+        calibration = calibration_sequences(train, rows=rows, tokens=tokens, seed=config.run.seed)
+        if problem := calibration_shortage(calibration, rows=rows, tokens=tokens):
+            yield f"quantization={quantization.method}: {problem}"
+    if STAGES.index(config.run.until) >= STAGES.index("export"):
+        yield from calibration_problems(config.export, folder=train, seed=config.run.seed)
 
 
 def _positions(model: Any) -> int | None:

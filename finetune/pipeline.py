@@ -34,8 +34,7 @@ from finetune.preflight import run_preflight
 from finetune.preflight.trial import MakeTrainer
 from finetune.products import Exports, MergedModel, PreflightResult, PreparedData, Scores, TrainedAdapter
 from finetune.provenance import warn_unused_overrides
-from finetune.quantization import choose_skip_modules
-from finetune.quantization.sensitivity import SkippedLayers
+from finetune.quantized_base import with_quantized_base
 from finetune.report import ReportFiles, report
 from finetune.run import STAGES, RunFolder, fingerprint
 from finetune.tracking import Trackers, figures, open_trackers
@@ -89,7 +88,7 @@ def run_stages(run: Run) -> Iterator[str]:
         check_compatibility(config, files, tokenizer, data)
     yield "data"
 
-    spec = with_skip_modules(ModelSpec.resolve(config, run.placement, files=files), folder, data)
+    spec = with_quantized_base(ModelSpec.resolve(config, run.placement, files=files), folder, data, seed=seed)
     ranks.put("data", not folder.is_done("train"))  # the others load the model now, or are not needed
     training = spec.key() | {"lora": config.lora, "kernels": config.kernels, "data.sha256": data.fingerprint}
     before = folder.manifest("model") if folder.is_done("preflight") else None
@@ -225,7 +224,7 @@ def run_worker(config: RunConfig, *, ranks: Ranks) -> None:
     bind_to_gpu(machine, placement, local=ranks.local)
     set_threads(placement, processes=ranks.local_count)
     data = folder.product("data", PreparedData)
-    spec = with_skip_modules(ModelSpec.resolve(config, placement), folder, data)
+    spec = with_quantized_base(ModelSpec.resolve(config, placement), folder, data, seed=config.run.seed)
     with trainable_model(config, spec, spec.load_tokenizer(), data, stage=nullcontext({})) as load:
         trainable = load()
         ranks.get("preflight")
@@ -252,19 +251,6 @@ def find_tokenizer(run: Run) -> tuple[ModelFiles, PreTrainedTokenizerBase]:
     tokenizer = load_tokenizer(files, trust_remote_code=model.trust_remote_code, template=model.template)
     log("model", describe_padding(tokenizer))
     return files, tokenizer
-
-
-def with_skip_modules(spec: ModelSpec, folder: RunFolder, data: PreparedData) -> ModelSpec:
-    """Chooses the layers that ``quantization.skip_modules_mib`` pays for; returns the spec with them."""
-    if not spec.quantization.skip_modules_mib:
-        return spec
-    kept = folder.stage(
-        "quantization",
-        SkippedLayers,
-        lambda out: choose_skip_modules(spec, folder=out, data=data),
-        key=spec.key() | {"quantization": spec.quantization, "data.sha256": data.fingerprint},
-    )
-    return dataclasses.replace(spec, quantization=kept.apply_to(spec.quantization))
 
 
 def training_job(

@@ -17,6 +17,9 @@ from pathlib import Path
 Export = tuple[str, str]
 """Format and path of an export, relative to the folder that the commands name."""
 
+FOR_VLLM = ("safetensors", "gptq", "awq", "fp8")
+"""Formats of the whole model that vLLM opens."""
+
 SERVED = ("adapter", "safetensors", "gguf")
 """Formats that chat and serve open."""
 
@@ -45,7 +48,7 @@ def run_commands(run: Path, exports: Sequence[Export]) -> list[Use]:
         exports: Format and path of each, relative to the run's folder.
     """
     if not _served(exports):
-        return []
+        return list(_programs(run, exports, model=run.name, verify=""))
     root = [] if str(run.parent) == "outputs" else [f"run.root={run.parent}"]
     name = shlex.join([f"run.name={run.name}", *root])
     formats = [kind for kind, _ in exports]
@@ -68,29 +71,27 @@ def export_commands(folder: Path, exports: Sequence[Export]) -> list[Use]:
         folder: Holds them now.
         exports: Format and name of each.
     """
+    others = [
+        Use(title=use.title, command=use.command.replace(f"{folder}/", ""))
+        for use in _programs(folder, exports, model="my-model", verify="")
+    ]
     served = _served(exports)
     if not served:
-        return []
+        return others
     kind, path = served[0]
     target = shlex.quote(f"{path}/model.gguf" if kind == "gguf" else path)
-    return [
-        Use(title="chat", command=f"finetune chat {target}"),
-        Use(title="serve", command=f"finetune serve {target}"),
-        *(
-            Use(title=use.title, command=use.command.replace(f"{folder}/", ""))
-            for use in _programs(folder, exports, model="my-model", verify="")
-        ),
-    ]
+    chat = Use(title="chat", command=f"finetune chat {target}")
+    return [chat, Use(title="serve", command=f"finetune serve {target}"), *others]
 
 
 def _programs(folder: Path, exports: Iterable[Export], *, model: str, verify: str) -> Iterator[Use]:
     """Yields the commands of other programs, each with the one that verifies it."""
     for kind, path in exports:
         file = folder / path
-        if kind == "safetensors":
+        if kind in FOR_VLLM:
             command = shlex.join(["vllm", "serve", str(file), "--served-model-name", "merged"])
-            yield Use(title="vLLM", command=command)
-            if verify:
+            yield Use(title="vLLM" if kind == "safetensors" else f"vLLM, {kind}", command=command)
+            if verify and kind == "safetensors":
                 yield Use(title="verify vLLM", command=f"{verify} url={LOCAL} model=merged")
         elif kind == "gguf" and (file / "Modelfile").is_file():
             name = shlex.quote(model.lower())

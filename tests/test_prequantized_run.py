@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from finetune.cli import main
+from finetune.quantization.checkpoint_format import read_format
 from tests.fixtures.overrides import overrides
 from tests.fixtures.quantized_bases import FORMS, write_quantized
 
@@ -28,3 +29,26 @@ def test_the_whole_line_runs_on_a_base_that_is_stored_quantized(
     assert measured["base"]["loss"] == measured["base_quantized"]["loss"]
     assert measured["adapter"]["loss"] < measured["base"]["loss"]
     assert [export["format"] for export in report["export"]] == ["adapter", "safetensors", "gguf"]
+
+
+@pytest.mark.slow
+def test_the_whole_line_runs_on_a_base_that_is_calibrated_on_its_rows(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+    calibration = [
+        "quantization.group_size=32",
+        "quantization.calibration_rows=8",
+        "quantization.calibration_tokens=32",
+    ]
+    asked = [*overrides(tmp_path, tiny_base), "quantization=awq", *calibration, "tracking=[]", "preflight=off"]
+    assert main([*asked, "export=[adapter]", "merge.measure_tokens=200"]) == 0, capsys.readouterr().err
+    folder = tmp_path / "outputs" / "tiny"
+    report = json.loads((folder / "report.json").read_text())
+    assert report["status"] == "complete"
+    made = json.loads((folder / "quantization" / "manifest.json").read_text())["product"]
+    assert (made["method"], made["layers"], made["sequences"], made["is_cached"]) == ("awq", 14, 8, False)
+    stored = read_format(folder / "quantization" / made["name"])
+    assert stored is not None
+    assert (stored.method, stored.group_size) == ("awq", 32)
+    assert report["eval"]["artifacts"]["adapter"]["loss"] < report["eval"]["artifacts"]["base"]["loss"]

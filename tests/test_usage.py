@@ -44,6 +44,15 @@ def test_ollama_needs_a_modelfile(tmp_path: Path) -> None:
     assert shlex.split(found["chat"]) == ["finetune", "chat", "run.name=First run", f"run.root={tmp_path}"]
 
 
+def test_packed_exports_have_the_command_of_vllm_alone() -> None:
+    packed = [("awq", "export/awq_int4"), ("fp8", "export/fp8")]
+    assert commands(Path("outputs/first"), *packed) == {
+        f"vLLM, {kind}": f"vllm serve outputs/first/{path} --served-model-name merged" for kind, path in packed
+    }
+    found = [use.command for use in export_commands(Path("outputs/x/export"), [("fp8", "fp8")])]
+    assert found == ["vllm serve fp8 --served-model-name merged"]
+
+
 @pytest.mark.parametrize("exports", [[], [("card", "export/README.md")], [("onnx", "export/onnx")]])
 def test_run_with_nothing_to_serve_has_no_commands(exports: list[tuple[str, str]]) -> None:
     assert run_commands(Path("outputs/first"), exports) == []

@@ -11,6 +11,7 @@ from finetune.eval import EvalConfig
 from finetune.export import ExportConfig
 from finetune.export.needs import conflicts as export_conflicts
 from finetune.hardware import HardwareConfig
+from finetune.hardware.backends import CALIBRATED
 from finetune.kernels import KernelsConfig
 from finetune.launch import LaunchConfig
 from finetune.launch.config import SHARDABLE
@@ -84,7 +85,7 @@ class RunConfig:
             launch=self.launch.strategy,
         )
         method = self.quantization.method
-        if method == PREQUANTIZED:
+        if method in (PREQUANTIZED, *CALIBRATED):
             yield from self._without_dense_base()
         if method in ("torchao_int8", "hqq") and self.model.upcast != "none":
             yield (
@@ -139,12 +140,13 @@ class RunConfig:
             )
 
     def _without_dense_base(self) -> Iterator[str]:
-        """Yields what needs the dense base, where only a quantized one is there."""
+        """Yields what needs the dense base, where only a quantized one is there or is trained on."""
+        method = self.quantization.method
         if self.merge.choose == "original":
-            yield "merge.choose=original needs the unquantized base; with quantization=prequantized, use fidelity"
+            yield f"merge.choose=original needs the unquantized base; with quantization={method}, use fidelity"
         for name, export in self.export.items():
             if export.format == "gguf_lora" or (export.format == "bitsandbytes" and export.dtype != "int8"):
                 yield (
                     f"export.{name}: format {export.format} starts from the unquantized base, and "
-                    "quantization=prequantized has none: export the merged model (safetensors, gguf), or dtype=int8"
+                    f"quantization={method} has none: export the merged model (safetensors, gguf), or dtype=int8"
                 )

@@ -5,7 +5,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-FORMATS = ("adapter", "safetensors", "bitsandbytes", "gguf", "gguf_lora", "onnx", "card", "hub")
+from finetune.quantization.config import GROUPS
+
+FORMATS = ("adapter", "safetensors", "bitsandbytes", "gptq", "awq", "fp8", "gguf", "gguf_lora", "onnx", "card", "hub")
+CALIBRATED = ("gptq", "awq")
 GGUF_DTYPES = ("f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
 DTYPES = {
     "safetensors": ("", "bfloat16", "float16", "float32"),
@@ -23,8 +26,9 @@ class ExportConfig:
 
     format: str
     """``adapter`` (plain peft), ``safetensors`` (the merged model), ``bitsandbytes`` (the merged model in 4 bit),
-    ``gguf`` (for llama.cpp and Ollama), ``gguf_lora`` (the adapter for them), ``onnx``, ``card`` (README.md for all of
-    them) or ``hub`` (a push of them)."""
+    ``gptq`` and ``awq`` (4 bits, calibrated on training rows, for vLLM), ``fp8`` (for vLLM), ``gguf`` (for llama.cpp
+    and Ollama), ``gguf_lora`` (the adapter for them), ``onnx``, ``card`` (README.md for all of them) or ``hub`` (a push
+    of them)."""
 
     logit_rows: int
     """Held-out prompts to compare logits on, in addition to the reference prompts."""
@@ -49,6 +53,18 @@ class ExportConfig:
     dtype: str = ""
     """dtype of the weights, where the format has several, e.g. ``bfloat16`` or ``q4_k_m``."""
 
+    group_size: int = 0
+    """``gptq`` and ``awq``: inputs that share a scale: 32, 64 or 128, and a divisor of every layer's inputs."""
+
+    calibration_rows: int = 0
+    """``gptq`` and ``awq``: sequences of training tokens to calibrate on, at most."""
+
+    calibration_tokens: int = 0
+    """``gptq`` and ``awq``: tokens of each of these sequences, which rows fill one after the other."""
+
+    steps: int = 0
+    """``gptq``: steps of SignRound for each block. auto-round itself takes 200; 0 rounds to nearest."""
+
     shard_bytes: int = 0
     """``safetensors``: largest file; 0 keeps the files of the base."""
 
@@ -65,6 +81,11 @@ class ExportConfig:
         """Yields the settings that have no effect given the others, each with the reason."""
         if self.format != "safetensors":
             yield "shard_bytes", "only safetensors files are split"
+        if self.format not in CALIBRATED:
+            calibrated = ("group_size", "calibration_rows", "calibration_tokens")
+            yield from ((name, "only gptq and awq calibrate") for name in calibrated)
+        if self.format != "gptq":
+            yield "steps", "only gptq trains its rounding"
         if self.format in ("card", "hub"):
             names = ("logit_rows", "loss_rows", "rows", "max_logit_difference", "max_kl", "max_new_tokens")
             yield from ((name, "it writes no weights that could be compared") for name in names)
@@ -78,6 +99,7 @@ class ExportConfig:
         if self.format not in FORMATS:
             yield f"export.*.format must be one of {', '.join(FORMATS)}; got {self.format!r}"
         for key, value in (
+            ("steps", self.steps),
             ("logit_rows", self.logit_rows),
             ("loss_rows", self.loss_rows),
             ("rows", self.rows),
@@ -87,6 +109,8 @@ class ExportConfig:
         ):
             if value < 0:
                 yield f"export.{self.format}.{key} must not be negative; got {value}"
+        if self.format in CALIBRATED:
+            yield from self._calibration_problems()
         if self.dtype not in DTYPES.get(self.format, ("",)):
             allowed = ", ".join(filter(None, DTYPES.get(self.format, ())))
             rule = f"must be one of {allowed}" if allowed else "must be left out, since this format has a single dtype"
@@ -98,3 +122,11 @@ class ExportConfig:
             yield "export.hub.push=true needs a token with the right to write: set HF_TOKEN in the environment"
         if self.max_new_tokens < 1:
             yield f"export.{self.format}.max_new_tokens must be at least 1; got {self.max_new_tokens}"
+
+    def _calibration_problems(self) -> Iterator[str]:
+        if self.group_size not in GROUPS:
+            sizes = ", ".join(map(str, GROUPS))
+            yield f"export.{self.format}.group_size must be one of {sizes}; got {self.group_size}"
+        for key in ("calibration_rows", "calibration_tokens"):
+            if getattr(self, key) < 1:
+                yield f"export.{self.format}.{key} must be at least 1; got {getattr(self, key)}"

@@ -14,6 +14,7 @@ from finetune.hardware import Placement
 from finetune.inference.chat import Chat
 from finetune.model import Base, ModelConfig, ModelSpec
 from finetune.quantization import QuantizationConfig
+from finetune.quantization.config import PREQUANTIZED
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -54,7 +55,7 @@ def rebuild(
     config = ModelConfig(**_known(ModelConfig, record["model"], folder), architecture=None)
     if record["kind"] == "merged":
         log("load", f"the merged model in {folder}")
-        return _merged(folder, config, placement=placement, sha256=record["weights_sha256"]), tokenizer
+        return _merged(folder, config, placement=placement, record=record), tokenizer
     from finetune.inference.adapted import load_adapted_model
 
     quantization = QuantizationConfig(**_known(QuantizationConfig, record["quantization"]["settings"], folder))
@@ -243,7 +244,8 @@ def _placement(record: dict[str, Any], *, device: str | None) -> Placement:
     )
 
 
-def _merged(folder: Path, config: ModelConfig, *, placement: Placement, sha256: str) -> PreTrainedModel:
-    base = Base(folder=folder, name=str(folder), revision=None, sha256=sha256, source="folder")
-    dense = QuantizationConfig(method="none")
-    return ModelSpec(base=base, config=config, quantization=dense, placement=placement).load()
+def _merged(folder: Path, config: ModelConfig, *, placement: Placement, record: dict[str, Any]) -> PreTrainedModel:
+    base = Base(folder=folder, name=str(folder), revision=None, sha256=record["weights_sha256"], source="folder")
+    is_packed = record["quantization"]["settings"]["method"] == PREQUANTIZED
+    quantization = QuantizationConfig(method=PREQUANTIZED if is_packed else "none")
+    return ModelSpec(base=base, config=config, quantization=quantization, placement=placement).load()

@@ -7,17 +7,26 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.errors import ExportError
-from finetune.export.config import ExportConfig
+from finetune.config_json import from_config_json
+from finetune.errors import ExportError, ModelError
+from finetune.export.config import CALIBRATED, ExportConfig
+from finetune.parameters import linear_layers
+from finetune.quantization.autoround import shape_problem
+from finetune.quantization.calibration import calibration_sequences, calibration_shortage
 
 if TYPE_CHECKING:
     from finetune.lora import LoraConfig
 
-EXTRAS = {"gguf": "gguf", "gguf_lora": "gguf", "onnx": "onnx"}
+EXTRAS = {"gguf": "gguf", "gguf_lora": "gguf", "onnx": "onnx", "gptq": "auto-round", "awq": "auto-round"}
 """The pip extra of a format."""
 
-PACKAGES = {"gguf": ("gguf", "xllamacpp"), "onnx": ("onnx", "onnxscript", "onnxruntime")}
+PACKAGES = {"gguf": ("gguf", "xllamacpp"), "onnx": ("onnx", "onnxscript", "onnxruntime"), "auto-round": ("auto_round",)}
 """The packages of an extra."""
+
+NO_EXPERTS = (
+    "this format is written for linear layers, and experts are stacked weights that servers expect quantized too; "
+    "export safetensors or gguf"
+)
 
 LOW_RANK_ONLY = (
     "llama.cpp adds nothing but low-rank products of linear layers: it supports no DoRA, embeddings, biases, tied "
@@ -39,6 +48,50 @@ def check_packages(config: Mapping[str, ExportConfig]) -> None:
             problems.append(f"export.{name} needs {' and '.join(missing)}: pip install 'finetune-qlora[{extra}]'")
     if problems:
         raise ExportError("; ".join(problems))
+
+
+def check_packed(config: Mapping[str, ExportConfig], *, folder: Path) -> None:
+    """Checks by the base's config.json that its layers can be quantized for servers.
+
+    A base of a family whose dimensions are not known is checked when the export is written, before its rounding.
+
+    Args:
+        config: The exports.
+        folder: Of the base's config.json.
+
+    Raises:
+        ExportError: It has experts, or layers that groups do not divide.
+    """
+    wanted = {name: settings for name, settings in config.items() if settings.format in (*CALIBRATED, "fp8")}
+    if not wanted:
+        return
+    try:
+        architecture = from_config_json(folder)
+    except ModelError:
+        return
+    shapes = [(layer.name, layer.out_features, layer.in_features) for layer in linear_layers(architecture)]
+    for name, settings in wanted.items():
+        if architecture.experts:
+            raise ExportError(f"export.{name}: {NO_EXPERTS}")
+        if settings.format in CALIBRATED and (problem := shape_problem(shapes, group_size=settings.group_size)):
+            raise ExportError(f"export.{name}: {problem}")
+
+
+def calibration_problems(config: Mapping[str, ExportConfig], *, folder: Path, seed: int) -> Iterator[str]:
+    """Yields which exports the prepared training rows are too few or too short for.
+
+    Args:
+        config: The exports.
+        folder: The prepared training rows.
+        seed: Of the run.
+    """
+    for name, settings in config.items():
+        if settings.format not in CALIBRATED:
+            continue
+        rows, tokens = settings.calibration_rows, settings.calibration_tokens
+        calibration = calibration_sequences(folder, rows=rows, tokens=tokens, seed=seed)
+        if problem := calibration_shortage(calibration, rows=rows, tokens=tokens):
+            yield f"export.{name}: {problem}"
 
 
 def check_gguf(config: Mapping[str, ExportConfig], *, family: str | None, folder: Path | None) -> None:

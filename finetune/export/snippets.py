@@ -87,6 +87,24 @@ def merged_snippet(folder: str, *, model: ModelConfig, dtype: str) -> str:
     return "\n".join(lines)
 
 
+def packed_snippet(folder: str, *, model: ModelConfig, dtype: str) -> str:
+    """Returns code that loads packed weights by this project's decoder, and the command that serves them."""
+    arguments = ", ".join([repr(folder), f"dtype=torch.{dtype}", 'device_map="auto"', *_trust(model)])
+    lines = [
+        f"# In vLLM: vllm serve {folder}",
+        "import torch",
+        "from finetune.quantization.prequantized import packed_layers",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f"tokenizer = AutoTokenizer.from_pretrained({folder!r})",
+        f"with packed_layers({folder!r}):",
+        f"    model = AutoModelForCausalLM.from_pretrained({arguments}).eval()",
+        "",
+        *_answer([]),
+    ]
+    return "\n".join(lines)
+
+
 def finetune_snippet(folder: str) -> str:
     """Returns code that calls this project's own loader, which refuses another base."""
     return "\n".join(["import finetune", "", f"model, tokenizer = finetune.load({folder!r})"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from finetune.console import human_bytes, log
 from finetune.export import adapter as adapters
-from finetune.export import bitsandbytes, card, finished, gguf, gguf_lora, hub, onnx, safetensors
+from finetune.export import bitsandbytes, card, finished, fp8, gguf, gguf_lora, hub, onnx, packed, safetensors
 from finetune.export.config import ExportConfig
 from finetune.export.context import ExportContext, Scorer
 from finetune.model import ModelSpec
@@ -19,6 +19,9 @@ WRITERS: dict[str, Callable[[ExportContext, str, ExportConfig], ExportResult]] =
     "adapter": adapters.write,
     "safetensors": safetensors.write,
     "bitsandbytes": bitsandbytes.write,
+    "gptq": packed.write,
+    "awq": packed.write,
+    "fp8": fp8.write,
     "gguf": gguf.write,
     "gguf_lora": gguf_lora.write,
     "onnx": onnx.write,

@@ -29,7 +29,9 @@ class BackendSupport:
 
 CPU_AND_CUDA = ("cpu", "cuda")
 BITSANDBYTES = "bitsandbytes 0.50.2, run here on CPU"
-GPTQMODEL = "gptqmodel 7.7.0, run on CPU in its own environment"
+AUTOROUND = "auto-round 0.16.1, and finetune/quantization/packed_linear.py, run here on CPU"
+CALIBRATED = ("gptq", "awq")
+"""Methods that a run makes from a dense base and its own training rows, and then trains on as ``prequantized``."""
 
 BACKENDS = {
     "none": BackendSupport(title="unquantized", devices=("cpu", "cuda", "mps"), tunable=True, source="run here on CPU"),
@@ -58,6 +60,20 @@ BACKENDS = {
         tunable=True,
         source="finetune/quantization/packed_linear.py, run here on CPU",
     ),
+    "gptq": BackendSupport(
+        title="4 bits in GPTQ's format, calibrated on the training rows",
+        devices=CPU_AND_CUDA,
+        library="auto_round",
+        tunable=True,
+        source=AUTOROUND,
+    ),
+    "awq": BackendSupport(
+        title="AWQ, calibrated on the training rows",
+        devices=CPU_AND_CUDA,
+        library="auto_round",
+        tunable=True,
+        source=AUTOROUND,
+    ),
     "torchao_int4": BackendSupport(
         title="4-bit torchao",
         library="torchao",
@@ -77,25 +93,6 @@ BACKENDS = {
         "base is rounded once, as with any method here, and the merged model is rounded again",
         source="torchao 0.18.0, torchao/quantization/qat/linear.py; LoRA on its layers ran on CPU, at the loss of "
         "plain 4-bit",
-    ),
-    "gptq": BackendSupport(
-        title="GPTQ",
-        library="gptqmodel",
-        alternative="quantization=nf4_double",
-        reason="gptqmodel 7.7 requires torch 2.14 and this version is tested with 2.13; it compiles its kernels with "
-        "g++ at the "
-        "first load, three of its CPU layers stop gradients after an evaluation, and transformers saves them as noise; "
-        "a base that is stored so runs with quantization=prequantized",
-        source=GPTQMODEL,
-    ),
-    "awq": BackendSupport(
-        title="AWQ",
-        library="gptqmodel",
-        alternative="quantization=nf4_double",
-        reason="transformers 5 loads it through gptqmodel 7.7 alone, which requires torch 2.14 and this version is "
-        "tested with "
-        "2.13, and peft cannot merge it; a base that is stored so runs with quantization=prequantized",
-        source=GPTQMODEL,
     ),
     "gguf": BackendSupport(
         title="GGUF",
@@ -133,6 +130,8 @@ def obstacle_on_dense_base(name: str) -> str:
     """Explains why an option of the quantization group cannot be measured on a dense base; empty where it can."""
     if name == "prequantized":
         return "it is how a base is stored, and this one is dense (docs/quantized-bases.md)"
+    if name in CALIBRATED:
+        return "it is calibrated on the training rows of a run, and made there (docs/quantized-bases.md)"
     return BACKENDS[name].reason if name in BACKENDS else ""
 
 

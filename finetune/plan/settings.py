@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from finetune.architecture import ArchitectureConfig
 from finetune.errors import ModelError
+from finetune.hardware.backends import CALIBRATED
 from finetune.hardware.place import choose_dtype, used_gpus
 from finetune.kernels.choose import KernelFacts, choose
 from finetune.kernels.forms import DOCUMENT_FAMILIES, FUSED_FAMILIES
@@ -17,6 +18,8 @@ from finetune.objectives import OBJECTIVES
 from finetune.parameters import linear_layers, linear_parameters
 from finetune.plan.fit import fit_step
 from finetune.plan.inputs import KernelChoice, PlanInputs, TrainerMemoryModel
+from finetune.quantization.autoround import BITS
+from finetune.quantization.checkpoint_format import SCALE_BYTES
 from finetune.quantization.config import PREQUANTIZED
 from finetune.quantization.packed_checkpoint import required_format
 
@@ -136,6 +139,15 @@ def planned_quantization(config: RunConfig, architecture: ArchitectureConfig) ->
         ModelError: The base is not stored quantized, its config.json cannot be had, or its form cannot be read.
     """
     settings = config.quantization
+    if settings.method in CALIBRATED:
+        zeros = BITS / 8  # one a group, stored also where it is always the middle
+        return PlannedQuantization(
+            method=PREQUANTIZED,
+            bits=BITS,
+            group_size=settings.group_size,
+            group_bytes=SCALE_BYTES + zeros,
+            keep=(),
+        )
     if settings.method != PREQUANTIZED:
         return PlannedQuantization(
             method=settings.method,
@@ -170,7 +182,8 @@ def predict_kernels(
     Raises:
         HardwareError: A setting of ``kernels`` other than ``auto`` is not possible.
     """
-    lora, method, family = config.lora, config.quantization.method, architecture.family
+    lora, family = config.lora, architecture.family
+    method = PREQUANTIZED if config.quantization.method in CALIBRATED else config.quantization.method
     upcast = "none" if dtype == "float32" else config.model.upcast
     reasons = {
         "float16 needs loss scaling": dtype == "float16",

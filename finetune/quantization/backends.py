@@ -31,7 +31,7 @@ def check_installed(config: QuantizationConfig) -> None:
     if library and importlib.util.find_spec(library) is None:
         raise ModelError(
             f"quantization.method={config.method} needs the package {library}; run: "
-            f"pip install 'finetune-qlora[{library}]'"
+            f"pip install 'finetune-qlora[{library.replace('_', '-')}]'"
         )
 
 

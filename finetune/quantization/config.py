@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from finetune.hardware.backends import BACKENDS, unsupported_reason
+from finetune.hardware.backends import BACKENDS, CALIBRATED, unsupported_reason
 
 if TYPE_CHECKING:
     from torch import Size, Tensor
@@ -19,6 +19,9 @@ BITS = (1, 2, 3, 4, 5, 6, 8)
 GROUP_MULTIPLE = 8
 """Source: hqq 0.2.8, hqq_base_quant_config."""
 
+GROUPS = (32, 64, 128)
+"""Group sizes that servers have kernels for. Source: vLLM, marlin_utils.py, MARLIN_SUPPORTED_GROUP_SIZES."""
+
 
 @dataclass(kw_only=True, slots=True)
 class QuantizationConfig:
@@ -26,7 +29,8 @@ class QuantizationConfig:
 
     method: str
     """``none``, ``nf4``, ``fp4`` (bitsandbytes 4-bit), ``int8`` (LLM.int8), ``torchao_int8``, ``hqq``;
-    ``prequantized`` for a base that is stored quantized (GPTQ, AWQ, ...). The other methods of
+    ``gptq`` and ``awq`` (4 bits, calibrated on the training rows by auto-round), ``prequantized`` for a base that is
+    stored quantized (GPTQ, AWQ, ...). The other methods of
     finetune/hardware/backends.py are refused with the reason."""
 
     double: bool = False
@@ -50,15 +54,32 @@ class QuantizationConfig:
     """hqq only: bits per weight, before the groups' constants."""
 
     group_size: int = 64
-    """hqq only: weights that share a scale and a zero point, which take 32 bits together."""
+    """hqq, gptq and awq: inputs that share a scale and a zero point. The last two take 32, 64 or 128."""
+
+    calibration_rows: int = 32
+    """gptq and awq: sequences of training tokens to calibrate on, at most."""
+
+    calibration_tokens: int = 256
+    """gptq and awq: tokens of each of these sequences, which rows fill one after the other."""
+
+    steps: int = 20
+    """gptq only: steps of SignRound for each block. auto-round itself takes 200; 0 rounds to nearest."""
 
     def unused(self) -> Iterator[tuple[str, str]]:
         """Yields the settings that have no effect given the others, each with the reason."""
         used_by = f"and quantization.method={self.method}"
         if self.method != "hqq":
-            yield from ((name, f"it is hqq's, {used_by}") for name in ("bits", "group_size"))
-        if self.method in ("none", PREQUANTIZED):
-            yield "skip_modules", "the run quantizes nothing"
+            yield "bits", f"it is hqq's, {used_by}"
+        if self.method not in ("hqq", *CALIBRATED):
+            yield "group_size", f"it is of hqq, gptq and awq, {used_by}"
+        if self.method not in CALIBRATED:
+            yield from (
+                (name, f"it is of gptq and awq, {used_by}") for name in ("calibration_rows", "calibration_tokens")
+            )
+        if self.method != "gptq":
+            yield "steps", f"it is gptq's, {used_by}"
+        if self.method in ("none", PREQUANTIZED, *CALIBRATED):
+            yield "skip_modules", "no layer can be exempted"
         if not self.skip_modules_mib:
             yield "skip_modules_tokens", "quantization.skip_modules_mib=0 measures nothing"
 
@@ -79,11 +100,22 @@ class QuantizationConfig:
             yield f"quantization.skip_modules_mib must not be negative; got {self.skip_modules_mib}"
         if self.skip_modules_tokens < 1:
             yield f"quantization.skip_modules_tokens must be at least 1; got {self.skip_modules_tokens}"
-        if self.method in ("none", PREQUANTIZED) and (self.skip_modules or self.skip_modules_mib):
+        if self.method in ("none", PREQUANTIZED, *CALIBRATED) and (self.skip_modules or self.skip_modules_mib):
+            why = "rounds all layers alike" if self.method in CALIBRATED else "quantizes nothing"
             yield (
                 "quantization.skip_modules and skip_modules_mib exempt layers from quantization, and "
-                f"quantization={self.method} quantizes nothing: leave them out"
+                f"quantization={self.method} {why}: leave them out"
             )
+        if self.method in CALIBRATED:
+            yield from self._calibration_problems()
+
+    def _calibration_problems(self) -> Iterator[str]:
+        if self.group_size not in GROUPS:
+            sizes = ", ".join(map(str, GROUPS))
+            yield f"quantization.group_size of {self.method} must be one of {sizes}; got {self.group_size}"
+        for name, smallest in (("calibration_rows", 1), ("calibration_tokens", 1), ("steps", 0)):
+            if getattr(self, name) < smallest:
+                yield f"quantization.{name} must be at least {smallest}; got {getattr(self, name)}"
 
 
 def spec(config: QuantizationConfig) -> dict[str, Any]:
@@ -95,6 +127,9 @@ def spec(config: QuantizationConfig) -> dict[str, Any]:
         settings = {"threshold": config.threshold}
     elif config.method == "hqq":
         settings = {"bits": config.bits, "group_size": config.group_size}
+    elif config.method in CALIBRATED:
+        names = ("group_size", "calibration_rows", "calibration_tokens", "steps")
+        settings = {name: getattr(config, name) for name in names}
     elif config.method in ("nf4", "fp4"):
         settings = {"double": config.double, "blocksize": 64}
     return {"method": config.method, **settings, "keep": list(config.skip_modules)}
