@@ -53,7 +53,7 @@ class ExportConfig:
     dtype: str = ""
     """dtype of the weights, where the format has several, e.g. ``bfloat16`` or ``q4_k_m``."""
 
-    group_size: int = 0
+    group_size: int = 64
     """``gptq`` and ``awq``: inputs that share a scale: 32, 64 or 128, and a divisor of every layer's inputs."""
 
     calibration_rows: int = 0

@@ -79,6 +79,9 @@ def test_a_group_lists_all_of_its_keys(capsys: pytest.CaptureFixture[str]) -> No
             "threshold",
             "bits",
             "group_size",
+            "calibration_rows",
+            "calibration_tokens",
+            "steps",
         )
     ]
 
