@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.config_json import from_config_json
 from finetune.errors import DataError, FinetuneError, ModelError
-from finetune.export.needs import calibration_problems
+from finetune.export.needs import calibration_problems, rounding_problem
 from finetune.files import first_error_line
 from finetune.hardware.backends import CALIBRATED
 from finetune.parameters import linear_layers
 from finetune.prompt_problems import prompt_problems
-from finetune.quantization.autoround import shape_problem
-from finetune.quantization.calibration import calibration_sequences, calibration_shortage
+from finetune.quantization.calibration import calibration_sequences
 from finetune.quantization.checkpoint_format import CheckpointFormat, read_format
 from finetune.quantization.config import PREQUANTIZED, QuantizationConfig
 from finetune.quantization.packed_checkpoint import required_format
@@ -106,15 +105,8 @@ def check_groups(config: QuantizationConfig, folder: Path) -> None:
     """
     if config.method not in CALIBRATED:
         return
-    try:
-        architecture = from_config_json(folder)
-    except ModelError:  # of a family whose dimensions are not known: checked when it is loaded
-        return
-    shapes = [(layer.name, layer.out_features, layer.in_features) for layer in linear_layers(architecture)]
-    problem = shape_problem(shapes, group_size=config.group_size)
-    if architecture.experts:
-        problem = "experts are stacked weights, which this method does not round; choose quantization=nf4_double"
-    if problem:
+    experts = "experts are stacked weights, which this method does not round; choose quantization=nf4_double"
+    if problem := rounding_problem(folder, group_size=config.group_size, experts=experts):
         raise ModelError(f"quantization={config.method}: {problem}")
 
 
@@ -253,8 +245,8 @@ def _calibration_problems(config: RunConfig, data: PreparedData) -> Iterator[str
     if quantization.method in CALIBRATED:
         rows, tokens = quantization.calibration_rows, quantization.calibration_tokens
         calibration = calibration_sequences(train, rows=rows, tokens=tokens, seed=config.run.seed)
-        if problem := calibration_shortage(calibration, rows=rows, tokens=tokens):
-            yield f"quantization={quantization.method}: {problem}"
+        if calibration.shortage:
+            yield f"quantization={quantization.method}: {calibration.shortage}"
     if STAGES.index(config.run.until) >= STAGES.index("export"):
         yield from calibration_problems(config.export, folder=train, seed=config.run.seed)
 

@@ -79,6 +79,14 @@ def first_error_line(error: BaseException, *, characters: int = 160) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:characters]
 
 
+def link_or_copy(file: Path, target: Path) -> None:
+    """Links a file that is large and never written to; copies it where links are impossible."""
+    try:
+        os.link(file, target)
+    except OSError:  # another disk, or a file system without links
+        shutil.copyfile(file, target)
+
+
 def existing_parent(path: Path) -> Path:
     """Returns the path, or its nearest parent that exists: where its disk is found before it is made."""
     absolute = path.expanduser().absolute()

@@ -85,15 +85,7 @@ class Template:
                 **self.special,
                 **variables,
             )
-        except (
-            TemplateError,
-            TypeError,
-            ValueError,
-            LookupError,
-            AttributeError,
-            ArithmeticError,
-            RecursionError,
-        ) as error:
+        except (TemplateError, *TEMPLATE_ERRORS) as error:
             raise BadRow("the chat template rejects the turns", str(error)) from error
         return text
 

@@ -12,7 +12,7 @@ from finetune.errors import ExportError, ModelError
 from finetune.export.config import CALIBRATED, ExportConfig
 from finetune.parameters import linear_layers
 from finetune.quantization.autoround import shape_problem
-from finetune.quantization.calibration import calibration_sequences, calibration_shortage
+from finetune.quantization.calibration import calibration_sequences
 
 if TYPE_CHECKING:
     from finetune.lora import LoraConfig
@@ -62,19 +62,32 @@ def check_packed(config: Mapping[str, ExportConfig], *, folder: Path) -> None:
     Raises:
         ExportError: It has experts, or layers that groups do not divide.
     """
-    wanted = {name: settings for name, settings in config.items() if settings.format in (*CALIBRATED, "fp8")}
-    if not wanted:
-        return
+    for name, settings in config.items():
+        if settings.format not in (*CALIBRATED, "fp8"):
+            continue
+        group_size = settings.group_size if settings.format in CALIBRATED else None
+        if problem := rounding_problem(folder, group_size=group_size, experts=NO_EXPERTS):
+            raise ExportError(f"export.{name}: {problem}")
+
+
+def rounding_problem(folder: Path, *, group_size: int | None, experts: str) -> str:
+    """Explains by config.json why a model's layers cannot be rounded; empty where they can, or it is not known.
+
+    Args:
+        folder: Of the config.json.
+        group_size: Inputs that share a scale; None for a format without groups.
+        experts: What to say of a mixture.
+    """
     try:
         architecture = from_config_json(folder)
-    except ModelError:
-        return
+    except ModelError:  # of a family whose dimensions are not known: checked when it is loaded
+        return ""
+    if architecture.experts:
+        return experts
+    if group_size is None:
+        return ""
     shapes = [(layer.name, layer.out_features, layer.in_features) for layer in linear_layers(architecture)]
-    for name, settings in wanted.items():
-        if architecture.experts:
-            raise ExportError(f"export.{name}: {NO_EXPERTS}")
-        if settings.format in CALIBRATED and (problem := shape_problem(shapes, group_size=settings.group_size)):
-            raise ExportError(f"export.{name}: {problem}")
+    return shape_problem(shapes, group_size=group_size)
 
 
 def calibration_problems(config: Mapping[str, ExportConfig], *, folder: Path, seed: int) -> Iterator[str]:
@@ -90,8 +103,8 @@ def calibration_problems(config: Mapping[str, ExportConfig], *, folder: Path, se
             continue
         rows, tokens = settings.calibration_rows, settings.calibration_tokens
         calibration = calibration_sequences(folder, rows=rows, tokens=tokens, seed=seed)
-        if problem := calibration_shortage(calibration, rows=rows, tokens=tokens):
-            yield f"export.{name}: {problem}"
+        if calibration.shortage:
+            yield f"export.{name}: {calibration.shortage}"
 
 
 def check_gguf(config: Mapping[str, ExportConfig], *, family: str | None, folder: Path | None) -> None:

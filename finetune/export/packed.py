@@ -20,7 +20,7 @@ from finetune.inference.chat import save_tokenizer
 from finetune.products import ExportResult
 from finetune.quantization import QuantizationConfig
 from finetune.quantization.autoround import Rounding, round_model, shape_problem
-from finetune.quantization.calibration import calibration_sequences, calibration_shortage
+from finetune.quantization.calibration import calibration_sequences
 from finetune.quantization.config import PREQUANTIZED
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ def write(context: ExportContext, name: str, settings: ExportConfig) -> ExportRe
         raise ExportError(f"export.{name}: {problem}")
     rows, tokens, seed = settings.calibration_rows, settings.calibration_tokens, context.scorer.seed
     calibration = calibration_sequences(context.data.folder / "train", rows=rows, tokens=tokens, seed=seed)
-    if problem := calibration_shortage(calibration, rows=rows, tokens=tokens):
-        raise ExportError(f"export.{name}: {problem}")
+    if calibration.shortage:
+        raise ExportError(f"export.{name}: {calibration.shortage}")
     context.require_disk(name, context.merged_bytes)
     placement, method = context.spec.placement, settings.format
     rounding = Rounding(method=method, group_size=settings.group_size, steps=settings.steps, seed=seed)

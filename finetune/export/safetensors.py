@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from finetune.export.config import ExportConfig
 from finetune.export.context import ExportContext
 from finetune.export.manifest import write_record
 from finetune.export.snippets import merged_snippet
+from finetune.files import link_or_copy
 from finetune.products import ExportResult
 from finetune.run import write_json
 
@@ -52,7 +52,7 @@ def write(context: ExportContext, name: str, settings: ExportConfig) -> ExportRe
         free_memory()
     else:
         for file in (file for pattern in WEIGHTS for file in source.glob(pattern)):
-            _link(file, target / file.name)
+            link_or_copy(file, target / file.name)
     write_record(target, "merged", spec=context.spec.dense(dtype=wanted.dtype), chat=context.chat)
     snippet = merged_snippet(name, model=context.spec.config, dtype=dtype)
     parity = context.check(name, settings, wanted, snippet=snippet, ends=[], packages=["transformers"])
@@ -112,11 +112,3 @@ def _check_logits(wanted: Expected, name: str, dtype: str) -> None:
             f"export.{name}.dtype={dtype}: activations of this model overflow {dtype}, and its logits are not finite; "
             "use bfloat16"
         )
-
-
-def _link(file: Path, target: Path) -> None:
-    """Links a weight file, which is large and never written to; copies it where links are impossible."""
-    try:
-        os.link(file, target)
-    except OSError:  # another disk, or a file system without links
-        shutil.copyfile(file, target)

@@ -25,8 +25,6 @@ from finetune.quantization.config import GROUPS
 if TYPE_CHECKING:
     from torch import Tensor
 
-PACKAGE = "auto_round"
-METHODS = ("gptq", "awq")
 BITS = 4
 MULTIPLE = 32
 """Outputs of a layer must be a multiple: eight codes a word, and whole words of zero points for the kernels. auto-round

@@ -1,7 +1,7 @@
 """Takes calibration text from a run's own training rows: sequences of one length, in a seeded order.
 
-sequences = calibration_sequences(Path("outputs/mine/data/train"), rows=32, tokens=256, seed=1)
-problem = calibration_shortage(sequences, rows=32, tokens=256)  # empty where they are enough
+calibration = calibration_sequences(Path("outputs/mine/data/train"), rows=32, tokens=256, seed=1)
+problem = calibration.shortage  # empty where they are enough
 """
 
 from __future__ import annotations
@@ -21,10 +21,27 @@ class Calibration:
     Attributes:
         sequences: Each of the same length.
         total: Tokens that were read for them; more may exist where there are enough sequences.
+        rows: Sequences asked for.
+        tokens: Of each.
     """
 
     sequences: list[list[int]]
     total: int
+    rows: int
+    tokens: int
+
+    @property
+    def shortage(self) -> str:
+        """Explains why the training rows are too few or too short to calibrate on; empty where they are enough."""
+        needed = min(FEWEST, self.rows)
+        if len(self.sequences) >= needed:
+            return ""
+        longest = self.total // needed
+        return (
+            f"calibration takes at least {needed} sequences of calibration_tokens={self.tokens}, and the training rows "
+            f"hold {self.total:,} tokens, which make {len(self.sequences)}; set calibration_tokens to at most "
+            f"{longest}, or give more rows"
+        )
 
 
 def calibration_sequences(folder: Path, *, rows: int, tokens: int, seed: int) -> Calibration:
@@ -48,23 +65,4 @@ def calibration_sequences(folder: Path, *, rows: int, tokens: int, seed: int) ->
         row = split[number]
         stream += row["input_ids"] if "input_ids" in row else row["prompt_ids"]
     sequences = [stream[start : start + tokens] for start in range(0, len(stream) - tokens + 1, tokens)]
-    return Calibration(sequences=sequences[:rows], total=len(stream))
-
-
-def calibration_shortage(calibration: Calibration, *, rows: int, tokens: int) -> str:
-    """Explains why the training rows are too few or too short to calibrate on; empty where they are enough.
-
-    Args:
-        calibration: What was read.
-        rows: Sequences asked for.
-        tokens: Of each.
-    """
-    needed = min(FEWEST, rows)
-    if len(calibration.sequences) >= needed:
-        return ""
-    longest = calibration.total // needed
-    return (
-        f"calibration takes at least {needed} sequences of calibration_tokens={tokens}, and the training rows hold "
-        f"{calibration.total:,} tokens, which make {len(calibration.sequences)}; set calibration_tokens to at most "
-        f"{longest}, or give more rows"
-    )
+    return Calibration(sequences=sequences[:rows], total=len(stream), rows=rows, tokens=tokens)

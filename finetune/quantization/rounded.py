@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 from finetune.cache import cache_folder, exclusive
 from finetune.console import log
 from finetune.errors import ModelError
-from finetune.files import require_disk
+from finetune.files import link_or_copy, require_disk
 from finetune.quantization.autoround import Rounding, round_model
-from finetune.quantization.calibration import Calibration, calibration_sequences, calibration_shortage
+from finetune.quantization.calibration import Calibration, calibration_sequences
 from finetune.quantization.config import PREQUANTIZED, QuantizationConfig
 from finetune.quantization.config import spec as settings_of
 from finetune.run import write_json
@@ -89,8 +89,8 @@ def round_base(spec: ModelSpec, *, folder: Path, data: PreparedData, seed: int) 
     config = spec.quantization
     rows, tokens = config.calibration_rows, config.calibration_tokens
     calibration = calibration_sequences(data.folder / "train", rows=rows, tokens=tokens, seed=seed)
-    if problem := calibration_shortage(calibration, rows=rows, tokens=tokens):
-        raise ModelError(f"quantization={config.method}: {problem}")
+    if calibration.shortage:
+        raise ModelError(f"quantization={config.method}: {calibration.shortage}")
     rounding = Rounding(method=config.method, group_size=config.group_size, steps=config.steps, seed=seed)
     root, key = cache_folder("rounded"), _key(spec, rounding, calibration)
     entry = root / f"{config.method}-{key}"
@@ -184,7 +184,4 @@ def _link(entry: Path, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
     for file in entry.iterdir():
-        try:
-            os.link(file, target / file.name)
-        except OSError:  # another disk, or a file system without links
-            shutil.copyfile(file, target / file.name)
+        link_or_copy(file, target / file.name)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune.quantization import QuantizationConfig
 from finetune.quantization.autoround import Rounding, round_model, shape_problem
-from finetune.quantization.calibration import calibration_sequences, calibration_shortage
+from finetune.quantization.calibration import calibration_sequences
 from finetune.quantization.checkpoint_format import read_format
 from finetune.quantization.stored import StoredLayers
 
@@ -42,11 +42,11 @@ def test_calibration_reads_no_more_than_it_needs(train: Path) -> None:
 
 def test_too_little_text_is_one_sentence_with_the_longest_sequences_that_it_fills(train: Path) -> None:
     few = calibration_sequences(train, rows=32, tokens=50, seed=1)
-    problem = calibration_shortage(few, rows=32, tokens=50)
+    problem = few.shortage
     assert "at least 8 sequences of calibration_tokens=50" in problem
     assert "200 tokens, which make 4; set calibration_tokens to at most 25" in problem
     enough = calibration_sequences(train, rows=32, tokens=25, seed=1)
-    assert calibration_shortage(enough, rows=32, tokens=25) == ""
+    assert enough.shortage == ""
 
 
 def test_groups_that_do_not_divide_are_named_with_a_size_that_does() -> None:
