@@ -1,7 +1,9 @@
 """A program that a model wrote can pass, fail or run out of time, and do nothing else."""
 
-import os
+import contextlib
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -233,10 +235,32 @@ def test_endless_waiting_ends_at_the_limit() -> None:
     assert time.monotonic() - started < 30
 
 
-def test_no_process_is_left(tmp_path: Path) -> None:
-    run_program("import time\ndef f(): time.sleep(60)", tests="f()", limits=Limits(seconds=2))
-    lines = (Path("/proc") / pid / "cmdline" for pid in os.listdir("/proc") if pid.isdigit())
-    assert not [line for line in lines if line.exists() and str(sandbox.JUDGE) in line.read_text()]
+def test_no_process_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = tmp_path / "judge"  # other tests run programs at the same time: this one's have a name of their own
+    judge.symlink_to(sandbox.JUDGE)
+    monkeypatch.setattr(sandbox, "JUDGE", judge)
+    program = partial(run_program, "import time\ndef f(): time.sleep(60)", tests="f()", limits=Limits(seconds=4))
+    with ThreadPoolExecutor() as threads:
+        verdict = threads.submit(program)
+        most = 0
+        while not verdict.done():
+            most = max(most, processes_with(str(judge)))
+            time.sleep(0.05)
+    assert verdict.result().outcome == "timed out"
+    assert most == 2, "the program and its judge"
+    deadline = time.monotonic() + 10  # a killed process takes its time on a busy machine
+    while processes_with(str(judge)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert processes_with(str(judge)) == 0
+
+
+def processes_with(argument: str) -> int:
+    """Counts the processes of this machine that have this on their command line."""
+    count = 0
+    for line in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            count += argument.encode() in line.read_bytes()
+    return count
 
 
 def test_program_sees_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
