@@ -161,7 +161,7 @@ def load_trainable_model(
         base,
         config.lora,
         upcast=config.model.upcast,
-        checkpointing=config.train.checkpointing == "full",
+        checkpointing=config.train.recomputes,
         seed=config.run.seed,
         calibration=documents,
         original=spec.base.folder,

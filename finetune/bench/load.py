@@ -1,6 +1,6 @@
 """Clients that ask a server at the same time, each its own questions, and each checks what it gets.
 
-First one client asks every question alone, which gives the tokens per second of a single client and the answers to
+First one client asks each question alone, which gives the tokens per second of a single client and the answers to
 expect. Answers are greedy, so an answer differs from the expected one only by rounding in another batch; it counts as
 mixed up where it is closer to another client's answer than to its own.
 """
@@ -12,11 +12,12 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 import psutil
 
-TOPICS = ("rivers", "copper", "the moon", "bread", "chess", "whales", "clocks", "paper", "Rome", "rain")
+Messages = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,7 @@ class Load:
     Attributes:
         url: Of the server, e.g. ``http://127.0.0.1:8000``.
         model: Name in the requests.
+        questions: Messages of each; the clients take them in turn.
         clients: Number of clients at the same time.
         seconds: Time for which they begin new requests.
         max_tokens: Length of an answer at most.
@@ -34,6 +36,7 @@ class Load:
 
     url: str
     model: str
+    questions: Sequence[Messages]
     clients: int
     seconds: float
     max_tokens: int
@@ -83,17 +86,16 @@ class Totals:
 
 async def measure_load(load: Load) -> LoadResult:
     """Returns the figures of one client and of many."""
-    questions = [f"Tell me {number + 2} facts about {TOPICS[number % 10]}." for number in range(load.clients)]
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=load.url, timeout=600.0, trust_env=False, limits=limits) as client:
         alone, started = Totals(), time.monotonic()
-        expected = [await _ask(client, load, question, alone) for question in questions]
+        expected = [await _ask(client, load, question, alone) for question in load.questions]
         alone_seconds = time.monotonic() - started
         many, started = Totals(), time.monotonic()
         memory = [_resident_bytes(load.pid)]
         watcher = asyncio.create_task(_watch(load.pid, memory))
         ends = started + load.seconds
-        clients = (_client(client, load, index, questions, expected, many, ends) for index in range(load.clients))
+        clients = (_client(client, load, index % len(expected), expected, many, ends) for index in range(load.clients))
         await asyncio.gather(*clients)
         many_seconds = time.monotonic() - started
         watcher.cancel()
@@ -116,14 +118,13 @@ async def _client(
     client: httpx.AsyncClient,
     load: Load,
     index: int,
-    questions: Sequence[str],
     expected: Sequence[str],
     totals: Totals,
     ends: float,
 ) -> None:
-    """Asks its own question again and again, and compares the answer with the expected ones."""
+    """Asks one question again and again, and compares the answer with the expected ones."""
     while time.monotonic() < ends and len(totals.errors) < 100:
-        answer = await _ask(client, load, questions[index], totals)
+        answer = await _ask(client, load, load.questions[index], totals)
         closest = max(range(len(expected)), key=lambda other: (_common(answer, expected[other]), other == index))
         if answer == expected[index]:
             totals.equal += 1
@@ -133,10 +134,10 @@ async def _client(
             totals.rounded += 1
 
 
-async def _ask(client: httpx.AsyncClient, load: Load, question: str, totals: Totals) -> str:
+async def _ask(client: httpx.AsyncClient, load: Load, question: Messages, totals: Totals) -> str:
     body = {
         "model": load.model,
-        "messages": [{"role": "user", "content": question}],
+        "messages": question,
         "max_tokens": load.max_tokens,
         "temperature": 0,
         "stream": True,

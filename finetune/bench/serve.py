@@ -19,13 +19,15 @@ from pathlib import Path
 
 import httpx
 
-from finetune.bench.load import Load, LoadResult, measure_load
+from finetune.bench.load import Load, LoadResult, Messages, measure_load
 from finetune.console import log
 from finetune.errors import ConfigError
 from finetune.serve.artifacts import Artifacts, find_artifacts, served_name
+from finetune.serve.page import read_samples
 from finetune.serve.upstream import free_port
 
 START_SECONDS = 300
+TOPICS = ("rivers", "copper", "the moon", "bread", "chess", "whales", "clocks", "paper", "Rome", "rain")
 PEERS = {"transformers serve": "merged", "llama.cpp's server": "gguf"}
 """Servers of others, each with the model that it is asked for; the same is served by this project."""
 
@@ -74,12 +76,24 @@ def compare_servers(target: Path, *, clients: int, seconds: int, max_tokens: int
     for name, contender in contenders(target, find_artifacts(target)).items():
         with started(name, contender) as (url, pid):
             load = Load(
-                url=url, model=contender.model, clients=clients, seconds=seconds, max_tokens=max_tokens, pid=pid
+                url=url,
+                model=contender.model,
+                questions=questions(target),
+                clients=clients,
+                seconds=seconds,
+                max_tokens=max_tokens,
+                pid=pid,
             )
             results[name] = asyncio.run(measure_load(load))
         log("bench", _line(name, results[name]))
     summary = {name: asdict(result) | {"errors": len(result.errors)} for name, result in results.items()}
     sys.stdout.write(json.dumps(summary | {"ratios": ratios(results)}) + "\n")
+
+
+def questions(target: Path) -> list[Messages]:
+    """Returns the held-out chats of a run, which its model answers with confidence; else questions about anything."""
+    chats = [sample["messages"] for sample in read_samples(target)]
+    return chats or [[{"role": "user", "content": f"Tell me a fact about {topic}."}] for topic in TOPICS]
 
 
 def contenders(target: Path, artifacts: Artifacts) -> dict[str, Contender]:

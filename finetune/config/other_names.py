@@ -125,7 +125,7 @@ HUB_DATA = OtherName("data.hub", ADDRESS)
 HELDOUT = OtherName("data.heldout_share", "a number of rows is data.heldout_rows", _at_most_one)
 PROMPT_TRAINED = OtherName("data.train_roles", value=choose(true=EVERY_ROLE, false=["assistant"]))
 ANSWER_TRAINED = OtherName("data.train_roles", value=choose(true=["assistant"], false=EVERY_ROLE))
-CHECKPOINTING = OtherName("train.checkpointing", value=choose(true="full", false="none"))
+CHECKPOINTING = OtherName("train.checkpointing", value=choose(true="full", false="none", unsloth="offloaded"))
 BETA = OtherName("train.preference.beta")
 RUN_NAME = OtherName("run.name")
 BFLOAT16 = OtherName("model.dtype", value=choose(true="bfloat16", auto="auto"))
@@ -191,7 +191,7 @@ OTHER_NAMES = {
     "max_steps": OtherName("train.steps", value=_steps), "gradient_checkpointing": CHECKPOINTING,
     "use_gradient_checkpointing": CHECKPOINTING,
     "disable_gradient_checkpointing": OtherName("train.checkpointing", value=choose(true="none", false="full")),
-    "activation_offloading": OtherName("train.offload", value=ON),
+    "activation_offloading": OtherName("train.checkpointing", value=choose(true="offloaded", false="full")),
     "neftune_noise_alpha": OtherName("train.neftune_alpha"),
     "logging_steps": OtherName("train.log_steps", value=_steps),
     "save_steps": OtherName("train.save_steps", value=_steps),

@@ -120,8 +120,8 @@ def autocast_bytes(inputs: PlanInputs) -> float:
 
 
 def offloaded_bytes(inputs: PlanInputs) -> float:
-    """Returns the layers' kept inputs that host memory holds (``train.offload``)."""
-    if not inputs.offload_activations or not inputs.checkpointing:
+    """Returns the layers' kept inputs that host memory holds (``train.checkpointing=offloaded``)."""
+    if not inputs.offload_activations:
         return 0
     return inputs.architecture.layers * inputs.stream_bytes * inputs.architecture.hidden_size * inputs.step_tokens
 

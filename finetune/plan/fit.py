@@ -95,15 +95,12 @@ def fit_step(inputs: PlanInputs, machine: Machine, *, choose: frozenset[str]) ->
         machine: The machine.
         choose: ``micro_batch``, ``checkpointing`` or both.
     """
-    modes = [(inputs.checkpointing, inputs.kernels.selective)]
-    if "checkpointing" in choose:
-        modes = [(True, False)] if inputs.offload_activations else _checkpointings(inputs)
+    modes = _checkpointings(inputs) if "checkpointing" in choose else [checkpointing(inputs)]
     rows = [inputs.rows]
     if "micro_batch" in choose:
         rows = [count for count in MICRO_BATCHES if count == 1 or _is_used(count, inputs)]
     candidates = [
-        _candidate(_with_step(inputs, rows=count, full=full, selective=selective), machine)
-        for count, (full, selective) in itertools.product(rows, modes)
+        _candidate(_with_step(inputs, rows=count, mode=mode), machine) for count, mode in itertools.product(rows, modes)
     ]
     fitting = [candidate for candidate in candidates if _fits(candidate.inputs, machine)]
     if not fitting:
@@ -124,24 +121,24 @@ def overrides(before: PlanInputs, after: PlanInputs) -> str:
         words += [f"launch={after.strategy}"] + ([f"launch.processes={after.processes}"] if after.processes > 1 else [])
     if after.offload != before.offload:
         words.append(f"launch.offload={str(after.offload).lower()}")
-    if after.offload_activations != before.offload_activations:
-        words.append(f"train.offload={str(after.offload_activations).lower()}")
     return " ".join(words)
 
 
 def checkpointing(inputs: PlanInputs) -> str:
     """Returns the value of ``train.checkpointing``."""
-    return "full" if inputs.checkpointing else "selective" if inputs.kernels.selective else "none"
+    if inputs.checkpointing:
+        return "offloaded" if inputs.offload_activations else "full"
+    return "selective" if inputs.kernels.selective else "none"
 
 
 def _ranked(candidates: list[Candidate], inputs: PlanInputs) -> list[Candidate]:
-    """Sorts by speed; at equal speed by the number of changed settings, then by memory."""
+    """Sorts by speed, at equal speed by changed settings, then by memory; what is copied to the host comes last."""
     top = max(candidate.speed for candidate in candidates)
 
-    def rank(candidate: Candidate) -> tuple[float, int, float]:
+    def rank(candidate: Candidate) -> tuple[bool, float, int, float]:
         after = candidate.inputs
         changed = sum(getattr(after, name) != getattr(inputs, name) for name in ("method", "optimizer", "strategy"))
-        return (-round(candidate.speed / top / SAME_SPEED), changed, candidate.bytes)
+        return (after.offload_activations, -round(candidate.speed / top / SAME_SPEED), changed, candidate.bytes)
 
     return sorted(candidates, key=rank)
 
@@ -156,7 +153,7 @@ def _candidates(inputs: PlanInputs, machine: Machine) -> Iterator[Candidate]:
         dict.fromkeys([inputs.optimizer, "paged_adamw_8bit"]),
         MICRO_BATCHES,
     )
-    for (strategy, processes, offload), (method, double), (full, selective), optimizer, rows in combinations:
+    for (strategy, processes, offload), (method, double), mode, optimizer, rows in combinations:
         kernels = dataclasses.replace(
             inputs.kernels,
             fused=inputs.kernels.fused and strategy != "fsdp",
@@ -171,19 +168,23 @@ def _candidates(inputs: PlanInputs, machine: Machine) -> Iterator[Candidate]:
             double=double,
             kernels=kernels,
             optimizer=optimizer,
-            offload_activations=False,
         )
         if _is_used(rows, candidate):
-            yield _candidate(_with_step(candidate, rows=rows, full=full, selective=selective), machine)
+            yield _candidate(_with_step(candidate, rows=rows, mode=mode), machine)
 
 
 def _candidate(inputs: PlanInputs, machine: Machine) -> Candidate:
     return Candidate(inputs, table_throughput(inputs, machine), phases.peak(inputs))
 
 
-def _with_step(inputs: PlanInputs, *, rows: int, full: bool, selective: bool) -> PlanInputs:
-    kernels = dataclasses.replace(inputs.kernels, selective=selective)
-    return dataclasses.replace(inputs, rows=rows, checkpointing=full, kernels=kernels)
+def _with_step(inputs: PlanInputs, *, rows: int, mode: str) -> PlanInputs:
+    return dataclasses.replace(
+        inputs,
+        rows=rows,
+        checkpointing=mode in ("full", "offloaded"),
+        offload_activations=mode == "offloaded",
+        kernels=dataclasses.replace(inputs.kernels, selective=mode == "selective"),
+    )
 
 
 def _is_used(rows: int, inputs: PlanInputs) -> bool:
@@ -191,10 +192,11 @@ def _is_used(rows: int, inputs: PlanInputs) -> bool:
     return rows * inputs.processes <= max(inputs.step_rows, inputs.processes)
 
 
-def _checkpointings(inputs: PlanInputs) -> list[tuple[bool, bool]]:
-    """Full and selective."""
-    selective = [(False, True)] if inputs.architecture.family in FUSED_FAMILIES else []
-    return [(False, False), *selective, (True, False)]
+def _checkpointings(inputs: PlanInputs) -> list[str]:
+    """Returns the values of ``train.checkpointing`` that this model and device allow."""
+    selective = ["selective"] if inputs.architecture.family in FUSED_FAMILIES else []
+    offloaded = ["offloaded"] if inputs.device == "cuda" else []
+    return ["none", *selective, "full", *offloaded]
 
 
 def _launches(inputs: PlanInputs, machine: Machine) -> list[tuple[str, int, bool]]:

@@ -98,8 +98,8 @@ def from_config(config: RunConfig, machine: Machine) -> PlanInputs:
         tokens=tokens,
         step_rows=(train.rows_per_step or max(1, (train.tokens_per_step or tokens) // tokens))
         * (sampled.group if sampled else 1),
-        checkpointing=train.checkpointing == "full" or "checkpointing" in train.automatic,
-        offload_activations=train.offload,
+        checkpointing=train.recomputes or "checkpointing" in train.automatic,
+        offload_activations=train.checkpointing == "offloaded",
         attention="eager" if config.model.attention == "eager" else "fused",
         optimizer=config.optim.name,
         strategy="zero3" if config.launch.strategy == "deepspeed" else config.launch.strategy,

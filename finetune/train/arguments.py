@@ -28,7 +28,7 @@ def sft_config(job: TrainingJob, *, folder: Path, steps: int, step_tokens: float
         accumulate: Micro-batches per step.
     """
     config, optim, placement = job.config, job.optim, job.trainable.spec.placement
-    full, autocast = config.checkpointing == "full", _autocast_dtype(job)
+    recomputes, autocast = config.recomputes, _autocast_dtype(job)
     return SFTConfig(
         output_dir=str(folder),
         max_steps=steps,
@@ -44,9 +44,9 @@ def sft_config(job: TrainingJob, *, folder: Path, steps: int, step_tokens: float
         bf16=autocast == "bfloat16",
         fp16=autocast == "float16",
         use_cpu=placement.device == "cpu",
-        activation_checkpointing=full,
-        activation_offloading=config.offload,
-        activation_checkpointing_kwargs={"use_reentrant": False} if full else None,
+        activation_checkpointing=recomputes,
+        activation_offloading=config.checkpointing == "offloaded",
+        activation_checkpointing_kwargs={"use_reentrant": False} if recomputes else None,
         eval_strategy="steps" if config.evaluates else "no",
         eval_steps=config.eval_steps or every(steps, config.evaluations),
         save_strategy="steps" if config.saves else "no",

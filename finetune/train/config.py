@@ -11,7 +11,7 @@ from finetune.train.preference_config import PreferenceConfig
 from finetune.train.preference_config import conflicts as preference_conflicts
 
 AUTO = "auto"
-CHECKPOINTING = (AUTO, "none", "selective", "full")
+CHECKPOINTING = (AUTO, "none", "selective", "full", "offloaded")
 SELECT = ("last", "best")
 NOT_IN_KEY = (
     "checkpoints",
@@ -20,7 +20,6 @@ NOT_IN_KEY = (
     "log_steps",
     "non_finite_steps",
     "checkpointing",
-    "offload",
 )
 """Settings that leave the adapter as it is."""
 
@@ -47,11 +46,9 @@ class TrainConfig:
 
     checkpointing: str = AUTO
     """Activation checkpointing: ``none`` stores activations (fastest), ``full`` recomputes them in the backward pass
-    (least memory), ``selective`` recomputes only the widest ones, those of gated MLPs. ``auto`` takes the fastest that
-    fits the device by the plan."""
-
-    offload: bool
-    """Offloads activations from the GPU to host memory; needs a GPU. Slower, but fits longer rows."""
+    (little memory), ``selective`` recomputes only the widest ones, those of gated MLPs. ``offloaded`` is ``full`` with
+    what the layers keep in host memory: least memory on the device, for the longest rows; needs a GPU. ``auto`` takes
+    the fastest that fits the device by the plan."""
 
     group_by_length: bool
     """Puts rows of similar length into one micro-batch, for less padding. Each step still reads the same rows."""
@@ -109,6 +106,11 @@ class TrainConfig:
         """Returns ``micro_batch`` as a number; `finetune.plan.step` replaces ``auto`` before training."""
         assert isinstance(self.micro_batch, int), f"train.micro_batch={self.micro_batch} was not resolved"
         return self.micro_batch
+
+    @property
+    def recomputes(self) -> bool:
+        """Returns whether the backward pass computes whole layers again."""
+        return self.checkpointing in ("full", "offloaded")
 
     @property
     def automatic(self) -> frozenset[str]:

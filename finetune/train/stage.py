@@ -127,9 +127,10 @@ def check_job(job: TrainingJob) -> None:
             f"train.select={config.select} and train.patience={config.patience} use the held-out loss, and there are "
             "no held-out rows; set data.heldout_path or data.heldout_share, or train.select=last train.patience=null"
         )
-    if config.offload and job.trainable.spec.placement.device == "cpu":
+    if config.checkpointing == "offloaded" and job.trainable.spec.placement.device == "cpu":
         raise TrainError(
-            "train.offload=true moves activations from a GPU to host memory, and this runs on a CPU; set it to false"
+            "train.checkpointing=offloaded moves activations from a GPU to host memory, and this runs on a CPU; "
+            "use full"
         )
 
 

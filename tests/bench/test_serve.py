@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
 pytest.importorskip("httpx", reason="needs pip install 'finetune-qlora[serve]'")
 
@@ -46,7 +47,8 @@ def ask() -> Iterator[Callable[[Answer], LoadResult]]:
         servers.append(server)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
-        load = Load(url=url, model="x", clients=3, seconds=0.3, max_tokens=4, pid=1)
+        questions = [[{"role": "user", "content": f"Tell me about {topic}."}] for topic in ("rivers", "Rome", "rain")]
+        load = Load(url=url, model="x", questions=questions, clients=3, seconds=0.3, max_tokens=4, pid=1)
         return asyncio.run(measure_load(load))
 
     yield measure
@@ -64,7 +66,7 @@ def test_equal_answers_are_counted_with_their_tokens(ask: Callable[[Answer], Loa
 
 def test_the_answer_to_another_question_is_mixed_up(ask: Callable[[Answer], LoadResult]) -> None:
     """Alone each gets its own; under load all get the first client's."""
-    result = ask(lambda question, number: f"{question[8:]} yes" if number < 3 else "2 facts about rivers. yes")
+    result = ask(lambda question, number: f"{question[8:]} yes" if number < 3 else "about rivers. yes")
     assert result.mixed_up > 0
     assert result.equal > 0
 
@@ -92,6 +94,14 @@ def test_each_model_of_a_run_is_measured_next_to_the_servers_of_others(tmp_path:
     assert found["finetune serve, merged"].command[-2:] == ["--models", "merged"]
     only = serve.contenders(tmp_path, Artifacts(name="first", gguf=tmp_path))
     assert list(only) == ["finetune serve, gguf", "llama.cpp's server"]
+
+
+def test_a_run_is_asked_its_heldout_chats_and_a_file_anything(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "35 yen in rupees"}]
+    rows = {"chat": [json.dumps({"messages": chat})], "reference": ["{}"]}
+    Dataset.from_dict(rows).save_to_disk(str(tmp_path / "data" / "heldout"))
+    assert serve.questions(tmp_path) == [chat]
+    assert len(serve.questions(tmp_path / "data")) == 10
 
 
 def test_a_ratio_compares_servers_of_the_same_model() -> None:

@@ -28,6 +28,12 @@ def test_more_memory_gets_larger_micro_batches_and_then_less_checkpointing() -> 
     assert found[2].micro_batch < found[3].micro_batch
 
 
+def test_activations_go_to_the_host_only_where_nothing_else_fits() -> None:
+    long_rows = ["train.micro_batch=1", "data.max_tokens=65536", "data.pack_tokens=65536"]
+    found = [chosen(*long_rows, here=machine(size, ram=128)) for size in (80, 40, 20)]
+    assert [step.checkpointing for step in found] == ["full", "offloaded", "offloaded"]
+
+
 def test_free_memory_and_a_second_look_change_nothing() -> None:
     here = probe()
     assert chosen(here=here) == chosen(here=dataclasses.replace(here, disk_free_bytes=GIB))

@@ -186,4 +186,4 @@ def test_metrics_after_the_checkpoint_and_a_partial_line_are_removed(tmp_path: P
 
 def test_offloading_without_a_gpu_is_refused(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> None:
     with pytest.raises(TrainError, match="this runs on a CPU"):
-        train(tmp_path, tiny_base=tiny_base, tokenizer=tokenizer, offload=True)
+        train(tmp_path, tiny_base=tiny_base, tokenizer=tokenizer, checkpointing="offloaded")
