@@ -1,8 +1,8 @@
 """Clients that ask a server at the same time, each its own questions, and each checks what it gets.
 
 First one client asks each question alone, which gives the tokens per second of a single client and the answers to
-expect. Answers are greedy, so an answer differs from the expected one only by rounding in another batch; it counts as
-mixed up where it is closer to another client's answer than to its own.
+expect. Answers are greedy, so an answer departs from the expected one only by rounding in another batch; it counts as
+mixed up where it is the answer to another question.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class LoadResult:
     Attributes:
         answers: Complete ones.
         equal: Those that are the expected ones.
-        rounded: Those that depart from the expected one, and are still closest to it.
-        mixed_up: Those that are closer to another question's.
+        rounded: Those that depart from the expected one, which are nobody else's either.
+        mixed_up: Those that are the expected ones of another question.
         errors: One sentence each.
         tokens_per_second_one: Of one client alone.
         tokens_per_second: Of all clients together.
@@ -125,10 +125,9 @@ async def _client(
     """Asks one question again and again, and compares the answer with the expected ones."""
     while time.monotonic() < ends and len(totals.errors) < 100:
         answer = await _ask(client, load, load.questions[index], totals)
-        closest = max(range(len(expected)), key=lambda other: (_common(answer, expected[other]), other == index))
         if answer == expected[index]:
             totals.equal += 1
-        elif _common(answer, expected[closest]) > _common(answer, expected[index]):
+        elif answer in expected:
             totals.mixed_up += 1
         else:
             totals.rounded += 1
@@ -166,12 +165,6 @@ async def _ask(client: httpx.AsyncClient, load: Load, question: Messages, totals
         totals.errors.append(repr(error))
     totals.tokens += count
     return text
-
-
-def _common(one: str, other: str) -> int:
-    """Returns the number of characters that both begin with."""
-    pairs = zip(one, other, strict=False)
-    return next((place for place, (mine, theirs) in enumerate(pairs) if mine != theirs), min(len(one), len(other)))
 
 
 def _resident_bytes(pid: int) -> int:

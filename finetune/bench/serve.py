@@ -1,4 +1,4 @@
-"""`finetune bench serve`: a run's models under load, next to `transformers serve` and llama.cpp's own server.
+"""`finetune bench serve`: a run's models under load, next to `transformers serve`, vLLM and llama.cpp's own server.
 
 Each server is a process of its own, and one after the other is asked the same by the same clients.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,7 @@ from finetune.serve.upstream import free_port
 
 START_SECONDS = 300
 TOPICS = ("rivers", "copper", "the moon", "bread", "chess", "whales", "clocks", "paper", "Rome", "rain")
-PEERS = {"transformers serve": "merged", "llama.cpp's server": "gguf"}
+PEERS = {"transformers serve": "merged", "vllm serve": "merged", "llama.cpp's server": "gguf"}
 """Servers of others, each with the model that it is asked for; the same is served by this project."""
 
 PEER_MEMORY = 0.2
@@ -112,6 +113,9 @@ def contenders(target: Path, artifacts: Artifacts) -> dict[str, Contender]:
         command = [script, "serve", folder, "--continuous-batching", "--port", "{port}", "--device", "cpu"]
         command += ["--dtype", record["computation"]["dtype"], "--cb-max-memory-percent", str(PEER_MEMORY)]
         found["transformers serve"] = Contender(command=command, model=folder)
+        if shutil.which("vllm"):
+            command = ["vllm", "serve", folder, "--port", "{port}", "--dtype", record["computation"]["dtype"]]
+            found["vllm serve"] = Contender(command=command, model=folder)
     if artifacts.gguf:
         command = [sys.executable, "-c", LLAMA_CPP, str(artifacts.gguf), "{port}", threads]
         found["llama.cpp's server"] = Contender(command=command, model="gguf")

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -83,15 +84,21 @@ def test_errors_are_counted(ask: Callable[[Answer], LoadResult]) -> None:
     assert "500" in result.errors[0]
 
 
-def test_each_model_of_a_run_is_measured_next_to_the_servers_of_others(tmp_path: Path) -> None:
+def test_each_model_of_a_run_is_measured_next_to_the_servers_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", {"vllm": "/x/vllm"}.get)
     (tmp_path / "finetune.json").write_text('{"computation": {"dtype": "float32"}}')
     found = serve.contenders(tmp_path, Artifacts(name="first", adapter=tmp_path, merged=tmp_path, gguf=tmp_path))
     assert list(found) == [
         "finetune serve, adapter", "finetune serve, merged", "finetune serve, gguf", "transformers serve",
-        "llama.cpp's server",
+        "vllm serve", "llama.cpp's server",
     ]  # fmt: skip
     assert found["transformers serve"].command[-4:] == ["--dtype", "float32", "--cb-max-memory-percent", "0.2"]
     assert found["finetune serve, merged"].command[-2:] == ["--models", "merged"]
+    assert found["vllm serve"].command[-2:] == ["--dtype", "float32"]
+    monkeypatch.setattr(shutil, "which", {}.get)
+    assert "vllm serve" not in serve.contenders(tmp_path, Artifacts(name="first", merged=tmp_path))
     only = serve.contenders(tmp_path, Artifacts(name="first", gguf=tmp_path))
     assert list(only) == ["finetune serve, gguf", "llama.cpp's server"]
 

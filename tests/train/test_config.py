@@ -18,7 +18,10 @@ from finetune.train.sampler import StepBatchSampler
         ("train.micro_batch=0", "train.micro_batch must be a whole number of at least 1, or auto; got 0"),
         ("train.micro_batch=1.5", "train.micro_batch must be a whole number of at least 1, or auto; got 1.5"),
         ("train.micro_batch=many", "train.micro_batch must be a whole number of at least 1, or auto; got many"),
-        ("train.checkpointing=some", "train.checkpointing must be one of auto, none, selective, full, offloaded; got 'some'"),
+        (
+            "train.checkpointing=some",
+            "train.checkpointing must be one of auto, none, selective, full, offloaded; got 'some'",
+        ),
     ],
 )
 def test_setting_outside_its_rule_is_named(override: str, problem: str) -> None:
