@@ -54,7 +54,8 @@ class SplitExperts(nn.Module):
         """
         tokens, k = top_k_index.shape
         order = top_k_index.reshape(-1).argsort(stable=True)
-        inputs = hidden_states[order // k].split(self.counts(top_k_index))
+        # A permutation: gradients that meet in one row would be added in the order in which threads arrive.
+        inputs = hidden_states.repeat_interleave(k, dim=0)[order].split(self.counts(top_k_index))
         common = {layer: self._modules[name] for layer, name in COMMON.items() if name in self._modules}
         outputs = [expert(x, common) for expert, x in zip(self.each(), inputs, strict=True) if len(x)]
         by_token = torch.cat(outputs)[order.argsort()].view(tokens, k, -1)

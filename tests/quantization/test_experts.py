@@ -69,22 +69,56 @@ def test_the_cached_copy_has_the_experts(tmp_path: Path, capsys: pytest.CaptureF
     assert torch.equal(logits(copied), logits(fresh))
 
 
-def test_an_expert_without_tokens_is_not_computed() -> None:
-    class Experts(torch.nn.Module):
-        num_experts, is_transposed, is_concatenated, has_bias = 3, False, True, False
-        gate_up_proj, down_proj = torch.empty(3, 8, 4), torch.empty(3, 4, 4)
+class Experts(torch.nn.Module):
+    """What `SplitExperts` reads of transformers' module."""
 
-        def _apply_gate(self, both: torch.Tensor) -> torch.Tensor:
-            return both[:, :4] * both[:, 4:]
+    is_transposed, is_concatenated, has_bias = False, True, False
 
-    experts: Any = SplitExperts(Experts()).to_empty(device="cpu")
+    def __init__(self, number: int, *, hidden: int, width: int) -> None:
+        super().__init__()
+        self.num_experts, self.down_proj = number, torch.empty(number, hidden, width)
+
+    def _apply_gate(self, both: torch.Tensor) -> torch.Tensor:
+        gate, up = both.chunk(2, -1)
+        return gate * up
+
+
+def split(number: int, *, hidden: int, width: int) -> Any:
+    experts = SplitExperts(Experts(number, hidden=hidden, width=width)).to_empty(device="cpu")
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter)
+    return experts
+
+
+def test_an_expert_without_tokens_is_not_computed() -> None:
+    experts = split(3, hidden=4, width=4)
     called: list[str] = []
     for name, expert in experts.named_children():
         expert.register_forward_hook(lambda *_, name=name: called.append(name))
     experts(torch.ones(2, 4), torch.tensor([[0, 2], [2, 0]]), torch.ones(2, 2))
     assert called == ["0", "2"]
+
+
+def test_gradients_repeat_to_the_bit_on_several_threads() -> None:
+    """Torch adds float32 gradients that meet in one row in any order, with two threads and 32,768 numbers or more."""
+    torch.manual_seed(0)
+    tokens, k, width, experts = 512, 4, 64, split(8, hidden=64, width=32)
+    x, weights = torch.randn(tokens, width), torch.rand(tokens, k)
+    chosen = torch.rand(tokens, 8).topk(k).indices
+
+    def gradient() -> torch.Tensor:
+        leaf = x.clone().requires_grad_()
+        experts(leaf, chosen, weights).square().sum().backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        first = gradient()
+        assert all(torch.equal(gradient(), first) for _ in range(30))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_experts_of_an_unknown_class_stay_dense_and_are_counted(
