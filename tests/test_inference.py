@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 
 from finetune.errors import EvalError
 from finetune.inference.generation import generate
 from finetune.inference.kl_divergence import compare_with_reference, record_reference
 from finetune.inference.losses import mean_loss, row_losses
-from finetune.inference.rows import group_by_length
+from finetune.inference.rows import group_by_length, read_rows
 
 ROWS = [
     {"input_ids": [1, 40, 50, 60, 2], "labels": [-100, -100, 50, 60, 2]},
@@ -173,3 +174,9 @@ def test_batches_keep_within_tokens_and_cover_every_row() -> None:
     assert sorted(index for batch in found for index in batch) == list(range(6))
     assert found[0] == [5]
     assert all(len(batch) * max(lengths[i] for i in batch) <= 14 for batch in found[1:])
+
+
+def test_a_text_gets_its_first_half_as_prompt(tmp_path: Path) -> None:
+    rows = {"input_ids": [[1, 2, 3, 4], [5], [6, 7]], "prompt_ids": [[], [], [6]]}
+    Dataset.from_dict(rows).save_to_disk(str(tmp_path / "heldout"))
+    assert [row["prompt_ids"] for row in read_rows(tmp_path / "heldout")] == [[1, 2], [5], [6]]

@@ -35,11 +35,20 @@ def open_dataset(folder: Path) -> Any:
 def read_rows(folder: Path, *, limit: int | None = None) -> list[dict[str, Any]]:
     """Reads the first ``limit`` rows of a split, or all, into memory.
 
+    A text, which is trained on from its first token, gets its first half as prompt.
+
     Raises:
         EvalError: The folder is missing or contains no rows.
     """
     split = open_dataset(folder)
-    return [split[number] for number in range(len(split) if limit is None else min(limit, len(split)))]
+    count = len(split) if limit is None else min(limit, len(split))
+    return [_with_prompt(split[number]) for number in range(count)]
+
+
+def _with_prompt(row: dict[str, Any]) -> dict[str, Any]:
+    if row.get("prompt_ids") != []:
+        return row
+    return row | {"prompt_ids": row["input_ids"][: max(1, len(row["input_ids"]) // 2)]}
 
 
 def trained_tokens(row: Row) -> int:
