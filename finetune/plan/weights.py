@@ -212,7 +212,10 @@ def stays_mapped(inputs: PlanInputs) -> bool:
 
 
 def cached_bytes(inputs: PlanInputs) -> float:
-    """Returns the bytes of dense copies on a CPU: of cached quantized weights, or of a file that stays mapped."""
+    """Returns the bytes of copies: dense ones of cached quantized weights, or of a file that stays mapped on a CPU, and
+    of the adapter that ``qat`` rounded its codes with."""
+    if inputs.method == QAT:
+        return adapter_bytes(inputs)
     if not inputs.kernels.cached and not stays_mapped(inputs):
         return 0
     return sum(linear.weights for linear in quantized_linear(inputs)) * inputs.compute_bytes
