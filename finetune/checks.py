@@ -29,6 +29,7 @@ from finetune.model.config import looks_local
 from finetune.plan.phases import disk_bytes
 from finetune.plan.settings import from_config
 from finetune.quantization.backends import check_installed
+from finetune.quantization.config import QAT
 from finetune.run import STAGES
 from finetune.tracking.config import check_trackers
 from finetune.trust import check_weights
@@ -120,6 +121,7 @@ def _check_machine(start: Start) -> list[str]:
 def _check_results(start: Start) -> list[str]:
     """Checks what the merge reads, and the packages of trackers and exports."""
     config = start.config
+    check_merge_dtype(config, dtype=start.placement.dtype)
     check_trackers(config.tracking)
     for adapter in config.merge.adapters if start.is_plan or start.runs("merge") else ():
         check_adapter(Path(adapter).expanduser(), setting="merge.adapters")
@@ -132,6 +134,19 @@ def _check_results(start: Start) -> list[str]:
     if start.runs("export"):
         check_packages(config.export)
     return []
+
+
+def check_merge_dtype(config: RunConfig, *, dtype: str) -> None:
+    """Checks that a merge keeps the sum that ``quantization=qat`` rounds.
+
+    Raises:
+        ConfigError: It is written in another dtype than training computes in.
+    """
+    if config.quantization.method == QAT and config.merge.dtype != dtype:
+        raise ConfigError(
+            f"merge.dtype={config.merge.dtype}: quantization=qat rounds the sum of base and adapter in {dtype} here, "
+            f"and an export would round another one: set merge.dtype={dtype}"
+        )
 
 
 def _check_data(start: Start) -> list[str]:

@@ -17,7 +17,7 @@ from finetune.parameters import linear_layers
 from finetune.prompt_problems import prompt_problems
 from finetune.quantization.calibration import calibration_sequences
 from finetune.quantization.checkpoint_format import CheckpointFormat, read_format
-from finetune.quantization.config import PREQUANTIZED, QuantizationConfig
+from finetune.quantization.config import PREQUANTIZED, QAT, QuantizationConfig
 from finetune.quantization.packed_checkpoint import required_format
 from finetune.run import STAGES
 
@@ -98,15 +98,16 @@ def check_stored_form(folder: Path, *, method: str) -> None:
 
 
 def check_groups(config: QuantizationConfig, folder: Path) -> None:
-    """Checks by a base's config.json that its layers can be rounded in groups, for ``gptq`` and ``awq``.
+    """Checks by a base's config.json that its layers can be rounded in groups, for ``gptq``, ``awq`` and ``qat``.
 
     Raises:
         ModelError: Groups do not divide a layer, or the base has experts.
     """
-    if config.method not in CALIBRATED:
+    if config.method not in (*CALIBRATED, QAT):
         return
+    group_size = None if config.method == QAT else config.group_size  # its blocks are checked when it is loaded
     experts = "experts are stacked weights, which this method does not round; choose quantization=nf4_double"
-    if problem := rounding_problem(folder, group_size=config.group_size, experts=experts):
+    if problem := rounding_problem(folder, group_size=group_size, experts=experts):
         raise ModelError(f"quantization={config.method}: {problem}")
 
 

@@ -144,9 +144,9 @@ def quantization_options(backends: list[str], *, where: str) -> list[str]:
     return backends or options
 
 
-def unsupported_status(name: str) -> str:
-    """Explains why an option does not run here, as a row's status; empty for one that runs."""
-    return f"not run: {reason}" if (reason := obstacle_on_dense_base(name)) else ""
+def unsupported_status(name: str, *, trained: bool = False) -> str:
+    """Explains why an option does not run here, with an adapter on it or without; empty for one that runs."""
+    return f"not run: {reason}" if (reason := obstacle_on_dense_base(name, trained=trained)) else ""
 
 
 def text_rows(text: Path, tokenizer: Path, tokens: int) -> list[dict[str, list[int]]]:

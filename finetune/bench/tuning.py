@@ -1,7 +1,8 @@
 """`finetune bench tuning`: trains one task with one budget on every quantization backend.
 
-Asks in small what Dettmers et al. 2023 (QLoRA, section 4) asked: is tuning on 4 bits as good as on 16? Each training
-and each measurement is a process of its own.
+Asks in small what Dettmers et al. 2023 (QLoRA, section 4) asked: is tuning on 4 bits as good as on 16? And what is left
+of it in a model that is used in 4 bits: every adapter is also merged into the original base and rounded to NF4, as
+``export=bitsandbytes`` does. Each training and each measurement is a process of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ RESAMPLES = 2000
 YARDSTICK = "none"
 """LoRA on the unquantized base, which the others are compared with."""
 
-HEADER = ("backend", "base", "untuned loss", "loss", "against none", "by seed", "peak memory", "seconds", "tokens/s")
+HEADER = (
+    *("backend", "base", "untuned loss", "loss", "against none", "by seed"),
+    *("loss in 4 bits", "against none", "peak memory", "seconds", "tokens/s"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +44,9 @@ class TuningResult:
         loss: The same afterwards, mean over seeds; by seed in ``losses``.
         loss_change: Against ``none``, ``{"difference", "low", "high"}``: 95 %, paired by row, seeds pooled.
         loss_change_by_seed: The difference for each seed.
-        metric, metric_change: The same of the answers; empty without a metric.
+        rounded_loss, rounded_change, rounded_losses: The same of the 4-bit export, against ``none`` as it was trained.
+        metric, metric_change: The same of the answers; empty without a metric. ``rounded_metric`` and
+            ``rounded_metric_change`` are those of the 4-bit export.
         base_bytes: The base in memory.
         peak_rss_bytes, seconds: Of a training's whole process: the largest, and the mean.
         tokens_per_second: In the training loop, mean.
@@ -53,8 +59,13 @@ class TuningResult:
     losses: list[float] = field(default_factory=list)
     loss_change: dict[str, float] = field(default_factory=dict)
     loss_change_by_seed: list[float] = field(default_factory=list)
+    rounded_loss: float | None = None
+    rounded_losses: list[float] = field(default_factory=list)
+    rounded_change: dict[str, float] = field(default_factory=dict)
     metric: dict[str, float] = field(default_factory=dict)
     metric_change: dict[str, float] = field(default_factory=dict)
+    rounded_metric: dict[str, float] = field(default_factory=dict)
+    rounded_metric_change: dict[str, float] = field(default_factory=dict)
     base_bytes: int | None = None
     peak_rss_bytes: int | None = None
     seconds: float | None = None
@@ -131,14 +142,14 @@ def compare_tuning(
         work = Path(scratch)
         data = split_rows(source, work, train=rows, heldout=heldout, where="bench tuning: source") if source else []
         for seed in range(1, budget.seeds + 1):  # seed by seed, so that other load on the machine affects all alike
-            for name in [name for name in names if not unsupported_status(name)]:
+            for name in [name for name in names if not unsupported_status(name, trained=True)]:
                 overrides = [*base, *data, f"quantization={name}", f"run.seed={seed}", *budget.overrides()]
                 training = _train(overrides, work, name=f"{name}-{seed}", budget=budget, untuned=seed == 1)
                 trainings.setdefault(name, []).append(training)
             results = [
                 summarize(name, trainings[name], trainings[YARDSTICK])
                 if name in trainings
-                else TuningResult(backend=name, status=unsupported_status(name))
+                else TuningResult(backend=name, status=unsupported_status(name, trained=True))
                 for name in names
             ]
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -172,7 +183,11 @@ def _train(overrides: Sequence[str], work: Path, *, name: str, budget: TuningBud
     figures = run_in_fresh_process("finetune.bench.tuning_worker", request, work=work)
     trained, loaded = (json.loads((run / stage / "manifest.json").read_text()) for stage in ("train", "model"))
     shutil.rmtree(run)
-    log("bench", f"{name}: held-out loss {_loss(figures['losses']):.4f}, {seconds:.0f} s, peak {human_bytes(peak)}")
+    log(
+        "bench",
+        f"{name}: held-out loss {_loss(figures['losses']):.4f}, in 4 bits {_loss(figures['rounded_losses']):.4f}, "
+        f"{seconds:.0f} s, peak {human_bytes(peak)}",
+    )
     return figures | {
         "seconds": seconds,
         "peak_rss_bytes": peak,
@@ -183,35 +198,59 @@ def _train(overrides: Sequence[str], work: Path, *, name: str, budget: TuningBud
 
 def summarize(name: str, runs: list[dict[str, Any]], yardstick: list[dict[str, Any]]) -> TuningResult:
     """Builds a backend's result from its trainings and the yardstick's, one of each per seed."""
-    from finetune.inference.bootstrap import Bootstrap, Ratio, mean_of
-
-    totals, yardstick_totals = (np.sum([run["losses"] for run in side], axis=0) for side in (runs, yardstick))
-    bootstrap = Bootstrap(len(totals), samples=RESAMPLES, seed=1)
-    ratios = [Ratio(totals=side[:, 0], weights=side[:, 1]) for side in (yardstick_totals, totals)]
-    metric, metric_change = {}, {}
-    if runs[0]["scores"]:
-        scores, yardstick_scores = (
-            mean_of(list(np.mean([run["scores"] for run in side], axis=0))) for side in (runs, yardstick)
-        )
-        metric = {key: round(value, 4) for key, value in asdict(bootstrap.level(scores)).items()}
-        metric_change = change_figures(bootstrap.difference(yardstick_scores, scores))
-    losses, yardstick_losses = ([_loss(run["losses"]) for run in side] for side in (runs, yardstick))
+    losses, yardstick_losses, rounded_losses = (
+        [_loss(run[key]) for run in side]
+        for side, key in ((runs, "losses"), (yardstick, "losses"), (runs, "rounded_losses"))
+    )
     changes = [loss - other for loss, other in zip(losses, yardstick_losses, strict=True)]
+    metric, metric_change = _metric(runs, "scores", yardstick)
+    rounded_metric, rounded_metric_change = _metric(runs, "rounded_scores", yardstick)
     return TuningResult(
         backend=name,
         status="measured",
         untuned_loss=round(_loss(runs[0]["untuned"]), 4),
         loss=round(mean(losses), 4),
         losses=[round(loss, 4) for loss in losses],
-        loss_change=change_figures(bootstrap.difference(*ratios)),
+        loss_change=_loss_change(runs, "losses", yardstick),
         loss_change_by_seed=[round(change, 4) for change in changes],
+        rounded_loss=round(mean(rounded_losses), 4),
+        rounded_losses=[round(loss, 4) for loss in rounded_losses],
+        rounded_change=_loss_change(runs, "rounded_losses", yardstick),
         metric=metric,
         metric_change=metric_change,
+        rounded_metric=rounded_metric,
+        rounded_metric_change=rounded_metric_change,
         base_bytes=runs[0]["base_bytes"],
         peak_rss_bytes=max(run["peak_rss_bytes"] for run in runs),
         seconds=round(mean(run["seconds"] for run in runs), 1),
         tokens_per_second=round(mean(run["tokens_per_second"] for run in runs), 1),
     )
+
+
+def _loss_change(runs: list[dict[str, Any]], key: str, yardstick: list[dict[str, Any]]) -> dict[str, float]:
+    """Returns the change of loss against the yardstick as it was trained, paired by row, seeds pooled."""
+    from finetune.inference.bootstrap import Bootstrap, Ratio
+
+    totals = [np.sum([run[name] for run in side], axis=0) for side, name in ((yardstick, "losses"), (runs, key))]
+    ratios = [Ratio(totals=side[:, 0], weights=side[:, 1]) for side in totals]
+    return change_figures(Bootstrap(len(totals[0]), samples=RESAMPLES, seed=1).difference(*ratios))
+
+
+def _metric(
+    runs: list[dict[str, Any]], key: str, yardstick: list[dict[str, Any]]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Returns the metric and its change, as `_loss_change`; both empty without a metric."""
+    from finetune.inference.bootstrap import Bootstrap, mean_of
+
+    if not runs[0][key]:
+        return {}, {}
+    before, after = (
+        mean_of(list(np.mean([run[name] for run in side], axis=0)))
+        for side, name in ((yardstick, "scores"), (runs, key))
+    )
+    bootstrap = Bootstrap(len(runs[0][key]), samples=RESAMPLES, seed=1)
+    metric = {name: round(value, 4) for name, value in asdict(bootstrap.level(after)).items()}
+    return metric, change_figures(bootstrap.difference(before, after))
 
 
 def _loss(rows: list[list[float]]) -> float:
@@ -221,14 +260,16 @@ def _loss(rows: list[list[float]]) -> float:
 
 def show(results: list[TuningResult], budget: TuningBudget) -> None:
     """Prints the table."""
-    metric_columns = (budget.metric, "against none") if budget.metric else ()
+    metric = budget.metric
+    metric_columns = (metric, "against none", f"{metric} in 4 bits", "against none") if metric else ()
     rows = [_cells(result) for result in results if result.status == "measured"]
     table("bench", [*HEADER, *metric_columns], rows)
     log("bench", *[f"{result.backend}: {result.status}" for result in results if result.status != "measured"])
 
 
 def _cells(result: TuningResult) -> list[str]:
-    metric = [f"{result.metric['value']:.3f}", change_text(result.metric_change)] if result.metric else []
+    measured = ((result.metric, result.metric_change), (result.rounded_metric, result.rounded_metric_change))
+    metric = [cell for value, change in measured if value for cell in (f"{value['value']:.3f}", change_text(change))]
     return [
         result.backend,
         human_bytes(result.base_bytes or 0),
@@ -236,6 +277,8 @@ def _cells(result: TuningResult) -> list[str]:
         f"{result.loss:.4f}",
         change_text(result.loss_change),
         " ".join(f"{change:+.3f}" for change in result.loss_change_by_seed),
+        f"{result.rounded_loss:.4f}",
+        change_text(result.rounded_change),
         human_bytes(result.peak_rss_bytes or 0),
         f"{result.seconds:.0f}",
         f"{result.tokens_per_second:.0f}",

@@ -23,7 +23,7 @@ from finetune.paths import SHIPPED
 from finetune.plan import PlanConfig
 from finetune.preflight import PreflightConfig
 from finetune.quantization import QuantizationConfig
-from finetune.quantization.config import PREQUANTIZED
+from finetune.quantization.config import DOUBLE, PREQUANTIZED, QAT
 from finetune.run import RunSettings
 from finetune.sweep import SweepConfig
 from finetune.tracking import TrackerConfig
@@ -58,8 +58,8 @@ class RunConfig:
         quantizes_export = any(export.format == "bitsandbytes" for export in self.export.values())
         if method != "int8" and not quantizes_export:
             yield "quantization.threshold", f"it is LLM.int8's, and quantization.method={method}"
-        if method not in ("nf4", "fp4") and not quantizes_export:
-            yield "quantization.double", f"it is for nf4 and fp4, and quantization.method={method}"
+        if method not in DOUBLE and not quantizes_export:
+            yield "quantization.double", f"it is for nf4, fp4 and qat, and quantization.method={method}"
 
     def problems(self) -> Iterator[str]:
         for group in dataclasses.fields(self):
@@ -87,6 +87,8 @@ class RunConfig:
         method = self.quantization.method
         if method in (PREQUANTIZED, *CALIBRATED):
             yield from self._without_dense_base()
+        if method == QAT:
+            yield from self._qat_problems()
         if method in ("torchao_int8", "hqq") and self.model.upcast != "none":
             yield (
                 f"model.upcast={self.model.upcast} gives float32 inputs, which layers of quantization.method={method} "
@@ -138,6 +140,18 @@ class RunConfig:
                 "merge.adapters adds up low-rank changes, and lora.routers=true trains whole weights: leave "
                 "merge.adapters out, or set lora.routers=false"
             )
+
+    def _qat_problems(self) -> Iterator[str]:
+        """Yields what the rounded sum of base and adapter does not go with."""
+        if self.lora.dropout:
+            yield (
+                "lora.dropout drops inputs of the adapter alone, and quantization=qat multiplies by one weight, the "
+                f"rounded sum; got {self.lora.dropout}: set lora.dropout=0"
+            )
+        if self.model.upcast == "all":
+            yield "model.upcast=all changes the weights that quantization=qat rounds: set model.upcast=norms or none"
+        if self.merge.choose == "dequantized":
+            yield "merge.choose=dequantized: quantization=qat keeps its base dense; use heldout_loss or original"
 
     def _without_dense_base(self) -> Iterator[str]:
         """Yields what needs the dense base, where only a quantized one is there or is trained on."""

@@ -1,4 +1,7 @@
-"""Exports the adapter as a plain peft folder."""
+"""Exports the adapter as a plain peft folder.
+
+That of ``quantization=qat`` is exported for the dense base, where it is the merged model: peft rounds nothing.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +33,16 @@ def write(context: ExportContext, name: str, settings: ExportConfig) -> ExportRe
         shutil.copyfile(source / file, target / file)
     _point_to_base(target / "adapter_config.json", context.spec.base)
     save_tokenizer(context.chat.tokenizer, target)
-    write_record(target, "adapter", spec=context.spec, chat=context.chat)
-    model = context.load(context.spec, settings, adapter=source)
-    wanted = context.expected_output(model, settings, artifact="adapter")
+    is_trained = not context.spec.is_rounded_with_adapter
+    spec = context.spec if is_trained else context.spec.dense()
+    write_record(target, "adapter", spec=spec, chat=context.chat)
+    model = context.load(spec, settings, adapter=source)
+    wanted = context.expected_output(model, settings, artifact="adapter" if is_trained else None)
     splits, common = bool(split_modules(model)), has_common_layers(model)
     del model
     free_memory()
-    snippet = adapter_snippet(name, context.spec, ends=context.chat.ends, splits=splits, common=common)
-    packages = ["peft", "transformers", *filter(None, [BACKENDS[context.spec.quantization.method].library])]
+    snippet = adapter_snippet(name, spec, ends=context.chat.ends, splits=splits, common=common)
+    packages = ["peft", "transformers", *filter(None, [BACKENDS[spec.quantization.method].library])]
     parity = context.check(name, settings, wanted, snippet=snippet, ends=context.chat.ends, packages=packages)
     context.snippets["The adapter, in plain peft"] = snippet
     context.snippets["The adapter, as it was trained, refusing any other base"] = finetune_snippet(name)

@@ -85,14 +85,11 @@ BACKENDS = {
         "peft/tuners/lora/torchao.py",
     ),
     "qat": BackendSupport(
-        title="quantization-aware training",
-        library="torchao",
-        alternative="quantization=nf4_double",
-        reason="torchao 0.18 rounds a layer's own weight in every pass and not its sum with the adapter, so under "
-        "LoRA the frozen "
-        "base is rounded once, as with any method here, and the merged model is rounded again",
-        source="torchao 0.18.0, torchao/quantization/qat/linear.py; LoRA on its layers ran on CPU, at the loss of "
-        "plain 4-bit",
+        title="quantization-aware NF4",
+        devices=CPU_AND_CUDA,
+        library="bitsandbytes",
+        tunable=True,
+        source="finetune/quantization/qat.py with bitsandbytes 0.50.2, run here on CPU",
     ),
     "gguf": BackendSupport(
         title="GGUF",
@@ -126,8 +123,15 @@ def unsupported_reason(method: str) -> str:
     return f"quantization.method={method} does not run: {backend.reason}; choose {backend.alternative}"
 
 
-def obstacle_on_dense_base(name: str) -> str:
-    """Explains why an option of the quantization group cannot be measured on a dense base; empty where it can."""
+def obstacle_on_dense_base(name: str, *, trained: bool) -> str:
+    """Explains why an option of the quantization group cannot be measured on a dense base; empty where it can.
+
+    Args:
+        name: The option.
+        trained: Whether an adapter is trained on it.
+    """
+    if name == "qat" and not trained:
+        return "it rounds the sum of base and adapter while one is trained; the base alone is that of nf4"
     if name == "prequantized":
         return "it is how a base is stored, and this one is dense (docs/quantized-bases.md)"
     if name in CALIBRATED:

@@ -66,6 +66,7 @@ def load_adapter(model: Any, folder: Path, *, upcast: str) -> Any:
 
     from finetune.lora import prepare_for_training
     from finetune.lora.experts import prepare_base_for, round_routers
+    from finetune.quantization.qat import round_sums
 
     prepare_base_for(model, folder)
     prepare_for_training(model, upcast=upcast, checkpointing=False)
@@ -77,6 +78,7 @@ def load_adapter(model: Any, folder: Path, *, upcast: str) -> Any:
         ) from error
     _restore_saved_tensors(adapted, folder / ADAPTER_FILES[1])
     round_routers(adapted)
+    round_sums(adapted)
     adapted.requires_grad_(False)
     return adapted.eval()
 
@@ -93,6 +95,7 @@ def add_adapter(model: Any, folder: Path, *, name: str) -> None:
         ModelError: Names or shapes of the adapter do not fit this base, which has none of it then.
     """
     from finetune.lora.experts import prepare_base_for, round_routers
+    from finetune.quantization.qat import round_sums
 
     check_adapter(folder)
     prepare_base_for(model, folder)
@@ -105,6 +108,7 @@ def add_adapter(model: Any, folder: Path, *, name: str) -> None:
         raise ModelError(f"{folder} does not fit this base: {str(error).splitlines()[0]}") from error
     _restore_saved_tensors(model, folder / ADAPTER_FILES[1], name=name)
     round_routers(model)
+    round_sums(model)
     model.requires_grad_(False)
 
 

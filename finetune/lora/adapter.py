@@ -53,6 +53,7 @@ def attach(
 
     from finetune.lora import init
     from finetune.lora.experts import expert_targets, round_routers, router_names
+    from finetune.quantization.qat import round_sums
 
     targets = match_targets(model, config.targets) | expert_targets(model, config.experts)
     routers = router_names(model) if config.routers else {}
@@ -64,6 +65,7 @@ def attach(
     set_seed(seed)
     adapted = peft.get_peft_model(model, peft_config(config, targets, token_ids, routers))
     round_routers(adapted)
+    round_sums(adapted)
     if config.variant == "eva":
         init.init_eva(adapted, directions)
     elif config.variant == "olora":

@@ -1,15 +1,21 @@
 """Reads what an adapter changes in each weight: LoRA, rsLoRA, DoRA, and tensors that were trained whole."""
 
+from __future__ import annotations
+
 import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from finetune.errors import MergeError
+from finetune.quantization.qat import add_update
+
+if TYPE_CHECKING:
+    from finetune.model import ModelSpec
 
 PREFIX = "base_model.model."
 UNSUPPORTED = (
@@ -39,6 +45,8 @@ class LowRank:
         magnitude: float32, shape (rows,), or None.
         start: The weight that B A is added to, where the adapter contains it (peft saves embeddings, which may have
             grown); None for the base's weight.
+        exact_from: Dtype of the weight in memory, to which ``quantization=qat`` added B A in float64; None adds it to
+            the float32 weight.
     """
 
     a: Tensor
@@ -47,6 +55,7 @@ class LowRank:
     transposed: bool = False
     magnitude: Tensor | None = None
     start: Tensor | None = None
+    exact_from: torch.dtype | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -58,11 +67,13 @@ class LowRank:
 
         Args:
             first: Index of ``weight[0]`` in the whole weight.
-            weight: float32 rows of the old weight, shape (n, columns); changed in place.
+            weight: float32 rows of the old weight, shape (n, columns); may be changed in place.
 
         Source: peft 0.21.2, tuners/lora/layer.py (get_delta_weight, merge) and dora.py (norm over dim 1).
         """
         part = slice(first, first + len(weight))
+        if self.exact_from is not None:
+            return add_update(weight.to(self.exact_from).double(), self.a, self.b[part], self.scaling)
         if self.transposed:
             return weight.addmm_(self.a[:, part].T, self.b.T, alpha=self.scaling)
         weight.addmm_(self.b[part], self.a, alpha=self.scaling)
@@ -126,6 +137,22 @@ def read_changes(folder: Path) -> dict[str, Change]:
             name, change = _whole_or_rows(key, tensors[key], indices)
             changes[name] = change
     return changes
+
+
+def as_trained(changes: dict[str, Change], spec: ModelSpec, *, dtype: torch.dtype) -> dict[str, Change]:
+    """Makes low-rank updates add up, to the bit, to the sums that ``quantization=qat`` rounded; others stay.
+
+    Args:
+        changes: By tensor name, from `read_changes`.
+        spec: The base as it was loaded for training.
+        dtype: Of the merged weights, and of the base's in training.
+    """
+    if not spec.is_rounded_with_adapter:
+        return changes
+    return {
+        name: replace(change, exact_from=dtype) if isinstance(change, LowRank) else change
+        for name, change in changes.items()
+    }
 
 
 def add_changes(changes: dict[str, Change], folder: Path, *, weight: float) -> dict[str, Change]:

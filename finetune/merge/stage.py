@@ -102,6 +102,11 @@ def _candidate_names(config: MergeConfig, spec: ModelSpec) -> list[str]:
     if spec.is_prequantized:
         log("merge", "only the candidate dequantized: the base is stored quantized, so there is no original to add to")
         return ["dequantized"]
+    if spec.is_rounded_with_adapter:
+        log(
+            "merge", "only the candidate original: the base is dense, and an export in 4 bits rounds the sum as trained"
+        )
+        return ["original"]
     if spec.is_quantized:
         return list(config.candidates)
     if config.choose == "dequantized":
@@ -160,6 +165,7 @@ class _Stage:
         from finetune.inference.dense import place
         from finetune.inference.kl_divergence import record_reference
         from finetune.inference.rows import loss_workload
+        from finetune.merge.adapter_deltas import as_trained
         from finetune.merge.candidates import Source, build, from_disk
         from finetune.merge.graph import add_adapters, dequantized
         from finetune.merge.prequantized import packed_base
@@ -190,6 +196,7 @@ class _Stage:
         free_memory()
         built, base, dtype = [], self.spec.base.folder, getattr(torch, self.config.dtype)
         packed = packed_base(self.spec)
+        changes = as_trained(changes, self.spec, dtype=dtype)
         for name in names:
             built.append(build(base, changes, self.work / name, dtype=dtype, source=sources[name], packed=packed))
             self._require_change(built[-1])

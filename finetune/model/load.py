@@ -92,7 +92,11 @@ def weights_at(max_memory: Mapping[int | str, int] | None, *, scratch: Path | st
 
 
 def load_model(
-    spec: ModelSpec, *, max_memory: dict[int | str, int] | None = None, scratch: Path | None = None
+    spec: ModelSpec,
+    *,
+    max_memory: dict[int | str, int] | None = None,
+    scratch: Path | None = None,
+    use_cache: bool = True,
 ) -> PreTrainedModel:
     """Loads the base, quantized as the spec says, in evaluation mode and without gradients.
 
@@ -104,6 +108,7 @@ def load_model(
         max_memory: Bytes of weights by GPU index, and by ``cpu``; the others stay on disk. Empty loads all weights
             onto the run's device.
         scratch: Folder for weights that stay on disk in another form than the base's files have (experts).
+        use_cache: Whether a quantized base is read from the cache and written to it; not for a base that is used once.
 
     Raises:
         ModelError: The model has no layer to quantize, or transformers cannot load it.
@@ -114,7 +119,7 @@ def load_model(
     from finetune.quantization.skip_modules import check_skip_modules
 
     base, config, quantization = spec.base, spec.config, spec.quantization
-    cache = cache_of(spec)
+    cache = cache_of(spec) if use_cache else None
     where = weights_at(max_memory, scratch=scratch)
     cached = cache.read(lambda folder: _open(folder, spec, **where)) if cache else None
     model = cached if cached is not None else _load_and_quantize(spec, **where)
@@ -134,11 +139,10 @@ def load_model(
 
 
 def cache_of(spec: ModelSpec) -> QuantizedCache | None:
-    """Returns the cache entry of the quantized base; None where the run quantizes nothing, or the model has its own
-    code."""
+    """Returns the cache entry of the quantized base; None where the run stores none, or the model has its own code."""
     from finetune.quantization.cache import quantized_cache
 
-    if not spec.is_quantized or spec.is_prequantized or spec.config.trust_remote_code:
+    if not spec.is_quantized or spec.is_prequantized or spec.is_rounded_with_adapter or spec.config.trust_remote_code:
         return None
     base = spec.base.folder
     return quantized_cache(base, weights=weights_sha256(base), quantization=spec.quantization, placement=spec.placement)

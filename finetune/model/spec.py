@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.hardware import Placement
 from finetune.model.base import Base, ModelFiles, fetch
 from finetune.model.config import ModelConfig
-from finetune.quantization.config import PREQUANTIZED, QuantizationConfig, spec
+from finetune.quantization.config import PREQUANTIZED, QAT, QuantizationConfig, spec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,6 +56,11 @@ class ModelSpec:
     def is_prequantized(self) -> bool:
         """Whether the base's own files hold them quantized, so that there is no dense base."""
         return self.quantization.method == PREQUANTIZED
+
+    @property
+    def is_rounded_with_adapter(self) -> bool:
+        """Whether the base is dense in memory too, and each pass rounds its sum with the adapter."""
+        return self.quantization.method == QAT
 
     def load(self, *, max_memory: dict[int | str, int] | None = None, scratch: Path | None = None) -> PreTrainedModel:
         """Loads the model; see `finetune.model.load.load_model`."""

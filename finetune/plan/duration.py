@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from finetune.plan.inputs import PlanInputs
 from finetune.plan.throughput import earlier_runs, is_listed, passes, table_throughput, token_operations
+from finetune.quantization.config import QAT
 
 if TYPE_CHECKING:
     from finetune.config import RunConfig
@@ -20,6 +21,7 @@ tokenizer page."""
 
 UNKNOWN = "unknown until the first step"
 UNKNOWN_SAMPLING = "unknown until the first step: answers are sampled, whose length decides the time"
+UNKNOWN_ROUNDING = "unknown until the first step: quantization=qat rounds every weight in each step"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,8 @@ def duration(config: RunConfig, inputs: PlanInputs, machine: Machine, *, runs: P
     """
     if inputs.sampled_rows:
         return Duration(source=UNKNOWN_SAMPLING)
+    if inputs.method == QAT:
+        return Duration(source=UNKNOWN_ROUNDING)
     earlier = earlier_runs(inputs, machine, runs) if runs else []
     if earlier:
         operations = statistics.median(run.operations_per_second for run in earlier)

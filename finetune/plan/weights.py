@@ -16,7 +16,7 @@ from finetune.parameters import (
     parameters,
 )
 from finetune.plan.inputs import SEGMENT_BYTES, SMALL_BYTES, PlanInputs, block_bytes
-from finetune.quantization.config import PREQUANTIZED
+from finetune.quantization.config import PREQUANTIZED, QAT
 from finetune.quantization.skip_modules import is_skipped
 
 BLOCK = 64
@@ -36,6 +36,10 @@ SMALLEST_8BIT_ELEMENTS = 4096
 """Smaller tensors keep float32 states. Source: ``min_8bit_size`` of bitsandbytes' optimizers."""
 
 FLOAT = 4
+
+ROUNDING_BYTES = 16
+"""Bytes per weight while ``qat`` rounds a sum: float32 copies and int32 codes. Source: bitsandbytes 0.50.2,
+backends/default/ops.py (quantize_4bit)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +117,8 @@ def quantized_bytes(inputs: PlanInputs, elements: int, rows: int) -> tuple[float
     if inputs.method == "hqq":
         return elements * HQQ_BYTES[inputs.bits], 2 * elements / inputs.group_size * inputs.compute_bytes
     constants = elements / BLOCK
-    return elements / 2, constants * (1 + FLOAT / DOUBLE_BLOCK) if inputs.double else constants * FLOAT
+    kept = elements * inputs.stored_bytes if inputs.method == QAT else 0  # next to the codes of the last rounding
+    return kept + elements / 2, constants * (1 + FLOAT / DOUBLE_BLOCK) if inputs.double else constants * FLOAT
 
 
 def unjoined_bytes(inputs: PlanInputs) -> float:
@@ -207,7 +212,10 @@ def stays_mapped(inputs: PlanInputs) -> bool:
 
 
 def cached_bytes(inputs: PlanInputs) -> float:
-    """Returns the bytes of dense copies on a CPU: of cached quantized weights, or of a file that stays mapped."""
+    """Returns the bytes of copies: dense ones of cached quantized weights, or of a file that stays mapped on a CPU, and
+    of the adapter that ``qat`` rounded its codes with."""
+    if inputs.method == QAT:
+        return adapter_bytes(inputs)
     if not inputs.kernels.cached and not stays_mapped(inputs):
         return 0
     return sum(linear.weights for linear in quantized_linear(inputs)) * inputs.compute_bytes
@@ -216,7 +224,7 @@ def cached_bytes(inputs: PlanInputs) -> float:
 def workspace_bytes(inputs: PlanInputs) -> float:
     """Returns the bytes of the largest quantized matrix, dense, as each product or LLM.int8's backward pass needs it.
 
-    Fused layers dequantize gate and up and concatenate them, so both exist twice.
+    Fused layers dequantize gate and up and concatenate them, so both exist twice. ``qat`` also sums and rounds it.
     """
     if inputs.method == "none" or inputs.kernels.cached:
         return 0
@@ -227,4 +235,4 @@ def workspace_bytes(inputs: PlanInputs) -> float:
     largest = max(linear.in_features * linear.out_features for linear in layers)
     if inputs.trainer.quantizes_head:
         largest = max(largest, embedding_parameters(a))
-    return largest * inputs.compute_bytes
+    return largest * (ROUNDING_BYTES if inputs.method == QAT else inputs.compute_bytes)

@@ -6,12 +6,13 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import ModelError
 from finetune.hardware.backends import BACKENDS
 from finetune.quantization import bnb, hqq, prequantized, torchao
-from finetune.quantization.config import PackedWeight, QuantizationConfig
+from finetune.quantization.config import QAT, PackedWeight, QuantizationConfig
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +90,13 @@ def restore(
 
 def _library_function(config: QuantizationConfig, name: str) -> Callable[..., Any] | None:
     """Returns the library's own function of that name; None where it has none."""
-    return getattr(LIBRARIES.get(BACKENDS[config.method].library), name, None)
+    library = _qat() if config.method == QAT else LIBRARIES.get(BACKENDS[config.method].library)
+    return getattr(library, name, None)
+
+
+def _qat() -> ModuleType:
+    """Imports the module of ``quantization=qat``, which defines a layer and so imports torch."""
+    return importlib.import_module("finetune.quantization.qat")
 
 
 def backend_of(layer: Any) -> Any:
@@ -99,6 +106,8 @@ def backend_of(layer: Any) -> Any:
         kind = type(layer.weight)  # torchao replaces the weight, not the layer
     if kind.__module__ == "finetune.quantization.packed_linear":
         return prequantized
+    if kind.__module__ == "finetune.quantization.qat":
+        return _qat()
     library = LIBRARIES.get(kind.__module__.partition(".")[0])
     if library is bnb and not (hasattr(layer.weight, "quant_state") or hasattr(layer.weight, "CB")):
         return None  # a layer of the library with a plain weight: only the plan makes these, to count bytes

@@ -13,6 +13,12 @@ METHODS = tuple(BACKENDS)
 PREQUANTIZED = "prequantized"
 """The method of a base that its own checkpoint stores quantized."""
 
+QAT = "qat"
+"""The method that keeps the base dense and trains on the rounding of its sum with the adapter."""
+
+DOUBLE = ("nf4", "fp4", QAT)
+"""Methods whose blocks have constants that can be quantized too."""
+
 BITS = (1, 2, 3, 4, 5, 6, 8)
 """What hqq can pack. Source: hqq 0.2.8, core/quantize.py, Quantizer.SUPPORTED_BITS."""
 
@@ -30,8 +36,8 @@ class QuantizationConfig:
     method: str
     """``none``, ``nf4``, ``fp4`` (bitsandbytes 4-bit), ``int8`` (LLM.int8), ``torchao_int8``, ``hqq``;
     ``gptq`` and ``awq`` (4 bits, calibrated on the training rows by auto-round), ``prequantized`` for a base that is
-    stored quantized (GPTQ, AWQ, ...). The other methods of
-    finetune/hardware/backends.py are refused with the reason."""
+    stored quantized (GPTQ, AWQ, ...); ``qat`` keeps the base dense and trains on the NF4 rounding of its sum with the
+    adapter. The other methods of finetune/hardware/backends.py are refused with the reason."""
 
     double: bool = False
     """Quantizes the constants of the 4-bit blocks too: saves 0.37 bit per parameter. Source: QLoRA paper, section 3."""
@@ -88,8 +94,11 @@ class QuantizationConfig:
             yield f"quantization.method must be one of {', '.join(METHODS)}; got {self.method!r}"
         elif unsupported_reason(self.method):
             yield unsupported_reason(self.method)
-        if self.double and self.method not in ("nf4", "fp4"):
-            yield f"quantization.double is for nf4 and fp4; got method {self.method!r}: set quantization.double=false"
+        if self.double and self.method not in DOUBLE:
+            yield (
+                f"quantization.double is for {', '.join(DOUBLE)}; got method {self.method!r}: "
+                "set quantization.double=false"
+            )
         if self.threshold < 0:
             yield f"quantization.threshold must not be negative; got {self.threshold}"
         if self.bits not in BITS:
@@ -105,6 +114,11 @@ class QuantizationConfig:
             yield (
                 "quantization.skip_modules and skip_modules_mib exempt layers from quantization, and "
                 f"quantization={self.method} {why}: leave them out"
+            )
+        if self.method == QAT and self.skip_modules_mib:
+            yield (
+                "quantization.skip_modules_mib measures the rounding of the base alone, and quantization=qat trains on "
+                "that of the sum: name layers in quantization.skip_modules"
             )
         if self.method in CALIBRATED:
             yield from self._calibration_problems()
@@ -130,7 +144,7 @@ def spec(config: QuantizationConfig) -> dict[str, Any]:
     elif config.method in CALIBRATED:
         names = ("group_size", "calibration_rows", "calibration_tokens", "steps")
         settings = {name: getattr(config, name) for name in names}
-    elif config.method in ("nf4", "fp4"):
+    elif config.method in DOUBLE:
         settings = {"double": config.double, "blocksize": 64}
     return {"method": config.method, **settings, "keep": list(config.skip_modules)}
 

@@ -16,8 +16,9 @@ from finetune.hardware.backends import BACKENDS
 
 
 def run(losses: list[list[float]], scores: list[float]) -> dict[str, Any]:
+    rounded = {"rounded_losses": [[total + count, count] for total, count in losses], "rounded_scores": [0.0, 0.0]}
     machine = {"seconds": 10.0, "peak_rss_bytes": 5, "tokens_per_second": 1.0, "base_bytes": 7}
-    return {"losses": losses, "scores": scores, "untuned": [[8.0, 2], [12.0, 2]], **machine}
+    return {"losses": losses, "scores": scores, "untuned": [[8.0, 2], [12.0, 2]], **rounded, **machine}
 
 
 def test_a_difference_is_paired_by_row_and_pooled_over_seeds() -> None:
@@ -29,6 +30,9 @@ def test_a_difference_is_paired_by_row_and_pooled_over_seeds() -> None:
         "every row is off by the same, so nothing is uncertain"
     )
     assert found.loss_change_by_seed == [0.2, 0.1]
+    assert (found.rounded_loss, found.rounded_losses) == (3.2, [3.2, 3.2])
+    assert found.rounded_change["difference"] == 1.15
+    assert (found.rounded_metric["value"], found.rounded_metric_change["difference"]) == (0.0, -0.5)
     assert found.metric["value"] == 0.25
     assert found.metric_change["difference"] == -0.25
     same = summarize("none", none, none)
@@ -65,8 +69,9 @@ def test_what_cannot_be_measured_is_said_at_once(arguments: list[str], message: 
 
 def test_a_method_that_does_not_run_is_a_row_with_its_reason() -> None:
     not_run = {name for name, backend in BACKENDS.items() if not backend.devices}
-    assert {name for name in BACKENDS if unsupported_status(name)} == not_run | {"prequantized", "gptq", "awq"}
-    assert unsupported_status("qat") == f"not run: {BACKENDS['qat'].reason}"
+    assert {name for name in BACKENDS if unsupported_status(name)} == not_run | {"prequantized", "gptq", "awq", "qat"}
+    assert unsupported_status("torchao_int4") == f"not run: {BACKENDS['torchao_int4'].reason}"
+    assert not unsupported_status("qat", trained=True)
 
 
 @pytest.mark.slow
@@ -86,14 +91,15 @@ def test_the_command_trains_measures_and_ends_with_one_line_of_json(
         f"--model={tiny_base}",
         "--steps=2",
         "--seeds=1",
-        "--backends=none,gptq",
+        "--backends=none,gptq,qat",
         "--metric=label",
         "--max-new-tokens=4",
         f"--out={tmp_path / 'tuning.json'}",
     ]
     assert main(command) == 0
     by_name = {result["backend"]: result for result in json.loads(capsys.readouterr().out.splitlines()[-1])}
-    assert [result["status"].partition(":")[0] for result in by_name.values()] == ["measured", "not run"]
+    assert [result["status"].partition(":")[0] for result in by_name.values()] == ["measured", "not run", "measured"]
+    assert by_name["qat"]["rounded_losses"] == by_name["qat"]["losses"], "rounding its sum gives what was trained"
     assert by_name["none"]["loss_change"]["difference"] == 0
     assert by_name["none"]["loss"] < by_name["none"]["untuned_loss"]
     assert 0 <= by_name["none"]["metric"]["value"] <= 1

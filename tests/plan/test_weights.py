@@ -16,7 +16,13 @@ LLAMA = PlanInputs(
 
 @pytest.mark.parametrize(
     ("method", "double", "bits"),
-    [("none", False, 16), ("nf4", False, 4.5), ("nf4", True, 4.126953125), ("fp4", False, 4.5)],
+    [
+        ("none", False, 16),
+        ("nf4", False, 4.5),
+        ("nf4", True, 4.126953125),
+        ("fp4", False, 4.5),
+        ("qat", True, 16 + 4.126953125),
+    ],
 )
 def test_bits_per_quantized_parameter(method: str, double: bool, bits: float) -> None:
     found = weights.weight_bytes(dataclasses.replace(LLAMA, method=method, double=double))
