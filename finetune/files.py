@@ -1,13 +1,17 @@
 """Writes files completely or not at all, and checks that the disk has room for them."""
 
+import json
 import os
 import shutil
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from finetune.cache import file_sha256
 from finetune.console import human_bytes
-from finetune.errors import FinetuneError
+from finetune.errors import DamagedProduct, FinetuneError
+
+Content = TypeVar("Content", dict, list)
 
 WEIGHTS = ".safetensors"
 """Files that are large and that their stage has hashed already."""
@@ -20,9 +24,36 @@ def atomic_write_text(file: Path, text: str | Iterable[str]) -> None:
         text: The whole content, or its pieces in order.
     """
     partial = file.with_name(f"{file.name}.partial")
-    with open(partial, "w", encoding="utf-8") as handle:
-        handle.writelines([text] if isinstance(text, str) else text)
+    try:
+        with open(partial, "w", encoding="utf-8") as handle:
+            handle.writelines([text] if isinstance(text, str) else text)
+            handle.flush()
+            os.fsync(handle.fileno())  # a power cut must not leave the new name with a part of the content
+    except OSError as error:  # errors of writing name no file
+        partial.unlink(missing_ok=True)
+        error.filename = error.filename or str(file)
+        raise
     os.replace(partial, file)
+
+
+def read_json(
+    file: Path, kind: type[Content], *, remedy: str = "delete it and run the stage that wrote it again"
+) -> Content:
+    """Reads JSON that a run wrote.
+
+    Args:
+        kind: What the file holds: dict or list.
+
+    Raises:
+        DamagedProduct: It is not JSON, or of another kind.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DamagedProduct(f"{file} is damaged ({error}); {remedy}") from error
+    if not isinstance(content, kind):
+        raise DamagedProduct(f"{file} is damaged (it holds a {type(content).__name__}); {remedy}")
+    return content
 
 
 def require_disk(

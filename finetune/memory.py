@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -184,7 +185,8 @@ class PeakMemory:
 
     def _sample_until_stopped(self) -> None:
         while not self._stop.wait(SAMPLE_SECONDS):
-            self._sample()
+            with suppress(OSError):  # the disk is full: what the stage writes next says so
+                self._sample()
 
     def _sample(self) -> None:
         rss, device = rss_bytes(), device_bytes()

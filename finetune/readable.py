@@ -38,6 +38,11 @@ FACTORS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta",
 LONGEST_REASON = 200
 """Characters of a library's message that are shown."""
 
+PANIC = "PanicException"
+"""The error of Rust code that gave up, which does not derive from Exception and cannot be imported."""
+
+TORCH_MEMORY_ERROR = "OutOfMemoryError"
+
 DAMAGED = "it is damaged or not what its name says; download it again"
 
 
@@ -119,13 +124,14 @@ def refusing(what: str, remedy: str) -> Iterator[None]:
     Raises:
         ModelError: With ``what``, the library's message and the remedy.
     """
-    import torch
-
     try:
         yield
-    except (FinetuneError, MemoryError, torch.OutOfMemoryError):
+    except (FinetuneError, MemoryError):
         raise
-    except Exception as error:  # tokenizers raises Exception itself, other libraries whatever fails first
+    except BaseException as error:  # tokenizers raises Exception itself, other libraries whatever fails first
+        name = type(error).__name__
+        if name == TORCH_MEMORY_ERROR or not (isinstance(error, Exception) or name == PANIC):
+            raise
         reason = " ".join(str(error).split())[:LONGEST_REASON]
-        kind = "" if type(error) in (OSError, ValueError, ImportError, Exception) else f"{type(error).__name__}: "
+        kind = "" if type(error) in (OSError, ValueError, ImportError, Exception) else f"{name}: "
         raise ModelError(f"model.name: {what} ({kind}{reason}); {remedy}") from error

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from finetune.console import log
-from finetune.errors import ConfigError, DamagedProduct
-from finetune.files import atomic_write_text, file_hashes, find_damage, require_disk
+from finetune.errors import ConfigError, DamagedProduct, FinetuneError
+from finetune.files import atomic_write_text, file_hashes, find_damage, read_json, require_disk
 from finetune.jsonable import flatten, from_json, to_jsonable
 from finetune.memory import PeakMemory
+from finetune.system_errors import as_system_error
 
 IF_EXISTS = ("fail", "resume", "overwrite")
 STAGES = ("plan", "data", "model", "preflight", "train", "merge", "eval", "export", "report")
@@ -123,7 +124,7 @@ class RunFolder:
     def lock(self) -> Iterator[None]:
         """Locks the run. The kernel releases the lock when the process ends, so a killed run leaves none."""
         file = self.path / ".lock"
-        with open(file, "w") as handle:
+        with open(file, "w", opener=_open_at_once) as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if not file.exists() or not os.path.samestat(os.fstat(handle.fileno()), file.stat()):
@@ -133,7 +134,8 @@ class RunFolder:
                     f"run.name: another process works in {self.path}; wait for it, or choose another run.name"
                 ) from error
             self._end_swaps()
-            yield
+            with _naming(self.path):
+                yield
 
     def _end_swaps(self) -> None:
         """Finishes a `_swap` that was killed: deletes the earlier product, or restores it where no new one exists."""
@@ -164,7 +166,7 @@ class RunFolder:
     def manifest(self, stage: str) -> dict[str, Any] | None:
         """Returns the manifest of a finished stage; None where it has not finished."""
         file = self.path / stage / "manifest.json"
-        return json.loads(file.read_text()) if file.is_file() else None
+        return read_json(file, dict) if file.is_file() else None
 
     def stage(
         self, name: str, product_type: type[Product], make: Callable[[Path], Product], *, key: Mapping[str, Any]
@@ -238,7 +240,7 @@ class RunFolder:
 
     def product(self, name: str, product_type: type[Product]) -> Product:
         """Reads the product of a finished stage."""
-        manifest = json.loads((self.path / name / "manifest.json").read_text())
+        manifest = read_json(self.path / name / "manifest.json", dict)
         return from_json(product_type, {"folder": self.path / name, **manifest["product"]})
 
 
@@ -253,6 +255,25 @@ def fingerprint(content: Any) -> str:
 def write_json(file: Path, content: Any) -> None:
     """Writes indented JSON atomically."""
     atomic_write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Opens a file, and refuses a pipe instead of waiting for its reader."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)
+
+
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Turns what libraries raise for a full disk and the like into errors of the system with a path."""
+    try:
+        yield
+    except FinetuneError:
+        raise
+    except Exception as error:  # SQLite, safetensors, torch, tokenizers: each has a class of its own
+        system_error = as_system_error(error, folder)
+        if system_error is None:
+            raise
+        raise system_error from error
 
 
 def _cost(started: float, peak: PeakMemory) -> dict[str, Any]:

@@ -102,6 +102,35 @@ def test_bad_data_ends_with_2_and_says_where(
     assert "Traceback" not in error
 
 
+def test_a_template_that_never_ends_and_a_long_line_end_with_2_and_the_limit(
+    tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = tmp_path / "endless.jinja"
+    template.write_text("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")
+    asked = [*overrides(tmp_path, tiny_base), "tracking=[]", "run.until=data", "run.if_exists=overwrite"]
+    limits = ["data.limits.template_seconds=0.3", "data.limits.template_characters=100000"]
+    assert main([*asked, f"data.template={template}", *limits]) == 2
+    assert "needs more than 0.3 s of processor time" in capsys.readouterr().err
+    rows = tmp_path / "long.jsonl"
+    rows.write_text('{"prompt": "' + "a" * 2**21)
+    limits = ["data.limits.line_bytes=1048576", "data.limits.compression_ratio=10"]
+    assert main([*asked, f"data.path={rows}", *limits]) == 2
+    assert "a line is longer than 1,048,576 bytes" in capsys.readouterr().err
+    assert main([*asked, "data.limits.line_bytes=0"]) == 2
+    assert "data.limits.line_bytes must be at least 1048576; got 0" in capsys.readouterr().err
+
+
+def test_half_a_character_in_a_key_is_written_as_its_code(
+    tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [*overrides(tmp_path, tiny_base), "data.heldout_path=null", "tracking=[]", "run.until=data"]
+    rows = [{"prompt": f"q {number}", "completion": "a", "\ud800": 1} for number in range(20)]
+    (tmp_path / "half.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = [f"data.path={tmp_path / 'half.jsonl'}", "data.format=prompt_completion", "data.duplicates=keep"]
+    assert main([*asked, *data]) == 0, capsys.readouterr().err
+    assert "not read: \\ud800" in capsys.readouterr().out
+
+
 def test_target_that_matches_nothing_ends_with_2(
     tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

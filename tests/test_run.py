@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune.cli.settings import saved_overrides
 from finetune.errors import ConfigError, DamagedProduct
 from finetune.run import RunFolder, RunSettings, write_json
 
@@ -81,6 +82,33 @@ def test_product_of_nested_dataclasses_is_read_back_as_it_was(tmp_path: Path) ->
     assert folder.product("parts", Assembly) == written
     manifest = json.loads((tmp_path / "r" / "parts" / "manifest.json").read_text())
     assert manifest["product"]["parts"] == [{"name": "a", "file": "a.txt"}, {"name": "b", "file": None}]
+
+
+def test_a_pipe_in_place_of_the_lock_ends_at_once(tmp_path: Path) -> None:
+    folder = RunFolder.open(settings(tmp_path))
+    os.mkfifo(folder.path / ".lock")
+    with pytest.raises(OSError, match="No such device or address"), folder.lock():
+        pass
+
+
+@pytest.mark.parametrize("content", ["", '{"schema": 3, "key', "[1]", "\0" * 40], ids=["empty", "cut", "list", "NUL"])
+def test_a_manifest_that_a_power_cut_damaged_is_named_with_the_remedy(content: str, tmp_path: Path) -> None:
+    folder = RunFolder.open(settings(tmp_path))
+    stage(folder, 3)
+    file = tmp_path / "r" / "thing" / "manifest.json"
+    file.write_text(content)
+    with pytest.raises(DamagedProduct, match=r"thing/manifest\.json is damaged \(.*; delete it and run the stage that"):
+        stage(folder, 3)
+    file.unlink()
+    assert stage(folder, 3).size == 3
+
+
+@pytest.mark.parametrize("content", ["", '["+experiment=qui', "{}"])
+def test_what_was_typed_is_named_where_it_cannot_be_read(content: str, tmp_path: Path) -> None:
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "overrides.json").write_text(content)
+    with pytest.raises(DamagedProduct, match=r"overrides\.json is damaged .*; give all settings of the run again"):
+        saved_overrides([f"run.root={tmp_path}", "run.name=r"])
 
 
 def test_stage_that_failed_leaves_no_manifest_and_runs_again(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from finetune.cli import main
+from tests.fixtures.little_disk import on_little_disk
 from tests.fixtures.tiny_run import CANARIES, TinyRun, asked
 from tests.provenance.read_tracking import UNREAD
 
@@ -54,6 +55,17 @@ def test_a_finished_run_is_kept_resumed_and_merged_again(
     assert main([*again, "run.if_exists=resume", "lora.rank=8"]) == 2
     assert main(["merge", f"run.root={finished.parent}", "run.name=tiny", "merge.choose=original"]) == 0
     assert json.loads((finished / "merge" / "manifest.json").read_text())["product"]["chosen"] == "original"
+
+
+@pytest.mark.parametrize("stage", ["train", "merge", "eval", "export", "report"])
+def test_a_stage_on_a_full_disk_is_one_message(stage: str, finished: Path) -> None:
+    (finished / "memory.jsonl").unlink()
+    words = [stage, "run.name=tiny", f"run.root={finished.parent}", "tracking=[]"]
+    code, output = on_little_disk(30_000, words)
+    assert (code, output.count("finetune: "), "Traceback" in output) == (1, 1, False), output
+    message = output.partition("finetune: ")[2]
+    assert message.startswith(str(finished))
+    assert "File too large; files may only be that large here: raise the limit" in message
 
 
 def test_a_whole_run_leaves_no_setting_unread(tiny_run: TinyRun) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 import threading
@@ -12,7 +13,8 @@ from finetune.cli.command import Command, parse
 from finetune.cli.commands import COMMANDS
 from finetune.cli.hydra_flags import run_with_hydra
 from finetune.console import print_error
-from finetune.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError, FinetuneError
+from finetune.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, ConfigError, FinetuneError
+from finetune.system_errors import explain
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,15 +22,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 done; 2 the user can fix it; 1 our fault or the machine's; 75 stopped by a signal after saving. An error that
-        is not ours comes up with its traceback.
+        is not ours comes up with its traceback, unless it is of the disk or the system.
     """
     if threading.current_thread() is threading.main_thread():
         # TERM ends the program as INT does, until training handles both.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as on stderr: names in rows may hold half a character
     try:
         return dispatch(list(sys.argv[1:] if argv is None else argv))
     except FinetuneError as error:
         return print_error(error, error.exit_code)
+    except OSError as error:
+        message = explain(error)
+        if message is None:
+            raise
+        return print_error(message, EXIT_FAILURE)
     except KeyboardInterrupt:
         return print_error("stopped; continue with run.if_exists=resume", EXIT_INTERRUPTED)
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.errors import ConfigError
+from finetune.files import read_json
 
 
 def saved_overrides(overrides: Sequence[str]) -> list[str]:
     """Returns what the run of ``run.name`` was started with, so that a later command composes the same.
 
     Raises:
+        DamagedProduct: What was typed cannot be read.
         ConfigError: There is no such run, or neither ``run.name`` nor an experiment, which has one, is given.
     """
     values = dict(override.lstrip("+").split("=", 1) for override in overrides if "=" in override)
@@ -26,5 +27,6 @@ def saved_overrides(overrides: Sequence[str]) -> list[str]:
         raise ConfigError(
             f"run.name={name}: {file.parent} holds no run; start one first, or give the name of one that exists"
         )
-    saved = map(str, json.loads(file.read_text(encoding="utf-8")))
+    remedy = "give all settings of the run again, with run.if_exists=resume, and leave out the name of the stage"
+    saved = map(str, read_json(file, list, remedy=remedy))
     return [override for override in saved if not override.startswith("run.if_exists=")]

@@ -1,11 +1,10 @@
 """Reuses prepared data whose sources, template, tokenizer, settings and code are the same."""
 
-import contextlib
 import hashlib
 import json
 import os
 import shutil
-import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,16 @@ from finetune.chat_templates import ChatTemplate
 from finetune.console import log
 from finetune.data.config import DataConfig
 from finetune.data.sources import Source
+from finetune.errors import DamagedProduct
+from finetune.files import find_damage, read_json
+from finetune.run import write_json
 
 PATHS = ("path", "heldout_path")
 """Settings whose files are hashed instead of their names."""
+
+UNFINISHED = ".new-"
+KEPT_SECONDS = 24 * 3600
+"""No process takes longer to copy its result; what is older was left by one that was killed."""
 
 
 def cache_key(
@@ -52,13 +58,15 @@ def restore(root: Path, key: str, folder: Path) -> dict[str, Any] | None:
     record = cached / "product.json"
     if not record.is_file():
         return None
-    content = json.loads(record.read_text())
-    for name, digest in content["files"].items():
-        file = cached / name
-        if not file.is_file() or file_sha256(file, reuse=False) != digest:
-            log("data", f"the cached {file} has changed since it was written, so all data are prepared again")
-            shutil.rmtree(cached)
-            return None
+    try:
+        content = read_json(record, dict)
+        damage = find_damage(cached, content["files"])
+    except (DamagedProduct, KeyError) as error:
+        damage = str(error)
+    if damage:
+        log("data", f"the cache is damaged, so all data are prepared again: {damage}")
+        shutil.rmtree(cached)
+        return None
     for name in content["files"]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).unlink(missing_ok=True)
@@ -67,20 +75,28 @@ def restore(root: Path, key: str, folder: Path) -> dict[str, Any] | None:
 
 
 def save(root: Path, key: str, folder: Path, product: dict[str, Any]) -> None:
-    """Copies a result into the cache. The last step is a rename, so a reader sees all of it or nothing."""
+    """Copies a result into the cache; if that fails, logs why, since the run needs no cache.
+
+    The last step is a rename, so a reader sees all of it or nothing. What killed processes left is deleted.
+    """
+    work = root / f"{UNFINISHED}{key[:24]}"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=".new-", dir=root))
+        for left in root.glob(f"{UNFINISHED}*"):
+            if left == work or time.time() - left.stat().st_mtime > KEPT_SECONDS:
+                shutil.rmtree(left)
+        _copy(folder, work, product)
+        os.rename(work, root / key)
     except OSError as error:
+        shutil.rmtree(work, ignore_errors=True)
         log("data", f"not cached for the next run, because data.cache={root} cannot be written: {error.strerror}")
-        return
+
+
+def _copy(folder: Path, work: Path, product: dict[str, Any]) -> None:
     written = (file for file in folder.rglob("*") if file.is_file() and file.name != "manifest.json")
     names = sorted(str(file.relative_to(folder)) for file in written)
     for name in names:
         (work / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / name, work / name)
     record = {"product": product, "files": {name: file_sha256(work / name, reuse=False) for name in names}}
-    (work / "product.json").write_text(json.dumps(record))
-    with contextlib.suppress(OSError):  # another process was faster; its result is the same
-        os.rename(work, root / key)
-    shutil.rmtree(work, ignore_errors=True)
+    write_json(work / "product.json", record)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finetune.data.check_config import CheckConfig
+from finetune.data.limit_config import LimitConfig
 from finetune.jsonable import to_jsonable
 from finetune.objectives import PREFERENCE, PROMPT, SUPERVISED, UNPAIRED, format_problem
 
@@ -33,7 +34,7 @@ OBJECTIVES = (SUPERVISED, PREFERENCE, UNPAIRED, PROMPT)
 THINKING = ("auto", "train", "drop", "off")
 TEMPLATE_DATE = "2024-07-26"
 """The date that the template of Llama 3.1 writes where it is given none."""
-NOT_IN_KEY = ("workers", "cache", "preview_rows")
+NOT_IN_KEY = ("workers", "cache", "preview_rows", "limits")
 """Settings that leave the prepared rows as they are."""
 
 
@@ -168,6 +169,9 @@ class DataConfig:
     checks: CheckConfig
     """Thresholds of the warnings about the rows."""
 
+    limits: LimitConfig = field(default_factory=LimitConfig)
+    """Limits of what files and the chat template may take."""
+
     workers: int = 0
     """Number of processes; 0 uses one per core for large data sets and none for small ones."""
 
@@ -197,6 +201,7 @@ class DataConfig:
         yield from _source_problems(self)
         yield from _choice_problems(self)
         yield from _number_problems(self)
+        yield from self.limits.problems()
 
 
 def _source_problems(config: DataConfig) -> Iterator[str]:

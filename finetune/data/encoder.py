@@ -10,6 +10,7 @@ import numpy as np
 from finetune.data.conversation import BadRow
 from finetune.data.render import Rendered
 from finetune.errors import DataError
+from finetune.readable import refusing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,8 +50,13 @@ class Encoder:
         return cls(serialize(tokenizer))
 
     def encode(self, rendered: Sequence[Rendered]) -> list["Encoded | BadRow"]:
-        """Returns the token ids and trained spans of each text, or the reason why it has no exact mask."""
-        batch = self.core.encode_batch([item.text for item in rendered], add_special_tokens=False)
+        """Returns the token ids and trained spans of each text, or the reason why it has no exact mask.
+
+        Raises:
+            ModelError: The tokenizer fails on a text, e.g. because its pattern tries too many ways to split it.
+        """
+        with refusing("the tokenizer fails on a row", "correct the patterns in its tokenizer.json"):
+            batch = self.core.encode_batch([item.text for item in rendered], add_special_tokens=False)
         results: list[Encoded | BadRow] = []
         for item, encoding in zip(rendered, batch, strict=True):
             try:

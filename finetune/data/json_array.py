@@ -32,11 +32,13 @@ class ArrayReader:
     Args:
         path: For messages.
         handle: The file, decompressed and decoded.
+        longest: Characters that an element may have.
     """
 
-    def __init__(self, path: Path, handle: IO[str]) -> None:
+    def __init__(self, path: Path, handle: IO[str], *, longest: int) -> None:
         self.path = path
         self.handle = handle
+        self.longest = longest
         self.buffer = ""
         self.line = 1
         self.decoder = json.JSONDecoder(object_pairs_hook=reject_duplicate_keys, parse_constant=reject_constant)
@@ -94,12 +96,21 @@ class ArrayReader:
                     raise DataError(
                         f"{self.path}:{line}: not valid JSON: {error.msg}, in element {number}; fix the file"
                     ) from error
+            except RecursionError as error:
+                raise DataError(
+                    f"{self.path}:{self.line}: element {number} is nested too deeply; fix the file"
+                ) from error
             except ValueError as error:
                 raise DataError(f"{self.path}:{self.line}: element {number}: {error}; fix the file") from error
             else:
                 if end < len(self.buffer) or not self._more(block):
                     self._take(end)
                     return value
+            if len(self.buffer) > self.longest:
+                raise DataError(
+                    f"{self.path}:{self.line}: element {number} is longer than {self.longest:,} characters; check the "
+                    "file, or raise data.limits.line_bytes"
+                )
             block *= 2
 
     def _more(self, characters: int) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +77,7 @@ def prepare(config: DataConfig, *, folder: Path, tokenizer: PreTrainedTokenizerB
         too_long=config.too_long,
         compares=config.objective != SUPERVISED,
     )
-    root = cache_folder("data") if config.cache is None else Path(config.cache).expanduser() if config.cache else None
+    root = _cache(config)
     if root is None:
         return _prepare(preparation, settings)
     with exclusive(root, key[:24], what="these data"):
@@ -97,19 +96,25 @@ def prepare(config: DataConfig, *, folder: Path, tokenizer: PreTrainedTokenizerB
     return product
 
 
-def _prepare(preparation: _Preparation, settings: WorkerSettings) -> PreparedData:
-    folder = preparation.folder
+def _cache(config: DataConfig) -> Path | None:
+    """Returns the cache of prepared data; None where there is none, or it cannot be made, which no run needs."""
+    if config.cache is not None:
+        return Path(config.cache).expanduser() if config.cache else None
     try:
-        store = TokenStore(folder / ".work")
-        try:
-            fill_store(preparation.config, preparation.sources, settings, store)
-            store.close()
-            return _write(preparation, store)
-        finally:
-            store.delete()
-    except (OSError, sqlite3.OperationalError) as error:
-        remedy = "free some space there, or choose another run.root"
-        raise DataError(f"data: {folder} cannot be written: {error}; {remedy}") from error
+        return cache_folder("data")
+    except OSError as error:
+        log("data", f"not cached for the next run, because {error.filename} cannot be made: {error.strerror}")
+        return None
+
+
+def _prepare(preparation: _Preparation, settings: WorkerSettings) -> PreparedData:
+    store = TokenStore(preparation.folder / ".work")
+    try:
+        fill_store(preparation.config, preparation.sources, settings, store)
+        store.close()
+        return _write(preparation, store)
+    finally:
+        store.delete()
 
 
 def _write(preparation: _Preparation, store: TokenStore) -> PreparedData:

@@ -95,7 +95,8 @@ def prove_template(
         DataError: The template cannot be used for training.
     """
     renderer = make_renderer(replace(config, thinking="drop"), tokenizer, raw=False, has_thoughts=bool)
-    template, encoder = inspect_template(tokenizer, date=config.template_date), Encoder.of(tokenizer)
+    template = inspect_template(tokenizer, date=config.template_date, limits=config.limits)
+    encoder = Encoder.of(tokenizer)
     for name, conversation in conversations:
         chosen, thinking, _ = choose_thinking(config.thinking, template, lambda: has_thoughts(conversation))  # noqa: B023
         own = replace(renderer, template=chosen, thinking=thinking)

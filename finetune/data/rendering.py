@@ -47,7 +47,7 @@ def make_renderer(
     )
     if raw:
         return renderer
-    template = inspect_template(tokenizer, date=config.template_date)
+    template = inspect_template(tokenizer, date=config.template_date, limits=config.limits)
     template, thinking, why = choose_thinking(config.thinking, template, has_thoughts)
     tokenizer.chat_template = template.source
     log("data", *[why] if why else [])

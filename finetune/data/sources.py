@@ -17,6 +17,7 @@ from finetune.console import log
 from finetune.data import files
 from finetune.data.arrow_rows import unpad
 from finetune.data.config import DataConfig, SourceConfig
+from finetune.data.limit_config import LimitConfig
 from finetune.errors import DataError
 from finetune.files import first_error_line
 
@@ -44,6 +45,7 @@ class Source:
     format: str
     columns: dict[str, str] = field(default_factory=dict)
     text_unit: str
+    limits: LimitConfig
     mix: str
     heldout: bool
 
@@ -51,7 +53,8 @@ class Source:
         """Yields the first ``limit`` rows, or all; ``changes`` receives what was changed in reading, by kind."""
         changes = Counter() if changes is None else changes
         if self.path:
-            return islice(files.rows(self.path, text_unit=self.text_unit, changes=changes), limit)
+            rows = files.rows(self.path, text_unit=self.text_unit, changes=changes, limits=self.limits)
+            return islice(rows, limit)
         return islice(((number, unpad(row, changes)) for number, row in hub_rows(self)), limit)
 
     def title(self) -> str:
@@ -104,6 +107,7 @@ def _resolve_entry(config: DataConfig, entry: SourceConfig, *, mix: str, where: 
         format=entry.format or config.format,
         columns=dict(entry.columns or config.columns),
         text_unit=config.text_unit,
+        limits=config.limits,
         mix=mix,
         heldout=heldout,
     )
@@ -119,8 +123,10 @@ def _expand(part: str, where: str, split: str) -> list[Path]:
     path = Path(part).expanduser()
     if path.is_dir():
         return _folder(path, where, split)
-    if path.exists():
+    if path.is_file():
         return [path]
+    if path.exists():
+        raise DataError(f"{where}: {part} is a pipe or a device, which may never end; write the rows to a file")
     matches = sorted(Path(match) for match in glob.glob(_pattern(path), recursive=True))
     matching_files = [match for match in matches if match.is_file()]
     if not matching_files:

@@ -11,16 +11,21 @@ from finetune.chat_templates import ChatTemplate, named_templates, no_template, 
 from finetune.console import log
 from finetune.data.config import TEMPLATE_DATE
 from finetune.data.conversation import BadRow, Message
+from finetune.data.limit_config import LIMITS, LimitConfig
 from finetune.data.thoughts import OPENED, find_switch, thought_form
 from finetune.errors import DataError
+from finetune.limits import LimitExceeded, limited
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROBE_QUESTION = "Which way is up"
 PROBE_ANSWER = "Away from the ground"
-TEMPLATE_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
-"""What the expressions of a template may raise, besides the errors of Jinja itself."""
+TEMPLATE_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, SyntaxError)
+"""What the expressions of a template may raise, besides the errors of Jinja itself. Python refuses deep blocks."""
+
+CHARACTER_BYTES = 100
+"""Memory of a template for each character that it may write."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +37,7 @@ class Template:
         special: The names that the template can use: ``bos_token``, ``eos_token``, ...
         control: Matches every control token of the tokenizer.
         date: ISO date that the template gets where it asks for today's.
+        limits: Of time and text.
         end_of_turn: The token that ends an assistant's turn; "" where the template writes none.
         switch: The variable that turns thoughts on and off, e.g. ``enable_thinking``; None without one.
         thoughts: How thoughts are given to the template, see `finetune.data.thoughts`.
@@ -41,6 +47,7 @@ class Template:
     special: dict[str, str]
     control: re.Pattern[str]
     date: str
+    limits: LimitConfig
     end_of_turn: str = ""
     switch: str | None = None
     thoughts: str = ""
@@ -70,24 +77,40 @@ class Template:
 
         Raises:
             BadRow: The template rejects the messages.
+            DataError: It needs more time, memory or text than it may take.
         """
         from jinja2 import TemplateError
+
+        limits = self.limits
 
         source = self.source
         if isinstance(source, dict):
             source = source["tool_use"] if tools is not None and "tool_use" in source else source["default"]
         try:
-            text: str = _compiled(source, self.date).render(
-                messages=messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=prompt,
-                **self.special,
-                **variables,
-            )
+            with limited(seconds=limits.template_seconds, memory_bytes=limits.template_characters * CHARACTER_BYTES):
+                text: str = _compiled(source, self.date).render(
+                    messages=messages,
+                    tools=tools,
+                    documents=None,
+                    add_generation_prompt=prompt,
+                    **self.special,
+                    **variables,
+                )
         except (TemplateError, *TEMPLATE_ERRORS) as error:
             raise BadRow("the chat template rejects the turns", str(error)) from error
+        except LimitExceeded as error:
+            raise self._too_much(str(error), messages) from error
+        most = limits.template_characters
+        if len(text) > most and len(text) > most + len(str(messages)) + len(str(tools)):
+            raise self._too_much(f"a text of {most:,} characters", messages)
         return text
+
+    def _too_much(self, limit: str, messages: list[Message]) -> DataError:
+        content = next((message["content"] for message in messages if message["role"] == "user"), "")
+        return DataError(
+            f"data.template: the chat template needs more than {limit} for one conversation, which begins with "
+            f"{content[:60]!r}; choose another with data.template=..., or raise the limit in data.limits"
+        )
 
     def with_thinking(self, enabled: bool) -> "Template":
         """Returns the template with its switch set, so that the exported template serves as it was trained.
@@ -132,11 +155,13 @@ def set_template(name: str | None, tokenizer: "PreTrainedTokenizerBase") -> None
     tokenizer.chat_template = text
 
 
-def inspect_template(tokenizer: "PreTrainedTokenizerBase", *, date: str = TEMPLATE_DATE) -> Template:
+def inspect_template(
+    tokenizer: "PreTrainedTokenizerBase", *, date: str = TEMPLATE_DATE, limits: LimitConfig = LIMITS
+) -> Template:
     """Finds out how the tokenizer's template ends a turn and writes thoughts, and checks that it can be trained with.
 
     Raises:
-        DataError: The template cannot be rendered, has no end of turn, or writes BOS twice.
+        DataError: The template cannot be rendered, needs too much, has no end of turn, or writes BOS twice.
     """
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     controls = sorted(
@@ -148,7 +173,7 @@ def inspect_template(tokenizer: "PreTrainedTokenizerBase", *, date: str = TEMPLA
         )
     source: Any = tokenizer.chat_template
     control = re.compile("|".join(map(re.escape, controls)))
-    template = Template(source=source, special=special, control=control, date=date)
+    template = Template(source=source, special=special, control=control, date=date, limits=limits)
     question, answer = {"role": "user", "content": PROBE_QUESTION}, {"role": "assistant", "content": PROBE_ANSWER}
     try:
         text = template.render([question, answer])

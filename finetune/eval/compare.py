@@ -13,6 +13,7 @@ import numpy as np
 from numpy import ndarray
 
 from finetune.errors import ConfigError, EvalError
+from finetune.files import read_json
 from finetune.inference.bootstrap import Bootstrap, Ratio, mean_of, perplexity
 from finetune.inference.rows import open_dataset
 from finetune.jsonable import to_jsonable
@@ -106,7 +107,7 @@ def read(run: Path) -> RunResults:
         raise EvalError(
             f"{run} holds no finished evaluation; run `finetune eval run.name={run.name}` first, or name another run"
         )
-    record = json.loads(manifest.read_text(encoding="utf-8"))
+    record = read_json(manifest, dict)
     lines = (run / "eval" / "samples.jsonl").read_text(encoding="utf-8").splitlines()
     samples = [json.loads(line) for line in lines]
     answered = _numbered(json.dumps([row["prompt"], row["reference"]]) for row in samples)

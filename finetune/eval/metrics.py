@@ -215,22 +215,33 @@ def _json(text: str) -> Any:
         return _INVALID
 
 
-def _leaves(value: Any, path: tuple[str | int, ...] = ()) -> list[tuple[tuple[str | int, ...], Any]]:
-    if isinstance(value, dict) and (value or path):
-        leaves = [leaf for key, item in value.items() for leaf in _leaves(item, (*path, key))]
-        return leaves or [(path, value)]
-    return [(path, value)] if path else []
+def _leaves(value: Any) -> list[tuple[tuple[str, ...], Any]]:
+    """Returns the values that are not objects, or are empty, with their paths. Answers may nest deeper than Python."""
+    leaves: list[tuple[tuple[str, ...], Any]] = []
+    pending: list[tuple[tuple[str, ...], Any]] = [((), value)]
+    while pending:
+        path, item = pending.pop()
+        if isinstance(item, dict) and item:
+            pending += [((*path, key), inner) for key, inner in item.items()]
+        elif path:
+            leaves.append((path, item))
+    return leaves
 
 
 def _equal(left: Any, right: Any) -> bool:
     """Compares JSON values, for which ``True`` and ``1`` differ."""
-    if isinstance(left, bool) != isinstance(right, bool):
-        return False
-    if isinstance(left, dict) and isinstance(right, dict):
-        return left.keys() == right.keys() and all(_equal(left[key], right[key]) for key in left)
-    if isinstance(left, list) and isinstance(right, list):
-        return len(left) == len(right) and all(_equal(a, b) for a, b in zip(left, right, strict=True))
-    return bool(left == right)
+    pending = [(left, right)]
+    while pending:
+        ours, theirs = pending.pop()
+        if isinstance(ours, bool) != isinstance(theirs, bool):
+            return False
+        if isinstance(ours, dict) and isinstance(theirs, dict) and ours.keys() == theirs.keys():
+            pending += [(ours[key], theirs[key]) for key in ours]
+        elif isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+            pending += zip(ours, theirs, strict=True)
+        elif isinstance(ours, dict | list) or ours != theirs:
+            return False
+    return True
 
 
 def _f1(common: int, ours: int, theirs: int) -> float:

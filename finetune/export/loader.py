@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.console import log
 from finetune.errors import ModelError
 from finetune.export.manifest import FILE, SCHEMA, folder_sha256, settings_sha256, template_sha256, version
+from finetune.files import read_json
 from finetune.hardware import Placement
 from finetune.inference.chat import Chat
 from finetune.model import Base, ModelConfig, ModelSpec
@@ -92,7 +93,7 @@ def check_gguf(file: Path) -> bool:
     manifest = file.resolve().parents[1] / "manifest.json"
     if not manifest.is_file():
         return False
-    exports = json.loads(manifest.read_text(encoding="utf-8")).get("product", {}).get("exports", [])
+    exports = read_json(manifest, dict).get("product", {}).get("exports", [])
     recorded = {Path(export["path"]).name: export["sha256"] for export in exports}.get(file.resolve().parent.name)
     if recorded is None:
         return False

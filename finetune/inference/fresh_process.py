@@ -10,6 +10,7 @@ from typing import Any
 
 from finetune.jsonable import to_jsonable
 from finetune.run import write_json
+from finetune.system_errors import as_system_error
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 LAST_LINES = 12
@@ -32,6 +33,7 @@ def run_in_fresh_process(
 
     Raises:
         FreshProcessError: The process failed.
+        OSError: It failed because the disk is full, or for another reason of the system.
     """
     request_file, result_file = work / "request.json", work / "result.json"
     result_file.unlink(missing_ok=True)
@@ -42,7 +44,8 @@ def run_in_fresh_process(
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False, errors="replace")
     if done.returncode != 0 or not result_file.is_file():
         tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-LAST_LINES:])
-        raise FreshProcessError(f"python -m {module} ended with code {done.returncode}:\n{tail}")
+        failure = FreshProcessError(f"python -m {module} ended with code {done.returncode}:\n{tail}")
+        raise as_system_error(failure, work) or failure
     result: dict[str, Any] = json.loads(result_file.read_text())
     request_file.unlink()
     result_file.unlink()

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from finetune.errors import ConfigError, DataError
+from finetune.files import read_json
 from finetune.run import STAGES
 
 Fields = dict[str, Any]
@@ -67,13 +68,13 @@ def read_run(run: Path) -> RunData:
         run=run,
         config=_read_yaml(config),
         command=command.read_text(encoding="utf-8").strip() if command.is_file() else "",
-        environment=_read_json(environment) if environment.is_file() else {},
+        environment=read_json(environment, dict) if environment.is_file() else {},
         manifests=manifests,
         metrics=_read_json_lines(run / "train" / "metrics.jsonl"),
         memory=_read_json_lines(run / "memory.jsonl"),
         samples=_read_json_lines(run / "eval" / "samples.jsonl"),
         answers=_latest(_read_json_lines(run / "train" / "samples.jsonl")),
-        examples=_read_json(examples) if examples.is_file() else [],
+        examples=read_json(examples, list) if examples.is_file() else [],
     )
 
 
@@ -85,18 +86,11 @@ def _latest(answers: list[Fields]) -> list[Fields]:
 def _manifest(run: Path, stage: str) -> Fields | None:
     file = run / stage / "manifest.json"
     if file.is_file():
-        return _read_json(file)
+        return read_json(file, dict)
     single_file = run / f"{stage}.json"
     if stage == "plan" and single_file.is_file():
-        return {"stage": stage, "product": _read_json(single_file)}
+        return {"stage": stage, "product": read_json(single_file, dict)}
     return None
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file} is damaged ({error}); delete it and run the stage that wrote it again") from error
 
 
 def _read_yaml(file: Path) -> Fields:

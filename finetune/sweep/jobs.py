@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.console import log
+from finetune.files import read_json
 from finetune.run import write_json
 
 FINAL = ("done", "pruned")
@@ -62,7 +63,7 @@ class Job:
     @classmethod
     def read(cls, file: Path) -> Job:
         """Reads job.json."""
-        return cls(folder=file.parent, **json.loads(file.read_text(encoding="utf-8")))
+        return cls(folder=file.parent, **read_json(file, dict))
 
     def write(self) -> None:
         """Writes job.json atomically."""
@@ -83,7 +84,7 @@ class Job:
         """
         manifest = self.folder / "eval" / "manifest.json"
         if manifest.is_file():
-            artifacts = json.loads(manifest.read_text(encoding="utf-8"))["product"]["artifacts"]
+            artifacts = read_json(manifest, dict)["product"]["artifacts"]
             measured = artifacts.get("adapter") or artifacts.get("merged")
             if measured:
                 return {"loss": measured["loss"], "low": measured["loss_low"], "high": measured["loss_high"]}
@@ -93,7 +94,7 @@ class Job:
     def cost(self) -> dict[str, Any]:
         """Returns ``tokens_per_second`` of training and ``peak_bytes``, of the device or else of the process."""
         files = sorted(self.folder.glob("*/manifest.json"))
-        manifests = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        manifests = [read_json(file, dict) for file in files]
         training: dict[str, Any] = next((item["product"] for item in manifests if item["stage"] == "train"), {})
         peaks = [item.get("peak_device_bytes") or item.get("peak_rss_bytes") or 0 for item in manifests]
         return {"tokens_per_second": training.get("tokens_per_second"), "peak_bytes": max(peaks, default=0) or None}

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from finetune.errors import ConfigError
+from finetune.files import read_json
 
 QUANTIZED_BASE = "base_quantized"
 SERVED = {"base": QUANTIZED_BASE, "merged": "merged", "adapter": "adapter"}
@@ -142,7 +143,7 @@ def _exports(run: Path) -> dict[str, dict[str, Any]]:
     file = run / "export" / "manifest.json"
     if not file.is_file():
         return {}
-    exports = json.loads(file.read_text(encoding="utf-8"))["product"]["exports"]
+    exports = read_json(file, dict)["product"]["exports"]
     return {Path(export["path"]).name: export for export in exports if export.get("parity")}
 
 

@@ -81,7 +81,25 @@ def test_line_ends_inside_cells_are_those_of_text(tmp_path: Path) -> None:
     assert changes == {"line ends": 2}
 
 
-def test_column_that_appears_twice_is_refused(tmp_path: Path) -> None:
+WRITERS = [(as_parquet, ".parquet"), (as_arrow, ".arrow")]
+
+
+@pytest.mark.parametrize(("write", "suffix"), WRITERS)
+def test_column_that_appears_twice_is_refused(tmp_path: Path, write: Any, suffix: str) -> None:
     table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["prompt", "prompt"])
     with pytest.raises(DataError, match="the column 'prompt' appears twice"):
-        read(as_parquet(table, tmp_path / "rows.parquet"))
+        read(write(table, tmp_path / f"rows{suffix}"))
+
+
+@pytest.mark.parametrize(("write", "suffix"), WRITERS)
+def test_values_that_python_does_not_have_are_one_message(tmp_path: Path, write: Any, suffix: str) -> None:
+    when = pyarrow.array([2**62], pyarrow.timestamp("us"))
+    with pytest.raises(DataError, match="cannot be read as"):
+        read(write(pyarrow.table({"when": when}), tmp_path / f"rows{suffix}"))
+
+
+@pytest.mark.parametrize(("write", "suffix"), WRITERS)
+def test_fields_of_an_object_that_appear_twice_are_refused(tmp_path: Path, write: Any, suffix: str) -> None:
+    twice = pyarrow.StructArray.from_arrays([pyarrow.array(["x"]), pyarrow.array(["y"])], names=["a", "a"])
+    with pytest.raises(DataError, match="duplicate field names"):
+        read(write(pyarrow.table({"messages": twice}), tmp_path / f"rows{suffix}"))

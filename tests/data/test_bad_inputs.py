@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Regex, pre_tokenizers
 
-from finetune.errors import DataError
+from finetune.data.limit_config import LimitConfig
+from finetune.errors import DataError, ModelError
 from finetune.products import PreparedData
 from tests.data.helpers import ledger, pair
+from tests.fixtures.models import make_tokenizer
 
 GOOD = json.dumps(pair()).encode() + b"\n"
 PAIRS = b"prompt,completion\n"
@@ -90,6 +93,18 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     ),
     "JSON array with NaN": ("a.json", b'[{"prompt": "a", "completion": NaN}]', "NaN is not a JSON value"),
     "JSON array without elements": ("a.json", b"[]", "contains no rows"),
+    "JSON array nested too deeply": ("a.json", b'[{"prompt": ' + b"[" * 200_000, "element 1 is nested too deeply"),
+    "JSON object nested too deeply": ("a.json", b'{"prompt": ' + b"[" * 200_000, "a.json: is nested too deeply"),
+    "JSON object of rows with a duplicate key": (
+        "a.json",
+        b'{"data": [\n{"prompt": "a", "prompt": "b", "completion": "c"}]}',
+        "'prompt' appears twice",
+    ),
+    "JSON object of rows with NaN": (
+        "a.json",
+        b'{"data": [\n{"prompt": "a", "completion": NaN}]}',
+        "NaN is not a JSON value",
+    ),
     "JSON that is a number": ("a.json", b"42", "neither a JSON array nor an object"),
     "JSON that is a string": ("a.json", b'"rows"', "neither a JSON array nor an object"),
     "JSON object without rows": (
@@ -254,6 +269,40 @@ def test_broken_file_stops_with_one_message(case: str, run: Callable[..., Prepar
     with pytest.raises(DataError, match=message) as caught:
         run(path=str(tmp_path / name))
     assert name.split(".")[0] in str(caught.value)
+
+
+LONG = b"word " * 250_000
+TOO_LARGE: dict[str, tuple[str, bytes, str]] = {
+    "a line of JSON": ("a.jsonl", GOOD + b'{"prompt": "' + LONG, "a line is longer than 1,048,576 bytes"),
+    "a line of JSON in a .json": ("a.json", b'[{"prompt": "' + LONG * 5, "element 1 is longer than 1,048,576 char"),
+    "a line of CSV": ("a.csv", PAIRS + LONG, "a line is longer than 1,048,576 bytes"),
+    "a cell of many lines": ("a.csv", PAIRS + b'"' + LONG.replace(b" ", b"\n"), "field larger than field limit"),
+    "a line of text": ("a.txt", LONG, "a line is longer than 1,048,576 bytes"),
+    "a file of gzip": ("a.jsonl.gz", gzip.compress(b"\n" * 2**25), "decompresses to more than 10.0 times its size"),
+    "a file of bzip2": ("a.txt.bz2", bz2.compress(b"word\n" * 2**23), "decompresses to more than 10.0 times its size"),
+}
+
+
+@pytest.mark.parametrize("case", TOO_LARGE)
+def test_what_grows_beyond_a_limit_stops_with_the_limits_setting(
+    case: str, run: Callable[..., PreparedData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune.data.files.UNCHECKED_BYTES", 2**20)
+    name, content, message = TOO_LARGE[case]
+    (tmp_path / name).write_bytes(content)
+    limits = LimitConfig(line_bytes=2**20, compression_ratio=10.0)
+    with pytest.raises(DataError, match=message):
+        run(path=str(tmp_path / name), text_unit="line", limits=limits)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_pattern_of_the_tokenizer_that_never_ends_is_one_message(
+    run: Callable[..., PreparedData], workers: int
+) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
+    with pytest.raises(ModelError, match=r"the tokenizer fails on a row .*retry-limit-in-match over.*; correct the"):
+        run([pair("a" * 100 + "!")], with_tokenizer=tokenizer, workers=workers)
 
 
 def broken(tmp_path: Path, row: Any) -> str:

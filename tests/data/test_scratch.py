@@ -1,9 +1,11 @@
 """Arrays and sorted keys on disk give what numpy gives in memory, and memory does not grow with the rows."""
 
+import errno
 import io
 import multiprocessing
 import os
 import resource
+import sqlite3
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -20,8 +22,8 @@ from finetune.data import read as read_module
 from finetune.data import scratch as scratch_module
 from finetune.data.checks import similar as similar_module
 from finetune.data.scratch import Keys, Scratch, database
-from finetune.errors import DataError
 from finetune.products import PreparedData
+from finetune.system_errors import as_system_error
 from tests.data.helpers import checks, ledger, pair, split, write_jsonl
 
 LARGEST = 2**64 - 1
@@ -106,13 +108,13 @@ def message_with_little_disk(run: Callable[..., PreparedData], path: str, limit:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     try:
         run(path=path, heldout_rows=5)
-    except DataError as error:
-        sender.send(str(error))
+    except (OSError, sqlite3.OperationalError) as error:
+        sender.send(as_system_error(error, Path("outputs")))
     sender.close()
 
 
 @pytest.mark.parametrize("limit", [20_000, 60_000], ids=["tokens", "texts"])
-def test_a_full_disk_is_one_message(
+def test_a_full_disk_is_an_error_of_the_system(
     limit: int, run: Callable[..., PreparedData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scratch_module, "CACHE_KIB", 1)
@@ -123,7 +125,7 @@ def test_a_full_disk_is_one_message(
     process = context.Process(target=message_with_little_disk, args=(run, path, limit, sender))
     process.start()
     sender.close()
-    assert "cannot be written" in receiver.recv()
+    assert receiver.recv().errno in (errno.EFBIG, errno.ENOSPC, errno.EIO)
     process.join()
     assert process.exitcode == 0
 

@@ -1,7 +1,9 @@
 """The summary, the preview page, the fate of one row, and the cache that makes the next run start fast."""
 
 import dataclasses
+import errno
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -210,4 +212,47 @@ def test_cache_that_was_tampered_with_is_made_again(
     kept = tmp_path / "cache" / first.fingerprint / "train" / "data-00000-of-00001.arrow"
     kept.write_bytes(kept.read_bytes()[:-1] + b"!")
     assert run(ROWS, cache=str(tmp_path / "cache")) == dataclasses.replace(first, folder=tmp_path / "out1")
-    assert "has changed since it was written" in " ".join(capsys.readouterr().out.split())
+    assert "was changed since it was written" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("content", ["", '{"files": {', "[1]", "{}"], ids=["empty", "cut off", "a list", "no files"])
+def test_cache_whose_record_is_damaged_is_made_again(
+    content: str, run: Callable[..., PreparedData], tmp_path: Path, capsys: Any
+) -> None:
+    first = run(ROWS, cache=str(tmp_path / "cache"))
+    record = tmp_path / "cache" / first.fingerprint / "product.json"
+    record.write_text(content)
+    assert run(ROWS, cache=str(tmp_path / "cache")) == dataclasses.replace(first, folder=tmp_path / "out1")
+    assert "so all data are prepared again" in " ".join(capsys.readouterr().out.split())
+    assert json.loads(record.read_text())["product"]["train_rows"] == first.train_rows
+
+
+def test_cache_that_is_full_ends_no_run(
+    run: Callable[..., PreparedData], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(source: Path, target: Path) -> None:
+        target.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("finetune.data.cache.shutil.copyfile", full)
+    assert run(ROWS, cache=str(tmp_path / "cache")).train_rows
+    assert "cannot be written: No space left on device" in " ".join(capsys.readouterr().out.split())
+    assert not list((tmp_path / "cache").glob(".new-*"))
+
+
+def test_cache_that_cannot_be_made_ends_no_run(
+    run: Callable[..., PreparedData], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "file"))
+    assert run(ROWS, cache=None).train_rows
+    assert "cannot be made: Not a directory" in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_killed_processes_left_in_the_cache_is_deleted(run: Callable[..., PreparedData], tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    for name, age in (("old", 2 * 24 * 3600), ("young", 60)):
+        (cache / f".new-{name}").mkdir(parents=True)
+        os.utime(cache / f".new-{name}", (time.time() - age,) * 2)
+    run(ROWS, cache=str(cache))
+    assert [left.name for left in cache.glob(".new-*")] == [".new-young"]

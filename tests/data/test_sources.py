@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -180,3 +181,15 @@ def test_path_that_exists_is_read_whatever_its_characters(
     (tmp_path / "rows1.jsonl").write_text("not this one")
     assert [source.path for source in resolve_sources(make_config(path=str(file)))] == [file]
     assert file in [source.path for source in resolve_sources(make_config(path=str(file.parent / "*.jsonl")))]
+
+
+@pytest.mark.parametrize("setting", ["path", "heldout_path"])
+def test_pipes_and_devices_are_refused_at_once(
+    make_config: Callable[..., DataConfig], tmp_path: Path, setting: str
+) -> None:
+    rows, pipe, device = write_jsonl(tmp_path / "rows.jsonl", ROWS), tmp_path / "pipe.jsonl", tmp_path / "zero.jsonl"
+    os.mkfifo(pipe)
+    device.symlink_to("/dev/zero")
+    for endless in (pipe, device):
+        with pytest.raises(DataError, match=rf"data\.{setting}: .*{endless.name} is a pipe or a device, which may"):
+            resolve_sources(make_config(**{"path": str(rows), setting: str(endless)}))

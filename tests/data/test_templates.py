@@ -1,6 +1,7 @@
 """What is trained at a turn is what serving sends and expects there, for every template."""
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 
 from finetune.chat_templates import find_template, read_template, template_names, tokenizer_template, trl_templates
 from finetune.data import DataConfig, prove
+from finetune.data.limit_config import LimitConfig
 from finetune.data.proof_chats import TOOL, proof_chats
 from finetune.data.prove import prove_template
 from finetune.data.turns import Row, Turns
@@ -224,6 +226,66 @@ def test_trimmed_answers_are_counted(run: Run, table: ModuleType) -> None:
 def test_a_refused_system_message_is_the_settings_fault(run: Run, table: ModuleType) -> None:
     with pytest.raises(ConfigError, match=r"data\.system is set, and the model's chat template refuses it"):
         run([chat(EXCHANGES[0])], with_tokenizer=table.template_tokenizer("gemma"), system="Be kind.")
+
+
+DOUBLED = "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+TIME, MEMORY, TEXT = "0.3 s of processor time", "953.7 MiB of memory", "a text of 10,000,000 characters"
+TOO_MUCH = {
+    "nested loops": (LOOP, TIME),
+    "recursion": ("{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}", TIME),
+    "a large power": ("{{ 7 ** (10 ** 8) % 3 }}", TIME),
+    "a large power of a length": ("{{ (messages | length + 5) ** (10 ** 8) % 3 }}", TIME),
+    "sentences without end": ("{{ lipsum(n=10 ** 9) }}", TIME),
+    "10 GB of a constant": ("{{ 'x' * 10 ** 10 }}", MEMORY),
+    "10 GB of a turn": ("{{ messages[0].content * 10 ** 9 }}", MEMORY),
+    "10 GB of white space": ("{{ messages[0].content | center(10 ** 10) }}", MEMORY),
+    "10 GB of indentation": ("{{ 'a\nb' | indent(10 ** 10) }}", MEMORY),
+    "10 GB of JSON": ("{{ [1] | tojson(indent=10 ** 10) }}", MEMORY),
+    "a list without end": ("{{ [1] | batch(10 ** 10, 'x') | list }}", MEMORY),
+    "a text that doubles": (DOUBLED, MEMORY),
+    "a text of 30 MB": ("{{ messages[0].content * 10 ** 6 * 2 }}", TEXT),
+}
+"""What a template asks for, and the limit that ends it."""
+
+
+@pytest.mark.parametrize("name", TOO_MUCH)
+def test_a_template_that_needs_too_much_ends_with_one_message(run: Run, table: ModuleType, name: str) -> None:
+    asked, limit = TOO_MUCH[name]
+    tokenizer = table.template_tokenizer("chatml")
+    tokenizer.chat_template = asked + tokenizer.chat_template
+    limits = LimitConfig(template_seconds=0.3 if limit == TIME else 10)
+    started = time.process_time()
+    with pytest.raises(DataError, match=r"^data\.template: the chat template needs more than ") as caught:
+        run([chat(EXCHANGES[0])], with_tokenizer=tokenizer, limits=limits)
+    assert f"needs more than {limit} for one conversation, which begins with 'Which way is up'; " in str(caught.value)
+    assert "choose another with data.template=..., or raise the limit in data.limits" in str(caught.value)
+    assert time.process_time() - started < 5
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_template_that_needs_too_much_for_a_row_names_the_conversation(
+    run: Run, table: ModuleType, workers: int
+) -> None:
+    tokenizer = table.template_tokenizer("chatml")
+    tokenizer.chat_template = "{% if 'never' in messages[0].content %}" + LOOP + "{% endif %}" + tokenizer.chat_template
+    rows = [chat(EXCHANGES[0]), chat(("It never ends?", "No."))]
+    with pytest.raises(DataError, match="which begins with 'It never ends"):
+        run(rows, with_tokenizer=tokenizer, workers=workers, limits=LimitConfig(template_seconds=0.3))
+
+
+@pytest.mark.parametrize("source", ["{% for a in [1] %}" * 30 + "{% endfor %}" * 30, "{{ cycler() }}", "{{ 1 / 0 }}"])
+def test_a_template_that_python_refuses_is_one_message(run: Run, table: ModuleType, source: str) -> None:
+    tokenizer = table.template_tokenizer("chatml")
+    tokenizer.chat_template = source
+    with pytest.raises(DataError, match=r"^data\.template: the chat template cannot render a question and its answer"):
+        run([chat(EXCHANGES[0])], with_tokenizer=tokenizer)
+
+
+def test_a_long_row_is_no_fault_of_the_template(run: Run, table: ModuleType) -> None:
+    rows = [chat(("What is up?", "The sky. " * 2_000_000)), chat(EXCHANGES[0])]
+    product = run(rows, with_tokenizer=table.template_tokenizer("chatml"), bad_rows="drop")
+    assert product.rows["dropped"] == {"longer than max_tokens": 1}
 
 
 def test_named_templates_are_used_as_transformers_uses_them_and_survive(
