@@ -16,7 +16,7 @@ NOT_YET = {
     "eval.harness.batch_rows", "eval.harness.chat", "eval.harness.include_path", "eval.harness.shots",
     "eval.harness.tasks", "export.repository", "export.shard_bytes", "launch.grace_seconds", "launch.host",
     "launch.port", "lora.calibration_tokens", "optim.decay", "optim.lora_plus_ratio", "optim.warmup_tokens",
-    "plan.exact", "plan.fit", "quantization.skip_modules", "quantization.skip_modules_mib",
+    "plan.exact", "plan.fit", "quantization.skip_modules",
     "quantization.skip_modules_tokens", "sweep.prune", "sweep.prune_after_jobs", "sweep.prune_after_steps",
     "tracking.artifacts", "tracking.entity", "tracking.tags", "train.preference.label_smoothing",
     "train.preference.undesirable_weight",
