@@ -95,13 +95,23 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One problem that any program passes."""
+    file = tmp_path_factory.mktemp("problems") / "HumanEval.jsonl"
+    problem = {"task_id": "T/0", "prompt": "def f():\n    return 1\n", "entry_point": "f", "test": "def check(f): pass"}
+    file.write_text(json.dumps(problem) + "\n")
+    return file
+
+
 @pytest.mark.slow
 def test_the_command_writes_a_page_and_continues_where_it_stopped(
-    tiny_base: Path, task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_base: Path, task: Path, problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "lab" / "page.html"
     settings = [f"--model={tiny_base}", "--tokens=512", "--repeats=1", f"--out={out}"]
     settings += [f"--task={task}", "--metric=token_f1", "--rows=2", "--max-new-tokens=4"]
+    settings += [f"--humaneval={problems}", "--samples=10"]
     first, all_of_them = f"--methods={ROWS_EACH[0]},{ROWS_EACH[1]}", f"--methods={','.join(ROWS_EACH)}"
     assert main(["bench", "quantization", *settings, first]) == 0
     capsys.readouterr()
@@ -124,6 +134,7 @@ def test_the_command_writes_a_page_and_continues_where_it_stopped(
         speeds = by_name[name]["prefill_tokens_per_second"], by_name[name]["decode_tokens_per_second"]
         assert all(list(speed) == ["1", "4", "16"] and min(speed.values()) > 0 for speed in speeds), name
         assert by_name[name]["task"]["value"] >= 0
+        assert (by_name[name]["humaneval"]["samples"], by_name[name]["humaneval_at_10"]["samples"]) == (1, 10)
     assert by_name["w8a8_smoothquant"]["disk_bytes"] is None
     page = out.read_text()
     assert all(text in page for text in ("Size against quality", "nf4_double", "Not measured here"))
