@@ -12,7 +12,8 @@ import os
 import platform
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,11 @@ from finetune.cache import file_sha256
 from finetune.console import log
 from finetune.errors import ConfigError
 from finetune.hardware.backends import obstacle_on_dense_base
+from finetune.paths import SHIPPED
 from finetune.run import fingerprint, write_json
 
 ROW_TOKENS, BATCH_TOKENS = 256, 1024
+QUICKSTART_ROWS = SHIPPED / "quickstart" / "train.jsonl"
 SCHEMA = 1
 """Of the kept results; raised when what is measured, or how, changes."""
 
@@ -86,6 +89,9 @@ def compare_methods(
     from finetune.model import fetch
 
     check_metric(optional.metric, where="bench quantization")
+    for setting, file in (("task", optional.task), ("humaneval", optional.humaneval)):
+        if file and not file.is_file():
+            raise ConfigError(f"bench quantization: {setting}={file} is not a file")
     names = choose_methods(methods)
     overrides = ["+experiment=quickstart", *model_overrides(model)]
     base = fetch(load(overrides).model)
@@ -168,7 +174,6 @@ class Lab:
     work: Path
     kept: Path
     optional: OptionalMeasurements
-    _prepared: list[Path] = field(default_factory=list)
 
     def measure_all(self, names: list[str]) -> tuple[dict[str, Any], list[QuantizationResult]]:
         """Returns the reference's figures and a result for each method; what is kept is not measured again."""
@@ -203,7 +208,6 @@ class Lab:
         from finetune.inference.fresh_process import run_in_fresh_process
 
         is_reference, optional = name == REFERENCE, self.optional
-        has_task = optional.task is not None and not is_reference
         programs = {
             "source": optional.humaneval,
             "problems": optional.problems,
@@ -215,30 +219,29 @@ class Lab:
             "overrides": [*self.overrides, f"quantization={option_of(name)}"],
             "folder": self.folder if is_reference else self.half,
             "work": self.work,
-            "run": self._prepare_rows() if has_task or name in CALIBRATES else None,
+            "run": self._prepared if optional.task or name in CALIBRATES else None,
             "rows": self.rows,
             "dtype": "float32" if is_reference else "bfloat16",
             "threads": len(os.sched_getaffinity(0)),
             "batch_tokens": BATCH_TOKENS,
             "reference": reference,
             "repeats": optional.repeats,
-            "task": {"metric": optional.metric, "max_new_tokens": optional.max_new_tokens} if has_task else None,
-            "humaneval": programs if optional.humaneval and not is_reference else None,
+            "task": {"metric": optional.metric, "max_new_tokens": optional.max_new_tokens} if optional.task else None,
+            "humaneval": programs if optional.humaneval else None,
         }
         # Its own cache, since a copy from an earlier run would be read where quantizing is timed.
         cache = {"FINETUNE_CACHE": str(self.work / "cache")}
         return run_in_fresh_process("finetune.bench.quantization_worker", request, work=self.work, environment=cache)
 
-    def _prepare_rows(self) -> Path:
-        """Runs the data stage on the task's rows, or on the quickstart's; returns the run's folder."""
-        if not self._prepared:
-            data = []
-            if source := self.optional.task:
-                heldout, folder = self.optional.rows, self.work / "task"
-                data = split_rows(source, folder, train=None, heldout=heldout, where="bench quantization: task")
-            run_pipeline([*self.overrides[1:], *data, "run.until=data"], root=self.work, name="rows")
-            self._prepared.append(self.work / "rows")
-        return self._prepared[0]
+    @cached_property
+    def _prepared(self) -> Path:
+        """The folder of a run whose data stage read the task's rows, or the quickstart's."""
+        data = []
+        if source := self.optional.task:
+            heldout, folder = self.optional.rows, self.work / "task"
+            data = split_rows(source, folder, train=None, heldout=heldout, where="bench quantization: task")
+        run_pipeline([*self.overrides[1:], *data, "run.until=data"], root=self.work, name="rows")
+        return self.work / "rows"
 
     def _read(self, name: str) -> dict[str, Any] | None:
         file = self.file(name)
@@ -260,6 +263,7 @@ class Lab:
         from finetune.model.base import weights_sha256
 
         optional, packages = self.optional, ("torch", "transformers", *libraries(name))
+        task, programs = optional.task, optional.humaneval
         measured = ("quantization", "inference", "model", *(("export",) if name in EXPORTS else ()))
         settings = load([*self.overrides, f"quantization={option_of(name)}"])
         return {
@@ -269,10 +273,9 @@ class Lab:
             "base": weights_sha256(self.folder),
             "text": fingerprint(self.rows),
             "repeats": optional.repeats,
-            "task": [file_sha256(optional.task), optional.metric, optional.rows] if optional.task else None,
-            "humaneval": [file_sha256(optional.humaneval), optional.problems, optional.samples]
-            if optional.humaneval
-            else None,
+            "calibration": file_sha256(task or QUICKSTART_ROWS) if name in CALIBRATES else None,
+            "task": [file_sha256(task), optional.metric, optional.rows] if task else None,
+            "humaneval": [file_sha256(programs), optional.problems, optional.samples] if programs else None,
             "max_new_tokens": optional.max_new_tokens,
             "versions": {package: package_version(package) for package in packages},
             "code": {package: digest for package, digest in code().items() if package in measured},
