@@ -46,7 +46,7 @@ def published(results: list[QuantizationResult]) -> Table:
 def formats(study: Study) -> Table:
     """Shows bits and errors of the formats of weights."""
     rows = [[row["format"], row["shows"], f"{row['bits']:.3f}", f"{row['rms']:.4f}"] for row in study.formats]
-    caption = "Root mean square error over all linear layers, as a share of the weights' own; bits with scales."
+    caption = "Root mean square error over every eighth layer, as a share of the weights' own; bits with scales."
     header = ["format", "what it shows", "bits a weight", "error"]
     return Table(header=header, rows=rows, text_columns=2, title="Formats of weights", caption=caption)
 
@@ -55,8 +55,8 @@ def ranges(study: Study) -> Table:
     """Shows errors of int8 inputs by how their range ends."""
     rows = [[name, f"{median(errors):.4f}", f"{max(errors):.4f}"] for name, errors in study.ranges.items()]
     caption = (
-        "Relative error of a layer's output with int8 inputs and exact weights. Static ranges are chosen on one half "
-        "of the tokens and measured on the other."
+        "Relative error of a layer's output with int8 inputs and exact weights, over every eighth layer. Static ranges "
+        "are chosen on one half of the tokens and measured on the other."
     )
     header = ["range", "median layer", "worst layer"]
     return Table(header=header, rows=rows, title="Where the range of the inputs ends", caption=caption)
