@@ -51,7 +51,7 @@ def obstacle(method: str) -> str:
     kind = "gguf" if method in GGUF else "onnx" if method in ONNX else method
     if missing := missing_packages(kind):
         return f"it {missing}"
-    return "" if method in CALIBRATED else obstacle_on_dense_base(method)
+    return "" if method in CALIBRATED else obstacle_on_dense_base(method, trained=False)
 
 
 def libraries(method: str) -> tuple[str, ...]:
