@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from finetune.bench.quantization import QuantizationResult
+from finetune.bench.quantization_results import QuantizationResult
 
 HALF_THOUSANDTH = 0.0005
 CASE = "Dettmers and Zettlemoyer 2022, The case for 4-bit precision"

@@ -11,7 +11,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
+
+from benchmarks.weight_formats import measure as measure_formats
+from benchmarks.weight_formats import symmetric
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,8 +25,8 @@ BLOCKS = (64, 128, 256, 512, 1024)
 OUTLIER = 6.0
 """An activation beyond it is an outlier. Source: Dettmers et al. 2022, LLM.int8(), section 3.2."""
 
-MIGRATION = 0.5
-"""Share of the difficulty that moves from activations to weights. Source: Xiao et al. 2023, SmoothQuant, section 4."""
+EVERY = 8
+"""Formats and ranges are measured in every eighth layer: a block of most decoders has seven, so all kinds are there."""
 
 ACTIVATION_ROWS = 4
 HISTOGRAM_BINS = 60
@@ -44,6 +48,9 @@ class Study:
             ``weight_unevenness``: its weight's largest input channel over the median one.
         smoothing: Per layer with the most uneven inputs: ``{"layer", "before", "after"}``, relative error of the
             layer's output in int8 with one scale for activations, without and with SmoothQuant's migration.
+        formats: Of `weight_formats.measure`, in every eighth layer.
+        ranges: By how the range of the inputs ends, the relative error of the output of every eighth layer; see
+            `activation_ranges.output_errors`.
     """
 
     errors: list[dict[str, Any]] = field(default_factory=list)
@@ -53,6 +60,8 @@ class Study:
     code_errors: dict[str, float] = field(default_factory=dict)
     activations: list[dict[str, Any]] = field(default_factory=list)
     smoothing: list[dict[str, Any]] = field(default_factory=list)
+    formats: list[dict[str, Any]] = field(default_factory=list)
+    ranges: dict[str, list[float]] = field(default_factory=dict)
 
 
 def study_layers(folder: Path, rows: list[dict[str, list[int]]]) -> Study:
@@ -65,6 +74,8 @@ def study_layers(folder: Path, rows: list[dict[str, list[int]]]) -> Study:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from benchmarks.activation_ranges import output_errors
+
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     layers = {
         name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear) and name != "lm_head"
@@ -72,6 +83,8 @@ def study_layers(folder: Path, rows: list[dict[str, list[int]]]) -> Study:
     inputs = record_inputs(model, layers, rows[:ACTIVATION_ROWS])
     weights = {name: layer.weight.detach() for name, layer in layers.items()}
     blocks = normalized(weights)
+    some = {name: weights[name] for name in list(weights)[::EVERY]}
+    ends = [output_errors(inputs[name], weight) for name, weight in some.items()]
     uneven = sorted(inputs, key=lambda name: -unevenness(inputs[name]))[:MOST_UNEVEN]
     return Study(
         errors=[
@@ -88,6 +101,8 @@ def study_layers(folder: Path, rows: list[dict[str, list[int]]]) -> Study:
             for name, seen in inputs.items()
         ],
         smoothing=[{"layer": name, **smoothed(inputs[name], weights[name])} for name in uneven],
+        formats=measure_formats(some),
+        ranges={name: [errors[name] for errors in ends] for name in ends[0]},
     )
 
 
@@ -126,24 +141,12 @@ def four_bit(kind: str, *, block: int = BLOCK, double: bool = False) -> Callable
     return there_and_back
 
 
-def uniform(bits: int, *, block: int | None) -> Callable[[Tensor], Tensor]:
-    """Returns rounding to evenly spaced levels, symmetric, with one scale per block or row."""
-
-    def there_and_back(weight: Tensor) -> Tensor:
-        groups = weight.reshape(-1, block) if block else weight
-        top = 2 ** (bits - 1) - 1
-        scale = groups.abs().amax(-1, keepdim=True).clamp_min(1e-12) / top
-        return ((groups / scale).round().clamp(-top - 1, top) * scale).view_as(weight)
-
-    return there_and_back
-
-
 ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "nf4": four_bit("nf4"),
     "nf4 double": four_bit("nf4", double=True),
     "fp4": four_bit("fp4"),
-    "uniform 4 bit": uniform(4, block=BLOCK),
-    "int8 a row": uniform(8, block=None),
+    "uniform 4 bit": symmetric(4, group=BLOCK),
+    "int8 a row": symmetric(8, group=0),
 }
 
 
@@ -224,8 +227,10 @@ def unevenness(seen: Tensor) -> float:
 
 def smoothed(seen: Tensor, weight: Tensor) -> dict[str, float]:
     """Returns the error of the layer's int8 output, without and with migration of scales from inputs to weights."""
+    from finetune.bench.int8_layers import migration
+
     x = seen.float()
-    scale = (x.abs().amax(0).clamp_min(1e-5) ** MIGRATION) / (weight.abs().amax(0).clamp_min(1e-5) ** (1 - MIGRATION))
+    scale = migration(x.abs().amax(0), weight.abs().amax(0))
     return {"before": int8_error(x, weight, x, weight), "after": int8_error(x, weight, x / scale, weight * scale)}
 
 
@@ -234,13 +239,24 @@ def int8_error(x: Tensor, weight: Tensor, scaled: Tensor, rescaled: Tensor) -> f
     tensor_scale = scaled.abs().max() / 127
     inputs = (scaled / tensor_scale).round().clamp(-128, 127) * tensor_scale
     exact = x @ weight.T
-    return float((inputs @ uniform(8, block=None)(rescaled).T - exact).norm() / exact.norm())
+    return float((inputs @ symmetric(8, group=0)(rescaled).T - exact).norm() / exact.norm())
+
+
+def show(study: Study) -> None:
+    """Prints the two tables that docs/quantization.md quotes."""
+    print("| weights | shows | bits | error |\n|---|---|---|---|")
+    for row in study.formats:
+        print(f"| {row['format']} | {row['shows']} | {row['bits']:.3f} | {row['rms']:.4f} |")
+    print("\n| range of int8 inputs | median error of a layer | worst |\n|---|---|---|")
+    for name, errors in study.ranges.items():
+        print(f"| {name} | {median(errors):.4f} | {max(errors):.4f} |")
 
 
 def main() -> None:
     from benchmarks.quantization_layers_page import write_page
     from finetune.bench.off_grid import moved_off_the_grid
-    from finetune.bench.quantization import QuantizationResult, text_rows
+    from finetune.bench.quantization import text_rows
+    from finetune.bench.quantization_results import QuantizationResult
     from finetune.bench.task import model_overrides
     from finetune.config import load
     from finetune.model import fetch
@@ -258,9 +274,11 @@ def main() -> None:
     folder = moved_off_the_grid(base) if arguments.grid == "moved" else base.folder
     rows = text_rows(arguments.text, base.folder, ACTIVATION_ROWS * 256)
     results = json.loads(arguments.results.read_text(encoding="utf-8")) if arguments.results else []
+    study = study_layers(folder, rows)
+    show(study)
     write_page(
         arguments.out,
-        study_layers(folder, rows),
+        study,
         [QuantizationResult(**result) for result in results],
         model=base.name,
         text=arguments.text.name,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from statistics import median
 
 from benchmarks.published_orderings import check_claims
 from benchmarks.quantization_layers import BLOCK, OUTLIER, Study
-from finetune.bench.quantization import QuantizationResult
+from finetune.bench.quantization_results import QuantizationResult
 from finetune.html import Figure, Section, Table, render
 from finetune.html.svg import Axis, box, decades, dot, frame, path, picture, text, ticks
 
@@ -21,8 +22,8 @@ def write_page(out: Path, study: Study, results: list[QuantizationResult], *, mo
         command="python -m benchmarks.quantization_layers",
         sections=[
             Section(title="Compared with what is published", parts=[published(results)]),
-            Section(title="Inside the layers", parts=[errors(study), blocks(study), codes(study)]),
-            Section(title="Outliers", parts=[activations(study), smoothing(study)]),
+            Section(title="Inside the layers", parts=[formats(study), errors(study), blocks(study), codes(study)]),
+            Section(title="Outliers", parts=[activations(study), ranges(study), smoothing(study)]),
         ],
     )
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -40,6 +41,25 @@ def published(results: list[QuantizationResult]) -> Table:
         text_columns=4,
         caption="Measured on one model and one text; the sources measured larger ones.",
     )
+
+
+def formats(study: Study) -> Table:
+    """Shows bits and errors of the formats of weights."""
+    rows = [[row["format"], row["shows"], f"{row['bits']:.3f}", f"{row['rms']:.4f}"] for row in study.formats]
+    caption = "Root mean square error over every eighth layer, as a share of the weights' own; bits with scales."
+    header = ["format", "what it shows", "bits a weight", "error"]
+    return Table(header=header, rows=rows, text_columns=2, title="Formats of weights", caption=caption)
+
+
+def ranges(study: Study) -> Table:
+    """Shows errors of int8 inputs by how their range ends."""
+    rows = [[name, f"{median(errors):.4f}", f"{max(errors):.4f}"] for name, errors in study.ranges.items()]
+    caption = (
+        "Relative error of a layer's output with int8 inputs and exact weights, over every eighth layer. Static ranges "
+        "are chosen on one half of the tokens and measured on the other."
+    )
+    header = ["range", "median layer", "worst layer"]
+    return Table(header=header, rows=rows, title="Where the range of the inputs ends", caption=caption)
 
 
 def errors(study: Study) -> Table:

@@ -131,7 +131,7 @@ def test_exports_that_could_only_fail_after_training_are_refused_before_all_at_o
     assert [problem[: problem.find("; got") if "; got" in problem else 60] for problem in found] == [
         "export.safetensors.dtype must be one of bfloat16, float16, float32",
         "export.bitsandbytes.dtype must be one of nf4, fp4, int8",
-        "export.onnx.dtype must be one of float32, int8, int4",
+        "export.onnx.dtype must be one of float32, int8, int4, int8_dynamic",
         "export.adapter.dtype must be left out, since this format has a single dtype",
         "export.gguf_lora: lora.variant=dora, and llama.cpp adds noth",
         "export.hub: a push needs a card, so that others know what it",

@@ -66,6 +66,24 @@ def moved_off_the_grid(base: Base) -> Path:
     return folder
 
 
+def in_half_precision(folder: Path, target: Path) -> Path:
+    """Returns a base with its weights in 16 bits: a copy of one in float32, another one as it is."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from finetune.model.spec import checkpoint_dtype
+
+    if checkpoint_dtype(folder) != "float32":
+        return folder
+    shutil.copytree(folder, target)
+    for file in target.glob("*.safetensors"):
+        half = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(file).items()}
+        save_file(half, file, metadata={"format": "pt"})
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (target / "config.json").write_text(json.dumps({**settings, "dtype": "bfloat16"}), encoding="utf-8")
+    return target
+
+
 def rescale_layer(tensors: dict[str, Tensor], prefix: str, *, seed: int, heads: int, keys: int) -> None:
     """Rescales one layer in place.
 

@@ -1,68 +1,44 @@
-"""`finetune bench quantization`: measures every option of the quantization group on one model and one text, and writes
-one page."""
+"""`finetune bench quantization`: measures every way to store a model, on one model and one text, and writes one page.
+
+What was measured stays in a folder next to the page, one JSON file for each method, under everything that changes it.
+The same command started again continues after the last finished method.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import math
 import os
+import platform
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from finetune.bench.task import Task, change_figures, check_metric, model_overrides, run_pipeline, split_rows
-from finetune.console import change_text, human_bytes, log, table
+from finetune.bench.quantization_methods import (
+    CALIBRATES,
+    EXPORTS,
+    choose_methods,
+    group_options,
+    libraries,
+    obstacle,
+    option_of,
+)
+from finetune.bench.quantization_results import REFERENCE, QuantizationResult, show, summarize
+from finetune.bench.task import check_metric, model_overrides, run_pipeline, split_rows
+from finetune.cache import file_sha256
+from finetune.console import log
 from finetune.errors import ConfigError
 from finetune.hardware.backends import obstacle_on_dense_base
-from finetune.paths import CONF
+from finetune.paths import SHIPPED
+from finetune.run import fingerprint, write_json
 
 ROW_TOKENS, BATCH_TOKENS = 256, 1024
-RESAMPLES = 2000
-REFERENCE = "full precision"
-HEADER = ("backend", "bits", "disk", "memory", "make, load: s", "perplexity", "loss against float32", "KL", "top-1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuantizationResult:
-    """Measurements of one quantization backend.
-
-    Attributes:
-        backend: The option's name, as in ``quantization=<backend>``.
-        status: ``measured``, or ``not run:`` and why.
-        bits_per_parameter: Bits of the linear layers' weights and constants, the head's left out, per weight.
-        disk_bytes, memory_bytes, constant_bytes: Of the checkpoint; of all tensors in memory; of the constants alone.
-        make_seconds: To load and quantize in a fresh process, imports of the model's and the library's code included,
-            and to write the cached copy that later starts read.
-        load_seconds: To load; where something is quantized, from that copy.
-        perplexity, kl, top1_agreement: On the text; the last two against float32.
-        loss_change: Nats per token against float32, with its 95 % interval over rows.
-        prefill_tokens_per_second, decode_tokens_per_second: By batch size.
-        task: The task's metric on held-out answers, with its 95 % interval; empty without a task.
-        humaneval: pass@1 with its 95 % interval over problems; empty without problems.
-        tunable: Whether an adapter can be trained on it, as the tests of its library do.
-    """
-
-    backend: str
-    status: str
-    bits_per_parameter: float | None = None
-    disk_bytes: int | None = None
-    memory_bytes: int | None = None
-    constant_bytes: int | None = None
-    make_seconds: float | None = None
-    load_seconds: float | None = None
-    perplexity: float | None = None
-    kl: float | None = None
-    top1_agreement: float | None = None
-    loss_change: dict[str, float] = field(default_factory=dict)
-    prefill_tokens_per_second: dict[str, float] = field(default_factory=dict)
-    decode_tokens_per_second: dict[str, float] = field(default_factory=dict)
-    task: dict[str, float] = field(default_factory=dict)
-    humaneval: dict[str, float] = field(default_factory=dict)
-    tunable: bool | None = None
+QUICKSTART_ROWS = SHIPPED / "quickstart" / "train.jsonl"
+SCHEMA = 1
+"""Of the kept results; raised when what is measured, or how, changes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +49,11 @@ class OptionalMeasurements:
         repeats: Timed repetitions of each speed; 0 measures no speed, for a machine that is busy.
         task: JSON Lines in any format that ``data.path`` takes; None for no task.
         metric: Scores the task's answers.
-        rows: Rows of the task to answer, after the first one, which the data stage needs to train on.
+        rows: Rows of the task to answer, from the end; the rows before them are read for calibration.
         max_new_tokens: Longest answer to the task and to HumanEval.
         humaneval: ``HumanEval.jsonl.gz``; None for none.
         problems: Number of its problems, from the top.
+        samples: Sampled programs of each problem, for pass@10; 0 samples none.
     """
 
     repeats: int
@@ -86,10 +63,11 @@ class OptionalMeasurements:
     max_new_tokens: int
     humaneval: Path | None
     problems: int
+    samples: int
 
 
-def compare_backends(
-    *, model: str, text: Path, tokens: int, grid: str, out: Path, backends: list[str], optional: OptionalMeasurements
+def compare_methods(
+    *, model: str, text: Path, tokens: int, grid: str, out: Path, methods: list[str], optional: OptionalMeasurements
 ) -> None:
     """Measures, prints a table, writes ``out`` and ends with one line of JSON.
 
@@ -98,20 +76,23 @@ def compare_backends(
         text: Plain text in UTF-8.
         tokens: Number of tokens to read from its beginning.
         grid: ``moved`` compares on a base whose weights lie on no quantization grid, ``as_it_is`` on the base itself.
-        out: The page, one HTML file.
-        backends: Options of the quantization group; empty for all.
+        out: The page, one HTML file; results are kept in the folder of the same name without ``.html``.
+        methods: Those of `quantization_methods`; empty for all.
         optional: Answers, programs and speeds.
 
     Raises:
-        ConfigError: The text is missing or too short, or there is no such backend or metric.
+        ConfigError: The text is missing or too short, or there is no such method or metric.
     """
-    from finetune.bench.off_grid import moved_off_the_grid
+    from finetune.bench.off_grid import in_half_precision, moved_off_the_grid
     from finetune.bench.quantization_page import write_page
     from finetune.config import load
     from finetune.model import fetch
 
     check_metric(optional.metric, where="bench quantization")
-    names = quantization_options(backends, where="bench quantization")
+    for setting, file in (("task", optional.task), ("humaneval", optional.humaneval)):
+        if file and not file.is_file():
+            raise ConfigError(f"bench quantization: {setting}={file} is not a file")
+    names = choose_methods(methods)
     overrides = ["+experiment=quickstart", *model_overrides(model)]
     base = fetch(load(overrides).model)
     folder = base.folder if grid == "as_it_is" else moved_off_the_grid(base)
@@ -120,28 +101,35 @@ def compare_backends(
     log("bench", f"{base.name}, {form}; {len(rows) * ROW_TOKENS:,} tokens")
     with tempfile.TemporaryDirectory(prefix="finetune-bench-") as scratch:
         work = Path(scratch)
-        task = _prepare_task(optional, work, overrides)
-        lab = _Lab(overrides=overrides, folder=folder, rows=rows, work=work, task=task, optional=optional)
-        reference = lab.run("none", dtype="float32")
-        results = [lab.measure(name, reference) for name in names]
+        half = in_half_precision(folder, work / "half")
+        lab = Lab(
+            overrides=overrides,
+            folder=folder,
+            half=half,
+            rows=rows,
+            work=work,
+            kept=out.with_suffix(""),
+            optional=optional,
+        )
+        reference, results = lab.measure_all(names)
     show(results, reference)
     full_precision = summarize(REFERENCE, reference, reference)
     write_page(out, results, reference=full_precision, text=text.name, grid=grid, model=base.name)
     log("bench", f"the page: {out}")
-    sys.stdout.write(json.dumps([asdict(result) for result in results]) + "\n")
+    sys.stdout.write(json.dumps([dataclasses.asdict(result) for result in results]) + "\n")
 
 
-def quantization_options(backends: list[str], *, where: str) -> list[str]:
+def quantization_options(wanted: list[str], *, where: str) -> list[str]:
     """Returns the named options of the quantization group, or all of them.
 
     Raises:
         ConfigError: There is no such option.
     """
-    options = sorted(file.stem for file in (CONF / "quantization").glob("*.yaml"))
-    unknown = ", ".join(sorted(set(backends) - set(options)))
+    options = group_options()
+    unknown = ", ".join(sorted(set(wanted) - set(options)))
     if unknown:
         raise ConfigError(f"{where}: {unknown} is not an option of quantization; choose from {', '.join(options)}")
-    return backends or options
+    return wanted or options
 
 
 def unsupported_status(name: str, *, trained: bool = False) -> str:
@@ -165,136 +153,131 @@ def text_rows(text: Path, tokenizer: Path, tokens: int) -> list[dict[str, list[i
     return [{"input_ids": row, "labels": list(row)} for row in rows]
 
 
-def _prepare_task(optional: OptionalMeasurements, work: Path, overrides: list[str]) -> Task | None:
-    """Runs the data stage on the task's rows."""
-    if optional.task is None:
-        return None
-    data = split_rows(optional.task, work / "task", train=1, heldout=optional.rows, where="bench quantization: task")
-    run_pipeline([*overrides[1:], *data, "run.until=data"], root=work, name="rows")
-    return Task(data=work / "rows" / "data", metric=optional.metric, max_new_tokens=optional.max_new_tokens)
+@dataclass(frozen=True, kw_only=True)
+class Lab:
+    """Measures methods, each in its own process, and keeps their figures.
 
-
-@dataclass(frozen=True)
-class _Lab:
-    """What all measurements share."""
+    Attributes:
+        overrides: The model, as a user types it.
+        folder: The base in full precision; the reference.
+        half: The same base in 16 bits, of which every form is made.
+        rows: The text.
+        work: For files that are not kept.
+        kept: For the figures.
+        optional: What else is measured.
+    """
 
     overrides: list[str]
     folder: Path
+    half: Path
     rows: list[dict[str, list[int]]]
     work: Path
-    task: Task | None
+    kept: Path
     optional: OptionalMeasurements
 
-    def run(self, name: str, *, dtype: str, reference: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Measures one option in a fresh process; without ``reference`` it becomes the reference."""
+    def measure_all(self, names: list[str]) -> tuple[dict[str, Any], list[QuantizationResult]]:
+        """Returns the reference's figures and a result for each method; what is kept is not measured again."""
+        runnable = [name for name in names if not obstacle(name)]
+        kept = {name: figures for name in runnable if (figures := self._read(name))}
+        if kept:
+            log("bench", f"{len(kept)} of {len(runnable)} methods were measured before: {self.kept}")
+        reference = self._read(REFERENCE)
+        if reference is None or len(kept) < len(runnable):  # its logits are in a large file, which is not kept
+            reference = self._run(REFERENCE, {"file": self.work / "reference.f32", "records": True})
+            self._write(REFERENCE, reference)
+        return reference, [
+            summarize(name, kept[name], reference) if name in kept else self._measure(name, reference) for name in names
+        ]
+
+    def _measure(self, name: str, reference: dict[str, Any]) -> QuantizationResult:
+        """Measures one method; where it cannot run, the result says why and the others continue."""
+        from finetune.inference.fresh_process import FreshProcessError
+
+        if reason := obstacle(name):
+            return QuantizationResult(backend=name, status=f"not run: {reason}")
+        log("bench", f"{name} ...")
+        try:
+            figures = self._run(name, {**reference["reference"], "records": False})
+        except FreshProcessError as error:
+            return QuantizationResult(backend=name, status=f"not run: {str(error).splitlines()[-1]}")
+        self._write(name, figures)
+        return summarize(name, figures, reference)
+
+    def _run(self, name: str, reference: dict[str, Any]) -> dict[str, Any]:
+        """Measures one method in a fresh process."""
         from finetune.inference.fresh_process import run_in_fresh_process
 
+        is_reference, optional = name == REFERENCE, self.optional
+        programs = {
+            "source": optional.humaneval,
+            "problems": optional.problems,
+            "samples": optional.samples,
+            "max_new_tokens": optional.max_new_tokens,
+        }
         request = {
-            "overrides": [*self.overrides, f"quantization={name}"],
-            "folder": self.folder,
+            "method": "none" if is_reference else name,
+            "overrides": [*self.overrides, f"quantization={option_of(name)}"],
+            "folder": self.folder if is_reference else self.half,
+            "work": self.work,
+            "run": self._prepared if optional.task or name in CALIBRATES else None,
             "rows": self.rows,
-            "dtype": dtype,
+            "dtype": "float32" if is_reference else "bfloat16",
             "threads": len(os.sched_getaffinity(0)),
             "batch_tokens": BATCH_TOKENS,
-            "reference": {**(reference or {"file": self.work / "reference.f32"}), "records": not reference},
-            "repeats": self.optional.repeats,
-            "task": self.task,
-            "humaneval": self._humaneval(name) if reference else None,
+            "reference": reference,
+            "repeats": optional.repeats,
+            "task": {"metric": optional.metric, "max_new_tokens": optional.max_new_tokens} if optional.task else None,
+            "humaneval": programs if optional.humaneval else None,
         }
         # Its own cache, since a copy from an earlier run would be read where quantizing is timed.
         cache = {"FINETUNE_CACHE": str(self.work / "cache")}
         return run_in_fresh_process("finetune.bench.quantization_worker", request, work=self.work, environment=cache)
 
-    def measure(self, name: str, reference: dict[str, Any]) -> QuantizationResult:
-        """Measures one option; where it cannot run, the result says why and the others continue."""
-        from finetune.inference.fresh_process import FreshProcessError
+    @cached_property
+    def _prepared(self) -> Path:
+        """The folder of a run whose data stage read the task's rows, or the quickstart's."""
+        data = []
+        if source := self.optional.task:
+            heldout, folder = self.optional.rows, self.work / "task"
+            data = split_rows(source, folder, train=None, heldout=heldout, where="bench quantization: task")
+        run_pipeline([*self.overrides[1:], *data, "run.until=data"], root=self.work, name="rows")
+        return self.work / "rows"
 
-        if unsupported_status(name):
-            return QuantizationResult(backend=name, status=unsupported_status(name))
-        log("bench", f"{name} ...")
-        try:
-            figures = self.run(name, dtype="bfloat16", reference=reference["reference"])
-        except FreshProcessError as error:
-            return QuantizationResult(backend=name, status=f"not run: {str(error).splitlines()[-1]}")
-        return summarize(name, figures, reference)
+    def _read(self, name: str) -> dict[str, Any] | None:
+        file = self.file(name)
+        figures: dict[str, Any] | None = json.loads(file.read_text("utf-8"))["figures"] if file.is_file() else None
+        return figures
 
-    def _humaneval(self, name: str) -> dict[str, Any] | None:
-        if not self.optional.humaneval:
-            return None
+    def _write(self, name: str, figures: dict[str, Any]) -> None:
+        self.kept.mkdir(parents=True, exist_ok=True)
+        write_json(self.file(name), {"key": self._key(name), "figures": figures})
+
+    def file(self, name: str) -> Path:
+        """Returns where a method's figures are kept."""
+        return self.kept / f"{name.replace(' ', '_')}-{fingerprint(self._key(name))[:16]}.json"
+
+    def _key(self, name: str) -> dict[str, Any]:
+        """Returns everything that changes a method's figures."""
+        from finetune.config import load
+        from finetune.environment import code, package_version
+        from finetune.model.base import weights_sha256
+
+        optional, packages = self.optional, ("torch", "transformers", *libraries(name))
+        task, programs = optional.task, optional.humaneval
+        measured = ("quantization", "inference", "model", *(("export",) if name in EXPORTS else ()))
+        settings = load([*self.overrides, f"quantization={option_of(name)}"])
         return {
-            "source": self.optional.humaneval,
-            "problems": self.optional.problems,
-            "quantization": name,
-            "max_new_tokens": self.optional.max_new_tokens,
+            "schema": SCHEMA,
+            "method": name,
+            "settings": dataclasses.asdict(settings.quantization),
+            "base": weights_sha256(self.folder),
+            "text": fingerprint(self.rows),
+            "repeats": optional.repeats,
+            "calibration": file_sha256(task or QUICKSTART_ROWS) if name in CALIBRATES else None,
+            "task": [file_sha256(task), optional.metric, optional.rows] if task else None,
+            "humaneval": [file_sha256(programs), optional.problems, optional.samples] if programs else None,
+            "max_new_tokens": optional.max_new_tokens,
+            "versions": {package: package_version(package) for package in packages},
+            "code": {package: digest for package, digest in code().items() if package in measured},
+            "machine": [platform.node(), platform.machine(), len(os.sched_getaffinity(0))],
         }
-
-
-def summarize(name: str, figures: dict[str, Any], reference: dict[str, Any]) -> QuantizationResult:
-    """Builds a result from what the option's process and the reference's process returned."""
-    from finetune.inference.bootstrap import Bootstrap, Ratio
-
-    losses, reference_losses = (np.array(process["losses"]) for process in (figures, reference))
-    ratio, reference_ratio = (Ratio(totals=side[:, 0], weights=side[:, 1]) for side in (losses, reference_losses))
-    change = Bootstrap(len(losses), samples=RESAMPLES, seed=1).difference(reference_ratio, ratio)
-    stored = figures["weight_bytes"] + figures["constant_bytes"]
-    humaneval = figures["humaneval"].items()
-    return QuantizationResult(
-        backend=name,
-        status="measured",
-        bits_per_parameter=round(8 * stored / figures["quantized_parameters"], 3),
-        disk_bytes=figures["disk_bytes"],
-        memory_bytes=figures["memory_bytes"],
-        constant_bytes=figures["constant_bytes"],
-        make_seconds=figures["make_seconds"],
-        load_seconds=figures["load_seconds"],
-        perplexity=round(math.exp(ratio.value), 3),
-        kl=round(figures["agreement"]["kl"], 5),
-        top1_agreement=round(figures["agreement"]["top1_agreement"], 4),
-        loss_change=change_figures(change),
-        prefill_tokens_per_second=figures["prefill"],
-        decode_tokens_per_second=figures["decode"],
-        task=_level(figures["scores"]),
-        humaneval={key.replace("pass_at_1_", "").replace("pass_at_1", "value"): value for key, value in humaneval},
-        tunable=figures["tunable"],
-    )
-
-
-def _level(scores: list[float]) -> dict[str, float]:
-    from finetune.inference.bootstrap import Bootstrap, mean_of
-
-    if not scores:
-        return {}
-    return asdict(Bootstrap(len(scores), samples=RESAMPLES, seed=1).level(mean_of(scores)))
-
-
-def show(results: list[QuantizationResult], reference: dict[str, Any]) -> None:
-    """Prints the table."""
-    total, tokens = (sum(row[column] for row in reference["losses"]) for column in (0, 1))
-    log("bench", f"float32: perplexity {math.exp(total / tokens):.2f}")
-    table("bench", HEADER, [cells(result)[: len(HEADER)] for result in results if result.status == "measured"])
-    log("bench", *[f"{result.backend}: {result.status}" for result in results if result.status != "measured"])
-
-
-def cells(result: QuantizationResult) -> list[str]:
-    """Formats a measured backend's figures."""
-    return [
-        result.backend,
-        f"{result.bits_per_parameter:.3f}",
-        human_bytes(result.disk_bytes or 0),
-        human_bytes(result.memory_bytes or 0),
-        f"{result.make_seconds:.1f}, {result.load_seconds:.1f}",
-        f"{result.perplexity:.2f}",
-        change_text(result.loss_change),
-        f"{result.kl:.4f}",
-        f"{result.top1_agreement:.3f}",
-        *[
-            ", ".join(f"{speed:.0f} (batch {batch})" for batch, speed in speeds.items()) or "not measured"
-            for speeds in (result.prefill_tokens_per_second, result.decode_tokens_per_second)
-        ],
-        *[_interval(level) for level in (result.task, result.humaneval)],
-        "yes" if result.tunable else "no",
-    ]
-
-
-def _interval(level: dict[str, float]) -> str:
-    return f"{level['value']:.2f} [{level['low']:.2f}, {level['high']:.2f}]" if level else "not measured"

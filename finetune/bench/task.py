@@ -46,8 +46,15 @@ def check_metric(metric: str, *, where: str) -> None:
         raise ConfigError(f"{where}: metric must be one of {', '.join(sorted(METRICS))}; got {metric}")
 
 
-def split_rows(source: Path, folder: Path, *, train: int, heldout: int, where: str) -> list[str]:
+def split_rows(source: Path, folder: Path, *, train: int | None, heldout: int, where: str) -> list[str]:
     """Writes a file's first rows to train on and the next to measure on; returns the overrides that name them.
+
+    Args:
+        source: JSON Lines.
+        folder: For the two files.
+        train: Rows to train on; None takes all but the last ``heldout``.
+        heldout: Rows to measure on.
+        where: For messages.
 
     Raises:
         ConfigError: The file is missing or too short.
@@ -55,6 +62,7 @@ def split_rows(source: Path, folder: Path, *, train: int, heldout: int, where: s
     if not source.is_file():
         raise ConfigError(f"{where}={source} is not a file; give JSON Lines in any format that data.path takes")
     lines = [line for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
+    train = max(1, len(lines) - heldout) if train is None else train
     if len(lines) < train + heldout:
         raise ConfigError(
             f"{where}: {source} has {len(lines)} rows and {train + heldout} are needed; lower rows or heldout"
@@ -90,19 +98,25 @@ def losses(model: Any, rows: list[dict[str, Any]]) -> list[tuple[float, int]]:
 
 def scores(model: Any, spec: ModelSpec, task: Task, rows: list[dict[str, Any]]) -> list[float]:
     """Scores the greedy answer to each row; empty without a metric."""
-    from finetune.eval.metrics import METRICS, prepare_rows
     from finetune.inference.chat import load_chat
     from finetune.inference.generation import generate
 
     if not task.metric:
         return []
-    prepare_rows(rows, [task.metric], task.data / "heldout")
     chat = load_chat(spec, task.data)
     prompts = [row["prompt_ids"] for row in rows]
     answers = generate(
         model, chat.tokenizer, prompts, max_new_tokens=task.max_new_tokens, batch_rows=BATCH_ROWS, ends=chat.ends
     )
-    texts = [chat.tokenizer.decode(answer.tokens, skip_special_tokens=True) for answer in answers]
+    return score_answers([answer.tokens for answer in answers], chat.tokenizer, task, rows)
+
+
+def score_answers(answers: list[list[int]], tokenizer: Any, task: Task, rows: list[dict[str, Any]]) -> list[float]:
+    """Scores an answer to each row, given as token ids, by the task's metric."""
+    from finetune.eval.metrics import METRICS, prepare_rows
+
+    prepare_rows(rows, [task.metric], task.data / "heldout")
+    texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
     return [METRICS[task.metric](text, row) for text, row in zip(texts, rows, strict=True)]
 
 

@@ -69,19 +69,19 @@ def _serve(invocation: Invocation) -> int:
 
 
 def _quantization(invocation: Invocation) -> int:
-    from finetune.bench.quantization import OptionalMeasurements, compare_backends
+    from finetune.bench.quantization import OptionalMeasurements, compare_methods
     from finetune.paths import SHIPPED
 
     options = invocation.options
     if options["task"] and not options["metric"]:
         raise ConfigError("bench quantization --task needs --metric, which judges its answers, e.g. --metric label")
-    compare_backends(
+    compare_methods(
         model=options["model"] or QUICKSTART,
         text=options["text"] or SHIPPED / "general.txt",
         tokens=options["tokens"],
         grid=_grid(invocation),
         out=options["out"],
-        backends=options["backends"],
+        methods=options["methods"],
         optional=OptionalMeasurements(
             repeats=options["repeats"],
             task=options["task"],
@@ -90,6 +90,7 @@ def _quantization(invocation: Invocation) -> int:
             max_new_tokens=options["max_new_tokens"],
             humaneval=options["humaneval"],
             problems=options["problems"],
+            samples=options["samples"],
         ),
     )
     return EXIT_OK
@@ -204,14 +205,14 @@ BENCHMARKS = (
         example="finetune bench serve run.name=first",
     ),
     Command(
-        "bench quantization", "every way to store a base: error, size, loss, speed", _quantization, settings=(),
+        "bench quantization", "every way to store a model: error, size, loss, speed", _quantization, settings=(),
         options=(
             MODEL,
             Option("text", "a text file for the loss", "FILE", Path),
             Option("tokens", "tokens of it", "N", whole_number, 2048),
             GRID,
             Option("out", "the page that is written", "FILE", Path, Path("outputs/quantization.html")),
-            BACKENDS,
+            Option("methods", "which methods, between commas", "A,B", names, []),
             Option("repeats", "times that speed is measured; 0 leaves speeds out", "N", count, 3),
             Option("task", "JSON Lines whose answers are judged by --metric", "FILE", Path),
             METRIC,
@@ -219,6 +220,7 @@ BENCHMARKS = (
             Option("max-new-tokens", "length of an answer at most", "N", whole_number, 256),
             Option("humaneval", "HumanEval.jsonl.gz, to have programs written and run", "FILE", Path),
             Option("problems", "problems of it, from the top", "N", whole_number, 164),
+            Option("samples", "sampled programs of each, for pass@10; 0 samples none", "N", count, 0),
         ),
         example="finetune bench quantization --model my/model --text my.txt --repeats 0",
     ),

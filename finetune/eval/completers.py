@@ -62,32 +62,44 @@ def load_completer(model: str, sampling: Sampling, *, quantization: str) -> Comp
         ConfigError, ModelError: transformers has no such model.
     """
     if not model.endswith(".gguf") or model.startswith("package:"):
-        return TransformersCompleter(model, sampling, quantization=quantization)
+        return _load_transformers(model, sampling, quantization=quantization)
     if quantization != "none":
         raise EvalError(f"quantization={quantization}: {model} is quantized already; leave quantization out")
     return LlamaCppCompleter(Path(model), sampling)
 
 
+def _load_transformers(model: str, sampling: Sampling, *, quantization: str) -> TransformersCompleter:
+    """Loads a model with the device and dtype that `finetune.hardware.place` chooses."""
+    from finetune import hardware
+    from finetune.config import load
+    from finetune.model import ModelSpec
+
+    known = (CONF / "model" / f"{model}.yaml").is_file() and not model.startswith("_")
+    choice = [f"model={model}"] if known else ["model=custom", f"model.name={json.dumps(model)}"]
+    config = load([*choice, f"quantization={quantization}", "run.name=none"])
+    placement = hardware.place(hardware.probe(config.hardware), config)
+    spec = ModelSpec.resolve(config, placement)
+    key = json.dumps(["transformers", spec.base.sha256, quantization, placement.dtype])
+    completer = TransformersCompleter(spec.load(), spec.load_tokenizer(), sampling, key=key)
+    log("bench", f"{config.model.name} in transformers, {quantization}, {placement.dtype} on {placement.device}")
+    return completer
+
+
 class TransformersCompleter:
-    """A causal language model, with the device and dtype that `finetune.hardware.place` chooses."""
+    """A loaded causal language model with transformers' ``generate``.
 
-    def __init__(self, model: str, sampling: Sampling, *, quantization: str) -> None:
-        from finetune import hardware
-        from finetune.config import load
+    Args:
+        model: In evaluation mode.
+        tokenizer: Of it.
+        sampling: How to sample tokens.
+        key: Identifies weights and dtype.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, sampling: Sampling, *, key: str) -> None:
         from finetune.inference.generation import end_tokens
-        from finetune.model import ModelSpec
 
-        known = (CONF / "model" / f"{model}.yaml").is_file() and not model.startswith("_")
-        choice = [f"model={model}"] if known else ["model=custom", f"model.name={json.dumps(model)}"]
-        config = load([*choice, f"quantization={quantization}", "run.name=none"])
-        placement = hardware.place(hardware.probe(config.hardware), config)
-        spec = ModelSpec.resolve(config, placement)
-        self.sampling = sampling
-        self.key = json.dumps(["transformers", spec.base.sha256, quantization, placement.dtype])
-        self.tokenizer: Any = spec.load_tokenizer()
-        self.model: Any = spec.load()
-        self.ends = end_tokens(self.model, self.tokenizer)
-        log("bench", f"{config.model.name} in transformers, {quantization}, {placement.dtype} on {placement.device}")
+        self.model, self.tokenizer, self.sampling, self.key = model, tokenizer, sampling, key
+        self.ends = end_tokens(model, tokenizer)
 
     def complete(self, prompt: str, *, seed: int) -> str:
         """Returns the text after the prompt, up to the first stop."""

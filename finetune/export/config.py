@@ -15,7 +15,7 @@ DTYPES = {
     "bitsandbytes": ("", "nf4", "fp4", "int8"),
     "gguf": GGUF_DTYPES,
     "gguf_lora": GGUF_DTYPES,
-    "onnx": ("", "float32", "int8", "int4"),
+    "onnx": ("", "float32", "int8", "int4", "int8_dynamic"),
 }
 """By format; empty leaves the choice to the format. The other formats have a single dtype."""
 

@@ -6,6 +6,8 @@ settings are those of llm-compressor's scheme FP8_DYNAMIC.
 
 from __future__ import annotations
 
+from collections.abc import Container
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import ExportError
@@ -27,30 +29,42 @@ def write(context: ExportContext, name: str, settings: ExportConfig) -> ExportRe
     Raises:
         ExportError: A weight is not finite, or the checkpoint differs by more than its bounds.
     """
+    context.require_disk(name, context.merged_bytes)
+    source, target = context.merged.folder / "model", context.scratch / name
+    layers = linear_layers(context.spec.config, source, name=name)
+    target.mkdir()
+    round_checkpoint(source, target, layers, name=name)
+    note = (
+        f"{len(layers)} layers with a scale per row; a server also rounds activations to FP8, token by token, which "
+        "this comparison does not"
+    )
+    return check(context, name, settings, notes=[note])
+
+
+def round_checkpoint(source: Path, target: Path, layers: Container[str], *, name: str) -> None:
+    """Writes weights and config.json of a copy in FP8.
+
+    Args:
+        source: Folder of the dense checkpoint.
+        target: An existing folder.
+        layers: Names of the linear layers to round.
+        name: Of the export, for messages.
+
+    Raises:
+        ExportError: A weight is not finite.
+    """
     from finetune.model.text_only import decoder_name
     from finetune.quantization.rewrite import rewrite_checkpoint
 
-    context.require_disk(name, context.merged_bytes)
-    layers, written = linear_layers(context, name), []
-
     def replace(key: str, tensor: Tensor) -> dict[str, Tensor]:
-        layer = decoder_name(key).removesuffix(".weight")
-        if layer not in layers:
+        if decoder_name(key).removesuffix(".weight") not in layers:
             return {key: tensor}
         if not tensor.isfinite().all():
             raise ExportError(f"export.{name}: {key} holds weights that are not finite; train again")
         codes, scales = quantize(tensor)
-        written.append(layer)
         return {key: codes, f"{key}_scale": scales}
 
-    target = context.scratch / name
-    target.mkdir()
-    rewrite_checkpoint(context.merged.folder / "model", target, replace, quantization_config=quantization_config())
-    note = (
-        f"{len(written)} layers with a scale per row; a server also rounds activations to FP8, token by token, which "
-        "this comparison does not"
-    )
-    return check(context, name, settings, notes=[note])
+    rewrite_checkpoint(source, target, replace, quantization_config=quantization_config())
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:

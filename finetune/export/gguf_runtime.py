@@ -7,6 +7,7 @@ import os
 import runpy
 import time
 import urllib.request
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,7 @@ def run_snippet(request: dict[str, Any]) -> dict[str, Any]:
     losses = [_loss(model, row) for row in request["rows"]]
     model.close()
     wanted, started = request["answers"], time.monotonic()
-    answers = _answers(params, wanted, threads=request["threads"]) if wanted["prompts"] else []
+    answers = parallel_answers(params, wanted, threads=request["threads"]) if wanted["prompts"] else []
     return {
         "chat_tokens": tokens,
         "losses": losses,
@@ -60,20 +61,44 @@ def run_snippet(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _answers(params: CommonParams, wanted: dict[str, Any], *, threads: int) -> list[dict[str, Any]]:
+def parallel_answers(params: CommonParams, wanted: dict[str, Any], *, threads: int) -> list[dict[str, Any]]:
     """Returns greedy answers, with the card's settings, from a server whose context fits the longest one."""
+    limit = wanted["max_new_tokens"]
+    server = parallel_server(params, slots=SLOTS, tokens=max(map(len, wanted["prompts"])) + limit, threads=threads)
+    return [_answer(reply) for reply in complete(server, wanted["prompts"], slots=SLOTS, n_predict=limit)]
+
+
+def parallel_server(params: CommonParams, *, slots: int, tokens: int, threads: int) -> Server:
+    """Opens a server that writes several answers at the same time.
+
+    Args:
+        params: The model, and how it is loaded; changed.
+        slots: Parallel answers.
+        tokens: Of the longest prompt with its answer.
+        threads: Number of threads.
+    """
     from xllamacpp import Server
 
-    longest, limit = max(map(len, wanted["prompts"])), wanted["max_new_tokens"]
-    params.n_parallel, params.n_ctx, params.cpuparams.n_threads = SLOTS, SLOTS * (longest + limit), threads
-    server = Server(params)
-    settings = {"n_predict": limit, "temperature": 0, "cache_prompt": False, "return_tokens": True}
+    params.n_parallel, params.n_ctx, params.cpuparams.n_threads = slots, slots * tokens, threads
+    return Server(params)
 
-    def complete(prompt: list[int]) -> dict[str, Any]:
-        return _answer(_post(server, "/completion", {"prompt": prompt, **settings}))
 
-    with ThreadPoolExecutor(SLOTS) as pool:
-        return list(pool.map(complete, wanted["prompts"]))
+def complete(server: Server, prompts: Sequence[Sequence[int]], *, slots: int, **settings: Any) -> list[dict[str, Any]]:
+    """Returns the server's greedy replies to prompts of token ids, in their order.
+
+    Args:
+        server: From `parallel_server`.
+        prompts: Token ids.
+        slots: Prompts that are sent at the same time.
+        settings: Further fields of the request, such as ``n_predict``.
+    """
+    fields = {"temperature": 0, "cache_prompt": False, "return_tokens": True, **settings}
+
+    def reply(prompt: Sequence[int]) -> dict[str, Any]:
+        return _post(server, "/completion", {"prompt": list(prompt), **fields})
+
+    with ThreadPoolExecutor(slots) as pool:
+        return list(pool.map(reply, prompts))
 
 
 def _answer(reply: dict[str, Any]) -> dict[str, Any]:

@@ -40,14 +40,16 @@ def check_packages(config: Mapping[str, ExportConfig]) -> None:
     Raises:
         ExportError: Packages of an export are missing.
     """
-    problems = []
-    for name, settings in config.items():
-        extra = EXTRAS.get(settings.format, "")
-        missing = [package for package in PACKAGES.get(extra, ()) if importlib.util.find_spec(package) is None]
-        if missing:
-            problems.append(f"export.{name} needs {' and '.join(missing)}: pip install 'finetune-qlora[{extra}]'")
-    if problems:
+    needs = {name: missing_packages(settings.format) for name, settings in config.items()}
+    if problems := [f"export.{name} {need}" for name, need in needs.items() if need]:
         raise ExportError("; ".join(problems))
+
+
+def missing_packages(export_format: str) -> str:
+    """Says what an export's format needs that is not installed, and the command that installs it; empty for nothing."""
+    extra = EXTRAS.get(export_format, "")
+    missing = [package for package in PACKAGES.get(extra, ()) if importlib.util.find_spec(package) is None]
+    return f"needs {' and '.join(missing)}: pip install 'finetune-qlora[{extra}]'" if missing else ""
 
 
 def check_packed(config: Mapping[str, ExportConfig], *, folder: Path) -> None:

@@ -18,9 +18,12 @@ from finetune.inference.chat import save_tokenizer
 from finetune.products import ExportResult
 
 FILE = "model.onnx"
-BITS = {"float32": None, "int8": 8, "int4": 4}
+BITS = {"int8": 8, "int4": 4}
 BLOCK = 32
 """Weights of a row that share a scale and a zero point in int8 and int4."""
+
+DYNAMIC = "int8_dynamic"
+"""Weights in int8 with a scale for each output, and each matrix of activations in int8 while the graph runs."""
 
 TRACED_ROWS, TRACED_SEEN, TRACED_NEW = 2, 5, 3
 """Sizes of the traced call. All differ, so that the tracer does not treat two of them as the same size."""
@@ -50,7 +53,7 @@ def write(context: ExportContext, name: str, settings: ExportConfig) -> ExportRe
     request = {
         "source": source.resolve(),
         "target": target.resolve(),
-        "bits": BITS[dtype],
+        "dtype": dtype,
         "threads": context.spec.placement.threads,
         "trust_remote_code": context.spec.config.trust_remote_code,
     }
@@ -67,7 +70,7 @@ def write(context: ExportContext, name: str, settings: ExportConfig) -> ExportRe
 
 def _check_space(context: ExportContext, name: str, dtype: str) -> None:
     # The graph in float32, and the quantized one, whose embedding stays in float32.
-    size = context.merged_bytes * (4 if BITS[dtype] else 2)
+    size = context.merged_bytes * (2 if dtype == "float32" else 4)
     context.require_disk(name, size / (2 if context.merged_dtype == "float32" else 1))
 
 
@@ -112,27 +115,69 @@ def onnx_snippet(folder: str, *, ends: list[int]) -> str:
 
 
 def make(request: dict[str, Any]) -> dict[str, Any]:
-    """Traces, renames, saves and quantizes the graph, in the other process.
+    """Writes the graph, in the other process.
 
     Needs at most about three times the float32 weights in memory: torch's, and those of a graph while it is quantized.
     """
     import torch
+
+    torch.set_num_threads(request["threads"])
+    file = Path(request["target"]) / FILE
+    trace(Path(request["source"]), file, trust_remote_code=request["trust_remote_code"])
+    if request["dtype"] != "float32":
+        quantize(file, file, dtype=request["dtype"])
+    return {}
+
+
+def trace(source: Path, file: Path, *, trust_remote_code: bool) -> None:
+    """Writes the graph of a checkpoint in float32, its weights in a file next to it."""
+    import torch
     from transformers import AutoModelForCausalLM
     from transformers.exporters import OnnxConfig, OnnxExporter
 
-    torch.set_num_threads(request["threads"])
     model = AutoModelForCausalLM.from_pretrained(
-        request["source"], dtype=torch.float32, trust_remote_code=request["trust_remote_code"]
+        source, dtype=torch.float32, trust_remote_code=trust_remote_code
     ).eval()
     inputs, shapes = _example(model)
     program = OnnxExporter().export(model, inputs, OnnxConfig(dynamic=True, dynamic_shapes=shapes)).program
     _rename(program.graph)
-    file = Path(request["target"]) / FILE
     OnnxExporter.save_program(program, file)
-    del model, inputs, program
-    if request["bits"]:
-        _quantize(file, bits=request["bits"])
-    return {}
+
+
+def quantize(source: Path, target: Path, *, dtype: str) -> None:
+    """Quantizes the matrices of a graph's linear layers and leaves the rest in float32.
+
+    Args:
+        source: The graph in float32.
+        target: The file to write, which may be the same.
+        dtype: ``int8`` or ``int4`` for weights in blocks, ``int8_dynamic`` for weights and activations.
+    """
+    import onnx
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    model = onnx.load(source)
+    if source == target:
+        for old in (source, source.with_name(f"{source.name}.data")):
+            old.unlink()
+    if dtype == DYNAMIC:
+        _quantize_dynamically(model, target)
+        return
+    quantizer = MatMulNBitsQuantizer(model, bits=BITS[dtype], block_size=BLOCK, is_symmetric=False)
+    quantizer.process()
+    quantizer.model.save_model_to_file(str(target), use_external_data_format=True)
+
+
+def _quantize_dynamically(model: Any, target: Path) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantize_dynamic(
+        model,
+        target,
+        op_types_to_quantize=["MatMul"],
+        per_channel=True,
+        weight_type=QuantType.QInt8,
+        use_external_data_format=True,
+    )
 
 
 def _example(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -163,17 +208,6 @@ def _rename(graph: Any) -> None:
             if ".layers." in value.name:
                 layer, kind = value.name.split(".layers.")[1].split(".")
                 value.name = f"{prefix}.{layer}.{kind.removesuffix('s')}"
-
-
-def _quantize(file: Path, *, bits: int) -> None:
-    """Quantizes the matrices of the linear layers, in blocks, and leaves the rest in float32."""
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-
-    quantizer = MatMulNBitsQuantizer(str(file), bits=bits, block_size=BLOCK, is_symmetric=False)
-    quantizer.process()
-    for old in (file, file.with_name(f"{FILE}.data")):
-        old.unlink()
-    quantizer.model.save_model_to_file(str(file), use_external_data_format=True)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,11 @@ from finetune.quantization.calibration import calibration_sequences
 from finetune.quantization.config import PREQUANTIZED
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import nn
+
+    from finetune.model import ModelConfig
 
 TITLES = {"gptq": "4 bits in GPTQ's format", "awq": "4 bits in AWQ's format", "fp8": "FP8"}
 
@@ -37,7 +41,7 @@ def write(context: ExportContext, name: str, settings: ExportConfig) -> ExportRe
             differs by more than its bounds.
     """
     check_packages({name: settings})
-    layers = linear_layers(context, name)
+    layers = linear_layers(context.spec.config, context.merged.folder / "model", name=name)
     shapes = [(layer, module.out_features, module.in_features) for layer, module in layers.items()]
     if problem := shape_problem(shapes, group_size=settings.group_size):
         raise ExportError(f"export.{name}: {problem}")
@@ -91,11 +95,12 @@ def check(context: ExportContext, name: str, settings: ExportConfig, *, notes: l
     return context.publish(name, settings, parity, notes=notes)
 
 
-def linear_layers(context: ExportContext, name: str) -> dict[str, nn.Linear]:
-    """Returns the merged model's linear layers without the head, by name and without contents.
+def linear_layers(config: ModelConfig, folder: Path, *, name: str) -> dict[str, nn.Linear]:
+    """Returns a model's linear layers without the head, by name and without contents.
 
     Args:
-        context: Of the stage.
+        config: The model group.
+        folder: Of the checkpoint.
         name: Of the export.
 
     Raises:
@@ -106,7 +111,7 @@ def linear_layers(context: ExportContext, name: str) -> dict[str, nn.Linear]:
     from finetune.compatibility import build_without_weights
     from finetune.quantization.experts import fused_experts
 
-    model = build_without_weights(context.spec.config, context.merged.folder / "model")
+    model = build_without_weights(config, folder)
     if any(fused_experts(model)):
         raise ExportError(f"export.{name}: {NO_EXPERTS}")
     head = model.get_output_embeddings()

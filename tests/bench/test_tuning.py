@@ -58,8 +58,9 @@ def test_rows_are_dealt_from_the_top(tmp_path: Path) -> None:
         (["tuning", "--backends", "nf5"], "nf5 is not an option of quantization; choose from awq, fp4"),
         (["tuning", "--metric", "beauty"], "metric must be one of .*; got beauty"),
         (["tuning", "--grid", "moon"], "bench tuning --grid must be moved or as_it_is; got 'moon'"),
-        (["quantization", "--backends", "nf5"], "nf5 is not an option of quantization; choose from awq, fp4"),
+        (["quantization", "--methods", "nf5"], "nf5 is not a method; choose from awq, fp4"),
         (["quantization", "--task", "rows.jsonl"], "--task needs --metric"),
+        (["quantization", "--task", "none.jsonl", "--metric", "label"], "task=none.jsonl is not a file"),
     ],
 )
 def test_what_cannot_be_measured_is_said_at_once(arguments: list[str], message: str) -> None:

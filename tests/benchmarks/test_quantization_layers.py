@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import quantization_layers as layers
 from benchmarks.published_orderings import check_claims
-from finetune.bench.quantization import QuantizationResult
+from finetune.bench.quantization_results import QuantizationResult
 from tests.fixtures import forks
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from finetune.errors import EvalError
-from finetune.eval.completers import LlamaCppCompleter, Sampling, TransformersCompleter, cut_at_stop
+from finetune.eval.completers import LlamaCppCompleter, Sampling, TransformersCompleter, cut_at_stop, load_completer
 from finetune.eval.humaneval import (
     STOPS,
     Completion,
@@ -111,7 +111,7 @@ def test_transformers_completes_greedily_what_plain_generate_does(tiny_base: Pat
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     prompt = "What is the capital"
-    written = TransformersCompleter(
+    written = load_completer(
         str(tiny_base), Sampling(max_new_tokens=8, temperature=0, top_p=0.95, stops=()), quantization="none"
     ).complete(prompt, seed=1)
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
@@ -121,9 +121,9 @@ def test_transformers_completes_greedily_what_plain_generate_does(tiny_base: Pat
 
 
 def test_transformers_stops_at_a_stop_and_draws_by_seed(tiny_base: Path) -> None:
-    free = TransformersCompleter(
-        str(tiny_base), Sampling(max_new_tokens=16, temperature=1.0, top_p=1.0, stops=()), quantization="none"
-    )
+    sampling = Sampling(max_new_tokens=16, temperature=1.0, top_p=1.0, stops=())
+    free = load_completer(str(tiny_base), sampling, quantization="none")
+    assert isinstance(free, TransformersCompleter)
     written = free.complete("Wake me", seed=3)
     assert free.complete("Wake me", seed=3) == written
     assert free.complete("Wake me", seed=4) != written

@@ -59,7 +59,7 @@ def test_snippet_of_the_card_writes_what_the_model_writes(
 
 @pytest.mark.slow
 @needs_onnx
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", ["int8", "int4", "int8_dynamic"])
 def test_rounded_graph_is_another_model_within_its_own_bound(
     run: Callable[..., Exports], tmp_path: Path, dtype: str
 ) -> None:
@@ -97,7 +97,7 @@ def test_other_architectures_give_their_logits_beyond_a_window_too(tmp_path: Pat
         {
             "source": str(tmp_path / "source"),
             "target": str(tmp_path / "graph"),
-            "bits": None,
+            "dtype": "float32",
             "threads": 1,
             "trust_remote_code": False,
         }
