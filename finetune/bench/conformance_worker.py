@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
-    """Computes codes, loss, gradients, one optimizer step, and what it changes.
+    """Computes codes; loss, gradients and merged weights of a noisy adapter; and one optimizer step of the run's.
 
     Args:
         request: ``overrides`` of the run, ``folder`` (a run folder, which keeps the prepared data for the next form),
@@ -34,7 +34,8 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     model, rows = context.model, context.rows.micro_batch
     with context.with_noisy_lora_b():
         loss, gradients = context.trainer.gradients(rows, micro_batch=len(rows))
-    tensors = {f"gradient.{name}": gradient for name, gradient in gradients.items()} | after_one_step(context)
+        tensors = {f"merged.{name}": weight for name, weight in merged_weights(model).items()}
+    tensors |= {f"gradient.{name}": gradient for name, gradient in gradients.items()} | after_one_step(context)
     save_file({name: tensor.float().contiguous() for name, tensor in tensors.items()}, request["tensors"])
     placement = context.spec.placement
     return {
@@ -81,17 +82,23 @@ def make_context(overrides: list[str], folder: Path) -> CheckContext:
 
 
 def after_one_step(context: CheckContext) -> dict[str, Tensor]:
-    """Takes one step of the run's own optimizer at its peak rate, and returns what it changes, in host memory."""
+    """Takes one step of the run's own optimizer at its peak rate, and returns changes and logits, in host memory."""
     from finetune.preflight.trial import GradientRecorder
 
+    class StartRecorder(GradientRecorder):
+        """Keeps the adapter as the optimizer finds it: TRL rounds float32 adapters on a bfloat16 base."""
+
+        def clip_gradients(self, trainer: Any, model: Any, *, max_norm: float) -> Tensor:
+            named = trainer.accelerator.unwrap_model(model).named_parameters()
+            self.start = {name: p.detach().to("cpu", copy=True) for name, p in named if p.requires_grad}
+            return super().clip_gradients(trainer, model, max_norm=max_norm)
+
     model, rows = context.model, context.rows.micro_batch
-    before = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
-    recorder = GradientRecorder(keeps_gradients=False)
+    recorder = StartRecorder(keeps_gradients=False)
     with context.trainer.trained(rows, micro_batch=len(rows), steps=1, recorder=recorder):
         after = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
-        changes = {f"step.{name}": after[name] - before[name] for name in before}
-        merged = {f"merged.{name}": weight for name, weight in merged_weights(model).items()}
-        return {**changes, **merged, "logits": context.logits(adapter=True).cpu()}
+        changes = {f"step.{name}": tensor - recorder.start[name] for name, tensor in after.items()}
+        return {**changes, "logits": context.logits(adapter=True).cpu()}
 
 
 def merged_weights(model: Any) -> dict[str, Tensor]:
