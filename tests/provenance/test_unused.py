@@ -115,7 +115,7 @@ def test_a_key_of_what_was_not_chosen_is_no_dead_key() -> None:
         (["quantization=int8", "quantization.bits=3"], 
          ["quantization.bits=3 has no effect: it is hqq's, and quantization.method=int8"]),
         (["quantization=int8", "quantization.double=false"],
-         ["quantization.double=false has no effect: it is for nf4 and fp4, and quantization.method=int8"]),
+         ["quantization.double=false has no effect: it is for nf4, fp4 and qat, and quantization.method=int8"]),
         (["optim.warmup=null", "optim.warmup_steps=2"], 
          ["optim.warmup=null has no effect: optim.warmup_steps=2 is set"]),
         (["export.card.dtype="], 

@@ -256,7 +256,17 @@ def test_layers_are_kept_by_segment_and_by_full_name(tiny_base: Path, config: Qu
 
 
 def test_each_runnable_method_that_is_called_tunable_is_tried_in_this_package() -> None:
-    tried = {"none", "nf4", "fp4", "int8", "prequantized", "gptq", "awq", *[config.method for config in SETTINGS]}
+    tried = {
+        "none",
+        "nf4",
+        "fp4",
+        "int8",
+        "prequantized",
+        "gptq",
+        "awq",
+        "qat",
+        *[config.method for config in SETTINGS],
+    }
     assert (
         {name for name, backend in BACKENDS.items() if backend.tunable}
         == {name for name, backend in BACKENDS.items() if backend.devices}

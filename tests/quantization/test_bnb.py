@@ -68,7 +68,7 @@ def test_the_specification_names_what_a_loader_needs() -> None:
 
 def test_double_quantization_without_4_bits_is_a_problem() -> None:
     assert list(quantization_config("int8", double=True).problems()) == [
-        "quantization.double is for nf4 and fp4; got method 'int8': set quantization.double=false"
+        "quantization.double is for nf4, fp4, qat; got method 'int8': set quantization.double=false"
     ]
 
 
