@@ -35,6 +35,9 @@ ROOT = Path(__file__).parents[1]
 GIB = 1024**3
 STEPS, TOKENS = 3, 256
 DIMENSIONS = "model.architecture."
+MIXTURE = ("model.dtype=float32", "export.adapter.max_kl=0.05")
+"""Routers of random weights nearly tie, and choose other experts where bfloat16 rounds, as bitsandbytes' packed kernel
+for CPUs does in plain peft even in float32."""
 TRAINING_ROWS, HELDOUT_ROWS = 48, 4
 BYTES_PER_PARAMETER = 9
 """Disk at the worst moment: the base (2), its quantized copy (0.6), two merge candidates (4) or the merged model, its
@@ -178,6 +181,7 @@ def overrides(recipe: RunConfig, settings: Walk, work: Path) -> list[str]:
         *(f"export.{name}.{setting}" for name in exports(recipe) for setting in ("max_new_tokens=8", "logit_rows=1")),
         "tracking=[]",
         "hardware.device=cpu",
+        *(MIXTURE if recipe.model.architecture and recipe.model.architecture.experts else ()),
         *(["launch.offload=false"] if recipe.launch.offload else []),
         *settings.overrides,
     ]
