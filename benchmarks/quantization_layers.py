@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.activation_ranges import int8, output_errors
 from benchmarks.weight_formats import measure as measure_formats
 from benchmarks.weight_formats import symmetric
 
@@ -73,8 +74,6 @@ def study_layers(folder: Path, rows: list[dict[str, list[int]]]) -> Study:
     """
     import torch
     from transformers import AutoModelForCausalLM
-
-    from benchmarks.activation_ranges import output_errors
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     layers = {
@@ -236,9 +235,7 @@ def smoothed(seen: Tensor, weight: Tensor) -> dict[str, float]:
 
 def int8_error(x: Tensor, weight: Tensor, scaled: Tensor, rescaled: Tensor) -> float:
     """Returns the relative error of the product when inputs get one scale per tensor and weights one per row."""
-    tensor_scale = scaled.abs().max() / 127
-    inputs = (scaled / tensor_scale).round().clamp(-128, 127) * tensor_scale
-    exact = x @ weight.T
+    inputs, exact = int8(scaled, scaled.abs().max()), x @ weight.T
     return float((inputs @ symmetric(8, group=0)(rescaled).T - exact).norm() / exact.norm())
 
 

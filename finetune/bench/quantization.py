@@ -21,7 +21,6 @@ from finetune.bench.quantization_methods import (
     CALIBRATES,
     EXPORTS,
     choose_methods,
-    group_options,
     libraries,
     obstacle,
     option_of,
@@ -29,10 +28,11 @@ from finetune.bench.quantization_methods import (
 from finetune.bench.quantization_results import REFERENCE, QuantizationResult, show, summarize
 from finetune.bench.task import check_metric, model_overrides, run_pipeline, split_rows
 from finetune.cache import file_sha256
+from finetune.config.overrides import group_options
 from finetune.console import log
 from finetune.errors import ConfigError
 from finetune.hardware.backends import obstacle_on_dense_base
-from finetune.paths import SHIPPED
+from finetune.paths import CONF, SHIPPED
 from finetune.run import fingerprint, write_json
 
 ROW_TOKENS, BATCH_TOKENS = 256, 1024
@@ -125,7 +125,7 @@ def quantization_options(wanted: list[str], *, where: str) -> list[str]:
     Raises:
         ConfigError: There is no such option.
     """
-    options = group_options()
+    options = group_options("quantization", [CONF])
     unknown = ", ".join(sorted(set(wanted) - set(options)))
     if unknown:
         raise ConfigError(f"{where}: {unknown} is not an option of quantization; choose from {', '.join(options)}")

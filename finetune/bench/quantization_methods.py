@@ -6,6 +6,7 @@ reason = obstacle("qat")  # empty where it runs
 
 from __future__ import annotations
 
+from finetune.config.overrides import group_options
 from finetune.errors import ConfigError
 from finetune.export.config import GGUF_DTYPES
 from finetune.export.needs import missing_packages
@@ -29,21 +30,16 @@ def choose_methods(wanted: list[str]) -> list[str]:
     Raises:
         ConfigError: There is no such method.
     """
-    known = [*group_options(), *EXPORTS, *W8A8]
+    known = [*group_options("quantization", [CONF]), *EXPORTS, *W8A8]
     unknown = ", ".join(sorted(set(wanted) - set(known)))
     if unknown:
         raise ConfigError(f"bench quantization: {unknown} is not a method; choose from {', '.join(known)}")
     return list(dict.fromkeys(wanted)) or known
 
 
-def group_options() -> list[str]:
-    """Returns the options of the quantization group."""
-    return sorted(file.stem for file in (CONF / "quantization").glob("*.yaml"))
-
-
 def option_of(method: str) -> str:
     """Returns the option of the quantization group that a method's model is loaded with before anything else."""
-    return method if method in group_options() else "none"
+    return method if method in group_options("quantization", [CONF]) else "none"
 
 
 def obstacle(method: str) -> str:
